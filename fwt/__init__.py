@@ -1,0 +1,82 @@
+"""fwt, functional weight transforms: initialise, prune and project the weights of a model, and
+carry it between Flax, Keras and PyTorch."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# name -> where it lives; loaded on first use, because Flax and Orbax cost most of a second.
+_HOME = {
+    "AxesError": "_types",
+    "ConversionError": "_types",
+    "FileFormatError": "_types",
+    "FwtError": "_types",
+    "LeafError": "_types",
+    "Model": "_types",
+    "Sequential": "_sequential",
+    "WhereError": "_types",
+    "apply_masks": "_prune",
+    "assign": "_initialize",
+    "at": "_compose",
+    "biases": "_axes",
+    "chain": "_compose",
+    "initialize": "_initialize",
+    "kernels": "_axes",
+    "masks": "_prune",
+    "masks_of": "_prune",
+    "paths": "_tree",
+    "project": "_project",
+    "prune": "_prune",
+    "select": "_tree",
+    "straight_through": "_compose",
+    "summary": "_summary",
+}
+_MODULES = ("constraints", "converters", "initializers", "layers", "patterns", "scores")
+
+if TYPE_CHECKING:
+    from fwt import constraints as constraints
+    from fwt import converters as converters
+    from fwt import initializers as initializers
+    from fwt import layers as layers
+    from fwt import patterns as patterns
+    from fwt import scores as scores
+    from fwt._axes import biases as biases
+    from fwt._axes import kernels as kernels
+    from fwt._compose import at as at
+    from fwt._compose import chain as chain
+    from fwt._compose import straight_through as straight_through
+    from fwt._initialize import assign as assign
+    from fwt._initialize import initialize as initialize
+    from fwt._project import project as project
+    from fwt._prune import apply_masks as apply_masks
+    from fwt._prune import masks as masks
+    from fwt._prune import masks_of as masks_of
+    from fwt._prune import prune as prune
+    from fwt._sequential import Sequential as Sequential
+    from fwt._summary import summary as summary
+    from fwt._tree import paths as paths
+    from fwt._tree import select as select
+    from fwt._types import AxesError as AxesError
+    from fwt._types import ConversionError as ConversionError
+    from fwt._types import FileFormatError as FileFormatError
+    from fwt._types import FwtError as FwtError
+    from fwt._types import LeafError as LeafError
+    from fwt._types import Model as Model
+    from fwt._types import WhereError as WhereError
+
+__all__ = [*sorted(_HOME), *_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"fwt.{name}")
+    if name not in _HOME:
+        raise AttributeError(f"module 'fwt' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"fwt.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,172 @@
+"""What each axis of a leaf means: nothing else in fwt guesses."""
+
+import dataclasses
+import fnmatch
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fwt import _tree
+from fwt._types import AxesError
+
+_NORMS = re.compile(r"(^|_)(norm|bn|ln|batchnorm|layernorm|emb|embed|embedding|wte|wpe)s?(_|\d|$)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """The axes of one leaf.
+
+    Attributes:
+        path: where the leaf is, for errors.
+        shape: its shape.
+        names: one name per axis, or None where nothing is known. ``in`` (or ``i``) and ``out``
+            (or ``o``) speak for themselves. Any other name is a spatial axis where both stand
+            beside it, and otherwise belongs to the side that is missing: ``"h d out"`` contracts
+            heads and head dimension, ``"in h d"`` produces them.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    names: tuple[str, ...] | None
+
+    def _known(self) -> tuple[str, ...]:
+        if self.names is None:
+            raise AxesError(
+                f"{self.path} of shape {self.shape}: nothing says which axis is its input and "
+                f"which its output; say so with axes={{{self.path!r}: 'out in h w'}} (one name "
+                "per axis, 'in' and 'out' among them)"
+            )
+        return self.names
+
+    def _where(self, *names: str) -> tuple[int, ...]:
+        return tuple(i for i, n in enumerate(self._known()) if n in names)
+
+    @property
+    def _others(self) -> tuple[int, ...]:
+        return tuple(i for i, n in enumerate(self._known()) if n not in ("in", "i", "out", "o"))
+
+    @property
+    def outputs(self) -> tuple[int, ...]:
+        """The axes that count output units."""
+        named = self._where("out", "o")
+        return named or (self._others if self._where("in", "i") else ())
+
+    @property
+    def inputs(self) -> tuple[int, ...]:
+        """The axes that count input units (of one group, for a grouped convolution)."""
+        named = self._where("in", "i")
+        return named or (self._others if self._where("out", "o") else ())
+
+    @property
+    def spatial(self) -> tuple[int, ...]:
+        """The axes of a kernel's window."""
+        return tuple(i for i in range(len(self.shape)) if i not in self.outputs + self.inputs)
+
+    @property
+    def reduced(self) -> tuple[int, ...]:
+        """All axes but the output's: what a norm per output unit sums over."""
+        return tuple(i for i in range(len(self.shape)) if i not in self.outputs)
+
+
+def _rule(path: str, rank: int) -> tuple[str, ...] | None:
+    """What the path alone says."""
+    parts = [_tree.unescape(p) for p in _tree.split(path)] or [""]
+    last, parent = parts[-1], parts[-2] if len(parts) > 1 else ""
+    if last == "kernel" and rank == 3 and parent in ("query", "key", "value"):
+        return ("in", "heads", "dim")
+    if last == "kernel" and rank == 3 and parent in ("out", "attention_output"):
+        return ("heads", "dim", "out")
+    if last == "bias" and rank == 2 and parent in ("query", "key", "value"):
+        return ("out", "out")
+    if re.fullmatch("(pointwise_|recurrent_)?kernel", last) and rank >= 2:
+        return (*("spatial",) * (rank - 2), "in", "out")
+    if last in ("weight", "in_proj_weight") and rank == 2 and not _NORMS.search(parent.lower()):
+        return ("out", "in")
+    if re.fullmatch("weight_(ih|hh)_l[0-9]+(_reverse)?", last):
+        return ("out", "in")
+    if rank == 1:
+        return ("out",)
+    return None
+
+
+def axes_of(
+    path: str,
+    shape: Sequence[int],
+    module: Any = None,
+    axes: Mapping[str, str] | None = None,
+) -> Axes:
+    """The axes of the leaf at ``path``: what the user says, then the module, then the path."""
+    names: tuple[str, ...] | None = None
+    for pattern, text in (axes or {}).items():
+        if _tree.matches(pattern, path):
+            names = tuple(text.split())
+            if len(names) != len(shape):
+                raise AxesError(
+                    f"axes={{{pattern!r}: {text!r}}} names {len(names)} axes, but {path} has shape "
+                    f"{tuple(shape)}: give one name for each of its {len(shape)} axes"
+                )
+            if not {"in", "i", "out", "o"} & set(names):
+                raise AxesError(f"axes={{{pattern!r}: {text!r}}} names neither 'in' nor 'out'")
+    if names is None and module is not None:
+        names = _from_module(path, module)
+    if names is None:
+        names = _rule(path, len(shape))
+    if names is not None and len(names) != len(shape):
+        names = None
+    return Axes(path, tuple(shape), names)
+
+
+def check_used(axes: Mapping[str, str] | None, paths: Sequence[str]) -> None:
+    """Each glob of ``axes=`` must speak of some leaf, or it is a typing mistake."""
+    for pattern in axes or {}:
+        if not any(_tree.matches(pattern, p) for p in paths):
+            raise AxesError(
+                f"axes={{{pattern!r}: ...}} matches no leaf{_tree.near(pattern, paths)}"
+            )
+
+
+def _from_module(path: str, module: Any) -> tuple[str, ...] | None:
+    from fwt import Sequential
+    from fwt.converters import _layers
+
+    if not isinstance(module, Sequential):
+        return None
+    layer, _, rest = path.rpartition("/")
+    return _layers.axes_of(module, _tree.unescape(layer), rest)
+
+
+@dataclasses.dataclass(frozen=True)
+class Role:
+    """A ``Where`` by role, written bare or called: ``fwt.kernels``, ``fwt.biases``."""
+
+    name: str
+
+    def __call__(self) -> "Role":
+        return self
+
+    def __str__(self) -> str:
+        return f"fwt.{self.name}"
+
+    __repr__ = __str__
+
+    def paths_of(self, shapes: Mapping[str, Any], module: Any) -> list[str]:
+        return [p for p, x in shapes.items() if role(p, len(x.shape)) == self.name]
+
+
+def role(path: str, rank: int) -> str:
+    """``kernels``, ``biases`` or ``others`` (norms, embeddings, statistics)."""
+    parts = [_tree.unescape(p) for p in _tree.split(path)] or [""]
+    last, parent = parts[-1], parts[-2] if len(parts) > 1 else ""
+    if rank >= 2 and fnmatch.fnmatchcase(last, "*kernel"):
+        return "kernels"
+    if rank >= 2 and re.fullmatch("weight(_orig|_v|_(ih|hh)_l[0-9]+(_reverse)?)?", last):
+        return "others" if _NORMS.search(parent.lower()) else "kernels"
+    if rank >= 2 and last in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
+        return "kernels"
+    if last == "bias" or re.fullmatch("(in_proj_)?bias(_(ih|hh)_l[0-9]+(_reverse)?)?", last):
+        return "biases"
+    return "others"
+
+
+kernels = Role("kernels")
+biases = Role("biases")

@@ -1,0 +1,118 @@
+"""Transforms made of transforms."""
+
+from typing import Any
+
+import jax
+
+from fwt import _tree
+from fwt._types import LeafError, Params, Transform, Where
+
+
+def chain(*transforms: Transform) -> Transform:
+    """Applies transforms from left to right.
+
+    Args:
+        transforms: functions from params to params; none at all is the identity.
+
+    Returns:
+        The composed transform.
+
+    Example:
+        >>> import fwt, numpy as np
+        >>> params = {"dense": {"kernel": np.array([[3.0, 0.1], [-4.0, 0.2]], np.float32)}}
+        >>> t = chain(fwt.prune(threshold=0.15), fwt.project(fwt.constraints.max_norm(1.0)))
+        >>> t(params)["dense"]["kernel"].round(2).tolist()
+        [[0.6000000238418579, 0.0], [-0.800000011920929, 0.20000000298023224]]
+    """
+    for t in transforms:
+        if not callable(t):
+            raise TypeError(f"chain takes transforms (functions), found {t!r}")
+
+    def apply(params: Params) -> Params:
+        for t in transforms:
+            params = t(params)
+        return params
+
+    return apply
+
+
+def at(where: Where, transform: Transform) -> Transform:
+    """Narrows a transform to the leaves that ``where`` names.
+
+    Paths stay absolute, and the ``where`` of the inner transform (its default too) is
+    intersected with this one. Any function of a tree can be narrowed, for the other leaves are
+    hidden from it: ``jax.tree.map`` passes them by.
+
+    Args:
+        where: as in :func:`fwt.select`.
+        transform: a function from params to params that keeps the paths, shapes and tree.
+
+    Returns:
+        The narrowed transform; leaves outside come back as the same objects.
+
+    Raises:
+        WhereError: if nothing matches; it says which of the two narrowed to nothing.
+
+    Example:
+        >>> import fwt, numpy as np
+        >>> params = {"a": {"kernel": np.ones((2, 2))}, "b": {"kernel": np.ones((2, 2))}}
+        >>> new = at("b/*", lambda tree: __import__("jax").tree.map(lambda w: w * 0, tree))(params)
+        >>> float(new["a"]["kernel"].sum()), float(new["b"]["kernel"].sum())
+        (4.0, 0.0)
+    """
+
+    def apply(params: Params) -> Params:
+        tree = _tree.Tree(params)
+        kept = tree.select(where)
+        hide = {
+            p: _tree.Unselected(x.shape, x.dtype) for p, x in tree.leaves.items() if p not in kept
+        }
+        new = _tree.Tree(transform(tree.replace(hide))).leaves
+        if set(new) != set(kept):
+            changed = sorted(set(new) ^ set(kept))[0]
+            raise LeafError(
+                f"the transform inside at(...) must keep the tree as it is, but {changed!r} "
+                f"{'appeared' if changed in new else 'went missing'}"
+            )
+        return tree.replace(new)
+
+    return apply
+
+
+def straight_through(transform: Transform) -> Transform:
+    """The transform forward, the identity backward (the straight-through estimator).
+
+    Source: Bengio, Léonard and Courville, "Estimating or Propagating Gradients Through
+    Stochastic Neurons", 2013.
+
+    Args:
+        transform: a function from params to params that keeps paths, shapes and dtypes.
+
+    Returns:
+        A transform with exactly the same values whose derivative is the identity.
+
+    Example:
+        >>> import fwt, jax, jax.numpy as jnp
+        >>> params = {"d": {"kernel": jnp.array([[0.1, 3.0]])}}
+        >>> t = straight_through(fwt.prune(threshold=1.0))
+        >>> jax.grad(lambda p: t(p)["d"]["kernel"].sum())(params)["d"]["kernel"].tolist()
+        [[1.0, 1.0]]
+    """
+
+    def apply(params: Params) -> Params:
+        tree = _tree.Tree(params)
+        names = list(tree.leaves)
+
+        @jax.custom_jvp
+        def forward(values: list[Any]) -> list[Any]:
+            new = _tree.Tree(transform(tree.replace(dict(zip(names, values, strict=True))))).leaves
+            return [new[p] for p in names]
+
+        @forward.defjvp
+        def _(primals: Any, tangents: Any) -> Any:
+            return forward(*primals), tangents[0]
+
+        new = forward([tree.leaves[p] for p in names])
+        return tree.replace(dict(zip(names, new, strict=True)))
+
+    return apply

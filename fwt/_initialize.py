@@ -1,0 +1,165 @@
+"""The verbs that give leaves new values: ``initialize`` and ``assign``."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fwt import _axes, _tree, initializers
+from fwt._types import AxesError, Initializer, LeafError, Params, Transform, Where, hashes, resolve
+
+
+def initialize(
+    initializer: Initializer,
+    key: Any,
+    where: Where = _axes.kernels,
+    *,
+    axes: Mapping[str, str] | None = None,
+    dtype: Any = None,
+) -> Transform:
+    """Gives leaves new values from an initializer.
+
+    Each leaf's key is folded from its path, so that adding a layer changes no other.
+
+    Args:
+        initializer: one of ``fwt.initializers``, or any ``(key, shape, dtype) -> array``. Ours
+            learn the axes of each leaf; JAX's own assume (..., in, out), so on other leaves they
+            are refused.
+        key: a JAX key, or an int seed.
+        where: which leaves; the kernels unless told otherwise.
+        axes: ``{glob: names}`` for leaves whose axes nothing else tells, such as
+            ``{"**/weight": "out in h w"}``.
+        dtype: the dtype of the new values; None keeps each leaf's own.
+
+    Returns:
+        A transform that keeps every shape. It takes ``jax.ShapeDtypeStruct`` leaves too.
+
+    Raises:
+        WhereError: if ``where`` matches nothing.
+        AxesError: if fans are needed and the axes are unknown.
+        LeafError: for a 64-bit leaf without x64, or an initializer that misses the shape.
+
+    Example:
+        >>> import fwt, numpy as np
+        >>> params = {"dense": {"kernel": np.ones((3, 2), np.float32), "bias": np.ones(2)}}
+        >>> new = initialize(fwt.initializers.zeros, key=0)(params)
+        >>> float(new["dense"]["kernel"].sum()), float(new["dense"]["bias"].sum())
+        (0.0, 2.0)
+    """
+    chosen = resolve(initializer)
+    if not callable(chosen):
+        raise TypeError(
+            f"initialize takes an initializer such as fwt.initializers.zeros, found {initializer!r}"
+        )
+
+    def apply(params: Params) -> Params:
+        tree = _tree.Tree(params)
+        names = tree.select(where)
+        _axes.check_used(axes, names)
+        base = jax.random.key(key) if isinstance(key, int | np.integer) else key
+        specs, keys = [], []
+        for path in names:
+            leaf = _target(path, tree.leaves[path], dtype)
+            place = _axes.axes_of(path, leaf.shape, tree.module, axes)
+            specs.append((_fitted(chosen, place), leaf.shape, leaf.dtype, path))
+            keys.append(_tree.fold_path(base, path))
+        new = (_draw_compiled if hashes(chosen) else _draw)(tuple(specs), keys)
+        return tree.replace(dict(zip(names, new, strict=True)))
+
+    return apply
+
+
+def _target(path: str, leaf: Any, dtype: Any) -> jax.ShapeDtypeStruct:
+    wanted = jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype) if dtype is not None else leaf.dtype)
+    return _tree.computable(path, wanted)  # type: ignore[no-any-return]  # shapes pass through
+
+
+def _fitted(chosen: Any, axes: _axes.Axes) -> Any:
+    if isinstance(chosen, initializers.Bound):
+        return chosen.at(axes)
+    rank = len(axes.shape)
+    if rank < 2 or initializers.foreign_axis_free(chosen):
+        return chosen
+    if axes.inputs != (rank - 2,) or axes.outputs != (rank - 1,):
+        raise AxesError(
+            f"{axes.path} of shape {axes.shape} has axes {' '.join(axes.names or ())!r}, but an "
+            "initializer that is not from fwt assumes (..., in, out): use the one of the same "
+            "name from fwt.initializers, which takes the axes"
+        )
+    return chosen
+
+
+def _draw(specs: Any, keys: Any) -> list[Any]:
+    new = []
+    for (init, shape, dtype, path), key in zip(specs, keys, strict=True):
+        value = init(key, shape, dtype)
+        if not _tree.is_array(value):
+            raise LeafError(
+                f"{path}: the initializer returned {value!r} instead of an array; a factory must "
+                "be called first, such as jax.nn.initializers.he_normal()"
+            )
+        if value.shape != shape or value.dtype != dtype:
+            raise LeafError(
+                f"{path}: expected {dtype}{list(shape)} from the initializer, found "
+                f"{value.dtype}{list(value.shape)}"
+            )
+        new.append(value)
+    return new
+
+
+_draw_compiled = functools.partial(jax.jit, static_argnums=0)(_draw)
+
+
+def assign(values: Mapping[str, Any]) -> Transform:
+    """Sets leaves to given arrays, checked against the tree.
+
+    Args:
+        values: ``{path: array}`` with exact paths (see :func:`fwt.paths`), each array of its
+            leaf's shape and dtype.
+
+    Returns:
+        A transform; the other leaves come back as the same objects.
+
+    Raises:
+        LeafError: naming path, expected and found.
+
+    Example:
+        >>> import numpy as np
+        >>> params = {"dense": {"kernel": np.ones((2, 1), np.float32)}}
+        >>> new = assign({"dense/kernel": np.zeros((2, 1), np.float32)})(params)
+        >>> new["dense"]["kernel"].tolist()
+        [[0.0], [0.0]]
+    """
+    if not isinstance(values, Mapping):
+        raise TypeError(f"assign takes a dict {{path: array}}, found {type(values).__name__}")
+
+    def apply(params: Params) -> Params:
+        tree = _tree.Tree(params)
+        new = {}
+        for path, value in values.items():
+            if path not in tree.leaves:
+                left_out = " (at(...) left it out)" if path in tree.hidden else ""
+                raise LeafError(
+                    f"assign: the tree has no leaf {path!r}{left_out}"
+                    f"{_tree.near(path, tree.leaves)}"
+                )
+            leaf = tree.leaves[path]
+            if not _tree.is_array(value):
+                value = np.asarray(value)
+            if tuple(value.shape) != tuple(leaf.shape):
+                raise LeafError(
+                    f"assign: {path} expected shape {tuple(leaf.shape)}, found {tuple(value.shape)}"
+                )
+            if value.dtype != leaf.dtype:
+                raise LeafError(
+                    f"assign: {path} expected dtype {leaf.dtype}, found {value.dtype}; "
+                    f"give array.astype({str(leaf.dtype)!r})"
+                )
+            as_numpy = isinstance(leaf, np.ndarray) and not isinstance(value, jax.Array)
+            new[path] = np.array(value) if as_numpy else jnp.asarray(_tree.computable(path, value))
+        return tree.replace(new)
+
+    return apply

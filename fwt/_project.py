@@ -1,0 +1,103 @@
+"""The verb that moves leaves into a set: ``project``."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fwt import _axes, _tree
+from fwt._types import (
+    Constraint,
+    FwtError,
+    LeafError,
+    Masks,
+    Params,
+    Transform,
+    Where,
+    hashes,
+    resolve,
+)
+
+
+def project(
+    constraint: Constraint,
+    where: Where = _axes.kernels,
+    masks: Masks = None,
+    *,
+    axes: Mapping[str, str] | None = None,
+    dtype: Any = None,
+) -> Transform:
+    """Moves leaves into the set of a constraint.
+
+    Args:
+        constraint: one of ``fwt.constraints``, bare or called, or any
+            ``(leaf, axes) -> leaf`` that keeps shape and dtype.
+        where: which leaves; the kernels unless told otherwise.
+        masks: project within the support of these masks: what they drop is zero in the result.
+        axes: ``{glob: names}`` for leaves whose axes nothing else tells.
+        dtype: the dtype of the selected leaves in the result; None keeps each leaf's own.
+
+    Returns:
+        A transform; unselected leaves come back as the same objects.
+
+    Raises:
+        WhereError: if ``where`` matches nothing.
+        AxesError: if the constraint asks for axes that nothing tells.
+        FwtError: for masks with a constraint that would refill zeros.
+
+    Example:
+        >>> import fwt, numpy as np
+        >>> params = {"dense": {"kernel": np.array([[3.0], [4.0]], np.float32)}}
+        >>> project(fwt.constraints.max_norm(1.0))(params)["dense"]["kernel"].tolist()
+        [[0.6000000238418579], [0.800000011920929]]
+    """
+    chosen = resolve(constraint)
+    if not callable(chosen):
+        raise TypeError(
+            f"project takes a constraint such as fwt.constraints.non_negative, found {constraint!r}"
+        )
+    if masks is not None and not getattr(chosen, "keeps_zeros", False):
+        raise FwtError(
+            f"{getattr(chosen, 'name', chosen)!r} does not declare that it keeps zeros, so it "
+            "would refill what masks= prunes: leave masks= out, or chain it with fwt.apply_masks(masks)"
+        )
+    wanted = None if masks is None else _tree.Tree(masks).leaves
+
+    def apply(params: Params) -> Params:
+        tree = _tree.Tree(params)
+        names = tree.select(where)
+        _axes.check_used(axes, names)
+        leaves = [_tree.computable(p, tree.leaves[p], dtype) for p in names]
+        places = tuple(
+            _axes.axes_of(p, x.shape, tree.module, axes) for p, x in zip(names, leaves, strict=True)
+        )
+        support = {} if wanted is None else tree.match(wanted)
+        kept = [support.get(p) for p in names]
+        # A traced or unhashable setting can't be a static argument; the caller compiles then.
+        compiled = hashes(chosen)
+        new = (_projected_compiled if compiled else _projected)(chosen, places, leaves, kept)
+        return tree.replace(dict(zip(names, new, strict=True)))
+
+    return apply
+
+
+def _projected(constraint: Any, places: Any, leaves: list[Any], kept: list[Any]) -> list[Any]:
+    new = []
+    for place, leaf, mask in zip(places, leaves, kept, strict=True):
+        leaf = jnp.asarray(leaf)
+        if mask is not None:
+            leaf = jnp.where(mask, leaf, jnp.zeros((), leaf.dtype))
+        value = constraint(leaf, place)
+        if getattr(value, "shape", None) != leaf.shape or value.dtype != leaf.dtype:
+            found = f"{value.dtype}{list(value.shape)}" if hasattr(value, "dtype") else repr(value)
+            raise LeafError(
+                f"{place.path}: a constraint keeps shape and dtype, expected "
+                f"{leaf.dtype}{list(leaf.shape)}, found {found}"
+            )
+        new.append(value)
+    return new
+
+
+_projected_compiled = functools.partial(jax.jit, static_argnums=(0, 1))(_projected)

@@ -1,0 +1,150 @@
+"""Sequential: named layers, one after the other."""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import flax.linen as nn
+
+from fwt import layers as _layers
+from fwt._types import Array, FwtError
+
+# Where a layer says whether it trains: set from `train` if the layer's own attribute is None.
+_FLAGS = {"use_running_average": False, "deterministic": False, "train": True}
+
+
+@dataclasses.dataclass(frozen=True)
+class Named:
+    """A layer and its name. linen adopts modules that it finds in tuples and lists and names them
+    itself; in a dataclass it leaves them alone."""
+
+    name: str
+    layer: Any
+
+    def __reduce__(self) -> Any:
+        return _remake, (self.name, type(self.layer), _settings(self.layer))
+
+
+def _settings(layer: nn.Module) -> dict[str, Any]:
+    """The fields that are off their defaults (a default initializer is a closure, which does not
+    pickle)."""
+    out = {}
+    for field in dataclasses.fields(layer):
+        if not field.init or field.name in ("parent", "name"):
+            continue
+        value = getattr(layer, field.name)
+        if field.default is dataclasses.MISSING or value is not field.default:
+            factory = field.default_factory
+            if factory is not dataclasses.MISSING and value == factory():
+                continue
+            out[field.name] = value
+    return out
+
+
+def _remake(name: str, cls: type, settings: dict[str, Any]) -> Named:
+    return Named(name, cls(**settings))
+
+
+def _remake_sequential(layers: Any, input_shape: Any) -> "Sequential":
+    return Sequential(layers, input_shape)
+
+
+@functools.cache
+def _flag(cls: type) -> str | None:
+    parameters = inspect.signature(cls.__call__).parameters  # type: ignore[operator]
+    return next((f for f in _FLAGS if f in parameters), None)
+
+
+class Sequential(nn.Module):
+    """Layers applied one after the other, each under its own name.
+
+    Unlike ``nn.Sequential``, which renames its children ``layers_0``, it keeps names: the params
+    are ``{"params": {name: ...}}``. It can be hashed, compared and pickled, so that two loads of
+    one file share their compiled functions.
+
+    Args:
+        layers: ``(name, module)`` pairs, a dict of them, or plain modules, which take their own
+            ``name`` or their index; a known function such as ``nn.relu`` becomes its layer.
+        input_shape: the shape of one input without the batch axis, None for an unknown size, if
+            known: what writers of Keras models need.
+
+    Raises:
+        FwtError: for a name that is used twice or is not text, or a layer that is no module.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> net = Sequential([("hidden", nn.Dense(4)), nn.relu, nn.Dense(2)])
+        >>> variables = net.init(jax.random.key(0), jnp.ones((1, 3)))
+        >>> sorted(variables["params"])
+        ['2', 'hidden']
+        >>> net.apply(variables, jnp.ones((5, 3))).shape
+        (5, 2)
+    """
+
+    layers: Any
+    input_shape: Any = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", _named(self.layers))
+        object.__setattr__(self, "input_shape", _layers.tuples(self.input_shape))
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool = False) -> Array:
+        """The output for a batch.
+
+        Args:
+            x: (n, ...) in the layout of the first layer.
+            train: whether BatchNorm uses and updates the batch's statistics and Dropout drops;
+                only for layers that do not say so themselves.
+        """
+        for named in self.layers:
+            flag = _flag(type(named.layer))
+            settings = {}
+            if flag is not None and getattr(named.layer, flag, None) is None:
+                settings[flag] = train if _FLAGS[flag] else not train
+            x = named.layer.clone(parent=self, name=named.name)(x, **settings)
+        return x
+
+    def __reduce__(self) -> Any:
+        return _remake_sequential, (self.layers, self.input_shape)
+
+
+def _named(given: Any) -> tuple[Named, ...]:
+    if isinstance(given, Mapping):
+        given = given.items()
+    if not isinstance(given, Iterable):
+        raise FwtError(f"Sequential takes a list of layers, found {given!r}")
+    out: list[Named] = []
+    for index, entry in enumerate(given):
+        if isinstance(entry, Named):
+            out.append(entry)
+            continue
+        name, layer = entry if isinstance(entry, tuple) else (None, entry)
+        if not isinstance(layer, nn.Module):
+            if isinstance(layer, type) or not callable(layer):
+                raise FwtError(
+                    f"Sequential: entry {index} must be a linen module (called, as nn.Dense(3)) or "
+                    f"an activation function, found {layer!r}"
+                )
+            layer = _layers.from_function(layer)
+        name = name if name is not None else layer.name or str(index)
+        if not isinstance(name, str) or not name:
+            raise FwtError(f"Sequential: a layer's name is a non-empty text, found {name!r}")
+        frozen = {
+            f.name: _layers.tuples(getattr(layer, f.name))
+            for f in dataclasses.fields(layer)
+            if isinstance(getattr(layer, f.name), list)
+        }
+        # The module goes without name and parent, so that equal layers are equal.
+        out.append(Named(name, layer.clone(parent=None, name=None, **frozen)))
+    names = [n.name for n in out]
+    for name in names:
+        if names.count(name) > 1:
+            raise FwtError(
+                f"Sequential: two layers are named {name!r}; give each its own name with "
+                "(name, layer) pairs"
+            )
+    return tuple(out)

@@ -1,0 +1,112 @@
+"""The types that everything else speaks, and the errors that it raises."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+
+Array: TypeAlias = jax.Array
+Params: TypeAlias = Any
+"""Any pytree of arrays; leaves that are no arrays pass through every transform."""
+Scores: TypeAlias = Any
+"""The same tree of real numbers: higher = keep."""
+Masks: TypeAlias = Any
+"""The same tree of bool arrays: True = keep; an unselected leaf has a rank-0 True."""
+Transform: TypeAlias = Callable[[Any], Any]
+"""A pure, traceable function from params to params."""
+Initializer: TypeAlias = Callable[..., Any]
+"""JAX's protocol, ``(key, shape, dtype) -> array``."""
+Score: TypeAlias = Callable[..., Any]
+"""``(params, *, grads=None, key=None, ...) -> Scores``; it names the context that it needs."""
+Constraint: TypeAlias = Callable[[Any, Any], Any]
+"""``(leaf, axes) -> leaf``, with ``axes`` an :class:`fwt._axes.Axes`."""
+Where: TypeAlias = (
+    str | Sequence[str] | Callable[[str, jax.ShapeDtypeStruct], bool] | Mapping[str, Any] | Any
+)
+"""Which leaves: a glob on the path, a list of globs, a predicate, or a tree of concrete bools."""
+
+
+class FwtError(ValueError):
+    """Any error of ours: it names the place, what was expected, what was found, and a way out."""
+
+
+class WhereError(FwtError):
+    """A ``where`` that selects nothing, or that does not fit the tree."""
+
+
+class AxesError(FwtError):
+    """A leaf whose axes have no known meaning, for something that depends on them."""
+
+
+class LeafError(FwtError):
+    """A leaf (or a value for one) of the wrong path, shape or dtype."""
+
+
+class ConversionError(FwtError):
+    """A layer, setting or array that can't be converted exactly."""
+
+
+class FileFormatError(FwtError):
+    """A file that is not what it should be: truncated, malformed, hostile or unsupported."""
+
+
+def noun(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks a factory that needs no argument, so that a verb takes it bare or called."""
+    factory.__fwt_noun__ = True  # type: ignore[attr-defined]  # functions do carry attributes
+    return factory
+
+
+def resolve(x: Any) -> Any:
+    """A noun that was written bare, called."""
+    return x() if getattr(x, "__fwt_noun__", False) else x
+
+
+def hashes(x: Any) -> bool:
+    """Whether ``x`` can be a static argument of jit; one that holds a tracer can't."""
+    try:
+        hash(x)
+    except TypeError:
+        return False
+    return True
+
+
+class Model(NamedTuple):
+    """A Flax module and its variables.
+
+    It unpacks as Flax reads, ``module, variables = load(path)``, and is a pytree whose module
+    is static: ``jit``, ``device_put`` and every transform take one and give one back.
+
+    Attributes:
+        module: a linen module, such as :class:`fwt.Sequential`; None for a file of weights only.
+        variables: ``{"params": ..., "batch_stats": ...}``, NumPy leaves when they were loaded.
+
+    Example:
+        >>> import fwt, jax, flax.linen as nn
+        >>> module = fwt.Sequential([("dense", nn.Dense(3))])
+        >>> model = fwt.Model(module, module.init(jax.random.key(0), jax.numpy.ones((1, 2))))
+        >>> fwt.paths(fwt.prune(0.5)(model))
+        ['dense/bias', 'dense/kernel']
+        >>> model(jax.numpy.ones((4, 2))).shape
+        (4, 3)
+    """
+
+    module: Any
+    variables: Any
+
+    def __call__(self, x: Any, **kwargs: Any) -> Any:
+        """The module's output at inference, ``module.apply(variables, x)``."""
+        if self.module is None:
+            raise FwtError(
+                "this Model holds weights only (module=None), so it can't be called: "
+                "give it a module, fwt.Model(module, model.variables)"
+            )
+        return self.module.apply(self.variables, x, **kwargs)
+
+
+# Registered explicitly, because a NamedTuple's own flattening would make the module a leaf.
+jax.tree_util.register_pytree_with_keys(
+    Model,
+    lambda m: (((jax.tree_util.GetAttrKey("variables"), m.variables),), m.module),
+    lambda module, children: Model(module, children[0]),
+    lambda m: ((m.variables,), m.module),
+)

@@ -1,4 +1,55 @@
 """Converters between Keras, PyTorch, Flax and their files: exact, or refused by name."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 if __name__ != "fwt.converters":
     raise ImportError("import this package as fwt.converters: a copy would double every class")
+
+# A framework is imported when its function is first asked for.
+_HOME = {
+    "ConversionError": "fwt._types",
+    "FileFormatError": "fwt._types",
+    "from_keras": "fwt.converters._keras",
+    "from_torch": "fwt.converters._torch",
+    "load": "fwt.converters._formats",
+    "save": "fwt.converters._formats",
+    "to_keras": "fwt.converters._keras",
+    "to_torch": "fwt.converters._torch",
+    "transform": "fwt.converters._live",
+}
+
+if TYPE_CHECKING:
+    from fwt.converters._formats import load as load
+    from fwt.converters._formats import save as save
+    from fwt.converters._keras import from_keras as from_keras
+    from fwt.converters._keras import to_keras as to_keras
+    from fwt.converters._live import transform as transform
+    from fwt.converters._torch import from_torch as from_torch
+    from fwt.converters._torch import to_torch as to_torch
+
+    from fwt._types import ConversionError as ConversionError
+    from fwt._types import FileFormatError as FileFormatError
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'fwt.converters' has no attribute {name!r}")
+    try:
+        module = importlib.import_module(_HOME[name])
+    except ModuleNotFoundError as error:
+        extra = {"keras": "keras", "torch": "torch"}.get(str(error.name))
+        if extra is None:
+            raise
+        raise ImportError(
+            f"fwt.converters.{name} needs {extra}: pip install 'fwt[{extra}]'", name=extra
+        ) from error
+    value = getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

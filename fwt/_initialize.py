@@ -74,7 +74,7 @@ def initialize(
 
 def _target(path: str, leaf: Any, dtype: Any) -> jax.ShapeDtypeStruct:
     wanted = jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype) if dtype is not None else leaf.dtype)
-    return _tree.computable(path, wanted)  # type: ignore[no-any-return]  # shapes pass through
+    return _tree.computable(path, wanted)
 
 
 def _fitted(chosen: Any, axes: _axes.Axes) -> Any:

@@ -61,7 +61,8 @@ def project(
     if masks is not None and not getattr(chosen, "keeps_zeros", False):
         raise FwtError(
             f"{getattr(chosen, 'name', chosen)!r} does not declare that it keeps zeros, so it "
-            "would refill what masks= prunes: leave masks= out, or chain it with fwt.apply_masks(masks)"
+            "would refill what masks= prunes: leave masks= out, or chain it with "
+            "fwt.apply_masks(masks)"
         )
     wanted = None if masks is None else _tree.Tree(masks).leaves
 

@@ -2,7 +2,6 @@
 
 import functools
 import inspect
-import numbers
 from typing import Any, Literal
 
 import jax
@@ -178,7 +177,7 @@ class _Plan:
                 continue
             if isinstance(value, np.ndarray | np.generic) and np.ndim(value) == 0:
                 value = value.item()
-            if isinstance(value, bool) or not isinstance(value, numbers.Real) or value != value:
+            if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
                 raise FwtError(f"{name} must be a number or a scalar array, found {value!r}")
             if name == "sparsity":
                 if not 0 <= value <= 1:

@@ -24,10 +24,10 @@ class Named:
     layer: Any
 
     def __reduce__(self) -> Any:
-        return _remake, (self.name, type(self.layer), _settings(self.layer))
+        return _remake, (self.name, type(self.layer), settings_of(self.layer))
 
 
-def _settings(layer: nn.Module) -> dict[str, Any]:
+def settings_of(layer: nn.Module) -> dict[str, Any]:
     """The fields that are off their defaults (a default initializer is a closure, which does not
     pickle)."""
     out = {}
@@ -52,8 +52,8 @@ def _remake_sequential(layers: Any, input_shape: Any) -> "Sequential":
 
 
 @functools.cache
-def _flag(cls: type) -> str | None:
-    parameters = inspect.signature(cls.__call__).parameters  # type: ignore[operator]
+def _flag(cls: Any) -> str | None:
+    parameters = inspect.signature(cls.__call__).parameters
     return next((f for f in _FLAGS if f in parameters), None)
 
 

@@ -107,6 +107,6 @@ class Model(NamedTuple):
 jax.tree_util.register_pytree_with_keys(
     Model,
     lambda m: (((jax.tree_util.GetAttrKey("variables"), m.variables),), m.module),
-    lambda module, children: Model(module, children[0]),
+    lambda module, children: Model(module, *children),
     lambda m: ((m.variables,), m.module),
 )

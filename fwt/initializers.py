@@ -59,7 +59,7 @@ class Bound:
         return dataclasses.replace(self, axes=axes if self.name in _USES_AXES else None)
 
 
-def _scaling(axes: Axes | None, scale: float, mode: str, distribution: str) -> Any:
+def _scaling(axes: Axes | None, scale: float, mode: Any, distribution: Any) -> Any:
     if axes is None:
         return _jax.variance_scaling(scale, mode, distribution)
     return _jax.variance_scaling(

@@ -19,6 +19,7 @@ __all__ = [
     "GELU",
     "SELU",
     "AvgPool",
+    "ConstantPad",
     "Exponential",
     "Flatten",
     "GlobalAvgPool",
@@ -101,6 +102,16 @@ class ZeroPad(Layer):
 
     def __call__(self, x: Array) -> Array:
         return jnp.pad(x, ((0, 0), *self.padding, (0, 0)))
+
+
+class ConstantPad(Layer):
+    """(n, *spatial, c) with ``padding[i] = (before, after)`` of ``value`` on spatial axis i."""
+
+    padding: Pairs
+    value: float
+
+    def __call__(self, x: Array) -> Array:
+        return jnp.pad(x, ((0, 0), *self.padding, (0, 0)), constant_values=self.value)
 
 
 class MaxPool(Layer):

@@ -1,0 +1,168 @@
+"""Live Keras models, on any backend."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+from fwt.converters import _convert, _flax, _keras_file, _layers
+from fwt.converters._convert import Layout
+from fwt.converters._row import order, refuse
+
+from fwt import _tree
+from fwt._types import ConversionError, Model
+
+
+def _arrays(layer: Any, place: str) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for variable in layer.variables:
+        if variable.name in out:
+            raise refuse(place, f"two variables are named {variable.name!r}")
+        out[variable.name] = keras.ops.convert_to_numpy(variable)
+    return out
+
+
+def from_keras(model: Any, layout: Layout = "channels_last") -> Model:
+    """A Keras Sequential as a Flax model with the same predictions.
+
+    An ``activation=`` inside a layer becomes a layer named ``<layer>_activation``;
+    :func:`to_keras` puts it back.
+
+    Args:
+        model: a built ``keras.Sequential``; the names of its layers are kept.
+        layout: what the new model's input and output look like: "channels_last" or
+            "channels_first" where a layer proves which axis holds the channels, or "source".
+
+    Returns:
+        ``Model(module, variables)`` with NumPy leaves.
+
+    Raises:
+        ConversionError: for any layer, setting or array that can't be converted exactly, by name.
+
+    Example:
+        >>> import keras, numpy as np
+        >>> net = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, name="dense")])
+        >>> module, variables = from_keras(net)
+        >>> bool((variables["params"]["dense"]["kernel"] == net.layers[0].kernel).all())
+        True
+    """
+    if not isinstance(model, keras.Sequential):
+        raise ConversionError(
+            f"from_keras takes a keras.Sequential, found {type(model).__name__}; to change the "
+            "weights of any Keras model in place, use converters.transform(model, t)"
+        )
+    if not model.built:
+        raise ConversionError(
+            f"{model.name} has no weights yet: build it, model.build((None, ...)), or give it a "
+            "keras.Input"
+        )
+    layers, shape = _keras_file.keras_layers(_config(model), model.name)
+    live = {x.name: x for x in model.layers}
+    for layer in layers:
+        if not layer.fused:
+            layer.arrays = _arrays(live[layer.name], str(layer))
+    new, found = _convert.convert(layers, "keras", "flax", shape, layout)
+    return _flax.write_flax(new, found)
+
+
+def _config(model: Any) -> dict[str, Any]:
+    """As ``keras.saving.serialize_keras_object`` has it, but for classes of keras itself only."""
+    entries = []
+    for layer in model.layers:
+        cls = type(layer)
+        if getattr(keras.layers, cls.__name__, None) is not cls:
+            raise ConversionError(
+                f"{layer.name}: {cls.__module__}.{cls.__name__} is a custom layer, which can't be "
+                "converted"
+            )
+        entries.append(keras.saving.serialize_keras_object(layer))
+    shape = [None, *model.input_shape[1:]]
+    return {"class_name": "Sequential", "config": {"layers": entries, "build_input_shape": shape}}
+
+
+def to_keras(module: Any, variables: Any, input_shape: Sequence[int | None] | None = None) -> Any:
+    """A Flax model as a Keras Sequential with the same predictions.
+
+    Args:
+        module: a :class:`fwt.Sequential`.
+        variables: its variables, float32.
+        input_shape: the shape of its input without the batch axis; None takes the module's own,
+            or what follows from the first layers.
+
+    Returns:
+        A built ``keras.Sequential`` on the active backend, whose layers keep their names.
+
+    Raises:
+        ConversionError: for any layer or setting that Keras can't say exactly, by name.
+
+    Example:
+        >>> import fwt, jax, flax.linen as nn
+        >>> net = fwt.Sequential([("dense", nn.Dense(2))])
+        >>> variables = net.init(jax.random.key(0), jax.numpy.ones((1, 3)))
+        >>> [layer.name for layer in to_keras(net, variables).layers]
+        ['dense']
+    """
+    layers, shape = _keras_file.to_keras_layers(module, variables, input_shape)
+    config = _keras_file.keras_config(layers, shape)["config"]
+    model = keras.Sequential.from_config(config)
+    for layer in layers:
+        live = {v.name: v for v in model.get_layer(layer.name).variables}
+        for name, value in layer.arrays.items():
+            live[name].assign(value)
+    return model
+
+
+def leaves(model: Any) -> dict[str, tuple[np.ndarray, Callable[[np.ndarray], None]]]:
+    """The floating weights by path, in Flax's names and axes, each with a way to write it."""
+    out: dict[str, tuple[np.ndarray, Callable[[np.ndarray], None]]] = {}
+    seen: set[int] = set()
+
+    def visit(layer: Any, parts: list[str]) -> None:
+        children = list(layer._flatten_layers(include_self=False, recursive=False))
+        theirs = {id(v) for child in children for v in child.variables}
+        names = _layers.leaf_names("keras", _public_name(layer))
+        for variable in layer.variables:
+            if id(variable) in theirs or id(variable) in seen or not _is_weight(variable):
+                continue
+            seen.add(id(variable))
+            value = np.asarray(keras.ops.convert_to_numpy(variable))
+            name, axes, flax_axes, collection = names.get(
+                variable.name, (variable.name, [], [], "params")
+            )
+            if collection != "params":
+                continue
+            there = order(axes, flax_axes, value.ndim) if axes else None
+            if there is not None:
+                value = value.transpose(there)
+            path = "/".join(_tree.escape(p) for p in [*parts, name])
+            suffix = 1
+            while path in out:  # two layers of one name below one parent
+                path = "/".join(
+                    _tree.escape(p) for p in [*parts[:-1], f"{parts[-1]}_{suffix}", name]
+                )
+                suffix += 1
+            out[path] = (value, functools.partial(_write, variable, there))
+        for child in children:
+            visit(child, [*parts, child.name])
+
+    visit(model, [])
+    return out
+
+
+def _public_name(layer: Any) -> str:
+    """The class in keras.layers that a layer is or derives from."""
+    for cls in type(layer).__mro__:
+        if getattr(keras.layers, cls.__name__, None) is cls:
+            return cls.__name__
+    return type(layer).__name__
+
+
+def _is_weight(variable: Any) -> bool:
+    """A floating weight; no seed, counter, metric or running statistic."""
+    floating = keras.backend.is_float_dtype(keras.backend.standardize_dtype(variable.dtype))
+    return floating and variable.name not in ("moving_mean", "moving_variance")
+
+
+def _write(variable: Any, there: tuple[int, ...] | None, value: np.ndarray) -> None:
+    variable.assign(value if there is None else value.transpose(np.argsort(there)))

@@ -1,0 +1,294 @@
+"""Keras models as data: their configs, and the .keras archive."""
+
+import dataclasses
+import datetime
+import io
+import json
+import math
+import re
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from fwt.converters import _convert, _flax, _layers
+from fwt.converters._convert import Layer
+from fwt.converters._io import member, reading
+from fwt.converters._row import S, refuse
+
+from fwt._types import ConversionError, FileFormatError, Model
+
+KERAS_VERSION = "3.15.1"  # whose file layout this is
+
+
+def keras_layers(config: Any, place: str) -> tuple[list[Layer], tuple[int | None, ...] | None]:
+    """The layers of a Keras Sequential's config, and its input shape without the batch axis.
+
+    An ``activation=`` becomes a layer of its own, named ``<layer>_activation``.
+    """
+    if not isinstance(config, dict) or config.get("class_name") != "Sequential":
+        found = config.get("class_name") if isinstance(config, dict) else type(config).__name__
+        raise ConversionError(f"{place}: expected a keras Sequential, found {found!r}")
+    body = config.get("config")
+    entries = body.get("layers") if isinstance(body, dict) else None
+    if not isinstance(body, dict) or not isinstance(entries, list):
+        raise FileFormatError(f"{place}: the config has no list of layers")
+    shape = body.get("build_input_shape")
+    layers: list[Layer] = []
+    for entry in entries:
+        kind, settings = _keras_entry(entry, place)
+        if kind == "InputLayer":
+            shape = settings.get("batch_shape") or settings.get("batch_input_shape") or shape
+            if settings.get("sparse") or settings.get("ragged"):
+                raise ConversionError(f"{place}: a sparse or ragged input can't be converted")
+            continue
+        name = settings.get("name")
+        if not isinstance(name, str):
+            raise FileFormatError(f"{place}: a layer {kind!r} has no name")
+        _check_policy(f"{name} ({kind})", settings.pop("dtype", None))
+        activation = None
+        if any(r.fused_activation for r in _layers.rows_of("keras", kind)):
+            activation = settings.pop("activation", "linear")
+        elif kind == "Activation":
+            settings["activation"] = _function_name(settings.get("activation"))
+        layers.append(Layer(name, kind, settings))
+        if activation is not None:
+            layers += _fused(f"{name}_activation", activation, place)
+    if shape is not None and not isinstance(shape, list | tuple):
+        raise FileFormatError(f"{place}: the input shape is {shape!r}")
+    return layers, None if shape is None else tuple(shape[1:])
+
+
+def _keras_entry(entry: Any, place: str) -> tuple[str, dict[str, Any]]:
+    if not isinstance(entry, dict) or not isinstance(entry.get("config"), dict):
+        raise FileFormatError(f"{place}: expected a layer, found {entry!r:.80}")
+    kind, module = entry.get("class_name"), entry.get("module")
+    if not isinstance(kind, str):
+        raise FileFormatError(f"{place}: a layer's class is {kind!r}")
+    if entry.get("registered_name") not in (None, kind) or (
+        module is not None and str(module).split(".")[0] != "keras"
+    ):
+        raise ConversionError(
+            f"{place}: {entry['config'].get('name')} is a custom layer "
+            f"({module}.{kind}), which can't be converted"
+        )
+    return kind, dict(entry["config"])
+
+
+def _check_policy(place: str, policy: Any) -> None:
+    name = policy
+    if isinstance(policy, dict):
+        inner = policy.get("config")
+        name = inner.get("name") if isinstance(inner, dict) else policy.get("class_name")
+    if name not in (None, "float32"):
+        raise refuse(
+            place, f"dtype policy {name!r}: only float32 is converted", "rebuild it in float32"
+        )
+
+
+def _function_name(activation: Any) -> Any:
+    if isinstance(activation, dict) and activation.get("class_name") == "function":
+        return activation.get("config")
+    return activation
+
+
+def _fused(name: str, activation: Any, place: str) -> list[Layer]:
+    activation = _function_name(activation)
+    if activation in (None, "linear"):
+        return []
+    if isinstance(activation, dict):  # a layer object as activation
+        kind, settings = _keras_entry(activation, place)
+        _check_policy(f"{name} ({kind})", settings.pop("dtype", None))
+        return [Layer(name, kind, settings, fused=True)]
+    return [Layer(name, "Activation", {"activation": activation}, fused=True)]
+
+
+def keras_config(layers: list[Layer], shape: Any, name: str = "sequential") -> dict[str, Any]:
+    """The config of a Keras Sequential of these layers, activations folded into theirs."""
+    entries = [
+        {
+            "module": "keras.layers",
+            "class_name": "InputLayer",
+            "config": {"batch_shape": [None, *shape], "dtype": "float32", "name": "input_layer"},
+            "registered_name": None,
+        }
+    ]
+    for layer in layers:
+        entries.append(
+            {
+                "module": "keras.layers",
+                "class_name": layer.kind,
+                "config": {"name": layer.name, "dtype": "float32", **listed(layer.settings)},
+                "registered_name": None,
+            }
+        )
+    return {
+        "module": "keras",
+        "class_name": "Sequential",
+        "config": {
+            "name": name,
+            "trainable": True,
+            "dtype": "float32",
+            "layers": entries,
+            "build_input_shape": [None, *shape],
+        },
+        "registered_name": None,
+        "build_config": {"input_shape": [None, *shape]},
+    }
+
+
+def fold_activations(layers: list[Layer]) -> list[Layer]:
+    """``x`` and ``x_activation`` as one Keras layer."""
+    out: list[Layer] = []
+    for layer in layers:
+        last = out[-1] if out else None
+        if (
+            last is not None
+            and layer.kind == "Activation"
+            and layer.name == f"{last.name}_activation"
+            and any(r.fused_activation for r in _layers.rows_of("keras", last.kind))
+            and "activation" not in last.settings
+        ):
+            out[-1] = dataclasses.replace(last, settings={**last.settings, **layer.settings})
+            continue
+        out.append(layer)
+    return out
+
+
+def listed(x: Any) -> Any:
+    if isinstance(x, Mapping):
+        return {k: listed(v) for k, v in x.items()}
+    return [listed(v) for v in x] if isinstance(x, list | tuple) else x
+
+
+def to_keras_layers(
+    module: Any, variables: Any, input_shape: Any
+) -> tuple[list[Layer], tuple[int | None, ...]]:
+    """Keras layers of a Flax model, and the input shape that Keras wants to know."""
+    layers = _flax.read_flax(module, variables)
+    shape = module.input_shape if input_shape is None else tuple(input_shape)
+    new, found = _convert.convert(layers, "flax", "keras", shape, "source")
+    if found is None:
+        dense = next((x for x in layers if x.kind == "Dense" and "kernel" in x.arrays), None)
+        if dense is None:
+            raise ConversionError(
+                "the shape of the input does not follow from the layers: give input_shape= "
+                "(without the batch axis)"
+            )
+        shape = (dense.arrays["kernel"].shape[0],)
+        new, found = _convert.convert(layers, "flax", "keras", shape, "source")
+    assert found is not None
+    for layer in new:
+        if not layer.name or "/" in layer.name:
+            raise ConversionError(f"{layer.name!r} can't be the name of a Keras layer")
+        for name, value in layer.arrays.items():
+            if value.dtype != np.float32:
+                raise refuse(
+                    f"{layer.name}/{name}",
+                    f"dtype {value.dtype}: Keras models are written in float32",
+                    "cast the variables first, jax.tree.map(lambda x: x.astype('float32'), ...)",
+                )
+    return fold_activations(new), found
+
+
+# ---------------------------------------------------------------------------------------------
+# .keras
+
+
+def load_keras(path: Path) -> Model:
+    """A .keras archive."""
+    with reading(path), zipfile.ZipFile(path) as archive:
+        config = json.loads(member(archive, "config.json", path))
+        layers, shape = keras_layers(config, str(path))
+        if any(x.kind == "Sequential" for x in layers):
+            raise ConversionError(f"{path}: a Sequential inside a Sequential can't be converted")
+        import h5py
+
+        weights = member(archive, "model.weights.h5", path)
+        with h5py.File(io.BytesIO(weights), "r") as file:
+            own = [x for x in layers if not x.fused]
+            for layer, group in zip(own, _groups(own), strict=True):
+                layer.arrays = _keras_arrays(file, f"layers/{group}/vars", layer, path, weights)
+    new, found = _convert.convert(layers, "keras", "flax", shape, "channels_last")
+    return _flax.write_flax(new, found)
+
+
+def _groups(layers: list[Layer]) -> list[str]:
+    """The group of each layer in the weights file: its class in snake case, and a counter."""
+    seen: dict[str, int] = {}
+    out = []
+    for layer in layers:
+        name = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", layer.kind)
+        name = re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()
+        count = seen.get(name, 0)
+        seen[name] = count + 1
+        out.append(f"{name}_{count}" if count else name)
+    return out
+
+
+def _keras_names(layer: Layer) -> list[str]:
+    """The names of a Keras layer's arrays, in the order of the file."""
+    rows = _layers.rows_of("keras", layer.kind)
+    names = []
+    for p in rows[0].params if rows else ():
+        if p.when is not None:
+            setting = next(s for s in rows[0].settings if getattr(s, "flax", None) == p.when)
+            assert isinstance(setting, S)
+            assert setting.keras is not None
+            if not layer.settings.get(setting.keras, setting.keras_default):
+                continue
+        names.append(p.of("keras")[0])
+    return names
+
+
+def _keras_arrays(
+    file: Any, group: str, layer: Layer, path: Path, weights: bytearray
+) -> dict[str, np.ndarray]:
+    names = _keras_names(layer)
+    found = file.get(group)
+    count = 0 if found is None else len(found)
+    if count != len(names):
+        raise FileFormatError(
+            f"{path}: {group} of {layer} holds {count} arrays, expected {len(names)} {names}"
+        )
+    out = {}
+    for index, name in enumerate(names):
+        place = f"{group}/{index}"
+        dataset = file.get(place)
+        link = file.get(place, getlink=True)
+        if dataset is None or not hasattr(dataset, "shape"):
+            raise FileFormatError(f"{path}: {place} is no array")
+        if type(link).__name__ != "HardLink" or dataset.external or dataset.is_virtual:
+            raise FileFormatError(f"{path}: {place} refers to data outside the file")
+        if dataset.dtype.kind not in "fiub":
+            raise FileFormatError(f"{path}: {place} has dtype {dataset.dtype}")
+        # Checked before anything is allocated; deflate gives at most about 1,030 to 1.
+        most = len(weights) * (1100 if dataset.chunks else 1)
+        if math.prod(dataset.shape) * dataset.dtype.itemsize > most:
+            raise FileFormatError(
+                f"{path}: {place} declares shape {dataset.shape}, more than the file holds"
+            )
+        out[name] = np.asarray(dataset[()])
+    return out
+
+
+def save_keras(file: Any, module: Any, variables: Any, layout: str | None) -> None:
+    """A .keras archive that real Keras opens."""
+    import h5py
+
+    layers, shape = to_keras_layers(module, variables, None)
+    weights = io.BytesIO()
+    with h5py.File(weights, "w") as h5:
+        for layer, group in zip(layers, _groups(layers), strict=True):
+            place = h5.create_group(f"layers/{group}/vars")
+            place.attrs["name"] = layer.name
+            for index, name in enumerate(_keras_names(layer)):
+                place.create_dataset(str(index), data=layer.arrays[name])
+        h5.create_group("vars").attrs["name"] = "sequential"
+    saved = datetime.datetime.now().strftime("%Y-%m-%d@%H:%M:%S")
+    with zipfile.ZipFile(file, "w") as archive:
+        metadata = {"keras_version": KERAS_VERSION, "date_saved": saved}
+        archive.writestr("metadata.json", json.dumps(metadata))
+        archive.writestr("config.json", json.dumps(keras_config(layers, shape)))
+        archive.writestr("model.weights.h5", weights.getvalue())

@@ -1,0 +1,98 @@
+"""``transform``: any transform on a live model of any framework, in place."""
+
+import sys
+from typing import Any
+
+import numpy as np
+
+from fwt import _tree
+from fwt._types import ConversionError, LeafError, Model, Transform
+
+
+def transform(model: Any, t: Transform) -> Any:
+    """Runs a transform on a live Keras or torch model of any shape, in place.
+
+    The transform sees the weights in Flax's names and axes, under the same paths as ``from_keras``
+    and ``from_torch`` give, without BatchNorm statistics; nothing is permuted for a Flatten. Only
+    weights that it changed are written, all of them after it ended: integer, seed and tied
+    variables, dtype, device, ``requires_grad`` and the storage itself survive. A tied weight
+    stands under its first path.
+
+    Args:
+        model: a built Keras model, a torch module, or a :class:`fwt.Model`.
+        t: any transform.
+
+    Returns:
+        The same model; for a :class:`fwt.Model`, a new one.
+
+    Raises:
+        FwtError: whatever the transform says; the model is as it was then.
+        LeafError: if it changed a path, shape or dtype.
+
+    Example:
+        >>> import torch, fwt
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 2))
+        >>> _ = transform(net, fwt.prune(0.5))
+        >>> int((net[0].weight == 0).sum())
+        4
+    """
+    if isinstance(model, Model):
+        return t(model)
+    leaves = _backend(model).leaves(model)
+    if not leaves:
+        raise ConversionError(
+            f"{type(model).__name__} has no floating weights; build a Keras model first, "
+            "model.build((None, ...))"
+        )
+    before = {path: value for path, (value, _) in leaves.items()}
+    # Under "params", so that a layer that is itself named params is no collection.
+    tree = {"params": _nested(before)}
+    after = _tree.Tree(t(tree)).leaves
+    if set(after) != set(before):
+        path = sorted(set(after) ^ set(before))[0]
+        raise LeafError(f"the transform must keep the tree as it is, but {path!r} is not in both")
+    changed = {}
+    for path, old in before.items():
+        new = after[path]
+        if new is old:
+            continue
+        value = np.asarray(new)
+        if value.shape != old.shape or value.dtype != old.dtype:
+            raise LeafError(
+                f"{path}: expected {old.dtype}{list(old.shape)} from the transform, found "
+                f"{value.dtype}{list(value.shape)}"
+            )
+        # Bytes, so that NaN equals itself and -0.0 is not +0.0.
+        if value.tobytes() != old.tobytes():
+            changed[path] = value
+    for path, value in changed.items():
+        leaves[path][1](value)
+    return model
+
+
+def _nested(flat: dict[str, Any]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, last = [_tree.unescape(p) for p in _tree.split(path)]
+        node = out
+        for part in parents:
+            node = node.setdefault(part, {})
+        node[last] = value
+    return out
+
+
+def _backend(model: Any) -> Any:
+    """The module for a live model, which touches a framework only if it is imported already."""
+    torch, keras = sys.modules.get("torch"), sys.modules.get("keras")
+    if keras is not None and isinstance(model, keras.layers.Layer):
+        from fwt.converters import _keras
+
+        return _keras
+    if torch is not None and isinstance(model, torch.nn.Module):
+        from fwt.converters import _torch
+
+        return _torch
+    raise ConversionError(
+        f"transform takes a Keras model, a torch module or a fwt.Model, found "
+        f"{type(model).__name__}; for a tree of arrays, call the transform on it"
+    )

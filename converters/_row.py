@@ -1,0 +1,285 @@
+"""What a row of the layer table is made of, and how settings are taken.
+
+The rows themselves are in :mod:`fwt.converters._layers`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+from fwt import layers as fl
+from fwt._types import ConversionError
+
+Framework = Literal["flax", "keras", "torch"]
+REQUIRED: Any = object()
+IO = tuple[Callable[[Any], Any], Callable[[Any], Any]]
+
+# What matters only in training, and names: neither converted nor refused.
+TRAINING: dict[str, frozenset[str]] = {
+    "flax": frozenset(
+        [
+            "kernel_init",
+            "bias_init",
+            "scale_init",
+            "param_dtype",
+            "rng_collection",
+            "axis_name",
+            "axis_index_groups",
+            "use_fast_variance",
+            "force_float32_reductions",
+            "parent",
+            "name",
+        ]
+    ),
+    "torch": frozenset(["device", "dtype", "inplace"]),
+    "keras": frozenset(
+        [
+            "name",
+            "trainable",
+            "seed",
+            "activity_regularizer",
+            "kernel_initializer",
+            "bias_initializer",
+            "beta_initializer",
+            "gamma_initializer",
+            "moving_mean_initializer",
+            "moving_variance_initializer",
+            "kernel_regularizer",
+            "bias_regularizer",
+            "beta_regularizer",
+            "gamma_regularizer",
+            "kernel_constraint",
+            "bias_constraint",
+            "beta_constraint",
+            "gamma_constraint",
+        ]
+    ),
+}
+# Arrays that are no weights.
+STATE = {"flax": (), "torch": ("num_batches_tracked",), "keras": ("seed_generator_state",)}
+
+
+def refuse(place: str, found: str, way_out: str = "") -> ConversionError:
+    """The one form of a refusal."""
+    return ConversionError(f"{place}: {found}" + (f"; {way_out}" if way_out else ""))
+
+
+@dataclasses.dataclass(frozen=True)
+class S:
+    """One setting under its name in each framework; None where a framework can't say it."""
+
+    flax: str
+    torch: str | None
+    keras: str | None
+    keras_default: Any = REQUIRED
+    normal: Callable[[Any], Any] = lambda x: x  # one form whatever the framework
+    torch_io: IO | None = None  # (read, write)
+
+    def name(self, framework: Framework) -> str | None:
+        return {"flax": self.flax, "torch": self.torch, "keras": self.keras}[framework]
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """A torch setting that is the size of an axis."""
+
+    torch: str
+    letter: str
+
+
+@dataclasses.dataclass(frozen=True)
+class AxisSetting:
+    """A setting that is the number of an axis: it crosses as that axis."""
+
+    flax: str
+    torch: str | None
+    keras: str | None
+    keras_default: Any = -1
+    torch_fixed: int | None = None  # torch has no setting for it, always this axis
+    letter: str | None = None  # the arrays follow this axis
+
+    def name(self, framework: Framework) -> str | None:
+        return {"flax": self.flax, "torch": self.torch, "keras": self.keras}[framework]
+
+
+@dataclasses.dataclass(frozen=True)
+class P:
+    """One array: ``"name: axes"`` in each framework, present when the field ``when`` is true.
+
+    ``j`` is the input of one group, ``*k`` the window. ``fill`` is what torch gets where Flax has
+    none.
+    """
+
+    flax: str
+    torch: str
+    keras: str
+    when: str | None = None
+    collection: str = "params"
+    fill: float | None = None
+
+    def of(self, framework: Framework) -> tuple[str, list[str]]:
+        text: str = getattr(self, framework)
+        name, _, letters = text.partition(":")
+        return name, letters.split()
+
+
+@dataclasses.dataclass(frozen=True)
+class Around:
+    """A layer that a target needs beside another to say the same thing."""
+
+    flax: type
+    suffix: str  # of its name
+    fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    before: bool = True
+
+
+class Special:
+    """What a row can't declare: a pair of inverse functions."""
+
+    def read(self, framework: Framework, take: "Take", fields: dict[str, Any], at: "At") -> None:
+        """Takes settings of a framework into Flax fields."""
+
+    def write(
+        self, framework: Framework, fields: dict[str, Any], settings: dict[str, Any], at: "At"
+    ) -> list[Around]:
+        """Adds settings of a framework; returns the layers to put around it."""
+        return []
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One layer. ``axes`` is ``"in -> out"`` in letters, ``torch_axes`` where torch differs.
+
+    Attributes:
+        flax: the linen class; None for a layer that has names in live trees but no conversion.
+        torch: the class in torch.nn (or one of ours, for what torch.nn lacks), or None.
+        keras: the class in keras.layers, or None.
+        axes: the axes in Flax and Keras; ``*b`` is any number of them; "" keeps all as they are.
+        ranks: the tensor ranks that it takes, the batch axis included; () for any.
+        channel: the letter of the axis that this layer proves to hold the channels.
+        keras_defaults: settings that must stand at these values in Keras.
+        function: (name in keras.activations, the fields that it stands for).
+        fused_activation: whether Keras's layer has an activation=, which becomes a layer.
+        kind: how the walk treats it: "" by its axes, or "flatten", "reshape", "permute".
+    """
+
+    flax: type | None
+    torch: str | None = None
+    keras: str | None = None
+    axes: str = ""
+    torch_axes: str | None = None
+    settings: tuple[S | Size | AxisSetting, ...] = ()
+    params: tuple[P, ...] = ()
+    ranks: tuple[int, ...] = ()
+    channel: str | None = None
+    keras_defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    function: tuple[str, Mapping[str, Any]] | None = None
+    kind: Literal["", "flatten", "reshape", "permute"] = ""
+    fused_activation: bool = False
+    special: Special = dataclasses.field(default_factory=Special)
+
+    def spec(self, framework: Framework) -> tuple[list[str], list[str]]:
+        text = self.torch_axes if framework == "torch" and self.torch_axes else self.axes
+        left, _, right = text.partition("->")
+        return left.split(), right.split()
+
+    def class_in(self, framework: Framework) -> str | None:
+        if framework == "flax":
+            return self.flax.__name__ if self.flax else None
+        return self.torch if framework == "torch" else self.keras
+
+
+@dataclasses.dataclass
+class At:
+    """Where a special function is: the layer's name, and the spatial sizes before it."""
+
+    place: str
+    sizes: tuple[int | None, ...]
+    non_negative: bool = False  # whether its input is known to be >= 0
+    rank: int | None = None
+
+    def known(self, why: str) -> tuple[int, ...]:
+        if not self.sizes or any(s is None for s in self.sizes):
+            raise refuse(
+                self.place,
+                f"{why} depends on the input's size, which is not known",
+                "give input_shape= (without the batch axis)",
+            )
+        return tuple(s for s in self.sizes if s is not None)
+
+
+class Take:
+    """A layer's settings; what is read is marked as taken."""
+
+    def __init__(
+        self,
+        place: str,
+        framework: Framework,
+        values: Mapping[str, Any],
+        defaults: Mapping[str, Any],
+    ):
+        self.place, self.framework = place, framework
+        self.values, self.defaults = values, defaults
+        self.taken: set[str] = set()
+
+    def __call__(self, name: str) -> Any:
+        self.taken.add(name)
+        if name in self.values:
+            return self.values[name]
+        if name in self.defaults:
+            return self.defaults[name]
+        raise refuse(self.place, f"the setting {name!r} is missing")
+
+    def check_all_taken(self) -> None:
+        """Raises for any setting off its default that nobody took."""
+        for name, value in self.values.items():
+            if name in self.taken or name in TRAINING[self.framework]:
+                continue
+            if name in self.defaults and same(value, self.defaults[name]):
+                continue
+            expected = (
+                f"only {self.defaults[name]!r} can be converted"
+                if name in self.defaults
+                else "this setting is not known"
+            )
+            raise refuse(self.place, f"{name}={value!r}: {expected}")
+
+
+def same(a: Any, b: Any) -> bool:
+    a, b = fl.tuples(a), fl.tuples(b)
+    if isinstance(b, int) and isinstance(a, tuple):
+        return all(x == b for x in a)
+    return (type(a) is type(b) and bool(a == b)) or (a is b) or (a == b and not callable(a))
+
+
+def each(rank: int) -> Callable[[Any], Any]:
+    """An int as a tuple of so many ints, a list as a tuple."""
+
+    def normal(x: Any) -> Any:
+        if x is None:
+            return None
+        listed = (x,) * rank if isinstance(x, int | np.integer) else tuple(x)
+        if len(listed) == 1:
+            listed *= rank
+        return tuple(int(v) for v in listed)
+
+    return normal
+
+
+def order(source: list[str], target: list[str], rank: int) -> tuple[int, ...]:
+    """The transposition from one list of letters to another, ``*x`` expanded to fill the rank."""
+
+    def expand(letters: list[str]) -> list[str]:
+        fill = rank - sum(not x.startswith("*") for x in letters)
+        return [
+            y
+            for x in letters
+            for y in ([f"{x}{i}" for i in range(fill)] if x.startswith("*") else [x])
+        ]
+
+    wanted, have = expand(target), expand(source)
+    if len(have) != rank:
+        raise ConversionError(f"an array of rank {rank} where axes {' '.join(source)} are expected")
+    return tuple(have.index(x) for x in wanted)

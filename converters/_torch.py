@@ -1,0 +1,254 @@
+"""Live PyTorch models."""
+
+import functools
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+from fwt.converters import _convert, _flax, _layers, _torch_file
+from fwt.converters._convert import Layer, Layout
+from fwt.converters._row import TRAINING, order, refuse
+
+from fwt import _tree
+from fwt._types import ConversionError, Model
+
+# NumPy has no such dtypes: they cross as integers of the same width.
+_AS_INTEGER = {
+    torch.bfloat16: (torch.int16, ml_dtypes.bfloat16),
+    torch.float8_e4m3fn: (torch.int8, ml_dtypes.float8_e4m3fn),
+    torch.float8_e5m2: (torch.int8, ml_dtypes.float8_e5m2),
+}
+
+
+class Permute(torch.nn.Module):
+    """Moves axes, ``x.permute(dims)``; torch.nn has no such layer."""
+
+    def __init__(self, dims: Sequence[int]):
+        super().__init__()
+        self.dims = tuple(dims)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.permute(self.dims)
+
+    def extra_repr(self) -> str:
+        return f"dims={self.dims}"
+
+
+def _class(kind: str) -> type | None:
+    return Permute if kind == "Permute" else getattr(torch.nn, kind, None)
+
+
+@functools.cache
+def _defaults(cls: Any) -> dict[str, Any]:
+    parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+    return {p.name: p.default for p in parameters}
+
+
+def to_numpy(tensor: torch.Tensor, place: str) -> np.ndarray:
+    """A tensor's values, whatever its dtype, device and layout in memory."""
+    if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
+        raise refuse(place, "a meta, sparse or quantised tensor has no plain values")
+    tensor = tensor.detach().cpu()
+    if tensor.dtype in _AS_INTEGER:
+        integer, dtype = _AS_INTEGER[tensor.dtype]
+        return tensor.contiguous().view(integer).numpy().view(dtype)
+    return tensor.numpy()
+
+
+def to_tensor(value: Any) -> torch.Tensor:
+    """An array as a tensor of its own memory."""
+    value = np.array(value, order="C")
+    for dtype, (integer, numpy_dtype) in _AS_INTEGER.items():
+        if value.dtype == numpy_dtype:
+            width = np.int16 if integer is torch.int16 else np.int8
+            return torch.from_numpy(value.view(width)).view(dtype)
+    return torch.from_numpy(value)
+
+
+def _layer(name: str, module: torch.nn.Module) -> Layer:
+    kind = type(module).__name__
+    place = f"{name} ({kind})"
+    if type(module) is not _class(kind):
+        raise refuse(
+            place, f"{type(module).__module__}.{kind} is a custom module, which can't be converted"
+        )
+    if module._forward_hooks or module._forward_pre_hooks:
+        raise refuse(
+            place,
+            "a forward hook (as of torch.nn.utils.prune or weight_norm) can change what it does",
+            "remove it, such as with torch.nn.utils.prune.remove",
+        )
+    parameters = dict(module.named_parameters(recurse=False))
+    buffers = dict(module.named_buffers(recurse=False))
+    cls: Any = type(module)
+    defaults = _defaults(cls)
+    settings = {}
+    for key in defaults:
+        if key in TRAINING["torch"]:
+            continue
+        if key == "bias":
+            settings[key] = module.bias is not None
+        elif hasattr(module, key):
+            settings[key] = getattr(module, key)
+    arrays = {k: to_numpy(v, f"{name}.{k}") for k, v in {**parameters, **buffers}.items()}
+    known = {k: v for k, v in defaults.items() if v is not inspect.Parameter.empty}
+    return Layer(name, kind, settings, arrays, known)
+
+
+def from_torch(
+    model: torch.nn.Sequential,
+    input_shape: Sequence[int | None] | None = None,
+    layout: Layout = "channels_last",
+) -> Model:
+    """A torch Sequential as a Flax model with the same predictions (those in eval mode).
+
+    Args:
+        model: a ``torch.nn.Sequential``; the names of its layers are kept.
+        input_shape: the shape of its input without the batch axis, such as (3, 32, 48). None works
+            where the rank follows from the first layers.
+        layout: what the new model's input and output look like: "channels_last" or
+            "channels_first" where a layer proves which axis holds the channels, or "source" to
+            keep both ends exactly as the given model has them.
+
+    Returns:
+        ``Model(module, variables)`` with NumPy leaves.
+
+    Raises:
+        ConversionError: for any layer, setting or array that can't be converted exactly, by name.
+
+    Example:
+        >>> import torch, numpy as np
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU())
+        >>> model = from_torch(net)
+        >>> x = np.ones((4, 3), np.float32)
+        >>> bool(np.allclose(model(x), net(torch.from_numpy(x)).detach(), atol=1e-6))
+        True
+    """
+    if type(model) is not torch.nn.Sequential:
+        raise ConversionError(
+            f"from_torch takes a torch.nn.Sequential, found {type(model).__name__}; to change the "
+            "weights of any torch module in place, use converters.transform(model, t)"
+        )
+    layers = []
+    seen: dict[int, str] = {}
+    if model._forward_hooks or model._forward_pre_hooks:
+        raise ConversionError("the model has forward hooks, which can change what it does")
+    for name, module in model.named_children():
+        layers.append(_layer(name, module))
+        for parameter in module.parameters():
+            if id(parameter) in seen:
+                raise ConversionError(
+                    f"{name} and {seen[id(parameter)]} share a parameter; a Sequential keeps one "
+                    "for each: give them their own, copy.deepcopy(layer)"
+                )
+            seen[id(parameter)] = name
+    # named_children skips a module that stands there twice.
+    if len(layers) != len(model):
+        names = {id(m): n for n, m in reversed(list(model._modules.items()))}
+        layers = []
+        for name, module in model._modules.items():
+            assert module is not None
+            if names[id(module)] != name and list(module.parameters()):
+                raise ConversionError(
+                    f"{name} and {names[id(module)]} are one module; a Sequential keeps weights "
+                    "for each: give them their own, copy.deepcopy(layer)"
+                )
+            layers.append(_layer(name, module))
+    new, shape = _convert.convert(layers, "torch", "flax", input_shape, layout)
+    return _flax.write_flax(new, shape)
+
+
+def to_torch(
+    module: Any,
+    variables: Any,
+    input_shape: Sequence[int | None] | None = None,
+    layout: Layout = "channels_first",
+) -> torch.nn.Sequential:
+    """A Flax model as a torch Sequential in eval mode, with the same predictions.
+
+    Strided SAME padding becomes the padding that it is at ``input_shape``. What torch.nn lacks is
+    a small module of ours (``Permute``), so that a pickle of the model needs fwt; its state dict
+    does not.
+
+    Args:
+        module: a :class:`fwt.Sequential`.
+        variables: its variables.
+        input_shape: the shape of its input without the batch axis, in Flax's order; None takes
+            the module's own, or works where nothing depends on it.
+        layout: as in :func:`from_torch`.
+
+    Returns:
+        A ``torch.nn.Sequential`` whose layers keep their names.
+
+    Raises:
+        ConversionError: for any layer or setting that torch can't say exactly, by name.
+
+    Example:
+        >>> import fwt, jax, flax.linen as nn
+        >>> net = fwt.Sequential([("dense", nn.Dense(2))])
+        >>> variables = net.init(jax.random.key(0), jax.numpy.ones((1, 3)))
+        >>> to_torch(net, variables)
+        Sequential(
+          (dense): Linear(in_features=3, out_features=2, bias=True)
+        )
+    """
+    layers = _flax.read_flax(module, variables)
+    shape = module.input_shape if input_shape is None else input_shape
+    new, _ = _convert.convert(layers, "flax", "torch", shape, layout)
+    modules: OrderedDict[str, torch.nn.Module] = OrderedDict()
+    for layer in new:
+        cls = _class(layer.kind)
+        assert cls is not None
+        if not layer.name or "." in layer.name or layer.name in dir(torch.nn.Sequential):
+            raise ConversionError(f"{layer.name!r} can't be the name of a torch module")
+        state = {k: to_tensor(v) for k, v in _torch_file.torch_state(layer).items()}
+        # Made without memory: the arrays become its parameters.
+        built = cls(**layer.settings, **({"device": "meta"} if state else {}))
+        if state:
+            built.load_state_dict(state, assign=True)
+            for parameter in built.parameters():
+                parameter.requires_grad_(parameter.is_floating_point())
+        modules[layer.name] = built
+    return torch.nn.Sequential(modules).eval()
+
+
+def leaves(model: torch.nn.Module) -> dict[str, tuple[np.ndarray, Callable[[np.ndarray], None]]]:
+    """The floating parameters by path, in Flax's names and axes, each with a way to write it."""
+    out: dict[str, tuple[np.ndarray, Callable[[np.ndarray], None]]] = {}
+    seen: set[int] = set()
+    for prefix, module in model.named_modules():
+        names = _layers.leaf_names("torch", _public_name(module))
+        for name, parameter in module.named_parameters(recurse=False):
+            if id(parameter) in seen or not parameter.is_floating_point():
+                continue
+            seen.add(id(parameter))
+            place = f"{prefix}.{name}" if prefix else name
+            value = to_numpy(parameter, place)
+            flax_name, axes, flax_axes, _ = names.get(name, (name, [], [], "params"))
+            there = order(axes, flax_axes, value.ndim) if axes else None
+            if there is not None:
+                value = value.transpose(there)
+            parts = [*filter(None, prefix.split(".")), flax_name]
+            path = "/".join(_tree.escape(p) for p in parts)
+            out[path] = (value, functools.partial(_write, parameter, there))
+    return out
+
+
+def _public_name(module: torch.nn.Module) -> str:
+    """The class in torch.nn that a module is or derives from."""
+    for cls in type(module).__mro__:
+        if _class(cls.__name__) is cls:
+            return cls.__name__
+    return type(module).__name__
+
+
+def _write(parameter: Any, there: tuple[int, ...] | None, value: np.ndarray) -> None:
+    if there is not None:
+        value = value.transpose(np.argsort(there))
+    # In place: storage, device, requires_grad and every reference to it survive.
+    with torch.no_grad():
+        parameter.copy_(to_tensor(value))

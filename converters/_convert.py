@@ -6,13 +6,10 @@ parameter that indexes an axis is permuted by comparing the two orders. Flatten 
 that keeps its factors, ordered in each framework's way.
 """
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from fwt.converters import _layers
 from fwt.converters._axis import Axis, atoms, permuted, place_channel
@@ -23,12 +20,13 @@ from fwt.converters._row import (
     At,
     AxisSetting,
     Framework,
+    Layer,
     P,
     Row,
-    S,
     Size,
     Take,
     order,
+    output_shape,
     refuse,
     same,
 )
@@ -38,21 +36,6 @@ from fwt._types import ConversionError
 
 Layout = Literal["channels_last", "channels_first", "source"]
 LAYOUTS = ("channels_last", "channels_first", "source")
-
-
-@dataclasses.dataclass
-class Layer:
-    """One layer as one framework says it: its class name, settings and arrays by name."""
-
-    name: str
-    kind: str
-    settings: dict[str, Any]
-    arrays: dict[str, Any] = dataclasses.field(default_factory=dict)
-    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    fused: bool = False  # an activation that is part of the Keras layer before it
-
-    def __str__(self) -> str:
-        return f"{self.name} ({self.kind})"
 
 
 class _Restart(Exception):  # noqa: N818 - not an error: the walk learned how the input looks
@@ -65,7 +48,7 @@ def convert(
     source: Framework,
     target: Framework,
     input_shape: Sequence[int | None] | None,
-    layout: Layout,
+    layout: str,
 ) -> tuple[list[Layer], tuple[int | None, ...] | None]:
     """The layers of ``source`` as layers of ``target``, and the shape of its input."""
     if layout not in LAYOUTS:
@@ -98,7 +81,7 @@ class _Walk:
         shape: tuple[int | None, ...] | None,
         rank: int | None,
         channel: int | None,
-        layout: Layout,
+        layout: str,
     ):
         self.source, self.target, self.layout = source, target, layout
         self.channel = channel
@@ -199,6 +182,7 @@ class _Walk:
                 str(layer),
                 f"expected an input of rank {' or '.join(map(str, expected))} (batch included), "
                 f"found rank {len(self.have)}",
+                "check input_shape= and the layers before it",
             )
         return fitting[0], None
 
@@ -230,7 +214,10 @@ class _Walk:
                 value = take(name)
                 if self.source == "torch" and setting.torch_io:
                     value = setting.torch_io[0](value)
-                fields[setting.flax] = setting.normal(value)
+                try:
+                    fields[setting.flax] = setting.normal(value)
+                except (TypeError, ValueError) as error:
+                    raise refuse(at.place, f"{name}={value!r}: {error}") from error
         row.special.read(self.source, take, fields, at)
         take.check_all_taken()
         return fields
@@ -421,10 +408,10 @@ class _Walk:
                 after[letter] = Axis(None, bound[letter].origin)
                 old[id(bound[letter])] = after[letter]
         if spatial and spatial[0] in right:
-            for letter, size in zip(
-                spatial, self._shape_after(row, fields, bound, layer, spatial), strict=True
-            ):
-                after[letter].size = size
+            letters = row.spec("flax")[0][1:]
+            shape = output_shape(row, fields, [bound[x].size for x in letters], str(layer))
+            for letter in spatial:
+                after[letter].size = shape[letters.index(letter)]
         if fields.get("keepdims"):
             for letter in spatial:
                 old[id(bound[letter])] = Axis(1)
@@ -438,36 +425,6 @@ class _Walk:
             [old.get(id(a), a) for a in self.have],
             [old.get(id(a), a) for a in self.want],
         )
-
-    def _shape_after(
-        self,
-        row: Row,
-        fields: dict[str, Any],
-        bound: dict[str, Axis],
-        layer: Layer,
-        spatial: list[str],
-    ) -> tuple[int | None, ...]:
-        """The spatial sizes that the Flax layer gives, by ``jax.eval_shape``."""
-        letters, _ = row.spec("flax")
-        inputs: list[Any] = [bound[x].size for x in letters[1:]]
-        if any(s is None for s in inputs) or row.flax is None:
-            return (None,) * len(spatial)
-        settings: dict[str, Any] = {}
-        for s in row.settings:
-            if isinstance(s, S):
-                settings[s.flax] = fields[s.flax]
-        row.special.write("flax", fields, settings, At(str(layer), ()))
-        module = row.flax(**settings)
-        x = jax.ShapeDtypeStruct((1, *inputs), jnp.float32)
-        try:
-            out = jax.eval_shape(lambda v: module.init_with_output(jax.random.key(0), v)[0], x)
-        except (TypeError, ValueError) as error:
-            raise refuse(
-                str(layer), f"an input of {tuple(inputs)} does not fit: {error}"
-            ) from error
-        if 0 in out.shape:
-            raise refuse(str(layer), f"an input of {tuple(inputs)} is too small for it")
-        return tuple(out.shape[letters.index(x)] for x in spatial)
 
     # -- the shape layers ---------------------------------------------------------------------
 

@@ -6,8 +6,7 @@ from typing import Any
 
 import numpy as np
 from fwt.converters import _layers
-from fwt.converters._convert import Layer
-from fwt.converters._row import refuse
+from fwt.converters._row import Layer, refuse
 
 from fwt._sequential import Named, Sequential
 from fwt._types import ConversionError, Model

@@ -84,15 +84,17 @@ def module_from_json(described: Any, path: Path) -> Sequential | None:
     if described is None:
         return None
     named = []
+    cls: Any
     for entry in described["layers"]:
         rows = _layers.rows_of("flax", entry["class"])
-        if not rows or rows[0].flax is None:
+        cls = rows[0].flax if rows else None
+        if cls is None:
             raise FileFormatError(f"{path}: the layer class {entry['class']!r} is not known")
-        known = set(rows[0].flax.__dataclass_fields__) - TRAINING["flax"]
+        known = set(cls.__dataclass_fields__) - TRAINING["flax"]
         if unknown := sorted(set(entry["settings"]) - known):
             raise FileFormatError(f"{path}: {entry['name']} has no setting {unknown[0]!r}")
         settings = {k: fl.tuples(v) for k, v in entry["settings"].items()}
-        named.append(Named(entry["name"], rows[0].flax(**settings)))
+        named.append(Named(entry["name"], cls(**settings)))
     return Sequential(tuple(named), described["input_shape"])
 
 

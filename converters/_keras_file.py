@@ -13,9 +13,8 @@ from typing import Any
 
 import numpy as np
 from fwt.converters import _convert, _flax, _layers
-from fwt.converters._convert import Layer
 from fwt.converters._io import member, reading
-from fwt.converters._row import S, refuse
+from fwt.converters._row import Layer, S, refuse
 
 from fwt._types import ConversionError, FileFormatError, Model
 
@@ -98,6 +97,8 @@ def _fused(name: str, activation: Any, place: str) -> list[Layer]:
     if activation in (None, "linear"):
         return []
     if isinstance(activation, dict):  # a layer object as activation
+        if not isinstance(activation.get("config"), dict) or "class_name" not in activation:
+            raise refuse(name, "activation is a function of the user's own")
         kind, settings = _keras_entry(activation, place)
         _check_policy(f"{name} ({kind})", settings.pop("dtype", None))
         return [Layer(name, kind, settings, fused=True)]

@@ -27,7 +27,6 @@ from fwt.converters._special import (
 )
 
 from fwt import layers as fl
-from fwt._types import ConversionError
 
 DENSE = Row(
     nn.Dense,
@@ -82,9 +81,7 @@ CONV = Row(
 def _batch_norm(torch: str, ranks: tuple[int, ...], channel: str | None) -> Row:
     def complement(momentum: Any) -> Any:
         if momentum is None:
-            raise ConversionError(
-                "BatchNorm: momentum=None: a cumulative mean has no counterpart; give a number"
-            )
+            return None
         return round(1.0 - momentum, 12)  # so that 0.1 comes back as 0.1
 
     return Row(
@@ -354,13 +351,13 @@ def row_of_function(name: str) -> Row | None:
 
 def axes_of(module: Any, layer: str, leaf: str) -> tuple[str, ...] | None:
     """The names of the axes of ``layer``'s Flax leaf in a Sequential."""
-    found = next((n.layer for n in module.layers if n.name == layer), None)
+    found: Any = next((n.layer for n in module.layers if n.name == layer), None)
     for row in rows_of("flax", type(found).__name__):
         for p in row.params:
             name, letters = p.of("flax")
             if name == leaf and row.flax is type(found):
                 if any(x.startswith("*") for x in letters):
-                    rank = len(found.kernel_size)
+                    rank = len(getattr(found, "kernel_size", ()))
                     letters = [y for x in letters for y in ([x] * rank if x[0] == "*" else [x])]
                 return tuple(
                     {"i": "in", "j": "in", "o": "out", "c": "out"}.get(x, x) for x in letters

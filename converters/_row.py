@@ -4,9 +4,11 @@ The rows themselves are in :mod:`fwt.converters._layers`.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fwt import layers as fl
@@ -192,6 +194,21 @@ class Row:
 
 
 @dataclasses.dataclass
+class Layer:
+    """One layer as one framework says it: its class name, settings and arrays by name."""
+
+    name: str
+    kind: str
+    settings: dict[str, Any]
+    arrays: dict[str, Any] = dataclasses.field(default_factory=dict)
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    fused: bool = False  # an activation that is part of the Keras layer before it
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.kind})"
+
+
+@dataclasses.dataclass
 class At:
     """Where a special function is: the layer's name, and the spatial sizes before it."""
 
@@ -261,8 +278,8 @@ def each(rank: int) -> Callable[[Any], Any]:
         if x is None:
             return None
         listed = (x,) * rank if isinstance(x, int | np.integer) else tuple(x)
-        if len(listed) == 1:
-            listed *= rank
+        if len(listed) != rank:
+            raise ValueError(f"expected {rank} numbers")
         return tuple(int(v) for v in listed)
 
     return normal
@@ -283,3 +300,23 @@ def order(source: list[str], target: list[str], rank: int) -> tuple[int, ...]:
     if len(have) != rank:
         raise ConversionError(f"an array of rank {rank} where axes {' '.join(source)} are expected")
     return tuple(have.index(x) for x in wanted)
+
+
+def output_shape(
+    row: Row, fields: Mapping[str, Any], inputs: Sequence[int | None], place: str
+) -> tuple[int | None, ...]:
+    """The shape without the batch axis that the Flax layer gives, by ``jax.eval_shape``."""
+    if any(s is None for s in inputs):
+        return (None,) * len(inputs)
+    settings: dict[str, Any] = {s.flax: fields[s.flax] for s in row.settings if isinstance(s, S)}
+    row.special.write("flax", dict(fields), settings, At(place, ()))
+    cls: Any = row.flax
+    module = cls(**settings)
+    x = jax.ShapeDtypeStruct((1, *inputs), jnp.float32)
+    try:
+        out = jax.eval_shape(lambda v: module.init_with_output(jax.random.key(0), v)[0], x)
+    except (TypeError, ValueError) as error:
+        raise refuse(place, f"an input of {tuple(inputs)} does not fit: {error}") from error
+    if 0 in out.shape:
+        raise refuse(place, f"an input of {tuple(inputs)} is too small for it")
+    return tuple(out.shape[1:])

@@ -22,6 +22,19 @@ def same_pads(
     return tuple(out)
 
 
+def ceil_pads(
+    sizes: tuple[int, ...], window: tuple[int, ...], strides: tuple[int, ...], begin: Any
+) -> Pairs:
+    """What torch's ceil_mode=True means at these sizes."""
+    out = []
+    for n, k, s, p in zip(sizes, window, strides, begin, strict=True):
+        count = -(-(n + 2 * p - k) // s) + 1
+        # A window that starts beyond the input and its left padding is dropped.
+        count -= (count - 1) * s >= n + p
+        out.append((p, p + max((count - 1) * s + k - (n + 2 * p), 0)))
+    return tuple(out)
+
+
 def symmetric(pads: Pairs) -> tuple[int, ...] | None:
     return tuple(lo for lo, _ in pads) if all(lo == hi for lo, hi in pads) else None
 
@@ -114,25 +127,18 @@ class PoolPadding(Special):
         else:
             include = self.average and take("count_include_pad")
             begin = each(len(window))(take("padding"))
-            pairs = [(p, p) for p in begin]
+            pads = tuple((p, p) for p in begin)
             if take("ceil_mode"):
-                sizes = at.known("ceil_mode=True")
-                for i, (n, k, s, p) in enumerate(zip(sizes, window, strides, begin, strict=True)):
-                    out = -(-(n + 2 * p - k) // s) + 1
-                    # A window that starts beyond the input and its left padding is dropped.
-                    out -= (out - 1) * s >= n + p
-                    more = max((out - 1) * s + k - (n + 2 * p), 0)
-                    if more and p and include:
+                even, pads = pads, ceil_pads(at.known("ceil_mode=True"), window, strides, begin)
+                if pads != even:
+                    if include and any(begin):
                         raise refuse(
                             take.place,
                             "ceil_mode=True with padding and count_include_pad=True counts a part "
                             "of the padding only",
                             "set count_include_pad=False or ceil_mode=False",
                         )
-                    if more:
-                        include = False
-                    pairs[i] = (p, p + more)
-            pads = tuple(pairs)
+                    include = False
             if not any(lo or hi for lo, hi in pads):
                 pads = "VALID"
         fields["padding"] = pads
@@ -185,18 +191,19 @@ class PoolPadding(Special):
             if self.average:
                 settings["count_include_pad"] = include
             return []
+        begin = tuple(lo for lo, _ in pads)
+        fits = all(2 * p <= k for p, k in zip(begin, window, strict=True))
+        sized = [s for s in at.sizes if s is not None]
+        fits = fits and not include and len(sized) == len(window)
+        if fits and pads == ceil_pads(tuple(sized), window, strides, begin):
+            settings["padding"], settings["ceil_mode"] = begin, True
+            if self.average:
+                settings["count_include_pad"] = False
+            return []
         if not self.average:
             return [Around(fl.ConstantPad, "_pad", {"padding": pads, "value": float("-inf")})]
         if include:
             return [pad]
-        sizes = at.known("this padding")
-        ceil = tuple(
-            (0, max((-(-(n - k) // s)) * s + k - n, 0))
-            for n, k, s in zip(sizes, window, strides, strict=True)
-        )
-        if pads == ceil:
-            settings["ceil_mode"] = True
-            return []
         raise refuse(
             at.place,
             f"torch can't say a mean that leaves out a padding of {pads}",
@@ -210,8 +217,14 @@ class BatchNormAffine(Special):
     def read(self, framework: Framework, take: Take, fields: dict[str, Any], at: At) -> None:
         if framework == "flax" and take("use_running_average") is False:
             raise refuse(take.place, "use_running_average=False: it predicts from each batch")
+        if fields["momentum"] is None:
+            raise refuse(
+                take.place,
+                "momentum=None is a cumulative mean, which only torch has",
+                "give a number",
+            )
         if framework == "torch" and "bias" in take.values:  # a setting of newer versions
-            fields["use_bias"] = fields["use_bias"] and take("bias")
+            fields["use_bias"] = take("bias") and fields["use_bias"]
 
     def write(
         self, framework: Framework, fields: dict[str, Any], settings: dict[str, Any], at: At

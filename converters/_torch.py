@@ -10,8 +10,8 @@ import ml_dtypes
 import numpy as np
 import torch
 from fwt.converters import _convert, _flax, _layers, _torch_file
-from fwt.converters._convert import Layer, Layout
-from fwt.converters._row import TRAINING, order, refuse
+from fwt.converters._convert import Layout
+from fwt.converters._row import TRAINING, Layer, order, refuse
 
 from fwt import _tree
 from fwt._types import ConversionError, Model

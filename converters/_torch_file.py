@@ -13,9 +13,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from fwt.converters import _convert, _flax
-from fwt.converters._convert import Layer
 from fwt.converters._io import member, nested, reading
-from fwt.converters._row import refuse
+from fwt.converters._row import Layer, refuse
 
 from fwt import _tree
 from fwt._types import FileFormatError, Model

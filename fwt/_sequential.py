@@ -101,7 +101,8 @@ class Sequential(nn.Module):
                 only for layers that do not say so themselves.
         """
         for named in self.layers:
-            flag = _flag(type(named.layer))
+            cls: Any = type(named.layer)
+            flag = _flag(cls)
             settings = {}
             if flag is not None and getattr(named.layer, flag, None) is None:
                 settings[flag] = train if _FLAGS[flag] else not train

@@ -330,7 +330,7 @@ def computable(path: str, leaf: Any, dtype: Any = None) -> Any:
     """
     if dtype is not None:
         leaf = leaf.astype(jnp.dtype(dtype))
-    if leaf.dtype.itemsize >= (16 if leaf.dtype.kind == "c" else 8) and not jax.config.x64_enabled:
+    if jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
         raise LeafError(
             f"{path} is {leaf.dtype}, which JAX would cut to 32 bits: run with "
             "jax.enable_x64(True) (or jax.config.update('jax_enable_x64', True)), or give "

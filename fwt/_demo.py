@@ -1,0 +1,235 @@
+"""``fwt demo``: the whole path on real data.
+
+scikit-learn's digits; a small conv net trained in a jitted optax loop under a max-norm constraint
+while it is pruned gradually to 90 %; written as .keras, .safetensors and .pt; opened again by real
+Keras and real PyTorch.
+"""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import fwt
+from fwt import converters
+from fwt import layers as fl
+
+SPARSITY = 0.9
+EPOCHS = {"dense": 12, "gradual": 12, "fixed": 12}
+BATCH = 64
+
+
+def network() -> fwt.Sequential:
+    """A conv net for 8 x 8 grey digits."""
+    return fwt.Sequential(
+        [
+            ("conv_1", nn.Conv(16, (3, 3))),
+            ("norm", nn.BatchNorm(momentum=0.9)),
+            ("relu_1", fl.ReLU()),
+            ("pool", fl.MaxPool((2, 2))),
+            ("conv_2", nn.Conv(32, (3, 3))),
+            ("relu_2", fl.ReLU()),
+            ("flatten", fl.Flatten()),
+            ("dropout", nn.Dropout(0.2)),
+            ("dense_1", nn.Dense(64)),
+            ("relu_3", fl.ReLU()),
+            ("dense_2", nn.Dense(10)),
+        ],
+        input_shape=(8, 8, 1),
+    )
+
+
+def digits() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Training images and labels, test images and labels: (n, 8, 8, 1) floats in [0, 1]."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    images = (data.images[..., None] / 16.0).astype(np.float32)
+    order = np.random.default_rng(0).permutation(len(images))
+    images, labels = images[order], data.target[order].astype(np.int32)
+    cut = len(images) * 4 // 5
+    return images[:cut], labels[:cut], images[cut:], labels[cut:]
+
+
+def schedule(step: Any, steps: dict[str, int]) -> Any:
+    """Zhu and Gupta's cubic: 0 while dense, rising to the target, then fixed."""
+    progress = jnp.clip((step - steps["dense"]) / steps["gradual"], 0.0, 1.0)
+    return SPARSITY * (1.0 - (1.0 - progress) ** 3)
+
+
+def train(tick: Any) -> tuple[fwt.Model, fwt.Model]:
+    """The dense and the sparse model, from one run; ``tick()`` is called after each epoch."""
+    images, labels, _, _ = digits()
+    module = network()
+    batches = len(images) // BATCH
+    steps = {name: epochs * batches for name, epochs in EPOCHS.items()}
+    optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, sum(steps.values()), 0.02))
+    limit = fwt.project(fwt.constraints.max_norm(3.0))
+
+    @jax.jit
+    def epoch(carry: Any, key: Any) -> tuple[Any, Any]:
+        order = jax.random.permutation(key, len(images))[: batches * BATCH]
+        order = order.reshape(batches, BATCH)
+
+        def step(carry: Any, index: Any) -> tuple[Any, Any]:
+            params, stats, state, count = carry
+
+            def loss(p: Any) -> tuple[Any, Any]:
+                logits, new = module.apply(
+                    {"params": p, "batch_stats": stats},
+                    jnp.asarray(images)[index],
+                    train=True,
+                    mutable=["batch_stats"],
+                    rngs={"dropout": jax.random.fold_in(key, count)},
+                )
+                wanted = jnp.asarray(labels)[index]
+                each = optax.softmax_cross_entropy_with_integer_labels(logits, wanted)
+                return each.mean(), new["batch_stats"]
+
+            (value, new_stats), grads = jax.value_and_grad(loss, has_aux=True)(params)
+            updates, new_state = optimizer.update(grads, state, params)
+            new = optax.apply_updates(params, updates)
+            # The whole of fwt in a training loop: a traced sparsity, and a projection.
+            new = fwt.chain(limit, fwt.prune(schedule(count + 1, steps), scope="global"))(new)
+            return (new, new_stats, new_state, count + 1), value
+
+        return jax.lax.scan(step, carry, order)
+
+    variables = module.init(jax.random.key(0), jnp.ones((1, 8, 8, 1)))
+    params, stats = variables["params"], variables["batch_stats"]
+    carry = (params, stats, optimizer.init(params), jnp.zeros((), jnp.int32))
+    dense = None
+    for index in range(sum(EPOCHS.values())):
+        if index == EPOCHS["dense"]:
+            dense = jax.device_get({"params": carry[0], "batch_stats": carry[1]})
+        carry, _ = epoch(carry, jax.random.key(index + 1))
+        jax.block_until_ready(carry)
+        tick()
+    sparse = jax.device_get({"params": carry[0], "batch_stats": carry[1]})
+    return fwt.Model(module, dense), fwt.Model(module, sparse)
+
+
+def accuracy(model: fwt.Model) -> float:
+    """The share of test images that it reads rightly."""
+    _, _, images, labels = digits()
+    return float(np.mean(np.argmax(np.asarray(model(images)), -1) == labels))
+
+
+def reopened(model: fwt.Model, folder: Path) -> dict[str, np.ndarray]:
+    """The test predictions of the three files, each from its own framework."""
+    _, _, images, _ = digits()
+    for suffix in ("keras", "safetensors", "pt"):
+        converters.save(folder / f"digits.{suffix}", *model)
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    import keras
+    import torch
+
+    out = {
+        "Flax (digits.safetensors)": np.asarray(
+            converters.load(folder / "digits.safetensors")(images)
+        )
+    }
+    in_keras = keras.models.load_model(folder / "digits.keras")
+    out["Keras (digits.keras)"] = np.asarray(in_keras.predict(images, verbose=0))
+    # What a user of PyTorch does: build the net, load the state dict.
+    in_torch = converters.to_torch(*model)
+    in_torch.load_state_dict(torch.load(folder / "digits.pt", weights_only=True))
+    with torch.no_grad():
+        first = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+        out["PyTorch (digits.pt)"] = in_torch(first).numpy()
+    return out
+
+
+def picture(dense: fwt.Model, sparse: fwt.Model, path: Path) -> None:
+    """The weights before and after, black where they are zero."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = ["conv_1/kernel", "conv_2/kernel", "dense_1/kernel", "dense_2/kernel"]
+    figure, axes = plt.subplots(2, len(names), figsize=(13, 6.2), layout="constrained")
+    for row, (title, model) in enumerate((("dense", dense), (f"{SPARSITY:.0%} pruned", sparse))):
+        leaves = fwt.select(model, fwt.kernels)
+        for column, name in enumerate(names):
+            weights = np.asarray(leaves[name]).reshape(-1, leaves[name].shape[-1])
+            shown = np.ma.masked_equal(weights, 0.0)
+            limit = float(np.abs(leaves[name]).max())
+            colours = plt.get_cmap("RdBu").with_extremes(bad="black")
+            image = axes[row, column].imshow(
+                shown, cmap=colours, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest"
+            )
+            zeros = float(np.mean(weights == 0))
+            axes[row, column].set_title(f"{name}, {title}\n{zeros:.0%} zeros", fontsize=10)
+            axes[row, column].set_xlabel("output unit")
+            axes[row, column].set_ylabel("input" if column == 0 else "")
+            figure.colorbar(image, ax=axes[row, column], shrink=0.85)
+    figure.suptitle("Weights before and after pruning (black is exactly zero)")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def run(folder: Path) -> dict[str, float]:
+    """The demo; prints its tables and returns its figures."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.table import Table
+
+    start = time.perf_counter()
+    console = Console()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise fwt.FileFormatError(f"{folder}: can't make this folder ({error.strerror})") from error
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("epochs"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("training and pruning", total=sum(EPOCHS.values()))
+        dense, sparse = train(lambda: progress.advance(task))
+    outputs = reopened(sparse, folder)
+    picture(dense, sparse, folder / "weights.png")
+    figures = {"dense": accuracy(dense), "sparse": accuracy(sparse)}
+
+    console.print()
+    table = Table(title="scikit-learn digits, 360 test images", title_justify="left", box=None)
+    for column in ("model", "accuracy", "kernel weights", "zeros"):
+        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
+    for name, model in (("dense", dense), ("sparse", sparse)):
+        kernels = [np.asarray(x) for x in fwt.select(model, fwt.kernels).values()]
+        total, zeros = sum(x.size for x in kernels), sum(int((x == 0).sum()) for x in kernels)
+        table.add_row(
+            name, f"{figures[name]:.1%}", f"{total:,}", f"{zeros:,} ({zeros / total:.1%})"
+        )
+    console.print(table)
+    console.print()
+    console.print(fwt.summary(sparse), highlight=False)
+
+    console.print()
+    table = Table(title="The sparse model in three frameworks", title_justify="left", box=None)
+    for column in ("read by", "accuracy", "largest difference from Flax"):
+        table.add_column(column, justify="left" if column == "read by" else "right", no_wrap=True)
+    _, _, _, labels = digits()
+    truth = outputs["Flax (digits.safetensors)"]
+    figures["difference"] = max(float(np.abs(o - truth).max()) for o in outputs.values())
+    for name, output in outputs.items():
+        right = float(np.mean(np.argmax(output, -1) == labels))
+        table.add_row(name, f"{right:.1%}", f"{float(np.abs(output - truth).max()):.1e}")
+    console.print(table)
+    figures["seconds"] = time.perf_counter() - start
+    console.print(
+        f"\nModels and weights.png are in {folder}/; {figures['seconds']:.0f} s in all.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    return figures

@@ -1,0 +1,34 @@
+"""Settings of the whole suite."""
+
+import os
+
+# Keras is imported on its JAX backend; the other backends are tested in processes of their own.
+os.environ["KERAS_BACKEND"] = "jax"
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+import hypothesis
+import pytest
+
+hypothesis.settings.register_profile(
+    "fwt", deadline=None, max_examples=60, derandomize=True, print_blob=True
+)
+hypothesis.settings.load_profile("fwt")
+
+
+@pytest.fixture
+def params():
+    """A small tree with names that sort unnaturally."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+
+    def draw(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
+    return {
+        "dense_10": {"kernel": draw(5, 4), "bias": draw(4)},
+        "dense_2": {"kernel": draw(4, 3), "bias": draw(3)},
+        "norm": {"scale": draw(4), "bias": draw(4)},
+        "embed": {"embedding": draw(7, 5)},
+    }

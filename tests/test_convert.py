@@ -1,0 +1,370 @@
+"""Six directions against the real frameworks, from the tables of cases."""
+
+import subprocess
+import sys
+
+import flax.linen as nn
+import jax
+import keras
+import numpy as np
+import pytest
+import torch
+import torch.nn.utils.prune
+from fwt.converters import _layers
+from fwt.converters._row import Row, S
+
+import fwt
+from fwt import converters
+from fwt import layers as fl
+from tests import cases
+
+TOLERANCE = 1e-5
+
+
+def batch(shape, n=3, seed=1):
+    return np.random.default_rng(seed).normal(size=(n, *shape)).astype(np.float32)
+
+
+def first(x):
+    """Channels-last images as channels-first."""
+    return np.ascontiguousarray(np.moveaxis(x, -1, 1)) if x.ndim == 4 else x
+
+
+def last(x):
+    return np.ascontiguousarray(np.moveaxis(x, 1, -1)) if x.ndim == 4 else x
+
+
+def in_torch(model, x):
+    with torch.no_grad():
+        return model(torch.from_numpy(np.ascontiguousarray(x))).numpy()
+
+
+def in_keras(model, x):
+    return np.asarray(model(x))
+
+
+def close(found, expected):
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, atol=TOLERANCE, rtol=TOLERANCE)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("name", cases.KERAS)
+def test_keras_to_flax_to_torch_and_back(name, n):
+    shape, build = cases.KERAS[name]
+    source = build()
+    x = batch(shape, n)
+    expected = in_keras(source, x)
+    model = converters.from_keras(source)
+    assert model.module.input_shape == shape
+    close(np.asarray(model(x)), expected)
+
+    there = converters.to_torch(*model)
+    proven = expected.ndim == 4
+    close(in_torch(there, first(x)), first(expected) if proven else expected)
+
+    back = converters.from_torch(there, input_shape=first(x).shape[1:])
+    close(np.asarray(back(x)), expected)
+    close(in_keras(converters.to_keras(*back), x), expected)
+
+    again = converters.to_keras(*model)
+    close(in_keras(again, x), expected)
+    assert [layer.name for layer in again.layers] == [layer.name for layer in source.layers]
+    for ours, theirs in zip(again.layers, source.layers, strict=True):
+        for a, b in zip(ours.variables, theirs.variables, strict=True):
+            if a.name != "seed_generator_state":
+                assert a.name == b.name
+                assert np.array_equal(a, b)
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("name", cases.TORCH)
+def test_torch_to_flax_to_keras_and_back(name, n):
+    shape, build = cases.TORCH[name]
+    source = build()
+    x = batch(shape, n)
+    expected = in_torch(source, x)
+    model = converters.from_torch(source, input_shape=shape)
+    close(np.asarray(model(last(x))), last(expected))
+
+    there = converters.to_torch(*model)
+    close(in_torch(there, x), expected)
+    assert list(there._modules) == list(source._modules)
+    mine, theirs = there.state_dict(), source.state_dict()
+    assert list(mine) == list(theirs)
+    for key, value in theirs.items():
+        if not key.endswith("num_batches_tracked"):
+            assert torch.equal(mine[key], value), key
+
+    in_k = converters.to_keras(*model)
+    close(in_keras(in_k, last(x)), last(expected))
+    close(np.asarray(converters.from_keras(in_k)(last(x))), last(expected))
+
+
+@pytest.mark.parametrize("layout", ["source", "channels_first", "channels_last"])
+@pytest.mark.parametrize("name", [n for n in cases.TORCH if not n.startswith("activation")])
+def test_layouts_from_torch(name, layout):
+    shape, build = cases.TORCH[name]
+    source = build()
+    x = batch(shape)
+    expected = in_torch(source, x)
+    model = converters.from_torch(source, input_shape=shape, layout=layout)
+    turn = last if layout == "channels_last" else lambda a: a
+    close(np.asarray(model(turn(x))), turn(expected))
+    # And from there, whatever its ends look like, into the two others and back to torch's own.
+    close(in_torch(converters.to_torch(*model, layout="source"), turn(x)), turn(expected))
+    close(in_torch(converters.to_torch(*model), x), expected)
+    close(in_keras(converters.to_keras(*model), turn(x)), turn(expected))
+
+
+@pytest.mark.parametrize("layout", ["source", "channels_first", "channels_last"])
+@pytest.mark.parametrize("name", [n for n in cases.KERAS if not n.startswith("activation")])
+def test_layouts_to_torch(name, layout):
+    shape, build = cases.KERAS[name]
+    source = build()
+    x = batch(shape)
+    expected = in_keras(source, x)
+    turn = first if layout == "channels_first" else lambda a: a
+    there = converters.to_torch(*converters.from_keras(source), layout=layout)
+    close(in_torch(there, turn(x)), turn(expected) if expected.ndim == 4 else expected)
+
+
+@pytest.mark.parametrize("name", ["mlp", "conv_flatten", "conv_groups_same", "flatten_end"])
+def test_from_torch_without_input_shape(name):
+    shape, build = cases.TORCH[name]
+    source = build()
+    x = batch(shape)
+    close(np.asarray(converters.from_torch(source)(last(x))), last(in_torch(source, x)))
+
+
+def test_flatten_takes_one_known_product():
+    """Height times width follows from the next Linear, so None works across a Flatten."""
+    for h, w in ((1, 1), (2, 5), (7, 3)):
+        net = cases.torch_model(
+            lambda: torch.nn.Conv2d(2, 3, 1),
+            lambda: torch.nn.Flatten(),
+            lambda h=h, w=w: torch.nn.Linear(3 * h * w, 4),
+        )()
+        x = batch((2, h, w))
+        close(np.asarray(converters.from_torch(net)(last(x))), in_torch(net, x))
+
+
+def test_unproven_flatten_is_refused_and_source_is_the_way_out():
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(28, 3)).eval()
+    x = batch((4, 7))
+    for shape in ((4, 7), None):
+        with pytest.raises(converters.ConversionError, match="layout='source'"):
+            converters.from_torch(net, input_shape=shape)
+        model = converters.from_torch(net, input_shape=shape, layout="source")
+        close(np.asarray(model(x)), in_torch(net, x))
+    # Between two channels-last frameworks nothing moves, so there is nothing to prove.
+    tutorial = keras.Sequential(
+        [keras.Input((4, 7)), keras.layers.Flatten(), keras.layers.Dense(3)]
+    )
+    close(np.asarray(converters.from_keras(tutorial)(x)), in_keras(tutorial, x))
+
+
+@pytest.mark.parametrize(
+    ("layers", "said"),
+    [
+        ([torch.nn.LSTM(3, 4)], "LSTM"),
+        ([torch.nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")], "padding_mode='reflect'"),
+        ([torch.nn.Flatten(2)], "start_dim=2"),
+        ([torch.nn.BatchNorm2d(3, track_running_stats=False)], "track_running_stats=False"),
+        ([torch.nn.BatchNorm2d(3, momentum=None)], "momentum=None"),
+        ([torch.nn.MaxPool2d(2, dilation=2)], "dilation=2"),
+        ([torch.nn.AvgPool2d(2, divisor_override=3)], "divisor_override=3"),
+        ([torch.nn.AvgPool2d(3, 2, 1, ceil_mode=True)], "count_include_pad"),
+        ([torch.nn.Softmax()], "dim=None"),
+        ([torch.nn.AdaptiveAvgPool2d(2)], "output_size=2"),
+        ([torch.nn.Softplus(beta=2)], "beta=2"),
+        ([torch.nn.Sequential(torch.nn.ReLU())], "Sequential"),
+    ],
+)
+def test_torch_refusals_name_the_setting(layers, said):
+    with pytest.raises(converters.ConversionError, match="0 ") as caught:
+        converters.from_torch(torch.nn.Sequential(*layers), input_shape=(3, 8, 8))
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("layer", "said"),
+    [
+        (lambda: keras.layers.LSTM(3), "LSTM"),
+        (lambda: keras.layers.Lambda(lambda x: x), "Lambda"),
+        (lambda: keras.layers.Conv2D(3, 2, data_format="channels_first"), "channels_first"),
+        (lambda: keras.layers.ReLU(max_value=3.0), "max_value=3.0"),
+        (lambda: keras.layers.Dropout(0.5, noise_shape=(None, 1)), "noise_shape"),
+        (lambda: keras.layers.Softmax(axis=[1, 2]), "axis"),
+        (lambda: keras.layers.Dense(3, activation=lambda x: x + 1), "activation"),
+        (lambda: keras.layers.Conv2D(3, 2, dtype="float16"), "float16"),
+    ],
+)
+def test_keras_refusals_name_the_setting(layer, said):
+    shape = (3, 4) if said == "LSTM" else (4, 5, 3)
+    with pytest.raises((converters.ConversionError, ValueError)) as caught:
+        converters.from_keras(keras.Sequential([keras.Input(shape), layer()]))
+    assert said in str(caught.value)
+
+
+def test_flax_refusals_name_the_setting():
+    def refused(layer, said, shape=(1, 6, 5, 3), to=converters.to_torch):
+        net = fwt.Sequential([("it", layer)], input_shape=shape[1:])
+        variables = net.init(jax.random.key(0), np.ones(shape, np.float32))
+        with pytest.raises(converters.ConversionError) as caught:
+            to(net, variables)
+        assert said in str(caught.value)
+        assert "it" in str(caught.value)
+
+    refused(nn.Conv(3, (2, 2), padding="CIRCULAR"), "CIRCULAR")
+    refused(nn.Conv(3, (2, 2), padding=((0, 0), (0, 0)), input_dilation=2), "input_dilation=2")
+    refused(nn.Conv(3, (2, 2), dtype="bfloat16"), "dtype")
+    refused(nn.Conv(3, (2,)), "kernel_size")
+    refused(nn.BatchNorm(use_running_average=False), "use_running_average")
+    refused(nn.LayerNorm(), "LayerNorm")
+    refused(fl.Exponential(), "Exponential")
+    refused(fl.GELU(approximate=True), "approximate", to=converters.to_keras)
+    refused(fl.MaxPool((3, 3), (2, 2), ((1, 1), (1, 1))), "padding", to=converters.to_keras)
+    refused(fl.AvgPool((4, 4), (1, 1), "SAME"), "padding")
+    refused(fl.Softmax(axis=0), "batch axis")
+
+
+def test_wrong_sizes_are_named():
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.Flatten(), torch.nn.Linear(9, 2))
+    with pytest.raises(converters.ConversionError, match=r"2 \(Linear\).*9.*found 24"):
+        converters.from_torch(net, input_shape=(3, 5, 4))
+    with pytest.raises(converters.ConversionError, match=r"expect 3 inputs, found 2"):
+        converters.from_torch(net, input_shape=(2, 5, 4))
+    with pytest.raises(converters.ConversionError, match="input_shape"):
+        converters.from_torch(net, input_shape=(3, 5))
+    with pytest.raises(converters.ConversionError, match=r"too small|does not fit"):
+        converters.from_torch(net, input_shape=(3, 2, 2))
+
+
+def test_tied_layers_are_refused():
+    shared = torch.nn.Linear(3, 3)
+    with pytest.raises(converters.ConversionError, match="one module"):
+        converters.from_torch(torch.nn.Sequential(shared, torch.nn.ReLU(), shared))
+    other = torch.nn.Linear(3, 3)
+    other.weight = shared.weight
+    with pytest.raises(converters.ConversionError, match="share a parameter"):
+        converters.from_torch(torch.nn.Sequential(shared, other))
+    act = torch.nn.ReLU()
+    model = converters.from_torch(torch.nn.Sequential(shared, act, torch.nn.Linear(3, 2), act))
+    assert [n.name for n in model.module.layers] == ["0", "1", "2", "3"]
+
+
+def test_hooks_and_custom_classes_are_refused():
+    pruned = torch.nn.Linear(3, 2)
+    torch.nn.utils.prune.l1_unstructured(pruned, "weight", 0.5)
+    with pytest.raises(converters.ConversionError, match="hook"):
+        converters.from_torch(torch.nn.Sequential(pruned))
+
+    class Linear(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) + 1
+
+    with pytest.raises(converters.ConversionError, match="custom"):
+        converters.from_torch(torch.nn.Sequential(Linear(3, 2)))
+
+    class Dense(keras.layers.Dense):
+        pass
+
+    with pytest.raises(converters.ConversionError, match="custom"):
+        converters.from_keras(keras.Sequential([keras.Input((3,)), Dense(2)]))
+
+
+def test_half_precision_weights_cross_bit_for_bit():
+    net = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 2), torch.nn.Flatten(), torch.nn.Linear(6, 2))
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        net = net.to(dtype)
+        model = converters.from_torch(net, input_shape=(2, 2, 3))
+        back = converters.to_torch(*model)
+        for key, value in net.state_dict().items():
+            assert back.state_dict()[key].dtype == dtype
+            assert torch.equal(back.state_dict()[key], value)
+        with pytest.raises(converters.ConversionError, match="float32"):
+            converters.to_keras(*model)
+
+
+def test_training_one_step_agrees_with_torch():
+    """Dropout aside, a step in training mode gives the same gradient."""
+    net = torch.nn.Sequential(
+        torch.nn.Linear(4, 6), torch.nn.BatchNorm1d(6), torch.nn.Tanh(), torch.nn.Linear(6, 1)
+    )
+    model = converters.from_torch(net)
+    x = batch((4,), 8)
+    net.train()
+    net(torch.from_numpy(x)).square().mean().backward()
+
+    def loss(params):
+        variables = {**model.variables, "params": params}
+        y, _ = model.module.apply(variables, x, train=True, mutable=["batch_stats"])
+        return (y**2).mean()
+
+    grads = jax.grad(loss)(model.variables["params"])
+    np.testing.assert_allclose(grads["0"]["kernel"], net[0].weight.grad.T, atol=1e-5)
+    np.testing.assert_allclose(grads["1"]["scale"], net[1].weight.grad, atol=1e-5)
+
+
+def test_a_new_layer_is_one_row(monkeypatch):
+    """Adding a layer touches the table and nothing else: here a row for torch's CELU."""
+
+    class CELU(fl.Layer):
+        alpha: float = 1.0
+
+        def __call__(self, x):
+            return jax.nn.celu(x, self.alpha)
+
+    row = Row(CELU, "CELU", None, settings=(S("alpha", "alpha", None),))
+    monkeypatch.setattr(_layers, "LAYERS", (*_layers.LAYERS, row))
+    _layers.rows_of.cache_clear()
+    try:
+        net = cases.randomise_torch(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.CELU(0.7)))
+        x = batch((3,))
+        model = converters.from_torch(net)
+        close(np.asarray(model(x)), in_torch(net, x))
+        assert converters.to_torch(*model)[1].alpha == 0.7
+    finally:
+        _layers.rows_of.cache_clear()
+
+
+def test_tables_cover_every_row():
+    """A row that no case exercises would be a row that nobody tested."""
+    models = [converters.from_keras(build()) for _, build in cases.KERAS.values()]
+    models += [converters.from_torch(build(), shape) for shape, build in cases.TORCH.values()]
+    seen = {type(n.layer) for model in models for n in model.module.layers}
+    # ConstantPad is what a padded MaxPool becomes in torch; torch has no layer for exp.
+    assert {r.flax for r in _layers.LAYERS} - seen == {fl.ConstantPad, fl.Exponential}
+
+
+SCRIPT = """
+import os, sys
+import numpy as np, keras
+assert keras.backend.backend() == sys.argv[1]
+import fwt
+from fwt import converters
+from tests import cases
+x = np.random.default_rng(0).normal(size=(2, 9, 7, 3)).astype(np.float32)
+net = cases.KERAS["conv_flatten"][1]()
+expected = net.predict(x, verbose=0)
+model = converters.from_keras(net)
+np.testing.assert_allclose(np.asarray(model(x)), expected, atol=1e-5)
+np.testing.assert_allclose(converters.to_keras(*model).predict(x, verbose=0), expected, atol=1e-5)
+converters.transform(net, fwt.prune(0.5))
+kernel = net.get_layer("first").kernel
+assert np.mean(keras.ops.convert_to_numpy(kernel) == 0) == 0.5
+assert not np.allclose(net.predict(x, verbose=0), expected)
+"""
+
+
+@pytest.mark.parametrize("backend", ["torch", "tensorflow"])
+def test_keras_on_other_backends(backend):
+    import os
+
+    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    environment = {**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": root}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, backend], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

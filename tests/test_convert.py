@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import cases
 import flax.linen as nn
 import jax
 import keras
@@ -16,7 +17,6 @@ from fwt.converters._row import Row, S
 import fwt
 from fwt import converters
 from fwt import layers as fl
-from tests import cases
 
 TOLERANCE = 1e-5
 
@@ -344,7 +344,7 @@ import numpy as np, keras
 assert keras.backend.backend() == sys.argv[1]
 import fwt
 from fwt import converters
-from tests import cases
+import cases
 x = np.random.default_rng(0).normal(size=(2, 9, 7, 3)).astype(np.float32)
 net = cases.KERAS["conv_flatten"][1]()
 expected = net.predict(x, verbose=0)
@@ -362,7 +362,7 @@ assert not np.allclose(net.predict(x, verbose=0), expected)
 def test_keras_on_other_backends(backend):
     import os
 
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    root = os.path.dirname(os.path.abspath(__file__))
     environment = {**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": root}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, backend], env=environment, capture_output=True, text=True

@@ -37,21 +37,37 @@ def widen(x: Array, dtype: Any) -> Array:
     return x.astype(dtype)
 
 
+def _float_bits(x: Array) -> tuple[Array, Any, Array]:
+    """The bits of ``|x|`` with every NaN made the largest, the sign bit, and whether x < 0.
+
+    NaN is told by integers too: XLA's CPU backend turns ``isnan(x)`` beside a comparison of the
+    bits with zero into a float comparison, which flushes denormals (seen).
+    """
+    if x.dtype.itemsize == 1:  # float8 in its many forms: exact in float32
+        x = x.astype(jnp.float32)
+    bits, width = _bits(x)
+    top = bits.dtype.type(1 << (width - 1))
+    info = jnp.finfo(x.dtype)
+    infinity = bits.dtype.type(((1 << info.nexp) - 1) << info.nmant)
+    magnitude = bits & ~top
+    nan = magnitude > infinity
+    return jnp.where(nan, ~top, magnitude), top, (bits & top != 0) & ~nan
+
+
 def magnitude_key(x: Array) -> Array:
     """Unsigned integers in the order of ``|x|``; NaN of either sign is the largest.
 
-    ``x`` has any real dtype and shape; the key has the shape and as many bits.
+    ``x`` has any real dtype and shape; the key has the shape and at least as many bits.
     """
     x = lax.stop_gradient(jnp.asarray(x))
     if x.dtype == jnp.bool_:
         return x.astype(jnp.uint8)
     if jnp.issubdtype(x.dtype, jnp.unsignedinteger):
         return x
-    bits, width = _bits(x)
     if jnp.issubdtype(x.dtype, jnp.signedinteger):
+        bits, _ = _bits(x)
         return jnp.where(x < 0, ~bits + bits.dtype.type(1), bits)
-    largest = bits.dtype.type((1 << (width - 1)) - 1)
-    return jnp.where(jnp.isnan(x), largest, bits & largest)
+    return _float_bits(x)[0]
 
 
 def signed_key(x: Array) -> Array:
@@ -59,12 +75,11 @@ def signed_key(x: Array) -> Array:
     x = lax.stop_gradient(jnp.asarray(x))
     if x.dtype == jnp.bool_ or jnp.issubdtype(x.dtype, jnp.unsignedinteger):
         return magnitude_key(x)
-    bits, width = _bits(x)
-    top = bits.dtype.type(1 << (width - 1))
     if jnp.issubdtype(x.dtype, jnp.signedinteger):
-        return bits ^ top
-    magnitude = magnitude_key(x)
-    return jnp.where((bits & top != 0) & ~jnp.isnan(x), top - magnitude, top + magnitude)
+        bits, width = _bits(x)
+        return bits ^ bits.dtype.type(1 << (width - 1))
+    magnitude, top, negative = _float_bits(x)
+    return jnp.where(negative, top - magnitude, top + magnitude)
 
 
 def count(sparsity: Any, n: int) -> Any:

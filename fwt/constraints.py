@@ -64,9 +64,12 @@ def _over(axes: Axes, axis: Axis) -> tuple[int, ...]:
     return tuple(a % rank for a in listed)
 
 
-def _norm(leaf: Any, axes: Axes, axis: Axis) -> tuple[Array, Array]:
-    """The leaf in at least float32 and its norms, safe against over- and underflow, with a
-    finite derivative at zero."""
+def _polar(leaf: Any, axes: Axes, axis: Axis) -> tuple[Array, Array, Array]:
+    """The leaf in at least float32, its norms, and its directions (zero for a zero vector).
+
+    Scaled by the largest magnitude against over- and underflow, so that values and derivatives
+    are finite at zero and at 1e+-30.
+    """
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise LeafError(f"{axes.path} is {leaf.dtype}: a norm needs a floating dtype")
     w = jnp.asarray(leaf)
@@ -74,15 +77,11 @@ def _norm(leaf: Any, axes: Axes, axis: Axis) -> tuple[Array, Array]:
     over = _over(axes, axis)
     big = jax.lax.stop_gradient(jnp.max(jnp.abs(w), axis=over, keepdims=True, initial=0))
     scale = jnp.where((big > 0) & jnp.isfinite(big), big, 1)
-    squares = jnp.sum((w / scale) ** 2, axis=over, keepdims=True)
+    scaled = w / scale
+    squares = jnp.sum(scaled**2, axis=over, keepdims=True)
     nonzero = squares > 0
-    return w, jnp.where(nonzero, scale * jnp.sqrt(jnp.where(nonzero, squares, 1)), 0)
-
-
-def _times(leaf: Any, w: Array, norm: Array, target: Array) -> Array:
-    """``w`` with its norms made ``target``; a zero vector, which has no direction, stays zero."""
-    nonzero = norm > 0
-    return (w * jnp.where(nonzero, target / jnp.where(nonzero, norm, 1), 0)).astype(leaf.dtype)
+    length = jnp.sqrt(jnp.where(nonzero, squares, 1))
+    return w, jnp.where(nonzero, scale * length, 0), jnp.where(nonzero, scaled / length, 0)
 
 
 def _non_negative(leaf: Any, axes: Axes) -> Array:
@@ -90,22 +89,22 @@ def _non_negative(leaf: Any, axes: Axes) -> Array:
 
 
 def _max_norm(leaf: Any, axes: Axes, max_value: Any, axis: Axis) -> Array:
-    w, norm = _norm(leaf, axes, axis)
-    inside = norm <= max_value
-    shrunk = w * (max_value / jnp.where(inside, 1, norm))
-    return jnp.where(inside, w, shrunk).astype(leaf.dtype)
+    w, norm, direction = _polar(leaf, axes, axis)
+    return jnp.where(norm <= max_value, w, direction * max_value).astype(leaf.dtype)
 
 
 def _unit_norm(leaf: Any, axes: Axes, axis: Axis) -> Array:
-    w, norm = _norm(leaf, axes, axis)
-    return _times(leaf, w, norm, jnp.ones_like(norm))
+    _, _, direction = _polar(leaf, axes, axis)
+    return direction.astype(leaf.dtype)
 
 
 def _min_max_norm(
     leaf: Any, axes: Axes, min_value: Any, max_value: Any, rate: Any, axis: Axis
 ) -> Array:
-    w, norm = _norm(leaf, axes, axis)
-    return _times(leaf, w, norm, rate * jnp.clip(norm, min_value, max_value) + (1 - rate) * norm)
+    w, norm, direction = _polar(leaf, axes, axis)
+    target = rate * jnp.clip(norm, min_value, max_value) + (1 - rate) * norm
+    inside = (norm >= min_value) & (norm <= max_value)
+    return jnp.where(inside, w, direction * target).astype(leaf.dtype)
 
 
 @noun

@@ -223,7 +223,7 @@ kaiming_uniform, kaiming_normal = he_uniform, he_normal
 def foreign_axis_free(initializer: Any) -> bool:
     """Whether this is one of JAX's own initializers whose values don't depend on the axes."""
     name = getattr(initializer, "__qualname__", "").split(".")[0]
-    return getattr(initializer, "__module__", "") == _jax.normal.__module__ and name in (
+    return getattr(initializer, "__module__", "") == _jax.normal().__module__ and name in (
         "zeros",
         "ones",
         "constant",

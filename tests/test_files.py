@@ -1,0 +1,431 @@
+"""Files: round trips, real frameworks, broken and hostile input, atomic saves."""
+
+import io
+import json
+import os
+import pickle
+import struct
+import zipfile
+
+import flax.linen as nn
+import h5py
+import jax
+import jax.numpy as jnp
+import keras
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import cases
+import fwt
+from fwt import converters
+from fwt import layers as fl
+
+
+def image_net():
+    return fwt.Sequential(
+        [
+            ("conv", nn.Conv(4, (3, 2), strides=(2, 1), feature_group_count=1)),
+            ("norm", nn.BatchNorm(momentum=0.8, use_scale=False)),
+            ("act", fl.LeakyReLU(0.2)),
+            ("pool", fl.AvgPool((2, 2), padding="SAME")),
+            ("flat", fl.Flatten()),
+            ("drop", nn.Dropout(0.25)),
+            ("dense_2", nn.Dense(5, use_bias=False)),
+            ("dense_10", nn.Dense(3)),
+            ("end", fl.Softmax()),
+        ],
+        input_shape=(7, 5, 3),
+    )
+
+
+def random_model(module, seed=0):
+    shape = (1, *module.input_shape)
+    variables = module.init(jax.random.key(0), jnp.ones(shape))
+    rng = np.random.default_rng(seed)
+    draw = lambda x: np.abs(rng.normal(size=x.shape)).astype(np.float32) + 0.1  # noqa: E731
+    return fwt.Model(module, jax.tree.map(draw, variables))
+
+
+@pytest.fixture
+def model():
+    return random_model(image_net())
+
+
+X = np.random.default_rng(3).normal(size=(3, 7, 5, 3)).astype(np.float32)
+
+
+def same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype
+        assert x.shape == y.shape
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".safetensors"])
+def test_round_trip_is_bit_for_bit(model, tmp_path, suffix):
+    path = tmp_path / f"net{suffix}"
+    converters.save(path, *model)
+    module, variables = converters.load(path)
+    assert module == model.module
+    assert hash(module) == hash(model.module)
+    same(variables, model.variables)
+    assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(variables))
+    again = converters.load(path)
+    f = jax.jit(lambda m, x: m(x))
+    f(again, X)
+    f(fwt.Model(module, variables), X)
+    assert f._cache_size() == 1  # two loads of one file share the compiled function
+
+
+def test_real_keras_opens_what_we_write(model, tmp_path):
+    converters.save(tmp_path / "net.keras", *model)
+    live = keras.models.load_model(tmp_path / "net.keras")
+    np.testing.assert_allclose(np.asarray(live(X)), model(X), atol=1e-5)
+    live.save(tmp_path / "theirs.keras")
+    module, variables = converters.load(tmp_path / "theirs.keras")
+    assert module == model.module
+    same(variables, model.variables)
+
+
+@pytest.mark.parametrize("name", cases.KERAS)
+def test_we_open_what_real_keras_writes(name, tmp_path):
+    _, build = cases.KERAS[name]
+    live = build()
+    live.save(tmp_path / "net.keras")
+    loaded, direct = converters.load(tmp_path / "net.keras"), converters.from_keras(live)
+    assert loaded.module == direct.module
+    same(loaded.variables, direct.variables)
+    converters.save(tmp_path / "ours.keras", *loaded)
+    theirs = keras.models.load_model(tmp_path / "ours.keras")
+    for a, b in zip(theirs.get_weights(), live.get_weights(), strict=True):
+        assert np.array_equal(a, b) or a.dtype == np.uint32
+
+
+def test_real_torch_opens_what_we_write(model, tmp_path):
+    converters.save(tmp_path / "net.pt", *model)
+    state = torch.load(tmp_path / "net.pt", weights_only=True)
+    live = converters.to_torch(*model)
+    assert list(state) == list(live.state_dict())
+    live.load_state_dict(state)
+    x = torch.from_numpy(X.transpose(0, 3, 1, 2).copy())
+    np.testing.assert_allclose(live(x).detach().numpy(), model(X), atol=1e-5)
+
+
+STATE = {
+    "0.weight": torch.randn(4, 3, 2),
+    "0.bias": torch.randn(4).to(torch.bfloat16),
+    "1.running_mean": torch.randn(4),
+    "1.num_batches_tracked": torch.tensor(7),
+    "half": torch.randn(2, 2).half(),
+    "double": torch.randn(2, 2).double(),
+    "int8": torch.tensor([-1, 2], dtype=torch.int8),
+    "bool": torch.tensor([True, False]),
+    "empty": torch.zeros(0, 3),
+    "nan": torch.tensor([float("nan"), -0.0, float("inf")]),
+    "complex": torch.randn(2, dtype=torch.complex64),
+}
+
+
+def test_we_open_what_real_torch_writes(tmp_path):
+    state = dict(STATE)
+    state["view"] = torch.arange(24.0).reshape(4, 6)[1:3, ::2].t()
+    state["same.a"] = state["same.b"] = torch.randn(3)
+    state["parameter"] = torch.nn.Parameter(torch.randn(2))
+    torch.save(state, tmp_path / "state.pt")
+    module, variables = converters.load(tmp_path / "state.pt")
+    assert module is None
+    assert variables["batch_stats"]["1"]["num_batches_tracked"] == 7
+    params = variables["params"]
+    for name, tensor in state.items():
+        parts = name.split(".")
+        tree = variables["batch_stats"] if parts[-1].startswith(("running", "num")) else params
+        for part in parts:
+            tree = tree[part]
+        if tensor.dtype == torch.bfloat16:
+            assert tree.dtype == ml_dtypes.bfloat16
+            assert np.array_equal(tree.view(np.int16), tensor.view(torch.int16).numpy())
+        else:
+            assert np.array_equal(tree, tensor.detach().numpy(), equal_nan=tree.dtype.kind == "f")
+            assert tree.dtype == tensor.detach().numpy().dtype
+    # And back: real torch reads the same values from our file.
+    converters.save(tmp_path / "again.pt", None, variables)
+    again = torch.load(tmp_path / "again.pt", weights_only=True)
+    assert set(again) == set(state)
+    for name, tensor in state.items():
+        assert again[name].dtype == tensor.dtype
+        assert torch.equal(again[name].nan_to_num(5), tensor.detach().nan_to_num(5)), name
+
+
+def test_weights_can_be_pruned_without_an_architecture(tmp_path):
+    net = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
+    torch.save(net.state_dict(), tmp_path / "in.pt")
+    module, variables = converters.load(tmp_path / "in.pt")
+    new = fwt.prune(0.5)(variables)
+    converters.save(tmp_path / "out.pt", module, new)
+    net.load_state_dict(torch.load(tmp_path / "out.pt", weights_only=True))
+    assert (net[0].weight == 0).sum() == 12
+    assert (net[1].weight == 1).all()
+
+
+def test_safetensors_of_others_are_weights_only(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"a.weight": torch.randn(3, 2), "a.bias": torch.zeros(3)}, tmp_path / "x.safetensors")
+    module, variables = converters.load(tmp_path / "x.safetensors")
+    assert module is None
+    assert fwt.paths(variables) == ["a/bias", "a/weight"]
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16", "int8", "int64", "bool"])
+def test_safetensors_keep_every_dtype(tmp_path, dtype):
+    dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    tree = {"params": {"a/b": {"x": np.arange(6).reshape(2, 3).astype(dtype)}, "e": np.zeros(0)}}
+    converters.save(tmp_path / "x.safetensors", None, tree)
+    same(converters.load(tmp_path / "x.safetensors").variables, tree)
+
+
+def write_keras(path, config=None, weights=None, **members):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("metadata.json", "{}")
+        if config is not None:
+            archive.writestr("config.json", config if isinstance(config, str) else json.dumps(config))
+        if weights is not None:
+            archive.writestr("model.weights.h5", weights)
+        for name, data in members.items():
+            archive.writestr(name, data)
+
+
+DENSE = {
+    "class_name": "Sequential",
+    "config": {
+        "layers": [
+            {
+                "class_name": "Dense",
+                "module": "keras.layers",
+                "config": {"name": "d", "units": 2, "activation": "linear", "use_bias": False},
+            }
+        ],
+        "build_input_shape": [None, 3],
+    },
+}
+
+
+def h5(fill):
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        fill(file)
+    return buffer.getvalue()
+
+
+def kernel(**settings):
+    def fill(file):
+        group = file.create_group("layers/dense/vars")
+        group.create_dataset("0", **settings)
+
+    return h5(fill)
+
+
+def pt(data_pkl, storages=(), stem="a"):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr(f"{stem}/data.pkl", data_pkl)
+        for i, raw in enumerate(storages):
+            archive.writestr(f"{stem}/data/{i}", raw)
+        archive.writestr(f"{stem}/version", "3\n")
+    return buffer.getvalue()
+
+
+class Evil:
+    def __reduce__(self):
+        return os.system, ("touch evil-was-here",)
+
+
+def tensor_pickle(count, size, stride, offset=0):
+    """What torch writes for one tensor, with numbers of our choice."""
+    numbers = lambda ns: b"(" + b"".join(b"J" + struct.pack("<i", n) for n in ns) + b"t"  # noqa: E731
+    return (
+        b"\x80\x02}X\x01\x00\x00\x00wctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storage"
+        b"ctorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuJ"
+        + struct.pack("<i", count)
+        + b"tQJ"
+        + struct.pack("<i", offset)
+        + numbers(size)
+        + numbers(stride)
+        + b"\x89}tRs."
+    )
+
+
+def hostile(folder):
+    """Name, file name and bytes of each attack."""
+    outside = folder / "outside.h5"
+    with h5py.File(outside, "w") as file:
+        file["secret"] = np.ones((3, 2), np.float32)
+    (folder / "raw").write_bytes(b"\0" * 24)
+
+    def external(file):
+        file.create_group("layers/dense/vars")["0"] = h5py.ExternalLink(str(outside), "secret")
+
+    def soft(file):
+        file["x"] = np.ones((3, 2), np.float32)
+        file.create_group("layers/dense/vars")["0"] = h5py.SoftLink("/x")
+
+    def raw(file):
+        file.create_group("layers/dense/vars").create_dataset(
+            "0", (3, 2), "f4", external=[(str(folder / "raw"), 0, 24)]
+        )
+
+    def virtual(file):
+        layout = h5py.VirtualLayout((3, 2), "f4")
+        layout[:] = h5py.VirtualSource(str(outside), "secret", shape=(3, 2))
+        file.create_group("layers/dense/vars").create_virtual_dataset("0", layout)
+
+    good = {"data": np.ones((3, 2), np.float32)}
+    yield "empty keras", "x.keras", b""
+    yield "no zip", "x.keras", b"hello" * 100
+    for name, config, weights in (
+        ("no config", None, kernel(**good)),
+        ("no weights", DENSE, None),
+        ("config is no json", "{", kernel(**good)),
+        ("config is a list", [], kernel(**good)),
+        ("config is deep", "[" * 100_000, kernel(**good)),
+        ("layers are numbers", {"class_name": "Sequential", "config": {"layers": [1]}}, b""),
+        ("weights are no h5", DENSE, b"\x89HDF\r\n" * 9),
+        ("wrong count", DENSE, h5(lambda f: f.create_group("layers"))),
+        ("external link", DENSE, h5(external)),
+        ("soft link", DENSE, h5(soft)),
+        ("external storage", DENSE, h5(raw)),
+        ("virtual dataset", DENSE, h5(virtual)),
+        ("shape bomb", DENSE, kernel(shape=(1 << 40, 1 << 10), dtype="f4", chunks=(1, 1))),
+        ("text instead of numbers", DENSE, kernel(data="text")),
+    ):
+        write_keras(folder / "made.keras", config, weights)
+        yield name, "x.keras", (folder / "made.keras").read_bytes()
+    lie = bytearray((folder / "made.keras").read_bytes())
+    at = lie.rfind(b"PK\x01\x02")  # the last member's size in the central directory
+    lie[at + 24 : at + 28] = struct.pack("<I", 0xF0000000)
+    yield "zip size lie", "x.keras", bytes(lie)
+    yield "evil pickle", "x.pt", pt(pickle.dumps({"w": Evil()}, 2))
+    yield "evil pickle, protocol 4", "x.pt", pt(pickle.dumps(Evil(), 4))
+    yield "legacy torch", "x.pt", b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."
+    yield "no dict", "x.pt", pt(pickle.dumps([1, 2], 2))
+    yield "no tensor", "x.pt", pt(pickle.dumps({"a": 1}, 2))
+    yield "memo bomb", "x.pt", pt(b"\x80\x02}r\xff\xff\xff\x7f.")
+    yield "storage too short", "x.pt", pt(tensor_pickle(6, (2, 3), (3, 1)), [b"\0" * 20])
+    yield "stride outside", "x.pt", pt(tensor_pickle(6, (2, 3), (30, 1)), [b"\0" * 24])
+    yield "offset outside", "x.pt", pt(tensor_pickle(6, (2, 3), (3, 1), 2), [b"\0" * 24])
+    yield "negative stride", "x.pt", pt(tensor_pickle(6, (2, 3), (-3, 1)), [b"\0" * 24])
+    yield "stride zero bomb", "x.pt", pt(tensor_pickle(1, (1 << 30, 1 << 10), (0, 0)), [b"\0" * 4])
+    yield "no storage", "x.pt", pt(tensor_pickle(6, (2, 3), (3, 1)))
+    yield "header bomb", "x.safetensors", struct.pack("<Q", 1 << 60) + b"{}"
+    header = json.dumps({"a": {"dtype": "F32", "shape": [9], "data_offsets": [0, 4]}}).encode()
+    yield "offsets lie", "x.safetensors", struct.pack("<Q", len(header)) + header + b"\0" * 4
+    told = {"__metadata__": {"fwt": "{}"}}
+    header = json.dumps(told).encode()
+    yield "metadata lie", "x.safetensors", struct.pack("<Q", len(header)) + header
+
+
+def test_hostile_files_are_one_clear_error(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "made").mkdir()
+    count = 0
+    for name, file, data in hostile(tmp_path / "made"):
+        (tmp_path / file).write_bytes(data)
+        with pytest.raises((converters.FileFormatError, converters.ConversionError)) as caught:
+            converters.load(tmp_path / file)
+        assert len(str(caught.value)) < 600, name
+        count += 1
+    assert count == 31
+    assert not list(tmp_path.glob("**/evil*"))
+
+
+@given(st.data())
+def test_damaged_files_raise_our_error_or_load(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("damaged")
+    suffix = data.draw(st.sampled_from([".keras", ".safetensors", ".pt"]))
+    path = folder / f"net{suffix}"
+    converters.save(path, *SMALL)
+    raw = bytearray(path.read_bytes())
+    if data.draw(st.booleans()):
+        raw = raw[: data.draw(st.integers(0, len(raw) - 1))]
+    else:
+        for _ in range(data.draw(st.integers(1, 8))):
+            raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(raw)
+    try:
+        converters.load(path)
+    except fwt.FwtError as error:
+        assert isinstance(error, converters.FileFormatError | converters.ConversionError)
+
+
+SMALL = random_model(fwt.Sequential([("a", nn.Dense(2)), ("b", fl.ReLU())], input_shape=(3,)))
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("none.keras", "no such file"),
+        ("none.h6", "format '.h6' is not known"),
+        ("none", "without a suffix"),
+        (".", "is not known"),
+    ],
+)
+def test_loading_what_is_not_there(tmp_path, path, said):
+    with pytest.raises(converters.FileFormatError, match=said):
+        converters.load(tmp_path / path)
+
+
+def test_a_refused_save_leaves_the_old_file(model, tmp_path):
+    path = tmp_path / "net.keras"
+    converters.save(path, *SMALL)
+    before = path.read_bytes()
+    odd = fwt.Sequential([("a", nn.LayerNorm())], input_shape=(3,))
+    with pytest.raises(converters.ConversionError, match="LayerNorm"):
+        converters.save(path, odd, {"params": {}})
+    broken = {"params": {**SMALL.variables["params"], "c": {"kernel": np.ones(3)}}}
+    with pytest.raises(converters.ConversionError, match="params/c"):
+        converters.save(path, SMALL.module, broken)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["net.keras"]
+    (tmp_path / "folder.keras").mkdir()
+    with pytest.raises(converters.FileFormatError, match="directory"):
+        converters.save(tmp_path / "folder.keras", *SMALL)
+    with pytest.raises(converters.FileFormatError, match="can't write"):
+        converters.save(tmp_path / "missing" / "net.keras", *SMALL)
+    with pytest.raises(converters.ConversionError, match="architecture"):
+        converters.save(path, None, SMALL.variables)
+
+
+def test_a_write_that_fails_midway_leaves_the_old_file(tmp_path, monkeypatch):
+    from fwt.converters import _io
+
+    path = tmp_path / "net.pt"
+    converters.save(path, *SMALL)
+    before = path.read_bytes()
+
+    def full(fd):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(_io.os, "fsync", full)
+    with pytest.raises(converters.FileFormatError, match="No space left"):
+        converters.save(path, *SMALL)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["net.pt"]
+
+
+def test_a_file_that_does_not_fit_its_architecture_is_refused(tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    path = tmp_path / "net.safetensors"
+    converters.save(path, *SMALL)
+    tensors = load_file(path)
+    with open(path, "rb") as file:
+        size = struct.unpack("<Q", file.read(8))[0]
+        metadata = json.loads(file.read(size))["__metadata__"]
+    save_file({**tensors, "params/zz/kernel": np.ones(2)}, path, metadata)
+    with pytest.raises(converters.FileFormatError, match="zz"):
+        converters.load(path)

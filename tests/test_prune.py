@@ -1,0 +1,320 @@
+"""Selection and pruning: exact counts, ties, odd floats; masks."""
+
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import fwt
+from fwt import _select
+
+DTYPES = ["float32", "float16", "bfloat16", "float8_e4m3fn", "int8", "uint8", "int32"]
+
+
+def dtype_of(name):
+    return np.dtype(getattr(ml_dtypes, name, name))
+
+
+def order_of(x, signed):
+    """The order by a stable NumPy sort: worth first, then the later index."""
+    wide = x.ravel().astype(np.float64)
+    nan = np.isnan(wide)
+    worth = np.where(nan, 0, wide if signed else np.abs(wide))
+    return np.lexsort((-np.arange(x.size), worth, nan))
+
+
+def expected_mask(x, k, signed=False):
+    keep = np.ones(x.size, bool)
+    keep[order_of(x, signed)[:k]] = False
+    return keep.reshape(x.shape)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("name", DTYPES)
+def test_against_a_stable_sort_on_random_bits(name, signed):
+    rng = np.random.default_rng(0)
+    dtype = dtype_of(name)
+    bits = rng.integers(0, 1 << (8 * dtype.itemsize), size=1000, dtype=np.uint64)
+    x = bits.astype(f"u{dtype.itemsize}").view(dtype)
+    x[:100] = x[100]
+    x[200:260] = np.zeros((), dtype)
+    key = _select.signed_key if signed else _select.magnitude_key
+    for k in (0, 1, 57, 500, 901, 999, 1000):
+        (mask,) = _select.keep_largest([key(x.reshape(8, 125))], k)
+        assert np.array_equal(np.asarray(mask).ravel(), expected_mask(x, k, signed))
+
+
+SPECIAL = [0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 1e-40, np.inf, -np.inf, np.nan, -np.nan, 3.4e38]
+
+
+@given(
+    hnp.arrays(np.float32, st.sampled_from([1, 6, 40]), elements=st.sampled_from(SPECIAL)),
+    st.integers(0, 40),
+    st.booleans(),
+)
+def test_specials_against_a_stable_sort(x, k, signed):
+    k = min(k, x.size)
+    key = _select.signed_key if signed else _select.magnitude_key
+    (mask,) = _select.keep_largest([key(x)], k)
+    assert np.array_equal(mask, expected_mask(x, k, signed))
+
+
+@given(
+    st.sampled_from([(1,), (12,), (0, 5), (3, 0, 7, 1), (9, 9, 2, 4, 12)]),
+    st.integers(0, 60),
+    st.integers(0, 2**32 - 1),
+)
+def test_many_leaves_are_one_selection(sizes, k, seed):
+    rng = np.random.default_rng(seed)
+    leaves = [rng.integers(-3, 4, size=n).astype(np.float32) for n in sizes]
+    k = min(k, sum(sizes))
+    masks = _select.keep_largest(_select.common_keys(leaves, False), k)
+    joined = np.concatenate([np.asarray(m) for m in masks])
+    assert np.array_equal(joined, expected_mask(np.concatenate(leaves), k))
+
+
+def test_mixed_float_dtypes_share_one_scale():
+    rng = np.random.default_rng(0)
+    leaves = [
+        rng.normal(size=50).astype(np.float32),
+        rng.normal(size=50).astype(np.float16),
+        (rng.normal(size=50) * 1e-39).astype(ml_dtypes.bfloat16),
+        np.array([1e-45, 0, -1e-40], np.float32),
+        np.array([6e-8, 0, -1e-7], np.float16),
+    ]
+    joined = np.concatenate([x.astype(np.float32) for x in leaves])
+    for k in (1, 3, 40, 60, 100):
+        masks = _select.keep_largest(_select.common_keys(leaves, False), k)
+        assert np.array_equal(
+            np.concatenate([np.asarray(m) for m in masks]), expected_mask(joined, k)
+        )
+    with pytest.raises(fwt.FwtError, match="common exact scale"):
+        _select.common_keys([np.ones(2, np.int32), np.ones(2, np.float32)], False)
+
+
+def test_float64_under_x64():
+    with jax.enable_x64(True):
+        x = np.random.default_rng(0).normal(size=101) * 10.0 ** np.arange(-300, 302, 6)[:101]
+        x[3], x[4] = 5e-324, np.nan
+        for k in (1, 50, 100):
+            (mask,) = _select.keep_largest([_select.magnitude_key(x)], k)
+            assert np.array_equal(mask, expected_mask(x, k))
+        mixed = [x, np.array([1e-45, 1e-3, np.inf], np.float32)]
+        masks = _select.keep_largest(_select.common_keys(mixed, False), 30)
+        joined = np.concatenate([a.astype(np.float64) for a in mixed])
+        assert np.array_equal(np.concatenate(masks), expected_mask(joined, 30))
+
+
+@given(st.floats(0, 1, width=32), st.integers(0, 2**32 - 1))
+def test_a_traced_count_is_exact(s, n):
+    assert int(_select.count(jnp.float32(s), n)) == round(Fraction(s) * n)
+
+
+@given(st.integers(0, 64), st.integers(0, 2**27))
+def test_a_traced_count_rounds_half_to_even(eighths, n):
+    s = eighths / 64
+    assert int(_select.count(jnp.float32(s), n)) == round(Fraction(s) * n)
+
+
+@given(st.floats(0, 1), st.sampled_from([1, 2, 5, 10, 99, 1000]))
+def test_counts_are_pythons(s, n):
+    w = {"a": {"kernel": np.arange(1, n + 1, dtype=np.float32).reshape(1, n)}}
+    assert int((np.asarray(fwt.prune(s)(w)["a"]["kernel"]) == 0).sum()) == round(s * n)
+
+
+def zeros(tree):
+    return {p: int((np.asarray(x) == 0).sum()) for p, x in fwt.select(tree, fwt.kernels).items()}
+
+
+def test_scopes(params):
+    layer = fwt.prune(0.25)(params)
+    assert zeros(layer) == {"dense_2/kernel": 3, "dense_10/kernel": 5}
+    whole = fwt.prune(0.25, scope="global")(params)
+    assert sum(zeros(whole).values()) == 8
+    kept = [
+        np.abs(x[x != 0]).min() for x in map(np.asarray, fwt.select(whole, fwt.kernels).values())
+    ]
+    joined = np.sort(
+        np.abs(np.concatenate([np.ravel(x) for x in fwt.select(params, fwt.kernels).values()]))
+    )
+    assert min(kept) == joined[8]
+    for other in ("norm/scale", "dense_2/bias", "embed/embedding"):
+        assert fwt.select(whole, other)[other] is fwt.select(params, other)[other]
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_traced_and_python_sparsity_agree(params, scope):
+    @jax.jit
+    def f(p, s):
+        return fwt.prune(s, scope=scope)(p)
+
+    for s in (0.0, 0.25, 0.5, 0.75, 1.0):
+        ours = fwt.prune(s, scope=scope)(params)
+        assert jax.tree.all(jax.tree.map(jnp.array_equal, f(params, s), ours))
+    assert f._cache_size() == 1
+    batch = jax.vmap(lambda s: fwt.prune(s, scope=scope)(params)["dense_2"]["kernel"])(
+        jnp.array([0.0, 0.5, 1.0])
+    )
+    for i, s in enumerate((0.0, 0.5, 1.0)):
+        assert jnp.array_equal(batch[i], fwt.prune(s, scope=scope)(params)["dense_2"]["kernel"])
+
+
+def test_vmap_over_models_prunes_each(params):
+    stacked = jax.tree.map(lambda x: jnp.stack([x, 2 * x[::-1]]), params)
+    out = jax.vmap(fwt.prune(0.5))(stacked)["dense_10"]["kernel"]
+    assert jnp.array_equal(out[0], fwt.prune(0.5)(params)["dense_10"]["kernel"])
+    assert int((out[1] == 0).sum()) == 10
+
+
+def test_scan_and_grad(params):
+    def body(p, s):
+        return fwt.prune(s)(p), (p["dense_2"]["kernel"] == 0).sum()
+
+    _, counts = jax.lax.scan(body, jax.tree.map(jnp.asarray, params), jnp.array([0.25, 0.5, 0.75]))
+    assert counts.tolist() == [0, 3, 6]
+    grad = jax.grad(lambda p: (fwt.prune(0.5)(p)["dense_2"]["kernel"] ** 2).sum())(params)
+    kept = np.asarray(fwt.masks(0.5)(params)["dense_2"]["kernel"])
+    np.testing.assert_allclose(
+        grad["dense_2"]["kernel"], np.where(kept, 2 * params["dense_2"]["kernel"], 0), rtol=1e-6
+    )
+    through = jax.grad(lambda p: fwt.straight_through(fwt.prune(0.5))(p)["dense_2"]["kernel"].sum())
+    assert (through(params)["dense_2"]["kernel"] == 1).all()
+
+
+def test_donated_arguments_are_reused(params):
+    on_device = jax.tree.map(jnp.array, params)
+    compiled = jax.jit(fwt.prune(0.5), donate_argnums=0).lower(on_device).compile()
+    assert "input_output_alias" in compiled.as_text()
+
+
+def test_threshold():
+    w = np.array([[0.1, -0.1, 0.10000001, np.nan], [-np.inf, 1e-45, 0.0, -0.0]], np.float32)
+    tree = {"a": {"kernel": w, "bias": np.full(4, 0.01, np.float32)}}
+    new = fwt.prune(threshold=0.1)(tree)
+    kept = np.array([[False, False, True, True], [True, False, False, False]])
+    assert np.array_equal(np.asarray(fwt.masks(threshold=0.1)(tree)["a"]["kernel"]), kept)
+    out = np.asarray(new["a"]["kernel"])
+    assert np.array_equal(out[kept], w[kept], equal_nan=True)
+    assert (out[~kept].view(np.uint32) == 0).all()  # exactly +0.0
+    assert new["a"]["bias"] is tree["a"]["bias"]
+    assert bool(fwt.masks(threshold=-1.0)(tree)["a"]["kernel"].all())
+    assert not fwt.masks(threshold=0.0)(tree)["a"]["kernel"][1, 3]
+    assert fwt.masks(threshold=0.0)(tree)["a"]["kernel"][1, 1]  # a denormal is above zero
+    half = {"a": {"kernel": np.array([[0.1]], ml_dtypes.bfloat16)}}
+    assert not fwt.masks(threshold=0.1)(half)["a"]["kernel"][0, 0]
+    traced = jax.jit(lambda p, t: fwt.prune(threshold=t)(p))
+    assert jnp.array_equal(traced(tree, 0.1)["a"]["kernel"], out, equal_nan=True)
+
+
+def test_user_scores():
+    tree = {"a": {"kernel": np.array([[1.0, -5.0, 3.0]], np.float32)}}
+
+    def value(params):
+        return params
+
+    assert fwt.prune(1 / 3, value)(tree)["a"]["kernel"].tolist() == [[1.0, 0.0, 3.0]]
+    assert fwt.prune(1 / 3, fwt.scores.magnitude)(tree)["a"]["kernel"].tolist() == [
+        [0.0, -5.0, 3.0]
+    ]
+    assert fwt.prune(1 / 3, fwt.scores.magnitude())(tree)["a"]["kernel"].tolist() == [
+        [0.0, -5.0, 3.0]
+    ]
+    assert fwt.prune(threshold=2, score=value)(tree)["a"]["kernel"].tolist() == [[0.0, 0.0, 3.0]]
+
+    def needs(params, *, grads):
+        return grads
+
+    with pytest.raises(fwt.FwtError, match="grads"):
+        fwt.prune(0.5, needs)
+    with pytest.raises(fwt.LeafError, match="a/kernel"):
+        fwt.prune(0.5, lambda p: {"b": p["a"]["kernel"]})(tree)
+    with pytest.raises(fwt.LeafError, match="shape"):
+        fwt.prune(0.5, lambda p: {"a": {"kernel": np.ones(2, np.float32)}})(tree)
+
+
+def test_masks_are_values():
+    tree = {"a": {"kernel": np.array([[0.0, np.nan, -0.0, 1e-45]], np.float32), "bias": np.ones(4)}}
+    masks = fwt.masks_of(tree)
+    assert masks["a"]["kernel"].tolist() == [[False, True, False, True]]
+    assert masks["a"]["bias"].shape == ()
+    assert masks["a"]["bias"].dtype == bool
+    new = fwt.apply_masks({"a": {"kernel": ~masks["a"]["kernel"], "bias": masks["a"]["bias"]}})(
+        tree
+    )
+    assert not np.asarray(new["a"]["kernel"]).view(np.uint32)[0, [1, 3]].any()
+    assert new["a"]["bias"] is tree["a"]["bias"]  # float64, and never touched
+
+    def bad(masks, said):
+        with pytest.raises(fwt.LeafError, match=said):
+            fwt.apply_masks(masks)(tree)
+
+    bad({"a": {"kernel": np.ones((1, 4), bool)}}, "no mask for 'a/bias'")
+    bad({"a": {"kernel": np.ones((4, 1), bool), "bias": np.ones((), bool)}}, "expected shape")
+    bad({"a": {"kernel": np.ones((1, 4)), "bias": np.ones((), bool)}}, "expected bool")
+    bad({"a": {"kernel": np.zeros((), bool), "bias": np.ones((), bool)}}, "rank-0 False")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({}, "sparsity or a threshold"),
+        ({"sparsity": 0.5, "threshold": 0.5}, "one of the two"),
+        ({"sparsity": 80}, "0 to 1; found 80"),
+        ({"sparsity": -0.1}, "0 to 1"),
+        ({"sparsity": "0.8"}, "must be a number"),
+        ({"sparsity": True}, "must be a number"),
+        ({"sparsity": float("nan")}, "must be a number"),
+        ({"sparsity": jnp.ones(3)}, "vmap"),
+        ({"sparsity": 0.5, "scope": "layers"}, "'layer' or 'global'"),
+        ({"sparsity": 0.5, "pattern": "2:4"}, "pattern"),
+        ({"sparsity": 0.5, "score": "magnitude"}, "score"),
+    ],
+)
+def test_wrong_arguments_say_so_at_once(arguments, said):
+    with pytest.raises(fwt.FwtError) as caught:
+        fwt.prune(**arguments)
+    assert said in str(caught.value)
+
+
+def test_64_bit_leaves_are_refused_not_rounded():
+    tree = {"a": {"kernel": np.ones((2, 3)), "bias": np.ones(3)}}
+    for t in (
+        fwt.prune(0.5),
+        fwt.masks(0.5),
+        fwt.initialize(fwt.initializers.ones, 0),
+        fwt.project(fwt.constraints.non_negative),
+    ):
+        with pytest.raises(fwt.LeafError, match=r"a/kernel is float64.*enable_x64.*dtype="):
+            t(tree)
+        with jax.enable_x64(True):
+            new = t(tree)
+            assert new["a"]["kernel"].dtype in (np.float64, bool)
+            assert new["a"]["bias"] is tree["a"]["bias"] or new["a"]["bias"].dtype == bool
+    assert fwt.prune(0.5, dtype="float32")(tree)["a"]["kernel"].dtype == np.float32
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
+def test_dtypes_stay(dtype):
+    tree = {"a": {"kernel": np.arange(-4, 4).reshape(2, 4).astype(dtype_of(dtype))}}
+    new = fwt.prune(0.5)(tree)["a"]["kernel"]
+    assert new.dtype == dtype_of(dtype)
+    assert int((new == 0).sum()) == 4
+
+
+def test_odd_leaves():
+    tree = {"a": {"kernel": np.zeros((0, 3), np.float32)}, "b": {"kernel": np.ones((1, 1), "f")}}
+    assert fwt.prune(1.0)(tree)["b"]["kernel"].tolist() == [[0.0]]
+    assert fwt.prune(1.0, scope="global")(tree)["a"]["kernel"].shape == (0, 3)
+    assert fwt.prune(0.5)({"a": {"kernel": np.ones((2, 2), "f")}})["a"]["kernel"].tolist() == [
+        [1.0, 1.0],
+        [0.0, 0.0],
+    ]
+    with pytest.raises(fwt.LeafError, match="complex"):
+        fwt.prune(0.5)({"a": {"kernel": np.ones((2, 2), np.complex64)}})

@@ -1,0 +1,204 @@
+"""Paths, where and the containers that transforms take."""
+
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from flax.core import FrozenDict, freeze
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fwt
+from fwt import _tree
+
+
+def test_paths_are_in_natural_order(params):
+    assert fwt.paths(params) == [
+        "dense_2/bias",
+        "dense_2/kernel",
+        "dense_10/bias",
+        "dense_10/kernel",
+        "embed/embedding",
+        "norm/bias",
+        "norm/scale",
+    ]
+
+
+@given(st.lists(st.text(alphabet="ab/\\*?[]!1 .", min_size=1, max_size=5), min_size=1, max_size=3))
+def test_any_name_is_found_under_its_own_path_only(parts):
+    tree = np.ones(2, np.float32)
+    for part in reversed(parts):
+        tree = {part: tree}
+    other = {"zz": np.ones(1)}
+    (path,) = fwt.paths(tree)
+    assert [_tree.unescape(p) for p in _tree.split(path)] == parts
+    assert list(fwt.select({**tree, **other}, path)) == [path]
+    assert _tree.matches("**", path)
+    assert _tree.matches("/".join(["*"] * len(parts)), path)
+    assert not _tree.matches("/".join(["*"] * (len(parts) + 1)), path)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "path", "expected"),
+    [
+        ("dense_*/kernel", "dense_1/kernel", True),
+        ("dense_*/kernel", "a/dense_1/kernel", False),
+        ("**/kernel", "kernel", True),
+        ("**/kernel", "a/b/kernel", True),
+        ("a/**", "a/b/c", True),
+        ("a/**", "a", False),
+        ("a/**/c", "a/c", True),
+        ("**/b/**", "a/b/c", True),
+        ("*", "a/b", False),
+        ("layer_[0-3]/k", "layer_2/k", True),
+        ("layer_[!0-3]/k", "layer_2/k", False),
+        ("layer_?/k", "layer_12/k", False),
+        ("a*c", "a/c", False),
+        ("**/b", "a\\/b", False),
+    ],
+)
+def test_globs(pattern, path, expected):
+    assert _tree.matches(pattern, path) is expected
+
+
+def test_where_in_every_form(params):
+    expected = ["dense_2/kernel", "dense_10/kernel"]
+    bools = jax.tree.map(lambda _: False, params)
+    bools["dense_10"]["kernel"] = bools["dense_2"]["kernel"] = True
+    for where in (
+        "dense_*/kernel",
+        ["dense_2/kernel", "dense_10/*el"],
+        lambda path, x: path.endswith("kernel") and len(x.shape) == 2,
+        bools,
+        fwt.kernels,
+        fwt.kernels(),
+    ):
+        assert list(fwt.select(params, where)) == expected
+    assert "norm/scale" not in fwt.select(params, fwt.biases)
+    assert list(fwt.select({"params": params}, {"params": bools})) == expected
+    coarse = {"dense_2": True, "dense_10": False, "norm": False, "embed": False}
+    assert list(fwt.select(params, coarse)) == ["dense_2/bias", "dense_2/kernel"]
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ("dense_2/kernal", "close: 'dense_2/kernel'"),
+        ("kernel", "dense_2/kernel"),
+        (["dense_2/kernel", "dens_10/kernel"], "dens_10/kernel"),
+        (lambda p, x: False, "matches none of the 7 leaves"),
+        (lambda p, x: np.ones(2), "must return True or False"),
+        ({"dense_2": True}, "says nothing of"),
+        ({"dense_3": True}, "says nothing of"),
+        ({"dense_2": 3}, "must be a glob"),
+        (7, "must be a glob"),
+        ([], "matches none"),
+    ],
+)
+def test_where_that_selects_nothing_says_so(params, where, said):
+    with pytest.raises(fwt.WhereError) as caught:
+        fwt.select(params, where)
+    assert said in str(caught.value)
+
+
+def test_where_of_traced_bools_is_refused(params):
+    with pytest.raises(fwt.WhereError, match="trace time"):
+        jax.jit(lambda m: fwt.select(params, {"dense_2": m}))(jnp.array(True))
+
+
+def containers():
+    kernel = np.arange(-6, 6, dtype=np.float32).reshape(3, 4)
+    linen = {"dense": {"kernel": kernel, "bias": np.ones(4, np.float32)}}
+    yield "dict", linen, "dense/kernel"
+    yield "FrozenDict", freeze(linen), "dense/kernel"
+    yield "variables", {"params": linen, "batch_stats": {"n": {"mean": kernel}}}, "dense/kernel"
+    yield "frozen variables", freeze({"params": linen}), "dense/kernel"
+    module = fwt.Sequential([("dense", nn.Dense(4))])
+    yield "Model", fwt.Model(module, {"params": linen}), "dense/kernel"
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.dense = nnx.Linear(3, 4, rngs=rngs)
+            self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    state = nnx.state(Net(nnx.Rngs(0)))
+    yield "nnx.State", state, "dense/kernel"
+    yield "equinox", eqx.nn.MLP(3, 4, 5, 1, key=jax.random.key(0)), "layers/0/weight"
+    yield "list", [np.ones(2), {"kernel": kernel, "name": "text", "none": None}], "1/kernel"
+
+
+CONTAINERS = list(containers())
+
+
+@pytest.mark.parametrize(("name", "tree", "path"), CONTAINERS, ids=[c[0] for c in CONTAINERS])
+def test_every_container_keeps_its_kind(name, tree, path):
+    new = fwt.prune(0.5, where=path)(tree)
+    assert jax.tree.structure(new) == jax.tree.structure(tree)
+    assert type(new) is type(tree)
+    before, after = fwt.select(tree, "**"), fwt.select(new, "**")
+    assert int(np.sum(np.asarray(after[path]) == 0)) >= before[path].size // 2
+    for other in before:
+        if other != path:
+            assert after[other] is before[other]
+    if name != "equinox" and name != "list":
+        jitted = jax.jit(fwt.prune(0.5, where=path))(tree)
+        assert jnp.array_equal(fwt.select(jitted, path)[path], after[path])
+    masks = fwt.masks(0.5, where=path)(tree)
+    assert jnp.array_equal(fwt.select(masks, path)[path], np.asarray(after[path]) != 0)
+    masked = fwt.apply_masks(masks)(tree)
+    assert jnp.array_equal(fwt.select(masked, path)[path], after[path])
+
+
+def test_equinox_under_filter_jit():
+    mlp = eqx.nn.MLP(3, 4, 5, 1, key=jax.random.key(0))
+    new = eqx.filter_jit(fwt.prune(0.5))(mlp)
+    assert [int((x == 0).sum()) for x in fwt.select(new, fwt.kernels).values()] == [8, 10]
+    assert new(jnp.ones(3)).shape == (4,)
+
+
+def test_linen_and_nnx_have_the_same_paths():
+    net = fwt.Sequential([("hidden", nn.Dense(3))])
+    variables = net.init(jax.random.key(0), jnp.ones((1, 2)))
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.hidden = nnx.Linear(2, 3, rngs=rngs)
+
+    state = nnx.state(Net(nnx.Rngs(0)), nnx.Param)
+    assert fwt.paths(state) == fwt.paths(variables)
+    one = fwt.initialize(fwt.initializers.normal(), 3)(variables)
+    two = fwt.initialize(fwt.initializers.normal(), 3)(state)
+    assert jnp.array_equal(
+        fwt.select(one, fwt.kernels)["hidden/kernel"], fwt.select(two, fwt.kernels)["hidden/kernel"]
+    )
+
+
+def test_a_leaf_named_value_keeps_its_path():
+    assert fwt.paths({"a": {"value": np.ones(2)}}) == ["a/value"]
+    assert isinstance(freeze({}), FrozenDict)
+
+
+def test_inputs_are_never_changed(params):
+    before = jax.tree.map(np.copy, params)
+    for t in (
+        fwt.prune(0.5, where="**"),
+        fwt.initialize(fwt.initializers.ones, 0, "**"),
+        fwt.project(fwt.constraints.non_negative, "**"),
+    ):
+        t(params)
+    assert jax.tree.all(jax.tree.map(np.array_equal, before, params))
+
+
+def test_summary_counts(params):
+    text = str(fwt.summary(fwt.prune(0.5)(params)))
+    assert "dense_10/kernel" in text
+    assert "( 50.0%)" in text
+    model = fwt.Model(None, {"params": params, "batch_stats": {"norm": {"mean": np.ones(3)}}})
+    lines = fwt.summary(model).lines
+    assert lines[-1].path == "batch_stats/norm/mean"
+    assert sum(line.size for line in lines) == fwt.summary(model).size
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    assert fwt.summary(shapes).lines[0].zeros is None

@@ -1,0 +1,301 @@
+"""initialize, project, assign, chain, at, straight_through."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import fwt
+from fwt import _axes
+
+inits, C = fwt.initializers, fwt.constraints
+
+
+@pytest.mark.parametrize("name", inits.__all__)
+def test_initializers_equal_jaxs_on_dense(name):
+    """On (in, out) they are JAX's own, to the bit, under the leaf's folded key."""
+    arguments = {"constant": (0.3,), "variance_scaling": (2.0, "fan_out", "normal")}.get(name, ())
+    theirs = getattr(jax.nn.initializers, name)
+    noun = getattr(inits, name)
+    plain = name in ("zeros", "ones")
+    theirs = theirs if plain else theirs(*arguments)
+    tree = {"dense": {"kernel": np.ones((30, 20), np.float32)}}
+    from fwt._tree import fold_path
+
+    expected = theirs(fold_path(jax.random.key(5), "dense/kernel"), (30, 20), jnp.float32)
+    for written in [noun(*arguments)] + ([noun] if not arguments else []):
+        found = fwt.initialize(written, 5)(tree)["dense"]["kernel"]
+        np.testing.assert_allclose(found, expected, rtol=3e-7, atol=1e-9)
+    assert noun(*arguments) == noun(*arguments)
+    assert hash(noun(*arguments)) == hash(noun(*arguments))
+
+
+def test_fans_follow_the_axes():
+    shapes = {
+        "conv/kernel": ((3, 5, 8, 16), 3 * 5 * 8),
+        "query/kernel": ((12, 4, 6), 12),
+        "out/kernel": ((4, 6, 12), 24),
+        "torch/weight": ((7, 11), 11),
+    }
+    for path, (shape, fan_in) in shapes.items():
+        layer, leaf = path.split("/")
+        tree = {layer: {leaf: np.zeros(shape, np.float32)}}
+        w = np.asarray(fwt.initialize(inits.lecun_uniform(), 0)(tree)[layer][leaf])
+        bound = (3 / fan_in) ** 0.5
+        assert np.abs(w).max() <= bound
+        assert np.abs(w).max() > 0.9 * bound
+    tree = {"a": {"weight": np.zeros((16, 8, 3, 3), np.float32)}}
+    with pytest.raises(fwt.AxesError, match=r"a/weight.*axes="):
+        fwt.initialize(inits.he_normal, 0)(tree)
+    named = fwt.initialize(inits.lecun_uniform, 0, axes={"**/weight": "out in h w"})(tree)
+    assert np.abs(named["a"]["weight"]).max() <= (3 / 72) ** 0.5
+    assert fwt.initialize(inits.normal, 0)(tree)["a"]["weight"].shape == (16, 8, 3, 3)
+    with pytest.raises(fwt.AxesError, match="names 2 axes"):
+        fwt.initialize(inits.he_normal, 0, axes={"**": "out in"})(tree)
+    with pytest.raises(fwt.AxesError, match="matches no leaf"):
+        fwt.initialize(inits.he_normal, 0, axes={"b/*": "out in h w"})(tree)
+
+
+def test_orthogonal_is_orthogonal_on_every_layout():
+    for layer, leaf, shape in (
+        ("d", "kernel", (9, 4)),
+        ("d", "kernel", (4, 9)),
+        ("d", "weight", (4, 9)),
+        ("c", "kernel", (3, 3, 2, 5)),
+        ("query", "kernel", (12, 2, 3)),
+    ):
+        tree = {layer: {leaf: np.zeros(shape, np.float32)}}
+        w = np.asarray(fwt.initialize(inits.orthogonal(2.0), 0)(tree)[layer][leaf])
+        axes = _axes.axes_of(f"{layer}/{leaf}", shape)
+        w = w.transpose((*axes.reduced, *axes.outputs))
+        w = w.reshape(int(np.prod([shape[i] for i in axes.reduced])), -1)
+        gram = w.T @ w if w.shape[0] >= w.shape[1] else w @ w.T
+        np.testing.assert_allclose(gram, 4 * np.eye(len(gram)), atol=1e-5)
+
+
+def test_foreign_initializers():
+    dense = {"d": {"kernel": np.zeros((3, 4), np.float32)}}
+    w = fwt.initialize(jax.nn.initializers.he_normal(), 0)(dense)["d"]["kernel"]
+    assert jnp.array_equal(w, fwt.initialize(inits.he_normal, 0)(dense)["d"]["kernel"])
+    query = {"query": {"kernel": np.zeros((4, 2, 3), np.float32)}}
+    with pytest.raises(fwt.AxesError, match=r"fwt\.initializers"):
+        fwt.initialize(jax.nn.initializers.he_normal(), 0)(query)
+    fwt.initialize(jax.nn.initializers.normal(1.0), 0)(query)
+    with pytest.raises(fwt.LeafError, match="called first"):
+        fwt.initialize(jax.nn.initializers.he_normal, 0)(dense)
+    with pytest.raises(fwt.LeafError, match="expected float32"):
+        fwt.initialize(lambda k, s, d: np.ones(3, np.float32), 0)(dense)
+    with pytest.raises(TypeError, match="initializer"):
+        fwt.initialize("zeros", 0)
+
+
+def test_keys_come_from_the_path(params):
+    t = fwt.initialize(inits.normal(1.0), jax.random.key(7))
+    one = t(params)
+    two = t({**params, "another": {"kernel": np.ones((9, 9), np.float32)}})
+    for path, value in fwt.select(one, fwt.kernels).items():
+        assert jnp.array_equal(value, fwt.select(two, path)[path])
+    leaves = list(fwt.select(fwt.initialize(inits.normal(1.0), 0, "**")(params)).values())
+    flat = [np.asarray(x).ravel()[:3] for x in leaves]
+    assert len({tuple(x) for x in flat}) == len(flat)
+    by_key = jax.vmap(lambda k: fwt.initialize(inits.normal(1.0), k)(params)["dense_2"]["kernel"])(
+        jax.random.split(jax.random.key(0), 3)
+    )
+    assert by_key.shape == (3, 4, 3)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    fresh = fwt.initialize(inits.normal(1.0), jax.random.key(7))(shapes)
+    assert jnp.array_equal(fresh["dense_2"]["kernel"], one["dense_2"]["kernel"])
+
+
+def test_initializers_inside_flax():
+    net = nn.Dense(3, kernel_init=inits.he_uniform(), bias_init=inits.zeros)
+    variables = net.init(jax.random.key(0), jnp.ones((1, 4)))
+    assert variables["params"]["kernel"].shape == (4, 3)
+    assert not variables["params"]["bias"].any()
+
+
+# -- constraints ------------------------------------------------------------------------------
+
+ROWS = [
+    (C.non_negative(), lambda w, n: (w >= 0).all()),
+    (C.max_norm(0.7), lambda w, n: (n <= 0.7 * (1 + 2e-6)).all()),
+    (C.unit_norm(), lambda w, n: np.allclose(n[n > 0], 1, atol=2e-6)),
+    (C.min_max_norm(0.5, 0.9), lambda w, n: ((n > 0.499999) & (n < 0.900001) | (n == 0)).all()),
+]
+
+
+@pytest.mark.parametrize(("constraint", "holds"), ROWS, ids=[r[0].name for r in ROWS])
+@given(
+    st.sampled_from([("d/kernel", (5, 3)), ("c/kernel", (3, 2, 4, 5)), ("d/weight", (3, 7))]),
+    st.integers(0, 2**31),
+    st.sampled_from([1e-30, 1e-3, 1.0, 1e30]),
+)
+def test_constraints_keep_what_they_declare(constraint, holds, place, seed, scale):
+    path, shape = place
+    axes = _axes.axes_of(path, shape)
+    rng = np.random.default_rng(seed)
+    w = (rng.normal(size=shape) * scale).astype(np.float32)
+    w[tuple(0 for _ in shape[:-1])] = 0
+    v = np.asarray(constraint(w, axes))
+    norms = np.sqrt((v.astype(np.float64) ** 2).sum(axes.reduced))
+    assert holds(v, norms)
+    np.testing.assert_allclose(constraint(v, axes), v, rtol=2e-6)
+    assert v.dtype == w.dtype
+    for x in (w, np.zeros_like(w)):
+        assert np.isfinite(jax.grad(lambda a: constraint(a, axes).sum())(jnp.asarray(x))).all()
+    with jax.disable_jit():
+        np.testing.assert_allclose(constraint(w, axes), v, rtol=1e-6)
+    for half in (np.float16, ml_dtypes.bfloat16):
+        if scale == 1.0:
+            assert constraint(w.astype(half), axes).dtype == half
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (3, 2, 4, 5)])
+def test_constraints_equal_keras(shape):
+    import keras
+
+    w = np.random.default_rng(0).normal(size=shape).astype(np.float32) * 2
+    axis = list(range(len(shape) - 1))
+    k = keras.constraints
+    for ours, theirs in (
+        (C.non_negative(), k.NonNeg()),
+        (C.max_norm(1.5), k.MaxNorm(1.5, axis=axis)),
+        (C.unit_norm(), k.UnitNorm(axis=axis)),
+        (C.min_max_norm(0.5, 1.5, 0.3), k.MinMaxNorm(0.5, 1.5, 0.3, axis=axis)),
+    ):
+        found = fwt.project(ours)({"a": {"kernel": w}})["a"]["kernel"]
+        np.testing.assert_allclose(found, np.asarray(theirs(w)), atol=1e-6)
+        if ours.name != "non_negative":
+            explicit = type(ours)(
+                ours.name,
+                ours.kind,
+                ours.keeps_zeros,
+                ours.function,
+                tuple((n, tuple(axis) if n == "axis" else v) for n, v in ours.settings),
+            )
+            np.testing.assert_allclose(explicit(w), found, rtol=1e-6)
+
+
+def test_project_refuses_what_it_can_not_know():
+    bare = {"a": {"weight": np.ones((2, 3, 4, 4), np.float32)}}
+    with pytest.raises(fwt.AxesError, match=r"a/weight.*axes="):
+        fwt.project(C.max_norm(1.0))(bare)
+    new = fwt.project(C.max_norm(1.0), axes={"a/weight": "o i h w"})(bare)["a"]["weight"]
+    np.testing.assert_allclose(np.sqrt((new**2).sum((1, 2, 3))), 1, rtol=1e-6)
+    assert fwt.project(C.non_negative)(bare)["a"]["weight"].shape == (2, 3, 4, 4)
+    with pytest.raises(fwt.AxesError, match="axis=4"):
+        fwt.project(C.max_norm(1.0, axis=4))(bare)
+    with pytest.raises(fwt.LeafError, match="floating"):
+        fwt.project(C.unit_norm)({"a": {"kernel": np.ones((2, 2), np.int32)}})
+    with pytest.raises(fwt.LeafError, match="keeps shape and dtype"):
+        fwt.project(lambda w, axes: w.sum())({"a": {"kernel": np.ones((2, 2), np.float32)}})
+    with pytest.raises(fwt.FwtError, match="refill"):
+        fwt.project(lambda w, axes: w + 1, masks=bare)
+
+
+def test_project_within_masks(params):
+    masks = fwt.masks(0.5)(params)
+    new = fwt.project(C.unit_norm(), masks=masks)(params)["dense_10"]["kernel"]
+    kept = np.asarray(masks["dense_10"]["kernel"])
+    assert not np.asarray(new)[~kept].any()
+    norms = np.sqrt((np.asarray(new) ** 2).sum(0))
+    np.testing.assert_allclose(norms[kept.any(0)], 1, rtol=1e-6)
+
+
+def test_projection_with_a_traced_setting(params):
+    f = jax.jit(lambda p, c: fwt.project(C.max_norm(c))(p)["dense_2"]["kernel"])
+    for c in (0.1, 0.5):
+        np.testing.assert_allclose(np.sqrt((f(params, c) ** 2).sum(0)), c, rtol=1e-5)
+    assert f._cache_size() == 1
+
+
+# -- assign and the compositions --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"dense_2/kernel": np.ones((3, 4), np.float32)}, "expected shape (4, 3), found (3, 4)"),
+        ({"dense_2/kernel": np.ones((4, 3))}, "expected dtype float32, found float64"),
+        ({"dense_3/kernel": np.ones((4, 3))}, "no leaf 'dense_3/kernel'; close: 'dense_2/kernel'"),
+        ({"*/kernel": np.ones((4, 3))}, "no leaf"),
+        ({"dense_2/bias": "text"}, "expected shape"),
+    ],
+)
+def test_assign_names_path_expected_and_found(params, values, said):
+    with pytest.raises(fwt.LeafError) as caught:
+        fwt.assign(values)(params)
+    assert said in str(caught.value)
+
+
+def test_assign(params):
+    value = np.ones((4, 3), np.float32)
+    new = fwt.assign({"dense_2/kernel": value})(params)
+    assert np.array_equal(new["dense_2"]["kernel"], value)
+    assert (
+        new["dense_10"] == params["dense_10"]
+        or new["dense_10"]["bias"] is params["dense_10"]["bias"]
+    )
+    value[:] = 5
+    assert (new["dense_2"]["kernel"] == 1).all()
+    wide = {"a": np.ones(2)}
+    assert fwt.assign({"a": np.zeros(2)})(wide)["a"].dtype == np.float64
+    jitted = jax.jit(fwt.assign({"dense_2/kernel": np.ones((4, 3), np.float32)}))(params)
+    assert (jitted["dense_2"]["kernel"] == 1).all()
+    with pytest.raises(TypeError):
+        fwt.assign([1])
+
+
+def test_chain_runs_left_to_right(params):
+    one = fwt.initialize(inits.ones, 0)
+    half = fwt.prune(0.5)
+    assert (fwt.chain(one, half)(params)["dense_2"]["kernel"] == 0).sum() == 6
+    assert (fwt.chain(half, one)(params)["dense_2"]["kernel"] == 1).all()
+    assert fwt.chain()(params) is params
+    with pytest.raises(TypeError):
+        fwt.chain(one, 3)
+
+
+def test_at_intersects(params):
+    zero = fwt.initialize(inits.zeros, 0)
+    new = fwt.at("dense_2/*", zero)(params)
+    assert not new["dense_2"]["kernel"].any()
+    assert new["dense_2"]["bias"] is params["dense_2"]["bias"]  # the default where is the kernels
+    assert new["dense_10"]["kernel"] is params["dense_10"]["kernel"]
+    everything = fwt.at("dense_2/*", fwt.initialize(inits.zeros, 0, "**"))(params)
+    assert not everything["dense_2"]["bias"].any()
+    nested = fwt.at("dense_*/*", fwt.at("**/kernel", fwt.prune(1.0, where="dense_2/*")))(params)
+    assert not nested["dense_2"]["kernel"].any()
+    assert nested["dense_2"]["bias"] is params["dense_2"]["bias"]
+    plain = fwt.at("*/bias", lambda tree: jax.tree.map(lambda x: x * 0 + 9, tree))(params)
+    assert (plain["dense_2"]["bias"] == 9).all()
+    assert plain["dense_2"]["kernel"] is params["dense_2"]["kernel"]
+    drawn = fwt.at("dense_2/*", fwt.initialize(inits.normal, 3))(params)
+    assert jnp.array_equal(
+        drawn["dense_2"]["kernel"], fwt.initialize(inits.normal, 3)(params)["dense_2"]["kernel"]
+    )
+    assert jax.jit(fwt.at("dense_2/*", zero))(params)["norm"]["scale"].shape == (4,)
+
+
+def test_at_says_which_where_narrowed_to_nothing(params):
+    with pytest.raises(fwt.WhereError, match=r"where='dense_3/\*' matches none"):
+        fwt.at("dense_3/*", fwt.prune(0.5))(params)
+    with pytest.raises(fwt.WhereError, match=r"inner transform.*left out.*'dense_10/kernel'"):
+        fwt.at("dense_2/*", fwt.prune(0.5, where="dense_10/kernel"))(params)
+    with pytest.raises(fwt.WhereError, match="inner transform matches nothing"):
+        fwt.at("dense_2/*", fwt.prune(0.5, where="dense_11/kernel"))(params)
+    with pytest.raises(fwt.LeafError, match="keep the tree"):
+        fwt.at("dense_2/*", lambda tree: {})(params)
+
+
+def test_straight_through_has_the_exact_values(params):
+    t = fwt.straight_through(fwt.prune(0.5))
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, t(params), fwt.prune(0.5)(params)))
+    grads = jax.jit(jax.grad(lambda p: jax.tree.reduce(jnp.add, jax.tree.map(jnp.sum, t(p)))))(
+        params
+    )
+    assert jax.tree.all(jax.tree.map(lambda g: bool((g == 1).all()), grads))

@@ -379,7 +379,8 @@ class _Walk:
                 f"the array {sorted(left)[0]!r} is not known to this layer",
                 f"it has {sorted(p.of(self.source)[0] for p in row.params)}",
             )
-        return new
+        names = [p.of(self.target)[0] for p in row.params]
+        return {n: new[n] for n in names if n in new}
 
     def _advance(
         self,

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from fwt.converters import _layers
-from fwt.converters._row import Layer, refuse
+from fwt.converters._row import Layer, refuse, same
 
 from fwt._sequential import Named, Sequential
 from fwt._types import ConversionError, Model
@@ -64,8 +64,15 @@ def write_flax(layers: Sequence[Layer], input_shape: Any) -> Model:
     stats: dict[str, Any] = {}
     for layer in fold(list(layers)):
         row = _layers.rows_of("flax", layer.kind)[0]
-        assert row.flax is not None
-        named.append(Named(layer.name, row.flax(**layer.settings)))
+        cls: Any = row.flax
+        fields = cls.__dataclass_fields__
+        # What says no more than the default is left out, so that equal models are equal.
+        settings = {k: v for k, v in layer.settings.items() if not same(v, fields[k].default)}
+        if settings.get("strides") is not None and settings["strides"] == settings.get(
+            "window_shape"
+        ):
+            del settings["strides"]
+        named.append(Named(layer.name, cls(**settings)))
         where = {p.of("flax")[0]: p.collection for p in row.params}
         for name, value in layer.arrays.items():
             into = params if where[name] == "params" else stats

@@ -1,5 +1,6 @@
 """Files: round trips, real frameworks, broken and hostile input, atomic saves."""
 
+import contextlib
 import io
 import json
 import os
@@ -7,6 +8,7 @@ import pickle
 import struct
 import zipfile
 
+import cases
 import flax.linen as nn
 import h5py
 import jax
@@ -19,7 +21,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import cases
 import fwt
 from fwt import converters
 from fwt import layers as fl
@@ -193,7 +194,9 @@ def write_keras(path, config=None, weights=None, **members):
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("metadata.json", "{}")
         if config is not None:
-            archive.writestr("config.json", config if isinstance(config, str) else json.dumps(config))
+            archive.writestr(
+                "config.json", config if isinstance(config, str) else json.dumps(config)
+            )
         if weights is not None:
             archive.writestr("model.weights.h5", weights)
         for name, data in members.items():
@@ -339,7 +342,7 @@ def test_hostile_files_are_one_clear_error(tmp_path, monkeypatch):
             converters.load(tmp_path / file)
         assert len(str(caught.value)) < 600, name
         count += 1
-    assert count == 31
+    assert count == 32
     assert not list(tmp_path.glob("**/evil*"))
 
 
@@ -356,10 +359,8 @@ def test_damaged_files_raise_our_error_or_load(tmp_path_factory, data):
         for _ in range(data.draw(st.integers(1, 8))):
             raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
     path.write_bytes(raw)
-    try:
+    with contextlib.suppress(converters.FileFormatError, converters.ConversionError):
         converters.load(path)
-    except fwt.FwtError as error:
-        assert isinstance(error, converters.FileFormatError | converters.ConversionError)
 
 
 SMALL = random_model(fwt.Sequential([("a", nn.Dense(2)), ("b", fl.ReLU())], input_shape=(3,)))

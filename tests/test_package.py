@@ -1,0 +1,237 @@
+"""The package as a whole: docs, examples, command line, layout, laziness."""
+
+import doctest
+import importlib
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fwt
+from fwt import converters
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = ["fwt"] + [
+    f"{package.__name__}.{m.name}"
+    for package in (fwt, converters)
+    for m in pkgutil.iter_modules(package.__path__)
+]
+
+
+@pytest.mark.parametrize("name", [m for m in MODULES if not m.endswith("__main__")])
+def test_docstring_examples_run(name):
+    result = doctest.testmod(
+        importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE
+    )
+    assert result.failed == 0
+
+
+def test_every_public_name_has_a_docstring_with_an_example():
+    for module in (fwt, converters, fwt.constraints, fwt.initializers):
+        for name in module.__all__:
+            thing = getattr(module, name)
+            assert getattr(thing, "__doc__", None), name
+            function = callable(thing) and not isinstance(thing, type | type(fwt.kernels))
+            if function and module in (fwt, converters):
+                assert ">>>" in thing.__doc__, name
+
+
+def run(*arguments, cwd=None, code=0, **environment):
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "COLUMNS": "100", **environment},
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+@pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
+def test_examples_run(script, tmp_path):
+    run(str(script), cwd=tmp_path)
+
+
+def test_the_second_copy_is_refused():
+    done = run("-c", "import converters", cwd=ROOT, code=1)
+    assert "import this package as fwt.converters" in done.stderr
+    for path in [*ROOT.glob("*/*.py"), *ROOT.glob("tests/**/*.py")]:
+        assert not re.search(r"^\s*(import|from) converters\b", path.read_text(), re.M), path
+
+
+def test_nothing_else_at_the_top_level():
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    top = {p.split("/")[0] for p in tracked}
+    allowed = {"pyproject.toml", "README.md", "fwt", "converters", "tests", "examples"}
+    assert {t for t in top if not t.startswith(".")} <= allowed | {"LICENSE", "CHANGELOG.md"}
+
+
+def test_imports_point_downwards():
+    levels = [
+        {"_types"},
+        {"_tree"},
+        {"_axes", "_select"},
+        {"initializers", "scores", "patterns", "constraints", "layers"},
+        {"_initialize", "_prune", "_project", "_compose", "_sequential", "_summary"},
+        {"__init__"},
+        {"_demo"},
+        {"cli"},
+    ]
+    level = {name: i for i, names in enumerate(levels) for name in names}
+    for path in (ROOT / "fwt").glob("*.py"):
+        mine = level[path.stem]
+        # Only what is imported when the module is: lines that are not indented.
+        for line in re.findall(r"^(?:from|import) fwt.*", path.read_text(), re.M):
+            assert "converters" not in line or path.stem == "_demo", (path, line)
+            names = re.findall(r"fwt\.(\w+)", line) or re.findall(
+                r"\b(\w+)\b", line.split("import")[1]
+            )
+            for name in names:
+                if name in level:
+                    assert level[name] < mine, (path.name, line)
+
+
+@pytest.mark.parametrize(
+    ("code", "forbidden"),
+    [
+        ("import fwt, fwt.converters", "jax flax keras torch tensorflow h5py safetensors orbax"),
+        ("import fwt; fwt.prune(0.5)", "flax keras torch tensorflow"),
+        ("from fwt import converters; converters.load", "keras torch tensorflow orbax"),
+        ("import fwt.cli", "flax keras torch tensorflow"),
+    ],
+)
+def test_imports_are_lazy(code, forbidden):
+    check = f"import sys; bad = set('{forbidden}'.split()) & set(sys.modules); assert not bad, bad"
+    run("-c", f"{code}; {check}")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    import flax.linen as nn
+    import jax
+
+    folder = tmp_path_factory.mktemp("files")
+    net = fwt.Sequential([("conv", nn.Conv(4, (3, 3))), fwt.layers.Flatten(), ("d", nn.Dense(2))],
+                         input_shape=(5, 4, 1))  # fmt: skip
+    variables = net.init(jax.random.key(0), np.ones((1, 5, 4, 1), np.float32))
+    converters.save(folder / "net.keras", net, variables)
+    return folder
+
+
+def cli(*arguments, cwd, code=0):
+    main = (
+        "import sys; from fwt.cli import main\n"
+        "try: main()\n"
+        "finally: assert not {'keras', 'torch', 'tensorflow'} & set(sys.modules)"
+    )
+    return run("-c", main, *arguments, cwd=cwd, code=code)
+
+
+def test_the_command_line(files):
+    out = cli("inspect", "net.keras", cwd=files).stdout
+    assert "conv/kernel" in out
+    assert "3 x 3 x 1 x 4" in out
+    assert "input 5 x 4 x 1" in out
+    cli("convert", "net.keras", "net.safetensors", cwd=files)
+    cli("convert", "net.safetensors", "net.pt", cwd=files)
+    assert (
+        converters.load(files / "net.safetensors").module == converters.load(files / "net.keras")[0]
+    )
+    out = cli("prune", "net.pt", "sparse.pt", "--sparsity", "0.8", cwd=files).stdout
+    assert "( 80.0%)" in out or "( 80.6%)" in out
+    cli(
+        "prune",
+        "net.keras",
+        "s.keras",
+        "--threshold",
+        "0.1",
+        "-w",
+        "d/*",
+        "--scope",
+        "global",
+        cwd=files,
+    )
+    kernel = converters.load(files / "s.keras").variables["params"]["d"]["kernel"]
+    assert ((kernel == 0) | (np.abs(kernel) > 0.1)).all()
+    cli("initialize", "net.keras", "o.keras", "--initializer", "constant(0.5)", cwd=files)
+    assert (converters.load(files / "o.keras").variables["params"]["d"]["kernel"] == 0.5).all()
+    cli(
+        "project",
+        "net.keras",
+        "p.keras",
+        "--constraint",
+        "unit_norm",
+        "--where",
+        "d/kernel",
+        cwd=files,
+    )
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "said"),
+    [
+        ("inspect none.keras", 1, "no such file"),
+        ("inspect net.h6", 1, "is not known"),
+        ("prune net.keras out.keras", 1, "a sparsity or a threshold"),
+        ("prune net.keras out.keras --sparsity 80", 1, "0 to 1; found 80"),
+        ("prune net.keras out.keras --sparsity 0.5 --where con/kernel", 1, "close: 'conv/kernel'"),
+        ("prune net.keras out.keras --sparsity 0.5 --scope all", 1, "'layer' or 'global'"),
+        ("initialize net.keras out.keras --initializer zeroes", 1, "close: 'zeros'"),
+        ("initialize net.keras out.keras --initializer constant", 1, "constant"),
+        ("initialize net.keras out.keras --initializer __import__('os')", 1, "error"),
+        ("project net.keras out.keras --constraint max_norm(x)", 1, "error"),
+        ("convert net.keras out.h6", 1, "is not known"),
+        ("convert net.keras missing/out.keras", 1, "can't write"),
+        ("nonsense", 2, "No such command"),
+    ],
+)
+def test_wrong_command_lines_are_one_line(files, line, code, said):
+    done = cli(*line.split(), cwd=files, code=code)
+    assert said in done.stderr
+    assert not (files / "out.keras").exists()
+    if code == 1:
+        assert len(done.stderr.strip().splitlines()) == 1
+        assert "Traceback" not in done.stderr
+
+
+def test_a_truncated_file_is_one_line_and_leaves_the_output(files):
+    (files / "cut.keras").write_bytes((files / "net.keras").read_bytes()[:900])
+    (files / "old.pt").write_bytes(b"old")
+    done = cli("convert", "cut.keras", "old.pt", cwd=files, code=1)
+    assert "cut.keras" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert (files / "old.pt").read_bytes() == b"old"
+
+
+def test_the_demo(tmp_path):
+    from fwt import _demo
+
+    figures = _demo.run(tmp_path / "demo")
+    assert figures["dense"] > 0.96
+    assert figures["sparse"] > figures["dense"] - 0.02
+    assert figures["difference"] < 1e-4
+    assert {p.name for p in (tmp_path / "demo").iterdir()} == {
+        "digits.keras", "digits.safetensors", "digits.pt", "weights.png",
+    }  # fmt: skip
+    kernels = fwt.select(converters.load(tmp_path / "demo" / "digits.safetensors"), fwt.kernels)
+    total = sum(x.size for x in kernels.values())
+    assert sum(int((x == 0).sum()) for x in kernels.values()) == round(0.9 * total)
+
+
+def test_versions_agree():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert project["version"] == fwt.__version__
+    assert f"## {fwt.__version__}" in (ROOT / "CHANGELOG.md").read_text()
+    for extra in ("demo", "test"):
+        wanted = project["optional-dependencies"][extra]
+        pinned = "torch==2.13.0"
+        assert pinned in wanted or "fwt[demo]" in wanted

@@ -21,7 +21,7 @@ def chain(*transforms: Transform) -> Transform:
         >>> import fwt, numpy as np
         >>> params = {"dense": {"kernel": np.array([[3.0, 0.1], [-4.0, 0.2]], np.float32)}}
         >>> t = chain(fwt.prune(threshold=0.15), fwt.project(fwt.constraints.max_norm(1.0)))
-        >>> print(np.round(t(params)["dense"]["kernel"], 2))
+        >>> print(np.asarray(t(params)["dense"]["kernel"]).round(2))
         [[ 0.6  0. ]
          [-0.8  0.2]]
     """

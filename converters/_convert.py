@@ -35,6 +35,7 @@ from fwt import layers as fl
 from fwt._types import ConversionError
 
 Layout = Literal["channels_last", "channels_first", "source"]
+CONVENTION = {"torch": "channels_first", "keras": "channels_last", "flax": "channels_last"}
 LAYOUTS = ("channels_last", "channels_first", "source")
 
 
@@ -53,7 +54,18 @@ def convert(
     """The layers of ``source`` as layers of ``target``, and the shape of its input."""
     if layout not in LAYOUTS:
         raise ConversionError(f"layout must be one of {', '.join(LAYOUTS)}, found {layout!r}")
+    if layout == CONVENTION[source]:
+        layout = "source"  # the ends are as they should be already
+    if input_shape is not None and not isinstance(input_shape, list | tuple):
+        raise ConversionError(
+            f"input_shape is a tuple without the batch axis, such as (3, 32, 48), "
+            f"found {input_shape!r}"
+        )
     shape = None if input_shape is None else tuple(input_shape)
+    if shape is not None and any(
+        s is not None and (not isinstance(s, int) or isinstance(s, bool) or s < 1) for s in shape
+    ):
+        raise ConversionError(f"input_shape={shape}: expected sizes of at least 1, or None")
     rank = None if shape is None else len(shape) + 1
     channel = None
     # Each restart fixes the rank or the channel axis, so three rounds settle both.
@@ -218,7 +230,12 @@ class _Walk:
                     fields[setting.flax] = setting.normal(value)
                 except (TypeError, ValueError) as error:
                     raise refuse(at.place, f"{name}={value!r}: {error}") from error
-        row.special.read(self.source, take, fields, at)
+        try:
+            row.special.read(self.source, take, fields, at)
+        except (TypeError, ValueError) as error:
+            if isinstance(error, ConversionError):
+                raise
+            raise refuse(at.place, f"a setting can't be read ({error})") from error
         take.check_all_taken()
         return fields
 
@@ -272,6 +289,8 @@ class _Walk:
         if row.channel is None or row.channel not in bound:
             return
         axis = bound[row.channel]
+        if self.source != "torch" and self.have is not None and axis is not self.have[-1]:
+            return  # a BatchNorm over another axis than the last says nothing of images
         axis.channel = True
         if axis.origin and self.channel is None and self.layout != "source":
             raise _Restart(channel=axis.origin)
@@ -301,7 +320,7 @@ class _Walk:
         if dims[0] != 0:
             raise refuse(name, "the batch axis would have to move")
         # A transposition of the source that waited until now keeps its name.
-        label = self.permute_name or self._fresh(f"{name}_permute")
+        label = self.permute_name or self._fresh(f"{name}__permute")
         self.permute_name = None
         self._emit(_layers.PERMUTE, label, {"dims": dims}, At(name, ()))
         self.want = list(order)
@@ -313,18 +332,33 @@ class _Walk:
         sizes: dict[str, int] = {}
         for p in row.params:
             name, letters = p.of(self.source)
-            if name not in layer.arrays or any(x.startswith("*") for x in letters[1:-1]):
+            if name not in layer.arrays:
                 continue
             shape = np.shape(layer.arrays[name])
             stars = len(shape) - sum(not x.startswith("*") for x in letters)
+            if stars < 0 or (stars and not any(x.startswith("*") for x in letters)):
+                raise refuse(str(layer), f"{name} has shape {shape}, expected {' '.join(letters)}")
             index = 0
             for letter in letters:
                 if letter.startswith("*"):
+                    window = tuple(shape[index : index + stars])
+                    if fields.get("kernel_size", window) != window:
+                        raise refuse(
+                            str(layer),
+                            f"{name} has a window of {window}, expected {fields['kernel_size']}",
+                        )
                     index += stars
                     continue
-                if index < len(shape):
-                    sizes.setdefault(letter, shape[index])
+                if sizes.setdefault(letter, shape[index]) != shape[index]:
+                    raise refuse(
+                        str(layer),
+                        f"{name} has shape {shape}, expected {sizes[letter]} at axis {index}",
+                    )
                 index += 1
+        if fields.get("features", sizes.get("o")) != sizes.get("o", fields.get("features")):
+            raise refuse(
+                str(layer), f"its arrays have {sizes['o']} outputs, expected {fields['features']}"
+            )
         if "j" in sizes:
             sizes["i"] = sizes["j"] * fields.get("feature_group_count", 1)
         for letter, axis in bound.items():
@@ -332,6 +366,12 @@ class _Walk:
                 if axis.size is not None:
                     sizes[letter] = axis.size
             elif axis.size is None:
+                if self.target == "keras" and axis not in (self.input or ()):
+                    raise refuse(
+                        str(layer),
+                        "Keras needs the sizes before it",
+                        "give input_shape= (without the batch axis)",
+                    )
                 axis.size = sizes[letter]
             elif axis.size != sizes[letter]:
                 raise refuse(
@@ -368,7 +408,7 @@ class _Walk:
                 axis = bound.get(letter)
                 if axis is not None and axis.scrambled:
                     value = permuted(value, index, axis, str(layer))
-            new[target_name] = np.ascontiguousarray(value)
+            new[target_name] = np.array(value, order="C")  # a copy: the source may live on
         for p in missing:
             if p.fill is not None and any(fields[q.when] for q in row.params if q.when):
                 like = next(q for q in row.params if q.when is None).of("torch")[0]
@@ -439,28 +479,32 @@ class _Walk:
                 return True
         return False
 
+    def _check_proven(self, layer: Layer) -> None:
+        """Raises where the order of the values depends on which axis holds the channels, no layer
+        has proved it, and the ends are to be moved."""
+        if self.layout == "source":
+            return
+        if self.have is None:
+            raise refuse(
+                str(layer),
+                "the rank of its input is not known",
+                "give input_shape= (without the batch axis), or layout='source' to keep the "
+                "input's axes as they are",
+            )
+        proven = self.channel is not None or any(a.channel for a in self.have)
+        if len(self.have) > 2 and any(a.origin for a in self.have[1:]) and not proven:
+            raise refuse(
+                str(layer),
+                f"no layer before it proves which of the {len(self.have) - 1} axes holds the "
+                f"channels, so the order for layout={self.layout!r} is not known",
+                "give layout='source' to keep the input's axes as they are",
+            )
+
     def _flatten(self, layer: Layer, row: Row, consumed: bool) -> None:
-        convention = "channels_first" if self.source == "torch" else "channels_last"
-        moves = self.layout not in ("source", convention)
+        self._check_proven(layer)
         if self.have is None or self.want is None:
-            if moves:
-                raise refuse(
-                    str(layer),
-                    "the rank of its input is not known",
-                    "give input_shape= (without the batch axis), or layout='source' to keep the "
-                    "input's axes as they are",
-                )
             axis = Axis()
         else:
-            proven = self.channel is not None or any(a.channel for a in self.have)
-            given = any(a.origin for a in self.have[1:])
-            if moves and len(self.have) > 2 and given and not proven:
-                raise refuse(
-                    str(layer),
-                    f"no layer before it proves which of the {len(self.have) - 1} axes holds the "
-                    f"channels, so the order for layout={self.layout!r} is not known",
-                    "give layout='source' to keep the input's axes as they are",
-                )
             rest = [a.size for a in self.have[1:]]
             known = all(s is not None for s in rest)
             if self.target == "keras" and not known:
@@ -489,11 +533,17 @@ class _Walk:
             raise _Restart(rank=len(dims))
         if len(dims) != len(self.have):
             raise refuse(str(layer), f"dims={dims!r} does not fit rank {len(self.have)}")
+        together = self.have == self.want
         self.have = [self.have[d] for d in dims]
-        self.permute_name = layer.name
+        if together and CONVENTION[self.source] == CONVENTION[self.target] == "channels_last":
+            self._emit(_layers.PERMUTE, layer.name, {"dims": dims}, At(str(layer), ()))
+            self.want = list(self.have)
+        else:
+            self.permute_name = layer.name
 
     def _reshape(self, layer: Layer, row: Row, fields: dict[str, Any]) -> None:
         shape = list(fields["shape"])
+        self._check_proven(layer)
         if self.have is not None:
             self._arrange(list(self.have), layer.name)
             rest = [a.size for a in self.have[1:]]
@@ -576,6 +626,11 @@ class _Walk:
         for extra in around:
             if extra.before:
                 self._emit_around(extra, name, at)
+        bad = {"torch": ".", "keras": "/"}.get(self.target)
+        if not name or (bad and bad in name):
+            raise refuse(at.place, f"{name!r} can't be the name of a {self.target} layer")
+        if self.target == "keras" and "data_format" in row.keras_defaults:
+            settings["data_format"] = "channels_last"  # whatever the user's keras.json says
         self.out.append(Layer(name, kind, settings, arrays or {}))
         for extra in around:
             if not extra.before:

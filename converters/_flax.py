@@ -89,7 +89,7 @@ def fold(layers: list[Layer]) -> list[Layer]:
     out: list[Layer] = []
     for layer in layers:
         last = out[-1] if out else None
-        if last is not None and last.name == f"{layer.name}_pad":
+        if last is not None and last.name == f"{layer.name}__pad":
             padding, pads = layer.settings.get("padding"), last.settings["padding"]
             zero = last.kind == "ZeroPad"
             if padding == "VALID" and (
@@ -104,7 +104,7 @@ def fold(layers: list[Layer]) -> list[Layer]:
         if (
             last is not None
             and layer.kind == "Flatten"
-            and layer.name == f"{last.name}_flatten"
+            and layer.name == f"{last.name}__flatten"
             and last.kind in ("GlobalAvgPool", "GlobalMaxPool")
         ):
             out[-1] = dataclasses.replace(last, settings={**last.settings, "keepdims": False})

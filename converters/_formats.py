@@ -4,6 +4,7 @@ Files are data: no reader imports the framework that owns the format, runs code 
 allocates before it has checked sizes. A save appears whole or not at all.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -11,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from fwt.converters import _flax, _layers
-from fwt.converters._io import nested, reading, write_atomically
+from fwt.converters import _convert, _flax, _layers
+from fwt.converters._io import arrays, dotted, nested, reading, write_atomically
 from fwt.converters._keras_file import listed, load_keras, save_keras
 from fwt.converters._row import TRAINING, refuse
 from fwt.converters._torch_file import load_torch, save_torch
@@ -36,27 +37,55 @@ def load_safetensors(path: Path) -> Model:
         if "fwt" not in metadata:
             return Model(None, nested(flat, ".", path))
         described = json.loads(metadata["fwt"])
+        if described["version"] != 1:
+            raise FileFormatError(f"{path}: version {described['version']!r}, only 1 is known")
         module = module_from_json(described["module"], path)
         variables = nested(flat, "/", path)
         variables.setdefault("params", {})
     if module is not None:
-        try:
-            _flax.read_flax(module, variables)
+        try:  # a walk from Flax to Flax checks every name, setting and shape
+            layers = _flax.read_flax(module, variables)
+            _convert.convert(layers, "flax", "flax", module.input_shape, "source")
         except ConversionError as error:
             raise FileFormatError(f"{path}: {error}") from error
     return Model(module, variables)
 
 
 def save_safetensors(file: Any, module: Any, variables: Any, layout: str | None) -> None:
-    """A .safetensors file with the architecture in its metadata."""
+    """A .safetensors file: with the architecture in its metadata, or under the names that the
+    weights came with."""
+    from safetensors import SafetensorError
     from safetensors.numpy import save
 
-    tensors: dict[str, np.ndarray] = {}
-    for collection, tree in variables.items():
-        for path, leaf in _tree.Tree({"params": tree}).leaves.items():
-            tensors[f"{_tree.escape(collection)}/{path}"] = np.ascontiguousarray(leaf)
-    described = {"version": 1, "module": module_to_json(module)}
-    file.write(save(tensors, {"format": "np", "fwt": json.dumps(described)}))
+    metadata = {"format": "np"}
+    tensors = None
+    if module is None:
+        with contextlib.suppress(ConversionError, FileFormatError):
+            names = dotted(variables)
+            # Only where a reader finds the same tree again.
+            again = _tree.Tree({"params": nested(names, ".", Path())}).leaves
+            same = again.keys() == _tree.Tree({"params": variables}).leaves.keys()
+            tensors = names if same else None
+    if tensors is None:
+        metadata["fwt"] = json.dumps({"version": 1, "module": module_to_json(module)})
+        tensors = {
+            f"{_tree.escape(collection)}/{path}": leaf
+            for collection, tree in variables.items()
+            for path, leaf in arrays(collection, tree).items()
+        }
+    for name, leaf in tensors.items():
+        if leaf.dtype.name not in _SAFETENSORS:
+            raise refuse(name, f"dtype {leaf.dtype} can't be written to .safetensors")
+    try:
+        file.write(save(tensors, metadata))
+    except SafetensorError as error:
+        raise ConversionError(f"safetensors can't write this ({error})") from error
+
+
+_SAFETENSORS = {
+    *("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"),
+    *("float16", "bfloat16", "float32", "float64"),
+}
 
 
 def module_to_json(module: Any) -> Any:
@@ -142,9 +171,12 @@ def load(path: str | os.PathLike[str]) -> Model:
     """
     path = Path(path)
     loader, _ = _format(path)
-    if not path.is_file():
-        raise FileFormatError(f"{path}: no such file")
-    return loader(path)
+    try:
+        if not path.is_file():
+            raise FileFormatError(f"{path}: no such file")
+        return loader(path)
+    except OSError as error:
+        raise FileFormatError(f"{path}: can't read it ({error.strerror or error})") from error
 
 
 def save(
@@ -178,8 +210,11 @@ def save(
     """
     path = Path(path)
     _, saver = _format(path)
-    if path.is_dir():
-        raise FileFormatError(f"{path}: a directory is in the way")
+    if layout is not None and (module is None or saver is not save_torch):
+        raise ConversionError(
+            f"{path}: layout={layout!r} is for a .pt file of a module; other files keep the "
+            "model's own ends"
+        )
     if not isinstance(variables, Mapping):
         raise ConversionError(f"expected a variables dict, found {type(variables).__name__}")
     if "params" not in variables:

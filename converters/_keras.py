@@ -1,14 +1,14 @@
 """Live Keras models, on any backend."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 import numpy as np
 from fwt.converters import _convert, _flax, _keras_file, _layers
 from fwt.converters._convert import Layout
-from fwt.converters._row import order, refuse
+from fwt.converters._row import LiveLeaf, order, refuse
 
 from fwt import _tree
 from fwt._types import ConversionError, Model
@@ -26,7 +26,7 @@ def _arrays(layer: Any, place: str) -> dict[str, Any]:
 def from_keras(model: Any, layout: Layout = "channels_last") -> Model:
     """A Keras Sequential as a Flax model with the same predictions.
 
-    An ``activation=`` inside a layer becomes a layer named ``<layer>_activation``;
+    An ``activation=`` inside a layer becomes a layer named ``<layer>__activation``;
     :func:`to_keras` puts it back.
 
     Args:
@@ -105,7 +105,10 @@ def to_keras(module: Any, variables: Any, input_shape: Sequence[int | None] | No
     """
     layers, shape = _keras_file.to_keras_layers(module, variables, input_shape)
     config = _keras_file.keras_config(layers, shape)["config"]
-    model = keras.Sequential.from_config(config)
+    try:
+        model = keras.Sequential.from_config(config)
+    except (TypeError, ValueError) as error:
+        raise ConversionError(f"Keras can't build this model: {error}") from error
     for layer in layers:
         live = {v.name: v for v in model.get_layer(layer.name).variables}
         for name, value in layer.arrays.items():
@@ -113,40 +116,42 @@ def to_keras(module: Any, variables: Any, input_shape: Sequence[int | None] | No
     return model
 
 
-def leaves(model: Any) -> dict[str, tuple[np.ndarray, Callable[[np.ndarray], None]]]:
-    """The floating weights by path, in Flax's names and axes, each with a way to write it."""
-    out: dict[str, tuple[np.ndarray, Callable[[np.ndarray], None]]] = {}
+def leaves(model: Any) -> list[LiveLeaf]:
+    """The floating weights in Flax's names and axes; a tied one under its first path."""
+    out: list[LiveLeaf] = []
     seen: set[int] = set()
 
     def visit(layer: Any, parts: list[str]) -> None:
         children = list(layer._flatten_layers(include_self=False, recursive=False))
         theirs = {id(v) for child in children for v in child.variables}
-        names = _layers.leaf_names("keras", _public_name(layer))
-        for variable in layer.variables:
-            if id(variable) in theirs or id(variable) in seen or not _is_weight(variable):
-                continue
-            seen.add(id(variable))
+        kind = _public_name(layer)
+        names = _layers.leaf_names("keras", kind)
+        own = [v for v in layer.variables if id(v) not in theirs | seen and _is_weight(v, kind)]
+        seen.update(id(v) for v in own)
+        for variable, label in zip(own, _unique([v.name for v in own]), strict=True):
             value = np.asarray(keras.ops.convert_to_numpy(variable))
-            name, axes, flax_axes, collection = names.get(
-                variable.name, (variable.name, [], [], "params")
-            )
-            if collection != "params":
-                continue
-            there = order(axes, flax_axes, value.ndim) if axes else None
+            name, letters, flax_letters, _ = names.get(label, (label, [], [], "params"))
+            there = order(letters, flax_letters, value.ndim) if letters else None
+            axes = _layers.axis_names(flax_letters, value.ndim) if letters else None
             if there is not None:
                 value = value.transpose(there)
             path = "/".join(_tree.escape(p) for p in [*parts, name])
-            suffix = 1
-            while path in out:  # two layers of one name below one parent
-                path = "/".join(
-                    _tree.escape(p) for p in [*parts[:-1], f"{parts[-1]}_{suffix}", name]
-                )
-                suffix += 1
-            out[path] = (value, functools.partial(_write, variable, there))
-        for child in children:
-            visit(child, [*parts, child.name])
+            out.append(LiveLeaf(path, value, axes, functools.partial(_write, variable, there)))
+        for child, label in zip(children, _unique([c.name for c in children]), strict=True):
+            visit(child, [*parts, label])
 
     visit(model, [])
+    return out
+
+
+def _unique(names: list[str]) -> list[str]:
+    """Names with a number after a repeated one, which is nobody else's name."""
+    out: list[str] = []
+    for name in names:
+        unique, number = name, 1
+        while unique in out or (unique != name and unique in names):
+            unique, number = f"{name}_{number}", number + 1
+        out.append(unique)
     return out
 
 
@@ -158,10 +163,11 @@ def _public_name(layer: Any) -> str:
     return type(layer).__name__
 
 
-def _is_weight(variable: Any) -> bool:
-    """A floating weight; no seed, counter, metric or running statistic."""
+def _is_weight(variable: Any, kind: str) -> bool:
+    """A floating weight; no seed, counter, metric or statistic of the data."""
     floating = keras.backend.is_float_dtype(keras.backend.standardize_dtype(variable.dtype))
-    return floating and variable.name not in ("moving_mean", "moving_variance")
+    statistic = variable.name in ("moving_mean", "moving_variance") or kind == "Normalization"
+    return floating and not statistic
 
 
 def _write(variable: Any, there: tuple[int, ...] | None, value: np.ndarray) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from fwt.converters import _convert, _flax, _layers
-from fwt.converters._io import member, reading
+from fwt.converters._io import Budget, member, opened, reading
 from fwt.converters._row import Layer, S, refuse
 
 from fwt._types import ConversionError, FileFormatError, Model
@@ -24,7 +24,7 @@ KERAS_VERSION = "3.15.1"  # whose file layout this is
 def keras_layers(config: Any, place: str) -> tuple[list[Layer], tuple[int | None, ...] | None]:
     """The layers of a Keras Sequential's config, and its input shape without the batch axis.
 
-    An ``activation=`` becomes a layer of its own, named ``<layer>_activation``.
+    An ``activation=`` becomes a layer of its own, named ``<layer>__activation``.
     """
     if not isinstance(config, dict) or config.get("class_name") != "Sequential":
         found = config.get("class_name") if isinstance(config, dict) else type(config).__name__
@@ -53,7 +53,7 @@ def keras_layers(config: Any, place: str) -> tuple[list[Layer], tuple[int | None
             settings["activation"] = _function_name(settings.get("activation"))
         layers.append(Layer(name, kind, settings))
         if activation is not None:
-            layers += _fused(f"{name}_activation", activation, place)
+            layers += _fused(f"{name}__activation", activation, place)
     if shape is not None and not isinstance(shape, list | tuple):
         raise FileFormatError(f"{place}: the input shape is {shape!r}")
     return layers, None if shape is None else tuple(shape[1:])
@@ -140,14 +140,14 @@ def keras_config(layers: list[Layer], shape: Any, name: str = "sequential") -> d
 
 
 def fold_activations(layers: list[Layer]) -> list[Layer]:
-    """``x`` and ``x_activation`` as one Keras layer."""
+    """``x`` and ``x__activation`` as one Keras layer."""
     out: list[Layer] = []
     for layer in layers:
         last = out[-1] if out else None
         if (
             last is not None
             and layer.kind == "Activation"
-            and layer.name == f"{last.name}_activation"
+            and layer.name == f"{last.name}__activation"
             and any(r.fused_activation for r in _layers.rows_of("keras", last.kind))
             and "activation" not in last.settings
         ):
@@ -172,7 +172,8 @@ def to_keras_layers(
     new, found = _convert.convert(layers, "flax", "keras", shape, "source")
     if found is None:
         dense = next((x for x in layers if x.kind == "Dense" and "kernel" in x.arrays), None)
-        if dense is None:
+        before = layers[: layers.index(dense)] if dense else []
+        if dense is None or any(_layers.rows_of("flax", x.kind)[0].kind for x in before):
             raise ConversionError(
                 "the shape of the input does not follow from the layers: give input_shape= "
                 "(without the batch axis)"
@@ -181,8 +182,6 @@ def to_keras_layers(
         new, found = _convert.convert(layers, "flax", "keras", shape, "source")
     assert found is not None
     for layer in new:
-        if not layer.name or "/" in layer.name:
-            raise ConversionError(f"{layer.name!r} can't be the name of a Keras layer")
         for name, value in layer.arrays.items():
             if value.dtype != np.float32:
                 raise refuse(
@@ -199,19 +198,20 @@ def to_keras_layers(
 
 def load_keras(path: Path) -> Model:
     """A .keras archive."""
-    with reading(path), zipfile.ZipFile(path) as archive:
-        config = json.loads(member(archive, "config.json", path))
+    budget = Budget(path)
+    with reading(path), opened(path) as archive:
+        config = json.loads(member(archive, "config.json", budget))
         layers, shape = keras_layers(config, str(path))
         if any(x.kind == "Sequential" for x in layers):
             raise ConversionError(f"{path}: a Sequential inside a Sequential can't be converted")
         import h5py
 
-        weights = member(archive, "model.weights.h5", path)
+        weights = member(archive, "model.weights.h5", budget)
         with h5py.File(io.BytesIO(weights), "r") as file:
             own = [x for x in layers if not x.fused]
             for layer, group in zip(own, _groups(own), strict=True):
-                layer.arrays = _keras_arrays(file, f"layers/{group}/vars", layer, path, weights)
-    new, found = _convert.convert(layers, "keras", "flax", shape, "channels_last")
+                layer.arrays = _keras_arrays(file, f"layers/{group}/vars", layer, budget)
+    new, found = _convert.convert(layers, "keras", "flax", shape, "source")
     return _flax.write_flax(new, found)
 
 
@@ -243,11 +243,9 @@ def _keras_names(layer: Layer) -> list[str]:
     return names
 
 
-def _keras_arrays(
-    file: Any, group: str, layer: Layer, path: Path, weights: bytearray
-) -> dict[str, np.ndarray]:
-    names = _keras_names(layer)
-    found = file.get(group)
+def _keras_arrays(file: Any, group: str, layer: Layer, budget: Budget) -> dict[str, np.ndarray]:
+    names, path = _keras_names(layer), budget.path
+    found = _h5(file, group, path)
     count = 0 if found is None else len(found)
     if count != len(names):
         raise FileFormatError(
@@ -256,22 +254,29 @@ def _keras_arrays(
     out = {}
     for index, name in enumerate(names):
         place = f"{group}/{index}"
-        dataset = file.get(place)
-        link = file.get(place, getlink=True)
-        if dataset is None or not hasattr(dataset, "shape"):
+        dataset = _h5(file, place, path)
+        if dataset is None or not hasattr(dataset, "shape") or dataset.shape is None:
             raise FileFormatError(f"{path}: {place} is no array")
-        if type(link).__name__ != "HardLink" or dataset.external or dataset.is_virtual:
+        if dataset.external or dataset.is_virtual:
             raise FileFormatError(f"{path}: {place} refers to data outside the file")
         if dataset.dtype.kind not in "fiub":
             raise FileFormatError(f"{path}: {place} has dtype {dataset.dtype}")
-        # Checked before anything is allocated; deflate gives at most about 1,030 to 1.
-        most = len(weights) * (1100 if dataset.chunks else 1)
-        if math.prod(dataset.shape) * dataset.dtype.itemsize > most:
-            raise FileFormatError(
-                f"{path}: {place} declares shape {dataset.shape}, more than the file holds"
-            )
+        budget.spend(place, math.prod(dataset.shape) * dataset.dtype.itemsize)
         out[name] = np.asarray(dataset[()])
     return out
+
+
+def _h5(file: Any, place: str, path: Path) -> Any:
+    """What stands at a place of an HDF5 file, followed through hard links only."""
+    node = file
+    for part in place.split("/"):
+        link = node.get(part, getlink=True) if hasattr(node, "keys") else None
+        if link is None:
+            return None
+        if type(link).__name__ != "HardLink":
+            raise FileFormatError(f"{path}: {place} refers to data outside the file")
+        node = node[part]
+    return node
 
 
 def save_keras(file: Any, module: Any, variables: Any, layout: str | None) -> None:

@@ -13,7 +13,18 @@ import functools
 from typing import Any
 
 import flax.linen as nn
-from fwt.converters._row import AxisSetting, Framework, P, Row, S, Size, each
+from fwt.converters._row import (
+    AxisSetting,
+    Framework,
+    P,
+    Row,
+    S,
+    Size,
+    each,
+    flag,
+    number,
+    whole,
+)
 from fwt.converters._special import (
     BatchNormAffine,
     ConvPadding,
@@ -34,8 +45,8 @@ DENSE = Row(
     "Dense",
     axes="*b i -> *b o",
     settings=(
-        S("features", "out_features", "units"),
-        S("use_bias", "bias", "use_bias", True),
+        S("features", "out_features", "units", normal=whole),
+        S("use_bias", "bias", "use_bias", True, normal=flag),
         Size("in_features", "i"),
     ),
     params=(
@@ -54,12 +65,12 @@ CONV = Row(
     ranks=(4,),
     channel="i",
     settings=(
-        S("features", "out_channels", "filters"),
+        S("features", "out_channels", "filters", normal=whole),
         S("kernel_size", "kernel_size", "kernel_size", normal=each(2)),
         S("strides", "stride", "strides", (1, 1), normal=each(2)),
         S("kernel_dilation", "dilation", "dilation_rate", (1, 1), normal=each(2)),
-        S("feature_group_count", "groups", "groups", 1),
-        S("use_bias", "bias", "use_bias", True),
+        S("feature_group_count", "groups", "groups", 1, normal=whole),
+        S("use_bias", "bias", "use_bias", True, normal=flag),
         Size("in_channels", "i"),
     ),
     params=(
@@ -93,10 +104,10 @@ def _batch_norm(torch: str, ranks: tuple[int, ...], channel: str | None) -> Row:
         channel=channel,
         settings=(
             AxisSetting("axis", None, "axis", torch_fixed=1, letter="c"),
-            S("epsilon", "eps", "epsilon", 1e-3),
+            S("epsilon", "eps", "epsilon", 1e-3, normal=number),
             S("momentum", "momentum", "momentum", 0.99, torch_io=(complement, complement)),
-            S("use_scale", "affine", "scale", True),
-            S("use_bias", "affine", "center", True),
+            S("use_scale", "affine", "scale", True, normal=flag),
+            S("use_bias", "affine", "center", True, normal=flag),
             Size("num_features", "c"),
         ),
         params=(
@@ -221,7 +232,7 @@ LAYERS: tuple[Row, ...] = (
         nn.Dropout,
         "Dropout",
         "Dropout",
-        settings=(S("rate", "p", "rate"),),
+        settings=(S("rate", "p", "rate", normal=number),),
         keras_defaults={"noise_shape": None},
         special=InferenceFlag(),
     ),
@@ -233,10 +244,12 @@ LAYERS: tuple[Row, ...] = (
         "LeakyReLU",
         "LeakyReLU",
         "leaky_relu",
-        S("negative_slope", "negative_slope", "negative_slope", 0.3),
+        S("negative_slope", "negative_slope", "negative_slope", 0.3, normal=number),
         negative_slope=0.2,
     ),
-    _function(fl.ELU, "ELU", "ELU", "elu", S("alpha", "alpha", "alpha", 1.0), alpha=1.0),
+    _function(
+        fl.ELU, "ELU", "ELU", "elu", S("alpha", "alpha", "alpha", 1.0, normal=number), alpha=1.0
+    ),
     _function(fl.SELU, "SELU", None, "selu"),
     _function(
         fl.GELU,
@@ -298,9 +311,8 @@ NAMES: tuple[Row, ...] = (
             None,
             f"ConvTranspose{r}d",
             f"Conv{r}DTranspose",
-            # Flax with transpose_kernel=True: (*k, o, i), not flipped, as Keras has it.
             params=(
-                P("kernel: *k o i", "weight: i o *k", "kernel: *k o i"),
+                P("kernel: *k i o", "weight: i o *k", "kernel: *k o i"),
                 P("bias: o", "bias: o", "bias: o"),
             ),
         )
@@ -311,6 +323,20 @@ NAMES: tuple[Row, ...] = (
         "Embedding",
         "Embedding",
         params=(P("embedding: v f", "weight: v f", "embeddings: v f"),),
+    ),
+    Row(None, "EmbeddingBag", None, params=(P("embedding: v f", "weight: v f", "-"),)),
+    # Not (..., in, out): under a name of its own, so that nothing takes it for that.
+    *(
+        Row(
+            None,
+            None,
+            f"DepthwiseConv{r}D",
+            params=(
+                P("depthwise_kernel: *k g m", "-", "kernel: *k g m"),
+                P("bias: o", "-", "bias: o"),
+            ),
+        )
+        for r in (1, 2)
     ),
     *(
         Row(
@@ -349,19 +375,22 @@ def row_of_function(name: str) -> Row | None:
     return next((r for r in LAYERS if r.function and r.function[0] == name), None)
 
 
-def axes_of(module: Any, layer: str, leaf: str) -> tuple[str, ...] | None:
+def axis_names(letters: list[str], rank: int) -> tuple[str, ...] | None:
+    """The letters of one Flax array as names of axes; None where none is an input or output."""
+    fill = rank - sum(not x.startswith("*") for x in letters)
+    full = [y for x in letters for y in ([x[1:]] * fill if x.startswith("*") else [x])]
+    names = tuple({"i": "in", "j": "in", "o": "out", "c": "out"}.get(x, x) for x in full)
+    return names if {"in", "out"} & set(names) else None
+
+
+def axes_of(module: Any, layer: str, leaf: str, rank: int) -> tuple[str, ...] | None:
     """The names of the axes of ``layer``'s Flax leaf in a Sequential."""
     found: Any = next((n.layer for n in module.layers if n.name == layer), None)
     for row in rows_of("flax", type(found).__name__):
         for p in row.params:
             name, letters = p.of("flax")
             if name == leaf and row.flax is type(found):
-                if any(x.startswith("*") for x in letters):
-                    rank = len(getattr(found, "kernel_size", ()))
-                    letters = [y for x in letters for y in ([x] * rank if x[0] == "*" else [x])]
-                return tuple(
-                    {"i": "in", "j": "in", "o": "out", "c": "out"}.get(x, x) for x in letters
-                )
+                return axis_names(letters, rank)
     return None
 
 

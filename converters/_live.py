@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from fwt import _tree
+from fwt import _axes, _tree
 from fwt._types import ConversionError, LeafError, Model, Transform
 
 
@@ -40,14 +40,23 @@ def transform(model: Any, t: Transform) -> Any:
         return t(model)
     leaves = _backend(model).leaves(model)
     if not leaves:
+        unbuilt = getattr(model, "built", True) is False
         raise ConversionError(
-            f"{type(model).__name__} has no floating weights; build a Keras model first, "
-            "model.build((None, ...))"
+            f"{type(model).__name__} has no floating weights"
+            + ("; build it first, model.build((None, ...))" if unbuilt else "")
         )
-    before = {path: value for path, (value, _) in leaves.items()}
+    # Copies that can't be written to: what a transform keeps or swaps must not change later.
+    before = {leaf.path: np.array(leaf.value) for leaf in leaves}
+    for value in before.values():
+        value.flags.writeable = False
+    known = {leaf.path: leaf.axes for leaf in leaves if leaf.axes is not None}
     # Under "params", so that a layer that is itself named params is no collection.
     tree = {"params": _nested(before)}
-    after = _tree.Tree(t(tree)).leaves
+    token = _axes.KNOWN.set(known)
+    try:
+        after = _tree.Tree(t(tree)).leaves
+    finally:
+        _axes.KNOWN.reset(token)
     if set(after) != set(before):
         path = sorted(set(after) ^ set(before))[0]
         raise LeafError(f"the transform must keep the tree as it is, but {path!r} is not in both")
@@ -65,8 +74,18 @@ def transform(model: Any, t: Transform) -> Any:
         # Bytes, so that NaN equals itself and -0.0 is not +0.0.
         if value.tobytes() != old.tobytes():
             changed[path] = value
-    for path, value in changed.items():
-        leaves[path][1](value)
+    written = []
+    try:
+        for leaf in leaves:
+            if leaf.path in changed:
+                written.append(leaf)
+                leaf.write(changed[leaf.path])
+    except Exception as error:
+        for leaf in written[:-1]:
+            leaf.write(before[leaf.path])
+        raise ConversionError(
+            f"{written[-1].path} can't be written ({error}); the model is as it was"
+        ) from error
     return model
 
 

@@ -208,6 +208,16 @@ class Layer:
         return f"{self.name} ({self.kind})"
 
 
+@dataclasses.dataclass(frozen=True)
+class LiveLeaf:
+    """One weight of a live model in Flax's names and axes, and the way to write it back."""
+
+    path: str
+    value: Any
+    axes: tuple[str, ...] | None  # None where its class has no row
+    write: Callable[[Any], None]
+
+
 @dataclasses.dataclass
 class At:
     """Where a special function is: the layer's name, and the spatial sizes before it."""
@@ -271,6 +281,27 @@ def same(a: Any, b: Any) -> bool:
     return (type(a) is type(b) and bool(a == b)) or (a is b) or (a == b and not callable(a))
 
 
+def whole(x: Any) -> int:
+    """A positive whole number."""
+    if isinstance(x, bool) or not isinstance(x, int | np.integer) or x < 1:
+        raise ValueError("expected a whole number of at least 1")
+    return int(x)
+
+
+def flag(x: Any) -> bool:
+    """True or False."""
+    if not isinstance(x, bool | np.bool_):
+        raise ValueError("expected True or False")
+    return bool(x)
+
+
+def number(x: Any) -> float:
+    """A finite number."""
+    if isinstance(x, bool) or not isinstance(x, int | float | np.number) or not np.isfinite(x):
+        raise ValueError("expected a number")
+    return float(x)
+
+
 def each(rank: int) -> Callable[[Any], Any]:
     """An int as a tuple of so many ints, a list as a tuple."""
 
@@ -280,7 +311,7 @@ def each(rank: int) -> Callable[[Any], Any]:
         listed = (x,) * rank if isinstance(x, int | np.integer) else tuple(x)
         if len(listed) != rank:
             raise ValueError(f"expected {rank} numbers")
-        return tuple(int(v) for v in listed)
+        return tuple(whole(v) if v else int(v) for v in listed)
 
     return normal
 

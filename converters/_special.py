@@ -66,6 +66,10 @@ class ConvPadding(Special):
     def read(self, framework: Framework, take: Take, fields: dict[str, Any], at: At) -> None:
         window = fields["kernel_size"]
         if framework == "flax":
+            if isinstance(take("kernel_size"), int):
+                raise refuse(take.place, f"kernel_size={window[0]} is a window of one axis")
+            for name in ("strides", "kernel_dilation"):
+                fields[name] = fields[name] or (1,) * len(window)
             fields["padding"] = _read_flax_padding(take, window)
             return
         value = take("padding")
@@ -86,11 +90,13 @@ class ConvPadding(Special):
             settings["padding"] = pads
             return []
         if framework == "keras":
+            if any(s > 1 for s in geometry[1]) and any(d > 1 for d in geometry[2]):
+                raise refuse(at.place, "Keras can't say strides and dilation above 1 together")
             if isinstance(pads, str) or is_same_everywhere(pads, *geometry):
                 settings["padding"] = pads.lower() if isinstance(pads, str) else "same"
                 return []
             settings["padding"] = "valid"
-            return [Around(fl.ZeroPad, "_pad", {"padding": pads})]
+            return [Around(fl.ZeroPad, "__pad", {"padding": pads})]
         if pads == "VALID":
             settings["padding"] = (0,) * len(geometry[0])
             return []
@@ -104,7 +110,7 @@ class ConvPadding(Special):
         if settings["padding"] is not None:
             return []
         settings["padding"] = (0,) * len(pads)
-        return [Around(fl.ZeroPad, "_pad", {"padding": pads})]
+        return [Around(fl.ZeroPad, "__pad", {"padding": pads})]
 
 
 class PoolPadding(Special):
@@ -160,7 +166,7 @@ class PoolPadding(Special):
             pads = same_pads(at.known("padding='SAME'"), window, strides, ones)
         if not isinstance(pads, str) and not any(lo or hi for lo, hi in pads):
             pads = "VALID"
-        pad = Around(fl.ZeroPad, "_pad", {"padding": pads})
+        pad = Around(fl.ZeroPad, "__pad", {"padding": pads})
         if framework == "keras":
             settings["padding"] = "valid"
             if isinstance(pads, str):
@@ -201,7 +207,7 @@ class PoolPadding(Special):
                 settings["count_include_pad"] = False
             return []
         if not self.average:
-            return [Around(fl.ConstantPad, "_pad", {"padding": pads, "value": float("-inf")})]
+            return [Around(fl.ConstantPad, "__pad", {"padding": pads, "value": float("-inf")})]
         if include:
             return [pad]
         raise refuse(
@@ -285,14 +291,18 @@ class GlobalPool(Special):
             settings["keepdims"] = fields["keepdims"]
             return []
         settings["output_size"] = (1, 1)
-        return [] if fields["keepdims"] else [Around(fl.Flatten, "_flatten", before=False)]
+        return [] if fields["keepdims"] else [Around(fl.Flatten, "__flatten", before=False)]
 
 
 class UnflattenDim(Special):
     """torch splits one axis; ours and Keras's reshape all of them."""
 
     def read(self, framework: Framework, take: Take, fields: dict[str, Any], at: At) -> None:
-        if framework == "torch" and (take("dim") not in (1, -1) or at.rank not in (None, 2)):
+        if framework != "torch":
+            return
+        if at.rank is None:
+            raise refuse(take.place, "the rank of its input is not known", "give input_shape=")
+        if take("dim") not in (1, -1) or at.rank != 2:
             raise refuse(take.place, f"dim={take('dim')} of rank {at.rank}: only dim=1 of rank 2")
 
     def write(
@@ -301,7 +311,7 @@ class UnflattenDim(Special):
         if framework != "torch":
             return []
         settings["dim"] = 1
-        return [] if at.rank == 2 else [Around(fl.Flatten, "_flatten")]
+        return [] if at.rank == 2 else [Around(fl.Flatten, "__flatten")]
 
 
 class PermuteDims(Special):

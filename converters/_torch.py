@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import ml_dtypes
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from fwt.converters import _convert, _flax, _layers, _torch_file
 from fwt.converters._convert import Layout
-from fwt.converters._row import TRAINING, Layer, order, refuse
+from fwt.converters._row import TRAINING, Layer, LiveLeaf, order, refuse
 
 from fwt import _tree
 from fwt._types import ConversionError, Model
@@ -76,7 +76,9 @@ def _layer(name: str, module: torch.nn.Module) -> Layer:
         raise refuse(
             place, f"{type(module).__module__}.{kind} is a custom module, which can't be converted"
         )
-    if module._forward_hooks or module._forward_pre_hooks:
+    for key, parameter in module.named_parameters(recurse=False):
+        _check_initialised(parameter, f"{name}.{key}")
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
         raise refuse(
             place,
             "a forward hook (as of torch.nn.utils.prune or weight_norm) can change what it does",
@@ -135,8 +137,10 @@ def from_torch(
         )
     layers = []
     seen: dict[int, str] = {}
-    if model._forward_hooks or model._forward_pre_hooks:
+    if model._forward_hooks or model._forward_pre_hooks or "forward" in vars(model):
         raise ConversionError("the model has forward hooks, which can change what it does")
+    if own := [*model._parameters, *model._buffers]:
+        raise ConversionError(f"the Sequential itself has an array {own[0]!r}; only layers may")
     for name, module in model.named_children():
         layers.append(_layer(name, module))
         for parameter in module.parameters():
@@ -203,7 +207,7 @@ def to_torch(
     for layer in new:
         cls = _class(layer.kind)
         assert cls is not None
-        if not layer.name or "." in layer.name or layer.name in dir(torch.nn.Sequential):
+        if layer.name in dir(torch.nn.Sequential):
             raise ConversionError(f"{layer.name!r} can't be the name of a torch module")
         state = {k: to_tensor(v) for k, v in _torch_file.torch_state(layer).items()}
         # Made without memory: the arrays become its parameters.
@@ -216,26 +220,39 @@ def to_torch(
     return torch.nn.Sequential(modules).eval()
 
 
-def leaves(model: torch.nn.Module) -> dict[str, tuple[np.ndarray, Callable[[np.ndarray], None]]]:
-    """The floating parameters by path, in Flax's names and axes, each with a way to write it."""
-    out: dict[str, tuple[np.ndarray, Callable[[np.ndarray], None]]] = {}
+def leaves(model: torch.nn.Module) -> list[LiveLeaf]:
+    """The floating parameters in Flax's names and axes; a tied one under its first path."""
+    out: dict[str, LiveLeaf] = {}
     seen: set[int] = set()
     for prefix, module in model.named_modules():
         names = _layers.leaf_names("torch", _public_name(module))
         for name, parameter in module.named_parameters(recurse=False):
+            place = f"{prefix}.{name}" if prefix else name
+            _check_initialised(parameter, place)
             if id(parameter) in seen or not parameter.is_floating_point():
                 continue
             seen.add(id(parameter))
-            place = f"{prefix}.{name}" if prefix else name
             value = to_numpy(parameter, place)
-            flax_name, axes, flax_axes, _ = names.get(name, (name, [], [], "params"))
-            there = order(axes, flax_axes, value.ndim) if axes else None
+            # torch.nn.utils.prune keeps the weight under weight_orig.
+            plain = name.removesuffix("_orig")
+            suffix = name[len(plain) :]
+            flax_name, letters, flax_letters, _ = names.get(plain, (plain, [], [], "params"))
+            there = order(letters, flax_letters, value.ndim) if letters else None
+            axes = _layers.axis_names(flax_letters, value.ndim) if letters else None
             if there is not None:
                 value = value.transpose(there)
-            parts = [*filter(None, prefix.split(".")), flax_name]
+            parts = [*filter(None, prefix.split(".")), flax_name + suffix]
             path = "/".join(_tree.escape(p) for p in parts)
-            out[path] = (value, functools.partial(_write, parameter, there))
-    return out
+            if path in out:
+                raise ConversionError(f"{place}: another parameter stands at {path!r} already")
+            write = functools.partial(_write, parameter, there)
+            out[path] = LiveLeaf(path, value, axes, write)
+    return list(out.values())
+
+
+def _check_initialised(parameter: Any, place: str) -> None:
+    if isinstance(parameter, torch.nn.UninitializedParameter):
+        raise refuse(place, "a lazy module has no weights yet", "call the model once")
 
 
 def _public_name(module: torch.nn.Module) -> str:

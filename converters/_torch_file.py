@@ -13,10 +13,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 from fwt.converters import _convert, _flax
-from fwt.converters._io import member, nested, reading
+from fwt.converters._io import Budget, dotted, member, nested, opened, reading
 from fwt.converters._row import Layer, refuse
 
-from fwt import _tree
 from fwt._types import FileFormatError, Model
 
 _STORAGES = {
@@ -93,18 +92,19 @@ def load_torch(path: Path) -> Model:
                 f"{path}: not a zip archive; torch's older formats run code when they are read: "
                 "save it again with a current torch.save"
             )
-        with zipfile.ZipFile(path) as archive:
+        budget = Budget(path)
+        with opened(path) as archive:
             names = [n for n in archive.namelist() if n.endswith("/data.pkl")]
             if len(names) != 1:
                 raise FileFormatError(f"{path}: expected one data.pkl, found {len(names)}")
             stem = names[0][: -len("data.pkl")]
             if f"{stem}byteorder" in archive.namelist():
-                order = bytes(member(archive, f"{stem}byteorder", path))
+                order = bytes(member(archive, f"{stem}byteorder", budget))
                 if order != b"little":
                     raise FileFormatError(f"{path}: byte order {order!r}, only little is read")
-            pickled = bytes(member(archive, names[0], path))
+            pickled = bytes(member(archive, names[0], budget))
             _check_pickle(pickled, path)
-            loaded = _Unpickler(io.BytesIO(pickled), archive, stem, path).load()
+            loaded = _Unpickler(io.BytesIO(pickled), archive, stem, budget).load()
     flat: dict[str, np.ndarray] = {}
     if not isinstance(loaded, dict):
         raise FileFormatError(
@@ -149,9 +149,10 @@ class _OrderedDict(OrderedDict):
 class _Unpickler(pickle.Unpickler):
     """Only tensors, dicts, lists, text and numbers; nothing is imported."""
 
-    def __init__(self, file: Any, archive: zipfile.ZipFile, stem: str, path: Path):
+    def __init__(self, file: Any, archive: zipfile.ZipFile, stem: str, budget: Budget):
         super().__init__(file)
-        self.archive, self.stem, self.path = archive, stem, path
+        self.archive, self.stem, self.budget, self.path = archive, stem, budget, budget.path
+        self.storages: dict[str, np.ndarray] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
@@ -172,13 +173,17 @@ class _Unpickler(pickle.Unpickler):
         _, kind, key, _, count = pid
         if not isinstance(kind, _StorageType) or not isinstance(key, str):
             raise FileFormatError(f"{self.path}: a storage is described by {pid!r:.80}")
-        data = member(self.archive, f"{self.stem}data/{key}", self.path)
-        if not isinstance(count, int) or len(data) != count * kind.dtype.itemsize:
-            raise FileFormatError(
-                f"{self.path}: storage {key} has {len(data)} bytes, expected {count} x "
-                f"{kind.dtype.itemsize}"
-            )
-        return np.frombuffer(data, kind.dtype)
+        if key not in self.storages:
+            data = member(self.archive, f"{self.stem}data/{key}", self.budget)
+            if not isinstance(count, int) or len(data) != count * kind.dtype.itemsize:
+                raise FileFormatError(
+                    f"{self.path}: storage {key} has {len(data)} bytes, expected {count} x "
+                    f"{kind.dtype.itemsize}"
+                )
+            self.storages[key] = np.frombuffer(data, kind.dtype)
+        if self.storages[key].dtype != kind.dtype:
+            raise FileFormatError(f"{self.path}: storage {key} has two dtypes")
+        return self.storages[key]
 
     def _tensor(self, storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> np.ndarray:
         numbers = (offset, *size, *stride)
@@ -192,13 +197,13 @@ class _Unpickler(pickle.Unpickler):
         if 0 in size:
             return np.zeros(size, storage.dtype)
         last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
-        # A stride of 0 repeats a value; such a tensor may not be larger than its storage says.
-        if last >= storage.size or math.prod(size) > storage.size:
+        if last >= storage.size:
             raise FileFormatError(
                 f"{self.path}: a tensor of size {size}, stride {stride} and offset {offset} is "
                 f"larger than its storage of {storage.size}"
             )
         item = storage.dtype.itemsize
+        self.budget.spend("a tensor", math.prod(size) * item)
         view = np.lib.stride_tricks.as_strided(
             storage[offset:], size, tuple(s * item for s in stride), writeable=False
         )
@@ -208,11 +213,7 @@ class _Unpickler(pickle.Unpickler):
 def save_torch(file: Any, module: Any, variables: Any, layout: str | None) -> None:
     """A state dict that ``torch.load(weights_only=True)`` takes."""
     if module is None:
-        state = {}
-        for tree in variables.values():
-            for path, leaf in _tree.Tree({"params": tree}).leaves.items():
-                parts = [_tree.unescape(p) for p in _tree.split(path)]
-                state[".".join(parts)] = np.asarray(leaf)
+        state = dotted(variables)
     else:
         layers = _flax.read_flax(module, variables)
         new, _ = _convert.convert(

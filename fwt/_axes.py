@@ -1,9 +1,9 @@
 """What each axis of a leaf means: nothing else in fwt guesses."""
 
 import dataclasses
-import fnmatch
 import re
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 from fwt import _tree
@@ -68,6 +68,10 @@ class Axes:
         return tuple(i for i in range(len(self.shape)) if i not in self.outputs)
 
 
+# Axes by path that a live model's classes tell, set while converters.transform runs.
+KNOWN: ContextVar[Mapping[str, tuple[str, ...]]] = ContextVar("known axes", default={})  # noqa: B039 - never changed
+
+
 def _rule(path: str, rank: int) -> tuple[str, ...] | None:
     """What the path alone says."""
     parts = [_tree.unescape(p) for p in _tree.split(path)] or [""]
@@ -82,7 +86,7 @@ def _rule(path: str, rank: int) -> tuple[str, ...] | None:
         return (*("spatial",) * (rank - 2), "in", "out")
     if last in ("weight", "in_proj_weight") and rank == 2 and not _NORMS.search(parent.lower()):
         return ("out", "in")
-    if re.fullmatch("weight_(ih|hh)_l[0-9]+(_reverse)?", last):
+    if re.fullmatch("weight_(ih|hh|hr)(_l[0-9]+)?(_reverse)?", last):
         return ("out", "in")
     if rank == 1:
         return ("out",)
@@ -107,8 +111,10 @@ def axes_of(
                 )
             if not {"in", "i", "out", "o"} & set(names):
                 raise AxesError(f"axes={{{pattern!r}: {text!r}}} names neither 'in' nor 'out'")
+    if names is None:
+        names = KNOWN.get().get(path)
     if names is None and module is not None:
-        names = _from_module(path, module)
+        names = _from_module(path, module, len(shape))
     if names is None:
         names = _rule(path, len(shape))
     if names is not None and len(names) != len(shape):
@@ -125,14 +131,14 @@ def check_used(axes: Mapping[str, str] | None, paths: Sequence[str]) -> None:
             )
 
 
-def _from_module(path: str, module: Any) -> tuple[str, ...] | None:
+def _from_module(path: str, module: Any, rank: int) -> tuple[str, ...] | None:
     from fwt import Sequential
     from fwt.converters import _layers
 
     if not isinstance(module, Sequential):
         return None
     layer, _, rest = path.rpartition("/")
-    return _layers.axes_of(module, _tree.unescape(layer), rest)
+    return _layers.axes_of(module, _tree.unescape(layer), rest, rank)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,13 +163,15 @@ def role(path: str, rank: int) -> str:
     """``kernels``, ``biases`` or ``others`` (norms, embeddings, statistics)."""
     parts = [_tree.unescape(p) for p in _tree.split(path)] or [""]
     last, parent = parts[-1], parts[-2] if len(parts) > 1 else ""
-    if rank >= 2 and fnmatch.fnmatchcase(last, "*kernel"):
+    if rank >= 2 and re.fullmatch(".*kernel(_orig)?", last):
         return "kernels"
-    if rank >= 2 and re.fullmatch("weight(_orig|_v|_(ih|hh)_l[0-9]+(_reverse)?)?", last):
+    if rank >= 2 and re.fullmatch("weight(_orig|_v|_(ih|hh|hr)(_l[0-9]+)?(_reverse)?)?", last):
         return "others" if _NORMS.search(parent.lower()) else "kernels"
     if rank >= 2 and last in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
         return "kernels"
-    if last == "bias" or re.fullmatch("(in_proj_)?bias(_(ih|hh)_l[0-9]+(_reverse)?)?", last):
+    if rank >= 2 and parts[-3:-1] == ["parametrizations", "weight"]:
+        return "kernels"  # original, original1; a weight norm's original0 is one number a unit
+    if last == "bias" or re.fullmatch("(in_proj_)?bias(_(ih|hh)(_l[0-9]+)?(_reverse)?)?", last):
         return "biases"
     return "others"
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from fwt import _tree
 from fwt._types import LeafError, Params, Transform, Where
@@ -90,7 +91,11 @@ def straight_through(transform: Transform) -> Transform:
         transform: a function from params to params that keeps paths, shapes and dtypes.
 
     Returns:
-        A transform with exactly the same values whose derivative is the identity.
+        A transform with exactly the same values whose derivative is the identity. Leaves that
+        the transform leaves alone come back as the same objects.
+
+    Raises:
+        LeafError: if the transform changes the tree, a shape or a dtype.
 
     Example:
         >>> import fwt, jax, jax.numpy as jnp
@@ -102,18 +107,30 @@ def straight_through(transform: Transform) -> Transform:
 
     def apply(params: Params) -> Params:
         tree = _tree.Tree(params)
-        names = list(tree.leaves)
-
-        @jax.custom_jvp
-        def forward(values: list[Any]) -> list[Any]:
-            new = _tree.Tree(transform(tree.replace(dict(zip(names, values, strict=True))))).leaves
-            return [new[p] for p in names]
-
-        @forward.defjvp
-        def _(primals: Any, tangents: Any) -> Any:
-            return forward(*primals), tangents[0]
-
-        new = forward([tree.leaves[p] for p in names])
-        return tree.replace(dict(zip(names, new, strict=True)))
+        new = _tree.Tree(transform(params)).leaves
+        if set(new) != set(tree.leaves):
+            raise LeafError("straight_through: the transform must keep the tree as it is")
+        through = {}
+        for path, old in tree.leaves.items():
+            value = new[path]
+            if value is not old and jnp.issubdtype(old.dtype, jnp.inexact):
+                if value.shape != old.shape or value.dtype != old.dtype:
+                    raise LeafError(
+                        f"straight_through: {path} expected {old.dtype}{list(old.shape)}, found "
+                        f"{value.dtype}{list(value.shape)}"
+                    )
+                value = _through(old, value)
+            through[path] = value
+        return tree.replace(through)
 
     return apply
+
+
+@jax.custom_jvp
+def _through(old: Any, new: Any) -> Any:
+    return new
+
+
+@_through.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    return primals[1], tangents[0]

@@ -17,7 +17,6 @@ import numpy as np
 import optax
 
 import fwt
-from fwt import converters
 from fwt import layers as fl
 
 SPARSITY = 0.9
@@ -123,6 +122,8 @@ def accuracy(model: fwt.Model) -> float:
 
 def reopened(model: fwt.Model, folder: Path) -> dict[str, np.ndarray]:
     """The test predictions of the three files, each from its own framework."""
+    from fwt import converters
+
     _, _, images, _ = digits()
     for suffix in ("keras", "safetensors", "pt"):
         converters.save(folder / f"digits.{suffix}", *model)

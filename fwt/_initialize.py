@@ -9,7 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from fwt import _axes, _tree, initializers
-from fwt._types import AxesError, Initializer, LeafError, Params, Transform, Where, hashes, resolve
+from fwt._types import (
+    AxesError,
+    FwtError,
+    Initializer,
+    LeafError,
+    Params,
+    Transform,
+    Where,
+    hashes,
+    resolve,
+)
 
 
 def initialize(
@@ -59,22 +69,37 @@ def initialize(
         tree = _tree.Tree(params)
         names = tree.select(where)
         _axes.check_used(axes, names)
-        base = jax.random.key(key) if isinstance(key, int | np.integer) else key
+        base = _key(key)
         specs, keys = [], []
         for path in names:
             leaf = _target(path, tree.leaves[path], dtype)
             place = _axes.axes_of(path, leaf.shape, tree.module, axes)
             specs.append((_fitted(chosen, place), leaf.shape, leaf.dtype, path))
             keys.append(_tree.fold_path(base, path))
-        new = (_draw_compiled if hashes(chosen) else _draw)(tuple(specs), keys)
+        # A user's own function may depend on more than its arguments: it is not compiled by us.
+        ours = isinstance(chosen, initializers.Bound) and hashes(chosen)
+        new = (_draw_compiled if ours else _draw)(tuple(specs), keys)
         return tree.replace(dict(zip(names, new, strict=True)))
 
     return apply
 
 
+def _key(key: Any) -> Any:
+    if isinstance(key, int | np.integer) and not isinstance(key, bool):
+        if not -(1 << 31) <= key < 1 << 32:
+            raise FwtError(f"an int seed has 32 bits, found {key}; make a jax.random.key of it")
+        return jax.random.key(key)
+    typed = hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    raw = hasattr(key, "dtype") and key.dtype == np.uint32 and key.ndim == 1
+    if raw or (typed and key.ndim == 0):
+        return key
+    raise FwtError(f"key must be one JAX key or an int seed, found {key!r:.80}")
+
+
 def _target(path: str, leaf: Any, dtype: Any) -> jax.ShapeDtypeStruct:
     wanted = jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype) if dtype is not None else leaf.dtype)
-    return _tree.computable(path, wanted)
+    _tree.refuse_64(path, wanted)
+    return wanted
 
 
 def _fitted(chosen: Any, axes: _axes.Axes) -> Any:
@@ -95,7 +120,12 @@ def _fitted(chosen: Any, axes: _axes.Axes) -> Any:
 def _draw(specs: Any, keys: Any) -> list[Any]:
     new = []
     for (init, shape, dtype, path), key in zip(specs, keys, strict=True):
-        value = init(key, shape, dtype)
+        try:
+            value = init(key, shape, dtype)
+        except (ArithmeticError, TypeError, ValueError) as error:
+            if isinstance(error, FwtError):
+                raise
+            raise LeafError(f"{path}: no {dtype}{list(shape)} from {init}: {error}") from error
         if not _tree.is_array(value):
             raise LeafError(
                 f"{path}: the initializer returned {value!r} instead of an array; a factory must "
@@ -140,15 +170,18 @@ def assign(values: Mapping[str, Any]) -> Transform:
         tree = _tree.Tree(params)
         new = {}
         for path, value in values.items():
-            if path not in tree.leaves:
+            if not isinstance(path, str) or path not in tree.leaves:
                 left_out = " (at(...) left it out)" if path in tree.hidden else ""
                 raise LeafError(
                     f"assign: the tree has no leaf {path!r}{left_out}"
-                    f"{_tree.near(path, tree.leaves)}"
+                    f"{_tree.near(str(path), tree.leaves)}"
                 )
             leaf = tree.leaves[path]
             if not _tree.is_array(value):
-                value = np.asarray(value)
+                try:
+                    value = np.asarray(value)
+                except ValueError as error:
+                    raise LeafError(f"assign: {path}: no array ({error})") from error
             if tuple(value.shape) != tuple(leaf.shape):
                 raise LeafError(
                     f"assign: {path} expected shape {tuple(leaf.shape)}, found {tuple(value.shape)}"

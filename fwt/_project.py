@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fwt import _axes, _tree
+from fwt import _axes, _tree, constraints
 from fwt._types import (
     Constraint,
     FwtError,
@@ -76,8 +76,9 @@ def project(
         )
         support = {} if wanted is None else tree.match(wanted)
         kept = [support.get(p) for p in names]
-        # A traced or unhashable setting can't be a static argument; the caller compiles then.
-        compiled = hashes(chosen)
+        # A traced setting can't be a static argument, and a user's own function may depend on
+        # more than its arguments: those are not compiled by us.
+        compiled = isinstance(chosen, constraints.Bound) and hashes(chosen)
         new = (_projected_compiled if compiled else _projected)(chosen, places, leaves, kept)
         return tree.replace(dict(zip(names, new, strict=True)))
 

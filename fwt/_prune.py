@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 from typing import Any, Literal
 
 import jax
@@ -173,10 +174,15 @@ class _Plan:
                 "prune(threshold=0.1) keeps |w| > 0.1"
             )
         for name, value in (("sparsity", sparsity), ("threshold", threshold)):
-            if value is None or isinstance(value, jax.Array):
+            if value is None or isinstance(value, jax.core.Tracer):
                 continue
-            if isinstance(value, np.ndarray | np.generic) and np.ndim(value) == 0:
+            exact = isinstance(value, jax.Array)  # it counts as its float32 value
+            if isinstance(value, jax.Array | np.ndarray | np.generic) and np.ndim(value) == 0:
                 value = value.item()
+            if isinstance(value, jax.Array) and value.ndim:
+                raise FwtError(
+                    f"{name} must be a scalar, found shape {value.shape}; use jax.vmap for several"
+                )
             if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
                 raise FwtError(f"{name} must be a number or a scalar array, found {value!r}")
             if name == "sparsity":
@@ -184,14 +190,12 @@ class _Plan:
                     raise FwtError(
                         f"sparsity is the share of weights to prune, 0 to 1; found {value}"
                     )
-                sparsity = float(value)
+                sparsity = sparsity if exact else float(value)
             else:
-                threshold = float(value)
+                threshold = threshold if exact else float(value)
         for name, value in (("sparsity", sparsity), ("threshold", threshold)):
-            if isinstance(value, jax.Array) and value.ndim:
-                raise FwtError(
-                    f"{name} must be a scalar, found shape {value.shape}; use jax.vmap for several"
-                )
+            if isinstance(value, jax.core.Tracer) and value.ndim:
+                raise FwtError(f"{name} must be a scalar, found shape {value.shape}")
         if scope not in ("layer", "global"):
             raise FwtError(f"scope must be 'layer' or 'global', found {scope!r}")
         if pattern != patterns.unstructured:
@@ -217,7 +221,10 @@ class _Plan:
         amounts: Any
         if self.threshold is not None:
             amounts = [
-                jnp.asarray(self.threshold, (w if worths is None else worths[i]).dtype)
+                _cast(
+                    self.threshold,
+                    *((w.dtype, False) if worths is None else (worths[i].dtype, True)),
+                )
                 for i, w in enumerate(leaves)
             ]
         elif self.scope == "global":
@@ -248,6 +255,19 @@ class _Plan:
         return worths
 
 
+def _cast(threshold: Any, dtype: Any, signed: bool) -> tuple[Any, Any]:
+    """A threshold in the leaf's dtype, floored for integers, and whether all is above it."""
+    if jnp.issubdtype(dtype, jnp.floating):
+        return jnp.asarray(threshold, dtype), (jnp.asarray(threshold) < 0) & (not signed)
+    # A magnitude is as wide as an unsigned integer, so that |-128| of an int8 has its place.
+    dtype = np.dtype(dtype) if signed else np.dtype(f"uint{dtype.itemsize * 8}")
+    low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
+    if isinstance(threshold, float):
+        return jnp.asarray(math.floor(min(max(threshold, low), high)), dtype), threshold < low
+    floored = jnp.asarray(jnp.clip(jnp.floor(threshold), low, high))
+    return floored.astype(dtype), jnp.asarray(threshold) < low
+
+
 def _name(function: Any) -> str:
     return getattr(function, "__name__", repr(function))
 
@@ -271,12 +291,8 @@ def _keep(leaves: list[Any], worths: Any, amounts: Any, kind: tuple[str, str]) -
     values = leaves if worths is None else worths
     if by == "threshold":
         key = _select.signed_key if signed else _select.magnitude_key
-        kept = []
-        for x, t in zip(values, amounts, strict=True):
-            above = key(x) > key(t)
-            # Every magnitude is above a negative threshold, of which the key knows the size only.
-            kept.append(above if signed else above | (t < 0))
-        return kept
+        # Every magnitude is above a negative threshold, of which the key knows the size only.
+        return [(key(x) > key(t)) | all_ for x, (t, all_) in zip(values, amounts, strict=True)]
     if scope == "global":
         return _select.keep_largest(_select.common_keys(values, signed), amounts)
     return [

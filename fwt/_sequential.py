@@ -88,7 +88,14 @@ class Sequential(nn.Module):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", _named(self.layers))
-        object.__setattr__(self, "input_shape", _layers.tuples(self.input_shape))
+        shape = _layers.tuples(self.input_shape)
+        sizes = shape if isinstance(shape, tuple) else ("?",)
+        if shape is not None and not all(s is None or (type(s) is int and s > 0) for s in sizes):
+            raise FwtError(
+                f"Sequential: input_shape={self.input_shape!r} is no tuple of sizes (without the "
+                "batch axis, None for any)"
+            )
+        object.__setattr__(self, "input_shape", shape)
         super().__post_init__()
 
     @nn.compact

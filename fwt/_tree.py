@@ -49,7 +49,7 @@ def escape(part: str) -> str:
 def split(path: str) -> list[str]:
     """The parts of a path or glob, cut at each unescaped ``/``, escapes kept."""
     parts = []
-    for part, cut in re.findall(r"((?:\\.|[^\\/])*)(/|$)", path):
+    for part, cut in re.findall(r"((?:\\[\s\S]|[^\\/])*)(/|\Z)", path):
         parts.append(part)
         if not cut:
             break
@@ -57,15 +57,19 @@ def split(path: str) -> list[str]:
 
 
 def unescape(part: str) -> str:
-    return re.sub(r"\\(.)", r"\1", part)
+    return re.sub(r"\\([\s\S])", r"\1", part)
 
 
 def natural(path: str) -> list[Any]:
     """A sort key under which ``layer_2`` comes before ``layer_10``."""
     return [
-        [int(s) if i % 2 else s for i, s in enumerate(re.split("([0-9]+)", part))]
+        # A run of digits by its length and then its text, however long it is.
+        [
+            (len(s.lstrip("0")), s.lstrip("0")) if i % 2 else (0, s)
+            for i, s in enumerate(re.split("([0-9]+)", part))
+        ]
         for part in split(path)
-    ] + [[path]]
+    ] + [[(0, path)]]
 
 
 def _part(key: Any) -> str:
@@ -163,7 +167,7 @@ class Tree:
             shape = tuple(self.leaves[path].shape)
             if mask.dtype != bool:
                 raise LeafError(f"masks: {path} expected bool, found {mask.dtype}")
-            if mask.shape == shape:
+            if mask.shape == shape and (shape or isinstance(mask, jax.core.Tracer) or not mask):
                 chosen[path] = mask
             elif mask.shape != ():
                 raise LeafError(f"masks: {path} expected shape {shape}, found {tuple(mask.shape)}")
@@ -183,20 +187,23 @@ def _nnx_variables(params: Params) -> set[tuple[Any, ...]]:
     return {tuple(keys) for keys, leaf in keyed if isinstance(leaf, nnx.Variable)}
 
 
+_ANY = r"\\[\s\S]|[^\\/]"  # one character of a part, which may be escaped
+
+
 @functools.lru_cache(maxsize=1024)
 def _glob(pattern: str) -> re.Pattern[str]:
     """A glob as a regular expression on whole paths: ``*`` within one part, ``**`` across."""
     out: list[str] = []
     for part in split(pattern):
         if part == "**":
-            out.append(r"(?:(?:\\.|[^\\/])*/)*")
+            out.append(f"(?:(?:{_ANY})*/)*")
             continue
         text = ""
-        for token in re.findall(r"\\.|\[!?\]?[^\]]*\]|.", part):
+        for token in re.findall(r"\\.|\[!?\]?[^\]]*\]|.", part, re.DOTALL):
             if token == "*":
-                text += r"(?:\\.|[^\\/])*"
+                text += f"(?:{_ANY})*"
             elif token == "?":
-                text += r"(?:\\.|[^\\/])"
+                text += f"(?:{_ANY})"
             elif len(token) > 1 and token[0] == "[":
                 body = token[1:-1]
                 negated = body.startswith("!")
@@ -207,7 +214,10 @@ def _glob(pattern: str) -> re.Pattern[str]:
                 text += re.escape(escape(unescape(token)))
         out.append(text + "/")
     # The path is given a final "/", so that "**" at the end takes whole parts too.
-    return re.compile("".join(out))
+    try:
+        return re.compile("".join(out))
+    except re.error as error:
+        raise WhereError(f"where={pattern!r} is no glob ({error})") from error
 
 
 def matches(pattern: str, path: str) -> bool:
@@ -239,7 +249,8 @@ def _resolve(where: Where, shapes: Mapping[str, jax.ShapeDtypeStruct], module: A
         return chosen
     if hasattr(where, "paths_of"):  # a role: it may ask what the module says
         return set(where.paths_of(shapes, module))
-    if callable(where):
+    # A function is a leaf of its own; an equinox module or a Model of bools can be called too.
+    if callable(where) and jax.tree.leaves(where) == [where]:
         answers = {p: where(p, x) for p, x in shapes.items()}
         for path, answer in answers.items():
             if not isinstance(answer, bool | np.bool_):
@@ -252,39 +263,33 @@ def _resolve(where: Where, shapes: Mapping[str, jax.ShapeDtypeStruct], module: A
 
 
 def _from_bools(where: Any, shapes: Mapping[str, Any]) -> set[str]:
-    keyed, _ = jax.tree_util.tree_flatten_with_path(where)
-    wanted: dict[str, bool] = {}
-    for keys, leaf in keyed:
+    def as_array(leaf: Any) -> np.ndarray:
         if isinstance(leaf, jax.core.Tracer) or np.shape(leaf) != ():
             raise WhereError(
                 f"a tree used as where= holds concrete bools, but {leaf!r} was found: where is "
                 "resolved at trace time; for array masks use fwt.apply_masks"
             )
-        if not isinstance(leaf, bool | np.bool_) and np.asarray(leaf).dtype != bool:
+        if not isinstance(leaf, bool | np.bool_) and getattr(leaf, "dtype", None) is not np.dtype(
+            bool
+        ):
             raise WhereError(
                 f"where must be a glob, a list of globs, a predicate (path, ShapeDtypeStruct) -> "
                 f"bool, or a tree of bools; found {leaf!r} of type {type(leaf).__name__}"
             )
-        parts = [escape(_part(k)) for k in keys]
-        wanted["/".join(parts)] = bool(leaf)
-    # An entry speaks for its leaf or for all leaves below it; "params" may be left in or out.
-    if wanted and all(p == "params" or p.startswith("params/") for p in wanted):
-        wanted = {p[len("params/") :]: answer for p, answer in wanted.items()}
+        return np.asarray(leaf)
+
+    # An entry speaks for its leaf or for all leaves below it.
+    wanted = {p: bool(x) for p, x in Tree(jax.tree.map(as_array, where)).leaves.items()}
 
     def answer(path: str) -> bool:
         parts = split(path)
         for depth in range(len(parts), -1, -1):
             prefix = "/".join(parts[:depth])
             if prefix in wanted:
-                used.add(prefix)
                 return wanted[prefix]
         raise WhereError(f"the tree of bools given as where= says nothing of {path!r}")
 
-    used: set[str] = set()
-    chosen = {p for p in shapes if answer(p)}
-    if unknown := sorted(set(wanted) - used):
-        raise WhereError(_nothing(unknown[0], shapes, {}, set()))
-    return chosen
+    return {p for p in shapes if answer(p)}
 
 
 def near(path: str, known: Iterable[str]) -> str:
@@ -330,13 +335,20 @@ def computable(path: str, leaf: Any, dtype: Any = None) -> Any:
     """
     if dtype is not None:
         leaf = leaf.astype(jnp.dtype(dtype))
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        raise LeafError(f"{path} is a shape without values: use jax.eval_shape for a dry run")
+    refuse_64(path, leaf)
+    return leaf
+
+
+def refuse_64(path: str, leaf: Any) -> None:
+    """Raises for a leaf whose dtype JAX would change."""
     if jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
         raise LeafError(
             f"{path} is {leaf.dtype}, which JAX would cut to 32 bits: run with "
-            "jax.enable_x64(True) (or jax.config.update('jax_enable_x64', True)), or give "
-            "dtype='float32' to change it on purpose"
+            "jax.enable_x64(True) (or jax.config.update('jax_enable_x64', True)), or, on a tree, "
+            "give dtype='float32' to change it on purpose"
         )
-    return leaf
 
 
 def fold_path(key: Array, path: str) -> Array:

@@ -28,6 +28,10 @@ WhereOption = Annotated[
     list[str] | None,
     typer.Option("--where", "-w", help="A glob on the path, such as 'dense_*/kernel'; repeatable."),
 ]
+AxesOption = Annotated[
+    list[str] | None,
+    typer.Option(help="What the axes of leaves mean, such as '**/weight=out in h w'; repeatable."),
+]
 LayoutOption = Annotated[
     str | None,
     typer.Option(help="For .pt: channels_first (the default) or source, the order of its ends."),
@@ -38,6 +42,16 @@ def _where(globs: list[str] | None) -> Any:
     import fwt
 
     return globs or fwt.kernels
+
+
+def _axes(texts: list[str] | None) -> dict[str, str] | None:
+    out = {}
+    for text in texts or ():
+        glob, found, names = text.rpartition("=")
+        if not found:
+            raise FwtError(f"--axes {text!r}: expected GLOB=NAMES, such as '**/weight=out in h w'")
+        out[glob] = names
+    return out or None
 
 
 def _changed(source: Path, target: Path, t: Any, layout: str | None) -> None:
@@ -115,13 +129,14 @@ def initialize(
     ],
     seed: Annotated[int, typer.Option(help="The seed of the random numbers.")] = 0,
     where: WhereOption = None,
+    axes: AxesOption = None,
     layout: LayoutOption = None,
 ) -> None:
     """Give weights new values (kernels, unless --where says otherwise)."""
     import fwt
 
     chosen = _named(fwt.initializers, initializer, "initializer")
-    _changed(source, target, fwt.initialize(chosen, seed, _where(where)), layout)
+    _changed(source, target, fwt.initialize(chosen, seed, _where(where), axes=_axes(axes)), layout)
 
 
 @app.command()
@@ -132,13 +147,14 @@ def project(
         str, typer.Option(help="A name in fwt.constraints, or a call of it: max_norm(2.0).")
     ],
     where: WhereOption = None,
+    axes: AxesOption = None,
     layout: LayoutOption = None,
 ) -> None:
     """Move weights into the set of a constraint (kernels, unless --where says otherwise)."""
     import fwt
 
     chosen = _named(fwt.constraints, constraint, "constraint")
-    _changed(source, target, fwt.project(chosen, _where(where)), layout)
+    _changed(source, target, fwt.project(chosen, _where(where), axes=_axes(axes)), layout)
 
 
 def _named(module: Any, text: str, what: str) -> Any:
@@ -184,6 +200,10 @@ def main() -> NoReturn:
         app(standalone_mode=True)
     except FwtError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except (TypeError, ValueError, ArithmeticError, OSError) as error:
+        # Some library's word on a value that nobody checked before it: still one line.
+        print(f"error: {type(error).__name__}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
     except ImportError as error:
         if error.name not in ("keras", "torch", "sklearn", "matplotlib"):

@@ -11,9 +11,10 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fwt._axes import Axes
-from fwt._types import Array, AxesError, LeafError, noun
+from fwt._types import Array, AxesError, FwtError, LeafError, noun
 
 __all__ = ["max_norm", "min_max_norm", "non_negative", "unit_norm"]
 
@@ -44,6 +45,17 @@ class Bound:
         return self.function(leaf, axes, **dict(self.settings))
 
 
+def _check(name: str, value: Any, low: float, high: float = float("inf")) -> None:
+    """Numbers are checked at once; traced and array settings can't be."""
+    if isinstance(value, jax.Array | np.ndarray):
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        raise FwtError(f"{name} must be a number, found {value!r}")
+    if not low <= value <= high:
+        limit = f"at least {low:g}" if high == float("inf") else f"{low:g} to {high:g}"
+        raise FwtError(f"{name} must be {limit}, found {value}")
+
+
 def _bound(function: Callable[..., Any], kind: Any, keeps_zeros: bool, **settings: Any) -> Bound:
     axis = settings.get("axis")
     if isinstance(axis, Sequence):
@@ -57,6 +69,8 @@ def _over(axes: Axes, axis: Axis) -> tuple[int, ...]:
         return axes.reduced
     rank = len(axes.shape)
     listed = (axis,) if isinstance(axis, int) else tuple(axis)
+    if not all(isinstance(a, int) for a in listed):
+        raise AxesError(f"axis must be a number or several, found {axis!r}")
     if any(not -rank <= a < rank for a in listed):
         raise AxesError(
             f"{axes.path} has shape {axes.shape}, so axis={axis} is not one of its axes"
@@ -79,7 +93,7 @@ def _polar(leaf: Any, axes: Axes, axis: Axis) -> tuple[Array, Array, Array]:
     scale = jnp.where((big > 0) & jnp.isfinite(big), big, 1)
     scaled = w / scale
     squares = jnp.sum(scaled**2, axis=over, keepdims=True)
-    nonzero = squares > 0
+    nonzero = squares != 0  # a NaN stays one, and shows
     length = jnp.sqrt(jnp.where(nonzero, squares, 1))
     return w, jnp.where(nonzero, scale * length, 0), jnp.where(nonzero, scaled / length, 0)
 
@@ -138,6 +152,7 @@ def max_norm(max_value: Any = 2.0, axis: Axis = None) -> Bound:
         [[0.6 0.1]
          [0.8 0.2]]
     """
+    _check("max_value", max_value, 0)
     return _bound(_max_norm, "projection", True, max_value=max_value, axis=axis)
 
 
@@ -178,6 +193,11 @@ def min_max_norm(
         [[0.6]
          [0.8]]
     """
+    _check("min_value", min_value, 0)
+    _check("max_value", max_value, 0)
+    _check("rate", rate, 0, 1)
+    if isinstance(min_value, int | float) and isinstance(max_value, int | float):
+        _check("max_value", max_value, min_value)
     kind = "projection" if isinstance(rate, int | float) and rate == 1 else "normalisation"
     return _bound(
         _min_max_norm,

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.nn import initializers as _jax
 
 from fwt._axes import Axes
-from fwt._types import noun
+from fwt._types import AxesError, noun
 
 __all__ = [
     "constant",
@@ -50,8 +50,10 @@ class Bound:
     axes: Axes | None = None
 
     def __call__(self, key: Any = None, shape: Any = None, dtype: Any = jnp.float32) -> Any:
-        if shape is None:  # a noun may be written bare or called
+        if shape is None and key is None:  # a noun may be written bare or called
             return self
+        if shape is None:
+            raise TypeError(f"{self.name}(key, shape, dtype) needs a shape, found only {key!r}")
         return _MAKE[self.name](self.axes, **dict(self.settings))(key, tuple(shape), dtype)
 
     def at(self, axes: Axes) -> "Bound":
@@ -62,6 +64,11 @@ class Bound:
 def _scaling(axes: Axes | None, scale: float, mode: Any, distribution: Any) -> Any:
     if axes is None:
         return _jax.variance_scaling(scale, mode, distribution)
+    if not axes.inputs or not axes.outputs:
+        raise AxesError(
+            f"{axes.path} of shape {axes.shape} has no input and output axis, so it has no fans: "
+            "take an initializer without them, such as zeros or normal"
+        )
     return _jax.variance_scaling(
         scale, mode, distribution, in_axis=axes.inputs, out_axis=axes.outputs
     )

@@ -368,3 +368,155 @@ def test_keras_on_other_backends(backend):
         [sys.executable, "-c", SCRIPT, backend], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+# -- the ends of a model ----------------------------------------------------------------------
+
+
+def keras_of(*layers):
+    return cases.randomise_keras(keras.Sequential([keras.Input((4, 4, 4)), *layers]))
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda k: [k.Permute((2, 3, 1)), k.Conv2D(2, 3, name="c")],
+        lambda k: [k.Permute((3, 1, 2), name="a"), k.Permute((1, 3, 2), name="b"), k.Conv2D(2, 3)],
+        lambda k: [k.Conv2D(4, 1), k.Permute((3, 1, 2))],
+        lambda k: [k.BatchNormalization(axis=1), k.Conv2D(2, 3), k.Flatten(), k.Dense(3)],
+        lambda k: [k.BatchNormalization(axis=1), k.Flatten(), k.Dense(3)],
+        lambda k: [k.Permute((1, 2, 3)), k.Permute((3, 1, 2)), k.Permute((2, 3, 1)), k.Flatten()],
+    ],
+)
+def test_a_keras_model_keeps_its_ends_and_names(build, tmp_path):
+    net = keras_of(*build(keras.layers))
+    x = batch((4, 4, 4))
+    model = converters.from_keras(net)
+    close(np.asarray(model(x)), in_keras(net, x))
+    back = converters.to_keras(*model)
+    close(in_keras(back, x), in_keras(net, x))
+    assert [layer.name for layer in back.layers] == [layer.name for layer in net.layers]
+    net.save(tmp_path / "a.keras")
+    converters.save(tmp_path / "b.keras", *converters.load(tmp_path / "a.keras"))
+    close(in_keras(keras.models.load_model(tmp_path / "b.keras"), x), in_keras(net, x))
+    close(in_torch(converters.to_torch(*model, layout="source"), x), in_keras(net, x))
+
+
+def test_names_that_look_like_ours_survive():
+    net = cases.torch_model(
+        c_pad=lambda: torch.nn.ZeroPad2d(1), c=lambda: torch.nn.Conv2d(2, 3, 2)
+    )()
+    model = converters.from_torch(net, input_shape=(2, 4, 5))
+    assert [n.name for n in model.module.layers] == ["c_pad", "c"]
+    k = keras.layers
+    net = keras_of(k.Dense(3, name="d"), k.Activation("relu", name="d_activation"))
+    again = converters.to_keras(*converters.from_keras(net))
+    assert [layer.name for layer in again.layers] == ["d", "d_activation"]
+
+
+def test_reshape_needs_the_same_proof_as_flatten():
+    net = fwt.Sequential([fl.Reshape((48, 3)), nn.Dense(2)], input_shape=(8, 6, 3))
+    variables = net.init(jax.random.key(0), batch((8, 6, 3)))
+    with pytest.raises(converters.ConversionError, match="layout='source'"):
+        converters.to_torch(net, variables)
+    x = batch((8, 6, 3))
+    there = converters.to_torch(net, variables, layout="source")
+    close(in_torch(there, x), np.asarray(net.apply(variables, x)))
+    for split in (torch.nn.Unflatten(-1, (2, -1)), torch.nn.Unflatten(1, (-1, 5))):
+        with pytest.raises(converters.ConversionError, match="rank"):
+            converters.from_torch(torch.nn.Sequential(split, torch.nn.Softmax(-1)))
+
+
+def test_the_input_of_keras_is_not_guessed_across_a_flatten():
+    net = fwt.Sequential([fl.Softmax(1), fl.Flatten(), nn.Dense(2)])
+    variables = net.init(jax.random.key(0), batch((4, 7)))
+    with pytest.raises(converters.ConversionError, match="input_shape"):
+        converters.to_keras(net, variables)
+    x = batch((4, 7))
+    close(in_keras(converters.to_keras(net, variables, (4, 7)), x), net.apply(variables, x))
+
+
+def test_weights_that_contradict_the_architecture_are_refused(tmp_path):
+    net = fwt.Sequential([("d", nn.Dense(2))], (2,))
+    for wrong, said in (
+        ({"kernel": np.ones((2, 5), "f"), "bias": np.ones(2, "f")}, "bias has shape"),
+        ({"kernel": np.ones((2, 5), "f"), "bias": np.ones(5, "f")}, "5 outputs, expected 2"),
+        ({"kernel": np.ones((3, 2), "f"), "bias": np.ones(2, "f")}, "expect 3 inputs, found 2"),
+        ({"kernel": np.ones((2, 2, 2), "f"), "bias": np.ones(2, "f")}, "kernel has shape"),
+        ({"kernel": np.ones((2, 2), "f")}, "'bias' is missing"),
+    ):
+        variables = {"params": {"d": wrong}}
+        for convert in (
+            converters.to_torch,
+            converters.to_keras,
+            lambda m, v: converters.save(tmp_path / "x.keras", m, v),
+            lambda m, v: converters.save(tmp_path / "x.pt", m, v),
+        ):
+            with pytest.raises(converters.ConversionError, match=r"d \(Dense\)") as caught:
+                convert(net, variables)
+            assert said in str(caught.value)
+    assert not list(tmp_path.iterdir())
+    conv = fwt.Sequential([("c", nn.Conv(2, (3, 2)))], (5, 5, 1))
+    variables = {"params": {"c": {"kernel": np.ones((2, 3, 1, 2), "f"), "bias": np.ones(2, "f")}}}
+    with pytest.raises(converters.ConversionError, match="window"):
+        converters.to_torch(conv, variables)
+
+
+def test_what_keras_can_not_build_is_refused_before_anything_is_written(tmp_path):
+    def refused(net, shape, said):
+        variables = net.init(jax.random.key(0), np.ones((1, *shape), np.float32))
+        with pytest.raises(converters.ConversionError, match=said):
+            converters.to_keras(net, variables)
+        with pytest.raises(converters.ConversionError, match=said):
+            converters.save(tmp_path / "x.keras", net, variables)
+
+    both = nn.Conv(2, (3, 3), strides=(2, 2), kernel_dilation=(2, 2))
+    refused(fwt.Sequential([both], (9, 9, 1)), (9, 9, 1), "dilation")
+    refused(fwt.Sequential([nn.Conv(2, 3)], (9, 9, 1)), (9, 9, 1), "window of one axis")
+    source = converters.from_torch(
+        torch.nn.Sequential(torch.nn.ZeroPad2d(1), torch.nn.Linear(12, 4)), layout="source"
+    )
+    with pytest.raises(converters.ConversionError, match="input_shape"):
+        converters.to_keras(*source)
+    none = fwt.Sequential([nn.Conv(2, (3, 3), strides=None, kernel_dilation=None)], (9, 8, 1))
+    variables = none.init(jax.random.key(0), batch((9, 8, 1)))
+    x = batch((9, 8, 1))
+    close(in_keras(converters.to_keras(none, variables), x), none.apply(variables, x))
+
+
+def test_a_converted_model_shares_no_memory_with_its_source():
+    net = torch.nn.Sequential(torch.nn.Linear(3, 1), torch.nn.BatchNorm1d(1))
+    model = converters.from_torch(net)
+    before = jax.tree.map(np.copy, model.variables)
+    with torch.no_grad():
+        for tensor in net.state_dict().values():
+            tensor.add_(1)
+    assert jax.tree.all(jax.tree.map(np.array_equal, model.variables, before))
+    there = converters.to_torch(*model)
+    with torch.no_grad():
+        there[0].bias.add_(1)
+    assert jax.tree.all(jax.tree.map(np.array_equal, model.variables, before))
+
+
+def test_keras_set_to_channels_first_reads_what_we_write(tmp_path):
+    model = converters.from_keras(cases.KERAS["conv_global"][1]())
+    x = batch((8, 11, 2))
+    converters.save(tmp_path / "x.keras", *model)
+    keras.config.set_image_data_format("channels_first")
+    try:
+        close(in_keras(converters.to_keras(*model), x), np.asarray(model(x)))
+        close(in_keras(keras.models.load_model(tmp_path / "x.keras"), x), np.asarray(model(x)))
+    finally:
+        keras.config.set_image_data_format("channels_last")
+
+
+def test_lazy_and_patched_modules_are_refused():
+    with pytest.raises(converters.ConversionError, match="lazy"):
+        converters.from_torch(torch.nn.Sequential(torch.nn.LazyLinear(3)))
+    patched = torch.nn.Linear(2, 2)
+    patched.forward = lambda x: x
+    with pytest.raises(converters.ConversionError, match="forward"):
+        converters.from_torch(torch.nn.Sequential(patched))
+    for shape in (4, (0, 3), ("a",)):
+        with pytest.raises(converters.ConversionError, match="input_shape"):
+            converters.from_torch(torch.nn.Sequential(torch.nn.ReLU()), input_shape=shape)

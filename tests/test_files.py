@@ -430,3 +430,108 @@ def test_a_file_that_does_not_fit_its_architecture_is_refused(tmp_path):
     save_file({**tensors, "params/zz/kernel": np.ones(2)}, path, metadata)
     with pytest.raises(converters.FileFormatError, match="zz"):
         converters.load(path)
+
+
+def test_weights_of_others_keep_their_names(tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    names = {"model.layers.0.weight": np.ones((2, 2), np.float32), "bn.running_mean": np.ones(2)}
+    save_file(names, tmp_path / "in.safetensors")
+    model = converters.load(tmp_path / "in.safetensors")
+    converters.save(tmp_path / "out.safetensors", *fwt.prune(0.5)(model))
+    assert set(load_file(tmp_path / "out.safetensors")) == set(names)
+    converters.save(tmp_path / "out.pt", *model)
+    assert set(torch.load(tmp_path / "out.pt", weights_only=True)) == set(names)
+
+
+def test_nothing_is_lost_on_the_way_to_a_file(tmp_path):
+    one, two = np.ones(2, np.float32), np.zeros(2, np.float32)
+    for tree in (
+        {"params": {"a.b": one, "a": {"b": two}}},
+        {"params": {"n": {"x": one}}, "batch_stats": {"n": {"x": two}}},
+    ):
+        with pytest.raises(converters.ConversionError, match="would be named"):
+            converters.save(tmp_path / "x.pt", None, tree)
+        converters.save(tmp_path / "x.safetensors", None, tree)
+        same(converters.load(tmp_path / "x.safetensors").variables, tree)
+    for suffix in (".pt", ".safetensors"):
+        for leaf in (3.0, "text"):
+            with pytest.raises(converters.ConversionError, match="no array"):
+                converters.save(tmp_path / f"y{suffix}", None, {"params": {"s": leaf}})
+        scalar = {"params": {"s": np.float32(3).reshape(()), "m": np.ones((), bool)}}
+        converters.save(tmp_path / f"z{suffix}", None, scalar)
+        same(converters.load(tmp_path / f"z{suffix}").variables, scalar)
+    odd = {"params": {"a": np.ones(2, ml_dtypes.float8_e4m3fn)}}
+    with pytest.raises(converters.ConversionError, match="float8"):
+        converters.save(tmp_path / "odd.safetensors", None, odd)
+
+
+def test_a_small_file_can_not_ask_for_much_memory(tmp_path):
+    storage = zipfile.ZipInfo("a/data/0")
+    storage.compress_type = zipfile.ZIP_DEFLATED
+    one = tensor_pickle(2_000_000, (2_000_000,), (1,))[3:-2]  # from the name to the REDUCE
+    state = b"\x80\x02}" + (one + b"s") * 60 + b"."
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+        archive.writestr("a/data.pkl", state)
+        archive.writestr(storage, b"\0" * 8_000_000)
+    with pytest.raises(converters.FileFormatError, match="more than such a file may hold"):
+        converters.load(tmp_path / "x.pt")
+    bomb = kernel(shape=(200_000, 200), dtype="f4", chunks=(100, 200), compression="gzip")
+    write_keras(tmp_path / "x.keras", DENSE, bomb)
+    with pytest.raises(converters.FileFormatError, match="more than such a file may hold"):
+        converters.load(tmp_path / "x.keras")
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_two_members_of_one_name_are_refused(tmp_path):
+    write_keras(tmp_path / "x.keras", DENSE, kernel(data=np.ones((3, 2), np.float32)))
+    assert converters.load(tmp_path / "x.keras").module is not None
+    with zipfile.ZipFile(tmp_path / "x.keras", "a") as archive:
+        archive.writestr("config.json", json.dumps(DENSE))
+    with pytest.raises(converters.FileFormatError, match="two members"):
+        converters.load(tmp_path / "x.keras")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"units": 5}, "expected 5"),
+        ({"units": -1}, "units=-1"),
+        ({"units": "x"}, "units='x'"),
+        ({"units": 2.0}, "units=2.0"),
+        ({"use_bias": "no"}, "holds 1 arrays"),
+        ({"lora_rank": 3}, "lora_rank=3"),
+        ({"brand_new": None}, "brand_new=None"),
+        ({"activation": "mystery"}, "mystery"),
+    ],
+)
+def test_a_config_that_contradicts_its_weights_is_refused(tmp_path, changes, said):
+    config = json.loads(json.dumps(DENSE))
+    config["config"]["layers"][0]["config"] |= changes
+    write_keras(tmp_path / "x.keras", config, kernel(data=np.ones((3, 2), np.float32)))
+    with pytest.raises((converters.ConversionError, converters.FileFormatError)) as caught:
+        converters.load(tmp_path / "x.keras")
+    assert said in str(caught.value)
+
+
+def test_links_and_permissions_survive_a_save(tmp_path):
+    real, link = tmp_path / "real.pt", tmp_path / "link.pt"
+    converters.save(real, *SMALL)
+    real.chmod(0o600)
+    link.symlink_to(real)
+    converters.save(link, *SMALL)
+    assert link.is_symlink()
+    assert real.stat().st_mode & 0o777 == 0o600
+
+
+def test_odd_paths_and_layouts_are_our_errors(tmp_path):
+    with pytest.raises(converters.FileFormatError, match="can't read"):
+        converters.load(tmp_path / ("x" * 300 + ".pt"))
+    for name in ("x" * 300 + ".pt", "a\0.pt"):
+        with pytest.raises(converters.FileFormatError, match="can't write"):
+            converters.save(tmp_path / name, *SMALL)
+    for suffix in (".keras", ".safetensors"):
+        with pytest.raises(converters.ConversionError, match="layout"):
+            converters.save(tmp_path / f"x{suffix}", *SMALL, layout="source")
+    with pytest.raises(converters.ConversionError, match="layout must be"):
+        converters.save(tmp_path / "x.pt", *SMALL, layout="junk")

@@ -257,3 +257,110 @@ def test_a_model_gives_a_new_model():
     new = converters.transform(model, fwt.prune(0.5))
     assert int((new.variables["params"]["0"]["kernel"] == 0).sum()) == 4
     assert np.array_equal(model.variables["params"]["0"]["kernel"], before["params"]["0"]["kernel"])
+
+
+def test_leaves_are_snapshots():
+    net = torch.nn.Sequential(*(torch.nn.Linear(2, 2, bias=False) for _ in "ab"))
+    a, b = (layer.weight.detach().clone() for layer in net)
+    kept = []
+
+    def swap(tree):
+        kept.append(tree["params"]["0"]["kernel"])
+        return {"params": {"0": tree["params"]["1"], "1": tree["params"]["0"]}}
+
+    converters.transform(net, swap)
+    assert torch.equal(net[0].weight, b)
+    assert torch.equal(net[1].weight, a)
+    assert np.array_equal(kept[0], a.numpy().T)
+
+    def scribble(tree):
+        tree["params"]["0"]["kernel"][...] = 0
+
+    with pytest.raises(ValueError, match="read-only"):
+        converters.transform(net, scribble)
+    assert torch.equal(net[0].weight, b)
+
+
+def test_a_write_that_fails_is_undone():
+    net = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    net[1].weight = torch.nn.Parameter(torch.ones(1, 2).expand(2, 2))  # can't be written in place
+    before = snapshot(net)
+    with pytest.raises(converters.ConversionError, match="1/kernel can't be written"):
+        converters.transform(net, fwt.initialize(fwt.initializers.uniform(1.0), 0))
+    assert not changed(net, before)
+    with pytest.raises(converters.ConversionError, match="lazy"):
+        converters.transform(torch.nn.Sequential(torch.nn.LazyLinear(3)), zeros)
+
+
+def test_norms_and_fans_follow_the_class_whatever_the_name():
+    net = torch.nn.ModuleDict(
+        {
+            "up": torch.nn.ConvTranspose2d(8, 16, 3),
+            "query": torch.nn.Conv1d(5, 7, 3),
+            "out": torch.nn.Conv1d(5, 7, 3),
+        }
+    )
+    converters.transform(net, fwt.initialize(fwt.initializers.normal(1.0), 0))
+    converters.transform(net, fwt.project(fwt.constraints.unit_norm))
+    up = net["up"].weight.detach().square().sum((0, 2, 3))
+    assert torch.allclose(up, torch.ones(16))
+    for name in ("query", "out"):
+        assert torch.allclose(net[name].weight.detach().square().sum((1, 2)), torch.ones(7))
+    converters.transform(net, fwt.initialize(fwt.initializers.lecun_uniform, 0))
+    bound = (3 / (8 * 9)) ** 0.5
+    assert 0.95 * bound < float(net["up"].weight.abs().max()) <= bound
+    depthwise = keras.Sequential([keras.Input((5, 5, 3)), keras.layers.DepthwiseConv2D(2)])
+    with pytest.raises(fwt.AxesError, match="axes="):
+        converters.transform(depthwise, fwt.project(fwt.constraints.max_norm(1.0)))
+    embeddings = torch.nn.ModuleDict(
+        {"bag": torch.nn.EmbeddingBag(4, 3), "e": torch.nn.Linear(2, 2)}
+    )
+    assert fwt.kernels.paths_of  # and only kernels are taken
+    converters.transform(embeddings, fwt.prune(1.0))
+    assert embeddings["bag"].weight.all()
+    with pytest.raises(fwt.AxesError, match="bag/embedding"):
+        converters.transform(embeddings, fwt.project(fwt.constraints.unit_norm, "bag/*"))
+
+
+def test_pruned_torch_layers_keep_their_axes():
+    from torch.nn.utils import prune as torch_prune
+
+    layer = torch.nn.Linear(3, 5)
+    torch_prune.identity(layer, "weight")
+    seen = {}
+    converters.transform(layer, lambda tree: seen.update(fwt.select(tree)) or tree)
+    assert seen["kernel_orig"].shape == (3, 5)
+
+
+def test_keras_names_that_repeat():
+    class Net(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.layers_ = [keras.layers.Dense(2, name=n) for n in ("d", "d", "d_1")]
+            for _ in "ab":
+                self.add_weight(shape=(2, 2), name="kernel")
+
+        def call(self, x):
+            for layer in self.layers_:
+                x = layer(x)
+            return x
+
+    net = Net()
+    net(np.ones((1, 2), np.float32))
+    seen = []
+    converters.transform(net, lambda tree: seen.extend(fwt.paths(tree)) or tree)
+    assert [p for p in seen if p.endswith("kernel")] == [
+        "d/kernel", "d_1/kernel", "d_2/kernel", "kernel",
+    ]  # fmt: skip
+    converters.transform(net, fwt.initialize(fwt.initializers.zeros, 0, "d_1/kernel"))
+    assert not np.asarray(net.layers_[2].kernel).any()
+    assert np.asarray(net.layers_[1].kernel).any()
+
+
+def test_statistics_of_the_data_are_no_weights():
+    norm = keras.layers.Normalization()
+    norm.adapt(np.arange(12.0, dtype=np.float32).reshape(4, 3))
+    net = keras.Sequential([keras.Input((3,)), norm, keras.layers.Dense(2, name="d")])
+    seen = []
+    converters.transform(net, lambda tree: seen.extend(fwt.paths(tree)) or tree)
+    assert seen == ["d/bias", "d/kernel"]

@@ -191,6 +191,11 @@ def test_the_command_line(files):
         ("project net.keras out.keras --constraint max_norm(x)", 1, "error"),
         ("convert net.keras out.h6", 1, "is not known"),
         ("convert net.keras missing/out.keras", 1, "can't write"),
+        ("prune net.keras out.keras --sparsity 0.8 --where [z-a]", 1, "no glob"),
+        ("initialize net.keras out.keras --initializer uniform('a')", 1, "error"),
+        ("initialize net.keras out.keras --initializer zeros --seed 99999999999", 1, "32 bits"),
+        ("project net.keras out.keras --constraint max_norm(-1)", 1, "at least 0"),
+        ("convert net.keras out.keras --layout source", 1, "layout"),
         ("nonsense", 2, "No such command"),
     ],
 )

@@ -318,3 +318,32 @@ def test_odd_leaves():
     ]
     with pytest.raises(fwt.LeafError, match="complex"):
         fwt.prune(0.5)({"a": {"kernel": np.ones((2, 2), np.complex64)}})
+
+
+def test_integer_thresholds_and_concrete_arrays():
+    def kept(w, t):
+        return np.asarray(fwt.masks(threshold=t)({"a": {"kernel": w}})["a"]["kernel"]).tolist()
+
+    w = np.array([[1, -128, 100, 127, 0]], np.int8)
+    assert kept(w, 127.5) == [[False, True, False, False, False]]
+    assert kept(w, 128) == [[False] * 5]
+    assert kept(w, 300) == [[False] * 5]
+    assert kept(w, -0.5) == [[True] * 5]
+    assert kept(w.astype(np.uint8), -1) == [[True] * 5]
+    assert kept(w, 0.7) == [[True, True, True, True, False]]
+    assert kept(w, jnp.float32(100)) == [[False, True, False, True, False]]
+    for bad in (80.0, -1.0, np.nan):
+        with pytest.raises(fwt.FwtError):
+            fwt.prune(jnp.float32(bad))
+    tree = {"a": {"kernel": np.arange(10, dtype=np.float32).reshape(2, 5)}}
+    assert int((fwt.prune(jnp.float32(0.5))(tree)["a"]["kernel"] == 0).sum()) == 5
+
+
+def test_masks_leave_scalars_alone():
+    tree = {"d": {"kernel": np.ones((2, 2), np.float32)}, "step": np.array(5, np.int64)}
+    new = fwt.apply_masks(fwt.masks(0.5)(tree))(tree)
+    assert new["step"] is tree["step"]
+    shapes = {"d": {"kernel": jax.ShapeDtypeStruct((2, 2), np.float32)}}
+    with pytest.raises(fwt.LeafError, match="eval_shape"):
+        fwt.prune(0.5)(shapes)
+    assert jax.eval_shape(fwt.prune(0.5), shapes)["d"]["kernel"].shape == (2, 2)

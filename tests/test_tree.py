@@ -1,5 +1,7 @@
 """Paths, where and the containers that transforms take."""
 
+from collections import OrderedDict
+
 import equinox as eqx
 import flax.linen as nn
 import jax
@@ -202,3 +204,23 @@ def test_summary_counts(params):
     assert sum(line.size for line in lines) == fwt.summary(model).size
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     assert fwt.summary(shapes).lines[0].zeros is None
+
+
+@pytest.mark.parametrize(("name", "tree", "path"), CONTAINERS, ids=[c[0] for c in CONTAINERS])
+def test_a_tree_of_bools_has_the_shape_of_its_container(name, tree, path):
+    if name in ("list", "equinox", "nnx.State"):
+        arrays = jax.tree.map(_tree.is_array, tree)
+    else:
+        arrays = jax.tree.map(lambda _: True, tree)
+    assert list(fwt.select(tree, arrays)) == fwt.paths(tree)
+
+
+def test_unusual_keys():
+    tree = {"a\nb": {"kernel": np.ones(2)}, "x" + "9" * 5000: np.ones(1), "x10": np.ones(1)}
+    for path in fwt.paths(tree):
+        assert list(fwt.select(tree, path)) == [path]
+    assert fwt.paths(tree)[1] == "x10"
+    with pytest.raises(fwt.WhereError, match="no glob"):
+        fwt.select(tree, "[z-a]")
+    with pytest.raises(fwt.LeafError, match="same path"):
+        fwt.paths(OrderedDict([("1", np.ones(1)), (1, np.ones(1))]))

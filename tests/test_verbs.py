@@ -299,3 +299,72 @@ def test_straight_through_has_the_exact_values(params):
         params
     )
     assert jax.tree.all(jax.tree.map(lambda g: bool((g == 1).all()), grads))
+
+
+def test_a_users_own_functions_are_not_frozen(params):
+    limit = [1.0]
+
+    def clip(w, axes):
+        return jnp.clip(w, -limit[0], limit[0])
+
+    t = fwt.project(clip)
+    for value in (0.5, 0.1):
+        limit[0] = value
+        assert float(jnp.abs(t(params)["dense_2"]["kernel"]).max()) <= value + 1e-7
+    rng = np.random.default_rng(0)
+
+    def draw(key, shape, dtype):
+        return rng.normal(size=shape).astype(dtype)
+
+    t = fwt.initialize(draw, 0)
+    assert not np.array_equal(t(params)["dense_2"]["kernel"], t(params)["dense_2"]["kernel"])
+
+
+@pytest.mark.parametrize(
+    "key", [None, 0.5, 2**40, "0", True, np.ones(2), np.ones((3, 2), np.uint32)]
+)
+def test_keys_are_one_key_or_a_seed(params, key):
+    with pytest.raises(fwt.FwtError):
+        fwt.initialize(inits.normal, key)(params)
+
+
+def test_fans_need_two_sides(params):
+    with pytest.raises(fwt.AxesError, match=r"bias.*no fans"):
+        fwt.initialize(inits.he_normal, 0, "**/bias")(params)
+    with pytest.raises(TypeError, match="shape"):
+        inits.zeros(jax.random.key(0))
+    with pytest.raises(fwt.LeafError, match="a/kernel"):
+        fwt.initialize(inits.uniform, 0)({"a": {"kernel": np.ones((2, 2), np.int32)}})
+    legacy = fwt.initialize(inits.normal, jax.random.PRNGKey(3))(params)
+    assert legacy["dense_2"]["kernel"].shape == (4, 3)
+
+
+def test_straight_through_leaves_the_rest_alone():
+    tree = {
+        "d": {"kernel": np.ones((2, 2), np.float32)},
+        "n": np.array(2**40),
+        "b": np.array([1.123456789012345]),
+    }
+    new = fwt.straight_through(fwt.prune(0.5))(tree)
+    assert new["n"] is tree["n"]
+    assert new["b"] is tree["b"]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: C.max_norm(-1.0),
+        lambda: C.max_norm(float("nan")),
+        lambda: C.max_norm("2"),
+        lambda: C.min_max_norm(2.0, 1.0),
+        lambda: C.min_max_norm(rate=5),
+    ],
+)
+def test_constraints_check_their_numbers(make):
+    with pytest.raises(fwt.FwtError):
+        make()
+
+
+def test_a_nan_shows():
+    w = np.array([[np.nan, 3.0, 4.0]], np.float32).T
+    assert np.isnan(C.unit_norm()(w, "in out")).all()

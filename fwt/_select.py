@@ -143,7 +143,8 @@ def _index(shape: tuple[int, ...]) -> Array:
 def keep_largest(keys: list[Array], k: Any) -> list[Array]:
     """Masks that drop exactly the ``k`` smallest keys of all leaves together.
 
-    Among equal keys the first in order of leaf and flat index are kept.
+    Among equal keys the first in order of leaf and flat index are kept. Plain bisection: as many
+    counting passes as a key has bits, and one more for each bit of an index where ties are split.
 
     Args:
         keys: unsigned integers of one dtype; leaves of any shapes, empty ones too.

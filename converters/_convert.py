@@ -14,7 +14,6 @@ import numpy as np
 from fwt.converters import _layers
 from fwt.converters._axis import Axis, atoms, permuted, place_channel
 from fwt.converters._row import (
-    REQUIRED,
     STATE,
     Around,
     At,
@@ -24,9 +23,11 @@ from fwt.converters._row import (
     P,
     Row,
     Size,
-    Take,
+    flax_default,
+    letter_sizes,
     order,
     output_shape,
+    read_settings,
     refuse,
     same,
 )
@@ -140,21 +141,23 @@ class _Walk:
         row, given = self._row(layer)
         place = str(layer)
         if row.kind == "flatten":
-            self._take(layer, row, At(place, ()))
+            read_settings(row, self.source, layer, At(place, ()))
             self._flatten(layer, row, self._consumed(following))
             return
         if row.kind == "permute":
-            self._permute(layer, self._take(layer, row, At(place, ()))["dims"])
+            self._permute(layer, read_settings(row, self.source, layer, At(place, ()))["dims"])
             return
         if row.kind == "reshape":
             rank = None if self.have is None else len(self.have)
-            self._reshape(layer, row, self._take(layer, row, At(place, (), rank=rank)))
+            self._reshape(
+                layer, row, read_settings(row, self.source, layer, At(place, (), rank=rank))
+            )
             return
         left, right = row.spec(self.source)
         bound = self._bind(place, left, self.have)
         spatial = tuple(bound[x].size for x in left if x in "hwd" and x in bound)
         at = At(place, spatial, self.non_negative)
-        fields = dict(given) if given is not None else self._take(layer, row, at)
+        fields = dict(given) if given is not None else read_settings(row, self.source, layer, at)
         self._bind_axis_settings(row, fields, bound, place)
         self._prove(row, bound)
         sizes = self._sizes(row, layer, fields, bound)
@@ -197,47 +200,6 @@ class _Walk:
                 "check input_shape= and the layers before it",
             )
         return fitting[0], None
-
-    def _take(self, layer: Layer, row: Row, at: At) -> dict[str, Any]:
-        """The layer's settings under their Flax names; any that nobody takes raises."""
-        defaults = dict(layer.defaults)
-        if self.source == "keras":
-            defaults |= row.keras_defaults
-            defaults |= {
-                s.keras: s.keras_default
-                for s in row.settings
-                if not isinstance(s, Size) and s.keras and s.keras_default is not REQUIRED
-            }
-            if row.fused_activation:
-                defaults["activation"] = "linear"
-        take = Take(at.place, self.source, layer.settings, defaults)
-        fields: dict[str, Any] = {}
-        for setting in row.settings:
-            if isinstance(setting, Size):
-                if self.source == "torch":
-                    take(setting.torch)
-                continue
-            name = setting.name(self.source)
-            if isinstance(setting, AxisSetting):
-                fields[setting.flax] = take(name) if name else setting.torch_fixed
-            elif name is None:
-                fields[setting.flax] = _flax_default(row, setting.flax)
-            else:
-                value = take(name)
-                if self.source == "torch" and setting.torch_io:
-                    value = setting.torch_io[0](value)
-                try:
-                    fields[setting.flax] = setting.normal(value)
-                except (TypeError, ValueError) as error:
-                    raise refuse(at.place, f"{name}={value!r}: {error}") from error
-        try:
-            row.special.read(self.source, take, fields, at)
-        except (TypeError, ValueError) as error:
-            if isinstance(error, ConversionError):
-                raise
-            raise refuse(at.place, f"a setting can't be read ({error})") from error
-        take.check_all_taken()
-        return fields
 
     # -- axes ---------------------------------------------------------------------------------
 
@@ -329,38 +291,7 @@ class _Walk:
         self, row: Row, layer: Layer, fields: dict[str, Any], bound: dict[str, Axis]
     ) -> dict[str, int]:
         """The size of each letter that the arrays tell, checked against the axes."""
-        sizes: dict[str, int] = {}
-        for p in row.params:
-            name, letters = p.of(self.source)
-            if name not in layer.arrays:
-                continue
-            shape = np.shape(layer.arrays[name])
-            stars = len(shape) - sum(not x.startswith("*") for x in letters)
-            if stars < 0 or (stars and not any(x.startswith("*") for x in letters)):
-                raise refuse(str(layer), f"{name} has shape {shape}, expected {' '.join(letters)}")
-            index = 0
-            for letter in letters:
-                if letter.startswith("*"):
-                    window = tuple(shape[index : index + stars])
-                    if fields.get("kernel_size", window) != window:
-                        raise refuse(
-                            str(layer),
-                            f"{name} has a window of {window}, expected {fields['kernel_size']}",
-                        )
-                    index += stars
-                    continue
-                if sizes.setdefault(letter, shape[index]) != shape[index]:
-                    raise refuse(
-                        str(layer),
-                        f"{name} has shape {shape}, expected {sizes[letter]} at axis {index}",
-                    )
-                index += 1
-        if fields.get("features", sizes.get("o")) != sizes.get("o", fields.get("features")):
-            raise refuse(
-                str(layer), f"its arrays have {sizes['o']} outputs, expected {fields['features']}"
-            )
-        if "j" in sizes:
-            sizes["i"] = sizes["j"] * fields.get("feature_group_count", 1)
+        sizes = letter_sizes(row, self.source, layer, fields)
         for letter, axis in bound.items():
             if letter not in sizes:
                 if axis.size is not None:
@@ -604,7 +535,7 @@ class _Walk:
                         )
                     continue
             elif key is None:
-                if not same(value, _flax_default(row, setting.flax)):
+                if not same(value, flax_default(row, setting.flax)):
                     raise refuse(at.place, f"{self.target} can't say {setting.flax}={value!r}")
                 continue
             elif self.target == "torch" and setting.torch_io:
@@ -639,8 +570,3 @@ class _Walk:
     def _emit_around(self, extra: Around, name: str, at: At) -> None:
         row = _layers.rows_of("flax", extra.flax.__name__)[0]
         self._emit(row, self._fresh(name + extra.suffix), dict(extra.fields), at)
-
-
-def _flax_default(row: Row, name: str) -> Any:
-    cls: Any = row.flax
-    return cls.__dataclass_fields__[name].default if cls else None

@@ -22,8 +22,9 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except (FileFormatError, ConversionError):
         raise
-    except Exception as error:
-        raise FileFormatError(f"{path}: not a readable {path.suffix} file ({error})") from error
+    except Exception as error:  # any failure of a parser means a broken file
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise FileFormatError(f"{path}: not a readable {path.suffix} file ({why:.300})") from error
 
 
 def write_atomically(path: Path, write: Callable[[Any], None]) -> None:

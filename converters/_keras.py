@@ -108,7 +108,9 @@ def to_keras(module: Any, variables: Any, input_shape: Sequence[int | None] | No
     try:
         model = keras.Sequential.from_config(config)
     except (TypeError, ValueError) as error:
-        raise ConversionError(f"Keras can't build this model: {error}") from error
+        raise ConversionError(
+            f"Keras can't build this model: {' '.join(str(error).split())}"
+        ) from error
     for layer in layers:
         live = {v.name: v for v in model.get_layer(layer.name).variables}
         for name, value in layer.arrays.items():

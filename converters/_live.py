@@ -80,7 +80,7 @@ def transform(model: Any, t: Transform) -> Any:
             if leaf.path in changed:
                 written.append(leaf)
                 leaf.write(changed[leaf.path])
-    except Exception as error:
+    except Exception as error:  # whatever a framework says, what is written is undone
         for leaf in written[:-1]:
             leaf.write(before[leaf.path])
         raise ConversionError(

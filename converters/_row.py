@@ -333,6 +333,93 @@ def order(source: list[str], target: list[str], rank: int) -> tuple[int, ...]:
     return tuple(have.index(x) for x in wanted)
 
 
+def read_settings(row: Row, framework: Framework, layer: Layer, at: At) -> dict[str, Any]:
+    """The layer's settings under their Flax names; any that nobody takes raises."""
+    defaults = dict(layer.defaults)
+    if framework == "keras":
+        defaults |= row.keras_defaults
+        defaults |= {
+            s.keras: s.keras_default
+            for s in row.settings
+            if not isinstance(s, Size) and s.keras and s.keras_default is not REQUIRED
+        }
+        if row.fused_activation:
+            defaults["activation"] = "linear"
+    take = Take(at.place, framework, layer.settings, defaults)
+    fields: dict[str, Any] = {}
+    for setting in row.settings:
+        if isinstance(setting, Size):
+            if framework == "torch":
+                take(setting.torch)
+            continue
+        name = setting.name(framework)
+        if isinstance(setting, AxisSetting):
+            fields[setting.flax] = take(name) if name else setting.torch_fixed
+        elif name is None:
+            fields[setting.flax] = flax_default(row, setting.flax)
+        else:
+            value = take(name)
+            if framework == "torch" and setting.torch_io:
+                value = setting.torch_io[0](value)
+            try:
+                fields[setting.flax] = setting.normal(value)
+            except (TypeError, ValueError) as error:
+                raise refuse(at.place, f"{name}={value!r}: {error}") from error
+    try:
+        row.special.read(framework, take, fields, at)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, ConversionError):
+            raise
+        raise refuse(at.place, f"a setting can't be read ({error})") from error
+    take.check_all_taken()
+    return fields
+
+
+def flax_default(row: Row, name: str) -> Any:
+    cls: Any = row.flax
+    return cls.__dataclass_fields__[name].default if cls else None
+
+
+def letter_sizes(
+    row: Row, framework: Framework, layer: Layer, fields: Mapping[str, Any]
+) -> dict[str, int]:
+    """The size of each letter that the arrays tell, which must agree among them and with the
+    settings."""
+    sizes: dict[str, int] = {}
+    for p in row.params:
+        name, letters = p.of(framework)
+        if name not in layer.arrays:
+            continue
+        shape = np.shape(layer.arrays[name])
+        stars = len(shape) - sum(not x.startswith("*") for x in letters)
+        if stars < 0 or (stars and not any(x.startswith("*") for x in letters)):
+            raise refuse(str(layer), f"{name} has shape {shape}, expected {' '.join(letters)}")
+        index = 0
+        for letter in letters:
+            if letter.startswith("*"):
+                window = tuple(shape[index : index + stars])
+                if fields.get("kernel_size", window) != window:
+                    raise refuse(
+                        str(layer),
+                        f"{name} has a window of {window}, expected {fields['kernel_size']}",
+                    )
+                index += stars
+                continue
+            if sizes.setdefault(letter, shape[index]) != shape[index]:
+                raise refuse(
+                    str(layer),
+                    f"{name} has shape {shape}, expected {sizes[letter]} at axis {index}",
+                )
+            index += 1
+    if fields.get("features", sizes.get("o")) != sizes.get("o", fields.get("features")):
+        raise refuse(
+            str(layer), f"its arrays have {sizes['o']} outputs, expected {fields['features']}"
+        )
+    if "j" in sizes:
+        sizes["i"] = sizes["j"] * fields.get("feature_group_count", 1)
+    return sizes
+
+
 def output_shape(
     row: Row, fields: Mapping[str, Any], inputs: Sequence[int | None], place: str
 ) -> tuple[int | None, ...]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import types
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
@@ -69,7 +70,9 @@ class Axes:
 
 
 # Axes by path that a live model's classes tell, set while converters.transform runs.
-KNOWN: ContextVar[Mapping[str, tuple[str, ...]]] = ContextVar("known axes", default={})  # noqa: B039 - never changed
+KNOWN: ContextVar[Mapping[str, tuple[str, ...]]] = ContextVar(
+    "known axes", default=types.MappingProxyType({})
+)
 
 
 def _rule(path: str, rank: int) -> tuple[str, ...] | None:

@@ -87,6 +87,9 @@ def masks(
     Returns:
         A function from params to masks: True = keep, a rank-0 True for an unselected leaf.
 
+    Raises:
+        FwtError: as :func:`prune` does.
+
     Example:
         >>> params = {"d": {"kernel": np.array([[1.0, 2.0]], np.float32), "bias": np.ones(2)}}
         >>> jax.tree.map(lambda m: m.tolist(), masks(0.5)(params))
@@ -111,6 +114,9 @@ def masks_of(params: Params, where: Where = _axes.kernels) -> Masks:
 
     Returns:
         Masks, True where a weight is not zero (a denormal or NaN is not).
+
+    Raises:
+        WhereError: if ``where`` matches nothing.
 
     Example:
         >>> masks_of({"d": {"kernel": np.array([[0.0, 2.0]], np.float32)}})["d"]["kernel"].tolist()

@@ -101,7 +101,8 @@ def summary(params: Params) -> Summary:
             as ``batch_stats``) are listed below the params, with their names in front.
 
     Returns:
-        A :class:`Summary` to print, or to read line by line.
+        A :class:`Summary` to print, or to read line by line. Zeros of ``ShapeDtypeStruct`` leaves
+        are unknown.
 
     Example:
         >>> import numpy as np

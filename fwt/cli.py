@@ -199,7 +199,7 @@ def main() -> NoReturn:
     try:
         app(standalone_mode=True)
     except FwtError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(1)
     except (TypeError, ValueError, ArithmeticError, OSError) as error:
         # Some library's word on a value that nobody checked before it: still one line.

@@ -147,13 +147,25 @@ def uniform(scale: float = 1e-2) -> Bound:
 
 @noun
 def normal(stddev: float = 1e-2) -> Bound:
-    """Normal with mean 0, not truncated."""
+    """Normal with mean 0, not truncated.
+
+    Example:
+        >>> import jax
+        >>> bool(normal(2.0)(jax.random.key(0), (1000,)).std() > 1.8)
+        True
+    """
     return Bound("normal", (("stddev", stddev),))
 
 
 @noun
 def truncated_normal(stddev: float = 1e-2, lower: float = -2.0, upper: float = 2.0) -> Bound:
-    """Normal cut at ``lower`` and ``upper`` standard deviations; the stddev is not corrected."""
+    """Normal cut at ``lower`` and ``upper`` standard deviations; the stddev is not corrected.
+
+    Example:
+        >>> import jax
+        >>> bool(abs(truncated_normal(0.5)(jax.random.key(0), (1000,))).max() <= 1.0)
+        True
+    """
     return Bound("truncated_normal", (("stddev", stddev), ("lower", lower), ("upper", upper)))
 
 
@@ -176,7 +188,16 @@ def variance_scaling(scale: float, mode: str, distribution: str) -> Bound:
 
 @noun
 def orthogonal(scale: float = 1.0) -> Bound:
-    """A matrix with orthonormal columns (or rows), times ``scale``; outputs are the columns."""
+    """A matrix with orthonormal columns (or rows), times ``scale``; outputs are the columns.
+
+    Source: Saxe, McClelland and Ganguli, 2013.
+
+    Example:
+        >>> import jax
+        >>> w = orthogonal()(jax.random.key(0), (5, 3))
+        >>> bool(abs(w.T @ w - jnp.eye(3)).max() < 1e-5)
+        True
+    """
     return Bound("orthogonal", (("scale", scale),))
 
 

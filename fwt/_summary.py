@@ -107,7 +107,7 @@ def summary(params: Params) -> Summary:
     Example:
         >>> import numpy as np
         >>> print(summary({"dense": {"kernel": np.array([[0.0, 1.0]], np.float32)}}))
-        path            shape  weights        zeros
+        path            shape  weights       zeros
         dense/kernel    1 x 2        2  1 ( 50.0%)
         total, float32               2  1 ( 50.0%)
     """

@@ -408,14 +408,16 @@ def test_a_write_that_fails_midway_leaves_the_old_file(tmp_path, monkeypatch):
     converters.save(path, *SMALL)
     before = path.read_bytes()
 
-    def full(fd):
+    def full(*arguments):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(_io.os, "fsync", full)
-    with pytest.raises(converters.FileFormatError, match="No space left"):
-        converters.save(path, *SMALL)
-    assert path.read_bytes() == before
-    assert os.listdir(tmp_path) == ["net.pt"]
+    for step in ("fsync", "replace"):  # nothing is written to the file itself before the rename
+        with monkeypatch.context() as patch:
+            patch.setattr(_io.os, step, full)
+            with pytest.raises(converters.FileFormatError, match="No space left"):
+                converters.save(path, None, {"params": {"w": np.ones(3)}})
+        assert path.read_bytes() == before
+        assert os.listdir(tmp_path) == ["net.pt"]
 
 
 def test_a_file_that_does_not_fit_its_architecture_is_refused(tmp_path):

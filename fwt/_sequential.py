@@ -119,6 +119,14 @@ class Sequential(nn.Module):
     def __reduce__(self) -> Any:
         return _remake_sequential, (self.layers, self.input_shape)
 
+    def __repr__(self) -> str:
+        lines = []
+        for named in self.layers:
+            said = ", ".join(f"{k}={v!r}" for k, v in settings_of(named.layer).items())
+            lines.append(f"  {named.name}: {type(named.layer).__name__}({said})\n")
+        shape = "" if self.input_shape is None else f"  input_shape={self.input_shape}\n"
+        return f"Sequential(\n{''.join(lines)}{shape})"
+
 
 def _named(given: Any) -> tuple[Named, ...]:
     if isinstance(given, Mapping):

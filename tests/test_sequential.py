@@ -49,6 +49,13 @@ def test_names_equality_hash_and_pickle():
     assert f._cache_size() == 1
 
 
+def test_it_prints_what_was_said():
+    text = repr(net())
+    assert "  conv/1: Conv(features=4, kernel_size=(3, 3), strides=(2, 2))" in text
+    assert "  last: Dense(features=3)" in text
+    assert text.endswith("  input_shape=(9, 7, 2)\n)")
+
+
 def test_a_model_is_a_pytree_with_a_static_module():
     model = fwt.Model(net(), net().init(jax.random.key(0), X))
     moved = jax.device_put(model)

@@ -45,6 +45,10 @@ def transform(model: Any, t: Transform) -> Any:
             f"{type(model).__name__} has no floating weights"
             + ("; build it first, model.build((None, ...))" if unbuilt else "")
         )
+    paths = [leaf.path for leaf in leaves]
+    if len(set(paths)) < len(paths):
+        twice = next(p for p in paths if paths.count(p) > 1)
+        raise ConversionError(f"{twice}: two weights have this name; rename one of them")
     # Copies that can't be written to: what a transform keeps or swaps must not change later.
     before = {leaf.path: np.array(leaf.value) for leaf in leaves}
     for value in before.values():
@@ -96,6 +100,12 @@ def _nested(flat: dict[str, Any]) -> dict[str, Any]:
         node = out
         for part in parents:
             node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                break
+        if not isinstance(node, dict) or last in node:
+            raise ConversionError(
+                f"{path}: a weight and a layer have the same name there; rename one of them"
+            )
         node[last] = value
     return out
 

@@ -222,8 +222,9 @@ def to_torch(
 
 def leaves(model: torch.nn.Module) -> list[LiveLeaf]:
     """The floating parameters in Flax's names and axes; a tied one under its first path."""
-    out: dict[str, LiveLeaf] = {}
+    out: list[LiveLeaf] = []
     seen: set[int] = set()
+    spans: list[tuple[str, Any, int, int]] = []
     for prefix, module in model.named_modules():
         names = _layers.leaf_names("torch", _public_name(module))
         for name, parameter in module.named_parameters(recurse=False):
@@ -232,6 +233,8 @@ def leaves(model: torch.nn.Module) -> list[LiveLeaf]:
             if id(parameter) in seen or not parameter.is_floating_point():
                 continue
             seen.add(id(parameter))
+            if _tied(parameter, place, spans):
+                continue
             value = to_numpy(parameter, place)
             # torch.nn.utils.prune keeps the weight under weight_orig.
             plain = name.removesuffix("_orig")
@@ -243,11 +246,28 @@ def leaves(model: torch.nn.Module) -> list[LiveLeaf]:
                 value = value.transpose(there)
             parts = [*filter(None, prefix.split(".")), flax_name + suffix]
             path = "/".join(_tree.escape(p) for p in parts)
-            if path in out:
-                raise ConversionError(f"{place}: another parameter stands at {path!r} already")
-            write = functools.partial(_write, parameter, there)
-            out[path] = LiveLeaf(path, value, axes, write)
-    return list(out.values())
+            out.append(LiveLeaf(path, value, axes, functools.partial(_write, parameter, there)))
+    return out
+
+
+def _tied(parameter: Any, place: str, spans: list[tuple[str, Any, int, int]]) -> bool:
+    """Whether another parameter is the same view of the same memory; a partial overlap raises."""
+    if parameter.is_meta or not parameter.numel():
+        return False
+    strides = zip(parameter.shape, parameter.stride(), strict=True)
+    start = parameter.data_ptr()
+    end = start + (1 + sum((n - 1) * s for n, s in strides)) * parameter.element_size()
+    view = (parameter.device, parameter.dtype, parameter.shape, parameter.stride())
+    for other, its_view, its_start, its_end in spans:
+        if view[0] == its_view[0] and start < its_end and its_start < end:
+            if start == its_start and view == its_view:
+                return True
+            raise ConversionError(
+                f"{place} and {other} share memory without being the same weight: give each its "
+                "own, parameter.clone()"
+            )
+    spans.append((place, view, start, end))
+    return False
 
 
 def _check_initialised(parameter: Any, place: str) -> None:
@@ -257,6 +277,8 @@ def _check_initialised(parameter: Any, place: str) -> None:
 
 def _public_name(module: torch.nn.Module) -> str:
     """The class in torch.nn that a module is or derives from."""
+    if isinstance(module, torch.jit.ScriptModule):  # its class is torch.jit's
+        return str(module.original_name)
     for cls in type(module).__mro__:
         if _class(cls.__name__) is cls:
             return cls.__name__

@@ -364,3 +364,48 @@ def test_statistics_of_the_data_are_no_weights():
     seen = []
     converters.transform(net, lambda tree: seen.extend(fwt.paths(tree)) or tree)
     assert seen == ["d/bias", "d/kernel"]
+
+
+def test_memory_that_two_parameters_share():
+    base = torch.randn(4, 4)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    net[0].weight, net[1].weight = torch.nn.Parameter(base), torch.nn.Parameter(base)
+    seen = []
+    converters.transform(net, lambda tree: seen.extend(fwt.paths(tree)) or tree)
+    assert seen == ["0/bias", "0/kernel", "1/bias"]
+    converters.transform(net, fwt.prune(0.5))
+    assert int((net[1].weight == 0).sum()) == 8
+    net[1].weight = torch.nn.Parameter(base.t())
+    with pytest.raises(converters.ConversionError, match="share memory"):
+        converters.transform(net, zeros)
+    flat = torch.randn(32)  # neighbours in one buffer are no tie
+    net[0].weight = torch.nn.Parameter(flat[:16].view(4, 4))
+    net[1].weight = torch.nn.Parameter(flat[16:].view(4, 4))
+    converters.transform(net, fwt.prune(1.0, where="0/kernel"))
+    assert not flat[:16].any()
+    assert flat[16:].all()
+
+
+def test_a_weight_and_a_layer_of_one_name_are_refused():
+    class Torch(torch.nn.Linear):
+        def __init__(self):
+            super().__init__(2, 2)
+            self.kernel = torch.nn.Linear(2, 2)
+
+    with pytest.raises(converters.ConversionError, match="same name"):
+        converters.transform(Torch(), zeros)
+
+    class Norm(keras.layers.LayerNormalization):
+        def build(self, shape):
+            super().build(shape)
+            self.more = self.add_weight(shape=(2,), name="scale")
+
+    with pytest.raises(converters.ConversionError, match="two weights"):
+        converters.transform(keras.Sequential([keras.Input((2,)), Norm(name="n")]), zeros)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_scripted_modules_have_the_same_names():
+    net = torch.jit.script(torch.nn.Sequential(torch.nn.Linear(4, 2)))
+    converters.transform(net, fwt.prune(0.5, where="0/kernel"))
+    assert int((net[0].weight == 0).sum()) == 4

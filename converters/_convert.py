@@ -23,6 +23,7 @@ from fwt.converters._row import (
     P,
     Row,
     Size,
+    Take,
     flax_default,
     letter_sizes,
     order,
@@ -178,6 +179,9 @@ class _Walk:
             row = _layers.row_of_function(name) if isinstance(name, str) else None
             if row is None or row.function is None:
                 raise refuse(str(layer), f"activation={name!r} has no row")
+            take = Take(str(layer), "keras", layer.settings, {})
+            take("activation")
+            take.check_all_taken()
             return row, row.function[1]
         rows = _layers.rows_of(self.source, layer.kind)
         if not rows:

@@ -1,6 +1,7 @@
 """Live Keras models, on any backend."""
 
 import functools
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,6 +77,15 @@ def _config(model: Any) -> dict[str, Any]:
                 f"{layer.name}: {cls.__module__}.{cls.__name__} is a custom layer, which can't be "
                 "converted"
             )
+        activation = getattr(layer, "activation", None)
+        if inspect.isfunction(activation):
+            # Keras writes any function down by its name alone.
+            known = getattr(keras.activations, activation.__name__, None)
+            if known is not activation:
+                raise refuse(
+                    f"{layer.name} ({cls.__name__})",
+                    f"activation={activation.__name__!r} is a function of the user's own",
+                )
         entries.append(keras.saving.serialize_keras_object(layer))
     shape = [None, *model.input_shape[1:]]
     return {"class_name": "Sequential", "config": {"layers": entries, "build_input_shape": shape}}

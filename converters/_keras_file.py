@@ -87,8 +87,10 @@ def _check_policy(place: str, policy: Any) -> None:
 
 
 def _function_name(activation: Any) -> Any:
+    """The name of a function of Keras's own; one that is registered elsewhere stays a dict."""
     if isinstance(activation, dict) and activation.get("class_name") == "function":
-        return activation.get("config")
+        own = activation.get("registered_name") in (None, "function")
+        return activation.get("config") if own else activation
     return activation
 
 

@@ -520,3 +520,13 @@ def test_lazy_and_patched_modules_are_refused():
     for shape in (4, (0, 3), ("a",)):
         with pytest.raises(converters.ConversionError, match="input_shape"):
             converters.from_torch(torch.nn.Sequential(torch.nn.ReLU()), input_shape=shape)
+
+
+def test_a_users_function_of_a_known_name_is_refused():
+    def relu(x):
+        return x * 2
+
+    k = keras.layers
+    for layer in (k.Dense(3, activation=relu), k.Activation(relu)):
+        with pytest.raises(converters.ConversionError, match="the user's own"):
+            converters.from_keras(keras.Sequential([keras.Input((3,)), layer]))

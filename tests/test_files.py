@@ -47,7 +47,10 @@ def random_model(module, seed=0):
     shape = (1, *module.input_shape)
     variables = module.init(jax.random.key(0), jnp.ones(shape))
     rng = np.random.default_rng(seed)
-    draw = lambda x: np.abs(rng.normal(size=x.shape)).astype(np.float32) + 0.1  # noqa: E731
+
+    def draw(x):
+        return np.abs(rng.normal(size=x.shape)).astype(np.float32) + 0.1
+
     return fwt.Model(module, jax.tree.map(draw, variables))
 
 
@@ -250,7 +253,10 @@ class Evil:
 
 def tensor_pickle(count, size, stride, offset=0):
     """What torch writes for one tensor, with numbers of our choice."""
-    numbers = lambda ns: b"(" + b"".join(b"J" + struct.pack("<i", n) for n in ns) + b"t"  # noqa: E731
+
+    def numbers(ns):
+        return b"(" + b"".join(b"J" + struct.pack("<i", n) for n in ns) + b"t"
+
     return (
         b"\x80\x02}X\x01\x00\x00\x00wctorch._utils\n_rebuild_tensor_v2\n((X\x07\x00\x00\x00storage"
         b"ctorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpuJ"
@@ -537,3 +543,29 @@ def test_odd_paths_and_layouts_are_our_errors(tmp_path):
             converters.save(tmp_path / f"x{suffix}", *SMALL, layout="source")
     with pytest.raises(converters.ConversionError, match="layout must be"):
         converters.save(tmp_path / "x.pt", *SMALL, layout="junk")
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "said"),
+    [
+        ("Activation", {"activation": "relu", "brand_new": 1}, "brand_new=1"),
+        (
+            "Activation",
+            {"activation": {"class_name": "function", "config": "relu", "registered_name": "my>r"}},
+            "has no row",
+        ),
+        ("ReLU", {"brand_new": 1}, "brand_new=1"),
+    ],
+)
+def test_activation_layers_take_every_setting(tmp_path, kind, settings, said):
+    config = {
+        "class_name": "Sequential",
+        "config": {
+            "layers": [{"class_name": kind, "config": {"name": "a", **settings}}],
+            "build_input_shape": [None, 3],
+        },
+    }
+    write_keras(tmp_path / "x.keras", config, h5(lambda file: file.create_group("layers")))
+    with pytest.raises(converters.ConversionError) as caught:
+        converters.load(tmp_path / "x.keras")
+    assert said in str(caught.value)

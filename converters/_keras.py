@@ -144,11 +144,11 @@ def leaves(model: Any) -> list[LiveLeaf]:
             value = np.asarray(keras.ops.convert_to_numpy(variable))
             name, letters, flax_letters, _ = names.get(label, (label, [], [], "params"))
             there = order(letters, flax_letters, value.ndim) if letters else None
-            axes = _layers.axis_names(flax_letters, value.ndim) if letters else None
+            known = _layers.live("keras", kind, letters, flax_letters, value.ndim)
             if there is not None:
                 value = value.transpose(there)
             path = "/".join(_tree.escape(p) for p in [*parts, name])
-            out.append(LiveLeaf(path, value, axes, functools.partial(_write, variable, there)))
+            out.append(LiveLeaf(path, value, known, functools.partial(_write, variable, there)))
         for child, label in zip(children, _unique([c.name for c in children]), strict=True):
             visit(child, [*parts, label])
 

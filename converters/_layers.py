@@ -38,6 +38,7 @@ from fwt.converters._special import (
 )
 
 from fwt import layers as fl
+from fwt._axes import Known
 
 DENSE = Row(
     nn.Dense,
@@ -308,7 +309,7 @@ NAMES: tuple[Row, ...] = (
     ),
     *(
         Row(
-            None,
+            nn.ConvTranspose,
             f"ConvTranspose{r}d",
             f"Conv{r}DTranspose",
             params=(
@@ -319,13 +320,13 @@ NAMES: tuple[Row, ...] = (
         for r in (1, 2, 3)
     ),
     Row(
-        None,
+        nn.Embed,
         "Embedding",
         "Embedding",
         params=(P("embedding: v f", "weight: v f", "embeddings: v f"),),
     ),
     Row(None, "EmbeddingBag", None, params=(P("embedding: v f", "weight: v f", "-"),)),
-    # Not (..., in, out): under a name of its own, so that nothing takes it for that.
+    # Not (..., in, out): under Keras 2's name, so that nothing takes it for that.
     *(
         Row(
             None,
@@ -379,19 +380,38 @@ def axis_names(letters: list[str], rank: int) -> tuple[str, ...] | None:
     """The letters of one Flax array as names of axes; None where none is an input or output."""
     fill = rank - sum(not x.startswith("*") for x in letters)
     full = [y for x in letters for y in ([x[1:]] * fill if x.startswith("*") else [x])]
-    names = tuple({"i": "in", "j": "in", "o": "out", "c": "out"}.get(x, x) for x in full)
+    words = {"i": "in", "j": "in", "o": "out", "c": "out", "g": "group", "m": "out"}
+    names = tuple(words.get(x, x) for x in full)
     return names if {"in", "out"} & set(names) else None
 
 
-def axes_of(module: Any, layer: str, leaf: str, rank: int) -> tuple[str, ...] | None:
-    """The names of the axes of ``layer``'s Flax leaf in a Sequential."""
-    found: Any = next((n.layer for n in module.layers if n.name == layer), None)
-    for row in rows_of("flax", type(found).__name__):
+def is_transposed(framework: Framework, letters: list[str]) -> bool:
+    """Whether these are the axes of a transposed convolution's kernel in a framework."""
+    if not {"i", "o"} <= set(letters) or len(letters) < 3:
+        return False
+    return (letters.index("i") < letters.index("o")) == (framework == "torch")
+
+
+def known(layer: Any, leaf: str, rank: int) -> Known:
+    """What a Flax layer tells of its leaf."""
+    kind = type(layer).__name__
+    for row in (*rows_of("flax", kind), *(r for r in NAMES if r.flax is type(layer))):
         for p in row.params:
             name, letters = p.of("flax")
-            if name == leaf and row.flax is type(found):
-                return axis_names(letters, rank)
-    return None
+            if name == leaf and row.flax is type(layer):
+                if getattr(layer, "transpose_kernel", False) and leaf == "kernel":
+                    letters = ["*k", "o", "i"]
+                transposed = is_transposed("keras", p.of("keras")[1])
+                return Known(axis_names(letters, rank), transposed, kind, layer)
+    return Known(None, False, kind, layer)
+
+
+def live(
+    framework: Framework, kind: str, letters: list[str], flax_letters: list[str], rank: int
+) -> Known:
+    """What a live layer's class tells of an array that has these axes there and in Flax."""
+    names = axis_names(flax_letters, rank) if letters else None
+    return Known(names, is_transposed(framework, letters), kind)
 
 
 def leaf_names(framework: Framework, kind: str) -> dict[str, tuple[str, list[str], list[str], str]]:

@@ -53,7 +53,7 @@ def transform(model: Any, t: Transform) -> Any:
     before = {leaf.path: np.array(leaf.value) for leaf in leaves}
     for value in before.values():
         value.flags.writeable = False
-    known = {leaf.path: leaf.axes for leaf in leaves if leaf.axes is not None}
+    known = {leaf.path: leaf.known for leaf in leaves}
     # Under "params", so that a layer that is itself named params is no collection.
     tree = {"params": _nested(before)}
     token = _axes.KNOWN.set(known)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fwt import layers as fl
+from fwt._axes import Known
 from fwt._types import ConversionError
 
 Framework = Literal["flax", "keras", "torch"]
@@ -214,7 +215,7 @@ class LiveLeaf:
 
     path: str
     value: Any
-    axes: tuple[str, ...] | None  # None where its class has no row
+    known: Known  # what its class tells, which is little where it has no row
     write: Callable[[Any], None]
 
 

@@ -226,7 +226,8 @@ def leaves(model: torch.nn.Module) -> list[LiveLeaf]:
     seen: set[int] = set()
     spans: list[tuple[str, Any, int, int]] = []
     for prefix, module in model.named_modules():
-        names = _layers.leaf_names("torch", _public_name(module))
+        kind = _public_name(module)
+        names = _layers.leaf_names("torch", kind)
         for name, parameter in module.named_parameters(recurse=False):
             place = f"{prefix}.{name}" if prefix else name
             _check_initialised(parameter, place)
@@ -241,12 +242,12 @@ def leaves(model: torch.nn.Module) -> list[LiveLeaf]:
             suffix = name[len(plain) :]
             flax_name, letters, flax_letters, _ = names.get(plain, (plain, [], [], "params"))
             there = order(letters, flax_letters, value.ndim) if letters else None
-            axes = _layers.axis_names(flax_letters, value.ndim) if letters else None
+            known = _layers.live("torch", kind, letters, flax_letters, value.ndim)
             if there is not None:
                 value = value.transpose(there)
             parts = [*filter(None, prefix.split(".")), flax_name + suffix]
             path = "/".join(_tree.escape(p) for p in parts)
-            out.append(LiveLeaf(path, value, axes, functools.partial(_write, parameter, there)))
+            out.append(LiveLeaf(path, value, known, functools.partial(_write, parameter, there)))
     return out
 
 

@@ -1,11 +1,12 @@
 """What each axis of a leaf means: nothing else in fwt guesses."""
 
 import dataclasses
+import math
 import re
 import types
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Literal
 
 from fwt import _tree
 from fwt._types import AxesError
@@ -23,12 +24,16 @@ class Axes:
         names: one name per axis, or None where nothing is known. ``in`` (or ``i``) and ``out``
             (or ``o``) speak for themselves. Any other name is a spatial axis where both stand
             beside it, and otherwise belongs to the side that is missing: ``"h d out"`` contracts
-            heads and head dimension, ``"in h d"`` produces them.
+            heads and head dimension, ``"in h d"`` produces them. ``group`` is an output axis of
+            a depthwise kernel, each of whose units has one input.
+        transposed: whether it is the kernel of a transposed convolution, whose inputs and outputs
+            Keras and torch take for each other.
     """
 
     path: str
     shape: tuple[int, ...]
     names: tuple[str, ...] | None
+    transposed: bool = False
 
     def _known(self) -> tuple[str, ...]:
         if self.names is None:
@@ -47,14 +52,20 @@ class Axes:
         return tuple(i for i, n in enumerate(self._known()) if n not in ("in", "i", "out", "o"))
 
     @property
+    def all(self) -> tuple[int, ...]:
+        return tuple(range(len(self.shape)))
+
+    @property
     def outputs(self) -> tuple[int, ...]:
         """The axes that count output units."""
-        named = self._where("out", "o")
+        named = self._where("out", "o", "group")
         return named or (self._others if self._where("in", "i") else ())
 
     @property
     def inputs(self) -> tuple[int, ...]:
         """The axes that count input units (of one group, for a grouped convolution)."""
+        if self._where("group"):
+            return ()
         named = self._where("in", "i")
         return named or (self._others if self._where("out", "o") else ())
 
@@ -68,9 +79,58 @@ class Axes:
         """All axes but the output's: what a norm per output unit sums over."""
         return tuple(i for i in range(len(self.shape)) if i not in self.outputs)
 
+    def size(self, axes: Sequence[int]) -> int:
+        """How many elements these axes hold together."""
+        return math.prod(self.shape[i] for i in axes)
 
-# Axes by path that a live model's classes tell, set while converters.transform runs.
-KNOWN: ContextVar[Mapping[str, tuple[str, ...]]] = ContextVar(
+    def layout(self, like: Literal["keras", "torch"]) -> tuple[int, ...]:
+        """The order of the axes in a framework: torch (out, in, *k), Keras (*k, in, out).
+
+        A transposed convolution has in and out swapped in both.
+        """
+        first, second = (
+            (self.outputs, self.inputs) if self.transposed else (self.inputs, self.outputs)
+        )
+        if like == "torch":
+            return (*second, *first, *self.spatial)
+        return (*self.spatial, *first, *second)
+
+    def fans(self, like: Literal["keras", "torch"]) -> tuple[int, int]:
+        """(fan_in, fan_out) as a framework counts them for the layer that this leaf is of.
+
+        Raises:
+            AxesError: where the framework has none.
+        """
+        if like == "keras" and len(self.shape) < 2:
+            return (*self.shape, *self.shape, 1, 1)[:2] if self.shape else (1, 1)
+        window = self.size(self.spatial)
+        ins, outs = self.size(self.inputs), self.size(self.outputs)
+        if "group" in self._known():
+            if like == "torch":
+                return window, outs * window
+            ins = self.size(self._where("group"))
+            outs //= ins
+        elif not self.inputs or not self.outputs:
+            raise AxesError(
+                f"{self.path} of shape {self.shape} has no input and output axis, so it has no "
+                "fans: take an initializer without them, such as zeros or normal"
+            )
+        fans = (ins * window, outs * window)
+        return fans[::-1] if self.transposed else fans
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What the class of a layer tells of one of its leaves."""
+
+    names: tuple[str, ...] | None = None
+    transposed: bool = False
+    layer: str = ""
+    owner: Any = None  # the layer itself, where there is a module
+
+
+# By path, what a live model's classes tell, set while converters.transform runs.
+KNOWN: ContextVar[Mapping[str, Known]] = ContextVar(
     "known axes", default=types.MappingProxyType({})
 )
 
@@ -85,6 +145,8 @@ def _rule(path: str, rank: int) -> tuple[str, ...] | None:
         return ("heads", "dim", "out")
     if last == "bias" and rank == 2 and parent in ("query", "key", "value"):
         return ("out", "out")
+    if last == "depthwise_kernel" and rank >= 3:
+        return (*("spatial",) * (rank - 2), "group", "out")
     if re.fullmatch("(pointwise_|recurrent_)?kernel", last) and rank >= 2:
         return (*("spatial",) * (rank - 2), "in", "out")
     if last in ("weight", "in_proj_weight") and rank == 2 and not _NORMS.search(parent.lower()):
@@ -104,6 +166,8 @@ def axes_of(
 ) -> Axes:
     """The axes of the leaf at ``path``: what the user says, then the module, then the path."""
     names: tuple[str, ...] | None = None
+    told = known(path, len(shape), module)
+    transposed = told.transposed
     for pattern, text in (axes or {}).items():
         if _tree.matches(pattern, path):
             names = tuple(text.split())
@@ -114,15 +178,30 @@ def axes_of(
                 )
             if not {"in", "i", "out", "o"} & set(names):
                 raise AxesError(f"axes={{{pattern!r}: {text!r}}} names neither 'in' nor 'out'")
+            transposed = _order_is_transposed(names)
     if names is None:
-        names = KNOWN.get().get(path)
-    if names is None and module is not None:
-        names = _from_module(path, module, len(shape))
+        names = told.names
     if names is None:
         names = _rule(path, len(shape))
+        transposed = names is not None and _transposed_by_name(path, len(shape))
     if names is not None and len(names) != len(shape):
         names = None
-    return Axes(path, tuple(shape), names)
+    return Axes(path, tuple(shape), names, transposed)
+
+
+def _order_is_transposed(names: tuple[str, ...]) -> bool:
+    """Whether this is how Keras or torch lay out a transposed convolution: (*k, out, in) or
+    (in, out, *k)."""
+    sides = [("in" if n in ("in", "i") else "out") for n in names if n in ("in", "i", "out", "o")]
+    if len(names) < 3 or sorted(sides) != ["in", "out"]:
+        return False
+    first = names[0] in ("in", "i", "out", "o")
+    return sides == (["in", "out"] if first else ["out", "in"])
+
+
+def _transposed_by_name(path: str, rank: int) -> bool:
+    parent = (_tree.split(path)[-2:-1] or [""])[0].lower()
+    return rank >= 3 and re.search(r"conv(_?\d+_?d)?_?transpose", parent) is not None
 
 
 def check_used(axes: Mapping[str, str] | None, paths: Sequence[str]) -> None:
@@ -134,14 +213,20 @@ def check_used(axes: Mapping[str, str] | None, paths: Sequence[str]) -> None:
             )
 
 
-def _from_module(path: str, module: Any, rank: int) -> tuple[str, ...] | None:
+def known(path: str, rank: int, module: Any = None) -> Known:
+    """What the live model's classes say of a leaf, or the layers of a Sequential."""
+    if path in KNOWN.get():
+        return KNOWN.get()[path]
+    if module is None:
+        return Known()
     from fwt import Sequential
     from fwt.converters import _layers
 
     if not isinstance(module, Sequential):
-        return None
-    layer, _, rest = path.rpartition("/")
-    return _layers.axes_of(module, _tree.unescape(layer), rest, rank)
+        return Known()
+    parts = _tree.split(path) or [""]
+    layer = next((n.layer for n in module.layers if n.name == _tree.unescape(parts[0])), None)
+    return Known() if layer is None else _layers.known(layer, "/".join(parts[1:]), rank)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,19 +8,20 @@ or called: ``fwt.initializers.zeros`` or ``fwt.initializers.zeros()``.
 Source of the mathematics: ``jax.nn.initializers``.
 """
 
-import dataclasses
-import math
-from collections.abc import Callable
+import itertools
 from typing import Any
 
-import jax.numpy as jnp
 from jax.nn import initializers as _jax
 
 from fwt._axes import Axes
 from fwt._types import AxesError, noun
+from fwt.initializers import keras as keras
+from fwt.initializers import torch as torch
+from fwt.initializers._bound import Bound, as_matrix, bound, collapsed, in_layout
 
 __all__ = [
     "constant",
+    "delta_orthogonal",
     "glorot_normal",
     "glorot_uniform",
     "he_normal",
@@ -41,85 +42,81 @@ __all__ = [
 ]
 
 
-@dataclasses.dataclass(frozen=True)
-class Bound:
-    """One initializer with its settings: hashable, comparable, picklable."""
-
-    name: str
-    settings: tuple[tuple[str, Any], ...] = ()
-    axes: Axes | None = None
-
-    def __call__(self, key: Any = None, shape: Any = None, dtype: Any = jnp.float32) -> Any:
-        if shape is None and key is None:  # a noun may be written bare or called
-            return self
-        if shape is None:
-            raise TypeError(f"{self.name}(key, shape, dtype) needs a shape, found only {key!r}")
-        return _MAKE[self.name](self.axes, **dict(self.settings))(key, tuple(shape), dtype)
-
-    def at(self, axes: Axes) -> "Bound":
-        """The same initializer for a leaf with these axes."""
-        return dataclasses.replace(self, axes=axes if self.name in _USES_AXES else None)
+def _zeros(key: Any, shape: Any, dtype: Any, axes: Axes) -> Any:
+    return _jax.zeros(key, shape, dtype)
 
 
-def _scaling(axes: Axes | None, scale: float, mode: Any, distribution: Any) -> Any:
-    if axes is None:
-        return _jax.variance_scaling(scale, mode, distribution)
-    if not axes.inputs or not axes.outputs:
+def _ones(key: Any, shape: Any, dtype: Any, axes: Axes) -> Any:
+    return _jax.ones(key, shape, dtype)
+
+
+def _constant(key: Any, shape: Any, dtype: Any, axes: Axes, value: Any) -> Any:
+    return _jax.constant(value)(key, shape, dtype)
+
+
+def _uniform(key: Any, shape: Any, dtype: Any, axes: Axes, scale: float) -> Any:
+    return collapsed(shape, lambda s: _jax.uniform(scale)(key, s, dtype))
+
+
+def _normal(key: Any, shape: Any, dtype: Any, axes: Axes, stddev: float) -> Any:
+    return collapsed(shape, lambda s: _jax.normal(stddev)(key, s, dtype))
+
+
+def _truncated_normal(
+    key: Any, shape: Any, dtype: Any, axes: Axes, stddev: float, lower: float, upper: float
+) -> Any:
+    draw = _jax.truncated_normal(stddev, lower=lower, upper=upper)
+    return collapsed(shape, lambda s: draw(key, s, dtype))
+
+
+def _variance_scaling(
+    key: Any, shape: Any, dtype: Any, axes: Axes, scale: float, mode: Any, distribution: Any
+) -> Any:
+    if not axes.outputs or not (axes.inputs or "group" in (axes.names or ())):
         raise AxesError(
             f"{axes.path} of shape {axes.shape} has no input and output axis, so it has no fans: "
             "take an initializer without them, such as zeros or normal"
         )
-    return _jax.variance_scaling(
-        scale, mode, distribution, in_axis=axes.inputs, out_axis=axes.outputs
+    # The axes of a window are one: fewer axes compile faster, see collapsed.
+    roles = ["i" if i in axes.inputs else "o" if i in axes.outputs else "k" for i in axes.all]
+    runs = [list(run) for _, run in itertools.groupby(axes.all, key=lambda i: roles[i])]
+    merged = runs if len(shape) > 3 else [[i] for i in axes.all]
+    draw = _jax.variance_scaling(
+        scale,
+        mode,
+        distribution,
+        in_axis=tuple(n for n, run in enumerate(merged) if roles[run[0]] == "i"),
+        out_axis=tuple(n for n, run in enumerate(merged) if roles[run[0]] == "o"),
     )
+    return draw(key, tuple(axes.size(run) for run in merged), dtype).reshape(shape)
 
 
-def _orthogonal(axes: Axes | None, scale: float) -> Any:
-    column = -1
-    if axes is not None:
-        if len(axes.outputs) != 1:
-            # Several output axes (attention heads) are one: JAX takes a single column axis.
-            return _flattened(_jax.orthogonal(scale), axes)
-        column = axes.outputs[0]
-    return _jax.orthogonal(scale, column_axis=column)
+def _orthogonal(key: Any, shape: Any, dtype: Any, axes: Axes, scale: float) -> Any:
+    if len(axes.outputs) == 1:
+        return _jax.orthogonal(scale, column_axis=axes.outputs[0])(key, shape, dtype)
+    if not axes.reduced:
+        raise AxesError(f"{axes.path} of shape {shape}: orthogonal needs an axis beside the output")
+    # Several output axes (attention heads) are one: JAX takes a single column axis.
+    order = (*axes.reduced, *axes.outputs)
+    make = _jax.orthogonal(scale)
+    return as_matrix(lambda s: make(key, s, dtype), axes, order, len(axes.reduced))
 
 
-def _flattened(initializer: Callable[..., Any], axes: Axes) -> Callable[..., Any]:
-    def init(key: Any, shape: Any, dtype: Any) -> Any:
-        order = (*axes.reduced, *axes.outputs)
-        sizes = tuple(shape[i] for i in order)
-        cut = len(axes.reduced)
-        flat = (math.prod(sizes[:cut]), math.prod(sizes[cut:]))
-        back = sorted(range(len(order)), key=lambda i: order[i])
-        return initializer(key, flat, dtype).reshape(sizes).transpose(back)
+def _delta_orthogonal(key: Any, shape: Any, dtype: Any, axes: Axes, scale: float) -> Any:
+    order = (*axes.spatial, *axes.inputs, *axes.outputs)
+    if len(axes.inputs) != 1 or len(axes.outputs) != 1 or not 1 <= len(axes.spatial) <= 3:
+        raise AxesError(
+            f"{axes.path} of shape {shape}: delta_orthogonal is for the kernel of a convolution "
+            "over 1 to 3 axes; for a dense kernel take orthogonal"
+        )
+    make = _jax.delta_orthogonal(scale)
+    return in_layout(make(key, tuple(shape[i] for i in order), dtype), order)
 
-    return init
 
-
-_MAKE: dict[str, Callable[..., Any]] = {
-    "zeros": lambda axes: _jax.zeros,
-    "ones": lambda axes: _jax.ones,
-    "constant": lambda axes, value: _jax.constant(value),
-    "uniform": lambda axes, scale: _jax.uniform(scale),
-    "normal": lambda axes, stddev: _jax.normal(stddev),
-    "truncated_normal": lambda axes, stddev, lower, upper: _jax.truncated_normal(
-        stddev, lower=lower, upper=upper
-    ),
-    "variance_scaling": _scaling,
-    "orthogonal": _orthogonal,
-}
-_USES_AXES = {"variance_scaling", "orthogonal"}
-
-zeros = Bound("zeros")
+zeros = Bound("zeros", _zeros)
 """All zeros: ``zeros(key, shape, dtype)``."""
-ones = Bound("ones")
+ones = Bound("ones", _ones)
 """All ones: ``ones(key, shape, dtype)``."""
-
-
-def _frozen(value: Any) -> Any:
-    """Arrays as nested tuples, so that the initializer can be hashed."""
-    listed = value.tolist() if hasattr(value, "tolist") else value
-    return tuple(map(_frozen, listed)) if isinstance(listed, list | tuple) else listed
 
 
 def constant(value: Any) -> Bound:
@@ -129,7 +126,7 @@ def constant(value: Any) -> Bound:
         >>> constant(0.5)(None, (2,)).tolist()
         [0.5, 0.5]
     """
-    return Bound("constant", (("value", _frozen(value)),))
+    return bound(_constant, value=value)
 
 
 @noun
@@ -142,7 +139,7 @@ def uniform(scale: float = 1e-2) -> Bound:
         >>> bool((w >= 0).all() and (w < 1).all())
         True
     """
-    return Bound("uniform", (("scale", scale),))
+    return bound(_uniform, scale=scale)
 
 
 @noun
@@ -154,7 +151,7 @@ def normal(stddev: float = 1e-2) -> Bound:
         >>> bool(normal(2.0)(jax.random.key(0), (1000,)).std() > 1.8)
         True
     """
-    return Bound("normal", (("stddev", stddev),))
+    return bound(_normal, stddev=stddev)
 
 
 @noun
@@ -166,7 +163,7 @@ def truncated_normal(stddev: float = 1e-2, lower: float = -2.0, upper: float = 2
         >>> bool(abs(truncated_normal(0.5)(jax.random.key(0), (1000,))).max() <= 1.0)
         True
     """
-    return Bound("truncated_normal", (("stddev", stddev), ("lower", lower), ("upper", upper)))
+    return bound(_truncated_normal, stddev=stddev, lower=lower, upper=upper)
 
 
 def variance_scaling(scale: float, mode: str, distribution: str) -> Bound:
@@ -181,9 +178,7 @@ def variance_scaling(scale: float, mode: str, distribution: str) -> Bound:
         >>> variance_scaling(2.0, "fan_in", "normal") == he_normal()
         False
     """
-    return Bound(
-        "variance_scaling", (("scale", scale), ("mode", mode), ("distribution", distribution))
-    )
+    return bound(_variance_scaling, scale=scale, mode=mode, distribution=distribution)
 
 
 @noun
@@ -195,10 +190,26 @@ def orthogonal(scale: float = 1.0) -> Bound:
     Example:
         >>> import jax
         >>> w = orthogonal()(jax.random.key(0), (5, 3))
-        >>> bool(abs(w.T @ w - jnp.eye(3)).max() < 1e-5)
+        >>> bool(abs(w.T @ w - jax.numpy.eye(3)).max() < 1e-5)
         True
     """
-    return Bound("orthogonal", (("scale", scale),))
+    return bound(_orthogonal, scale=scale)
+
+
+@noun
+def delta_orthogonal(scale: float = 1.0) -> Bound:
+    """A convolution that is orthogonal: zero but at its centre, where it is an orthogonal matrix.
+
+    For the kernels of convolutions over 1 to 3 axes with no fewer outputs than inputs; any other
+    is refused. The centre of an even window is ``(k - 1) // 2``. Source: Xiao et al., 2018.
+
+    Example:
+        >>> import jax
+        >>> w = delta_orthogonal()(jax.random.key(0), (3, 3, 2, 4))
+        >>> bool(abs(w[1, 1] @ w[1, 1].T - jax.numpy.eye(2)).max() < 1e-5), int((w != 0).sum()) <= 8
+        (True, True)
+    """
+    return bound(_delta_orthogonal, scale=scale)
 
 
 @noun

@@ -1,0 +1,125 @@
+"""What an initializer of any of the three namespaces is."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from fwt._axes import Axes
+from fwt._types import AxesError, FwtError
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """One initializer with its settings: hashable, comparable, picklable.
+
+    Attributes:
+        name: its name in its namespace.
+        function: ``(key, shape, dtype, axes, **settings) -> array``.
+        settings: the arguments.
+        axes: of the leaf that it is for; None reads a shape as (..., in, out), as JAX does.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    settings: tuple[tuple[str, Any], ...] = ()
+    axes: Axes | None = None
+
+    def __call__(self, key: Any = None, shape: Any = None, dtype: Any = jnp.float32) -> Any:
+        if shape is None and key is None:  # a noun may be written bare or called
+            return self
+        if shape is None:
+            raise TypeError(f"{self.name}(key, shape, dtype) needs a shape, found only {key!r}")
+        axes = self.axes
+        if axes is None:
+            axes = plain_axes(self.name, tuple(shape))
+        return self.function(key, tuple(shape), jnp.dtype(dtype), axes, **dict(self.settings))
+
+    def at(self, axes: Axes) -> "Bound":
+        """The same initializer for a leaf with these axes."""
+        return dataclasses.replace(self, axes=axes)
+
+    def __repr__(self) -> str:
+        return f"{self.name}({', '.join(f'{n}={v!r}' for n, v in self.settings)})"
+
+
+def plain_axes(name: str, shape: tuple[int, ...]) -> Axes:
+    """(..., in, out), as every JAX initializer reads a shape."""
+    names = ("out",) if len(shape) == 1 else (*("k",) * (len(shape) - 2), "in", "out")
+    return Axes(name, shape, names if shape else ())
+
+
+def bound(function: Callable[..., Any], **settings: Any) -> Bound:
+    """A Bound named after its function, ``_normal`` for ``normal``."""
+    frozen = tuple((name, _frozen(value)) for name, value in settings.items())
+    return Bound(function.__name__.removeprefix("_"), function, frozen)
+
+
+def _frozen(value: Any) -> Any:
+    """Arrays as nested tuples, so that the initializer can be hashed."""
+    listed = value.tolist() if hasattr(value, "tolist") and not is_traced(value) else value
+    return tuple(map(_frozen, listed)) if isinstance(listed, list | tuple) else listed
+
+
+def is_traced(value: Any) -> bool:
+    return isinstance(value, jax.core.Tracer)
+
+
+def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> Any:
+    """A setting that must be a number, checked at once."""
+    if is_traced(value):
+        return value
+    if (
+        isinstance(value, bool)
+        or not hasattr(value, "__float__")
+        or not low <= float(value) <= high
+    ):
+        limit = "" if low == -math.inf else f" of at least {low:g}"
+        limit += "" if high == math.inf else f" and at most {high:g}"
+        raise FwtError(f"{name} must be a number{limit}, found {value!r}")
+    return value
+
+
+def choice(name: str, value: Any, among: Sequence[str]) -> Any:
+    if value not in among:
+        raise FwtError(f"{name} must be one of {', '.join(map(repr, among))}; found {value!r}")
+    return value
+
+
+def floating(name: str, dtype: Any) -> Any:
+    """The dtype to draw in: at least float32, so that half precision keeps its tails."""
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"{name} draws floating numbers, found {dtype}")
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def collapsed(shape: tuple[int, ...], draw: Callable[[tuple[int, ...]], Any]) -> Any:
+    """What ``draw`` gives for a shape, drawn with fewer axes where there are many.
+
+    The numbers are the same, for they depend on flat indices alone, but XLA's CPU backend takes
+    seconds to compile random bits of rank 5. The last axis stays, as it is often a sharded one.
+    """
+    if len(shape) < 4:
+        return draw(shape)
+    return draw((math.prod(shape[:-1]), shape[-1])).reshape(shape)
+
+
+def as_matrix(
+    draw: Callable[[tuple[int, int]], Any], axes: Axes, order: tuple[int, ...], cut: int
+) -> Any:
+    """A leaf whose axes in ``order``, the first ``cut`` as rows, are the matrix that is drawn."""
+    sizes = tuple(axes.shape[i] for i in order)
+    flat = draw((math.prod(sizes[:cut]), math.prod(sizes[cut:])))
+    return in_layout(flat.reshape(sizes), order)
+
+
+def in_layout(value: Any, order: tuple[int, ...]) -> Any:
+    """An array whose axes are those of a leaf in ``order``, in the leaf's own order."""
+    return value.transpose([order.index(i) for i in range(len(order))])
+
+
+def no_matrix(name: str, axes: Axes, need: str) -> AxesError:
+    return AxesError(f"{axes.path} of shape {axes.shape}: {name} is for {need}")

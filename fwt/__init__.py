@@ -32,13 +32,14 @@ _HOME = {
     "straight_through": "_compose",
     "summary": "_summary",
 }
-_MODULES = ("constraints", "converters", "initializers", "layers", "patterns", "scores")
+_MODULES = ("constraints", "converters", "initializers", "layers", "optim", "patterns", "scores")
 
 if TYPE_CHECKING:
     from fwt import constraints as constraints
     from fwt import converters as converters
     from fwt import initializers as initializers
     from fwt import layers as layers
+    from fwt import optim as optim
     from fwt import patterns as patterns
     from fwt import scores as scores
     from fwt._axes import biases as biases

@@ -91,7 +91,8 @@ def _projected(constraint: Any, places: Any, leaves: list[Any], kept: list[Any])
         leaf = jnp.asarray(leaf)
         if mask is not None:
             leaf = jnp.where(mask, leaf, jnp.zeros((), leaf.dtype))
-        value = constraint(leaf, place)
+        takes_mask = mask is not None and isinstance(constraint, constraints.Bound)
+        value = constraint(leaf, place, mask) if takes_mask else constraint(leaf, place)
         if getattr(value, "shape", None) != leaf.shape or value.dtype != leaf.dtype:
             found = f"{value.dtype}{list(value.shape)}" if hasattr(value, "dtype") else repr(value)
             raise LeafError(

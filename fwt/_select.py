@@ -161,8 +161,9 @@ def keep_largest(keys: list[Array], k: Any) -> list[Array]:
     dtype = keys[0].dtype
     k = jnp.asarray(k).astype(jnp.uint32)
 
-    def bit(i: Array, found: Array) -> Array:
-        trial = found | (dtype.type(1) << (dtype.itemsize * 8 - 1 - i).astype(dtype))
+    def bit(i: Any, found: Array) -> Array:
+        place = jnp.asarray(dtype.itemsize * 8 - 1 - i)  # i is a plain int without jit
+        trial = found | (dtype.type(1) << place.astype(dtype))
         return jnp.where(_total([x < trial for x in keys]) < k, trial, found)
 
     # The largest trial that has fewer than k keys below it is the k-th smallest key.
@@ -175,8 +176,8 @@ def keep_largest(keys: list[Array], k: Any) -> list[Array]:
     indices = [_index(x.shape) for x in keys]
     top = max(max(math.prod(x.shape) for x in keys) - 1, 1).bit_length()
 
-    def cut_bit(i: Array, found: Array) -> Array:
-        trial = found | (jnp.uint32(1) << (top - 1 - i).astype(jnp.uint32))
+    def cut_bit(i: Any, found: Array) -> Array:
+        trial = found | (jnp.uint32(1) << jnp.asarray(top - 1 - i).astype(jnp.uint32))
         below = jnp.stack(
             [
                 jnp.sum(t & (index < c), dtype=jnp.uint32)

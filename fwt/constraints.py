@@ -1,8 +1,16 @@
 """Constraints: ``(leaf, axes) -> leaf``, each with what it declares itself to be.
 
-A *projection* gives the nearest point of the set, a *retraction* some point of it, a
-*normalisation* has no exact set. Norms are per output unit, over every axis but the output's;
-``axis=`` names other axes to sum over, as in Keras.
+A *projection* gives the nearest point of the set (the argmin of ``|v - w|`` over its v), a
+*retraction* some point of it, a *normalisation* has no exact set. Inside the set each is the
+identity, up to rounding; derivatives are finite everywhere; shape and dtype stay, and half
+precision is computed in float32. A NaN makes its vector or matrix NaN, so that it shows.
+
+**Vectors.** A set of vectors holds for each output unit by itself: the sums go over every axis but
+the output's. ``axis="all"`` takes the whole leaf as one vector, numbers are axes as in Keras.
+**Matrices.** A leaf is a matrix whose columns are its output units and whose rows are the rest.
+
+With ``fwt.project(..., masks=)`` the result is the nearest point within the support, or it is
+refused: ``constraint.keeps_zeros`` says which.
 """
 
 import dataclasses
@@ -13,12 +21,42 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fwt import _matrices, _vectors
 from fwt._axes import Axes
-from fwt._types import Array, AxesError, FwtError, LeafError, noun
+from fwt._types import FwtError, noun
+from fwt._vectors import Axis
 
-__all__ = ["max_norm", "min_max_norm", "non_negative", "unit_norm"]
+__all__ = [
+    "box",
+    "doubly_stochastic",
+    "halfspace",
+    "hypercube",
+    "hyperplane",
+    "k_sparse",
+    "l1_ball",
+    "l1_sphere",
+    "l2_ball",
+    "l2_sphere",
+    "linf_ball",
+    "linf_sphere",
+    "low_rank",
+    "max_norm",
+    "min_max_norm",
+    "non_negative",
+    "orthogonal",
+    "positive_semidefinite",
+    "quantized",
+    "radial",
+    "simplex",
+    "spectral_ball",
+    "symmetric",
+    "unit_norm",
+    "weight_standardization",
+    "zero_mean",
+]
 
-Axis = int | Sequence[int] | None
+Kind = Literal["projection", "retraction", "normalisation"]
+Support = Literal["plain", "mask", None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,21 +66,29 @@ class Bound:
     Attributes:
         name: its name in ``fwt.constraints``.
         kind: "projection", "retraction" or "normalisation".
-        keeps_zeros: whether pruned zeros stay zero, so that ``project(..., masks=...)`` works.
+        support: how masks work: "plain" where pruned zeros stay zero by themselves, "mask" where
+            the function takes the mask, None where they would be refilled.
         settings: the arguments, sorted by name.
     """
 
     name: str
-    kind: Literal["projection", "retraction", "normalisation"]
-    keeps_zeros: bool
+    kind: Kind
+    support: Support
     function: Callable[..., Any]
     settings: tuple[tuple[str, Any], ...] = ()
 
-    def __call__(self, leaf: Any, axes: Axes | str | None = None) -> Any:
+    @property
+    def keeps_zeros(self) -> bool:
+        return self.support is not None
+
+    def __call__(self, leaf: Any, axes: Axes | str | None = None, mask: Any = None) -> Any:
         if not isinstance(axes, Axes):
             names = tuple(axes.split()) if isinstance(axes, str) else None
             axes = Axes("the leaf", jnp.shape(leaf), names)
-        return self.function(leaf, axes, **dict(self.settings))
+        settings = dict(self.settings)
+        if mask is not None and self.support == "mask":
+            settings["mask"] = mask
+        return self.function(leaf, axes, **settings)
 
 
 def _check(name: str, value: Any, low: float, high: float = float("inf")) -> None:
@@ -56,83 +102,40 @@ def _check(name: str, value: Any, low: float, high: float = float("inf")) -> Non
         raise FwtError(f"{name} must be {limit}, found {value}")
 
 
-def _bound(function: Callable[..., Any], kind: Any, keeps_zeros: bool, **settings: Any) -> Bound:
+def _whole(name: str, value: Any, low: int, high: int | None = None) -> None:
+    wrong = isinstance(value, bool) or not isinstance(value, int | np.integer)
+    if wrong or value < low or (high is not None and value > high):
+        limit = f"at least {low}" if high is None else f"{low} to {high}"
+        raise FwtError(f"{name} must be a whole number of {limit}, found {value!r}")
+
+
+def _bound(name: str, kind: Kind, support: Support, **settings: Any) -> Bound:
     axis = settings.get("axis")
-    if isinstance(axis, Sequence):
-        settings["axis"] = tuple(axis)
-    name = function.__name__.lstrip("_")
-    return Bound(name, kind, keeps_zeros, function, tuple(sorted(settings.items())))
+    if "axis" in settings:
+        listed = axis if isinstance(axis, Sequence) and not isinstance(axis, str) else [axis]
+        whole = all(isinstance(a, int) and not isinstance(a, bool) for a in listed)
+        if axis not in (None, "all") and not whole:
+            raise FwtError(f'axis must be a number, several, None or "all", found {axis!r}')
+        settings["axis"] = axis if axis in (None, "all") else tuple(listed)
+    function = getattr(_vectors, name, None) or getattr(_matrices, name)
+    return Bound(name, kind, support, function, tuple(sorted(settings.items())))
 
 
-def _over(axes: Axes, axis: Axis) -> tuple[int, ...]:
-    if axis is None:
-        return axes.reduced
-    rank = len(axes.shape)
-    listed = (axis,) if isinstance(axis, int) else tuple(axis)
-    if not all(isinstance(a, int) for a in listed):
-        raise AxesError(f"axis must be a number or several, found {axis!r}")
-    if any(not -rank <= a < rank for a in listed):
-        raise AxesError(
-            f"{axes.path} has shape {axes.shape}, so axis={axis} is not one of its axes"
-        )
-    return tuple(a % rank for a in listed)
-
-
-def _polar(leaf: Any, axes: Axes, axis: Axis) -> tuple[Array, Array, Array]:
-    """The leaf in at least float32, its norms, and its directions (zero for a zero vector).
-
-    Scaled by the largest magnitude against over- and underflow, so that values and derivatives
-    are finite at zero and at 1e+-30.
-    """
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        raise LeafError(f"{axes.path} is {leaf.dtype}: a norm needs a floating dtype")
-    w = jnp.asarray(leaf)
-    w = w.astype(jnp.promote_types(w.dtype, jnp.float32))
-    over = _over(axes, axis)
-    big = jax.lax.stop_gradient(jnp.max(jnp.abs(w), axis=over, keepdims=True, initial=0))
-    scale = jnp.where((big > 0) & jnp.isfinite(big), big, 1)
-    scaled = w / scale
-    squares = jnp.sum(scaled**2, axis=over, keepdims=True)
-    nonzero = squares != 0  # a NaN stays one, and shows
-    length = jnp.sqrt(jnp.where(nonzero, squares, 1))
-    return w, jnp.where(nonzero, scale * length, 0), jnp.where(nonzero, scaled / length, 0)
-
-
-def _non_negative(leaf: Any, axes: Axes) -> Array:
-    return jnp.maximum(jnp.asarray(leaf), jnp.zeros((), leaf.dtype))
-
-
-def _max_norm(leaf: Any, axes: Axes, max_value: Any, axis: Axis) -> Array:
-    w, norm, direction = _polar(leaf, axes, axis)
-    return jnp.where(norm <= max_value, w, direction * max_value).astype(leaf.dtype)
-
-
-def _unit_norm(leaf: Any, axes: Axes, axis: Axis) -> Array:
-    _, _, direction = _polar(leaf, axes, axis)
-    return direction.astype(leaf.dtype)
-
-
-def _min_max_norm(
-    leaf: Any, axes: Axes, min_value: Any, max_value: Any, rate: Any, axis: Axis
-) -> Array:
-    w, norm, direction = _polar(leaf, axes, axis)
-    target = rate * jnp.clip(norm, min_value, max_value) + (1 - rate) * norm
-    inside = (norm >= min_value) & (norm <= max_value)
-    return jnp.where(inside, w, direction * target).astype(leaf.dtype)
+# -- Keras's ----------------------------------------------------------------------------------
 
 
 @noun
 def non_negative() -> Bound:
-    """The set of weights >= 0: each negative weight becomes 0.
+    """The weights are >= 0: each negative one becomes 0.
 
     A projection: argmin of ``|v - w|`` over v >= 0, unique. Any shape and real dtype.
-    Source: Keras ``NonNeg``.
+    Source: Keras ``NonNeg``, optax ``projection_non_negative``.
 
     Example:
         >>> non_negative()(jnp.array([-1.0, 2.0])).tolist()
         [0.0, 2.0]
     """
-    return _bound(_non_negative, "projection", True)
+    return _bound("non_negative", "projection", "plain")
 
 
 @noun
@@ -145,7 +148,7 @@ def max_norm(max_value: Any = 2.0, axis: Axis = None) -> Bound:
 
     Args:
         max_value: the radius, may be traced.
-        axis: the axes to sum over; None is every axis but the output's.
+        axis: the axes of one vector; None is every axis but the output's.
 
     Example:
         >>> print(max_norm(1.0)(jnp.array([[3.0, 0.1], [4.0, 0.2]]), "in out"))
@@ -153,7 +156,7 @@ def max_norm(max_value: Any = 2.0, axis: Axis = None) -> Bound:
          [0.8 0.2]]
     """
     _check("max_value", max_value, 0)
-    return _bound(_max_norm, "projection", True, max_value=max_value, axis=axis)
+    return _bound("max_norm", "projection", "plain", max_value=max_value, axis=axis)
 
 
 @noun
@@ -161,16 +164,16 @@ def unit_norm(axis: Axis = None) -> Bound:
     """The weights of each output unit have an L2 norm of 1.
 
     A projection onto the sphere of each unit; a zero vector, whose nearest point is not unique,
-    stays zero. Source: Keras ``UnitNorm``.
+    stays zero, as in Keras (:func:`l2_sphere` moves it). Source: Keras ``UnitNorm``.
 
     Args:
-        axis: the axes to sum over; None is every axis but the output's.
+        axis: the axes of one vector; None is every axis but the output's.
 
     Example:
         >>> unit_norm()(jnp.array([[3.0], [4.0]]), "in out").tolist()
         [[0.6000000238418579], [0.800000011920929]]
     """
-    return _bound(_unit_norm, "projection", True, axis=axis)
+    return _bound("unit_norm", "projection", "plain", axis=axis)
 
 
 @noun
@@ -186,7 +189,7 @@ def min_max_norm(
         min_value: the smallest norm.
         max_value: the largest norm.
         rate: the share of the way, 0 to 1.
-        axis: the axes to sum over; None is every axis but the output's.
+        axis: the axes of one vector; None is every axis but the output's.
 
     Example:
         >>> print(min_max_norm(1.0, 2.0)(jnp.array([[0.3], [0.4]]), "in out"))
@@ -198,13 +201,466 @@ def min_max_norm(
     _check("rate", rate, 0, 1)
     if isinstance(min_value, int | float) and isinstance(max_value, int | float):
         _check("max_value", max_value, min_value)
-    kind = "projection" if isinstance(rate, int | float) and rate == 1 else "normalisation"
-    return _bound(
-        _min_max_norm,
-        kind,
-        True,
-        min_value=min_value,
-        max_value=max_value,
-        rate=rate,
-        axis=axis,
-    )
+    kind: Kind = "projection" if isinstance(rate, int | float) and rate == 1 else "normalisation"
+    settings = {"min_value": min_value, "max_value": max_value, "rate": rate, "axis": axis}
+    return _bound("min_max_norm", kind, "plain", **settings)
+
+
+@noun
+def radial() -> Bound:
+    """The weights of a window are equal at equal distance from its centre, in square rings.
+
+    A projection: the mean of each ring, unique. For the kernels of convolutions; the distance is
+    the largest one along any axis. Source: the set is that of ``RadialConstraint`` in Keras 2,
+    which copies one weight of a ring instead, and counts the rings from another weight.
+
+    Example:
+        >>> w = jnp.arange(9.0).reshape(3, 3, 1, 1) + jnp.eye(3).reshape(3, 3, 1, 1)
+        >>> radial()(w, "h w in out")[:, :, 0, 0].tolist()
+        [[4.25, 4.25, 4.25], [4.25, 5.0, 4.25], [4.25, 4.25, 4.25]]
+    """
+    return _bound("radial", "projection", None)
+
+
+# -- sets of vectors --------------------------------------------------------------------------
+
+
+def box(lower: Any, upper: Any) -> Bound:
+    """Each weight is between ``lower`` and ``upper``.
+
+    A projection, unique, bit for bit the identity inside. Any shape; one pass.
+    Source: optax ``projection_box``.
+
+    Args:
+        lower: a number, or an array that broadcasts to the leaf; may be traced.
+        upper: the same, not below ``lower``.
+
+    Example:
+        >>> box(-1.0, 0.5)(jnp.array([-3.0, 0.25, 2.0])).tolist()
+        [-1.0, 0.25, 0.5]
+    """
+    _check("lower", lower, float("-inf"))
+    _check("upper", upper, float("-inf"))
+    plain = not any(isinstance(x, jax.Array | np.ndarray) for x in (lower, upper))
+    if plain and lower > upper:
+        raise FwtError(f"upper must be at least lower={lower:g}, found {upper:g}")
+    holds_zero = plain and lower <= 0 <= upper
+    return _bound("box", "projection", "plain" if holds_zero else None, lower=lower, upper=upper)
+
+
+@noun
+def hypercube(scale: Any = 1.0) -> Bound:
+    """Each weight is between 0 and ``scale``.
+
+    A projection, unique, bit for bit the identity inside. Source: optax ``projection_hypercube``.
+
+    Args:
+        scale: the side, may be traced.
+
+    Example:
+        >>> hypercube()(jnp.array([-3.0, 0.25, 2.0])).tolist()
+        [0.0, 0.25, 1.0]
+    """
+    _check("scale", scale, 0)
+    made = _bound("box", "projection", "plain", lower=0.0, upper=scale)
+    return dataclasses.replace(made, name="hypercube")
+
+
+@noun
+def linf_ball(scale: Any = 1.0) -> Bound:
+    """Each weight is at most ``scale`` in magnitude.
+
+    A projection, unique, bit for bit the identity inside. Source: optax ``projection_linf_ball``.
+
+    Args:
+        scale: the radius, may be traced.
+
+    Example:
+        >>> linf_ball(0.5)(jnp.array([-3.0, 0.25, 2.0])).tolist()
+        [-0.5, 0.25, 0.5]
+    """
+    _check("scale", scale, 0)
+    made = _bound("box", "projection", "plain", lower=-scale, upper=scale)
+    return dataclasses.replace(made, name="linf_ball")
+
+
+@noun
+def linf_sphere(scale: Any = 1.0, axis: Axis = None) -> Bound:
+    """The largest magnitude of each unit is ``scale``.
+
+    A projection: outside each weight is clipped, inside the largest one is moved out; of several
+    the first, upwards if it is 0. Linear cost.
+
+    Args:
+        scale: the radius, may be traced.
+        axis: the axes of one vector; None is every axis but the output's, "all" the leaf.
+
+    Example:
+        >>> linf_sphere()(jnp.array([[-0.5, 0.25], [3.0, 0.1]]), "out in").tolist()
+        [[-1.0, 0.25], [1.0, 0.10000000149011612]]
+    """
+    _check("scale", scale, 0)
+    return _bound("linf_sphere", "projection", "mask", scale=scale, axis=axis)
+
+
+@noun
+def l2_ball(scale: Any = 1.0, axis: Axis = None) -> Bound:
+    """Each unit has an L2 norm of at most ``scale``: :func:`max_norm` under optax's name.
+
+    A projection, unique; inside the ball the identity. Linear cost.
+    Source: optax ``projection_l2_ball``.
+
+    Args:
+        scale: the radius, may be traced.
+        axis: the axes of one vector; None is every axis but the output's, "all" the leaf.
+
+    Example:
+        >>> l2_ball(2.5, axis="all")(jnp.array([3.0, 4.0])).tolist()
+        [1.5, 2.0]
+    """
+    _check("scale", scale, 0)
+    made = _bound("max_norm", "projection", "plain", max_value=scale, axis=axis)
+    return dataclasses.replace(made, name="l2_ball")
+
+
+@noun
+def l2_sphere(scale: Any = 1.0, axis: Axis = None) -> Bound:
+    """Each unit has an L2 norm of ``scale``.
+
+    A projection; a zero vector, to which all points are equally near, goes to the one whose
+    weights are equal and positive. Linear cost. Source: optax ``projection_l2_sphere``.
+
+    Args:
+        scale: the radius, may be traced.
+        axis: the axes of one vector; None is every axis but the output's, "all" the leaf.
+
+    Example:
+        >>> l2_sphere(2.5, axis="all")(jnp.array([3.0, 4.0])).tolist()
+        [1.5, 2.0]
+    """
+    _check("scale", scale, 0)
+    return _bound("l2_sphere", "projection", "mask", scale=scale, axis=axis)
+
+
+@noun
+def l1_ball(scale: Any = 1.0, axis: Axis = None) -> Bound:
+    """The magnitudes of each unit sum to at most ``scale``.
+
+    A projection, unique; inside the ball the identity. It sorts: n log n.
+    Source: Duchi et al., 2008; optax ``projection_l1_ball``.
+
+    Args:
+        scale: the radius, may be traced.
+        axis: the axes of one vector; None is every axis but the output's, "all" the leaf.
+
+    Example:
+        >>> l1_ball(axis="all")(jnp.array([3.0, -2.5])).tolist()
+        [0.75, -0.25]
+    """
+    _check("scale", scale, 0)
+    return _bound("l1_ball", "projection", "mask", scale=scale, axis=axis)
+
+
+@noun
+def l1_sphere(scale: Any = 1.0, axis: Axis = None) -> Bound:
+    """The magnitudes of each unit sum to ``scale``.
+
+    A projection; a zero, which may go either way, goes upwards. It sorts: n log n.
+    Source: Duchi et al., 2008; optax ``projection_l1_sphere``, which keeps zeros and so misses
+    the sphere from inside.
+
+    Args:
+        scale: the radius, may be traced.
+        axis: the axes of one vector; None is every axis but the output's, "all" the leaf.
+
+    Example:
+        >>> l1_sphere(axis="all")(jnp.array([0.0, -0.5])).tolist()
+        [0.25, -0.75]
+    """
+    _check("scale", scale, 0)
+    return _bound("l1_sphere", "projection", "mask", scale=scale, axis=axis)
+
+
+@noun
+def simplex(scale: Any = 1.0, axis: Axis = None) -> Bound:
+    """The weights of each unit are >= 0 and sum to ``scale``.
+
+    A projection, unique. It sorts: n log n. Under masks, a unit without a kept weight is zero.
+    Source: Duchi et al., 2008; optax ``projection_simplex``.
+
+    Args:
+        scale: the sum, may be traced.
+        axis: the axes of one vector; None is every axis but the output's, "all" the leaf.
+
+    Example:
+        >>> simplex(axis="all")(jnp.array([3.0, 2.5, -1.0])).tolist()
+        [0.75, 0.25, 0.0]
+    """
+    _check("scale", scale, 0)
+    return _bound("simplex", "projection", "mask", scale=scale, axis=axis)
+
+
+@noun
+def hyperplane(normal: Any = 1.0, offset: Any = 0.0, axis: Axis = None) -> Bound:
+    """The weights v of each unit have ``<normal, v> = offset``.
+
+    A projection, unique. A unit whose normal is zero has no plane and stays. Linear cost.
+    Source: optax ``projection_hyperplane``.
+
+    Args:
+        normal: a number, or an array that broadcasts to the leaf, such as one of shape (in, 1).
+        offset: a number, may be traced.
+        axis: the axes of one vector; None is every axis but the output's, "all" the leaf.
+
+    Example:
+        >>> hyperplane(1.0, 4.0, axis="all")(jnp.array([1.0, 2.0])).tolist()
+        [1.5, 2.5]
+    """
+    _check("normal", normal, float("-inf"))
+    _check("offset", offset, float("-inf"))
+    return _bound("hyperplane", "projection", "mask", normal=normal, offset=offset, axis=axis)
+
+
+@noun
+def halfspace(normal: Any = 1.0, offset: Any = 0.0, axis: Axis = None) -> Bound:
+    """The weights v of each unit have ``<normal, v> <= offset``.
+
+    A projection, unique; inside the identity. A unit whose normal is zero stays. Linear cost.
+    Source: optax ``projection_halfspace``.
+
+    Args:
+        normal: a number, or an array that broadcasts to the leaf, such as one of shape (in, 1).
+        offset: a number, may be traced.
+        axis: the axes of one vector; None is every axis but the output's, "all" the leaf.
+
+    Example:
+        >>> halfspace(1.0, 2.0, axis="all")(jnp.array([1.0, 2.0])).tolist()
+        [0.5, 1.5]
+    """
+    _check("normal", normal, float("-inf"))
+    _check("offset", offset, float("-inf"))
+    return _bound("halfspace", "projection", "mask", normal=normal, offset=offset, axis=axis)
+
+
+@noun
+def zero_mean(axis: Axis = None) -> Bound:
+    """The weights of each unit have mean 0.
+
+    A projection, unique: the mean is taken off. Linear cost. It would refill pruned weights, so
+    masks are refused; ``hyperplane(masks)`` keeps to a support. Source: gradient centralisation
+    (Yong et al., 2020) takes this set for gradients.
+
+    Args:
+        axis: the axes of one vector; None is every axis but the output's, "all" the leaf.
+
+    Example:
+        >>> zero_mean(axis="all")(jnp.array([1.0, 3.0])).tolist()
+        [-1.0, 1.0]
+    """
+    return _bound("zero_mean", "projection", None, axis=axis)
+
+
+@noun
+def weight_standardization(epsilon: Any = 0.0, axis: Axis = None) -> Bound:
+    """The weights of each unit have mean 0 and variance 1.
+
+    A projection with ``epsilon=0``; a constant unit, whose nearest point is not unique, becomes
+    zero. With an ``epsilon``, which the paper adds to the standard deviation, a normalisation.
+    Linear cost. Source: Qiao et al., 2019 (epsilon=1e-5).
+
+    Args:
+        epsilon: added to the standard deviation, which is that of the population.
+        axis: the axes of one vector; None is every axis but the output's, "all" the leaf.
+
+    Example:
+        >>> weight_standardization(axis="all")(jnp.array([1.0, 3.0, 1.0, 3.0])).tolist()
+        [-1.0, 1.0, -1.0, 1.0]
+    """
+    _check("epsilon", epsilon, 0)
+    exact = isinstance(epsilon, int | float) and epsilon == 0
+    kind: Kind = "projection" if exact else "normalisation"
+    return _bound("weight_standardization", kind, None, epsilon=epsilon, axis=axis)
+
+
+def k_sparse(k: Any, axis: Axis = None) -> Bound:
+    """Each unit has at most ``k`` weights that are not zero.
+
+    A projection: the k largest magnitudes stay, of equal ones the first; a NaN counts as the
+    largest. 32 counting passes, no sort; the derivative is that of the weights that stay.
+    Source: iterative hard thresholding (Blumensath and Davies, 2009).
+
+    Args:
+        k: how many, may be traced.
+        axis: the axes of one vector; None is every axis but the output's, "all" the leaf.
+
+    Example:
+        >>> k_sparse(2, axis="all")(jnp.array([1.0, -3.0, 2.0])).tolist()
+        [0.0, -3.0, 2.0]
+    """
+    if not isinstance(k, jax.Array):
+        _whole("k", k, 0)
+    return _bound("k_sparse", "projection", "plain", k=k, axis=axis)
+
+
+@noun
+def quantized(
+    bits: int = 8,
+    symmetric: bool = True,
+    scale: Any = None,
+    zero_point: int | None = None,
+    axis: Axis = "all",
+) -> Bound:
+    """The weights are whole multiples of one step, as ``bits``-bit integers would hold them.
+
+    Symmetric levels go from ``-(2**(bits-1) - 1)`` to its opposite, affine ones are 2**bits
+    around a zero point; 0 is always a level. With a ``scale`` a projection onto the grid (half
+    way goes up), bit for bit. Without one a retraction: the step is the least that holds the
+    largest weight (symmetric) or the range with 0 in it (affine). Linear cost. The derivative is
+    0: train through it with :func:`fwt.straight_through`. Source: Jacob et al., 2018.
+
+    Args:
+        bits: 2 to 16 (1 for affine).
+        symmetric: whether the levels are symmetric about 0.
+        scale: the step; None takes it from the weights.
+        zero_point: with a scale and affine levels, how many levels are below 0.
+        axis: what has one step: "all" is the leaf (per tensor), None each output unit
+            (per channel).
+
+    Example:
+        >>> quantized(2, axis="all")(jnp.array([-3.0, 1.0, 2.0])).tolist()
+        [-3.0, 0.0, 3.0]
+        >>> quantized(2, symmetric=False)(jnp.array([-1.0, 0.4, 2.0])).tolist()
+        [-1.0, 0.0, 2.0]
+    """
+    _whole("bits", bits, 2 if symmetric else 1, 16)
+    if scale is not None:
+        _check("scale", scale, float(np.finfo(np.float32).tiny))
+    affine_grid = scale is not None and not symmetric
+    if affine_grid != (zero_point is not None):
+        raise FwtError("zero_point goes with a scale and symmetric=False, and they with it")
+    if zero_point is not None:
+        _whole("zero_point", zero_point, 0, 2**bits - 1)
+    kind: Kind = "projection" if scale is not None else "retraction"
+    settings = {"symmetric": symmetric, "scale": scale, "zero_point": zero_point, "axis": axis}
+    return _bound("quantized", kind, "plain", bits=bits, **settings)
+
+
+# -- sets of matrices -------------------------------------------------------------------------
+
+
+@noun
+def orthogonal(method: str = "svd", steps: int = 30) -> Bound:
+    """The columns are orthonormal, or the rows where they are fewer (a Stiefel manifold).
+
+    Args:
+        method: "svd", a projection: the polar factor, argmin of ``|V - W|``, unique for full
+            rank and otherwise one of the nearest. "qr", a retraction: Q with a positive diagonal
+            of R. "newton_schulz", for a loop on an accelerator, where products are cheap: the
+            cubic iteration towards the polar factor, a normalisation. A singular value of
+            s times the bound on the largest is 1 after about ``log(1/s)/log(1.5) + 5`` steps,
+            one that is 0 stays 0.
+        steps: of "newton_schulz".
+
+    Cost for m x n, n <= m: O(m n²) each; the decompositions are slow on accelerators. Source:
+    Higham, 1986 (polar); Absil, Mahony and Sepulchre, 2008 (QR); Björck and Bowie, 1971.
+
+    Example:
+        >>> w = orthogonal()(jnp.array([[3.0, 0.0], [0.0, -2.0], [0.0, 0.0]]), "in out")
+        >>> abs(w.round(4)).tolist()
+        [[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]
+    """
+    kinds: dict[str, Kind] = {
+        "svd": "projection",
+        "qr": "retraction",
+        "newton_schulz": "normalisation",
+    }
+    if method not in kinds:
+        raise FwtError(f"method must be one of {', '.join(map(repr, kinds))}; found {method!r}")
+    _whole("steps", steps, 1)
+    return _bound("orthogonal", kinds[method], None, method=method, steps=steps)
+
+
+@noun
+def spectral_ball(scale: Any = 1.0) -> Bound:
+    """The largest singular value is at most ``scale``.
+
+    A projection, unique: larger singular values are clipped; inside the identity. (Spectral
+    normalisation divides all by the largest instead.) Cost: one SVD. Source: Lefkimmiatis, Ward
+    and Unser, 2013.
+
+    Args:
+        scale: the radius, may be traced.
+
+    Example:
+        >>> print(spectral_ball(2.0)(jnp.diag(jnp.array([3.0, 1.0])), "in out").round(4))
+        [[2. 0.]
+         [0. 1.]]
+    """
+    _check("scale", scale, 0)
+    return _bound("spectral_ball", "projection", None, scale=scale)
+
+
+def low_rank(rank: Any) -> Bound:
+    """The rank is at most ``rank``.
+
+    A projection: the ``rank`` largest singular values stay; of equal ones those that the SVD puts
+    first. Cost: one SVD. Source: Eckart and Young, 1936.
+
+    Args:
+        rank: a whole number, may be traced.
+
+    Example:
+        >>> print(abs(low_rank(1)(jnp.diag(jnp.array([3.0, 1.0])), "in out").round(4)))
+        [[3. 0.]
+         [0. 0.]]
+    """
+    if not isinstance(rank, jax.Array):
+        _whole("rank", rank, 0)
+    return _bound("low_rank", "projection", None, rank=rank)
+
+
+@noun
+def symmetric() -> Bound:
+    """The matrix equals its transpose; for square ones.
+
+    A projection, unique: the mean of both. Linear cost.
+
+    Example:
+        >>> symmetric()(jnp.array([[1.0, 2.0], [4.0, 3.0]]), "in out").tolist()
+        [[1.0, 3.0], [3.0, 3.0]]
+    """
+    return _bound("symmetric", "projection", None)
+
+
+@noun
+def positive_semidefinite() -> Bound:
+    """The matrix is symmetric and has no negative eigenvalue; for square ones.
+
+    A projection, unique: the symmetric part, whose negative eigenvalues become 0. Cost: one
+    eigendecomposition. Source: Higham, 1988.
+
+    Example:
+        >>> print(positive_semidefinite()(jnp.diag(jnp.array([3.0, -1.0])), "in out").round(4))
+        [[3. 0.]
+         [0. 0.]]
+    """
+    return _bound("positive_semidefinite", "projection", None)
+
+
+@noun
+def doubly_stochastic(steps: int = 50) -> Bound:
+    """The weights are >= 0 and each row and column sums to 1; for square matrices.
+
+    A retraction, not the nearest point: negative weights become 0, rows and columns are divided
+    by their sums in turn, and what ``steps`` rounds have not settled is moved exactly into the
+    set. Cost: ``steps`` passes. Source: Sinkhorn, 1964; Altschuler, Weed and Rigollet, 2017.
+
+    Args:
+        steps: how many rounds.
+
+    Example:
+        >>> doubly_stochastic()(jnp.array([[4.0, 0.0], [-1.0, 9.0]]), "in out").tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
+    """
+    _whole("steps", steps, 0)
+    return _bound("doubly_stochastic", "retraction", None, steps=steps)

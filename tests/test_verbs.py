@@ -3,11 +3,8 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 import fwt
 from fwt import _axes
@@ -122,65 +119,6 @@ def test_initializers_inside_flax():
 
 
 # -- constraints ------------------------------------------------------------------------------
-
-ROWS = [
-    (C.non_negative(), lambda w, n: (w >= 0).all()),
-    (C.max_norm(0.7), lambda w, n: (n <= 0.7 * (1 + 2e-6)).all()),
-    (C.unit_norm(), lambda w, n: np.allclose(n[n > 0], 1, atol=2e-6)),
-    (C.min_max_norm(0.5, 0.9), lambda w, n: ((n > 0.499999) & (n < 0.900001) | (n == 0)).all()),
-]
-
-
-@pytest.mark.parametrize(("constraint", "holds"), ROWS, ids=[r[0].name for r in ROWS])
-@given(
-    st.sampled_from([("d/kernel", (5, 3)), ("c/kernel", (3, 2, 4, 5)), ("d/weight", (3, 7))]),
-    st.integers(0, 2**31),
-    st.sampled_from([1e-30, 1e-3, 1.0, 1e30]),
-)
-def test_constraints_keep_what_they_declare(constraint, holds, place, seed, scale):
-    path, shape = place
-    axes = _axes.axes_of(path, shape)
-    rng = np.random.default_rng(seed)
-    w = (rng.normal(size=shape) * scale).astype(np.float32)
-    w[tuple(0 for _ in shape[:-1])] = 0
-    v = np.asarray(constraint(w, axes))
-    norms = np.sqrt((v.astype(np.float64) ** 2).sum(axes.reduced))
-    assert holds(v, norms)
-    np.testing.assert_allclose(constraint(v, axes), v, rtol=2e-6)
-    assert v.dtype == w.dtype
-    for x in (w, np.zeros_like(w)):
-        assert np.isfinite(jax.grad(lambda a: constraint(a, axes).sum())(jnp.asarray(x))).all()
-    with jax.disable_jit():
-        np.testing.assert_allclose(constraint(w, axes), v, rtol=1e-6)
-    for half in (np.float16, ml_dtypes.bfloat16):
-        if scale == 1.0:
-            assert constraint(w.astype(half), axes).dtype == half
-
-
-@pytest.mark.parametrize("shape", [(5, 3), (3, 2, 4, 5)])
-def test_constraints_equal_keras(shape):
-    import keras
-
-    w = np.random.default_rng(0).normal(size=shape).astype(np.float32) * 2
-    axis = list(range(len(shape) - 1))
-    k = keras.constraints
-    for ours, theirs in (
-        (C.non_negative(), k.NonNeg()),
-        (C.max_norm(1.5), k.MaxNorm(1.5, axis=axis)),
-        (C.unit_norm(), k.UnitNorm(axis=axis)),
-        (C.min_max_norm(0.5, 1.5, 0.3), k.MinMaxNorm(0.5, 1.5, 0.3, axis=axis)),
-    ):
-        found = fwt.project(ours)({"a": {"kernel": w}})["a"]["kernel"]
-        np.testing.assert_allclose(found, np.asarray(theirs(w)), atol=1e-6)
-        if ours.name != "non_negative":
-            explicit = type(ours)(
-                ours.name,
-                ours.kind,
-                ours.keeps_zeros,
-                ours.function,
-                tuple((n, tuple(axis) if n == "axis" else v) for n, v in ours.settings),
-            )
-            np.testing.assert_allclose(explicit(w), found, rtol=1e-6)
 
 
 def test_project_refuses_what_it_can_not_know():
@@ -351,23 +289,3 @@ def test_straight_through_leaves_the_rest_alone():
     new = fwt.straight_through(fwt.prune(0.5))(tree)
     assert new["n"] is tree["n"]
     assert new["b"] is tree["b"]
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: C.max_norm(-1.0),
-        lambda: C.max_norm(float("nan")),
-        lambda: C.max_norm("2"),
-        lambda: C.min_max_norm(2.0, 1.0),
-        lambda: C.min_max_norm(rate=5),
-    ],
-)
-def test_constraints_check_their_numbers(make):
-    with pytest.raises(fwt.FwtError):
-        make()
-
-
-def test_a_nan_shows():
-    w = np.array([[np.nan, 3.0, 4.0]], np.float32).T
-    assert np.isnan(C.unit_norm()(w, "in out")).all()

@@ -1,0 +1,339 @@
+"""The mathematics of the sets of vectors: what :mod:`fwt.constraints` names and documents.
+
+Everything is computed in at least float32 and comes back in the leaf's dtype. Each function takes
+``(leaf, axes, **settings)``, and ``mask=`` where the nearest point within a support differs from
+that of the masked leaf.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from optax import projections as optax_projections
+
+from fwt import _select
+from fwt._axes import Axes
+from fwt._types import Array, AxesError, LeafError
+
+Axis = int | Sequence[int] | Literal["all"] | None
+
+
+def wide(leaf: Any, path: str) -> Array:
+    """The leaf in at least float32."""
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise LeafError(f"{path} is {leaf.dtype}: this constraint needs a floating dtype")
+    w = jnp.asarray(leaf)
+    return w.astype(jnp.promote_types(w.dtype, jnp.float32))
+
+
+def over(axes: Axes, axis: Axis) -> tuple[int, ...]:
+    """The axes of one vector: None is every axis but the output's, "all" the whole leaf."""
+    rank = len(axes.shape)
+    if axis is None:
+        return axes.reduced
+    if isinstance(axis, str):
+        return axes.all
+    listed = (axis,) if isinstance(axis, int) else tuple(axis)
+    if any(not -rank <= a < rank for a in listed):
+        raise AxesError(
+            f"{axes.path} has shape {axes.shape}, so axis={axis} is not one of its axes"
+        )
+    return tuple(sorted({a % rank for a in listed}))
+
+
+def power_of_two(big: Array) -> Array:
+    """The power of two at or below each magnitude, 1 for none: a scale that rounds nothing."""
+    usable = (big > 0) & jnp.isfinite(big)
+    _, exponent = jnp.frexp(jnp.where(usable, big, 1))
+    # Within what its inverse can hold too.
+    info = jnp.finfo(big.dtype)
+    exponent = jnp.clip(exponent - 1, info.minexp + 1, info.maxexp - 2)
+    return lax.stop_gradient(jnp.ldexp(jnp.ones((), big.dtype), exponent))
+
+
+def _largest(w: Array, dims: tuple[int, ...]) -> Array:
+    return lax.stop_gradient(jnp.max(jnp.abs(w), axis=dims, keepdims=True, initial=0))
+
+
+def polar(leaf: Any, axes: Axes, axis: Axis) -> tuple[Array, Array, Array]:
+    """The leaf in at least float32, its norms, and its directions (zero for a zero vector).
+
+    Scaled by the largest magnitude against over- and underflow, so that values and derivatives
+    are finite at zero and at 1e+-30.
+    """
+    w = wide(leaf, axes.path)
+    dims = over(axes, axis)
+    scale = power_of_two(_largest(w, dims))
+    scaled = w / scale
+    squares = jnp.sum(scaled**2, axis=dims, keepdims=True)
+    nonzero = squares != 0  # a NaN stays one, and shows
+    length = jnp.sqrt(jnp.where(nonzero, squares, 1))
+    return w, jnp.where(nonzero, scale * length, 0), jnp.where(nonzero, scaled / length, 0)
+
+
+def max_norm(leaf: Any, axes: Axes, max_value: Any, axis: Axis) -> Array:
+    w, norm, direction = polar(leaf, axes, axis)
+    return jnp.where(norm <= max_value, w, direction * max_value).astype(leaf.dtype)
+
+
+def unit_norm(leaf: Any, axes: Axes, axis: Axis) -> Array:
+    _, _, direction = polar(leaf, axes, axis)
+    return direction.astype(leaf.dtype)
+
+
+def min_max_norm(
+    leaf: Any, axes: Axes, min_value: Any, max_value: Any, rate: Any, axis: Axis
+) -> Array:
+    w, norm, direction = polar(leaf, axes, axis)
+    target = rate * jnp.clip(norm, min_value, max_value) + (1 - rate) * norm
+    inside = (norm >= min_value) & (norm <= max_value)
+    return jnp.where(inside, w, direction * target).astype(leaf.dtype)
+
+
+# -- elementwise sets -------------------------------------------------------------------------
+
+
+def non_negative(leaf: Any, axes: Axes) -> Array:
+    w = jnp.asarray(leaf)
+    return jnp.maximum(w, jnp.zeros((), w.dtype))
+
+
+def box(leaf: Any, axes: Axes, lower: Any, upper: Any) -> Array:
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise LeafError(f"{axes.path} is {leaf.dtype}: this constraint needs a floating dtype")
+    bounds = (jnp.asarray(b, leaf.dtype) for b in (lower, upper))
+    return optax_projections.projection_box(jnp.asarray(leaf), *bounds)
+
+
+# -- one vector a unit ------------------------------------------------------------------------
+
+
+def _rows(
+    function: Callable[..., Array], leaf: Any, axes: Axes, axis: Axis, mask: Any, *others: Any
+) -> Array:
+    """``function(row, mask, *others)`` on each vector of the leaf, over its last axis."""
+    w = wide(leaf, axes.path)
+    dims = over(axes, axis)
+    order = (*(i for i in axes.all if i not in dims), *dims)
+    cut = len(order) - len(dims)
+
+    def rows(x: Any) -> Array:
+        turned = jnp.broadcast_to(x, w.shape).transpose(order)
+        return turned.reshape(math.prod(turned.shape[:cut]), math.prod(turned.shape[cut:]))
+
+    given = [rows(x) for x in (w, True if mask is None else mask, *others)]
+    new = given[0] if 0 in w.shape else jax.vmap(function)(*given)
+    sizes = tuple(w.shape[i] for i in order)
+    back = tuple(order.index(i) for i in axes.all)
+    return new.reshape(sizes).transpose(back).astype(leaf.dtype)
+
+
+def _simplex(row: Array, kept: Array, scale: Any) -> Array:
+    """Held against over- and cancellation: the projection does not see a common shift, and what
+    is more than ``scale`` below the largest is 0 in any case."""
+    scale = jnp.asarray(scale, row.dtype)
+    top = lax.stop_gradient(jnp.max(jnp.where(kept, row, -jnp.inf), initial=-jnp.inf))
+    top = jnp.where(top == -jnp.inf, 0, top)
+    positive = jnp.where(scale > 0, scale, 1)
+    shifted = jnp.where(kept, jnp.maximum((row - top) / positive, -1), -1)
+    unit = optax_projections.projection_simplex(shifted)
+    # One correction of the sum, whose terms optax has added up one after the other.
+    support = unit > 0
+    rest = lax.stop_gradient((1 - unit.sum()) / jnp.maximum(support.sum(), 1))
+    unit = jnp.where(support, jnp.maximum(unit + rest, 0), unit)
+    return jnp.where(kept, unit * scale, 0)
+
+
+def simplex(leaf: Any, axes: Axes, scale: Any, axis: Axis, mask: Any = None) -> Array:
+    return _rows(lambda row, kept: _simplex(row, kept, scale), leaf, axes, axis, mask)
+
+
+def _signs(row: Array) -> Array:
+    """+1 for zeros, so that a sphere has a point for each."""
+    return jnp.where(row < 0, jnp.ones((), row.dtype) * -1, 1)
+
+
+def l1_sphere(leaf: Any, axes: Axes, scale: Any, axis: Axis, mask: Any = None) -> Array:
+    def project(row: Array, kept: Array) -> Array:
+        signs = _signs(row)
+        return signs * _simplex(signs * row, kept, scale)
+
+    return _rows(project, leaf, axes, axis, mask)
+
+
+def l1_ball(leaf: Any, axes: Axes, scale: Any, axis: Axis, mask: Any = None) -> Array:
+    def project(row: Array, kept: Array) -> Array:
+        signs = _signs(row)
+        unit = power_of_two(_largest(row, (0,))[0])
+        inside = jnp.sum(jnp.abs(row / unit)) <= scale / unit
+        return jnp.where(inside, row, signs * _simplex(signs * row, kept, scale))
+
+    return _rows(project, leaf, axes, axis, mask)
+
+
+def l2_sphere(leaf: Any, axes: Axes, scale: Any, axis: Axis, mask: Any = None) -> Array:
+    _, norm, direction = polar(leaf, axes, axis)
+    dims = over(axes, axis)
+    kept = jnp.broadcast_to(True if mask is None else mask, direction.shape)
+    many = jnp.sum(kept, axis=dims, keepdims=True, dtype=direction.dtype)
+    anywhere = jnp.where(kept, 1 / jnp.sqrt(jnp.maximum(many, 1)), 0)
+    return (jnp.where(norm == 0, anywhere, direction) * scale).astype(leaf.dtype)
+
+
+def linf_sphere(leaf: Any, axes: Axes, scale: Any, axis: Axis, mask: Any = None) -> Array:
+    def project(row: Array, kept: Array) -> Array:
+        s = jnp.asarray(scale, row.dtype)
+        size = jnp.where(kept, jnp.abs(row), -1)
+        first = jnp.arange(row.size) == jnp.argmax(size)
+        moved = first & kept & (jnp.max(size, initial=-1) < s)
+        return jnp.where(moved, _signs(row) * s, jnp.clip(row, -s, s))
+
+    return _rows(project, leaf, axes, axis, mask)
+
+
+def hyperplane(
+    leaf: Any, axes: Axes, normal: Any, offset: Any, axis: Axis, mask: Any = None
+) -> Array:
+    def project(row: Array, kept: Array, a: Array) -> Array:
+        return _shifted(row, kept, a, offset, optax_projections.projection_hyperplane)
+
+    return _rows(project, leaf, axes, axis, mask, _normal(normal, axes))
+
+
+def halfspace(
+    leaf: Any, axes: Axes, normal: Any, offset: Any, axis: Axis, mask: Any = None
+) -> Array:
+    def project(row: Array, kept: Array, a: Array) -> Array:
+        return _shifted(row, kept, a, offset, optax_projections.projection_halfspace)
+
+    return _rows(project, leaf, axes, axis, mask, _normal(normal, axes))
+
+
+def _normal(normal: Any, axes: Axes) -> Array:
+    try:
+        return jnp.broadcast_to(jnp.asarray(normal), axes.shape)
+    except ValueError:
+        raise LeafError(
+            f"{axes.path} of shape {axes.shape}: normal of shape {jnp.shape(normal)} does not "
+            "broadcast to it; give one number, or one for each weight of a unit, such as "
+            "shape (in, 1)"
+        ) from None
+
+
+def _shifted(row: Array, kept: Array, a: Array, offset: Any, project: Any) -> Array:
+    a = jnp.where(kept, a, 0).astype(row.dtype)
+    size = jnp.max(jnp.abs(a), initial=0)
+    nowhere = size == 0  # no normal, no plane
+    a = jnp.where(nowhere, 1, a / jnp.where(nowhere, 1, size))
+    b = jnp.asarray(offset, row.dtype) / jnp.where(nowhere, 1, size)
+    unit = power_of_two(jnp.maximum(_largest(row, (0,))[0], lax.stop_gradient(jnp.abs(b))))
+    new = row / unit
+    for _ in range(2):  # the second time for what the first one rounded
+        new = project(new, a, b / unit)
+    return jnp.where(nowhere, row, new * unit)
+
+
+# -- means ------------------------------------------------------------------------------------
+
+
+def _centred(w: Array, dims: tuple[int, ...]) -> tuple[Array, Array]:
+    """Without their mean, over a power of two; and that power."""
+    scale = power_of_two(_largest(w, dims))
+    scaled = w / scale
+    for _ in range(2):
+        scaled = scaled - jnp.mean(scaled, axis=dims, keepdims=True)
+    return scaled, scale
+
+
+def zero_mean(leaf: Any, axes: Axes, axis: Axis) -> Array:
+    w = wide(leaf, axes.path)
+    if w.size == 0:
+        return w.astype(leaf.dtype)
+    centred, scale = _centred(w, over(axes, axis))
+    return (centred * scale).astype(leaf.dtype)
+
+
+def weight_standardization(leaf: Any, axes: Axes, epsilon: Any, axis: Axis) -> Array:
+    w = wide(leaf, axes.path)
+    if w.size == 0:
+        return w.astype(leaf.dtype)
+    dims = over(axes, axis)
+    centred, scale = _centred(w, dims)
+    # What is left of a constant after rounding is no signal.
+    noise = jnp.finfo(w.dtype).eps * 2
+    flat = _largest(centred, dims) <= noise
+    variance = jnp.mean(centred**2, axis=dims, keepdims=True)
+    deviation = jnp.sqrt(jnp.where(flat, 1, variance))
+    return jnp.where(flat, 0, centred / (deviation + epsilon / scale)).astype(leaf.dtype)
+
+
+# -- discrete sets ----------------------------------------------------------------------------
+
+
+def k_sparse(leaf: Any, axes: Axes, k: Any, axis: Axis) -> Array:
+    def project(row: Array, _: Array, key: Array) -> Array:
+        drop = jnp.maximum(row.size - jnp.asarray(k, jnp.int32), 0)
+        (kept,) = _select.keep_largest([key], drop)
+        return jnp.where(kept, row, 0)
+
+    key = _select.magnitude_key(jnp.asarray(leaf))
+    return _rows(project, leaf, axes, axis, None, key)
+
+
+def quantized(
+    leaf: Any, axes: Axes, bits: int, symmetric: bool, scale: Any, zero_point: Any, axis: Axis
+) -> Array:
+    w = wide(leaf, axes.path)
+    if w.size == 0:
+        return w.astype(leaf.dtype)
+    dims = over(axes, axis)
+
+    def nearest(x: Array) -> Array:
+        return jnp.floor(x + 0.5)  # so that a whole number added before or after is the same
+
+    levels = 2**bits - 2 if symmetric else 2**bits - 1
+    bottom, top = -jnp.inf, jnp.inf
+    if scale is not None:
+        step = jnp.asarray(scale, w.dtype)
+        low = jnp.asarray(-(levels // 2) if symmetric else -zero_point, w.dtype)
+    elif symmetric:
+        step = _largest(w, dims) / (levels // 2)
+        low = jnp.asarray(-(levels // 2), w.dtype)
+    else:
+        bottom = jnp.minimum(jnp.min(w, axis=dims, keepdims=True), 0)
+        top = jnp.maximum(jnp.max(w, axis=dims, keepdims=True), 0)
+        step = top / levels - bottom / levels
+        low = nearest(bottom / jnp.where(step > 0, step, 1))
+    step, low = (lax.stop_gradient(x) for x in (jnp.where(step > 0, step, 1), low))
+    level = jnp.clip(nearest(w / step), low, low + levels)
+    # Rounding at half a step must not keep the ends of the range from the ends of the grid.
+    ends = jnp.where(w >= top, low + levels, jnp.where(w <= bottom, low, level))
+    level = jnp.where(jnp.asarray(top) > bottom, ends, level)
+    return (level * step).astype(leaf.dtype)
+
+
+# -- windows ----------------------------------------------------------------------------------
+
+
+def radial(leaf: Any, axes: Axes) -> Array:
+    w = wide(leaf, axes.path)
+    if not axes.spatial:
+        raise AxesError(
+            f"{axes.path} of shape {axes.shape} has no window: radial is for the kernels of "
+            "convolutions; narrow where= to them"
+        )
+    distance = np.zeros(())
+    for i in axes.spatial:
+        shape = tuple(-1 if j == i else 1 for j in axes.all)
+        here = np.abs(np.arange(axes.shape[i]) - (axes.shape[i] - 1) / 2)
+        distance = np.maximum(distance, here.reshape(shape))
+    new = jnp.zeros_like(w)
+    for ring in np.unique(distance):
+        inside = jnp.broadcast_to(distance == ring, w.shape)
+        mean = jnp.mean(w, axis=axes.spatial, keepdims=True, where=inside)
+        new = jnp.where(inside, mean, new)
+    return new.astype(leaf.dtype)

@@ -23,11 +23,13 @@ _HOME = {
     "chain": "_compose",
     "initialize": "_initialize",
     "kernels": "_axes",
+    "lsuv": "_lsuv",
     "masks": "_prune",
     "masks_of": "_prune",
     "paths": "_tree",
     "project": "_project",
     "prune": "_prune",
+    "reset": "_reset",
     "select": "_tree",
     "straight_through": "_compose",
     "summary": "_summary",
@@ -49,11 +51,13 @@ if TYPE_CHECKING:
     from fwt._compose import straight_through as straight_through
     from fwt._initialize import assign as assign
     from fwt._initialize import initialize as initialize
+    from fwt._lsuv import lsuv as lsuv
     from fwt._project import project as project
     from fwt._prune import apply_masks as apply_masks
     from fwt._prune import masks as masks
     from fwt._prune import masks_of as masks_of
     from fwt._prune import prune as prune
+    from fwt._reset import reset as reset
     from fwt._sequential import Sequential as Sequential
     from fwt._summary import summary as summary
     from fwt._tree import paths as paths

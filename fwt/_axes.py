@@ -102,7 +102,8 @@ class Axes:
             AxesError: where the framework has none.
         """
         if like == "keras" and len(self.shape) < 2:
-            return (*self.shape, *self.shape, 1, 1)[:2] if self.shape else (1, 1)
+            size = math.prod(self.shape)
+            return size, size
         window = self.size(self.spatial)
         ins, outs = self.size(self.inputs), self.size(self.outputs)
         if "group" in self._known():
@@ -149,7 +150,11 @@ def _rule(path: str, rank: int) -> tuple[str, ...] | None:
         return (*("spatial",) * (rank - 2), "group", "out")
     if re.fullmatch("(pointwise_|recurrent_)?kernel", last) and rank >= 2:
         return (*("spatial",) * (rank - 2), "in", "out")
-    if last in ("weight", "in_proj_weight") and rank == 2 and not _NORMS.search(parent.lower()):
+    if (
+        re.fullmatch("weight|(in|[qkv])_proj_weight", last)
+        and rank == 2
+        and not _NORMS.search(parent.lower())
+    ):
         return ("out", "in")
     if re.fullmatch("weight_(ih|hh|hr)(_l[0-9]+)?(_reverse)?", last):
         return ("out", "in")

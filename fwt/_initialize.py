@@ -1,7 +1,7 @@
 """The verbs that give leaves new values: ``initialize`` and ``assign``."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -69,19 +69,42 @@ def initialize(
         tree = _tree.Tree(params)
         names = tree.select(where)
         _axes.check_used(axes, names)
-        base = _key(key)
-        specs, keys = [], []
-        for path in names:
-            leaf = _target(path, tree.leaves[path], dtype)
-            place = _axes.axes_of(path, leaf.shape, tree.module, axes)
-            specs.append((_fitted(chosen, place), leaf.shape, leaf.dtype, path))
-            keys.append(_tree.fold_path(base, path))
-        # A user's own function may depend on more than its arguments: it is not compiled by us.
-        ours = isinstance(chosen, initializers.Bound) and hashes(chosen)
-        new = (_draw_compiled if ours else _draw)(tuple(specs), keys)
-        return tree.replace(dict(zip(names, new, strict=True)))
+
+        def choose(path: str, shape: tuple[int, ...]) -> tuple[Any, str]:
+            return _fitted(chosen, _axes.axes_of(path, shape, tree.module, axes)), path
+
+        return drawn(tree, names, key, dtype, choose)
 
     return apply
+
+
+def drawn(
+    tree: _tree.Tree,
+    names: list[str],
+    key: Any,
+    dtype: Any,
+    choose: Callable[[str, tuple[int, ...]], tuple[Any, str]],
+) -> Params:
+    """The tree with new values of these leaves.
+
+    Args:
+        tree: the tree.
+        names: the paths of the leaves.
+        key: a JAX key, or an int seed.
+        dtype: of the new values, or None.
+        choose: gives the initializer of a leaf, and the path that its key is folded from.
+    """
+    base = _key(key)
+    specs, keys = [], []
+    for path in names:
+        leaf = _target(path, tree.leaves[path], dtype)
+        initializer, root = choose(path, tuple(leaf.shape))
+        specs.append((initializer, leaf.shape, leaf.dtype, path))
+        keys.append(_tree.fold_path(base, root))
+    # A user's own function may depend on more than its arguments: it is not compiled by us.
+    ours = all(isinstance(s[0], initializers.Bound) and hashes(s[0]) for s in specs)
+    new = (_draw_compiled if ours else _draw)(tuple(specs), keys)
+    return tree.replace(dict(zip(names, new, strict=True)))
 
 
 def _key(key: Any) -> Any:

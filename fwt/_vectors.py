@@ -296,7 +296,8 @@ def quantized(
         return jnp.floor(x + 0.5)  # so that a whole number added before or after is the same
 
     levels = 2**bits - 2 if symmetric else 2**bits - 1
-    bottom, top = -jnp.inf, jnp.inf
+    bottom: Any = -jnp.inf
+    top: Any = jnp.inf
     if scale is not None:
         step = jnp.asarray(scale, w.dtype)
         low = jnp.asarray(-(levels // 2) if symmetric else -zero_point, w.dtype)

@@ -126,18 +126,33 @@ def initialize(
     source: In,
     target: Out,
     initializer: Annotated[
-        str, typer.Option(help="A name in fwt.initializers, or a call of it: uniform(1.0).")
-    ],
+        str | None,
+        typer.Option(
+            help="A name in fwt.initializers, or a call of it: uniform(1.0), keras.he_normal, "
+            "torch.kaiming_uniform(2.236)."
+        ),
+    ] = None,
+    like: Annotated[
+        str | None,
+        typer.Option(help="Instead: as 'keras', 'torch' or 'flax' gives them to new layers."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="The seed of the random numbers.")] = 0,
     where: WhereOption = None,
     axes: AxesOption = None,
     layout: LayoutOption = None,
 ) -> None:
-    """Give weights new values (kernels, unless --where says otherwise)."""
+    """Give weights new values: kernels, with --like all, unless --where says otherwise."""
     import fwt
 
-    chosen = _named(fwt.initializers, initializer, "initializer")
-    _changed(source, target, fwt.initialize(chosen, seed, _where(where), axes=_axes(axes)), layout)
+    if (initializer is None) == (like is None):
+        raise FwtError("initialize takes --initializer or --like, one of them")
+    if initializer is None:
+        checked: Any = like  # by reset, whose error names the choices
+        t = fwt.reset(seed, checked, where or "**", axes=_axes(axes))
+    else:
+        chosen = _named(fwt.initializers, initializer, "initializer")
+        t = fwt.initialize(chosen, seed, _where(where), axes=_axes(axes))
+    _changed(source, target, t, layout)
 
 
 @app.command()
@@ -159,13 +174,17 @@ def project(
 
 
 def _named(module: Any, text: str, what: str) -> Any:
-    """``name`` or ``name(arguments)``, of literals only."""
+    """``name`` or ``name(arguments)``, of literals only; ``keras.name`` is in a namespace."""
     from fwt import _tree
 
     try:
         parsed = ast.parse(text, mode="eval").body
         call = parsed if isinstance(parsed, ast.Call) else None
         name = call.func if call else parsed
+        if isinstance(name, ast.Attribute) and isinstance(name.value, ast.Name):
+            if name.value.id not in ("keras", "torch") or not hasattr(module, name.value.id):
+                raise ValueError("a name, or 'keras' or 'torch' and a name, is expected")
+            module, name = getattr(module, name.value.id), ast.Name(name.attr)
         if not isinstance(name, ast.Name):
             raise ValueError("a name is expected")
         arguments = [ast.literal_eval(a) for a in call.args] if call else []

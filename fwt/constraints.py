@@ -447,8 +447,8 @@ def zero_mean(axis: Axis = None) -> Bound:
     """The weights of each unit have mean 0.
 
     A projection, unique: the mean is taken off. Linear cost. It would refill pruned weights, so
-    masks are refused; ``hyperplane(masks)`` keeps to a support. Source: gradient centralisation
-    (Yong et al., 2020) takes this set for gradients.
+    masks are refused; :func:`hyperplane` with its defaults is the same set and keeps to a
+    support. Source: Yong et al., 2020, who take this set for gradients.
 
     Args:
         axis: the axes of one vector; None is every axis but the output's, "all" the leaf.

@@ -81,10 +81,11 @@ def constrain(
         steps, state = inner.update(updates, state, params, **extra)
         moved = optax.apply_updates(params, steps)
         wanted = transform(moved)
-        if jax.tree.structure(wanted) != jax.tree.structure(moved):
+        found: Any = jax.tree.structure(wanted)
+        expected: Any = jax.tree.structure(moved)
+        if found != expected:
             raise FwtError(
-                "constrain: the transform must keep the tree, but gave "
-                f"{jax.tree.structure(wanted)} for {jax.tree.structure(moved)}"
+                f"constrain: the transform must keep the tree, but gave {found} for {expected}"
             )
         return jax.tree.map(_difference, params, steps, moved, wanted), state
 

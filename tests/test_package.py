@@ -19,7 +19,7 @@ from fwt import converters
 ROOT = Path(__file__).resolve().parent.parent
 MODULES = ["fwt"] + [
     f"{package.__name__}.{m.name}"
-    for package in (fwt, converters)
+    for package in (fwt, fwt.initializers, converters)
     for m in pkgutil.iter_modules(package.__path__)
 ]
 
@@ -33,7 +33,8 @@ def test_docstring_examples_run(name):
 
 
 def test_every_public_name_has_a_docstring_with_an_example():
-    for module in (fwt, converters, fwt.constraints, fwt.initializers):
+    inits = fwt.initializers
+    for module in (fwt, converters, fwt.constraints, fwt.optim, inits, inits.keras, inits.torch):
         for name in module.__all__:
             thing = getattr(module, name)
             assert getattr(thing, "__doc__", None), name
@@ -84,7 +85,7 @@ def test_imports_point_downwards():
         {"_matrices"},
         {"initializers", "scores", "patterns", "constraints", "layers"},
         {"_initialize", "_prune", "_project", "_compose", "_sequential", "_summary"},
-        {"optim"},
+        {"optim", "_reset", "_lsuv"},
         {"__init__"},
         {"_demo"},
         {"cli"},
@@ -167,6 +168,9 @@ def test_the_command_line(files):
     assert ((kernel == 0) | (np.abs(kernel) > 0.1)).all()
     cli("initialize", "net.keras", "o.keras", "--initializer", "constant(0.5)", cwd=files)
     assert (converters.load(files / "o.keras").variables["params"]["d"]["kernel"] == 0.5).all()
+    cli("initialize", "net.keras", "k.keras", "--initializer", "keras.he_normal", cwd=files)
+    cli("initialize", "net.keras", "t.keras", "--like", "torch", cwd=files)
+    assert converters.load(files / "t.keras").variables["params"]["d"]["bias"].any()
     cli(
         "project",
         "net.keras",
@@ -189,6 +193,11 @@ def test_the_command_line(files):
         ("prune net.keras out.keras --sparsity 0.5 --where con/kernel", 1, "close: 'conv/kernel'"),
         ("prune net.keras out.keras --sparsity 0.5 --scope all", 1, "'layer' or 'global'"),
         ("initialize net.keras out.keras --initializer zeroes", 1, "close: 'zeros'"),
+        ("initialize net.keras out.keras --initializer keras.zeroes", 1, "close: 'zeros'"),
+        ("initialize net.keras out.keras --initializer os.system", 1, "'keras' or 'torch'"),
+        ("initialize net.keras out.keras --like jax", 1, "'keras', 'torch' or 'flax'"),
+        ("initialize net.keras out.keras", 1, "--initializer or --like"),
+        ("initialize net.keras out.keras --like keras --initializer zeros", 1, "or --like"),
         ("initialize net.keras out.keras --initializer constant", 1, "constant"),
         ("initialize net.keras out.keras --initializer __import__('os')", 1, "error"),
         ("project net.keras out.keras --constraint max_norm(x)", 1, "error"),
@@ -243,3 +252,32 @@ def test_versions_agree():
         wanted = project["optional-dependencies"][extra]
         pinned = "torch==2.13.0"
         assert pinned in wanted or "fwt[demo]" in wanted
+
+
+def test_the_readmes_table_is_that_of_the_code():
+    import jax
+    import keras
+    import optax
+    import tables
+    import torch
+
+    assert tables.block() in tables.README.read_text(), "run python tests/tables.py"
+    assert set(tables.CONSTRAINTS) == set(fwt.constraints.__all__)
+    homes = (keras.constraints, torch.nn.utils, optax.projections)
+    for elsewhere in tables.CONSTRAINTS.values():
+        for home, name in zip(homes, elsewhere, strict=True):
+            if name and name != "RadialConstraint":  # of Keras 2
+                for part in name.split("."):
+                    home = getattr(home, part)
+    inits = fwt.initializers
+    columns = list(zip(*tables.INITIALIZERS, strict=True))
+    for space, column in zip((inits, inits.keras, inits.torch), columns, strict=True):
+        listed = [name for cell in column for name in cell.split()]
+        assert sorted(listed) == sorted(set(space.__all__) - {"calculate_gain"})
+    for names, home, theirs in (
+        (inits.__all__, jax.nn.initializers, str),
+        (inits.keras.__all__, keras.initializers, tables.camel),
+        (set(inits.torch.__all__) - {"calculate_gain"}, torch.nn.init, "{}_".format),
+    ):
+        for name in names:
+            assert hasattr(home, theirs(name)), name

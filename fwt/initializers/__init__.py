@@ -17,7 +17,8 @@ from fwt._axes import Axes
 from fwt._types import AxesError, noun
 from fwt.initializers import keras as keras
 from fwt.initializers import torch as torch
-from fwt.initializers._bound import Bound, as_matrix, bound, collapsed, in_layout
+from fwt.initializers._bound import Bound as Bound
+from fwt.initializers._bound import as_matrix, bound, collapsed, in_layout
 
 __all__ = [
     "constant",

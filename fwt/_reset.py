@@ -1,0 +1,427 @@
+"""The verb that gives every leaf what its framework would have given it: ``reset``."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from fwt import _axes, _initialize, _tree, initializers
+from fwt._types import FwtError, LeafError, Params, Transform, Where
+from fwt.initializers import keras, torch
+from fwt.initializers._bound import Bound, as_matrix, bound
+
+Like = Literal["keras", "torch", "flax"]
+
+_TORCH_RNN = re.compile(r"(weight|bias)_(ih|hh|hr)(_l\d+)?(_reverse)?")
+# The gates of Flax's cells in Keras's order: {(i)nput, (h)idden} x gate, each with its kernel.
+_CELLS = {
+    "lstm": ("ifgo", {"ii", "if", "ig", "io", "hi", "hf", "hg", "ho"}),
+    "gru": ("zrn", {"iz", "ir", "in", "hz", "hr", "hn"}),
+    "simple": ("", {"i", "h"}),
+}
+_ATTENTION = {"query", "key", "value"}
+
+
+def reset(
+    key: Any,
+    like: Like,
+    where: Where = "**",
+    module: Any = None,
+    *,
+    axes: Mapping[str, str] | None = None,
+    dtype: Any = None,
+) -> Transform:
+    """Gives leaves new values as a framework gives them to a new layer, biases too.
+
+    What a leaf is follows from the class of its layer, where a live model or a module tells it,
+    and otherwise from the names beside it. Convolutions, dense, separable and recurrent layers,
+    attention, norms, embeddings and PReLU are known. Where torch holds two biases and the leaf is
+    their sum, it gets the sum of two draws; where Keras draws one orthogonal matrix for all gates
+    of a cell, each gate gets its part of it. Statistics (``batch_stats``) are not touched.
+
+    Args:
+        key: a JAX key, or an int seed; each leaf's is folded from its path.
+        like: "keras", "torch" or "flax".
+        where: which leaves; all unless told otherwise.
+        module: a :class:`fwt.Sequential`, whose layers tell more than names; with "flax" their
+            own initializers (``kernel_init``) are used. A Model brings its own.
+        axes: ``{glob: names}`` for leaves whose axes nothing else tells.
+        dtype: the dtype of the new values; None keeps each leaf's own.
+
+    Returns:
+        A transform that keeps every shape.
+
+    Raises:
+        LeafError: for a leaf that belongs to no layer it knows, or that the framework lacks.
+        AxesError: if fans are needed and the axes are unknown.
+
+    Example:
+        >>> import fwt, numpy as np
+        >>> params = {"dense": {"kernel": np.ones((100, 20), np.float32),
+        ...                     "bias": np.ones(20, np.float32)}}
+        >>> new = fwt.select(reset(0, like="torch")(params), "**")
+        >>> {path: bool(abs(w).max() <= 0.1) for path, w in new.items()}
+        {'dense/bias': True, 'dense/kernel': True}
+        >>> reset(0, like="keras")(params)["dense"]["bias"].sum().item()
+        0.0
+    """
+    if like not in ("keras", "torch", "flax"):
+        raise FwtError(f"like must be 'keras', 'torch' or 'flax'; found {like!r}")
+
+    def apply(params: Params) -> Params:
+        tree = _tree.Tree(params)
+        names = tree.select(where)
+        _axes.check_used(axes, names)
+        view = _View(tree, module if module is not None else tree.module, axes)
+
+        def choose(path: str, shape: tuple[int, ...]) -> tuple[Any, str]:
+            leaf = view.leaf(path, shape)
+            if like == "flax" and (own := _own(leaf)) is not None:
+                return own.at(leaf.axes), path
+            return _RECIPES[like](leaf)
+
+        return _initialize.drawn(tree, names, key, dtype, choose)
+
+    return apply
+
+
+@dataclasses.dataclass
+class _Leaf:
+    """A leaf and what is around it.
+
+    Attributes:
+        path: where it is, for errors.
+        name: its last part, without the ``_orig`` of torch's prune.
+        owner: the part before it.
+        above: the path two parts up.
+        shape: its shape.
+        axes: its axes.
+        known: what the class of its layer tells.
+        beside: the shapes of the leaves of the same layer, by name.
+        around: the names of the layers beside its layer.
+        view: for the axes and shapes of others.
+    """
+
+    path: str
+    name: str
+    owner: str
+    above: str
+    shape: tuple[int, ...]
+    axes: _axes.Axes
+    known: _axes.Known
+    beside: Mapping[str, tuple[int, ...]]
+    around: frozenset[str]
+    view: "_View"
+
+    @property
+    def kind(self) -> str:
+        """What sort of weight it is, by which the recipes go."""
+        rank = len(self.shape)
+        if _TORCH_RNN.fullmatch(self.name):
+            return "torch rnn"
+        if "recurrent_kernel" in self.beside:
+            return "keras rnn"
+        if self.cell is not None and self.name in ("kernel", "bias"):
+            return "flax rnn"
+        if re.fullmatch(r"in_proj_(weight|bias)|[qkv]_proj_weight|bias_[kv]", self.name):
+            return "packed attention"
+        if self.owner == "out_proj" and {"in_proj_weight", "q_proj_weight"} & self.view.names(
+            self.above
+        ):
+            return "kernel" if self.name != "bias" else "attention bias"
+        if self.around >= _ATTENTION and self.owner in (*_ATTENTION, "out", "attention_output"):
+            return "attention" if self.name == "kernel" else "attention bias"
+        if self.known.layer == "PReLU" or self.name in ("alpha", "negative_slope"):
+            return "prelu"
+        if self.known.layer == "Bilinear":
+            return "bilinear"
+        emb = re.search(r"(^|_)(emb|embed|embedding|wte|wpe)s?(_|\d|$)", self.owner.lower())
+        if self.name in ("embedding", "embeddings") or (
+            self.name == "weight" and rank == 2 and emb
+        ):
+            return "embedding"
+        if self.name in ("scale", "gamma"):
+            return "scale"
+        if self.name == "weight" and rank == 1 and self.is_norm:
+            return "scale"
+        if re.fullmatch("((depthwise|pointwise)_)?kernel|weight", self.name) and rank >= 2:
+            return "kernel"
+        if self.name == "beta" or (self.name == "bias" and (self.is_norm or self.kernel)):
+            return "bias"
+        return ""
+
+    @property
+    def is_norm(self) -> bool:
+        if "Norm" in self.known.layer or {"scale", "gamma"} & set(self.beside):
+            return True
+        if len(self.beside.get("weight", (0, 0))) != 1:
+            return False
+        named = re.search(r"(^|_)(norm|bn|ln|batchnorm|layernorm)s?(_|\d|$)", self.owner.lower())
+        return self.beside["weight"] == self.beside.get("bias") or named is not None
+
+    @property
+    def kernel(self) -> str:
+        """The name of the weight that its bias goes with."""
+        names = ("pointwise_kernel", "kernel", "depthwise_kernel", "weight")
+        return next((n for n in names if len(self.beside.get(n, ())) >= 2), "")
+
+    @property
+    def cell(self) -> str | None:
+        return next((c for c, (_, all_of) in _CELLS.items() if all_of <= self.around), None)
+
+    def refuse(self, like: str, why: str) -> LeafError:
+        return LeafError(
+            f"{self.path}{list(self.shape)}: {why}, so there is no value like {like}'s: leave it "
+            "out with where=, or give it one with fwt.initialize"
+        )
+
+    def sibling(self, name: str) -> _axes.Axes:
+        raw = name if name in self.view.raw(self.path) else f"{name}_orig"
+        path = "/".join([*_tree.split(self.path)[:-1], _tree.escape(raw)])
+        return self.view.axes_of(path, self.beside[name])
+
+
+class _View:
+    """A tree by layers."""
+
+    def __init__(self, tree: _tree.Tree, module: Any, axes: Mapping[str, str] | None):
+        self.shapes = {p: tuple(x.shape) for p, x in (tree.leaves | tree.hidden).items()}
+        self.module, self.axes = module, axes
+        self._below: dict[str, dict[str, tuple[int, ...]]] = {}
+        self._layers: dict[str, set[str]] = {}
+        for path, shape in self.shapes.items():
+            parts = _tree.split(path)
+            self._below.setdefault("/".join(parts[:-1]), {})[_tree.unescape(parts[-1])] = shape
+            if len(parts) > 1:
+                self._layers.setdefault("/".join(parts[:-2]), set()).add(_tree.unescape(parts[-2]))
+
+    def names(self, parent: str) -> set[str]:
+        return set(self._below.get(parent, ()))
+
+    def raw(self, path: str) -> set[str]:
+        return self.names("/".join(_tree.split(path)[:-1]))
+
+    def axes_of(self, path: str, shape: tuple[int, ...]) -> _axes.Axes:
+        return _axes.axes_of(path, shape, self.module, self.axes)
+
+    def leaf(self, path: str, shape: tuple[int, ...]) -> _Leaf:
+        parts = _tree.split(path) or [""]
+        above = "/".join(parts[:-2])
+        beside = self._below["/".join(parts[:-1])]
+        return _Leaf(
+            path,
+            _tree.unescape(parts[-1]).removesuffix("_orig"),
+            _tree.unescape(parts[-2]) if len(parts) > 1 else "",
+            above,
+            shape,
+            self.axes_of(path, shape),
+            _axes.known(path, len(shape), self.module),
+            {name.removesuffix("_orig"): s for name, s in beside.items()},
+            frozenset(self._layers.get(above, ())),
+            self,
+        )
+
+
+# -- values that no initializer of a framework gives by itself --------------------------------
+
+
+def _two_uniforms(key: Any, shape: Any, dtype: Any, axes: Any, limit: float) -> Any:
+    draws = (torch.uniform(-limit, limit)(k, shape, dtype) for k in jax.random.split(key))
+    return sum(draws)
+
+
+def _forget(key: Any, shape: Any, dtype: Any, axes: Any, units: int) -> Any:
+    return jnp.zeros(shape, dtype).at[units : 2 * units].set(1)
+
+
+def _gate_of_orthogonal(key: Any, shape: Any, dtype: Any, axes: Any, gate: int, gates: int) -> Any:
+    units = shape[-1]
+    whole = keras.orthogonal()(key, (units, gates * units), dtype)
+    return whole[:, gate * units : (gate + 1) * units]
+
+
+def _orthogonal_gates(key: Any, shape: Any, dtype: Any, axes: Any, gates: int) -> Any:
+    def draw(flat: tuple[int, int]) -> Any:
+        units = (flat[0], flat[1] // gates)
+        make = initializers.orthogonal()
+        return jnp.concatenate([make(k, units, dtype) for k in jax.random.split(key, gates)], 1)
+
+    return as_matrix(draw, axes, (*axes.inputs, *axes.outputs), len(axes.inputs))
+
+
+def _by_flax(key: Any, shape: Any, dtype: Any, axes: Any, make: Any) -> Any:
+    """A layer's own initializer, called as Flax calls it: several axes of one side are one."""
+    ins, outs = (axes.inputs, axes.outputs) if axes.names is not None else ((), ())
+    if len(ins) + len(outs) < 3 or not ins or not outs:
+        return make(key, shape, dtype)
+    return as_matrix(lambda flat: make(key, flat, dtype), axes, (*ins, *outs), len(ins))
+
+
+def _own(leaf: _Leaf) -> Bound | None:
+    """The initializer that a Flax layer was given for a leaf."""
+    layer = leaf.known.owner
+    if layer is None:
+        return None
+    layer = getattr(layer, "cell", layer)
+    name = leaf.name
+    if leaf.kind == "flax rnn" and name == "kernel" and leaf.owner.startswith("h"):
+        name = "recurrent_kernel"
+    if leaf.owner == "out" and leaf.kind.startswith("attention"):
+        found = getattr(layer, f"out_{name}_init", None)
+        name = name if found is None else f"out_{name}"
+    make = getattr(layer, f"{name}_init", None)
+    if make is None or not callable(make):
+        return None if make is None else initializers.constant(make)
+    return bound(_by_flax, make=make)
+
+
+# -- the recipes ------------------------------------------------------------------------------
+
+
+def _keras(leaf: _Leaf) -> tuple[Bound, str]:
+    kind, shape, path = leaf.kind, leaf.shape, leaf.path
+    glorot, zeros = keras.glorot_uniform().at(leaf.axes), keras.zeros()
+    simple = {
+        "kernel": glorot,
+        "attention": glorot,
+        "attention bias": zeros,
+        "bias": zeros,
+        "scale": keras.ones(),
+        "embedding": keras.random_uniform(),
+        "prelu": zeros,
+    }
+    if kind in simple:
+        return simple[kind], path
+    if kind == "packed attention" and leaf.name.endswith("weight"):
+        width = shape[0] // 3 if leaf.name == "in_proj_weight" else shape[0]
+        limit = math.sqrt(6 / (width + shape[1]))
+        return keras.random_uniform(-limit, limit), path
+    if kind == "packed attention" and leaf.name == "in_proj_bias":
+        return zeros, path
+    if kind == "keras rnn":
+        if leaf.name == "kernel":
+            return glorot, path
+        if leaf.name == "recurrent_kernel":
+            return keras.orthogonal().at(leaf.axes), path
+        units, width = leaf.beside["recurrent_kernel"]
+        return (bound(_forget, units=units) if width == 4 * units else zeros), path
+    if kind == "torch rnn" and "_hr" not in leaf.name:
+        if leaf.name.startswith("weight"):
+            return (keras.orthogonal().at(leaf.axes) if "_hh" in leaf.name else glorot), path
+        width, units = leaf.beside[leaf.name.replace("bias", "weight").replace("_ih", "_hh")]
+        # Keras has one bias where torch has two.
+        forget = width == 4 * units and "_ih" in leaf.name
+        return (bound(_forget, units=units) if forget else zeros), path
+    if kind == "flax rnn":
+        cell = leaf.cell or ""
+        gates, gate = max(len(_CELLS[cell][0]), 1), _CELLS[cell][0].find(leaf.owner[1:])
+        if leaf.name == "bias":
+            return (keras.ones() if (cell, leaf.owner) == ("lstm", "hf") else zeros), path
+        if leaf.owner[0] == "h":
+            # One key for the cell, of which each gate takes its part.
+            return bound(_gate_of_orthogonal, gate=max(gate, 0), gates=gates), leaf.above
+        limit = math.sqrt(6 / (shape[0] + gates * shape[1]))
+        return keras.random_uniform(-limit, limit), path
+    raise leaf.refuse("keras", "it is not known to be a weight of a Keras layer")
+
+
+def _torch(leaf: _Leaf) -> tuple[Bound, str]:
+    kind, shape, path = leaf.kind, leaf.shape, leaf.path
+
+    def uniform(fan: float) -> Bound:
+        limit = 1 / math.sqrt(fan) if fan else 0.0
+        return torch.uniform(-limit, limit)
+
+    def xavier(fan_in: int, fan_out: int) -> Bound:
+        limit = math.sqrt(6 / (fan_in + fan_out))
+        return torch.uniform(-limit, limit)
+
+    if kind == "kernel":
+        return torch.kaiming_uniform(math.sqrt(5)).at(leaf.axes), path
+    if kind == "bias" and not leaf.is_norm:
+        return uniform(leaf.sibling(leaf.kernel).fans("torch")[0]), path
+    if kind == "bilinear" and leaf.beside.get("weight"):
+        return uniform(leaf.beside["weight"][1]), path
+    simple = {
+        "bias": torch.zeros(),
+        "attention bias": torch.zeros(),
+        "scale": torch.ones(),
+        "embedding": torch.normal(),
+        "prelu": torch.constant(0.25),
+    }
+    if kind in simple:
+        return simple[kind], path
+    if kind == "packed attention":
+        if leaf.name in ("bias_k", "bias_v"):
+            return torch.normal(0.0, math.sqrt(1 / shape[-1])), path
+        if leaf.name == "in_proj_bias":
+            return torch.zeros(), path
+        return torch.xavier_uniform().at(leaf.axes), path
+    if kind == "attention":
+        fan_in, fan_out = leaf.axes.fans("torch")
+        if leaf.owner not in _ATTENTION:
+            return uniform(fan_in), path
+        others = [f"{leaf.above}/{n}/kernel".lstrip("/") for n in sorted(_ATTENTION)]
+        sizes = {leaf.view.shapes.get(p, (0,))[0] for p in others}
+        packed = sizes == {fan_in} and fan_in == fan_out
+        return xavier(fan_in, 3 * fan_out if packed else fan_out), path
+    if kind == "torch rnn":
+        hidden = leaf.name.replace("bias", "weight").replace("_ih", "_hh").replace("_hr", "_hh")
+        projected = leaf.beside.get(hidden.replace("_hh", "_hr"))
+        return uniform((projected or leaf.beside[hidden])[1]), path
+    if kind == "keras rnn":
+        units = leaf.beside["recurrent_kernel"][0]
+        if leaf.name == "bias" and len(shape) == 1:
+            return bound(_two_uniforms, limit=1 / math.sqrt(units)), path
+        return uniform(units), path
+    if kind == "flax rnn":
+        units = shape[-1]
+        # A GRU's candidate has both biases in Flax as well.
+        if leaf.name == "bias" and (leaf.cell, leaf.owner) not in (("gru", "in"), ("gru", "hn")):
+            return bound(_two_uniforms, limit=1 / math.sqrt(units)), path
+        return uniform(units), path
+    raise leaf.refuse("torch", "it is not known to be a weight of a torch layer")
+
+
+def _flax(leaf: _Leaf) -> tuple[Bound, str]:
+    kind, shape, path = leaf.kind, leaf.shape, leaf.path
+    lecun, zeros = initializers.lecun_normal().at(leaf.axes), initializers.zeros
+    simple: dict[str, Any] = {
+        "kernel": lecun,
+        "attention": lecun,
+        "attention bias": zeros,
+        "bias": zeros,
+        "scale": initializers.ones,
+        "prelu": initializers.constant(0.01),
+    }
+    if kind in simple:
+        return simple[kind], path
+    if kind == "embedding":
+        return initializers.normal(1 / math.sqrt(max(shape[-1], 1))), path
+    if kind == "packed attention" and leaf.name not in ("bias_k", "bias_v"):
+        return (zeros if leaf.name == "in_proj_bias" else lecun), path
+    if kind in ("keras rnn", "torch rnn") and "_hr" not in leaf.name:
+        if "bias" in leaf.name:
+            return zeros, path
+        if leaf.name == "recurrent_kernel" or "_hh" in leaf.name:
+            units = leaf.axes.size(leaf.axes.inputs)
+            gates = leaf.axes.size(leaf.axes.outputs) // max(units, 1)
+            return bound(_orthogonal_gates, gates=gates).at(leaf.axes), path
+        return lecun, path
+    if kind == "flax rnn":
+        if leaf.name == "bias":
+            return zeros, path
+        made: Any = initializers.orthogonal() if leaf.owner[0] == "h" else lecun
+        return made, path
+    raise leaf.refuse("flax", "it is not known to be a weight of a Flax layer")
+
+
+_RECIPES: dict[str, Callable[[_Leaf], tuple[Bound, str]]] = {
+    "keras": _keras,
+    "torch": _torch,
+    "flax": _flax,
+}

@@ -1,0 +1,139 @@
+"""The README's table of initializers and constraints: ``python tests/tables.py`` writes it.
+
+Names, arguments, kinds and what a set is come from the code; only which name means the same
+elsewhere is written here, and tested against the libraries.
+"""
+
+import inspect
+import re
+from pathlib import Path
+
+import fwt
+
+README = Path(__file__).resolve().parent.parent / "README.md"
+
+# name -> Keras's, torch's and optax's name
+CONSTRAINTS = {
+    "non_negative": ("NonNeg", "", "projection_non_negative"),
+    "max_norm": ("MaxNorm", "", ""),
+    "unit_norm": ("UnitNorm", "", ""),
+    "min_max_norm": ("MinMaxNorm", "", ""),
+    "radial": ("RadialConstraint", "", ""),
+    "box": ("", "", "projection_box"),
+    "hypercube": ("", "", "projection_hypercube"),
+    "linf_ball": ("", "", "projection_linf_ball"),
+    "linf_sphere": ("", "", ""),
+    "l2_ball": ("", "", "projection_l2_ball"),
+    "l2_sphere": ("", "", "projection_l2_sphere"),
+    "l1_ball": ("", "", "projection_l1_ball"),
+    "l1_sphere": ("", "", "projection_l1_sphere"),
+    "simplex": ("", "", "projection_simplex"),
+    "hyperplane": ("", "", "projection_hyperplane"),
+    "halfspace": ("", "", "projection_halfspace"),
+    "zero_mean": ("", "", ""),
+    "weight_standardization": ("", "", ""),
+    "k_sparse": ("", "", ""),
+    "quantized": ("", "", ""),
+    "orthogonal": ("", "parametrizations.orthogonal", ""),
+    "spectral_ball": ("", "", ""),
+    "low_rank": ("", "", ""),
+    "symmetric": ("", "", ""),
+    "positive_semidefinite": ("", "", ""),
+    "doubly_stochastic": ("", "", ""),
+}
+# One distribution a row: JAX's name, Keras's, torch's; several names of one are one cell.
+INITIALIZERS = [
+    ("zeros", "zeros", "zeros"),
+    ("ones", "ones", "ones"),
+    ("constant", "constant", "constant"),
+    ("", "identity", "eye"),
+    ("uniform", "random_uniform", "uniform"),
+    ("normal", "random_normal", "normal"),
+    ("truncated_normal", "truncated_normal", "trunc_normal"),
+    ("variance_scaling", "variance_scaling", ""),
+    ("glorot_uniform xavier_uniform", "glorot_uniform", "xavier_uniform"),
+    ("glorot_normal xavier_normal", "glorot_normal", ""),
+    ("", "", "xavier_normal"),
+    ("he_uniform kaiming_uniform", "he_uniform", "kaiming_uniform"),
+    ("he_normal kaiming_normal", "he_normal", ""),
+    ("", "", "kaiming_normal"),
+    ("lecun_uniform", "lecun_uniform", ""),
+    ("lecun_normal", "lecun_normal", ""),
+    ("orthogonal", "orthogonal", "orthogonal"),
+    ("delta_orthogonal", "", ""),
+    ("", "", "dirac"),
+    ("", "", "sparse"),
+]
+
+
+def call(prefix, module, name):
+    """``name(arguments)`` with their defaults, as the signature has them."""
+    noun = getattr(module, name)
+    if not inspect.isfunction(noun):
+        return f"`{prefix}{name}`"
+    parts = []
+    for p in inspect.signature(noun).parameters.values():
+        default = "" if p.default is p.empty else f"={p.default!r}".replace("'", '"')
+        parts.append(p.name + default)
+    return f"`{prefix}{name}({', '.join(parts)})`" if parts else f"`{prefix}{name}`"
+
+
+def about(noun):
+    """The first line of the docstring."""
+    line = (noun.__doc__ or "").split("\n")[0].rstrip(".")
+    line = re.sub(r":func:`(\w+)`", r"`\1`", line).replace("``", "`")
+    return line.replace("|", "&#124;")
+
+
+def code(*names):
+    return ", ".join(f"`{name}`" for name in names if name)
+
+
+def made(name):
+    """A constraint with the least arguments."""
+    arguments = {"box": (-1.0, 1.0), "k_sparse": (1,), "low_rank": (1,)}.get(name, ())
+    return getattr(fwt.constraints, name)(*arguments)
+
+
+def camel(name):
+    return name.title().replace("_", "")
+
+
+def table():
+    lines = ["| what | fwt | Keras | torch | JAX, optax |", "|---|---|---|---|---|"]
+    inits = fwt.initializers
+    prefixes = ("initializers.", "initializers.keras.", "initializers.torch.")
+    for row in INITIALIZERS:
+        jax_names, keras_name, torch_name = row[0].split(), row[1], row[2]
+        calls, docs = [], []
+        for prefix, space, names in zip(
+            prefixes, (inits, inits.keras, inits.torch), row, strict=True
+        ):
+            for name in names.split():
+                calls.append(call(prefix, space, name))
+                docs.append(about(getattr(space, name)))
+        what = next((d for d in docs if not isinstance(d, fwt.initializers.Bound)), "")
+        theirs = camel(keras_name), torch_name and torch_name + "_"
+        cells = [what, "<br>".join(calls), *map(code, theirs), code(*jax_names)]
+        lines.append(f"| {' | '.join(cells)} |")
+    for name, elsewhere in CONSTRAINTS.items():
+        constraint = made(name)
+        masks = "" if constraint.keeps_zeros else ", no masks"
+        what = f"{about(getattr(fwt.constraints, name))} *({constraint.kind}{masks})*"
+        theirs = [code(x) for x in elsewhere]
+        cells = [what, call("constraints.", fwt.constraints, name), *theirs]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def block():
+    return f"<!-- the table: python tests/tables.py -->\n{table()}\n<!-- end -->"
+
+
+def replaced(text):
+    pattern = "<!-- the table: python tests/tables.py -->.*?<!-- end -->"
+    return re.sub(pattern, lambda _: block(), text, count=1, flags=re.DOTALL)
+
+
+if __name__ == "__main__":
+    README.write_text(replaced(README.read_text()))

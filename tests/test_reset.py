@@ -1,0 +1,360 @@
+"""reset against new layers of the real frameworks, and lsuv."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+import pytest
+import torch
+import torch.nn.utils.prune
+from scipy import stats
+
+import fwt
+from fwt import converters
+
+
+def capture(model):
+    """The weights of a live model by path, in Flax's axes."""
+    found = {}
+
+    def keep(tree):
+        found.update({p: np.array(x) for p, x in fwt.select(tree, "**").items()})
+        return tree
+
+    converters.transform(model, keep)
+    return found
+
+
+def compare(ours, theirs, pools):
+    """Constants exactly, the rest by Kolmogorov-Smirnov; ``pools`` holds other new layers."""
+    assert ours.keys() == theirs.keys()
+    for path, expected in theirs.items():
+        found = ours[path]
+        if all(np.array_equal(expected, pool[path]) for pool in pools):  # no random numbers
+            assert np.array_equal(found, expected), path
+            continue
+        expected = np.concatenate([expected.ravel(), *(pool[path].ravel() for pool in pools)])
+        assert stats.ks_2samp(found.ravel(), expected).pvalue > 1e-4, path
+        most = np.abs(expected).max()
+        if found.size > 300:
+            np.testing.assert_allclose(found.std(), expected.std(), rtol=0.12, err_msg=path)
+        # A uniform distribution has an end, which a factor of sqrt(2) would not keep.
+        if abs(expected.std() / most - 3**-0.5) < 0.03:
+            assert np.abs(found).max() <= most * 1.05, path
+
+
+k = keras.layers
+KERAS = {
+    "dense": (lambda: k.Dense(90), (None, 70)),
+    "conv": (lambda: k.Conv2D(40, (3, 5)), (None, 9, 8, 7)),
+    "grouped": (lambda: k.Conv1D(40, 3, groups=2), (None, 9, 20)),
+    "transposed": (lambda: k.Conv2DTranspose(9, (3, 5)), (None, 9, 8, 22)),
+    "depthwise": (lambda: k.DepthwiseConv2D((3, 5), depth_multiplier=4), (None, 9, 8, 30)),
+    "separable": (lambda: k.SeparableConv2D(60, (3, 5), depth_multiplier=2), (None, 9, 8, 30)),
+    "embedding": (lambda: k.Embedding(100, 20), (None, 5)),
+    "batch_norm": (lambda: k.BatchNormalization(), (None, 5)),
+    "layer_norm": (lambda: k.LayerNormalization(), (None, 5)),
+    "prelu": (lambda: k.PReLU(), (None, 5)),
+    "lstm": (lambda: k.LSTM(32), (None, 7, 20)),
+    "gru": (lambda: k.GRU(32), (None, 7, 20)),
+    "gru_v1": (lambda: k.GRU(32, reset_after=False), (None, 7, 20)),
+    "rnn": (lambda: k.SimpleRNN(48), (None, 7, 20)),
+    "bidirectional": (lambda: k.Bidirectional(k.LSTM(24, name="x"), name="b"), (None, 7, 20)),
+    "einsum": (lambda: k.EinsumDense("abc,cd->abd", (5, 40), bias_axes="d"), (None, 5, 30)),
+}
+
+
+def keras_model(name):
+    make, shape = KERAS[name]
+    layer = make()
+    layer.build(shape)
+    return layer
+
+
+@pytest.mark.parametrize("name", KERAS)
+def test_keras(name):
+    keras.utils.set_random_seed(1)
+    theirs, *pools = (capture(keras_model(name)) for _ in range(3))
+    layer = keras_model(name)
+    converters.transform(layer, fwt.reset(0, like="keras"))
+    compare(capture(layer), theirs, pools)
+
+
+def test_keras_attention():
+    def make():
+        layer = k.MultiHeadAttention(6, 9, value_dim=7)
+        layer.build((None, 5, 40), (None, 5, 40))
+        return layer
+
+    theirs, *pools = (capture(make()) for _ in range(3))
+    layer = make()
+    converters.transform(layer, fwt.reset(0, like="keras"))
+    compare(capture(layer), theirs, pools)
+
+
+def test_keras_orthogonal_cells():
+    layer = keras_model("lstm")
+    converters.transform(layer, fwt.reset(0, like="keras"))
+    w = np.asarray(layer.cell.recurrent_kernel)
+    np.testing.assert_allclose(w @ w.T, np.eye(32), atol=1e-5)
+
+
+t = torch.nn
+TORCH = {
+    "linear": lambda: t.Linear(70, 90),
+    "conv": lambda: t.Conv2d(7, 40, (3, 5)),
+    "grouped": lambda: t.Conv1d(20, 40, 3, groups=2),
+    "depthwise": lambda: t.Conv2d(20, 80, (3, 5), groups=20),
+    "transposed": lambda: t.ConvTranspose2d(22, 12, (3, 5)),
+    "transposed3d": lambda: t.ConvTranspose3d(12, 8, (3, 2, 1), groups=2),
+    "embedding": lambda: t.Embedding(100, 20),
+    "bag": lambda: t.EmbeddingBag(100, 20),
+    "batch_norm": lambda: t.BatchNorm2d(6),
+    "layer_norm": lambda: t.LayerNorm((4, 6)),
+    "group_norm": lambda: t.GroupNorm(2, 6),
+    "instance_norm": lambda: t.InstanceNorm2d(6, affine=True),
+    "rms_norm": lambda: t.RMSNorm(6),
+    "prelu": lambda: t.PReLU(5),
+    "lstm": lambda: t.LSTM(20, 32, num_layers=2, bidirectional=True),
+    "lstm_proj": lambda: t.LSTM(20, 32, proj_size=12),
+    "gru": lambda: t.GRU(20, 32),
+    "rnn": lambda: t.RNN(20, 32),
+    "cell": lambda: t.LSTMCell(20, 32),
+    "attention": lambda: t.MultiheadAttention(40, 4),
+    "attention_apart": lambda: t.MultiheadAttention(40, 4, kdim=30, vdim=20, add_bias_kv=True),
+    "encoder": lambda: t.TransformerEncoderLayer(40, 4, 60),
+    "bilinear": lambda: t.Bilinear(10, 20, 30),
+    "pruned": lambda: torch.nn.utils.prune.random_unstructured(t.Linear(70, 90), "weight", 0.5),
+}
+
+
+@pytest.mark.parametrize("name", TORCH)
+def test_torch(name):
+    torch.manual_seed(1)
+    theirs, *pools = (capture(TORCH[name]()) for _ in range(3))
+    layer = TORCH[name]()
+    converters.transform(layer, fwt.reset(0, like="torch"))
+    compare(capture(layer), theirs, pools)
+
+
+he, xavier = nn.initializers.he_uniform, nn.initializers.xavier_uniform
+normal = nn.initializers.normal
+FLAX = {
+    "dense": (nn.Dense(90), (2, 70)),
+    "own": (nn.Dense(90, kernel_init=he(), bias_init=normal(2.0)), (2, 70)),
+    "conv": (nn.Conv(40, (3, 5)), (2, 9, 8, 7)),
+    "grouped": (nn.Conv(40, (3,), feature_group_count=2), (2, 9, 20)),
+    "transposed": (nn.ConvTranspose(9, (3, 5)), (2, 9, 8, 22)),
+    "transpose_kernel": (nn.ConvTranspose(9, (3, 5), transpose_kernel=True), (2, 9, 8, 22)),
+    "embed": (nn.Embed(100, 20), None),
+    "layer_norm": (nn.LayerNorm(), (2, 9)),
+    "prelu": (nn.PReLU(), (2, 9)),
+    "lstm": (nn.RNN(nn.LSTMCell(32)), (2, 5, 20)),
+    "optimized": (nn.RNN(nn.OptimizedLSTMCell(32)), (2, 5, 20)),
+    "gru": (nn.RNN(nn.GRUCell(32)), (2, 5, 20)),
+    "simple": (nn.RNN(nn.SimpleCell(32)), (2, 5, 20)),
+    "attention": (nn.MultiHeadDotProductAttention(4), (2, 5, 40)),
+    "attention_own": (
+        nn.MultiHeadDotProductAttention(4, kernel_init=xavier(), out_kernel_init=normal(0.2)),
+        (2, 5, 40),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FLAX)
+def test_flax(name):
+    layer, shape = FLAX[name]
+    x = jnp.ones((2, 5), jnp.int32) if shape is None else jnp.ones(shape)
+    net = fwt.Sequential([("layer", layer)])
+    drawn = [net.init(jax.random.key(seed), x) for seed in range(3)]
+    theirs, *pools = ({p: np.asarray(w) for p, w in fwt.select(v, "**").items()} for v in drawn)
+    told = fwt.reset(5, like="flax")(fwt.Model(net, drawn[0]))
+    compare({p: np.asarray(w) for p, w in fwt.select(told, "**").items()}, theirs, pools)
+    also = fwt.reset(5, like="flax", module=net)(drawn[0])
+    assert all(jax.tree.leaves(jax.tree.map(jnp.array_equal, told.variables, also)))
+    if "own" not in name and name != "transpose_kernel":  # by names alone
+        named = fwt.select(fwt.reset(5, like="flax")(drawn[0]), "**")
+        compare({p: np.asarray(w) for p, w in named.items()}, theirs, pools)
+
+
+def cell_of(name):
+    layer, shape = FLAX[name]
+    return layer.init(jax.random.key(0), jnp.ones(shape))["params"]["cell"]
+
+
+def test_cells_of_one_framework_as_another_has_them():
+    cell = {"cell": cell_of("lstm")}
+    new = jax.device_get(fwt.reset(0, like="keras")(cell)["cell"])
+    whole = np.concatenate([new[f"h{g}"]["kernel"] for g in "ifgo"], 1)
+    np.testing.assert_allclose(whole @ whole.T, np.eye(32), atol=1e-5)
+    assert (new["hf"]["bias"] == 1).all()
+    assert not any(new[f"h{g}"]["bias"].any() for g in "igo")
+    limit = (6 / (20 + 128)) ** 0.5
+    assert 0.95 * limit < np.abs(new["ig"]["kernel"]).max() <= limit
+    new = jax.device_get(fwt.reset(0, like="torch")(cell)["cell"])
+    limit = 32**-0.5
+    assert np.abs(new["hg"]["kernel"]).max() <= limit
+    biases = np.concatenate([new[f"h{g}"]["bias"] for g in "ifgo"])
+    assert limit * 1.2 < np.abs(biases).max() <= 2 * limit  # the sum of two
+    gru = {"cell": cell_of("gru")}
+    new = jax.device_get(fwt.reset(0, like="torch")(gru)["cell"])
+    assert np.abs(new["hn"]["bias"]).max() <= limit < np.abs(new["ir"]["bias"]).max()
+    new = jax.device_get(fwt.reset(0, like="keras")(gru)["cell"])
+    whole = np.concatenate([new[f"h{g}"]["kernel"] for g in "zrn"], 1)
+    np.testing.assert_allclose(whole @ whole.T, np.eye(32), atol=1e-5)
+
+    torch_lstm = t.LSTM(20, 32)
+    converters.transform(torch_lstm, fwt.reset(0, like="keras"))
+    hidden = torch_lstm.weight_hh_l0.detach().numpy()
+    np.testing.assert_allclose(hidden.T @ hidden, np.eye(32), atol=1e-5)
+    both = (torch_lstm.bias_ih_l0 + torch_lstm.bias_hh_l0).detach().numpy()
+    assert np.array_equal(both, np.repeat([0, 1, 0, 0], 32))
+    converters.transform(torch_lstm, fwt.reset(0, like="flax"))
+    hidden = torch_lstm.weight_hh_l0.detach().numpy().reshape(4, 32, 32)
+    for gate in hidden:
+        np.testing.assert_allclose(gate @ gate.T, np.eye(32), atol=1e-5)
+    keras_lstm = keras_model("lstm")
+    converters.transform(keras_lstm, fwt.reset(0, like="torch"))
+    assert limit < np.abs(np.asarray(keras_lstm.cell.bias)).max() <= 2 * limit
+    converters.transform(keras_lstm, fwt.reset(0, like="flax"))
+    for gate in np.split(np.asarray(keras_lstm.cell.recurrent_kernel), 4, 1):
+        np.testing.assert_allclose(gate @ gate.T, np.eye(32), atol=1e-5)
+
+
+def test_attention_of_one_framework_as_another_has_it():
+    layer, shape = FLAX["attention"]
+    params = layer.init(jax.random.key(0), jnp.ones(shape))["params"]
+    new = jax.device_get(fwt.reset(0, like="torch")({"mha": params})["mha"])
+    packed = (6 / (40 + 120)) ** 0.5
+    assert 0.98 * packed < np.abs(new["key"]["kernel"]).max() <= packed
+    assert np.abs(new["out"]["kernel"]).max() <= 40**-0.5
+    assert not new["out"]["bias"].any()
+    theirs = t.MultiheadAttention(40, 4)
+    converters.transform(theirs, fwt.reset(0, like="keras"))
+    limit = (6 / 80) ** 0.5
+    assert 0.98 * limit < theirs.in_proj_weight.abs().max() <= limit
+
+
+def test_a_file_as_new():
+    model = torch.nn.Sequential(t.Conv2d(3, 8, 3), t.Flatten(), t.Linear(128, 10))
+    flax = converters.from_torch(model, input_shape=(3, 6, 6))
+    for like, bias in (("torch", True), ("keras", False), ("flax", False)):
+        new = fwt.reset(0, like=like)(flax)
+        assert np.asarray(new.variables["params"]["2"]["bias"]).any() == bias
+        assert (
+            fwt.reset(0, like=like, where="2/*")(flax).variables["params"]["0"]["kernel"]
+            is (flax.variables["params"]["0"]["kernel"])
+        )
+    jitted = jax.jit(lambda key: fwt.reset(key, like="torch")(flax.variables))(jax.random.key(0))
+    plain = fwt.reset(jax.random.key(0), like="torch")(flax.variables)
+    np.testing.assert_allclose(
+        jitted["params"]["2"]["kernel"], plain["params"]["2"]["kernel"], rtol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("tree", "like", "said"),
+    [
+        ({"head": {"logit_scale": np.ones(())}}, "keras", "logit_scale.*no value like keras"),
+        ({"act": {"weight": np.ones(4)}}, "torch", "act/weight"),
+        ({"d": {"bias": np.ones(4)}}, "torch", "d/bias"),
+        ({"c": {"weight": np.ones((4, 3, 3, 3)), "bias": np.ones(4)}}, "torch", "axes="),
+        ({"r": {"weight_hr_l0": np.ones((4, 3)), "weight_hh_l0": np.ones((4, 3))}}, "keras", "r/"),
+        ({"d": {"kernel": np.ones((4, 3))}}, "jax", "like must be"),
+    ],
+)
+def test_what_is_not_known_is_refused(tree, like, said):
+    tree = jax.tree.map(lambda x: x.astype(np.float32), tree)
+    with pytest.raises(fwt.FwtError, match=said):
+        fwt.reset(0, like=like)(tree)
+
+
+def test_axes_said_by_the_user():
+    tree = {"c": {"weight": np.ones((4, 3, 3, 3), np.float32), "bias": np.ones(4, np.float32)}}
+    new = fwt.reset(0, like="torch", axes={"c/weight": "out in h w"})(tree)["c"]
+    assert np.abs(new["weight"]).max() <= 27**-0.5
+    assert np.abs(new["bias"]).max() <= 27**-0.5
+
+
+# -- lsuv -------------------------------------------------------------------------------------
+
+
+def outputs(net, variables, x):
+    """The output of each layer that has a kernel."""
+    _, state = net.apply(variables, x, capture_intermediates=True)
+    params = variables["params"]
+    return {
+        name: value["__call__"][0]
+        for name, value in state["intermediates"].items()
+        if name in params and "kernel" in params[name]
+    }
+
+
+@pytest.mark.parametrize("bias", [0.0, 0.5])
+def test_lsuv(bias):
+    net = fwt.Sequential(
+        [
+            ("conv", nn.Conv(8, (3, 3), bias_init=nn.initializers.normal(bias))),
+            fwt.layers.ReLU(),
+            ("up", nn.ConvTranspose(6, (2, 3))),
+            ("norm", nn.BatchNorm(use_running_average=True)),
+            fwt.layers.Flatten(),
+            ("a", nn.Dense(40, bias_init=nn.initializers.normal(bias))),
+            fwt.layers.Tanh(),
+            ("b", nn.Dense(7)),
+        ]
+    )
+    x = 30 * jax.random.normal(jax.random.key(0), (64, 6, 5, 3)) + 2
+    variables = net.init(jax.random.key(1), x)
+    new = fwt.lsuv(net, variables, x, key=0)
+    for name, out in outputs(net, new, x).items():
+        np.testing.assert_allclose(out.var(), 1, rtol=1e-4, err_msg=name)
+    for path, leaf in fwt.select(new, "**").items():
+        if path.endswith("bias"):
+            assert leaf is fwt.select(variables, path)[path]
+    kernel = np.asarray(new["params"]["a"]["kernel"])
+    gram = kernel.T @ kernel
+    np.testing.assert_allclose(gram / gram[0, 0], np.eye(40), atol=1e-4)
+    some = fwt.lsuv(net, variables, x, 0, where="a/*kernel")
+    assert some["params"]["b"]["kernel"] is variables["params"]["b"]["kernel"]
+    jitted = jax.jit(lambda v, x: fwt.lsuv(net, v, x, key=0))(variables, x)
+    np.testing.assert_allclose(
+        jitted["params"]["b"]["kernel"], new["params"]["b"]["kernel"], rtol=1e-3, atol=1e-5
+    )
+
+
+class Block(nn.Module):
+    """A module of a user's own, with nested layers and one that runs twice."""
+
+    @nn.compact
+    def __call__(self, x, train=True):
+        shared = nn.Dense(12, name="shared")
+        x = nn.relu(shared(nn.relu(shared(x))))
+        x = nn.MultiHeadDotProductAttention(3, name="mha")(x)
+        return nn.Dense(5, name="head")(x) if not train else x
+
+
+def test_lsuv_on_any_linen_module():
+    x = jax.random.normal(jax.random.key(0), (32, 4, 12))
+    net = Block()
+    variables = net.init(jax.random.key(1), x, train=False)
+    new = fwt.lsuv(net, variables, x, 0, train=False)
+    np.testing.assert_allclose(net.apply(new, x, train=False).var(), 1, rtol=1e-4)
+    with pytest.raises(fwt.LeafError, match=r"head/kernel.*ran"):
+        fwt.lsuv(net, variables, x, 0)
+
+
+def test_lsuv_refuses_what_it_can_not_measure():
+    x = jax.random.normal(jax.random.key(0), (8, 5, 6))
+    net = fwt.Sequential([("rnn", nn.RNN(nn.LSTMCell(4)))])
+    variables = net.init(jax.random.key(0), x)
+    with pytest.raises(fwt.LeafError, match="lifted"):
+        fwt.lsuv(net, variables, x, 0)
+    net = fwt.Sequential([("d", nn.Dense(4))])
+    variables = net.init(jax.random.key(0), x)
+    with pytest.raises(fwt.LeafError, match="does not vary"):
+        fwt.lsuv(net, variables, x * 0, 0)
+    variables["params"]["d"]["bias"] = np.array([0, 9, -9, 0], np.float32)
+    with pytest.raises(fwt.LeafError, match="bias alone"):
+        fwt.lsuv(net, variables, x, 0)

@@ -14,17 +14,24 @@ refused: ``constraint.keeps_zeros`` says which.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from fwt import _matrices, _vectors
-from fwt._axes import Axes
 from fwt._types import FwtError, noun
-from fwt._vectors import Axis
+from fwt.constraints import _vectors
+from fwt.constraints._bound import Bound as Bound
+from fwt.constraints._bound import Kind, bound, check, whole
+from fwt.constraints._matrices import (
+    doubly_stochastic,
+    low_rank,
+    orthogonal,
+    positive_semidefinite,
+    spectral_ball,
+    symmetric,
+)
+from fwt.constraints._vectors import Axis
 
 __all__ = [
     "box",
@@ -55,72 +62,6 @@ __all__ = [
     "zero_mean",
 ]
 
-Kind = Literal["projection", "retraction", "normalisation"]
-Support = Literal["plain", "mask", None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Bound:
-    """One constraint with its settings.
-
-    Attributes:
-        name: its name in ``fwt.constraints``.
-        kind: "projection", "retraction" or "normalisation".
-        support: how masks work: "plain" where pruned zeros stay zero by themselves, "mask" where
-            the function takes the mask, None where they would be refilled.
-        settings: the arguments, sorted by name.
-    """
-
-    name: str
-    kind: Kind
-    support: Support
-    function: Callable[..., Any]
-    settings: tuple[tuple[str, Any], ...] = ()
-
-    @property
-    def keeps_zeros(self) -> bool:
-        return self.support is not None
-
-    def __call__(self, leaf: Any, axes: Axes | str | None = None, mask: Any = None) -> Any:
-        if not isinstance(axes, Axes):
-            names = tuple(axes.split()) if isinstance(axes, str) else None
-            axes = Axes("the leaf", jnp.shape(leaf), names)
-        settings = dict(self.settings)
-        if mask is not None and self.support == "mask":
-            settings["mask"] = mask
-        return self.function(leaf, axes, **settings)
-
-
-def _check(name: str, value: Any, low: float, high: float = float("inf")) -> None:
-    """Numbers are checked at once; traced and array settings can't be."""
-    if isinstance(value, jax.Array | np.ndarray):
-        return
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
-        raise FwtError(f"{name} must be a number, found {value!r}")
-    if not low <= value <= high:
-        limit = f"at least {low:g}" if high == float("inf") else f"{low:g} to {high:g}"
-        raise FwtError(f"{name} must be {limit}, found {value}")
-
-
-def _whole(name: str, value: Any, low: int, high: int | None = None) -> None:
-    wrong = isinstance(value, bool) or not isinstance(value, int | np.integer)
-    if wrong or value < low or (high is not None and value > high):
-        limit = f"at least {low}" if high is None else f"{low} to {high}"
-        raise FwtError(f"{name} must be a whole number of {limit}, found {value!r}")
-
-
-def _bound(name: str, kind: Kind, support: Support, **settings: Any) -> Bound:
-    axis = settings.get("axis")
-    if "axis" in settings:
-        listed = axis if isinstance(axis, Sequence) and not isinstance(axis, str) else [axis]
-        whole = all(isinstance(a, int) and not isinstance(a, bool) for a in listed)
-        if axis not in (None, "all") and not whole:
-            raise FwtError(f'axis must be a number, several, None or "all", found {axis!r}')
-        settings["axis"] = axis if axis in (None, "all") else tuple(listed)
-    function = getattr(_vectors, name, None) or getattr(_matrices, name)
-    return Bound(name, kind, support, function, tuple(sorted(settings.items())))
-
-
 # -- Keras's ----------------------------------------------------------------------------------
 
 
@@ -132,10 +73,10 @@ def non_negative() -> Bound:
     Source: Keras ``NonNeg``, optax ``projection_non_negative``.
 
     Example:
-        >>> non_negative()(jnp.array([-1.0, 2.0])).tolist()
+        >>> non_negative()(jax.numpy.array([-1.0, 2.0])).tolist()
         [0.0, 2.0]
     """
-    return _bound("non_negative", "projection", "plain")
+    return bound(_vectors.non_negative, "projection", "plain")
 
 
 @noun
@@ -151,12 +92,12 @@ def max_norm(max_value: Any = 2.0, axis: Axis = None) -> Bound:
         axis: the axes of one vector; None is every axis but the output's.
 
     Example:
-        >>> print(max_norm(1.0)(jnp.array([[3.0, 0.1], [4.0, 0.2]]), "in out"))
+        >>> print(max_norm(1.0)(jax.numpy.array([[3.0, 0.1], [4.0, 0.2]]), "in out"))
         [[0.6 0.1]
          [0.8 0.2]]
     """
-    _check("max_value", max_value, 0)
-    return _bound("max_norm", "projection", "plain", max_value=max_value, axis=axis)
+    check("max_value", max_value, 0)
+    return bound(_vectors.max_norm, "projection", "plain", max_value=max_value, axis=axis)
 
 
 @noun
@@ -170,10 +111,10 @@ def unit_norm(axis: Axis = None) -> Bound:
         axis: the axes of one vector; None is every axis but the output's.
 
     Example:
-        >>> unit_norm()(jnp.array([[3.0], [4.0]]), "in out").tolist()
+        >>> unit_norm()(jax.numpy.array([[3.0], [4.0]]), "in out").tolist()
         [[0.6000000238418579], [0.800000011920929]]
     """
-    return _bound("unit_norm", "projection", "plain", axis=axis)
+    return bound(_vectors.unit_norm, "projection", "plain", axis=axis)
 
 
 @noun
@@ -192,18 +133,18 @@ def min_max_norm(
         axis: the axes of one vector; None is every axis but the output's.
 
     Example:
-        >>> print(min_max_norm(1.0, 2.0)(jnp.array([[0.3], [0.4]]), "in out"))
+        >>> print(min_max_norm(1.0, 2.0)(jax.numpy.array([[0.3], [0.4]]), "in out"))
         [[0.6]
          [0.8]]
     """
-    _check("min_value", min_value, 0)
-    _check("max_value", max_value, 0)
-    _check("rate", rate, 0, 1)
+    check("min_value", min_value, 0)
+    check("max_value", max_value, 0)
+    check("rate", rate, 0, 1)
     if isinstance(min_value, int | float) and isinstance(max_value, int | float):
-        _check("max_value", max_value, min_value)
+        check("max_value", max_value, min_value)
     kind: Kind = "projection" if isinstance(rate, int | float) and rate == 1 else "normalisation"
     settings = {"min_value": min_value, "max_value": max_value, "rate": rate, "axis": axis}
-    return _bound("min_max_norm", kind, "plain", **settings)
+    return bound(_vectors.min_max_norm, kind, "plain", **settings)
 
 
 @noun
@@ -215,11 +156,11 @@ def radial() -> Bound:
     which copies one weight of a ring instead, and counts the rings from another weight.
 
     Example:
-        >>> w = jnp.arange(9.0).reshape(3, 3, 1, 1) + jnp.eye(3).reshape(3, 3, 1, 1)
+        >>> w = jax.numpy.arange(9.0).reshape(3, 3, 1, 1) + jax.numpy.eye(3).reshape(3, 3, 1, 1)
         >>> radial()(w, "h w in out")[:, :, 0, 0].tolist()
         [[4.25, 4.25, 4.25], [4.25, 5.0, 4.25], [4.25, 4.25, 4.25]]
     """
-    return _bound("radial", "projection", None)
+    return bound(_vectors.radial, "projection", None)
 
 
 # -- sets of vectors --------------------------------------------------------------------------
@@ -236,16 +177,18 @@ def box(lower: Any, upper: Any) -> Bound:
         upper: the same, not below ``lower``.
 
     Example:
-        >>> box(-1.0, 0.5)(jnp.array([-3.0, 0.25, 2.0])).tolist()
+        >>> box(-1.0, 0.5)(jax.numpy.array([-3.0, 0.25, 2.0])).tolist()
         [-1.0, 0.25, 0.5]
     """
-    _check("lower", lower, float("-inf"))
-    _check("upper", upper, float("-inf"))
+    check("lower", lower, float("-inf"))
+    check("upper", upper, float("-inf"))
     plain = not any(isinstance(x, jax.Array | np.ndarray) for x in (lower, upper))
     if plain and lower > upper:
         raise FwtError(f"upper must be at least lower={lower:g}, found {upper:g}")
     holds_zero = plain and lower <= 0 <= upper
-    return _bound("box", "projection", "plain" if holds_zero else None, lower=lower, upper=upper)
+    return bound(
+        _vectors.box, "projection", "plain" if holds_zero else None, lower=lower, upper=upper
+    )
 
 
 @noun
@@ -258,11 +201,11 @@ def hypercube(scale: Any = 1.0) -> Bound:
         scale: the side, may be traced.
 
     Example:
-        >>> hypercube()(jnp.array([-3.0, 0.25, 2.0])).tolist()
+        >>> hypercube()(jax.numpy.array([-3.0, 0.25, 2.0])).tolist()
         [0.0, 0.25, 1.0]
     """
-    _check("scale", scale, 0)
-    made = _bound("box", "projection", "plain", lower=0.0, upper=scale)
+    check("scale", scale, 0)
+    made = bound(_vectors.box, "projection", "plain", lower=0.0, upper=scale)
     return dataclasses.replace(made, name="hypercube")
 
 
@@ -276,11 +219,11 @@ def linf_ball(scale: Any = 1.0) -> Bound:
         scale: the radius, may be traced.
 
     Example:
-        >>> linf_ball(0.5)(jnp.array([-3.0, 0.25, 2.0])).tolist()
+        >>> linf_ball(0.5)(jax.numpy.array([-3.0, 0.25, 2.0])).tolist()
         [-0.5, 0.25, 0.5]
     """
-    _check("scale", scale, 0)
-    made = _bound("box", "projection", "plain", lower=-scale, upper=scale)
+    check("scale", scale, 0)
+    made = bound(_vectors.box, "projection", "plain", lower=-scale, upper=scale)
     return dataclasses.replace(made, name="linf_ball")
 
 
@@ -296,11 +239,11 @@ def linf_sphere(scale: Any = 1.0, axis: Axis = None) -> Bound:
         axis: the axes of one vector; None is every axis but the output's, "all" the leaf.
 
     Example:
-        >>> linf_sphere()(jnp.array([[-0.5, 0.25], [3.0, 0.1]]), "out in").tolist()
+        >>> linf_sphere()(jax.numpy.array([[-0.5, 0.25], [3.0, 0.1]]), "out in").tolist()
         [[-1.0, 0.25], [1.0, 0.10000000149011612]]
     """
-    _check("scale", scale, 0)
-    return _bound("linf_sphere", "projection", "mask", scale=scale, axis=axis)
+    check("scale", scale, 0)
+    return bound(_vectors.linf_sphere, "projection", "mask", scale=scale, axis=axis)
 
 
 @noun
@@ -315,11 +258,11 @@ def l2_ball(scale: Any = 1.0, axis: Axis = None) -> Bound:
         axis: the axes of one vector; None is every axis but the output's, "all" the leaf.
 
     Example:
-        >>> l2_ball(2.5, axis="all")(jnp.array([3.0, 4.0])).tolist()
+        >>> l2_ball(2.5, axis="all")(jax.numpy.array([3.0, 4.0])).tolist()
         [1.5, 2.0]
     """
-    _check("scale", scale, 0)
-    made = _bound("max_norm", "projection", "plain", max_value=scale, axis=axis)
+    check("scale", scale, 0)
+    made = bound(_vectors.max_norm, "projection", "plain", max_value=scale, axis=axis)
     return dataclasses.replace(made, name="l2_ball")
 
 
@@ -335,11 +278,11 @@ def l2_sphere(scale: Any = 1.0, axis: Axis = None) -> Bound:
         axis: the axes of one vector; None is every axis but the output's, "all" the leaf.
 
     Example:
-        >>> l2_sphere(2.5, axis="all")(jnp.array([3.0, 4.0])).tolist()
+        >>> l2_sphere(2.5, axis="all")(jax.numpy.array([3.0, 4.0])).tolist()
         [1.5, 2.0]
     """
-    _check("scale", scale, 0)
-    return _bound("l2_sphere", "projection", "mask", scale=scale, axis=axis)
+    check("scale", scale, 0)
+    return bound(_vectors.l2_sphere, "projection", "mask", scale=scale, axis=axis)
 
 
 @noun
@@ -354,11 +297,11 @@ def l1_ball(scale: Any = 1.0, axis: Axis = None) -> Bound:
         axis: the axes of one vector; None is every axis but the output's, "all" the leaf.
 
     Example:
-        >>> l1_ball(axis="all")(jnp.array([3.0, -2.5])).tolist()
+        >>> l1_ball(axis="all")(jax.numpy.array([3.0, -2.5])).tolist()
         [0.75, -0.25]
     """
-    _check("scale", scale, 0)
-    return _bound("l1_ball", "projection", "mask", scale=scale, axis=axis)
+    check("scale", scale, 0)
+    return bound(_vectors.l1_ball, "projection", "mask", scale=scale, axis=axis)
 
 
 @noun
@@ -374,11 +317,11 @@ def l1_sphere(scale: Any = 1.0, axis: Axis = None) -> Bound:
         axis: the axes of one vector; None is every axis but the output's, "all" the leaf.
 
     Example:
-        >>> l1_sphere(axis="all")(jnp.array([0.0, -0.5])).tolist()
+        >>> l1_sphere(axis="all")(jax.numpy.array([0.0, -0.5])).tolist()
         [0.25, -0.75]
     """
-    _check("scale", scale, 0)
-    return _bound("l1_sphere", "projection", "mask", scale=scale, axis=axis)
+    check("scale", scale, 0)
+    return bound(_vectors.l1_sphere, "projection", "mask", scale=scale, axis=axis)
 
 
 @noun
@@ -393,11 +336,11 @@ def simplex(scale: Any = 1.0, axis: Axis = None) -> Bound:
         axis: the axes of one vector; None is every axis but the output's, "all" the leaf.
 
     Example:
-        >>> simplex(axis="all")(jnp.array([3.0, 2.5, -1.0])).tolist()
+        >>> simplex(axis="all")(jax.numpy.array([3.0, 2.5, -1.0])).tolist()
         [0.75, 0.25, 0.0]
     """
-    _check("scale", scale, 0)
-    return _bound("simplex", "projection", "mask", scale=scale, axis=axis)
+    check("scale", scale, 0)
+    return bound(_vectors.simplex, "projection", "mask", scale=scale, axis=axis)
 
 
 @noun
@@ -413,12 +356,12 @@ def hyperplane(normal: Any = 1.0, offset: Any = 0.0, axis: Axis = None) -> Bound
         axis: the axes of one vector; None is every axis but the output's, "all" the leaf.
 
     Example:
-        >>> hyperplane(1.0, 4.0, axis="all")(jnp.array([1.0, 2.0])).tolist()
+        >>> hyperplane(1.0, 4.0, axis="all")(jax.numpy.array([1.0, 2.0])).tolist()
         [1.5, 2.5]
     """
-    _check("normal", normal, float("-inf"))
-    _check("offset", offset, float("-inf"))
-    return _bound("hyperplane", "projection", "mask", normal=normal, offset=offset, axis=axis)
+    check("normal", normal, float("-inf"))
+    check("offset", offset, float("-inf"))
+    return bound(_vectors.hyperplane, "projection", "mask", normal=normal, offset=offset, axis=axis)
 
 
 @noun
@@ -434,12 +377,12 @@ def halfspace(normal: Any = 1.0, offset: Any = 0.0, axis: Axis = None) -> Bound:
         axis: the axes of one vector; None is every axis but the output's, "all" the leaf.
 
     Example:
-        >>> halfspace(1.0, 2.0, axis="all")(jnp.array([1.0, 2.0])).tolist()
+        >>> halfspace(1.0, 2.0, axis="all")(jax.numpy.array([1.0, 2.0])).tolist()
         [0.5, 1.5]
     """
-    _check("normal", normal, float("-inf"))
-    _check("offset", offset, float("-inf"))
-    return _bound("halfspace", "projection", "mask", normal=normal, offset=offset, axis=axis)
+    check("normal", normal, float("-inf"))
+    check("offset", offset, float("-inf"))
+    return bound(_vectors.halfspace, "projection", "mask", normal=normal, offset=offset, axis=axis)
 
 
 @noun
@@ -454,10 +397,10 @@ def zero_mean(axis: Axis = None) -> Bound:
         axis: the axes of one vector; None is every axis but the output's, "all" the leaf.
 
     Example:
-        >>> zero_mean(axis="all")(jnp.array([1.0, 3.0])).tolist()
+        >>> zero_mean(axis="all")(jax.numpy.array([1.0, 3.0])).tolist()
         [-1.0, 1.0]
     """
-    return _bound("zero_mean", "projection", None, axis=axis)
+    return bound(_vectors.zero_mean, "projection", None, axis=axis)
 
 
 @noun
@@ -473,13 +416,13 @@ def weight_standardization(epsilon: Any = 0.0, axis: Axis = None) -> Bound:
         axis: the axes of one vector; None is every axis but the output's, "all" the leaf.
 
     Example:
-        >>> weight_standardization(axis="all")(jnp.array([1.0, 3.0, 1.0, 3.0])).tolist()
+        >>> weight_standardization(axis="all")(jax.numpy.array([1.0, 3.0, 1.0, 3.0])).tolist()
         [-1.0, 1.0, -1.0, 1.0]
     """
-    _check("epsilon", epsilon, 0)
+    check("epsilon", epsilon, 0)
     exact = isinstance(epsilon, int | float) and epsilon == 0
     kind: Kind = "projection" if exact else "normalisation"
-    return _bound("weight_standardization", kind, None, epsilon=epsilon, axis=axis)
+    return bound(_vectors.weight_standardization, kind, None, epsilon=epsilon, axis=axis)
 
 
 def k_sparse(k: Any, axis: Axis = None) -> Bound:
@@ -494,12 +437,12 @@ def k_sparse(k: Any, axis: Axis = None) -> Bound:
         axis: the axes of one vector; None is every axis but the output's, "all" the leaf.
 
     Example:
-        >>> k_sparse(2, axis="all")(jnp.array([1.0, -3.0, 2.0])).tolist()
+        >>> k_sparse(2, axis="all")(jax.numpy.array([1.0, -3.0, 2.0])).tolist()
         [0.0, -3.0, 2.0]
     """
     if not isinstance(k, jax.Array):
-        _whole("k", k, 0)
-    return _bound("k_sparse", "projection", "plain", k=k, axis=axis)
+        whole("k", k, 0)
+    return bound(_vectors.k_sparse, "projection", "plain", k=k, axis=axis)
 
 
 @noun
@@ -527,140 +470,19 @@ def quantized(
             (per channel).
 
     Example:
-        >>> quantized(2, axis="all")(jnp.array([-3.0, 1.0, 2.0])).tolist()
+        >>> quantized(2, axis="all")(jax.numpy.array([-3.0, 1.0, 2.0])).tolist()
         [-3.0, 0.0, 3.0]
-        >>> quantized(2, symmetric=False)(jnp.array([-1.0, 0.4, 2.0])).tolist()
+        >>> quantized(2, symmetric=False)(jax.numpy.array([-1.0, 0.4, 2.0])).tolist()
         [-1.0, 0.0, 2.0]
     """
-    _whole("bits", bits, 2 if symmetric else 1, 16)
+    whole("bits", bits, 2 if symmetric else 1, 16)
     if scale is not None:
-        _check("scale", scale, float(np.finfo(np.float32).tiny))
+        check("scale", scale, float(np.finfo(np.float32).tiny))
     affine_grid = scale is not None and not symmetric
     if affine_grid != (zero_point is not None):
         raise FwtError("zero_point goes with a scale and symmetric=False, and they with it")
     if zero_point is not None:
-        _whole("zero_point", zero_point, 0, 2**bits - 1)
+        whole("zero_point", zero_point, 0, 2**bits - 1)
     kind: Kind = "projection" if scale is not None else "retraction"
     settings = {"symmetric": symmetric, "scale": scale, "zero_point": zero_point, "axis": axis}
-    return _bound("quantized", kind, "plain", bits=bits, **settings)
-
-
-# -- sets of matrices -------------------------------------------------------------------------
-
-
-@noun
-def orthogonal(method: str = "svd", steps: int = 30) -> Bound:
-    """The columns are orthonormal, or the rows where they are fewer (a Stiefel manifold).
-
-    Args:
-        method: "svd", a projection: the polar factor, argmin of ``|V - W|``, unique for full
-            rank and otherwise one of the nearest. "qr", a retraction: Q with a positive diagonal
-            of R. "newton_schulz", for a loop on an accelerator, where products are cheap: the
-            cubic iteration towards the polar factor, a normalisation. A singular value of
-            s times the bound on the largest is 1 after about ``log(1/s)/log(1.5) + 5`` steps,
-            one that is 0 stays 0.
-        steps: of "newton_schulz".
-
-    Cost for m x n, n <= m: O(m n²) each; the decompositions are slow on accelerators. Source:
-    Higham, 1986 (polar); Absil, Mahony and Sepulchre, 2008 (QR); Björck and Bowie, 1971.
-
-    Example:
-        >>> w = orthogonal()(jnp.array([[3.0, 0.0], [0.0, -2.0], [0.0, 0.0]]), "in out")
-        >>> abs(w.round(4)).tolist()
-        [[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]
-    """
-    kinds: dict[str, Kind] = {
-        "svd": "projection",
-        "qr": "retraction",
-        "newton_schulz": "normalisation",
-    }
-    if method not in kinds:
-        raise FwtError(f"method must be one of {', '.join(map(repr, kinds))}; found {method!r}")
-    _whole("steps", steps, 1)
-    return _bound("orthogonal", kinds[method], None, method=method, steps=steps)
-
-
-@noun
-def spectral_ball(scale: Any = 1.0) -> Bound:
-    """The largest singular value is at most ``scale``.
-
-    A projection, unique: larger singular values are clipped; inside the identity. (Spectral
-    normalisation divides all by the largest instead.) Cost: one SVD. Source: Lefkimmiatis, Ward
-    and Unser, 2013.
-
-    Args:
-        scale: the radius, may be traced.
-
-    Example:
-        >>> print(spectral_ball(2.0)(jnp.diag(jnp.array([3.0, 1.0])), "in out").round(4))
-        [[2. 0.]
-         [0. 1.]]
-    """
-    _check("scale", scale, 0)
-    return _bound("spectral_ball", "projection", None, scale=scale)
-
-
-def low_rank(rank: Any) -> Bound:
-    """The rank is at most ``rank``.
-
-    A projection: the ``rank`` largest singular values stay; of equal ones those that the SVD puts
-    first. Cost: one SVD. Source: Eckart and Young, 1936.
-
-    Args:
-        rank: a whole number, may be traced.
-
-    Example:
-        >>> print(abs(low_rank(1)(jnp.diag(jnp.array([3.0, 1.0])), "in out").round(4)))
-        [[3. 0.]
-         [0. 0.]]
-    """
-    if not isinstance(rank, jax.Array):
-        _whole("rank", rank, 0)
-    return _bound("low_rank", "projection", None, rank=rank)
-
-
-@noun
-def symmetric() -> Bound:
-    """The matrix equals its transpose; for square ones.
-
-    A projection, unique: the mean of both. Linear cost.
-
-    Example:
-        >>> symmetric()(jnp.array([[1.0, 2.0], [4.0, 3.0]]), "in out").tolist()
-        [[1.0, 3.0], [3.0, 3.0]]
-    """
-    return _bound("symmetric", "projection", None)
-
-
-@noun
-def positive_semidefinite() -> Bound:
-    """The matrix is symmetric and has no negative eigenvalue; for square ones.
-
-    A projection, unique: the symmetric part, whose negative eigenvalues become 0. Cost: one
-    eigendecomposition. Source: Higham, 1988.
-
-    Example:
-        >>> print(positive_semidefinite()(jnp.diag(jnp.array([3.0, -1.0])), "in out").round(4))
-        [[3. 0.]
-         [0. 0.]]
-    """
-    return _bound("positive_semidefinite", "projection", None)
-
-
-@noun
-def doubly_stochastic(steps: int = 50) -> Bound:
-    """The weights are >= 0 and each row and column sums to 1; for square matrices.
-
-    A retraction, not the nearest point: negative weights become 0, rows and columns are divided
-    by their sums in turn, and what ``steps`` rounds have not settled is moved exactly into the
-    set. Cost: ``steps`` passes. Source: Sinkhorn, 1964; Altschuler, Weed and Rigollet, 2017.
-
-    Args:
-        steps: how many rounds.
-
-    Example:
-        >>> doubly_stochastic()(jnp.array([[4.0, 0.0], [-1.0, 9.0]]), "in out").tolist()
-        [[1.0, 0.0], [0.0, 1.0]]
-    """
-    _whole("steps", steps, 0)
-    return _bound("doubly_stochastic", "retraction", None, steps=steps)
+    return bound(_vectors.quantized, kind, "plain", bits=bits, **settings)

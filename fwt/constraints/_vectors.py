@@ -198,43 +198,49 @@ def linf_sphere(leaf: Any, axes: Axes, scale: Any, axis: Axis, mask: Any = None)
 def hyperplane(
     leaf: Any, axes: Axes, normal: Any, offset: Any, axis: Axis, mask: Any = None
 ) -> Array:
-    def project(row: Array, kept: Array, a: Array) -> Array:
-        return _shifted(row, kept, a, offset, optax_projections.projection_hyperplane)
-
-    return _rows(project, leaf, axes, axis, mask, _normal(normal, axes))
+    return _to_plane(leaf, axes, normal, offset, axis, mask, lambda excess: excess)
 
 
 def halfspace(
     leaf: Any, axes: Axes, normal: Any, offset: Any, axis: Axis, mask: Any = None
 ) -> Array:
-    def project(row: Array, kept: Array, a: Array) -> Array:
-        return _shifted(row, kept, a, offset, optax_projections.projection_halfspace)
-
-    return _rows(project, leaf, axes, axis, mask, _normal(normal, axes))
+    return _to_plane(leaf, axes, normal, offset, axis, mask, lambda excess: jnp.maximum(excess, 0))
 
 
-def _normal(normal: Any, axes: Axes) -> Array:
-    try:
-        return jnp.broadcast_to(jnp.asarray(normal), axes.shape)
-    except ValueError:
+def _to_plane(
+    leaf: Any, axes: Axes, normal: Any, offset: Any, axis: Axis, mask: Any, part: Any
+) -> Array:
+    """Along the normal by a part of what ``<normal, w>`` exceeds the offset by.
+
+    Without rows, which optax.projections would need: that is 5 times slower.
+    """
+    w = wide(leaf, axes.path)
+    dims = over(axes, axis)
+    a = jnp.asarray(normal, w.dtype)
+    if a.ndim > w.ndim or any(
+        n not in (1, m) for n, m in zip(a.shape[::-1], w.shape[::-1], strict=False)
+    ):
         raise LeafError(
             f"{axes.path} of shape {axes.shape}: normal of shape {jnp.shape(normal)} does not "
             "broadcast to it; give one number, or one for each weight of a unit, such as "
             "shape (in, 1)"
-        ) from None
-
-
-def _shifted(row: Array, kept: Array, a: Array, offset: Any, project: Any) -> Array:
-    a = jnp.where(kept, a, 0).astype(row.dtype)
-    size = jnp.max(jnp.abs(a), initial=0)
-    nowhere = size == 0  # no normal, no plane
-    a = jnp.where(nowhere, 1, a / jnp.where(nowhere, 1, size))
-    b = jnp.asarray(offset, row.dtype) / jnp.where(nowhere, 1, size)
-    unit = power_of_two(jnp.maximum(_largest(row, (0,))[0], lax.stop_gradient(jnp.abs(b))))
-    new = row / unit
-    for _ in range(2):  # the second time for what the first one rounded
-        new = project(new, a, b / unit)
-    return jnp.where(nowhere, row, new * unit)
+        )
+    a = a.reshape((1,) * (w.ndim - a.ndim) + a.shape)
+    a = a if mask is None else jnp.where(mask, a, 0)
+    size = jnp.max(jnp.abs(a), axis=dims, keepdims=True, initial=0)
+    somewhere = size > 0  # no normal, no plane
+    size = jnp.where(somewhere, size, 1)
+    a, b = a / size, jnp.asarray(offset, w.dtype) / size
+    # The power of two keeps the sums in range; the second step corrects what the first rounded.
+    unit = power_of_two(jnp.maximum(_largest(w, dims), lax.stop_gradient(jnp.abs(b))))
+    new, b = w / unit, b / unit
+    # The normal is not broadcast: XLA would fold that constant of the leaf's size.
+    repeats = math.prod(w.shape[i] for i in dims if a.shape[i] == 1)
+    squares = jnp.where(somewhere, jnp.sum(a * a, axis=dims, keepdims=True) * repeats, 1)
+    for _ in range(2):
+        excess = jnp.sum(a * new, axis=dims, keepdims=True) - b
+        new = new - part(excess) / squares * a
+    return jnp.where(somewhere, new * unit, w).astype(leaf.dtype)
 
 
 # -- means ------------------------------------------------------------------------------------

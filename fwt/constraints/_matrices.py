@@ -1,4 +1,4 @@
-"""The mathematics of the sets of matrices: what :mod:`fwt.constraints` names and documents.
+"""The sets of matrices, and their mathematics.
 
 A leaf is a matrix whose columns are its output units and whose rows are everything else.
 """
@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from fwt._axes import Axes
-from fwt._types import Array, LeafError
-from fwt._vectors import power_of_two, wide
+from fwt._types import Array, FwtError, LeafError, noun
+from fwt.constraints._bound import Bound, Kind, bound, check, whole
+from fwt.constraints._vectors import power_of_two, wide
 
 _HIGHEST = lax.Precision.HIGHEST
 
@@ -142,7 +143,7 @@ def _empty(leaf: Any) -> bool:
     return 0 in leaf.shape
 
 
-def orthogonal(leaf: Any, axes: Axes, method: str, steps: int) -> Array:
+def _orthogonal(leaf: Any, axes: Axes, method: str, steps: int) -> Array:
     matrix, back = _as_matrix(leaf, axes)
     if _empty(leaf):
         return back(matrix)
@@ -195,7 +196,7 @@ def _newton_schulz(steps: int, a: Array) -> Array:
     return lax.fori_loop(0, steps, step, a / bound)
 
 
-def spectral_ball(leaf: Any, axes: Axes, scale: Any) -> Array:
+def _spectral_ball(leaf: Any, axes: Axes, scale: Any) -> Array:
     matrix, back = _as_matrix(leaf, axes)
     if _empty(leaf):
         return back(matrix)
@@ -205,7 +206,7 @@ def spectral_ball(leaf: Any, axes: Axes, scale: Any) -> Array:
     return back(jnp.where(largest <= c, matrix, clipped))
 
 
-def low_rank(leaf: Any, axes: Axes, rank: Any) -> Array:
+def _low_rank(leaf: Any, axes: Axes, rank: Any) -> Array:
     matrix, back = _as_matrix(leaf, axes)
     if _empty(leaf):
         return back(matrix)
@@ -215,12 +216,12 @@ def low_rank(leaf: Any, axes: Axes, rank: Any) -> Array:
     return back(jnp.where(rank >= min(matrix.shape), matrix, new))
 
 
-def symmetric(leaf: Any, axes: Axes) -> Array:
+def _symmetric(leaf: Any, axes: Axes) -> Array:
     matrix, back = _as_matrix(leaf, axes, "symmetric")
     return back(matrix / 2 + matrix.T / 2)
 
 
-def positive_semidefinite(leaf: Any, axes: Axes) -> Array:
+def _positive_semidefinite(leaf: Any, axes: Axes) -> Array:
     matrix, back = _as_matrix(leaf, axes, "positive_semidefinite")
     if _empty(leaf):
         return back(matrix)
@@ -233,7 +234,7 @@ def positive_semidefinite(leaf: Any, axes: Axes) -> Array:
     return back(jnp.where(inside, even, new) * scale)
 
 
-def doubly_stochastic(leaf: Any, axes: Axes, steps: int) -> Array:
+def _doubly_stochastic(leaf: Any, axes: Axes, steps: int) -> Array:
     matrix, back = _as_matrix(leaf, axes, "doubly_stochastic")
     if _empty(leaf):
         return back(matrix)
@@ -250,3 +251,124 @@ def doubly_stochastic(leaf: Any, axes: Axes, steps: int) -> Array:
     rows, columns = (jnp.maximum(1 - x.sum(i, keepdims=True), 0) for i in (1, 0))
     missing = rows.sum()
     return back(x + rows * columns / jnp.where(missing > 0, missing, 1))
+
+
+# -- sets of matrices -------------------------------------------------------------------------
+
+
+@noun
+def orthogonal(method: str = "svd", steps: int = 30) -> Bound:
+    """The columns are orthonormal, or the rows where they are fewer (a Stiefel manifold).
+
+    Args:
+        method: "svd", a projection: the polar factor, argmin of ``|V - W|``, unique for full
+            rank and otherwise one of the nearest. "qr", a retraction: Q with a positive diagonal
+            of R. "newton_schulz", for a loop on an accelerator, where products are cheap: the
+            cubic iteration towards the polar factor, a normalisation. A singular value of
+            s times the bound on the largest is 1 after about ``log(1/s)/log(1.5) + 5`` steps,
+            one that is 0 stays 0.
+        steps: of "newton_schulz".
+
+    Cost for m x n, n <= m: O(m n²) each; the decompositions are slow on accelerators. Source:
+    Higham, 1986 (polar); Absil, Mahony and Sepulchre, 2008 (QR); Björck and Bowie, 1971.
+
+    Example:
+        >>> w = orthogonal()(jnp.array([[3.0, 0.0], [0.0, -2.0], [0.0, 0.0]]), "in out")
+        >>> abs(w.round(4)).tolist()
+        [[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]
+    """
+    kinds: dict[str, Kind] = {
+        "svd": "projection",
+        "qr": "retraction",
+        "newton_schulz": "normalisation",
+    }
+    if method not in kinds:
+        raise FwtError(f"method must be one of {', '.join(map(repr, kinds))}; found {method!r}")
+    whole("steps", steps, 1)
+    return bound(_orthogonal, kinds[method], None, method=method, steps=steps)
+
+
+@noun
+def spectral_ball(scale: Any = 1.0) -> Bound:
+    """The largest singular value is at most ``scale``.
+
+    A projection, unique: larger singular values are clipped; inside the identity. (Spectral
+    normalisation divides all by the largest instead.) Cost: one SVD. Source: Lefkimmiatis, Ward
+    and Unser, 2013.
+
+    Args:
+        scale: the radius, may be traced.
+
+    Example:
+        >>> print(spectral_ball(2.0)(jnp.diag(jnp.array([3.0, 1.0])), "in out").round(4))
+        [[2. 0.]
+         [0. 1.]]
+    """
+    check("scale", scale, 0)
+    return bound(_spectral_ball, "projection", None, scale=scale)
+
+
+def low_rank(rank: Any) -> Bound:
+    """The rank is at most ``rank``.
+
+    A projection: the ``rank`` largest singular values stay; of equal ones those that the SVD puts
+    first. Cost: one SVD. Source: Eckart and Young, 1936.
+
+    Args:
+        rank: a whole number, may be traced.
+
+    Example:
+        >>> print(abs(low_rank(1)(jnp.diag(jnp.array([3.0, 1.0])), "in out").round(4)))
+        [[3. 0.]
+         [0. 0.]]
+    """
+    if not isinstance(rank, jax.Array):
+        whole("rank", rank, 0)
+    return bound(_low_rank, "projection", None, rank=rank)
+
+
+@noun
+def symmetric() -> Bound:
+    """The matrix equals its transpose; for square ones.
+
+    A projection, unique: the mean of both. Linear cost.
+
+    Example:
+        >>> symmetric()(jnp.array([[1.0, 2.0], [4.0, 3.0]]), "in out").tolist()
+        [[1.0, 3.0], [3.0, 3.0]]
+    """
+    return bound(_symmetric, "projection", None)
+
+
+@noun
+def positive_semidefinite() -> Bound:
+    """The matrix is symmetric and has no negative eigenvalue; for square ones.
+
+    A projection, unique: the symmetric part, whose negative eigenvalues become 0. Cost: one
+    eigendecomposition. Source: Higham, 1988.
+
+    Example:
+        >>> print(positive_semidefinite()(jnp.diag(jnp.array([3.0, -1.0])), "in out").round(4))
+        [[3. 0.]
+         [0. 0.]]
+    """
+    return bound(_positive_semidefinite, "projection", None)
+
+
+@noun
+def doubly_stochastic(steps: int = 50) -> Bound:
+    """The weights are >= 0 and each row and column sums to 1; for square matrices.
+
+    A retraction, not the nearest point: negative weights become 0, rows and columns are divided
+    by their sums in turn, and what ``steps`` rounds have not settled is moved exactly into the
+    set. Cost: ``steps`` passes. Source: Sinkhorn, 1964; Altschuler, Weed and Rigollet, 2017.
+
+    Args:
+        steps: how many rounds.
+
+    Example:
+        >>> doubly_stochastic()(jnp.array([[4.0, 0.0], [-1.0, 9.0]]), "in out").tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
+    """
+    whole("steps", steps, 0)
+    return bound(_doubly_stochastic, "retraction", None, steps=steps)

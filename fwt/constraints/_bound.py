@@ -1,0 +1,78 @@
+"""What a constraint is, and the checks of its settings."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fwt._axes import Axes
+from fwt._types import FwtError
+
+Kind = Literal["projection", "retraction", "normalisation"]
+Support = Literal["plain", "mask", None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """One constraint with its settings.
+
+    Attributes:
+        name: its name in ``fwt.constraints``.
+        kind: "projection", "retraction" or "normalisation".
+        support: how masks work: "plain" where pruned zeros stay zero by themselves, "mask" where
+            the function takes the mask, None where they would be refilled.
+        settings: the arguments, sorted by name.
+    """
+
+    name: str
+    kind: Kind
+    support: Support
+    function: Callable[..., Any]
+    settings: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def keeps_zeros(self) -> bool:
+        return self.support is not None
+
+    def __call__(self, leaf: Any, axes: Axes | str | None = None, mask: Any = None) -> Any:
+        if not isinstance(axes, Axes):
+            names = tuple(axes.split()) if isinstance(axes, str) else None
+            axes = Axes("the leaf", jnp.shape(leaf), names)
+        settings = dict(self.settings)
+        if mask is not None and self.support == "mask":
+            settings["mask"] = mask
+        return self.function(leaf, axes, **settings)
+
+
+def check(name: str, value: Any, low: float, high: float = float("inf")) -> None:
+    """Numbers are checked at once; traced and array settings can't be."""
+    if isinstance(value, jax.Array | np.ndarray):
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
+        raise FwtError(f"{name} must be a number, found {value!r}")
+    if not low <= value <= high:
+        limit = f"at least {low:g}" if high == float("inf") else f"{low:g} to {high:g}"
+        raise FwtError(f"{name} must be {limit}, found {value}")
+
+
+def whole(name: str, value: Any, low: int, high: int | None = None) -> None:
+    wrong = isinstance(value, bool) or not isinstance(value, int | np.integer)
+    if wrong or value < low or (high is not None and value > high):
+        limit = f"at least {low}" if high is None else f"{low} to {high}"
+        raise FwtError(f"{name} must be a whole number of {limit}, found {value!r}")
+
+
+def bound(function: Callable[..., Any], kind: Kind, support: Support, **settings: Any) -> Bound:
+    """A Bound named after its function, ``_symmetric`` for ``symmetric``."""
+    axis = settings.get("axis")
+    if "axis" in settings:
+        listed = axis if isinstance(axis, Sequence) and not isinstance(axis, str) else [axis]
+        numbers = all(isinstance(a, int) and not isinstance(a, bool) for a in listed)
+        if axis not in (None, "all") and not numbers:
+            raise FwtError(f'axis must be a number, several, None or "all", found {axis!r}')
+        settings["axis"] = axis if axis in (None, "all") else tuple(listed)
+    name = function.__name__.removeprefix("_")
+    return Bound(name, kind, support, function, tuple(sorted(settings.items())))

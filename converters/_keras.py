@@ -1,5 +1,6 @@
 """Live Keras models, on any backend."""
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Sequence
@@ -144,7 +145,10 @@ def leaves(model: Any) -> list[LiveLeaf]:
             value = np.asarray(keras.ops.convert_to_numpy(variable))
             name, letters, flax_letters, _ = names.get(label, (label, [], [], "params"))
             there = order(letters, flax_letters, value.ndim) if letters else None
-            known = _layers.live("keras", kind, letters, flax_letters, value.ndim)
+            known = _layers.live("keras", layer, kind, letters, flax_letters, value.ndim)
+            if kind == "EinsumDense" and label == "kernel":
+                names_of = _layers.einsum_names(layer.equation)
+                known = dataclasses.replace(known, names=names_of)
             if there is not None:
                 value = value.transpose(there)
             path = "/".join(_tree.escape(p) for p in [*parts, name])

@@ -392,9 +392,21 @@ def is_transposed(framework: Framework, letters: list[str]) -> bool:
     return (letters.index("i") < letters.index("o")) == (framework == "torch")
 
 
+def einsum_names(equation: str) -> tuple[str, ...] | None:
+    """The axes of an einsum's second operand; None where one is neither input nor output."""
+    operands, _, output = equation.replace(" ", "").replace("...", "").partition("->")
+    inputs, _, kernel = operands.partition(",")
+    sides = {(True, False): "in", (False, True): "out"}
+    names = [sides.get((letter in inputs, letter in output)) for letter in kernel]
+    return None if None in names else tuple(n for n in names if n)
+
+
 def known(layer: Any, leaf: str, rank: int) -> Known:
     """What a Flax layer tells of its leaf."""
     kind = type(layer).__name__
+    if type(layer) is nn.DenseGeneral and leaf == "kernel" and not layer.batch_dims:
+        outs = 1 if isinstance(layer.features, int) else len(layer.features)
+        return Known((*["in"] * (rank - outs), *["out"] * outs), False, kind, layer)
     for row in (*rows_of("flax", kind), *(r for r in NAMES if r.flax is type(layer))):
         for p in row.params:
             name, letters = p.of("flax")
@@ -407,11 +419,18 @@ def known(layer: Any, leaf: str, rank: int) -> Known:
 
 
 def live(
-    framework: Framework, kind: str, letters: list[str], flax_letters: list[str], rank: int
+    framework: Framework,
+    layer: Any,
+    kind: str,
+    letters: list[str],
+    flax_letters: list[str],
+    rank: int,
 ) -> Known:
-    """What a live layer's class tells of an array that has these axes there and in Flax."""
+    """What a live layer tells of an array that has these axes there and in Flax."""
     names = axis_names(flax_letters, rank) if letters else None
-    return Known(names, is_transposed(framework, letters), kind)
+    if kind in ("Layer", "Model", "Module"):  # a class of the user's own, of which nothing is known
+        kind = ""
+    return Known(names, is_transposed(framework, letters), kind, layer)
 
 
 def leaf_names(framework: Framework, kind: str) -> dict[str, tuple[str, list[str], list[str], str]]:

@@ -242,7 +242,7 @@ def leaves(model: torch.nn.Module) -> list[LiveLeaf]:
             suffix = name[len(plain) :]
             flax_name, letters, flax_letters, _ = names.get(plain, (plain, [], [], "params"))
             there = order(letters, flax_letters, value.ndim) if letters else None
-            known = _layers.live("torch", kind, letters, flax_letters, value.ndim)
+            known = _layers.live("torch", module, kind, letters, flax_letters, value.ndim)
             if there is not None:
                 value = value.transpose(there)
             parts = [*filter(None, prefix.split(".")), flax_name + suffix]

@@ -11,7 +11,13 @@ from typing import Any, Literal
 from fwt import _tree
 from fwt._types import AxesError
 
-_NORMS = re.compile(r"(^|_)(norm|bn|ln|batchnorm|layernorm|emb|embed|embedding|wte|wpe)s?(_|\d|$)")
+NORMS = re.compile(r"(^|_)(norm|bn|ln|batchnorm|layernorm)s?(_|\d|$)")
+EMBEDDINGS = re.compile(r"(^|_)(emb|embed|embedding|wte|wpe)s?(_|\d|$)")
+
+
+def _no_kernel(layer: str) -> bool:
+    """Whether a layer of this name holds a norm or an embedding."""
+    return bool(NORMS.search(layer.lower()) or EMBEDDINGS.search(layer.lower()))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,8 +142,8 @@ KNOWN: ContextVar[Mapping[str, Known]] = ContextVar(
 )
 
 
-def _rule(path: str, rank: int) -> tuple[str, ...] | None:
-    """What the path alone says."""
+def _rule(path: str, rank: int, layer: str = "") -> tuple[str, ...] | None:
+    """What the path alone says; ``layer`` is the class where it is known."""
     parts = [_tree.unescape(p) for p in _tree.split(path)] or [""]
     last, parent = parts[-1], parts[-2] if len(parts) > 1 else ""
     if last == "kernel" and rank == 3 and parent in ("query", "key", "value"):
@@ -148,13 +154,11 @@ def _rule(path: str, rank: int) -> tuple[str, ...] | None:
         return ("out", "out")
     if last == "depthwise_kernel" and rank >= 3:
         return (*("spatial",) * (rank - 2), "group", "out")
-    if re.fullmatch("(pointwise_|recurrent_)?kernel", last) and rank >= 2:
+    # An einsum's kernel of rank 3 has no window.
+    most = 2 if layer and "Conv" not in layer else rank
+    if re.fullmatch("(pointwise_|recurrent_)?kernel", last) and 2 <= rank <= most:
         return (*("spatial",) * (rank - 2), "in", "out")
-    if (
-        re.fullmatch("weight|(in|[qkv])_proj_weight", last)
-        and rank == 2
-        and not _NORMS.search(parent.lower())
-    ):
+    if re.fullmatch("weight|(in|[qkv])_proj_weight", last) and rank == 2 and not _no_kernel(parent):
         return ("out", "in")
     if re.fullmatch("weight_(ih|hh|hr)(_l[0-9]+)?(_reverse)?", last):
         return ("out", "in")
@@ -187,7 +191,7 @@ def axes_of(
     if names is None:
         names = told.names
     if names is None:
-        names = _rule(path, len(shape))
+        names = _rule(path, len(shape), told.layer)
         transposed = names is not None and _transposed_by_name(path, len(shape))
     if names is not None and len(names) != len(shape):
         names = None
@@ -259,7 +263,7 @@ def role(path: str, rank: int) -> str:
     if rank >= 2 and re.fullmatch(".*kernel(_orig)?", last):
         return "kernels"
     if rank >= 2 and re.fullmatch("weight(_orig|_v|_(ih|hh|hr)(_l[0-9]+)?(_reverse)?)?", last):
-        return "others" if _NORMS.search(parent.lower()) else "kernels"
+        return "others" if _no_kernel(parent) else "kernels"
     if rank >= 2 and last in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
         return "kernels"
     if rank >= 2 and parts[-3:-1] == ["parametrizations", "weight"]:

@@ -1,25 +1,14 @@
 """The verbs that give leaves new values: ``initialize`` and ``assign``."""
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fwt import _axes, _tree, initializers
-from fwt._types import (
-    AxesError,
-    FwtError,
-    Initializer,
-    LeafError,
-    Params,
-    Transform,
-    Where,
-    hashes,
-    resolve,
-)
+from fwt import _axes, _draw, _tree
+from fwt._types import Initializer, LeafError, Params, Transform, Where, resolve
 
 
 def initialize(
@@ -71,99 +60,11 @@ def initialize(
         _axes.check_used(axes, names)
 
         def choose(path: str, shape: tuple[int, ...]) -> tuple[Any, str]:
-            return _fitted(chosen, _axes.axes_of(path, shape, tree.module, axes)), path
+            return _draw.fitted(chosen, _axes.axes_of(path, shape, tree.module, axes)), path
 
-        return drawn(tree, names, key, dtype, choose)
+        return _draw.drawn(tree, names, key, dtype, choose)
 
     return apply
-
-
-def drawn(
-    tree: _tree.Tree,
-    names: list[str],
-    key: Any,
-    dtype: Any,
-    choose: Callable[[str, tuple[int, ...]], tuple[Any, str]],
-) -> Params:
-    """The tree with new values of these leaves.
-
-    Args:
-        tree: the tree.
-        names: the paths of the leaves.
-        key: a JAX key, or an int seed.
-        dtype: of the new values, or None.
-        choose: gives the initializer of a leaf, and the path that its key is folded from.
-    """
-    base = _key(key)
-    specs, keys = [], []
-    for path in names:
-        leaf = _target(path, tree.leaves[path], dtype)
-        initializer, root = choose(path, tuple(leaf.shape))
-        specs.append((initializer, leaf.shape, leaf.dtype, path))
-        keys.append(_tree.fold_path(base, root))
-    # A user's own function may depend on more than its arguments: it is not compiled by us.
-    ours = all(isinstance(s[0], initializers.Bound) and hashes(s[0]) for s in specs)
-    new = (_draw_compiled if ours else _draw)(tuple(specs), keys)
-    return tree.replace(dict(zip(names, new, strict=True)))
-
-
-def _key(key: Any) -> Any:
-    if isinstance(key, int | np.integer) and not isinstance(key, bool):
-        if not -(1 << 31) <= key < 1 << 32:
-            raise FwtError(f"an int seed has 32 bits, found {key}; make a jax.random.key of it")
-        return jax.random.key(key)
-    typed = hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    raw = hasattr(key, "dtype") and key.dtype == np.uint32 and key.ndim == 1
-    if raw or (typed and key.ndim == 0):
-        return key
-    raise FwtError(f"key must be one JAX key or an int seed, found {key!r:.80}")
-
-
-def _target(path: str, leaf: Any, dtype: Any) -> jax.ShapeDtypeStruct:
-    wanted = jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype) if dtype is not None else leaf.dtype)
-    _tree.refuse_64(path, wanted)
-    return wanted
-
-
-def _fitted(chosen: Any, axes: _axes.Axes) -> Any:
-    if isinstance(chosen, initializers.Bound):
-        return chosen.at(axes)
-    rank = len(axes.shape)
-    if rank < 2 or initializers.foreign_axis_free(chosen):
-        return chosen
-    if axes.inputs != (rank - 2,) or axes.outputs != (rank - 1,):
-        raise AxesError(
-            f"{axes.path} of shape {axes.shape} has axes {' '.join(axes.names or ())!r}, but an "
-            "initializer that is not from fwt assumes (..., in, out): use the one of the same "
-            "name from fwt.initializers, which takes the axes"
-        )
-    return chosen
-
-
-def _draw(specs: Any, keys: Any) -> list[Any]:
-    new = []
-    for (init, shape, dtype, path), key in zip(specs, keys, strict=True):
-        try:
-            value = init(key, shape, dtype)
-        except (ArithmeticError, TypeError, ValueError) as error:
-            if isinstance(error, FwtError):
-                raise
-            raise LeafError(f"{path}: no {dtype}{list(shape)} from {init}: {error}") from error
-        if not _tree.is_array(value):
-            raise LeafError(
-                f"{path}: the initializer returned {value!r} instead of an array; a factory must "
-                "be called first, such as jax.nn.initializers.he_normal()"
-            )
-        if value.shape != shape or value.dtype != dtype:
-            raise LeafError(
-                f"{path}: expected {dtype}{list(shape)} from the initializer, found "
-                f"{value.dtype}{list(value.shape)}"
-            )
-        new.append(value)
-    return new
-
-
-_draw_compiled = functools.partial(jax.jit, static_argnums=0)(_draw)
 
 
 def assign(values: Mapping[str, Any]) -> Transform:

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fwt import _axes, _initialize, _tree, initializers
-from fwt._types import LeafError, Model, Where
+from fwt import _axes, _draw, _tree, initializers
+from fwt._types import LeafError, Where
 
 
 def lsuv(
@@ -25,7 +25,8 @@ def lsuv(
     In the order in which the layers run, each kernel is drawn by
     :func:`fwt.initializers.orthogonal` and then scaled so that the output before the activation
     has variance 1 over all of the batch, positions and units. Biases stay: the output is affine
-    in the kernel, so the scale is solved for with them in place, and one forward pass is enough.
+    in the kernel, so the scale is solved for with them in place, in one forward pass; a second one
+    checks it (but not under ``jit``, where nothing can be raised).
     A layer that runs twice is scaled where it runs first. Source: Mishkin and Matas, "All you
     need is a good init", 2016.
 
@@ -43,8 +44,9 @@ def lsuv(
 
     Raises:
         WhereError: if ``where`` matches nothing.
-        LeafError: for a kernel whose layer does not run, whose output does not vary or varies too
-            much by its bias alone, or that runs inside a lifted transformation (an RNN's scan).
+        LeafError: for a kernel whose layer does not run, whose output does not vary, varies too
+            much by its bias alone or is not affine in the kernel, or that runs inside a lifted
+            transformation (an RNN's scan).
 
     Example:
         >>> import fwt, jax, flax.linen as nn
@@ -56,41 +58,67 @@ def lsuv(
     """
     import flax.linen as nn
 
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        raise LeafError("lsuv takes variables as module.init gives them, {'params': ...}")
     tree = _tree.Tree(variables)
     names = tree.select(where)
-    draw = _initialize.initialize(initializers.orthogonal, key, names, axes=axes)
-    start = draw(Model(module, variables)).variables  # the module tells axes
-    scales: dict[str, Any] = {}
 
-    def interceptor(run: Any, args: Any, kwds: Any, context: Any) -> Any:
-        out = run(*args, **kwds)
-        owner = context.module
-        path = "/".join(_tree.escape(str(p)) for p in (*owner.path, "kernel"))
-        if context.method_name != "__call__" or path not in names:
-            return out
-        bias = owner.get_variable("params", "bias")
+    def choose(path: str, shape: tuple[int, ...]) -> tuple[Any, str]:
+        return initializers.orthogonal().at(_axes.axes_of(path, shape, module, axes)), path
+
+    start = _draw.drawn(tree, names, key, None, choose)
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((variables, batch, key)))
+    scales: dict[str, Any] = {}
+    variances: dict[str, Any] = {}
+
+    def run(values: Any, visit: Any) -> None:
+        """The model on the batch, with ``visit(path, layer, out)`` for the output of each layer."""
+
+        def interceptor(call: Any, args: Any, kwds: Any, context: Any) -> Any:
+            out = call(*args, **kwds)
+            path = "/".join(_tree.escape(str(p)) for p in (*context.module.path, "kernel"))
+            mine = context.method_name == "__call__" and path in names
+            return visit(path, context.module, out) if mine else out
+
+        with nn.intercept_methods(interceptor):
+            module.apply(values, batch, **kwargs)
+
+    def scaled(path: str, layer: Any, out: Any) -> Any:
+        bias = layer.get_variable("params", "bias")
         shift = 0.0 if bias is None else jnp.asarray(bias, out.dtype)
         signal = (out - shift).astype(jnp.promote_types(out.dtype, jnp.float32))
         if path not in scales:
-            if isinstance(out, jax.core.Tracer) and not isinstance(batch, jax.core.Tracer):
+            if isinstance(out, jax.core.Tracer) and not traced:
                 raise LeafError(
-                    f"{path} runs inside a lifted transformation, such as an RNN's scan, where "
-                    "its output can't be measured: leave it out with where="
+                    f"{path} runs inside a lifted transformation (an RNN's scan, remat, jit), "
+                    "where its output can't be measured: leave it out with where="
                 )
             scales[path] = _scale(signal, shift, path)
         return (signal * scales[path] + shift).astype(out.dtype)
 
-    with nn.intercept_methods(interceptor):
-        module.apply(start, batch, **kwargs)
+    def measured(path: str, layer: Any, out: Any) -> Any:
+        variances.setdefault(path, jnp.var(out.astype(jnp.promote_types(out.dtype, jnp.float32))))
+        return out
+
+    run(start, scaled)
     missing = [p for p in names if p not in scales]
     if missing:
         raise LeafError(
             f"{missing[0]}: no layer with this kernel ran on the batch; leave it out with where="
         )
-    new = _tree.Tree(start)
-    return new.replace(
-        {p: (new.leaves[p] * s).astype(new.leaves[p].dtype) for p, s in scales.items()}
-    )
+    leaves = _tree.Tree(start).leaves
+    changed = {p: (leaves[p] * s).astype(leaves[p].dtype) for p, s in scales.items()}
+    new = _tree.Tree(start).replace(changed)
+    if traced:
+        return new
+    run(new, measured)
+    for path, variance in variances.items():
+        if not abs(variance - 1) < 0.02:
+            raise LeafError(
+                f"{path}: its output has variance {float(variance):.3g} after scaling, so it is "
+                "not affine in the kernel (a WeightNorm?): leave it out with where="
+            )
+    return new
 
 
 def _scale(signal: Any, shift: Any, path: str) -> Any:
@@ -106,5 +134,6 @@ def _scale(signal: Any, shift: Any, path: str) -> Any:
     legal = (a > 0) & (rest > 0) & jnp.isfinite(found) & (found > 0)
     if not isinstance(legal, jax.core.Tracer) and not legal:
         why = "its output does not vary on the batch" if rest > 0 else "its bias alone varies more"
+        why = why if jnp.isfinite(a) else "its output is not finite"
         raise LeafError(f"{path} can't get an output of variance 1: {why}")
     return found

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fwt import _axes, _tree, constraints
+from fwt import _axes, _tree, constraints, initializers
 from fwt._types import (
     Constraint,
     FwtError,
@@ -54,10 +54,13 @@ def project(
         [[0.6000000238418579], [0.800000011920929]]
     """
     chosen = resolve(constraint)
-    if not callable(chosen):
+    ours = isinstance(chosen, constraints.Bound)
+    if not callable(chosen) or isinstance(chosen, initializers.Bound):
         raise TypeError(
             f"project takes a constraint such as fwt.constraints.non_negative, found {constraint!r}"
         )
+    if not ours and getattr(chosen, "__module__", "").startswith("fwt.constraints"):
+        raise TypeError(f"fwt.constraints.{chosen.__name__} needs arguments: call it first")
     if masks is not None and not getattr(chosen, "keeps_zeros", False):
         raise FwtError(
             f"{getattr(chosen, 'name', chosen)!r} does not declare that it keeps zeros, so it "
@@ -78,7 +81,7 @@ def project(
         kept = [support.get(p) for p in names]
         # A traced setting can't be a static argument, and a user's own function may depend on
         # more than its arguments: those are not compiled by us.
-        compiled = isinstance(chosen, constraints.Bound) and hashes(chosen)
+        compiled = ours and hashes(chosen)
         new = (_projected_compiled if compiled else _projected)(chosen, places, leaves, kept)
         return tree.replace(dict(zip(names, new, strict=True)))
 
@@ -89,8 +92,9 @@ def _projected(constraint: Any, places: Any, leaves: list[Any], kept: list[Any])
     new = []
     for place, leaf, mask in zip(places, leaves, kept, strict=True):
         leaf = jnp.asarray(leaf)
+        zero = jnp.zeros((), leaf.dtype)
         if mask is not None:
-            leaf = jnp.where(mask, leaf, jnp.zeros((), leaf.dtype))
+            leaf = jnp.where(mask, leaf, zero)
         takes_mask = mask is not None and isinstance(constraint, constraints.Bound)
         value = constraint(leaf, place, mask) if takes_mask else constraint(leaf, place)
         if getattr(value, "shape", None) != leaf.shape or value.dtype != leaf.dtype:
@@ -99,7 +103,8 @@ def _projected(constraint: Any, places: Any, leaves: list[Any], kept: list[Any])
                 f"{place.path}: a constraint keeps shape and dtype, expected "
                 f"{leaf.dtype}{list(leaf.shape)}, found {found}"
             )
-        new.append(value)
+        # Exactly, whatever the constraint does, and beside a NaN too.
+        new.append(value if mask is None else jnp.where(mask, value, zero))
     return new
 
 

@@ -1,6 +1,7 @@
 """The verb that gives every leaf what its framework would have given it: ``reset``."""
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -9,8 +10,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from fwt import _axes, _initialize, _tree, initializers
-from fwt._types import FwtError, LeafError, Params, Transform, Where
+from fwt import _axes, _draw, _tree, initializers
+from fwt._sequential import Sequential
+from fwt._types import FwtError, LeafError, Params, Transform, Where, hashes
 from fwt.initializers import keras, torch
 from fwt.initializers._bound import Bound, as_matrix, bound
 
@@ -21,6 +23,7 @@ _TORCH_RNN = re.compile(r"(weight|bias)_(ih|hh|hr)(_l\d+)?(_reverse)?")
 _CELLS = {
     "lstm": ("ifgo", {"ii", "if", "ig", "io", "hi", "hf", "hg", "ho"}),
     "gru": ("zrn", {"iz", "ir", "in", "hz", "hr", "hn"}),
+    "mgu": ("fn", {"if", "in", "hf", "hn"}),
     "simple": ("", {"i", "h"}),
 }
 _ATTENTION = {"query", "key", "value"}
@@ -38,10 +41,12 @@ def reset(
     """Gives leaves new values as a framework gives them to a new layer, biases too.
 
     What a leaf is follows from the class of its layer, where a live model or a module tells it,
-    and otherwise from the names beside it. Convolutions, dense, separable and recurrent layers,
-    attention, norms, embeddings and PReLU are known. Where torch holds two biases and the leaf is
-    their sum, it gets the sum of two draws; where Keras draws one orthogonal matrix for all gates
-    of a cell, each gate gets its part of it. Statistics (``batch_stats``) are not touched.
+    and otherwise from the names beside it (a ``kernel`` of rank 3 or more is a convolution's).
+    Convolutions, dense, separable and recurrent layers, attention, norms, embeddings and PReLU
+    are known; any other leaf is refused. The values are those of the class by default, whatever
+    initializers a live layer was given. Where torch holds two biases and the leaf is their sum,
+    it gets the sum of two draws; where Keras draws one orthogonal matrix for all gates of a cell,
+    each gate gets its part of it. Statistics (``batch_stats``) are not touched.
 
     Args:
         key: a JAX key, or an int seed; each leaf's is folded from its path.
@@ -71,6 +76,11 @@ def reset(
     """
     if like not in ("keras", "torch", "flax"):
         raise FwtError(f"like must be 'keras', 'torch' or 'flax'; found {like!r}")
+    if module is not None and not isinstance(module, Sequential):
+        raise FwtError(
+            f"module= takes a fwt.Sequential, found {type(module).__name__}: leave it out, and "
+            "names tell what each leaf is"
+        )
 
     def apply(params: Params) -> Params:
         tree = _tree.Tree(params)
@@ -80,11 +90,17 @@ def reset(
 
         def choose(path: str, shape: tuple[int, ...]) -> tuple[Any, str]:
             leaf = view.leaf(path, shape)
-            if like == "flax" and (own := _own(leaf)) is not None:
-                return own.at(leaf.axes), path
-            return _RECIPES[like](leaf)
+            found = _own(leaf) if like == "flax" else None
+            if found is not None:
+                return found, path
+            made, root = _RECIPES[like](leaf)
+            index = getattr(leaf.known.owner, "padding_idx", None)
+            if leaf.kind == "embedding" and index is not None:
+                # torch keeps this row at zero, where no gradient would bring it back.
+                made = bound(_padded, make=made, index=index)
+            return made, root
 
-        return _initialize.drawn(tree, names, key, dtype, choose)
+        return _draw.drawn(tree, names, key, dtype, choose)
 
     return apply
 
@@ -139,12 +155,12 @@ class _Leaf:
             return "prelu"
         if self.known.layer == "Bilinear":
             return "bilinear"
-        emb = re.search(r"(^|_)(emb|embed|embedding|wte|wpe)s?(_|\d|$)", self.owner.lower())
+        emb = _axes.EMBEDDINGS.search(self.owner.lower())
         if self.name in ("embedding", "embeddings") or (
             self.name == "weight" and rank == 2 and emb
         ):
             return "embedding"
-        if self.name in ("scale", "gamma"):
+        if self.name in ("scale", "gamma") and (self.is_norm or not self.known.layer):
             return "scale"
         if self.name == "weight" and rank == 1 and self.is_norm:
             return "scale"
@@ -156,12 +172,14 @@ class _Leaf:
 
     @property
     def is_norm(self) -> bool:
-        if "Norm" in self.known.layer or {"scale", "gamma"} & set(self.beside):
+        if self.known.layer:
+            return "Norm" in self.known.layer
+        if {"scale", "gamma"} & set(self.beside):
             return True
         if len(self.beside.get("weight", (0, 0))) != 1:
             return False
-        named = re.search(r"(^|_)(norm|bn|ln|batchnorm|layernorm)s?(_|\d|$)", self.owner.lower())
-        return self.beside["weight"] == self.beside.get("bias") or named is not None
+        named = _axes.NORMS.search(self.owner.lower()) is not None
+        return self.beside["weight"] == self.beside.get("bias") or named
 
     @property
     def kernel(self) -> str:
@@ -229,6 +247,10 @@ class _View:
 # -- values that no initializer of a framework gives by itself --------------------------------
 
 
+def _padded(key: Any, shape: Any, dtype: Any, axes: Any, make: Bound, index: int) -> Any:
+    return make(key, shape, dtype).at[index].set(0)
+
+
 def _two_uniforms(key: Any, shape: Any, dtype: Any, axes: Any, limit: float) -> Any:
     draws = (torch.uniform(-limit, limit)(k, shape, dtype) for k in jax.random.split(key))
     return sum(draws)
@@ -253,7 +275,7 @@ def _orthogonal_gates(key: Any, shape: Any, dtype: Any, axes: Any, gates: int) -
     return as_matrix(draw, axes, (*axes.inputs, *axes.outputs), len(axes.inputs))
 
 
-def _by_flax(key: Any, shape: Any, dtype: Any, axes: Any, make: Any) -> Any:
+def _by_flax(make: Any, axes: Any, key: Any, shape: Any, dtype: Any) -> Any:
     """A layer's own initializer, called as Flax calls it: several axes of one side are one."""
     ins, outs = (axes.inputs, axes.outputs) if axes.names is not None else ((), ())
     if len(ins) + len(outs) < 3 or not ins or not outs:
@@ -261,22 +283,31 @@ def _by_flax(key: Any, shape: Any, dtype: Any, axes: Any, make: Any) -> Any:
     return as_matrix(lambda flat: make(key, flat, dtype), axes, (*ins, *outs), len(ins))
 
 
-def _own(leaf: _Leaf) -> Bound | None:
-    """The initializer that a Flax layer was given for a leaf."""
+def _by_known_flax(key: Any, shape: Any, dtype: Any, axes: Any, make: Any) -> Any:
+    return _by_flax(make, axes, key, shape, dtype)
+
+
+def _own(leaf: _Leaf) -> Any:
+    """The initializer that a Flax layer was given for a leaf, or None."""
     layer = leaf.known.owner
-    if layer is None:
-        return None
+    if not hasattr(layer, "kernel_init") and not hasattr(layer, "apply"):
+        return None  # a live layer of another framework
     layer = getattr(layer, "cell", layer)
     name = leaf.name
     if leaf.kind == "flax rnn" and name == "kernel" and leaf.owner.startswith("h"):
         name = "recurrent_kernel"
+    if leaf.cell == "mgu" and name == "bias":
+        name = "forget_bias" if leaf.owner == "if" else "activation_bias"
     if leaf.owner == "out" and leaf.kind.startswith("attention"):
         found = getattr(layer, f"out_{name}_init", None)
         name = name if found is None else f"out_{name}"
     make = getattr(layer, f"{name}_init", None)
     if make is None or not callable(make):
         return None if make is None else initializers.constant(make)
-    return bound(_by_flax, make=make)
+    if getattr(make, "__module__", "").startswith(("jax.", "flax.")) and hashes(make):
+        return bound(_by_known_flax, make=make).at(leaf.axes)
+    # A user's own: it may depend on more than its arguments, so it must not be compiled by us.
+    return functools.partial(_by_flax, make, leaf.axes)
 
 
 # -- the recipes ------------------------------------------------------------------------------
@@ -307,7 +338,7 @@ def _keras(leaf: _Leaf) -> tuple[Bound, str]:
             return glorot, path
         if leaf.name == "recurrent_kernel":
             return keras.orthogonal().at(leaf.axes), path
-        units, width = leaf.beside["recurrent_kernel"]
+        units, width = leaf.beside["recurrent_kernel"][-2:]
         return (bound(_forget, units=units) if width == 4 * units else zeros), path
     if kind == "torch rnn" and "_hr" not in leaf.name:
         if leaf.name.startswith("weight"):
@@ -316,7 +347,7 @@ def _keras(leaf: _Leaf) -> tuple[Bound, str]:
         # Keras has one bias where torch has two.
         forget = width == 4 * units and "_ih" in leaf.name
         return (bound(_forget, units=units) if forget else zeros), path
-    if kind == "flax rnn":
+    if kind == "flax rnn" and leaf.cell != "mgu":
         cell = leaf.cell or ""
         gates, gate = max(len(_CELLS[cell][0]), 1), _CELLS[cell][0].find(leaf.owner[1:])
         if leaf.name == "bias":
@@ -373,12 +404,12 @@ def _torch(leaf: _Leaf) -> tuple[Bound, str]:
         hidden = leaf.name.replace("bias", "weight").replace("_ih", "_hh").replace("_hr", "_hh")
         projected = leaf.beside.get(hidden.replace("_hh", "_hr"))
         return uniform((projected or leaf.beside[hidden])[1]), path
-    if kind == "keras rnn":
+    if kind == "keras rnn" and len(leaf.beside["recurrent_kernel"]) == 2:
         units = leaf.beside["recurrent_kernel"][0]
         if leaf.name == "bias" and len(shape) == 1:
             return bound(_two_uniforms, limit=1 / math.sqrt(units)), path
         return uniform(units), path
-    if kind == "flax rnn":
+    if kind == "flax rnn" and leaf.cell != "mgu":
         units = shape[-1]
         # A GRU's candidate has both biases in Flax as well.
         if leaf.name == "bias" and (leaf.cell, leaf.owner) not in (("gru", "in"), ("gru", "hn")):
@@ -404,7 +435,8 @@ def _flax(leaf: _Leaf) -> tuple[Bound, str]:
         return initializers.normal(1 / math.sqrt(max(shape[-1], 1))), path
     if kind == "packed attention" and leaf.name not in ("bias_k", "bias_v"):
         return (zeros if leaf.name == "in_proj_bias" else lecun), path
-    if kind in ("keras rnn", "torch rnn") and "_hr" not in leaf.name:
+    dense = len(leaf.beside.get("recurrent_kernel", (0, 0))) == 2
+    if kind in ("keras rnn", "torch rnn") and "_hr" not in leaf.name and dense:
         if "bias" in leaf.name:
             return zeros, path
         if leaf.name == "recurrent_kernel" or "_hh" in leaf.name:
@@ -414,7 +446,8 @@ def _flax(leaf: _Leaf) -> tuple[Bound, str]:
         return lecun, path
     if kind == "flax rnn":
         if leaf.name == "bias":
-            return zeros, path
+            forget = (leaf.cell, leaf.owner) == ("mgu", "if")
+            return (initializers.ones if forget else zeros), path
         made: Any = initializers.orthogonal() if leaf.owner[0] == "h" else lecun
         return made, path
     raise leaf.refuse("flax", "it is not known to be a weight of a Flax layer")

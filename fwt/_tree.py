@@ -305,6 +305,11 @@ def near(path: str, known: Iterable[str]) -> str:
 
 def _nothing(where: Where, leaves: Mapping[str, Any], hidden: Any, chosen: set[str]) -> str:
     said = repr(where) if isinstance(where, str | list | tuple) else f"{where}"
+    if list(leaves) == [""] and not hidden:
+        return (
+            f"where={said} is for a tree, but the params are one bare array (a transform that "
+            "optax.inject_hyperparams takes for a schedule is called so: give it static_args)"
+        )
     if not leaves and not hidden:
         return f"where={said} matches nothing, for the tree holds no array leaf"
     hint = where if isinstance(where, str) else ""

@@ -190,7 +190,8 @@ def _named(module: Any, text: str, what: str) -> Any:
         arguments = [ast.literal_eval(a) for a in call.args] if call else []
         keywords = {k.arg or "**": ast.literal_eval(k.value) for k in call.keywords} if call else {}
     except (SyntaxError, ValueError) as error:
-        raise FwtError(f"{text!r} is no {what} such as name or name(1.0): {error}") from error
+        why = "arguments must be literals" if "malformed" in str(error) else error
+        raise FwtError(f"{text!r} is no {what} such as name or name(1.0): {why}") from error
     if name.id not in module.__all__:
         raise FwtError(f"{name.id!r} is no {what}{_tree.near(name.id, module.__all__)}")
     noun = getattr(module, name.id)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from fwt import constraints
 from fwt._types import FwtError, Params, Transform
 
 __all__ = ["constrain"]
@@ -27,12 +28,13 @@ def constrain(
     - float16 and bfloat16 params get float32 updates and land on it to the bit, unless a weight
       is moved to less than 2**-12 of itself (bfloat16: 2**-15) without becoming 0.
     - float32 params land on it exactly at 0, and wherever the new weight is within a factor of 2
-      of the old one; elsewhere they are off by at most an ULP of the old weight.
+      of the old one; elsewhere they are off by at most an ULP of the larger of the two.
 
-    It must be the last link: a later ``optax.scale`` moves the weights out of the set again, and
-    an average of weights (``optax.ema`` of params, ``optax.lookahead``) need not be in it. With
-    ``optax.MultiSteps``, put it inside, ``MultiSteps(constrain(...))``, and start from
-    ``transform(params)``: between two steps the weights stay as they are, wherever they are.
+    It must be the last link, ``constrain(optax.chain(...), t)``: a later ``optax.scale`` moves
+    the weights out of the set again, and an average of weights (``optax.lookahead``, an EMA of
+    params) need not be in it. So too with gradient accumulation: ``constrain(optax.MultiSteps(tx,
+    k), t)`` is in the set after every call, ``MultiSteps(constrain(tx, t), k)`` leaves weights
+    that start outside where they are until its first step.
 
     ``optax.inject_hyperparams`` takes callables for schedules: give it
     ``static_args=fwt.optim.constrain.static_args``, or inject into a factory of your own, as in
@@ -69,6 +71,10 @@ def constrain(
     """
     if not hasattr(tx, "update"):
         raise TypeError(f"constrain takes an optax optimizer, found {tx!r}")
+    if isinstance(transform, constraints.Bound):
+        raise TypeError(
+            f"constrain takes a transform: fwt.project(fwt.constraints.{transform.name}(...))"
+        )
     if not callable(transform):
         raise TypeError(
             f"constrain takes a transform, a function of the params; found {transform!r}"

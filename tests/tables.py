@@ -18,7 +18,7 @@ CONSTRAINTS = {
     "max_norm": ("MaxNorm", "", ""),
     "unit_norm": ("UnitNorm", "", ""),
     "min_max_norm": ("MinMaxNorm", "", ""),
-    "radial": ("RadialConstraint", "", ""),
+    "radial": ("", "", ""),
     "box": ("", "", "projection_box"),
     "hypercube": ("", "", "projection_hypercube"),
     "linf_ball": ("", "", "projection_linf_ball"),
@@ -111,8 +111,9 @@ def table():
         ):
             for name in names.split():
                 calls.append(call(prefix, space, name))
-                docs.append(about(getattr(space, name)))
-        what = next((d for d in docs if not isinstance(d, fwt.initializers.Bound)), "")
+                if inspect.isfunction(getattr(space, name)):
+                    docs.append(about(getattr(space, name)))
+        what = docs[0]
         theirs = camel(keras_name), torch_name and torch_name + "_"
         cells = [what, "<br>".join(calls), *map(code, theirs), code(*jax_names)]
         lines.append(f"| {' | '.join(cells)} |")

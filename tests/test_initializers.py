@@ -231,7 +231,11 @@ def test_torch_eye_and_sparse(sizes):
     assert len(places) == 100
 
 
-@pytest.mark.parametrize("bounds", [(7.0, 9.0), (-9.5, -8.0), (2.0, 30.0), (-30.0, 0.1)])
+FAR = [(7.0, 9.0), (-9.5, -8.0), (2.0, 30.0), (-30.0, 0.1), (30.0, 40.0), (-25.0, -20.0),
+       (13.5, 15.0), (5.1, 6.0), (-6.0, -4.9)]  # fmt: skip
+
+
+@pytest.mark.parametrize("bounds", FAR)
 def test_trunc_normal_far_in_the_tail(bounds):
     w = np.asarray(T.trunc_normal(0.0, 1.0, *bounds)(jax.random.key(1), (4000,)), np.float64)
     reference = stats.truncnorm(*bounds)
@@ -397,3 +401,14 @@ def test_what_has_no_answer_is_refused(initializer, path, shape, said):
     tree = {layer: {leaf: np.ones(shape, np.float32)}}
     with pytest.raises(fwt.FwtError, match=said):
         fwt.initialize(initializer, 0, "**")(tree)
+
+
+def test_constants_and_empty_leaves():
+    value = np.arange(3.0)
+    for space in (fwt.initializers, K):
+        tree = {"d": {"kernel": np.ones((2, 3), np.float32)}}
+        w = fwt.initialize(space.constant(value), 0)(tree)
+        assert np.array_equal(w["d"]["kernel"], [[0, 1, 2]] * 2)
+        with pytest.raises(fwt.FwtError, match="array of them"):
+            space.constant("a")
+        assert space.he_normal()(jax.random.key(0), (0, 3)).shape == (0, 3)

@@ -204,6 +204,12 @@ def test_what_the_docs_say_breaks_does():
     tx = optax.chain(fwt.optim.constrain(optax.sgd(3.0), ball), optax.scale(3.0))
     updates, _ = tx.update(grads, tx.init(params), params)
     assert any((n > 0.6).any() for n in norms(optax.apply_updates(params, updates)))
+    start = weights()
+    inside = fwt.optim.constrain(
+        optax.MultiSteps(optax.sgd(0.3), 2).gradient_transformation(), ball
+    )
+    updates, _ = inside.update(grads, inside.init(start), start)
+    assert all((n <= 0.5 + 1e-6).all() for n in norms(optax.apply_updates(start, updates)))
     outside = optax.MultiSteps(fwt.optim.constrain(optax.sgd(0.3), ball), 2)
     start = weights()
     state = outside.init(start)
@@ -236,5 +242,9 @@ def test_wrong_calls():
         tx.update(params, tx.init(params))
     with pytest.raises(TypeError, match="optimizer"):
         fwt.optim.constrain(ball, optax.sgd(1.0))
+    with pytest.raises(TypeError, match=r"fwt.project\(fwt.constraints.max_norm"):
+        fwt.optim.constrain(optax.sgd(1.0), C.max_norm(1.0))
+    with pytest.raises(fwt.WhereError, match="static_args"):
+        optax.inject_hyperparams(fwt.optim.constrain)(optax.sgd(1.0), ball).init(params)
     with pytest.raises(TypeError, match="function of the params"):
         fwt.optim.constrain(optax.sgd(1.0), 0.5)

@@ -61,6 +61,12 @@ KERAS = {
     "gru_v1": (lambda: k.GRU(32, reset_after=False), (None, 7, 20)),
     "rnn": (lambda: k.SimpleRNN(48), (None, 7, 20)),
     "bidirectional": (lambda: k.Bidirectional(k.LSTM(24, name="x"), name="b"), (None, 7, 20)),
+    "einsum_heads": (
+        lambda: k.EinsumDense("abc,cde->abde", (None, 6, 20), bias_axes="de"),
+        (None, 5, 40),
+    ),
+    "einsum_join": (lambda: k.EinsumDense("abcd,cde->abe", (None, 20)), (None, 5, 4, 16)),
+    "conv_lstm": (lambda: k.ConvLSTM2D(8, (3, 2)), (None, 3, 8, 8, 6)),
     "einsum": (lambda: k.EinsumDense("abc,cd->abd", (5, 40), bias_axes="d"), (None, 5, 30)),
 }
 
@@ -109,6 +115,7 @@ TORCH = {
     "transposed": lambda: t.ConvTranspose2d(22, 12, (3, 5)),
     "transposed3d": lambda: t.ConvTranspose3d(12, 8, (3, 2, 1), groups=2),
     "embedding": lambda: t.Embedding(100, 20),
+    "padded": lambda: t.Embedding(100, 20, padding_idx=3),
     "bag": lambda: t.EmbeddingBag(100, 20),
     "batch_norm": lambda: t.BatchNorm2d(6),
     "layer_norm": lambda: t.LayerNorm((4, 6)),
@@ -148,6 +155,9 @@ FLAX = {
     "transposed": (nn.ConvTranspose(9, (3, 5)), (2, 9, 8, 22)),
     "transpose_kernel": (nn.ConvTranspose(9, (3, 5), transpose_kernel=True), (2, 9, 8, 22)),
     "embed": (nn.Embed(100, 20), None),
+    "general": (nn.DenseGeneral((6, 20)), (2, 40)),
+    "general_join": (nn.DenseGeneral(20, axis=(-2, -1)), (2, 6, 10)),
+    "mgu": (nn.RNN(nn.MGUCell(32)), (2, 5, 20)),
     "layer_norm": (nn.LayerNorm(), (2, 9)),
     "prelu": (nn.PReLU(), (2, 9)),
     "lstm": (nn.RNN(nn.LSTMCell(32)), (2, 5, 20)),
@@ -173,9 +183,32 @@ def test_flax(name):
     compare({p: np.asarray(w) for p, w in fwt.select(told, "**").items()}, theirs, pools)
     also = fwt.reset(5, like="flax", module=net)(drawn[0])
     assert all(jax.tree.leaves(jax.tree.map(jnp.array_equal, told.variables, also)))
-    if "own" not in name and name != "transpose_kernel":  # by names alone
+    if not {"own", "general", "kernel"} & set(name.split("_")):  # by names alone
         named = fwt.select(fwt.reset(5, like="flax")(drawn[0]), "**")
         compare({p: np.asarray(w) for p, w in named.items()}, theirs, pools)
+
+
+def test_a_padding_row_stays_zero():
+    layer = t.Embedding(10, 4, padding_idx=-1)
+    converters.transform(layer, fwt.reset(0, like="torch"))
+    assert not layer.weight[-1].any()
+    assert layer.weight[:-1].all()
+
+
+def test_a_users_own_initializer_is_called_each_time():
+    calls = []
+
+    def own(key, shape, dtype=jnp.float32):
+        calls.append(shape)
+        return jnp.full(shape, len(calls), dtype)
+
+    net = fwt.Sequential([("d", nn.Dense(3, kernel_init=own))])
+    variables = net.init(jax.random.key(0), jnp.ones((1, 2)))
+    values = [
+        fwt.reset(0, like="flax", module=net)(variables)["params"]["d"]["kernel"][0, 0].item()
+        for _ in range(3)
+    ]
+    assert values == sorted(set(values))
 
 
 def cell_of(name):
@@ -262,12 +295,31 @@ def test_a_file_as_new():
         ({"c": {"weight": np.ones((4, 3, 3, 3)), "bias": np.ones(4)}}, "torch", "axes="),
         ({"r": {"weight_hr_l0": np.ones((4, 3)), "weight_hh_l0": np.ones((4, 3))}}, "keras", "r/"),
         ({"d": {"kernel": np.ones((4, 3))}}, "jax", "like must be"),
+        (
+            {"c": {"kernel": np.ones((3, 3, 2, 8)), "recurrent_kernel": np.ones((3, 3, 2, 8))}},
+            "torch",
+            "c/kernel",
+        ),
+        (
+            {"c": {"kernel": np.ones((3, 3, 2, 8)), "recurrent_kernel": np.ones((3, 3, 2, 8))}},
+            "flax",
+            "c/kernel",
+        ),
     ],
 )
 def test_what_is_not_known_is_refused(tree, like, said):
     tree = jax.tree.map(lambda x: x.astype(np.float32), tree)
     with pytest.raises(fwt.FwtError, match=said):
         fwt.reset(0, like=like)(tree)
+
+
+def test_layers_that_reset_does_not_know_are_refused():
+    q = keras.Input((5, 40))
+    model = keras.Model(q, k.AdditiveAttention()([q, q]))
+    with pytest.raises(fwt.LeafError, match="scale"):
+        converters.transform(model, fwt.reset(0, like="keras"))
+    with pytest.raises(fwt.FwtError, match=r"fwt\.Sequential"):
+        fwt.reset(0, like="flax", module=nn.Dense(3))
 
 
 def test_axes_said_by_the_user():
@@ -358,3 +410,28 @@ def test_lsuv_refuses_what_it_can_not_measure():
     variables["params"]["d"]["bias"] = np.array([0, 9, -9, 0], np.float32)
     with pytest.raises(fwt.LeafError, match="bias alone"):
         fwt.lsuv(net, variables, x, 0)
+    with pytest.raises(fwt.LeafError, match="'params'"):
+        fwt.lsuv(net, variables["params"], x, 0)
+    with pytest.raises(fwt.LeafError, match="not finite"):
+        fwt.lsuv(net, variables, x * np.nan, 0)
+    for wrapped, said in (
+        (nn.WeightNorm(nn.Dense(3)), "not affine"),
+        (nn.remat(nn.Dense)(3), "remat"),
+    ):
+        variables = wrapped.init(jax.random.key(0), x)
+        with pytest.raises(fwt.FwtError, match=said):
+            fwt.lsuv(wrapped, variables, x, 0)
+
+
+def test_lsuv_under_jit_and_vmap():
+    x = jax.random.normal(jax.random.key(0), (64, 6))
+    net = fwt.Sequential([("d", nn.Dense(4))])
+    variables = net.init(jax.random.key(0), x)
+    closed = jax.jit(lambda v: fwt.lsuv(net, v, x, 0))(variables)
+    np.testing.assert_allclose(net.apply(closed, x).var(), 1, rtol=1e-4)
+    several = jax.vmap(lambda key: fwt.lsuv(net, variables, x, key))(
+        jax.random.split(jax.random.key(1), 3)
+    )
+    for v in range(3):
+        one = jax.tree.map(lambda leaf, v=v: leaf[v], several)
+        np.testing.assert_allclose(net.apply(one, x).var(), 1, rtol=1e-4)

@@ -2,8 +2,10 @@
 
 A *projection* gives the nearest point of the set (the argmin of ``|v - w|`` over its v), a
 *retraction* some point of it, a *normalisation* has no exact set. Inside the set each is the
-identity, up to rounding; derivatives are finite everywhere; shape and dtype stay, and half
-precision is computed in float32. A NaN makes its vector or matrix NaN, so that it shows.
+identity, up to rounding; first derivatives are finite everywhere (in half precision, up to what
+the dtype can hold); shape and dtype stay, and half precision is computed in float32. A NaN is
+never hidden: it stays, and so does what depends on it. Any shape is taken unless said; the cost is
+a few passes over the leaf unless said. Numbers are checked at once, traced settings can't be.
 
 **Vectors.** A set of vectors holds for each output unit by itself: the sums go over every axis but
 the output's. ``axis="all"`` takes the whole leaf as one vector, numbers are axes as in Keras.
@@ -232,7 +234,7 @@ def linf_sphere(scale: Any = 1.0, axis: Axis = None) -> Bound:
     """The largest magnitude of each unit is ``scale``.
 
     A projection: outside each weight is clipped, inside the largest one is moved out; of several
-    the first, upwards if it is 0. Linear cost.
+    the first, upwards if it is 0. Source: none known to us; clipping and one argmax.
 
     Args:
         scale: the radius, may be traced.
@@ -429,7 +431,8 @@ def k_sparse(k: Any, axis: Axis = None) -> Bound:
     """Each unit has at most ``k`` weights that are not zero.
 
     A projection: the k largest magnitudes stay, of equal ones the first; a NaN counts as the
-    largest. 32 counting passes, no sort; the derivative is that of the weights that stay.
+    largest. No sort, but a counting pass for each bit; the derivative is that of the weights
+    that stay.
     Source: iterative hard thresholding (Blumensath and Davies, 2009).
 
     Args:

@@ -42,9 +42,26 @@ class Bound:
             names = tuple(axes.split()) if isinstance(axes, str) else None
             axes = Axes("the leaf", jnp.shape(leaf), names)
         settings = dict(self.settings)
-        if mask is not None and self.support == "mask":
+        if mask is None:
+            return self.function(leaf, axes, **settings)
+        if self.support is None:
+            raise FwtError(f"{self.name} would refill what a mask prunes")
+        leaf = jnp.where(mask, leaf, jnp.zeros((), leaf.dtype))
+        if self.support == "mask":
             settings["mask"] = mask
         return self.function(leaf, axes, **settings)
+
+
+def _frozen(value: Any) -> Any:
+    """Arrays of some thousand numbers as tuples, so that the constraint can be hashed."""
+    concrete = isinstance(value, np.ndarray | np.generic | jax.Array)
+    if not concrete or isinstance(value, jax.core.Tracer) or value.size > 10_000:
+        return value
+    return _tuples(np.asarray(value).tolist())
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def check(name: str, value: Any, low: float, high: float = float("inf")) -> None:
@@ -53,8 +70,8 @@ def check(name: str, value: Any, low: float, high: float = float("inf")) -> None
         return
     if isinstance(value, bool) or not isinstance(value, int | float | np.number):
         raise FwtError(f"{name} must be a number, found {value!r}")
-    if not low <= value <= high:
-        limit = f"at least {low:g}" if high == float("inf") else f"{low:g} to {high:g}"
+    if not low <= value <= high or (np.isinf(value) and low > float("-inf")):
+        limit = f"finite, at least {low:g}" if high == float("inf") else f"{low:g} to {high:g}"
         raise FwtError(f"{name} must be {limit}, found {value}")
 
 
@@ -70,9 +87,10 @@ def bound(function: Callable[..., Any], kind: Kind, support: Support, **settings
     axis = settings.get("axis")
     if "axis" in settings:
         listed = axis if isinstance(axis, Sequence) and not isinstance(axis, str) else [axis]
-        numbers = all(isinstance(a, int) and not isinstance(a, bool) for a in listed)
+        numbers = all(isinstance(a, int | np.integer) and not isinstance(a, bool) for a in listed)
         if axis not in (None, "all") and not numbers:
             raise FwtError(f'axis must be a number, several, None or "all", found {axis!r}')
-        settings["axis"] = axis if axis in (None, "all") else tuple(listed)
+        settings["axis"] = axis if axis in (None, "all") else tuple(map(int, listed))
+    settings = {n: _frozen(v) for n, v in settings.items()}
     name = function.__name__.removeprefix("_")
     return Bound(name, kind, support, function, tuple(sorted(settings.items())))

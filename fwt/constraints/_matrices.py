@@ -193,7 +193,8 @@ def _newton_schulz(steps: int, a: Array) -> Array:
     def step(_: Any, x: Array) -> Array:
         return 1.5 * x - 0.5 * _matmul(x, _matmul(x.T, x))
 
-    return lax.fori_loop(0, steps, step, a / bound)
+    turned = lax.fori_loop(0, steps, step, a / bound)
+    return jnp.where(squares > 0, turned, 0)  # at zero the derivative would be 1.5**steps
 
 
 def _spectral_ball(leaf: Any, axes: Axes, scale: Any) -> Array:
@@ -238,7 +239,8 @@ def _doubly_stochastic(leaf: Any, axes: Axes, steps: int) -> Array:
     matrix, back = _as_matrix(leaf, axes, "doubly_stochastic")
     if _empty(leaf):
         return back(matrix)
-    x = jnp.maximum(matrix / _scale(matrix), 0)
+    # What is below the rounding of the largest is raised to it: derivatives would be infinite.
+    x = jnp.maximum(matrix / _scale(matrix), jnp.finfo(matrix.dtype).eps)
 
     def divided(x: Array, axis: int, at_most: bool = False) -> Array:
         sums = x.sum(axis, keepdims=True)
@@ -293,8 +295,8 @@ def spectral_ball(scale: Any = 1.0) -> Bound:
     """The largest singular value is at most ``scale``.
 
     A projection, unique: larger singular values are clipped; inside the identity. (Spectral
-    normalisation divides all by the largest instead.) Cost: one SVD. Source: Lefkimmiatis, Ward
-    and Unser, 2013.
+    normalisation divides all by the largest instead.) Cost: an SVD, and the values of one.
+    Source: Lefkimmiatis, Ward and Unser, 2013.
 
     Args:
         scale: the radius, may be traced.
@@ -331,7 +333,7 @@ def low_rank(rank: Any) -> Bound:
 def symmetric() -> Bound:
     """The matrix equals its transpose; for square ones.
 
-    A projection, unique: the mean of both. Linear cost.
+    A projection, unique: the mean of both. Source: Higham, 1988.
 
     Example:
         >>> symmetric()(jnp.array([[1.0, 2.0], [4.0, 3.0]]), "in out").tolist()
@@ -344,8 +346,8 @@ def symmetric() -> Bound:
 def positive_semidefinite() -> Bound:
     """The matrix is symmetric and has no negative eigenvalue; for square ones.
 
-    A projection, unique: the symmetric part, whose negative eigenvalues become 0. Cost: one
-    eigendecomposition. Source: Higham, 1988.
+    A projection, unique: the symmetric part, whose negative eigenvalues become 0. Cost: an
+    eigendecomposition, and the values of one. Source: Higham, 1988.
 
     Example:
         >>> print(positive_semidefinite()(jnp.diag(jnp.array([3.0, -1.0])), "in out").round(4))

@@ -39,10 +39,21 @@ def over(axes: Axes, axis: Axis) -> tuple[int, ...]:
         return axes.all
     listed = (axis,) if isinstance(axis, int) else tuple(axis)
     if any(not -rank <= a < rank for a in listed):
+        said = listed[0] if len(listed) == 1 else listed
         raise AxesError(
-            f"{axes.path} has shape {axes.shape}, so axis={axis} is not one of its axes"
+            f"{axes.path} has shape {axes.shape}, so axis={said} is not one of its axes"
         )
     return tuple(sorted({a % rank for a in listed}))
+
+
+def check_fits(axes: Axes, name: str, shape: tuple[int, ...]) -> None:
+    """A setting must broadcast to the leaf."""
+    pairs = zip(shape[::-1], axes.shape[::-1], strict=False)
+    if len(shape) > len(axes.shape) or any(n not in (1, m) for n, m in pairs):
+        raise LeafError(
+            f"{axes.path} of shape {axes.shape}: {name} of shape {shape} does not broadcast to "
+            "it; give one number, or one for each weight of a unit, such as shape (in, 1)"
+        )
 
 
 def power_of_two(big: Array) -> Array:
@@ -72,7 +83,8 @@ def polar(leaf: Any, axes: Axes, axis: Axis) -> tuple[Array, Array, Array]:
     squares = jnp.sum(scaled**2, axis=dims, keepdims=True)
     nonzero = squares != 0  # a NaN stays one, and shows
     length = jnp.sqrt(jnp.where(nonzero, squares, 1))
-    return w, jnp.where(nonzero, scale * length, 0), jnp.where(nonzero, scaled / length, 0)
+    norm = jnp.minimum(scale * length, jnp.finfo(w.dtype).max)  # an infinite one makes 0 * inf
+    return w, jnp.where(nonzero, norm, 0), jnp.where(nonzero, scaled / length, 0)
 
 
 def max_norm(leaf: Any, axes: Axes, max_value: Any, axis: Axis) -> Array:
@@ -99,13 +111,17 @@ def min_max_norm(
 
 def non_negative(leaf: Any, axes: Axes) -> Array:
     w = jnp.asarray(leaf)
+    if jnp.issubdtype(w.dtype, jnp.complexfloating):
+        raise LeafError(f"{axes.path} is {w.dtype}: complex numbers have no order")
     return jnp.maximum(w, jnp.zeros((), w.dtype))
 
 
 def box(leaf: Any, axes: Axes, lower: Any, upper: Any) -> Array:
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise LeafError(f"{axes.path} is {leaf.dtype}: this constraint needs a floating dtype")
-    bounds = (jnp.asarray(b, leaf.dtype) for b in (lower, upper))
+    bounds = [jnp.asarray(b, leaf.dtype) for b in (lower, upper)]
+    for name, b in zip(("lower", "upper"), bounds, strict=True):
+        check_fits(axes, name, b.shape)
     return optax_projections.projection_box(jnp.asarray(leaf), *bounds)
 
 
@@ -125,7 +141,9 @@ def _rows(
         turned = jnp.broadcast_to(x, w.shape).transpose(order)
         return turned.reshape(math.prod(turned.shape[:cut]), math.prod(turned.shape[cut:]))
 
-    given = [rows(x) for x in (w, True if mask is None else mask, *others)]
+    # Of w, so that it has its sharding.
+    kept = jnp.ones_like(w, bool) if mask is None else mask
+    given = [rows(x) for x in (w, kept, *others)]
     new = given[0] if 0 in w.shape else jax.vmap(function)(*given)
     sizes = tuple(w.shape[i] for i in order)
     back = tuple(order.index(i) for i in axes.all)
@@ -217,14 +235,7 @@ def _to_plane(
     w = wide(leaf, axes.path)
     dims = over(axes, axis)
     a = jnp.asarray(normal, w.dtype)
-    if a.ndim > w.ndim or any(
-        n not in (1, m) for n, m in zip(a.shape[::-1], w.shape[::-1], strict=False)
-    ):
-        raise LeafError(
-            f"{axes.path} of shape {axes.shape}: normal of shape {jnp.shape(normal)} does not "
-            "broadcast to it; give one number, or one for each weight of a unit, such as "
-            "shape (in, 1)"
-        )
+    check_fits(axes, "normal", a.shape)
     a = a.reshape((1,) * (w.ndim - a.ndim) + a.shape)
     a = a if mask is None else jnp.where(mask, a, 0)
     size = jnp.max(jnp.abs(a), axis=dims, keepdims=True, initial=0)
@@ -286,6 +297,7 @@ def k_sparse(leaf: Any, axes: Axes, k: Any, axis: Axis) -> Array:
         (kept,) = _select.keep_largest([key], drop)
         return jnp.where(kept, row, 0)
 
+    wide(leaf, axes.path)  # refuses what has no magnitudes to order
     key = _select.magnitude_key(jnp.asarray(leaf))
     return _rows(project, leaf, axes, axis, None, key)
 
@@ -315,7 +327,7 @@ def quantized(
         top = jnp.maximum(jnp.max(w, axis=dims, keepdims=True), 0)
         step = top / levels - bottom / levels
         low = nearest(bottom / jnp.where(step > 0, step, 1))
-    step, low = (lax.stop_gradient(x) for x in (jnp.where(step > 0, step, 1), low))
+    step, low = (lax.stop_gradient(x) for x in (jnp.where(step == 0, 1, step), low))
     level = jnp.clip(nearest(w / step), low, low + levels)
     # Rounding at half a step must not keep the ends of the range from the ends of the grid.
     ends = jnp.where(w >= top, low + levels, jnp.where(w <= bottom, low, level))

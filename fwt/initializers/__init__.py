@@ -11,6 +11,7 @@ Source of the mathematics: ``jax.nn.initializers``.
 import itertools
 from typing import Any
 
+import jax.numpy as jnp
 from jax.nn import initializers as _jax
 
 from fwt._axes import Axes
@@ -18,7 +19,7 @@ from fwt._types import AxesError, noun
 from fwt.initializers import keras as keras
 from fwt.initializers import torch as torch
 from fwt.initializers._bound import Bound as Bound
-from fwt.initializers._bound import as_matrix, bound, collapsed, in_layout
+from fwt.initializers._bound import as_matrix, bound, collapsed, in_layout, numbers
 
 __all__ = [
     "constant",
@@ -52,7 +53,7 @@ def _ones(key: Any, shape: Any, dtype: Any, axes: Axes) -> Any:
 
 
 def _constant(key: Any, shape: Any, dtype: Any, axes: Axes, value: Any) -> Any:
-    return _jax.constant(value)(key, shape, dtype)
+    return _jax.constant(jnp.asarray(value, dtype))(key, shape, dtype)
 
 
 def _uniform(key: Any, shape: Any, dtype: Any, axes: Axes, scale: float) -> Any:
@@ -127,7 +128,7 @@ def constant(value: Any) -> Bound:
         >>> constant(0.5)(None, (2,)).tolist()
         [0.5, 0.5]
     """
-    return bound(_constant, value=value)
+    return bound(_constant, value=numbers("value", value))
 
 
 @noun

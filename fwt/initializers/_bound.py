@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fwt._axes import Axes
 from fwt._types import AxesError, FwtError
@@ -33,6 +34,8 @@ class Bound:
             return self
         if shape is None:
             raise TypeError(f"{self.name}(key, shape, dtype) needs a shape, found only {key!r}")
+        if 0 in shape:  # no numbers to draw, and no fan to divide by
+            return jnp.zeros(shape, dtype)
         axes = self.axes
         if axes is None:
             axes = plain_axes(self.name, tuple(shape))
@@ -80,6 +83,13 @@ def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf
         limit = "" if low == -math.inf else f" of at least {low:g}"
         limit += "" if high == math.inf else f" and at most {high:g}"
         raise FwtError(f"{name} must be a number{limit}, found {value!r}")
+    return value
+
+
+def numbers(name: str, value: Any) -> Any:
+    """A setting that must be a number or an array of them."""
+    if not is_traced(value) and np.asarray(value).dtype.kind not in "biufcV":
+        raise FwtError(f"{name} must be a number or an array of them, found {value!r}")
     return value
 
 

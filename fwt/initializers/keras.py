@@ -27,6 +27,7 @@ from fwt.initializers._bound import (
     floating,
     no_matrix,
     number,
+    numbers,
 )
 
 __all__ = [
@@ -147,7 +148,7 @@ def constant(value: Any = 0.0) -> Bound:
         >>> constant(0.5)(None, (2,)).tolist()
         [0.5, 0.5]
     """
-    return bound(_constant, value=value)
+    return bound(_constant, value=numbers("value", value))
 
 
 @noun

@@ -100,12 +100,26 @@ def _trunc_normal(
     flipped = low + high > 0
     if flipped:
         low, high = -high, -low
-    below, above = (jax.scipy.special.ndtr(jnp.asarray(x, wide)) for x in (low, high))
     share = collapsed(shape, lambda s: jax.random.uniform(key, s, wide))
-    u = below + share * (above - below)
-    u = jnp.maximum(u, above * 1e-8)  # an exact 0 would be an outlier of any size
-    x = jnp.clip(jax.scipy.special.ndtri(u), low, high)
+    x = _between(share, jnp.asarray(low, wide), jnp.asarray(high, wide), far=high < -5)
+    x = jnp.clip(x, low, high)
     return jnp.clip(mean + std * (-x if flipped else x), a, b).astype(dtype)
+
+
+def _between(share: Any, low: Any, high: Any, far: bool) -> Any:
+    """Where a share of the standard normal's mass between two points is reached."""
+    if not far:
+        below, above = jax.scipy.special.ndtr(low), jax.scipy.special.ndtr(high)
+        u = below + share * (above - below)
+        return jax.scipy.special.ndtri(jnp.maximum(u, above * 1e-8))  # 0 is an outlier of any size
+    # Both are far in the lower tail, where the mass itself underflows: by its logarithm.
+    log_ndtr = jax.scipy.special.log_ndtr
+    log_u = jnp.logaddexp(log_ndtr(high) + jnp.log(share), log_ndtr(low) + jnp.log1p(-share))
+    x = -jnp.sqrt(-2 * log_u)
+    for _ in range(6):  # Newton; the slope of the logarithm is the hazard
+        slope = jnp.exp(-0.5 * x * x - 0.5 * math.log(2 * math.pi) - log_ndtr(x))
+        x = jnp.clip(x - (log_ndtr(x) - log_u) / slope, low, high)
+    return x
 
 
 def _constant(key: Any, shape: Any, dtype: Any, axes: Axes, val: Any) -> Any:
@@ -264,7 +278,7 @@ def constant(val: float) -> Bound:
         >>> constant(0.5)(None, (2,)).tolist()
         [0.5, 0.5]
     """
-    return bound(_constant, val=val)
+    return bound(_constant, val=number("val", val))
 
 
 @noun

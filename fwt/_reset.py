@@ -18,6 +18,21 @@ from fwt.initializers._bound import Bound, as_matrix, bound
 
 Like = Literal["keras", "torch", "flax"]
 
+_Kind = Literal[
+    "",
+    "attention",
+    "attention bias",
+    "bias",
+    "bilinear",
+    "embedding",
+    "flax rnn",
+    "keras rnn",
+    "kernel",
+    "packed attention",
+    "prelu",
+    "scale",
+    "torch rnn",
+]
 _TORCH_RNN = re.compile(r"(weight|bias)_(ih|hh|hr)(_l\d+)?(_reverse)?")
 # The gates of Flax's cells in Keras's order: {(i)nput, (h)idden} x gate, each with its kernel.
 _CELLS = {
@@ -134,8 +149,8 @@ class _Leaf:
     view: "_View"
 
     @property
-    def kind(self) -> str:
-        """What sort of weight it is, by which the recipes go."""
+    def kind(self) -> _Kind:
+        """What sort of weight it is, by which the recipes go; "" for one of no known layer."""
         rank = len(self.shape)
         if _TORCH_RNN.fullmatch(self.name):
             return "torch rnn"

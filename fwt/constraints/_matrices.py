@@ -369,8 +369,9 @@ def doubly_stochastic(steps: int = 50) -> Bound:
         steps: how many rounds.
 
     Example:
-        >>> doubly_stochastic()(jnp.array([[4.0, 0.0], [-1.0, 9.0]]), "in out").tolist()
-        [[1.0, 0.0], [0.0, 1.0]]
+        >>> print(doubly_stochastic()(jnp.array([[4.0, 0.0], [-1.0, 9.0]]), "in out").round(4))
+        [[1. 0.]
+         [0. 1.]]
     """
     whole("steps", steps, 0)
     return bound(_doubly_stochastic, "retraction", None, steps=steps)

@@ -194,7 +194,7 @@ def _newton_schulz(steps: int, a: Array) -> Array:
         return 1.5 * x - 0.5 * _matmul(x, _matmul(x.T, x))
 
     turned = lax.fori_loop(0, steps, step, a / bound)
-    return jnp.where(squares > 0, turned, 0)  # at zero the derivative would be 1.5**steps
+    return jnp.where(squares == 0, 0, turned)  # at zero the derivative would be 1.5**steps
 
 
 def _spectral_ball(leaf: Any, axes: Axes, scale: Any) -> Array:

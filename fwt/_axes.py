@@ -187,7 +187,7 @@ def axes_of(
                 )
             if not {"in", "i", "out", "o"} & set(names):
                 raise AxesError(f"axes={{{pattern!r}: {text!r}}} names neither 'in' nor 'out'")
-            transposed = _order_is_transposed(names)
+            transposed = told.transposed or _order_is_transposed(names)
     if names is None:
         names = told.names
     if names is None:

@@ -62,6 +62,7 @@ def lsuv(
         raise LeafError("lsuv takes variables as module.init gives them, {'params': ...}")
     tree = _tree.Tree(variables)
     names = tree.select(where)
+    _axes.check_used(axes, names)
 
     def choose(path: str, shape: tuple[int, ...]) -> tuple[Any, str]:
         return initializers.orthogonal().at(_axes.axes_of(path, shape, module, axes)), path

@@ -312,6 +312,15 @@ def test_the_trap_of_the_fans():
         assert 0.95 * bound < np.abs(seen["w"]).max() <= bound, (initializer, fan)
 
 
+def test_axes_said_by_the_user_do_not_hide_what_the_layer_is():
+    net = fwt.Sequential([("up", nn.ConvTranspose(16, (3, 3)))])
+    model = fwt.Model(net, net.init(jax.random.key(0), jnp.ones((1, 4, 4, 8))))
+    for axes in (None, {"up/kernel": "h w in out"}):
+        new = fwt.initialize(K.lecun_uniform, 0, axes=axes)(model)
+        most = np.abs(new.variables["params"]["up"]["kernel"]).max()
+        assert 0.95 * (3 / 144) ** 0.5 < most <= (3 / 144) ** 0.5
+
+
 def test_axes_said_by_the_user_tell_a_transposed_kernel():
     w = {"up": {"weight": np.zeros((8, 16, 3, 3), np.float32)}}
     for order, fan in (("in out h w", 144), ("out in h w", 144)):

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fwt import _axes, _tree, initializers
 from fwt._types import AxesError, FwtError, LeafError, Params, hashes
@@ -28,7 +27,7 @@ def drawn(
         dtype: of the new values, or None.
         choose: gives the initializer of a leaf, and the path that its key is folded from.
     """
-    base = _key(key)
+    base = _tree.as_key(key)
     specs, keys = [], []
     for path in names:
         leaf = _target(path, tree.leaves[path], dtype)
@@ -39,18 +38,6 @@ def drawn(
     ours = all(isinstance(s[0], initializers.Bound) and hashes(s[0]) for s in specs)
     new = (_draw_compiled if ours else _draw)(tuple(specs), keys)
     return tree.replace(dict(zip(names, new, strict=True)))
-
-
-def _key(key: Any) -> Any:
-    if isinstance(key, int | np.integer) and not isinstance(key, bool):
-        if not -(1 << 31) <= key < 1 << 32:
-            raise FwtError(f"an int seed has 32 bits, found {key}; make a jax.random.key of it")
-        return jax.random.key(key)
-    typed = hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    raw = hasattr(key, "dtype") and key.dtype == np.uint32 and key.ndim == 1
-    if raw or (typed and key.ndim == 0):
-        return key
-    raise FwtError(f"key must be one JAX key or an int seed, found {key!r:.80}")
 
 
 def _target(path: str, leaf: Any, dtype: Any) -> jax.ShapeDtypeStruct:

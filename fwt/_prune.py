@@ -1,18 +1,23 @@
 """Pruning at tree level: ``prune``, ``masks``, ``masks_of``, ``apply_masks``."""
 
+import dataclasses
 import functools
 import inspect
 import math
-from typing import Any, Literal
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from fwt import _axes, _select, _tree, patterns, scores
+from fwt import _axes, _scope, _select, _tree, patterns, scores
+from fwt._counts import Wide, count, minus, plus, wide
+from fwt._keys import Source, key_function, magnitude_key, signed_key, sources
+from fwt._scope import Like, Scope
 from fwt._types import FwtError, LeafError, Masks, Params, Score, Transform, Where, resolve
-
-Scope = Literal["layer", "global"]
 
 
 def prune(
@@ -23,6 +28,10 @@ def prune(
     scope: Scope = "layer",
     pattern: patterns.Pattern = patterns.unstructured,
     where: Where = _axes.kernels,
+    like: Like | None = None,
+    grads: Any = None,
+    key: Any = None,
+    axes: Mapping[str, str] | None = None,
     dtype: Any = None,
 ) -> Transform:
     """Sets the weights of least score to exactly +0.0.
@@ -32,21 +41,35 @@ def prune(
 
     Args:
         sparsity: the share to prune, 0 to 1; a Python number, or a traced scalar, so that one
-            compiled function serves a schedule, a ``vmap`` and a ``scan``.
-        score: what a weight is worth, ``fwt.scores.magnitude`` or any function of the params
-            that returns the same tree.
+            compiled function serves a schedule, a ``vmap`` and a ``scan``. With a pattern of
+            blocks or channels it counts those; ``n_m`` needs none.
+        score: what a weight is worth: one of ``fwt.scores``, or any function of the params that
+            returns the same tree. It gets the ``grads`` and ``key`` below if it names them.
         threshold: instead of a sparsity, keep where score > threshold (cast to the leaf's dtype).
-        scope: "layer" counts in each leaf, "global" over all selected leaves together.
-        pattern: ``fwt.patterns.unstructured``.
+        scope: "layer" counts in each leaf, "global" over all selected leaves together,
+            "normalized" so too with the scores of each leaf divided by their L2 norm; "erk" and
+            "lamp" give each leaf its count, and the counts sum up to the whole; or a dict
+            ``{glob: sparsity}``, of which a leaf takes the first that matches (``sparsity``, if
+            given, is a factor on all).
+        pattern: which weights stand or fall together, one of ``fwt.patterns``.
         where: which leaves; the kernels unless told otherwise.
+        like: count as another library does. "torch": a share of the weights that are not zero
+            yet, or a whole number of them. "jaxpruner", "tfmot": keep ``max(1, round(n * (1 -
+            s)))`` in float32; tfmot keeps all weights that are equal to the least kept one, and
+            jaxpruner's N:M the last of equals.
+        grads: the gradients, for a score that needs them: the same tree.
+        key: a JAX key or an int seed, for a score that needs one.
+        axes: ``{glob: names}`` for leaves whose axes nothing else tells, where the pattern asks.
         dtype: the dtype of the selected leaves in the result; None keeps each leaf's own.
 
     Returns:
         A transform; unselected leaves come back as the same objects.
 
     Raises:
-        FwtError: unless exactly one of sparsity and threshold is given, in its range.
+        FwtError: unless exactly one of sparsity and threshold is given, in its range; for a score
+            whose context is missing, or a pattern and a scope that do not go together.
         WhereError: if ``where`` matches nothing.
+        LeafError: for a leaf that the pattern does not tile; it names the ``where`` without it.
 
     Example:
         >>> params = {"dense": {"kernel": np.array([[0.1, -3.0], [2.0, -0.2]], np.float32)}}
@@ -55,12 +78,12 @@ def prune(
         >>> prune(threshold=0.1)(params)["dense"]["kernel"].tolist()
         [[0.0, -3.0], [2.0, -0.20000000298023224]]
     """
-    plan = _Plan(sparsity, score, threshold, scope, pattern, where, dtype)
+    context = {"grads": grads, "key": key}
+    plan = Plan(sparsity, score, threshold, scope, pattern, where, like, context, axes, dtype)
 
     def apply(params: Params) -> Params:
-        tree, names, leaves, worths, amounts = plan.prepare(params)
-        new = _pruned(leaves, worths, amounts, plan.kind)
-        return tree.replace(dict(zip(names, new, strict=True)))
+        tree, chosen = plan.choose(params)
+        return tree.replace({p: c.pruned() for p, c in chosen.items()})
 
     return apply
 
@@ -73,6 +96,10 @@ def masks(
     scope: Scope = "layer",
     pattern: patterns.Pattern = patterns.unstructured,
     where: Where = _axes.kernels,
+    like: Like | None = None,
+    grads: Any = None,
+    key: Any = None,
+    axes: Mapping[str, str] | None = None,
 ) -> Transform:
     """What :func:`prune` would keep, as a tree of bool arrays.
 
@@ -80,9 +107,13 @@ def masks(
         sparsity: as in :func:`prune`, and so are all the others.
         score: what a weight is worth.
         threshold: instead of a sparsity.
-        scope: "layer" or "global".
+        scope: where to count.
         pattern: which weights stand or fall together.
         where: which leaves.
+        like: whose counts.
+        grads: for a score that needs them.
+        key: for a score that needs one.
+        axes: for leaves whose axes nothing else tells.
 
     Returns:
         A function from params to masks: True = keep, a rank-0 True for an unselected leaf.
@@ -95,12 +126,12 @@ def masks(
         >>> jax.tree.map(lambda m: m.tolist(), masks(0.5)(params))
         {'d': {'bias': True, 'kernel': [[False, True]]}}
     """
-    plan = _Plan(sparsity, score, threshold, scope, pattern, where, None)
+    context = {"grads": grads, "key": key}
+    plan = Plan(sparsity, score, threshold, scope, pattern, where, like, context, axes)
 
     def apply(params: Params) -> Masks:
-        tree, names, leaves, worths, amounts = plan.prepare(params)
-        kept = _kept(leaves, worths, amounts, plan.kind)
-        return tree.map_all(dict(zip(names, kept, strict=True)), _all_true)
+        tree, chosen = plan.choose(params)
+        return tree.map_all({p: c.mask() for p, c in chosen.items()}, all_true)
 
     return apply
 
@@ -124,8 +155,8 @@ def masks_of(params: Params, where: Where = _axes.kernels) -> Masks:
     """
     tree = _tree.Tree(params)
     names = tree.select(where)
-    kept = _nonzero([_tree.computable(p, tree.leaves[p]) for p in names])
-    return tree.map_all(dict(zip(names, kept, strict=True)), _all_true)
+    kept = {p: _nonzero(_tree.computable(p, tree.leaves[p])) for p in names}
+    return tree.map_all(kept, all_true)
 
 
 def apply_masks(masks: Masks) -> Transform:
@@ -151,114 +182,326 @@ def apply_masks(masks: Masks) -> Transform:
     def apply(params: Params) -> Params:
         tree = _tree.Tree(params)
         chosen = tree.match(wanted)
-        new = _masked([_tree.computable(p, tree.leaves[p]) for p in chosen], list(chosen.values()))
-        return tree.replace(dict(zip(chosen, new, strict=True)))
+        return tree.replace(
+            {p: masked(_tree.computable(p, tree.leaves[p]), m) for p, m in chosen.items()}
+        )
 
     return apply
 
 
-def _all_true(leaf: Any) -> Any:
+def all_true(leaf: Any) -> Any:
+    """The mask of a leaf that is not selected."""
     return np.ones((), bool)
 
 
-class _Plan:
-    """The arguments of prune and masks, checked once; a tree made ready for the compiled part."""
+class Chosen(NamedTuple):
+    """What is kept of one leaf."""
+
+    leaf: Any
+    source: Source
+    cut: _select.Cut
+    windows: patterns.Windows | None
+
+    def mask(self) -> Any:
+        return _mask(self.source.key, self.windows, self.source.arrays, self.cut)
+
+    def pruned(self) -> Any:
+        return _pruned(self.source.key, self.windows, self.source.arrays, self.cut, self.leaf)
+
+
+class Plan:
+    """The arguments of prune and masks, checked once."""
 
     def __init__(
         self,
         sparsity: Any,
-        score: Any,
+        score: Score,
         threshold: Any,
         scope: Any,
         pattern: Any,
         where: Where,
-        dtype: Any,
+        like: Any,
+        context: Mapping[str, Any],
+        axes: Any,
+        dtype: Any = None,
     ):
-        if (sparsity is None) == (threshold is None):
+        self.pattern = pattern = resolve(pattern)
+        if not isinstance(pattern, patterns.Pattern):
+            raise FwtError(
+                f"pattern must be one of fwt.patterns, such as n_m(2, 4), found {pattern!r}"
+            )
+        groups = pattern.name == "n_m"
+        if like not in (None, "torch", "jaxpruner", "tfmot"):
+            raise FwtError(f"like must be 'torch', 'jaxpruner', 'tfmot' or None, found {like!r}")
+        _scope.check(scope)
+        given = sparsity is not None or isinstance(scope, Mapping) or groups
+        if given == (threshold is not None):
             raise FwtError(
                 "prune needs a sparsity or a threshold, one of the two: prune(0.8) prunes 80 %, "
-                "prune(threshold=0.1) keeps |w| > 0.1"
+                "prune(threshold=0.1) keeps |w| > 0.1 (n_m and a dict as scope give a sparsity)"
             )
-        for name, value in (("sparsity", sparsity), ("threshold", threshold)):
-            if value is None or isinstance(value, jax.core.Tracer):
-                continue
-            exact = isinstance(value, jax.Array)  # it counts as its float32 value
-            if isinstance(value, jax.Array | np.ndarray | np.generic) and np.ndim(value) == 0:
-                value = value.item()
-            if isinstance(value, jax.Array) and value.ndim:
-                raise FwtError(
-                    f"{name} must be a scalar, found shape {value.shape}; use jax.vmap for several"
-                )
-            if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
-                raise FwtError(f"{name} must be a number or a scalar array, found {value!r}")
-            if name == "sparsity":
-                if not 0 <= value <= 1:
-                    raise FwtError(
-                        f"sparsity is the share of weights to prune, 0 to 1; found {value}"
-                    )
-                sparsity = sparsity if exact else float(value)
-            else:
-                threshold = threshold if exact else float(value)
-        for name, value in (("sparsity", sparsity), ("threshold", threshold)):
-            if isinstance(value, jax.core.Tracer) and value.ndim:
-                raise FwtError(f"{name} must be a scalar, found shape {value.shape}")
-        if scope not in ("layer", "global"):
-            raise FwtError(f"scope must be 'layer' or 'global', found {scope!r}")
-        if pattern != patterns.unstructured:
-            raise FwtError(f"pattern must be fwt.patterns.unstructured, found {pattern!r}")
+        if threshold is not None and (like is not None or scope in ("erk", "lamp")):
+            raise FwtError(
+                "a threshold counts nothing, so like= and erk and lamp say nothing to it"
+            )
+        if groups and scope in ("erk", "lamp"):
+            raise FwtError(
+                f"scope={scope!r} gives some leaves more zeros than {pattern!r} lets go: take "
+                "'layer', 'global', 'normalized' or a dict"
+            )
+        whole = like == "torch" and isinstance(sparsity, int) and not isinstance(sparsity, bool)
+        self.sparsity = sparsity if whole else _number("sparsity", sparsity)
+        if whole and sparsity < 0:
+            raise FwtError(f"sparsity={sparsity} is a number of weights with like='torch'")
+        self.threshold = _number("threshold", threshold)
+        if groups:
+            shares = scope.values() if isinstance(scope, Mapping) else [self.sparsity]
+            _refuse_more_than(pattern, shares)
         self.score = resolve(score)
-        if not callable(self.score):
+        if not callable(self.score) or isinstance(self.score, type):
             raise FwtError(
                 f"score must be a function such as fwt.scores.magnitude, found {score!r}"
             )
-        _check_context(self.score)
-        self.sparsity, self.threshold, self.scope = sparsity, threshold, scope
-        self.where, self.dtype = where, dtype
-        self.kind = ("sparsity" if threshold is None else "threshold", scope)
+        if self.score is scores.magnitude():
+            self.score = scores.magnitude
+        self.context = context_of(self.score, context)
+        self.scope, self.where, self.like, self.axes, self.dtype = scope, where, like, axes, dtype
 
-    def prepare(self, params: Params) -> tuple[Any, list[str], list[Any], list[Any] | None, Any]:
+    def choose(
+        self,
+        params: Params,
+        alive: Mapping[str, Any] | None = None,
+        grow: tuple[Score, Any] | None = None,
+        more: Mapping[str, Any] = MappingProxyType({}),
+        steps: Any = None,
+    ) -> tuple[Any, dict[str, Chosen]]:
+        """The tree, and what is kept of each selected leaf.
+
+        Args:
+            params: any pytree of arrays.
+            alive: by path, masks of what is not pruned yet; the rest goes first.
+            grow: a score and a share: so many of the kept give way to others, by that score.
+            more: context for the scores, beside that of the plan.
+            steps: updates to add to the params first, the same tree.
+        """
+        # Bare magnitudes of what is moved are summed in each pass, so that no sum is stored.
+        lazy = self.score is scores.magnitude and self.pattern == patterns.unstructured
+        lazy = lazy and self.scope in ("layer", "global", "erk") and self.like != "torch"
+        lazy = lazy and (grow is None or grow[0] in (scores.random, scores.gradient))
+        if steps is not None and not lazy:
+            params, steps = optax.apply_updates(params, steps), None
         tree = _tree.Tree(params)
         names = tree.select(self.where)
         leaves = [_tree.computable(p, tree.leaves[p], self.dtype) for p in names]
         for path, leaf in zip(names, leaves, strict=True):
             if leaf.dtype.kind == "c":
                 raise LeafError(f"{path} is {leaf.dtype}: pruning needs real weights")
-        worths = None if self.score is scores.magnitude else self._worths(params, names, leaves)
-        amounts: Any
+        leaves = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in leaves]
+        fits = self._fits(tree, names, leaves)
+        windows = [f if isinstance(f, patterns.Windows) else None for f in fits]
+
+        def worths(score: Any) -> tuple[bool, list[Any]]:
+            """Whether it is the magnitudes that count, and of what."""
+            plain, found = self._worths(score, params, names, leaves, more)
+            if self.scope == "normalized":
+                found = [_normalized(plain, x) for x in found]
+            pairs = zip(windows, found, strict=True)
+            return plain, [x if w is None else _pooled(w, plain, x) for w, x in pairs]
+
+        plain, values = worths(self.score)
         if self.threshold is not None:
-            amounts = [
-                _cast(
-                    self.threshold,
-                    *((w.dtype, False) if worths is None else (worths[i].dtype, True)),
-                )
-                for i, w in enumerate(leaves)
-            ]
-        elif self.scope == "global":
-            amounts = self._count(sum(x.size for x in leaves))
+            cuts = [self._above(x, plain) for x in values]
+            found = [Source(key_function(not plain), (x,)) for x in values]
         else:
-            amounts = [self._count(x.size) for x in leaves]
-        return tree, names, leaves, worths, amounts
+            moved = {} if steps is None else _tree.Tree(steps).leaves
+            added = [moved[p] for p in names] if moved else []
+            found, groups, ks = self._groups(names, leaves, values, fits, plain, alive, added)
+            if grow is not None:
+                found, groups = _regrown(found, groups, ks, *worths(grow[0]), grow[1])
+            ties: _select.Ties = "all" if self.like == "tfmot" else "first"
+            cuts = _select.smallest(groups, ks, ties) if ks else [_ALL] * len(found)
+        rows = zip(leaves, found, cuts, windows, strict=True)
+        return tree, {p: Chosen(*row) for p, row in zip(names, rows, strict=True)}
 
-    def _count(self, n: int) -> Any:
-        return jnp.asarray(_select.count(self.sparsity, n), jnp.uint32)
+    def _fits(self, tree: Any, names: list[str], leaves: list[Any]) -> list[Any]:
+        """The pattern on each leaf."""
+        if self.pattern == patterns.unstructured:
+            return [None] * len(names)
+        _axes.check_used(self.axes, names)
+        settings = dict(self.pattern.settings)
+        told = {}
+        if settings.get("order") == "chw":
+            told = _axes.flattened(tree.module)
+            if not told and not settings["flattened"]:
+                raise FwtError(
+                    f"{self.pattern!r} needs to know which kernels are behind a Flatten, and of "
+                    "what: give a Model of a Sequential with input_shape=, or "
+                    "n_m(..., flattened={'dense/kernel': (h, w, c)})"
+                )
+        fits, wrong = [], []
+        for path, leaf in zip(names, leaves, strict=True):
+            axes = _axes.axes_of(path, leaf.shape, tree.module, self.axes)
+            try:
+                fits.append(self.pattern.on(axes, told))
+            except patterns.IndivisibleError as error:
+                wrong.append((path, error))
+        if wrong:
+            left = [p for p in names if p not in {w for w, _ in wrong}]
+            way = f"leave {'it' if len(wrong) == 1 else 'them'} out with where={left!r}"
+            said = "; ".join(str(e) for _, e in wrong[:5]) + ("; ..." if len(wrong) > 5 else "")
+            raise LeafError(f"{self.pattern!r}: {said}: {way if left else 'no leaf is left'}")
+        return fits
 
-    def _worths(self, params: Params, names: list[str], leaves: list[Any]) -> list[Any]:
-        found = _tree.Tree(self.score(params)).leaves
+    def _worths(
+        self, score: Any, params: Params, names: list[str], leaves: list[Any], more: Any
+    ) -> tuple[bool, list[Any]]:
+        if score is scores.magnitude:
+            return True, leaves
+        wanted = named(score)
+        context = {k: v for k, v in {**self.context, **more}.items() if k in wanted}
+        # The magnitude of a gradient needs no array of its own.
+        bare = score is scores.gradient and "grads" in context
+        found = _tree.Tree(context["grads"] if bare else score(params, **context)).leaves
         worths = []
         for path, leaf in zip(names, leaves, strict=True):
             if path not in found:
                 raise LeafError(
-                    f"the score {_name(self.score)} returned no leaf {path!r}: a score returns "
+                    f"the score {_name(score)} returned no leaf {path!r}: a score returns "
                     f"the same tree{_tree.near(path, found)}"
                 )
             worth = found[path]
             if tuple(worth.shape) != tuple(leaf.shape) or worth.dtype.kind == "c":
                 raise LeafError(
-                    f"the score {_name(self.score)} returned {worth.dtype}{list(worth.shape)} for "
+                    f"the score {_name(score)} returned {worth.dtype}{list(worth.shape)} for "
                     f"{path}, expected real numbers of shape {list(leaf.shape)}"
                 )
-            worths.append(_tree.computable(f"the score of {path}", worth))
-        return worths
+            worths.append(jnp.asarray(_tree.computable(f"the score of {path}", worth)))
+        return bare, worths
+
+    def _above(self, worth: Any, plain: bool) -> _select.Cut:
+        value, everything = _cast(self.threshold, worth.dtype, not plain)
+        key = (magnitude_key if plain else signed_key)(value)
+        size = np.uint32(math.prod(worth.shape))
+        return _select.Cut(
+            jnp.where(everything, jnp.zeros((), key.dtype), key), jnp.where(everything, size, 0)
+        )
+
+    def _groups(
+        self,
+        names: list[str],
+        leaves: list[Any],
+        worths: list[Any],
+        fits: list[Any],
+        plain: bool,
+        alive: Mapping[str, Any] | None,
+        added: list[Any],
+    ) -> tuple[list[Source], list[list[Source]], list[Any]]:
+        """The keys of each leaf, in the groups that are counted as one, and how many go of each;
+        none where the pattern alone says it."""
+        living: list[Any] = []
+        if alive is not None:
+            living = [alive[p] for p in names]
+        elif self.like == "torch":
+            living = [_nonzero(x) for x in leaves]
+        if living:
+            living = [
+                _any(f, m) if isinstance(f, patterns.Windows) else m
+                for f, m in zip(fits, living, strict=True)
+            ]
+        joint = self.scope in ("global", "normalized")
+        rule = "first" if living else ""
+        if joint:
+            found = sources(worths, not plain, rule, living, added)
+        else:
+            found = [
+                sources(worths[i : i + 1], not plain, rule, living[i : i + 1], added[i : i + 1])[0]
+                for i in range(len(worths))
+            ]
+        most = [math.prod(s.shape) for s in found]
+        if self.pattern.name == "n_m":
+            found = [
+                _grouped(f, s.key, self.like == "jaxpruner", s.arrays)
+                for f, s in zip(fits, found, strict=True)
+            ]
+            if self.sparsity is None and not isinstance(self.scope, Mapping):
+                key = key_function(False)
+                whole = [Source(key, (~s[1],)) for s in found]
+                return whole, [], []
+            most = [n // f.m * (f.m - f.n) for n, f in zip(most, fits, strict=True)]
+            found = [Source(key_function(False, None, "only"), s) for s in found]
+        dead: list[Any] = [None] * len(found)
+        if self.like == "torch":
+            dead = [_gone(m) for m in living]
+        rows = zip(names, leaves, found, most, worths, dead, strict=True)
+        parts = [
+            _scope.Leaf(p, tuple(x.shape), math.prod(s.shape), m, _worth(plain, w, self.scope), d)
+            for p, x, s, m, w, d in rows
+        ]
+        joint, ks = _scope.allocate(parts, self.scope, self.sparsity, self.like)
+        return found, [found] if joint else [[s] for s in found], ks
+
+
+_ALL = _select.Cut(np.uint32(0), np.uint32(0))  # keeps the Trues of a mask
+
+
+def _regrown(
+    found: list[Source],
+    groups: list[list[Source]],
+    ks: list[Any],
+    plain: bool,
+    worths: list[Any],
+    share: Any,
+) -> tuple[list[Source], list[list[Source]]]:
+    """The keys after a share of those that would be kept is dropped: what is left is above all,
+    and the rest is ordered by ``worths``."""
+    sizes = [sum(math.prod(s.shape) for s in group) for group in groups]
+    left = [minus(wide(n), wide(k)) for n, k in zip(sizes, ks, strict=True)]
+    stacked = Wide(*(jnp.stack([jnp.asarray(x, jnp.uint32) for x in xs]) for xs in zip(*left)))
+    dropped = jax.vmap(count, (None, 0))(jnp.float32(share), stacked)
+    more = [
+        plus(wide(k), Wide(high, low))
+        for k, high, low in zip(ks, dropped.high, dropped.low, strict=True)
+    ]
+    cuts = _select.smallest(groups, more)
+    open_ = [~_mask(s.key, None, s.arrays, c) for s, c in zip(found, cuts, strict=True)]
+    if len(groups) == 1:
+        new = sources(worths, not plain, "only", open_)
+        return new, [new]
+    new = [sources([x], not plain, "only", [m])[0] for x, m in zip(worths, open_, strict=True)]
+    return new, [[s] for s in new]
+
+
+def _number(name: str, value: Any) -> Any:
+    """A sparsity or a threshold: a Python float, or a scalar array as it is."""
+    if value is None:
+        return None
+    if isinstance(value, jax.core.Tracer):
+        if value.ndim:
+            raise FwtError(f"{name} must be a scalar, found shape {value.shape}; use jax.vmap")
+        return value
+    found = value
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        if value.ndim:
+            raise FwtError(
+                f"{name} must be a scalar, found shape {value.shape}; use jax.vmap for several"
+            )
+        found = value.item()
+    if isinstance(found, bool) or not isinstance(found, int | float) or found != found:
+        raise FwtError(f"{name} must be a number or a scalar array, found {found!r}")
+    if name == "sparsity" and not 0 <= found <= 1:
+        raise FwtError(f"sparsity is the share of weights to prune, 0 to 1; found {found}")
+    return value if isinstance(value, jax.Array) else float(found)  # an array counts as float32
+
+
+def _refuse_more_than(pattern: patterns.Pattern, shares: Any) -> None:
+    settings = dict(pattern.settings)
+    most = 1 - settings["n"] / settings["m"]
+    for s in shares:
+        if isinstance(s, int | float) and s > most + 1e-9:
+            raise FwtError(
+                f"{pattern!r} prunes {most:g} of the weights, so a sparsity of {s:g} can't be "
+                "had: leave it out, or give a lower one"
+            )
 
 
 def _cast(threshold: Any, dtype: Any, signed: bool) -> tuple[Any, Any]:
@@ -278,47 +521,83 @@ def _name(function: Any) -> str:
     return getattr(function, "__name__", repr(function))
 
 
-def _check_context(score: Any) -> None:
+def named(score: Any) -> dict[str, bool]:
+    """The context that a score names, and whether it can't do without."""
     try:
-        parameters = list(inspect.signature(score).parameters.values())
+        parameters = inspect.signature(score).parameters.values()
     except (TypeError, ValueError):  # builtins have no signature: the call itself will tell
-        return
-    needed = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
-    if needed:
-        raise FwtError(
-            f"the score {_name(score)} needs {', '.join(needed)}=, which prune does not have: bind "
-            f"it, such as functools.partial({_name(score)}, {needed[0]}=...)"
-        )
+        return {}
+    return {p.name: p.default is p.empty for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
-def _keep(leaves: list[Any], worths: Any, amounts: Any, kind: tuple[str, str]) -> list[Any]:
-    by, scope = kind
-    signed = worths is not None
-    values = leaves if worths is None else worths
-    if by == "threshold":
-        key = _select.signed_key if signed else _select.magnitude_key
-        # Every magnitude is above a negative threshold, of which the key knows the size only.
-        return [(key(x) > key(t)) | all_ for x, (t, all_) in zip(values, amounts, strict=True)]
-    if scope == "global":
-        return _select.keep_largest(_select.common_keys(values, signed), amounts)
-    return [
-        _select.keep_largest(_select.common_keys([x], signed), k)[0]
-        for x, k in zip(values, amounts, strict=True)
-    ]
+def context_of(score: Any, context: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the context at hand what the score names; a value of ``...`` comes later."""
+    found = {}
+    for name, needed in named(score).items():
+        if context.get(name) is not None:
+            if context[name] is not ...:
+                found[name] = context[name]
+        elif needed:
+            way = f"give {name}=" if name in context else "bind it"
+            raise FwtError(
+                f"the score {_name(score)} needs {name}=: {way}, or functools.partial("
+                f"{_name(score)}, {name}=...)"
+            )
+    return found
 
 
-def _where(leaves: list[Any], kept: list[Any]) -> list[Any]:
-    return [
-        jnp.where(m, x, jnp.zeros((), x.dtype))
-        for x, m in zip(map(jnp.asarray, leaves), kept, strict=True)
-    ]
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _mask(key: Any, windows: Any, arrays: Any, cut: Any) -> Any:
+    mask = _select.kept(Source(key, arrays), cut)
+    return mask if windows is None else windows.spread(mask)
 
 
-_masked = jax.jit(_where)
-_kept = functools.partial(jax.jit, static_argnums=3)(_keep)
-_nonzero = jax.jit(lambda leaves: [_select.magnitude_key(x) != 0 for x in leaves])
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _pruned(key: Any, windows: Any, arrays: Any, cut: Any, leaf: Any) -> Any:
+    return _where(leaf, _mask(key, windows, arrays, cut))
 
 
-@functools.partial(jax.jit, static_argnums=3)
-def _pruned(leaves: list[Any], worths: Any, amounts: Any, kind: tuple[str, str]) -> list[Any]:
-    return _where(leaves, _keep(leaves, worths, amounts, kind))
+def _where(leaf: Any, mask: Any) -> Any:
+    return jnp.where(mask, leaf, jnp.zeros((), leaf.dtype))
+
+
+masked = jax.jit(_where)
+_nonzero = jax.jit(lambda leaf: magnitude_key(leaf) != 0)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _grouped(fit: patterns.Groups, key: Any, last: bool, arrays: Any) -> tuple[Any, Any]:
+    keys = Source(key, arrays).keys()
+    return keys, fit.candidates(keys, last)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _pooled(windows: patterns.Windows, plain: bool, worth: Any) -> Any:
+    return windows.pooled(jnp.abs(worth) if plain else worth)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _any(windows: patterns.Windows, mask: Any) -> Any:
+    return dataclasses.replace(windows, pool="max").pooled(mask) > 0
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _normalized(plain: bool, worth: Any) -> Any:
+    x = worth.astype(jnp.promote_types(worth.dtype, jnp.float32))
+    x = jnp.abs(x) if plain else x
+    size = jnp.max(jnp.where(jnp.isfinite(x), jnp.abs(x), 0), initial=0)
+    scaled = x / jnp.where(size > 0, size, 1)  # so that no square overflows
+    norm = jnp.sqrt(jnp.sum(jnp.where(jnp.isfinite(x), scaled * scaled, 0)))
+    return scaled / jnp.where(norm > 0, norm, 1)
+
+
+def _worth(plain: bool, worth: Any, scope: Any) -> Any:
+    return jnp.abs(worth) if plain and scope == "lamp" else worth
+
+
+_zeros = jax.jit(_select.zeros)
+
+
+def _gone(living: Any) -> Any:
+    found = _zeros(living)
+    return wide(found) if isinstance(found, jax.core.Tracer) else int(found)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fwt._types import Array, LeafError, Model, Params, Where, WhereError
+from fwt._types import Array, FwtError, LeafError, Model, Params, Where, WhereError
 
 
 @jax.tree_util.register_pytree_node_class
@@ -346,14 +346,32 @@ def computable(path: str, leaf: Any, dtype: Any = None) -> Any:
     return leaf
 
 
+def cut_by_jax(dtype: Any) -> bool:
+    """Whether JAX, as it is set now, would make this dtype 32-bit."""
+    return bool(jax.dtypes.canonicalize_dtype(dtype) != dtype)
+
+
 def refuse_64(path: str, leaf: Any) -> None:
     """Raises for a leaf whose dtype JAX would change."""
-    if jax.dtypes.canonicalize_dtype(leaf.dtype) != leaf.dtype:
+    if cut_by_jax(leaf.dtype):
         raise LeafError(
             f"{path} is {leaf.dtype}, which JAX would cut to 32 bits: run with "
             "jax.enable_x64(True) (or jax.config.update('jax_enable_x64', True)), or, on a tree, "
             "give dtype='float32' to change it on purpose"
         )
+
+
+def as_key(key: Any) -> Any:
+    """One JAX key, from a key or an int seed."""
+    if isinstance(key, int | np.integer) and not isinstance(key, bool):
+        if not -(1 << 31) <= key < 1 << 32:
+            raise FwtError(f"an int seed has 32 bits, found {key}; make a jax.random.key of it")
+        return jax.random.key(key)
+    typed = hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    raw = hasattr(key, "dtype") and key.dtype == np.uint32 and key.ndim == 1
+    if raw or (typed and key.ndim == 0):
+        return key
+    raise FwtError(f"key must be one JAX key or an int seed, found {key!r:.80}")
 
 
 def fold_path(key: Array, path: str) -> Array:

@@ -108,16 +108,39 @@ def prune(
         float | None, typer.Option(help="Instead: keep the weights with |w| > threshold.")
     ] = None,
     scope: Annotated[
-        str, typer.Option(help="Count in each 'layer', or 'global' over all together.")
+        str, typer.Option(help="Where to count: layer, global, normalized, erk or lamp.")
     ] = "layer",
+    pattern: Annotated[
+        str,
+        typer.Option(help="What falls together: n_m(2, 4), block((4, 1)), channel."),
+    ] = "unstructured",
+    score: Annotated[
+        str, typer.Option(help="What a weight is worth: magnitude or random.")
+    ] = "magnitude",
+    like: Annotated[
+        str | None, typer.Option(help="Count as torch, jaxpruner or tfmot does.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="The seed of random scores.")] = 0,
     where: WhereOption = None,
+    axes: AxesOption = None,
     layout: LayoutOption = None,
 ) -> None:
     """Set the smallest weights to zero (kernels, unless --where says otherwise)."""
     import fwt
 
     checked: Any = scope  # by prune, whose error names the choices
-    t = fwt.prune(sparsity, threshold=threshold, scope=checked, where=_where(where))
+    whose: Any = like
+    t = fwt.prune(
+        sparsity,
+        _named(fwt.scores, score, "score"),
+        threshold=threshold,
+        scope=checked,
+        pattern=_named(fwt.patterns, pattern, "pattern"),
+        where=_where(where),
+        like=whose,
+        key=seed,
+        axes=_axes(axes),
+    )
     _changed(source, target, t, layout)
 
 

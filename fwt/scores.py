@@ -1,20 +1,81 @@
 """Scores: what a weight is worth; higher = keep.
 
-A score is ``(params, *, grads=None, key=None, ...) -> Scores``, the same tree of real numbers; it
-names the context that it needs.
+A score is ``(params, *, grads=None, key=None, ...) -> Scores``, the same tree of real numbers. It
+names the context that it needs, and whoever calls it supplies that. Called without params, one of
+ours is itself with that context bound: ``saliency(grads=g)``.
 """
 
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from fwt import _tree
-from fwt._types import Params, Scores
+from fwt._types import FwtError, LeafError, Model, Params, Score, Scores
 
-__all__ = ["magnitude"]
+__all__ = [
+    "fisher",
+    "gradient",
+    "grasp",
+    "magnitude",
+    "movement",
+    "obd",
+    "random",
+    "saliency",
+    "second_order_taylor",
+    "snip",
+    "synflow",
+    "taylor",
+    "wanda",
+]
 
 
-def magnitude(params: Params = None) -> Scores:
+def _noun(function: Callable[..., Any]) -> Score:
+    """A score that may be written bare, called, or called with its context."""
+
+    @functools.wraps(function)
+    def score(params: Params = None, **context: Any) -> Any:
+        if params is None:
+            return functools.partial(score, **context) if context else score
+        return function(params, **context)
+
+    return score
+
+
+def _map(function: Callable[..., Any], params: Params, **others: Any) -> Scores:
+    """``function(path, leaf, other leaves...)`` on every floating leaf; the rest stay."""
+    tree = _tree.Tree(params)
+    trees = {name: _tree.Tree(other).leaves for name, other in others.items()}
+    new = {}
+    for path, leaf in tree.leaves.items():
+        if not jnp.issubdtype(leaf.dtype, jnp.floating) or _tree.cut_by_jax(leaf.dtype):
+            continue
+        found = []
+        for name, leaves in trees.items():
+            if path not in leaves:
+                raise LeafError(f"{name}: nothing for {path!r}{_tree.near(path, leaves)}")
+            found.append(jnp.asarray(leaves[path]))
+        new[path] = function(path, jnp.asarray(leaf), *found)
+    return tree.replace(new)
+
+
+def _same(path: str, leaf: Any, other: Any, name: str) -> None:
+    if other.shape != leaf.shape:
+        raise LeafError(f"{name}: {path} expected shape {leaf.shape}, found {other.shape}")
+
+
+def _times(function: Callable[[Any, Any], Any], params: Params, grads: Any) -> Scores:
+    def each(path: str, w: Any, g: Any) -> Any:
+        _same(path, w, g, "grads")
+        return function(w, g)
+
+    return _map(each, params, grads=grads)
+
+
+@_noun
+def magnitude(params: Params) -> Scores:
     """The absolute value of each weight (Han et al., "Learning both Weights and Connections",
     2015).
 
@@ -30,8 +91,396 @@ def magnitude(params: Params = None) -> Scores:
         >>> magnitude({"dense": {"kernel": np.array([[-2.0, 1.0]], np.float32)}})
         {'dense': {'kernel': Array([[2., 1.]], dtype=float32)}}
     """
-    if params is None:
-        return magnitude
     tree = _tree.Tree(params)
-    new: dict[str, Any] = {p: jnp.abs(_tree.computable(p, x)) for p, x in tree.leaves.items()}
-    return tree.replace(new)
+    kept = {p: x for p, x in tree.leaves.items() if not _tree.cut_by_jax(x.dtype)}
+    return tree.replace({p: jnp.abs(x) for p, x in kept.items()})
+
+
+@_noun
+def random(params: Params, *, key: Any) -> Scores:
+    """Uniform random numbers, from a key folded for each leaf from its path.
+
+    Args:
+        params: any pytree of arrays.
+        key: a JAX key, or an int seed.
+
+    Returns:
+        The same tree of float32 numbers in [0, 1).
+
+    Example:
+        >>> import fwt, numpy as np
+        >>> params = {"dense": {"kernel": np.ones((10, 10), np.float32)}}
+        >>> float(fwt.prune(0.3, random, key=0)(params)["dense"]["kernel"].sum())
+        70.0
+    """
+    base = _tree.as_key(key)
+    return _map(lambda path, w: jax.random.uniform(_tree.fold_path(base, path), w.shape), params)
+
+
+@_noun
+def gradient(params: Params, *, grads: Any) -> Scores:
+    """The absolute value of the gradient: where RigL lets weights grow back (Evci et al.,
+    "Rigging the Lottery", 2020).
+
+    Args:
+        params: any pytree of arrays.
+        grads: the gradients of the loss, the same tree.
+
+    Returns:
+        ``|g|`` for each weight.
+    """
+    return _times(lambda w, g: jnp.abs(g), params, grads)
+
+
+@_noun
+def saliency(params: Params, *, grads: Any) -> Scores:
+    """How much the loss changes, to first order, if the weight goes: ``|w * g|``.
+
+    On a network that is not trained yet it is SNIP (Lee et al., "SNIP: Single-shot Network
+    Pruning", 2019), there with ``scope="global"``; :func:`snip` is another name for it.
+
+    Args:
+        params: any pytree of arrays.
+        grads: the gradients of the loss, the same tree.
+
+    Returns:
+        ``|w * g|`` for each weight.
+
+    Example:
+        >>> import fwt, numpy as np
+        >>> params = {"d": {"kernel": np.array([[1.0, -3.0]], np.float32)}}
+        >>> grads = {"d": {"kernel": np.array([[2.0, 0.5]], np.float32)}}
+        >>> fwt.prune(0.5, saliency, grads=grads)(params)["d"]["kernel"].tolist()
+        [[1.0, 0.0]]
+    """
+    return _times(lambda w, g: jnp.abs(w * g), params, grads)
+
+
+snip = saliency
+
+
+@_noun
+def taylor(params: Params, *, grads: Any) -> Scores:
+    """The squared first-order change of the loss, ``(w * g)**2`` (Molchanov et al., "Importance
+    Estimation for Neural Network Pruning", 2019).
+
+    The same order of single weights as :func:`saliency`, another one of blocks and channels.
+
+    Args:
+        params: any pytree of arrays.
+        grads: the gradients of the loss, the same tree.
+
+    Returns:
+        ``(w * g)**2`` for each weight.
+    """
+    return _times(lambda w, g: (w * g) ** 2, params, grads)
+
+
+@_noun
+def movement(params: Params, *, grads: Any = None, accumulated: Any = None) -> Scores:
+    """How far weights move away from zero, ``-w * g`` summed over training (Sanh et al.,
+    "Movement Pruning", 2020). Scores are signed.
+
+    :func:`fwt.optim.sparsify` keeps the sum over all steps; with one gradient it is that of one
+    step.
+
+    Args:
+        params: any pytree of arrays.
+        grads: the gradients of the loss, the same tree.
+        accumulated: the sum so far, instead of ``grads``.
+
+    Returns:
+        ``-w * g`` for each weight.
+    """
+    if accumulated is not None:
+        return accumulated
+    return _times(lambda w, g: -w * g, params, _needed("movement", grads))
+
+
+@_noun
+def fisher(params: Params, *, grads: Any = None, accumulated: Any = None) -> Scores:
+    """Optimal Brain Damage with the diagonal of the empirical Fisher information in the place of
+    the Hessian's: ``w**2 * mean(g**2) / 2`` (Theis et al., "Faster gaze prediction with dense
+    networks and Fisher pruning", 2018).
+
+    Args:
+        params: any pytree of arrays.
+        grads: one gradient, the same tree; or one for each example, with an axis in front, as
+            ``jax.vmap(jax.grad(loss), (None, 0))`` gives them.
+        accumulated: the sum of squared gradients, which :func:`fwt.optim.sparsify` keeps over all
+            steps, instead of ``grads``.
+
+    Returns:
+        The scores; a constant factor does not matter.
+
+    Example:
+        >>> import numpy as np
+        >>> params = {"d": {"kernel": np.array([[2.0]], np.float32)}}
+        >>> fisher(params, grads={"d": {"kernel": np.array([[[1.0]], [[3.0]]])}})
+        {'d': {'kernel': Array([[10.]], dtype=float32)}}
+    """
+    if accumulated is None:
+        accumulated = _squares(params, _needed("fisher", grads))
+    return _times(lambda w, h: w * w * h / 2, params, accumulated)
+
+
+def _squares(params: Params, grads: Any) -> Scores:
+    def each(path: str, w: Any, g: Any) -> Any:
+        if g.ndim == w.ndim + 1:
+            _same(path, w, g[0], "grads")
+            return jnp.mean(g * g, 0)
+        _same(path, w, g, "grads")
+        return g * g
+
+    return _map(each, params, grads=grads)
+
+
+def _needed(name: str, grads: Any) -> Any:
+    if grads is None:
+        raise FwtError(f"the score {name} needs grads=")
+    return grads
+
+
+# What sparsify sums over the steps for a score that takes `accumulated`.
+movement.accumulate = lambda params, grads: movement(params, grads=grads)  # type: ignore[attr-defined]
+fisher.accumulate = _squares  # type: ignore[attr-defined]  # functions carry attributes
+
+
+@_noun
+def obd(params: Params, *, hessian: Any) -> Scores:
+    """Optimal Brain Damage: ``h * w**2 / 2`` (LeCun, Denker and Solla, 1989).
+
+    Args:
+        params: any pytree of arrays.
+        hessian: the diagonal of the loss's Hessian, the same tree.
+
+    Returns:
+        The scores.
+
+    Example:
+        >>> import numpy as np
+        >>> params = {"d": {"kernel": np.array([[2.0, 4.0]], np.float32)}}
+        >>> obd(params, hessian={"d": {"kernel": np.array([[3.0, 0.5]], np.float32)}})
+        {'d': {'kernel': Array([[6., 4.]], dtype=float32)}}
+    """
+    return _times(lambda w, h: w * w * h / 2, params, hessian)
+
+
+def _gradient_and_product(loss: Callable[..., Any], params: Params, along: str) -> Any:
+    """The gradient, and the Hessian times the gradient or the weights, by path."""
+    tree = _tree.Tree(params)
+    moving = {p: jnp.asarray(x) for p, x in tree.leaves.items() if _differentiable(x)}
+
+    def slope(leaves: Mapping[str, Any]) -> Any:
+        return jax.grad(lambda new: loss(tree.replace(new)))(leaves)
+
+    grads = slope(moving)
+    product = jax.jvp(slope, (moving,), (grads if along == "grads" else moving,))[1]
+    return tree, moving, grads, product
+
+
+def _differentiable(x: Any) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.floating) and not _tree.cut_by_jax(x.dtype)
+
+
+def grasp(loss: Callable[[Any], Any]) -> Score:
+    """What the weight does for the flow of gradients, ``w * (H g)`` (Wang et al., "Picking
+    Winning Tickets Before Training by Preserving Gradient Flow", 2020).
+
+    Args:
+        loss: ``params -> scalar``, on a batch that it holds; it is called with what the score is
+            called with.
+
+    Returns:
+        A score; scores are signed.
+
+    Example:
+        >>> import numpy as np
+        >>> params = {"d": {"kernel": np.array([[1.0, 2.0]], np.float32)}}
+        >>> grasp(lambda p: (p["d"]["kernel"] ** 2).sum())(params)["d"]["kernel"].tolist()
+        [[4.0, 16.0]]
+    """
+
+    def score(params: Params) -> Scores:
+        tree, w, _, product = _gradient_and_product(loss, params, "grads")
+        return tree.replace({p: w[p] * product[p] for p in w})
+
+    return _called("grasp", loss, score)
+
+
+def second_order_taylor(loss: Callable[[Any], Any]) -> Score:
+    """The squared change of the loss to second order, ``(w * g - w * (H w) / 2)**2`` (Molchanov et
+    al., "Importance Estimation for Neural Network Pruning", 2019).
+
+    Args:
+        loss: ``params -> scalar``, on a batch that it holds; it is called with what the score is
+            called with.
+
+    Returns:
+        A score.
+
+    Example:
+        >>> import numpy as np
+        >>> params = {"d": {"kernel": np.array([[1.0, 2.0]], np.float32)}}
+        >>> score = second_order_taylor(lambda p: (p["d"]["kernel"] ** 2).sum())
+        >>> score(params)["d"]["kernel"].tolist()
+        [[1.0, 16.0]]
+    """
+
+    def score(params: Params) -> Scores:
+        tree, w, grads, product = _gradient_and_product(loss, params, "weights")
+        return tree.replace({p: (w[p] * grads[p] - w[p] * product[p] / 2) ** 2 for p in w})
+
+    return _called("second_order_taylor", loss, score)
+
+
+def _called(name: str, loss: Any, score: Score) -> Score:
+    if not callable(loss):
+        raise FwtError(f"{name} takes a loss, a function of the params; found {loss!r}")
+    score.__name__ = name
+    return score
+
+
+def _variables(name: str, module: Any, params: Params, collections: Mapping[str, Any]) -> Any:
+    if not hasattr(module, "apply"):
+        raise FwtError(f"{name} takes a Flax module, found {module!r}")
+    if isinstance(params, Model):
+        params = params.variables
+    if isinstance(params, Mapping) and "params" in params:
+        return {**params, **collections}
+    return {"params": params, **collections}
+
+
+def synflow(module: Any, input_shape: Any = None, **collections: Any) -> Score:
+    """How much flows through the weight, without data: ``|w| * dR/d|w|`` for ``R`` the sum of the
+    outputs for an input of ones, with every weight made positive (Tanaka et al., "Pruning neural
+    networks without any data by iteratively conserving synaptic flow", 2020).
+
+    Use it with ``scope="global"``, in many rounds of rising sparsity. ``R`` is a product over the
+    layers, in float32.
+
+    Args:
+        module: a linen module, such as :class:`fwt.Sequential`.
+        input_shape: of one input, without the batch axis; None takes the Sequential's own.
+        **collections: what the module needs beside params (``batch_stats=...``), where the score
+            is not called with a Model or variables that hold it.
+
+    Returns:
+        A score.
+
+    Raises:
+        FwtError: without an input shape, or where ``R`` overflows.
+
+    Example:
+        >>> import fwt, flax.linen as nn, jax, jax.numpy as jnp
+        >>> net = fwt.Sequential([("a", nn.Dense(3)), ("b", nn.Dense(2))], input_shape=(4,))
+        >>> variables = net.init(jax.random.key(0), jnp.ones((1, 4)))
+        >>> pruned = fwt.prune(0.5, synflow(net), scope="global")(variables)
+        >>> sum(int((x == 0).sum()) for x in fwt.select(pruned, fwt.kernels).values())
+        9
+    """
+    shape = getattr(module, "input_shape", None) if input_shape is None else input_shape
+    if shape is None or any(s is None for s in shape):
+        raise FwtError("synflow needs the shape of one input: synflow(module, input_shape=(...))")
+
+    def score(params: Params) -> Scores:
+        variables = _variables("synflow", module, params, collections)
+        tree = _tree.Tree(params)
+        positive = jax.tree.map(jnp.abs, variables)
+        weights = _tree.Tree(positive)
+        moving = {p: x for p, x in weights.leaves.items() if _differentiable(x)}
+
+        def flow(leaves: Mapping[str, Any]) -> Any:
+            return jnp.sum(module.apply(weights.replace(leaves), jnp.ones((1, *shape))))
+
+        total, slopes = jax.value_and_grad(flow)(moving)
+        if not isinstance(total, jax.core.Tracer) and not jnp.isfinite(total):
+            raise FwtError("synflow: the flow overflows float32; run it with jax.enable_x64(True)")
+        return tree.replace({p: jnp.abs(w * slopes[p]) for p, w in moving.items()})
+
+    score.__name__ = "synflow"
+    return score
+
+
+def wanda(module: Any, batch: Any, **collections: Any) -> Score:
+    """The weight times the norm of the inputs that it meets, ``|w| * ||x||`` (Sun et al., "A Simple
+    and Effective Pruning Approach for Large Language Models", 2024).
+
+    For a convolution the norm is over all positions that the weight meets in its window. The
+    paper compares weights of one output: so does ``pattern=n_m(...)``.
+
+    Args:
+        module: a linen module, such as :class:`fwt.Sequential`.
+        batch: calibration inputs, as ``module.apply`` takes them.
+        **collections: what the module needs beside params (``batch_stats=...``), where the score
+            is not called with a Model or variables that hold it.
+
+    Returns:
+        A score; the params that belong to no linear layer (biases, norms) get their magnitude.
+
+    Raises:
+        LeafError: in use, for a kernel of a layer that is not linear, or that runs inside a lifted
+            transformation (an RNN's scan).
+
+    Example:
+        >>> import fwt, flax.linen as nn, jax.numpy as jnp
+        >>> net = fwt.Sequential([("d", nn.Dense(1))])
+        >>> params = {"d": {"kernel": jnp.array([[3.0], [1.0]]), "bias": jnp.zeros(1)}}
+        >>> wanda(net, jnp.array([[1.0, 5.0]]))(params)["d"]["kernel"].tolist()
+        [[3.0], [5.0]]
+    """
+    import flax.linen as nn
+
+    def score(params: Params) -> Scores:
+        variables = _variables("wanda", module, params, collections)
+        squares: dict[str, Any] = {}
+
+        def interceptor(call: Any, args: Any, kwds: Any, context: Any) -> Any:
+            path = "/".join(_tree.escape(str(p)) for p in (*context.module.path, "kernel"))
+            mine = context.method_name == "__call__" and path in kernels
+            if mine:
+                if not isinstance(context.module, linear):
+                    raise LeafError(
+                        f"wanda: {path} is of a {type(context.module).__name__}, which "
+                        "is no linear layer: take another score"
+                    )
+                with nn.intercept_methods(lambda f, a, k, _: f(*a, **k)):
+                    found = _squared_inputs(context.module, args[0], kernels[path].shape)
+                if isinstance(found, jax.core.Tracer) and not traced:
+                    raise LeafError(
+                        f"wanda: {path} runs inside a lifted transformation (an RNN's "
+                        "scan, remat, jit), where its inputs can't be kept"
+                    )
+                squares[path] = squares[path] + found if path in squares else found
+            return call(*args, **kwds)
+
+        tree = _tree.Tree(params)
+        kernels = _tree.Tree(variables).leaves
+        linear = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Conv, nn.ConvLocal, nn.ConvTranspose)
+        values = jax.tree.leaves((variables, batch))
+        traced = any(isinstance(x, jax.core.Tracer) for x in values)
+        with nn.intercept_methods(interceptor):
+            module.apply(variables, batch)
+        new = {p: jnp.abs(x) for p, x in tree.leaves.items() if _differentiable(x)}
+        return tree.replace(
+            {p: x * jnp.sqrt(squares[p]) if p in squares else x for p, x in new.items()}
+        )
+
+    score.__name__ = "wanda"
+    return score
+
+
+def _squared_inputs(layer: Any, x: Any, shape: Any) -> Any:
+    """For each weight of a linear layer, the sum of the squares of the inputs that it meets: the
+    derivative of the summed outputs by the kernel, at inputs squared."""
+    x = jnp.asarray(x)
+    squared = (x * x).astype(jnp.promote_types(x.dtype, jnp.float32))
+    bare = layer.clone(parent=None, name=None)
+
+    def summed(kernel: Any) -> Any:
+        params = {"kernel": kernel}
+        if layer.has_variable("params", "bias"):
+            params["bias"] = jnp.zeros_like(layer.get_variable("params", "bias"))
+        return jnp.sum(bare.apply({"params": params}, squared))
+
+    return jax.grad(summed)(jnp.zeros(shape, squared.dtype))

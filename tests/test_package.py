@@ -34,7 +34,8 @@ def test_docstring_examples_run(name):
 
 def test_every_public_name_has_a_docstring_with_an_example():
     inits = fwt.initializers
-    for module in (fwt, converters, fwt.constraints, fwt.optim, inits, inits.keras, inits.torch):
+    modules = (fwt, converters, fwt.constraints, fwt.optim, fwt.patterns, fwt.scores)
+    for module in (*modules, inits, inits.keras, inits.torch):
         for name in module.__all__:
             thing = getattr(module, name)
             assert getattr(thing, "__doc__", None), name
@@ -80,8 +81,9 @@ def test_imports_point_downwards():
     levels = [
         {"_types"},
         {"_tree"},
-        {"_axes", "_select"},
-        {"initializers", "scores", "patterns", "constraints", "layers"},
+        {"_axes", "_keys", "_counts"},
+        {"_select"},
+        {"initializers", "scores", "patterns", "constraints", "layers", "_scope"},
         {"_draw", "_sequential"},
         {"_initialize", "_reset", "_lsuv", "_prune", "_project", "_compose", "_summary"},
         {"optim"},
@@ -191,7 +193,7 @@ def test_the_command_line(files):
         ("prune net.keras out.keras", 1, "a sparsity or a threshold"),
         ("prune net.keras out.keras --sparsity 80", 1, "0 to 1; found 80"),
         ("prune net.keras out.keras --sparsity 0.5 --where con/kernel", 1, "close: 'conv/kernel'"),
-        ("prune net.keras out.keras --sparsity 0.5 --scope all", 1, "'layer' or 'global'"),
+        ("prune net.keras out.keras --sparsity 0.5 --scope all", 1, "'layer', 'global'"),
         ("initialize net.keras out.keras --initializer zeroes", 1, "close: 'zeros'"),
         ("initialize net.keras out.keras --initializer keras.zeroes", 1, "close: 'zeros'"),
         ("initialize net.keras out.keras --initializer os.system", 1, "'keras' or 'torch'"),

@@ -1,6 +1,4 @@
-"""Selection and pruning: exact counts, ties, odd floats; masks."""
-
-from fractions import Fraction
+"""Pruning by magnitude: exact counts, ties, odd floats; masks."""
 
 import jax
 import jax.numpy as jnp
@@ -9,118 +7,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from hypothesis.extra import numpy as hnp
 
 import fwt
-from fwt import _select
-
-DTYPES = ["float32", "float16", "bfloat16", "float8_e4m3fn", "int8", "uint8", "int32"]
 
 
 def dtype_of(name):
     return np.dtype(getattr(ml_dtypes, name, name))
-
-
-def order_of(x, signed):
-    """The order by a stable NumPy sort: worth first, then the later index."""
-    wide = x.ravel().astype(np.float64)
-    nan = np.isnan(wide)
-    worth = np.where(nan, 0, wide if signed else np.abs(wide))
-    return np.lexsort((-np.arange(x.size), worth, nan))
-
-
-def expected_mask(x, k, signed=False):
-    keep = np.ones(x.size, bool)
-    keep[order_of(x, signed)[:k]] = False
-    return keep.reshape(x.shape)
-
-
-@pytest.mark.filterwarnings("ignore:invalid value")
-@pytest.mark.parametrize("signed", [False, True])
-@pytest.mark.parametrize("name", DTYPES)
-def test_against_a_stable_sort_on_random_bits(name, signed):
-    rng = np.random.default_rng(0)
-    dtype = dtype_of(name)
-    bits = rng.integers(0, 1 << (8 * dtype.itemsize), size=1000, dtype=np.uint64)
-    x = bits.astype(f"u{dtype.itemsize}").view(dtype)
-    x[:100] = x[100]
-    x[200:260] = np.zeros((), dtype)
-    key = _select.signed_key if signed else _select.magnitude_key
-    for k in (0, 1, 57, 500, 901, 999, 1000):
-        (mask,) = _select.keep_largest([key(x.reshape(8, 125))], k)
-        assert np.array_equal(np.asarray(mask).ravel(), expected_mask(x, k, signed))
-
-
-SPECIAL = [0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 1e-40, np.inf, -np.inf, np.nan, -np.nan, 3.4e38]
-
-
-@given(
-    hnp.arrays(np.float32, st.sampled_from([1, 6, 40]), elements=st.sampled_from(SPECIAL)),
-    st.integers(0, 40),
-    st.booleans(),
-)
-def test_specials_against_a_stable_sort(x, k, signed):
-    k = min(k, x.size)
-    key = _select.signed_key if signed else _select.magnitude_key
-    (mask,) = _select.keep_largest([key(x)], k)
-    assert np.array_equal(mask, expected_mask(x, k, signed))
-
-
-@given(
-    st.sampled_from([(1,), (12,), (0, 5), (3, 0, 7, 1), (9, 9, 2, 4, 12)]),
-    st.integers(0, 60),
-    st.integers(0, 2**32 - 1),
-)
-def test_many_leaves_are_one_selection(sizes, k, seed):
-    rng = np.random.default_rng(seed)
-    leaves = [rng.integers(-3, 4, size=n).astype(np.float32) for n in sizes]
-    k = min(k, sum(sizes))
-    masks = _select.keep_largest(_select.common_keys(leaves, False), k)
-    joined = np.concatenate([np.asarray(m) for m in masks])
-    assert np.array_equal(joined, expected_mask(np.concatenate(leaves), k))
-
-
-def test_mixed_float_dtypes_share_one_scale():
-    rng = np.random.default_rng(0)
-    leaves = [
-        rng.normal(size=50).astype(np.float32),
-        rng.normal(size=50).astype(np.float16),
-        (rng.normal(size=50) * 1e-39).astype(ml_dtypes.bfloat16),
-        np.array([1e-45, 0, -1e-40], np.float32),
-        np.array([6e-8, 0, -1e-7], np.float16),
-    ]
-    joined = np.concatenate([x.astype(np.float32) for x in leaves])
-    for k in (1, 3, 40, 60, 100):
-        masks = _select.keep_largest(_select.common_keys(leaves, False), k)
-        assert np.array_equal(
-            np.concatenate([np.asarray(m) for m in masks]), expected_mask(joined, k)
-        )
-    with pytest.raises(fwt.FwtError, match="common exact scale"):
-        _select.common_keys([np.ones(2, np.int32), np.ones(2, np.float32)], False)
-
-
-def test_float64_under_x64():
-    with jax.enable_x64(True):
-        x = np.random.default_rng(0).normal(size=101) * 10.0 ** np.arange(-300, 302, 6)[:101]
-        x[3], x[4] = 5e-324, np.nan
-        for k in (1, 50, 100):
-            (mask,) = _select.keep_largest([_select.magnitude_key(x)], k)
-            assert np.array_equal(mask, expected_mask(x, k))
-        mixed = [x, np.array([1e-45, 1e-3, np.inf], np.float32)]
-        masks = _select.keep_largest(_select.common_keys(mixed, False), 30)
-        joined = np.concatenate([a.astype(np.float64) for a in mixed])
-        assert np.array_equal(np.concatenate(masks), expected_mask(joined, 30))
-
-
-@given(st.floats(0, 1, width=32), st.integers(0, 2**32 - 1))
-def test_a_traced_count_is_exact(s, n):
-    assert int(_select.count(jnp.float32(s), n)) == round(Fraction(s) * n)
-
-
-@given(st.integers(0, 64), st.integers(0, 2**27))
-def test_a_traced_count_rounds_half_to_even(eighths, n):
-    s = eighths / 64
-    assert int(_select.count(jnp.float32(s), n)) == round(Fraction(s) * n)
 
 
 @given(st.floats(0, 1), st.sampled_from([1, 2, 5, 10, 99, 1000]))
@@ -272,9 +164,22 @@ def test_masks_are_values():
         ({"sparsity": True}, "must be a number"),
         ({"sparsity": float("nan")}, "must be a number"),
         ({"sparsity": jnp.ones(3)}, "vmap"),
-        ({"sparsity": 0.5, "scope": "layers"}, "'layer' or 'global'"),
+        ({"sparsity": 0.5, "scope": "layers"}, "'layer', 'global'"),
         ({"sparsity": 0.5, "pattern": "2:4"}, "pattern"),
         ({"sparsity": 0.5, "score": "magnitude"}, "score"),
+        ({"sparsity": 0.5, "like": "keras"}, "'torch', 'jaxpruner'"),
+        ({"sparsity": -3, "like": "torch"}, "number of weights"),
+        ({"sparsity": 0.5, "score": fwt.scores.saliency}, "needs grads="),
+        ({"sparsity": 0.5, "score": fwt.scores.random}, "needs key="),
+        ({"sparsity": 0.5, "score": fwt.scores.obd}, "bind it"),
+        ({"threshold": 0.5, "like": "torch"}, "counts nothing"),
+        ({"threshold": 0.5, "scope": "erk"}, "counts nothing"),
+        ({"threshold": 0.5, "pattern": fwt.patterns.n_m(2, 4)}, "one of the two"),
+        ({"scope": {}}, "gives no leaf"),
+        ({"scope": {"a": 2}}, "from 0 to 1"),
+        ({"sparsity": 0.6, "pattern": fwt.patterns.n_m(2, 4)}, "can't be had"),
+        ({"scope": {"**": 0.6}, "pattern": fwt.patterns.n_m(2, 4)}, "can't be had"),
+        ({"sparsity": 0.5, "pattern": fwt.patterns.n_m(2, 4), "scope": "erk"}, "'layer'"),
     ],
 )
 def test_wrong_arguments_say_so_at_once(arguments, said):

@@ -1,0 +1,411 @@
+"""The exact selection: against a stable sort, on both of its paths, sharded, and beyond 2**32."""
+
+import functools
+import math
+import os
+import subprocess
+import sys
+from fractions import Fraction
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+import fwt
+from fwt import _counts, _keys, _prune, _select
+
+DTYPES = ["float32", "float16", "bfloat16", "float8_e4m3fn", "int8", "uint8", "int32", "uint32"]
+PATHS = ["concrete", "traced"]
+
+
+def dtype_of(name):
+    return np.dtype(getattr(ml_dtypes, name, name))
+
+
+def order_of(x, signed):
+    """The order by a stable NumPy sort: worth first, then the later index."""
+    wide = x.ravel().astype(np.float64)
+    nan = np.isnan(wide)
+    worth = np.where(nan, 0, wide if signed else np.abs(wide))
+    return np.lexsort((-np.arange(x.size), worth, nan))
+
+
+def expected_mask(x, k, signed=False):
+    keep = np.ones(x.size, bool)
+    keep[order_of(x, signed)[:k]] = False
+    return keep.reshape(x.shape)
+
+
+@functools.cache
+def compiled(signed):
+    @jax.jit
+    def select(leaves, k):
+        found = _keys.sources(leaves, signed)
+        return [
+            _select.kept(s, c) for s, c in zip(found, _select.smallest([found], [k]), strict=True)
+        ]
+
+    return select
+
+
+def select(leaves, k, signed=False, path="traced"):
+    """The masks of one selection over all leaves."""
+    if path == "traced":
+        return [np.asarray(m) for m in compiled(signed)(leaves, _counts.wide(jnp.uint32(k)))]
+    found = _keys.sources([jnp.asarray(x) for x in leaves], signed)
+    cuts = _select.smallest([found], [int(k)])
+    return [np.asarray(_select.kept(s, c)) for s, c in zip(found, cuts, strict=True)]
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("name", DTYPES)
+def test_against_a_stable_sort_on_random_bits(name, signed, path):
+    rng = np.random.default_rng(0)
+    dtype = dtype_of(name)
+    bits = rng.integers(0, 1 << (8 * dtype.itemsize), size=4650, dtype=np.uint64)
+    x = bits.astype(f"u{dtype.itemsize}").view(dtype)
+    x[:100] = x[100]
+    x[200:260] = np.zeros((), dtype)
+    if dtype.kind in "iu":
+        x[300:310], x[310:315] = np.iinfo(dtype).max, np.iinfo(dtype).min
+    x = x.reshape(50, 93)
+    for k in (0, 1, 57, 2325, 4185, 4642, 4649, 4650):
+        (mask,) = select([x], k, signed, path)
+        assert np.array_equal(mask, expected_mask(x, k, signed)), k
+
+
+SPECIAL = [0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 1e-40, np.inf, -np.inf, np.nan, -np.nan, 3.4e38]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@given(
+    hnp.arrays(np.float32, st.sampled_from([1, 6, 40]), elements=st.sampled_from(SPECIAL)),
+    st.integers(0, 40),
+    st.booleans(),
+)
+def test_specials_against_a_stable_sort(path, x, k, signed):
+    k = min(k, x.size)
+    (mask,) = select([x], k, signed, path)
+    assert np.array_equal(mask, expected_mask(x, k, signed))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@given(
+    st.sampled_from([(1,), (12,), (0, 5), (3, 0, 7, 1), (9, 9, 2, 4, 5000)]),
+    st.floats(0, 1),
+    st.integers(0, 2**32 - 1),
+    st.sampled_from(["ties", "normal", "scales", "equal", "half zeros"]),
+)
+def test_many_leaves_are_one_selection(path, sizes, share, seed, kind):
+    rng = np.random.default_rng(seed)
+    draw = {
+        "ties": lambda n: rng.integers(-3, 4, size=n),
+        "normal": lambda n: rng.normal(size=n),
+        "scales": lambda n: rng.normal(size=n) * 10.0 ** rng.integers(-30, 30),
+        "equal": lambda n: np.full(n, 0.25),
+        "half zeros": lambda n: np.where(rng.random(n) < 0.5, 0, rng.normal(size=n)),
+    }[kind]
+    leaves = [draw(n).astype(np.float32) for n in sizes]
+    k = round(share * sum(sizes))
+    joined = np.concatenate(select(leaves, k, False, path))
+    assert np.array_equal(joined, expected_mask(np.concatenate(leaves), k))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_mixed_float_dtypes_share_one_scale(path):
+    rng = np.random.default_rng(0)
+    leaves = [
+        rng.normal(size=50).astype(np.float32),
+        rng.normal(size=50).astype(np.float16),
+        (rng.normal(size=50) * 1e-39).astype(ml_dtypes.bfloat16),
+        np.array([1e-45, 0, -1e-40], np.float32),
+        np.array([6e-8, 0, -1e-7], np.float16),
+    ]
+    joined = np.concatenate([x.astype(np.float32) for x in leaves])
+    for k in (1, 3, 40, 60, 100):
+        masks = select(leaves, k, False, path)
+        assert np.array_equal(np.concatenate(masks), expected_mask(joined, k))
+    with pytest.raises(fwt.FwtError, match="common exact scale"):
+        _keys.sources([np.ones(2, np.int32), np.ones(2, np.float32)], False)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_float64_under_x64(path):
+    with jax.enable_x64(True):
+        x = np.random.default_rng(0).normal(size=101) * 10.0 ** np.arange(-300, 302, 6)[:101]
+        x[3], x[4] = 5e-324, np.nan
+        for k in (1, 50, 100):
+            (mask,) = select([x], k, False, path)
+            assert np.array_equal(mask, expected_mask(x, k))
+        mixed = [x, np.array([1e-45, 1e-3, np.inf], np.float32)]
+        joined = np.concatenate([a.astype(np.float64) for a in mixed])
+        masks = select(mixed, 30, False, path)
+        assert np.array_equal(np.concatenate(masks), expected_mask(joined, 30))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_one_selection_for_each_leaf(path):
+    rng = np.random.default_rng(0)
+    leaves = [rng.normal(size=s).astype(np.float32) for s in ((70, 90), (9, 2), (1,), (0, 3))]
+    leaves.append(np.ones((80, 80), np.float32))
+    ks = [630, 17, 1, 0, 6000]
+
+    def run(leaves, ks):
+        found = _keys.sources(leaves, False)
+        cuts = _select.smallest([[s] for s in found], ks)
+        return [_select.kept(s, c) for s, c in zip(found, cuts, strict=True)]
+
+    if path == "concrete":
+        masks = run([jnp.asarray(x) for x in leaves], ks)
+    else:
+        masks = jax.jit(run)(leaves, [_counts.wide(jnp.uint32(k)) for k in ks])
+    for x, k, mask in zip(leaves, ks, masks, strict=True):
+        assert np.array_equal(mask, expected_mask(x, k))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_all_ties_may_stay(path):
+    x = np.array([3, 1, 1, 2, 1, 0], np.float32)
+
+    def run(x, k):
+        found = _keys.sources([x], False)
+        (cut,) = _select.smallest([found], [k], "all")
+        return _select.kept(found[0], cut)
+
+    for k, keep in ((0, 6), (1, 5), (2, 5), (3, 5), (4, 2), (5, 1), (6, 0)):
+        mask = run(x, k) if path == "concrete" else jax.jit(run)(x, _counts.wide(jnp.uint32(k)))
+        assert int(mask.sum()) == keep
+
+
+def test_without_jit():
+    x = np.random.default_rng(0).normal(size=(40, 110)).astype(np.float32)
+    with jax.disable_jit():
+        found = _keys.sources([x], False)
+        (cut,) = _select.smallest([found], [1000])
+        assert np.array_equal(_select.kept(found[0], cut), expected_mask(x, 1000))
+
+
+@pytest.mark.parametrize("name", ["float32", "int32"])
+def test_rows_of_a_batch(name):
+    x = np.random.default_rng(0).integers(-4, 5, size=(30, 17)).astype(name)
+    for k in range(18):
+        each = jax.vmap(lambda row, k=k: _select.row_kept(_keys.magnitude_key(row), jnp.uint32(k)))
+        masks = each(x)
+        assert all(np.array_equal(m, expected_mask(row, k)) for m, row in zip(masks, x))
+
+
+# -- counts -----------------------------------------------------------------------------------
+
+
+def number(wide):
+    return (int(wide.high) << 16) + int(wide.low)
+
+
+traced_count = jax.jit(_counts.count)
+sizes = st.integers(0, 2**46) | st.integers(0, 300)
+
+
+@given(st.floats(0, 1, width=32), sizes)
+def test_a_traced_count_is_exact(s, n):
+    assert number(traced_count(jnp.float32(s), _counts.wide(n))) == round(Fraction(s) * n)
+    assert _counts.count(jnp.float32(s), n) == round(Fraction(s) * n)
+
+
+@given(st.integers(0, 64), sizes)
+def test_a_traced_count_rounds_half_to_even(parts, n):
+    s = parts / 64
+    assert number(traced_count(jnp.float32(s), _counts.wide(n))) == round(Fraction(s) * n)
+
+
+@pytest.mark.parametrize("s", [0.0, 0.1, 0.15, 0.3, 0.5, 2 / 3, 0.9, 0.999, 1 - 2**-53, 1.0, 1e-12])
+def test_a_python_number_counts_as_in_python_where_n_is_traced(s):
+    count = jax.jit(lambda n: _counts.count(s, n))
+    rng = np.random.default_rng(0)
+    for n in [
+        *range(60),
+        *map(int, rng.integers(0, 2**32, 40)),
+        *map(int, rng.integers(0, 2**40, 9)),
+    ]:
+        assert number(count(_counts.wide(n))) == round(s * n), n
+
+
+@given(st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=40), st.floats(0, 1))
+def test_totals_beyond_32_bits(counts, share):
+    array = jnp.asarray(np.array(counts, np.uint32))
+    everything = sum(counts)
+    total = _counts.total(array)
+    assert number(total) == everything
+    part = int(share * everything)
+    assert number(_counts.minus(total, _counts.wide(part))) == everything - part
+    assert bool(_counts.less(_counts.wide(part), total)) == (part < everything)
+    difference = float(_counts.difference(total, _counts.wide(part)))
+    assert math.isclose(difference, everything - part, rel_tol=1e-6, abs_tol=0.5)
+
+
+@given(st.lists(st.integers(0, 2**32 - 1), min_size=3, max_size=3), st.floats(0, 1))
+def test_ties_are_shared_out_beyond_32_bits(tied, share):
+    kept = int(share * sum(tied))
+    stays = jax.jit(_select._stays)(_counts.wide(kept), jnp.asarray(np.array(tied, np.uint32)))
+    rest = kept
+    for stay, size in zip(stays, tied, strict=True):
+        assert int(stay) == min(rest, size)
+        rest -= int(stay)
+
+
+@given(st.integers(1, 10**11), st.integers(0, 2**31), st.integers(1, 2**20))
+def test_the_search_beyond_32_bits(k, first, step):
+    """Keys ``first + i * step``, each three million times, counted by a formula."""
+    many, kinds = 3_000_000, 40_000
+    k = k % (many * kinds) + 1
+    guess = jnp.array([0, 2**31, 2**32 - 1], jnp.uint32)
+
+    def below(trial):
+        return min(max(-(-(trial - first) // step), 0), kinds) * many
+
+    everything = _counts.wide(many * kinds)
+    state = _select._start_jit(guess, jnp.float32(1e9), _counts.wide(k), everything)
+    passes = 0
+    last = first + (kinds - 1) * step
+    if last >= 2**32 - 1:
+        return  # such keys don't exist
+    while not state.done:
+        state = _select._step_jit(state, _counts.wide(below(int(state.trial))), _counts.wide(k))
+        passes += 1
+        assert passes < 100
+    # The k-th key is the one below the bracket's upper end.
+    assert below(int(state.hi)) >= k > below(int(state.lo)) or below(int(state.hi)) == k
+
+
+def test_leaves_beyond_32_bits_are_refused():
+    big = jax.ShapeDtypeStruct((1 << 16, 1 << 16), np.float32)
+    with pytest.raises(fwt.FwtError, match=r"2\*\*32"):
+        jax.eval_shape(fwt.prune(0.5), {"d": {"kernel": big}})
+
+
+# -- how it works -----------------------------------------------------------------------------
+
+
+def tree(shapes, seed=0):
+    rng = np.random.default_rng(seed)
+    return {
+        f"d{i}": {"kernel": jnp.asarray(rng.normal(size=s).astype(np.float32))}
+        for i, s in enumerate(shapes)
+    }
+
+
+def test_nothing_is_sorted_joined_or_stored():
+    params = tree([(512, 300)] * 5)
+    low = jax.jit(fwt.prune(0.9, scope="global")).lower(params).compile()
+    text = low.as_text()
+    assert " sort(" not in text
+    assert "concatenate(f32" not in text
+    size = sum(x.nbytes for x in jax.tree.leaves(params))
+    assert low.memory_analysis().temp_size_in_bytes < 0.3 * size
+
+
+@pytest.mark.parametrize("settings", [{}, {"scope": "global"}, {"scope": "erk"}])
+def test_outside_a_jit_it_compiles_once_for_each_shape(settings):
+    cached = (_select._below_jit, _select._strided_jit, _prune._pruned)
+    shape = {"layer": (67, 91), "global": (69, 91), "erk": (71, 91)}[settings.get("scope", "layer")]
+    before = [f._cache_size() for f in cached]
+    fwt.prune(0.9, **settings)(tree([shape] * 3))
+    once = [f._cache_size() for f in cached]
+    assert all(b < a <= b + 1 for b, a in zip(before, once, strict=True))
+    fwt.prune(0.8, **settings)(tree([shape] * 9, seed=1))
+    assert [f._cache_size() for f in cached] == once
+
+
+def test_few_passes(monkeypatch):
+    passes = []
+    step = _select._step_jit
+    monkeypatch.setattr(_select, "_step_jit", lambda *a: passes.append(1) or step(*a))
+    rng = np.random.default_rng(0)
+    for draw in (rng.normal, rng.laplace, lambda size: rng.uniform(size=size)):
+        x = jnp.asarray(draw(size=1_000_000).astype(np.float32))
+        for k in (500_000, 900_000, 990_000):
+            passes.clear()
+            _select.smallest([_keys.sources([x], False)], [k])
+            assert len(passes) <= 20
+    for atoms in (jnp.ones(1_000_000), jnp.round(x * 4)):
+        passes.clear()
+        _select.smallest([_keys.sources([atoms], False)], [900_000])
+        assert len(passes) <= 60
+
+
+SHARDED = """
+import re
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+import fwt
+
+rng = np.random.default_rng(0)
+
+
+def put(x, spec):
+    return jax.device_put(x.astype("f"), NamedSharding(mesh, spec))
+
+
+def elements(dims):
+    return np.prod([int(d or 1) for d in dims.split(",")])
+
+
+# Shards that 8 divides, shards that it doesn't, and one axis split by two.
+CASES = [((1024, 512), P("x", "y")), ((1000, 504), P("x", "y")), ((40, 24), P("y", "x")),
+         ((300, 256), P(None, "x")), ((96, 1024), P("x", None)), ((64, 2), P()),
+         ((3, 3, 16, 64), P(None, None, None, "x")), ((136, 8, 256), P(("x", "y"), None, None))]
+moves = r" (all-gather|all-to-all|collective-permute|reduce-scatter)[-a-z]*\\("
+for kind in (AxisType.Auto, AxisType.Explicit):
+    mesh = jax.make_mesh((4, 2), ("x", "y"), axis_types=(kind, kind))
+    with jax.set_mesh(mesh):
+        params = {
+            f"d{i}": {"kernel": put(rng.normal(size=s), spec)} for i, (s, spec) in enumerate(CASES)
+        }
+        host = {p: np.asarray(x) for p, x in fwt.select(params).items()}
+        n = sum(x.size for x in host.values())
+        for scope in ("global", "layer", "erk"):
+            t = fwt.prune(0.9, scope=scope)
+            compiled = jax.jit(t).lower(params).compile()
+            text = compiled.as_text()
+            assert not re.search(moves, text), (kind, scope, re.findall(moves, text))
+            sizes = re.findall(r"= \\(?[a-z0-9]+\\[([0-9,]*)\\][^=]* all-reduce", text)
+            assert sizes and all(elements(dims) <= 3 for dims in sizes), sizes
+            for new in (compiled(params), t(params)):  # under a jit and outside
+                new = fwt.select(new)
+                for path, x in new.items():
+                    assert x.sharding.is_equivalent_to(fwt.select(params)[path].sharding, x.ndim)
+                zero = {p: np.asarray(x) == 0 for p, x in new.items()}
+                if scope == "layer":
+                    assert all(z.sum() == round(0.9 * z.size) for z in zero.values())
+                else:
+                    assert sum(z.sum() for z in zero.values()) == round(0.9 * n)
+                if scope == "global":
+                    gone = max(np.abs(host[p][z]).max() for p, z in zero.items() if z.any())
+                    kept = min(np.abs(host[p][~z]).min() for p, z in zero.items() if not z.all())
+                    assert gone <= kept
+                else:
+                    for p, z in zero.items():
+                        if z.any() and not z.all():
+                            assert np.abs(host[p][z]).max() <= np.abs(host[p][~z]).min()
+        ties = {"d": {"kernel": put(np.ones((1000, 8)), P("x", None))}}
+        flat = np.asarray(jax.jit(fwt.prune(0.3))(ties)["d"]["kernel"]).ravel()
+        assert flat[:5600].all() and not flat[5600:].any()
+print("fine")
+"""
+
+
+def test_on_a_mesh_only_counts_cross_devices(tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED],
+        env={**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8"},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert done.stdout.strip() == "fine", done.stderr[-3000:]

@@ -1,15 +1,19 @@
 """Optax wrappers: the weights satisfy what you say after every ``optax.apply_updates``."""
 
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax import lax
 
-from fwt import constraints
-from fwt._types import FwtError, Params, Transform
+from fwt import _axes, _prune, _tree, constraints, patterns, scores
+from fwt._scope import Like, Scope
+from fwt._types import FwtError, Masks, Params, Score, Transform, Where, resolve
 
-__all__ = ["constrain"]
+__all__ = ["SparsifyState", "constrain", "sparsify"]
 
 
 def constrain(
@@ -114,3 +118,370 @@ def _difference(old: Any, step: Any, moved: Any, wanted: Any) -> Any:
         return wanted - old
     wide = jnp.promote_types(old.dtype, jnp.float32)
     return wanted.astype(wide) - old.astype(wide)
+
+
+class SparsifyState(NamedTuple):
+    """The state of :func:`sparsify`: a plain pytree of arrays.
+
+    Attributes:
+        count: how many updates there were.
+        masks: the same tree as the params: True = kept; rank-0 where nothing is pruned.
+        sparsity: the schedule's value at the last due update; NaN before the first.
+        inner: the state of the wrapped optimizer.
+        accumulated: by path, what the score sums up over the steps; () if it doesn't.
+        dense: the weights before pruning, for ``straight_through``; else ().
+        saved: params and inner state to return to, for ``rewind``; else ().
+    """
+
+    count: Any
+    masks: Any
+    sparsity: Any
+    inner: Any
+    accumulated: Any = ()
+    dense: Any = ()
+    saved: Any = ()
+
+
+def sparsify(
+    tx: optax.GradientTransformation,
+    sparsity: Any = None,
+    score: Score = scores.magnitude,
+    *,
+    where: Where = _axes.kernels,
+    key: Any = None,
+    every: int = 100,
+    scope: Scope = "layer",
+    pattern: patterns.Pattern = patterns.unstructured,
+    regrow: Any = None,
+    regrow_fraction: Any = 0.3,
+    masks: Masks | Callable[[Any], Masks] | None = None,
+    straight_through: bool = False,
+    rewind: int | None = None,
+    like: Like | None = None,
+    axes: Mapping[str, str] | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer under which weights are and stay pruned.
+
+    After ``optax.apply_updates`` pruned weights are exactly zero, momentum or not (a weight that
+    is inf or NaN can't be zeroed by an addition). The gradients that ``tx`` sees are zero there.
+    It works under ``jit``, ``scan`` and ``vmap`` over seeds and sparsities, and inside
+    ``optax.multi_transform`` and ``optax.masked``. As the last link: what comes after it moves
+    pruned weights again.
+
+    After update n (the first is 1) the params have the sparsity ``schedule(n)`` of the last *due*
+    update. Due is each n that ``every`` divides, and each n from which on the schedule stands
+    still, so that its last value is always reached; a number is reached at the first update.
+    Without ``regrow`` what is pruned stays so for as long as the sparsity does not fall.
+
+    - Gradual pruning: a schedule, such as Zhu and Gupta's ``lambda n: 0.9 * (1 -
+      (1 - jnp.clip((n - 500) / 2000, 0, 1)) ** 3)``.
+    - Static masks: ``masks=`` and no sparsity; ``masks=fwt.masks_of`` keeps the zeros of a model
+      that is pruned already.
+    - Dynamic sparse training: ``regrow="set"`` (Mocanu et al., 2018), ``regrow="rigl"`` (Evci et
+      al., 2020).
+    - ``straight_through=True``: gradients move the dense weights, which the state holds; the
+      masks are drawn from them anew (with ``every=1`` at each step), so that what was pruned can
+      come back.
+    - Lottery tickets (Frankle and Carbin, 2019): ``rewind=0`` and a schedule of steps, such as
+      ``optax.piecewise_constant_schedule``; at each due update the kept weights and the inner
+      state go back to those of the start (to within rounding of the last bit).
+    - Iterative pruning: such a schedule without ``rewind``; or ``like="torch"``, under which that
+      share of the *remaining* weights goes at each n that ``every`` divides.
+
+    Args:
+        tx: any optimizer.
+        sparsity: the share to prune, 0 to 1: a number, a traced scalar, or a schedule
+            ``n -> share``. None with ``masks``, with a dict as scope or with ``n_m``.
+        score: what a weight is worth, as in :func:`fwt.prune`. It gets the weights after the
+            step, and what it names of: ``grads``, the gradients of this step, ``key``, a fresh
+            one, and ``accumulated``, what it sums up over all steps (movement, Fisher).
+        where: which leaves; the kernels unless told otherwise.
+        key: a JAX key or an int seed, for scores that need one.
+        every: how many updates from one change of the masks to the next.
+        scope: as in :func:`fwt.prune`.
+        pattern: as in :func:`fwt.prune`.
+        regrow: at each n that ``every`` divides, drop the least of the kept weights and grow
+            others in their place, by this score; "set" is random, "rigl" the gradient's size.
+            Weights grow from zero, and the optimizer's moments of the parameter's own shape
+            start at zero there; factored moments (adafactor) are left as they are.
+        regrow_fraction: the share of the kept weights that is exchanged: a number or a schedule.
+        masks: the masks to begin with: a tree, or a function of the params that gives one.
+        straight_through: keep and train the dense weights.
+        rewind: go back to the params after this update (0: those of ``init``) at each due one.
+        like: as in :func:`fwt.prune`.
+        axes: as in :func:`fwt.prune`.
+
+    Returns:
+        An optimizer; its ``update`` needs ``params``. Its state is a :class:`SparsifyState`.
+
+    Raises:
+        FwtError: for settings that do not go together, at once.
+        WhereError: in ``init``, if ``where`` matches nothing.
+
+    Example:
+        >>> import fwt, jax.numpy as jnp, optax
+        >>> params = {"dense": {"kernel": jnp.array([[1.0, -0.2], [0.1, 2.0]])}}
+        >>> tx = sparsify(optax.adam(0.1), 0.5)
+        >>> state = tx.init(params)
+        >>> updates, state = tx.update(params, state, params)
+        >>> print(optax.apply_updates(params, updates)["dense"]["kernel"].round(2))
+        [[0.9 0. ]
+         [0.  1.9]]
+        >>> state.masks["dense"]["kernel"].tolist()
+        [[True, False], [False, True]]
+    """
+    if not hasattr(tx, "update") or not hasattr(tx, "init"):
+        raise TypeError(f"sparsify takes an optax optimizer, found {tx!r}")
+    rule = _Rule(
+        sparsity, score, where, key, every, scope, pattern, regrow, regrow_fraction, masks,
+        straight_through, rewind, like, axes,
+    )  # fmt: skip
+    inner = optax.with_extra_args_support(tx)
+
+    def init(params: Params) -> SparsifyState:
+        start = inner.init(params)
+        begin = rule.begin(params)
+        return SparsifyState(
+            count=jnp.zeros((), jnp.int32),
+            masks=begin,
+            sparsity=jnp.full((), jnp.nan, jnp.float32),
+            inner=start,
+            accumulated=rule.zeros(params),
+            dense=jax.tree.map(jnp.array, params) if straight_through else (),
+            saved=() if rewind is None else jax.tree.map(jnp.array, (params, start)),
+        )
+
+    def update(
+        updates: Any, state: SparsifyState, params: Params = None, **extra: Any
+    ) -> tuple[Any, SparsifyState]:
+        if params is None:
+            raise FwtError("sparsify needs the weights: call tx.update(grads, state, params)")
+        number = state.count + 1
+        old = _full(state.masks, params)
+        weights = state.dense if straight_through else params
+
+        moments = _reset(tx, state.inner, state.masks) if rule.resets else state.inner
+        grads = updates if straight_through else _zeroed(updates, old)
+        steps, moments = inner.update(grads, moments, weights, **extra)
+        if not straight_through:
+            steps = _stepped(weights, steps, old)
+        total = rule.accumulate(state.accumulated, weights, updates)
+        value, due = rule.due(number, state.sparsity)
+
+        def change(masks: Masks) -> Masks:
+            return rule.masks(weights, steps, masks, value, number, updates, total)
+
+        masks = _once(due, change, state.masks)
+        after = _full(masks, params)
+        saved, dense = state.saved, ()
+        if straight_through:
+            dense = optax.apply_updates(weights, steps)
+            out = jax.tree.map(_difference, params, steps, dense, _zeroed(dense, after))
+        else:  # what has just grown starts at zero, where the step took it
+            out = _stepped(params, steps, after)
+        if rewind is not None:
+            there = (optax.apply_updates(params, out), moments)
+            saved = _once(number == rewind, lambda _: there, saved) if rewind else saved
+
+            def back(_: Any) -> Any:
+                kept = _zeroed(state.saved[0], after)
+                return jax.tree.map(_difference, params, out, there[0], kept), state.saved[1]
+
+            out, moments = _once(due, back, (out, moments))
+        new = SparsifyState(
+            number, masks, jnp.where(due, value, state.sparsity), moments, total, dense, saved
+        )
+        return out, new
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+sparsify.static_args = (  # type: ignore[attr-defined]  # functions carry attributes
+    "tx", "sparsity", "score", "where", "key", "every", "scope", "pattern", "regrow",
+    "regrow_fraction", "masks", "straight_through", "rewind", "like", "axes",
+)  # fmt: skip
+
+
+def _once(due: Any, change: Callable[[Any], Any], carry: Any) -> Any:
+    """``change(carry)`` if due. Under vmap a cond would run both branches at every step, so it is
+    a loop of one trip or none."""
+    if not isinstance(due, jax.core.Tracer):
+        return change(carry) if due else carry
+    shapes = jax.tree.map(jnp.asarray, carry)
+    return lax.while_loop(
+        lambda c: c[0], lambda c: (jnp.zeros_like(c[0]), change(c[1])), (due, shapes)
+    )[1]
+
+
+def _full(masks: Any, params: Any) -> dict[str, Any]:
+    """By path, the masks that mask something."""
+    return _tree.Tree(params).match(_tree.Tree(masks).leaves)
+
+
+def _zeroed(tree: Any, masks: Mapping[str, Any]) -> Any:
+    seen = _tree.Tree(tree)
+    return seen.replace({p: _prune.masked(seen.leaves[p], m) for p, m in masks.items()})
+
+
+def _stepped(params: Any, steps: Any, stay: Mapping[str, Any]) -> Any:
+    """The step where a weight stays, and elsewhere what takes it to zero."""
+    old, seen = _tree.Tree(params).leaves, _tree.Tree(steps)
+    new = {}
+    for path, mask in stay.items():
+        step = seen.leaves[path]
+        new[path] = jnp.where(mask, step, -jnp.asarray(old[path]).astype(step.dtype))
+    return seen.replace(new)
+
+
+def _reset(tx: Any, state: Any, masks: Masks) -> Any:
+    """The optimizer's state with zeros where a mask is False, in all that has a param's shape."""
+
+    def zero(leaf: Any, mask: Any) -> Any:
+        if jnp.shape(leaf) != mask.shape or not mask.shape:
+            return leaf
+        return _prune.masked(leaf, mask)
+
+    return optax.tree_utils.tree_map_params(tx, zero, state, masks)
+
+
+class _Rule:
+    """The arguments of sparsify, checked once."""
+
+    def __init__(
+        self, sparsity: Any, score: Score, where: Where, key: Any, every: int, scope: Any,
+        pattern: Any, regrow: Any, regrow_fraction: Any, masks: Any, straight_through: bool,
+        rewind: int | None, like: Any, axes: Any,
+    ):  # fmt: skip
+        if isinstance(every, bool) or not isinstance(every, int | np.integer) or every < 1:
+            raise FwtError(f"every must be a whole number of updates, 1 or more, found {every!r}")
+        if rewind is not None and (isinstance(rewind, bool) or not isinstance(rewind, int)):
+            raise FwtError(f"rewind must be the number of an update, found {rewind!r}")
+        if rewind is not None and (rewind < 0 or straight_through or regrow is not None):
+            raise FwtError(
+                "rewind must be 0 or more, and goes with neither straight_through nor regrow"
+            )
+        pattern = resolve(pattern)
+        if straight_through and regrow is not None:
+            raise FwtError("straight_through lets weights come back by itself: leave regrow out")
+        named = {"set": scores.random, "rigl": scores.gradient}
+        if isinstance(regrow, str) and regrow not in named:
+            raise FwtError(f"regrow must be 'set', 'rigl' or a score, found {regrow!r}")
+        self.regrow = resolve(named[regrow] if isinstance(regrow, str) else regrow)
+        if self.regrow is not None and getattr(pattern, "name", "") == "n_m":
+            raise FwtError(
+                "n_m fixes how many of each group are kept, so nothing can grow back: "
+                "use straight_through=True to let its masks move"
+            )
+        fraction = regrow_fraction
+        if not callable(fraction) and not (
+            isinstance(fraction, int | float) and 0 <= fraction <= 1
+        ):
+            raise FwtError(f"regrow_fraction must be a share or a schedule, found {fraction!r}")
+        self.fixed = sparsity is None and masks is not None
+        if (
+            sparsity is None
+            and masks is None
+            and not isinstance(scope, Mapping)
+            and (getattr(pattern, "name", "") != "n_m")
+        ):
+            raise FwtError(
+                "sparsify needs a sparsity (a number or a schedule n -> share), or "
+                "masks=, such as fwt.masks_of for the zeros that are there already"
+            )
+        if self.fixed and (self.regrow is not None or straight_through or rewind is not None):
+            raise FwtError(
+                "masks= without a sparsity never change, so regrow, straight_through "
+                "and rewind say nothing: give a sparsity too"
+            )
+        self.key = None if key is None else _tree.as_key(key)
+        self.sparsity, self.where, self.every, self.begin_with = sparsity, where, int(every), masks
+        self.straight_through, self.like, self.fraction = straight_through, like, fraction
+        self.settings = (scope, pattern, where, like)
+        self.score, self.axes = score, axes
+        context = {
+            "grads": ..., "accumulated": ..., "key": None if key is None else ...,
+        }  # fmt: skip
+        self.context = context
+        if not self.fixed:
+            self.plan(0.0 if callable(sparsity) else sparsity)
+        if self.regrow is not None:
+            _prune.context_of(self.regrow, context)
+        self.resets = self.regrow is not None or callable(sparsity)
+        self.sums = not self.fixed and "accumulated" in _prune.named(resolve(score))
+
+    def plan(self, sparsity: Any) -> _prune.Plan:
+        scope, pattern, where, like = self.settings
+        return _prune.Plan(
+            sparsity, self.score, None, scope, pattern, where, like, self.context, self.axes
+        )
+
+    def begin(self, params: Any) -> Masks:
+        """The masks of the start."""
+        tree = _tree.Tree(params)
+        given = self.begin_with(params) if callable(self.begin_with) else self.begin_with
+        found = {} if given is None else _full(given, params)
+        names = list(found) if self.fixed else tree.select(self.where)
+        full = {p: jnp.ones_like(tree.leaves[p], bool) for p in names}
+        masks = full | {p: jnp.array(m) for p, m in found.items()}
+        return tree.map_all(masks, lambda leaf: jnp.ones((), bool))
+
+    def zeros(self, params: Any) -> Any:
+        if not self.sums:
+            return ()
+        tree = _tree.Tree(params)
+        return {
+            p: jnp.zeros(tree.leaves[p].shape, _sum_dtype(tree.leaves[p]))
+            for p in tree.select(self.where)
+        }
+
+    def accumulate(self, total: Any, weights: Any, grads: Any) -> Any:
+        if not self.sums:
+            return ()
+        narrow = {p: _hidden(t, total) for p, t in (("w", weights), ("g", grads))}
+        score: Any = resolve(self.score)
+        score = getattr(score, "func", score)
+        new = _tree.Tree(score.accumulate(narrow["w"], narrow["g"])).leaves
+        return {p: x + new[p].astype(x.dtype) for p, x in total.items()}
+
+    def due(self, number: Any, last: Any) -> tuple[Any, Any]:
+        """The sparsity after this update, and whether the masks change now."""
+        if self.fixed:
+            return jnp.float32(0), np.bool_(False)
+        s = self.sparsity
+        value = jnp.float32(1.0 if s is None else s(number) if callable(s) else s)
+        next_ = jnp.float32(s(number + 1)) if callable(s) else value
+        periodic = number % self.every == 0
+        if self.like == "torch":
+            return value, periodic
+        due = (value != last) & (periodic | (value == next_))
+        return value, due | periodic if self.straight_through or self.regrow is not None else due
+
+    def masks(
+        self, weights: Any, steps: Any, masks: Any, value: Any, number: Any, grads: Any, total: Any
+    ) -> Masks:
+        """New masks for the weights after the step."""
+        plan = self.plan(value if callable(self.sparsity) else self.sparsity)
+        more: dict[str, Any] = {"grads": grads}
+        if self.key is not None:
+            more["key"] = jax.random.fold_in(self.key, number)
+        if self.sums:
+            more["accumulated"] = _tree.Tree(weights).replace(total)
+        grow = None
+        if self.regrow is not None:
+            fraction = self.fraction(number) if callable(self.fraction) else self.fraction
+            grow = (self.regrow, fraction)
+        alive = None if self.straight_through else _full(masks, weights)
+        _, chosen = plan.choose(weights, alive, grow, more, steps)
+        return _tree.Tree(masks).replace({p: c.mask() for p, c in chosen.items()})
+
+
+def _sum_dtype(leaf: Any) -> Any:
+    return jnp.promote_types(leaf.dtype, jnp.float32)
+
+
+def _hidden(tree: Any, keep: Mapping[str, Any]) -> Any:
+    """The tree with all other leaves out of sight."""
+    seen = _tree.Tree(tree)
+    return seen.replace(
+        {p: _tree.Unselected(x.shape, x.dtype) for p, x in seen.leaves.items() if p not in keep}
+    )

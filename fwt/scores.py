@@ -438,14 +438,15 @@ def wanda(module: Any, batch: Any, **collections: Any) -> Score:
         def interceptor(call: Any, args: Any, kwds: Any, context: Any) -> Any:
             path = "/".join(_tree.escape(str(p)) for p in (*context.module.path, "kernel"))
             mine = context.method_name == "__call__" and path in kernels
-            if mine:
+            if mine and not inside:
                 if not isinstance(context.module, linear):
                     raise LeafError(
-                        f"wanda: {path} is of a {type(context.module).__name__}, which "
-                        "is no linear layer: take another score"
+                        f"wanda: {path} is of a {type(context.module).__name__}, which is no "
+                        "linear layer: take another score"
                     )
-                with nn.intercept_methods(lambda f, a, k, _: f(*a, **k)):
-                    found = _squared_inputs(context.module, args[0], kernels[path].shape)
+                inside.append(path)  # the layer is called once more, under this interceptor
+                found = _squared_inputs(context.module, args[0], kernels[path].shape)
+                inside.pop()
                 if isinstance(found, jax.core.Tracer) and not traced:
                     raise LeafError(
                         f"wanda: {path} runs inside a lifted transformation (an RNN's "
@@ -456,6 +457,7 @@ def wanda(module: Any, batch: Any, **collections: Any) -> Score:
 
         tree = _tree.Tree(params)
         kernels = _tree.Tree(variables).leaves
+        inside: list[str] = []
         linear = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Conv, nn.ConvLocal, nn.ConvTranspose)
         values = jax.tree.leaves((variables, batch))
         traced = any(isinstance(x, jax.core.Tracer) for x in values)

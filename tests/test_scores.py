@@ -1,0 +1,220 @@
+"""Scores against what defines them: jax.grad and jax.hessian, torch's unfold, worked examples."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.flatten_util
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+import fwt
+from fwt import layers as fl
+
+S = fwt.scores
+
+
+@pytest.fixture(scope="module")
+def problem():
+    """A small net, its variables, a batch and a loss of the params."""
+    net = fwt.Sequential([("a", nn.Dense(4)), fl.Tanh(), ("b", nn.Dense(3))], input_shape=(5,))
+    x = jax.random.normal(jax.random.key(1), (7, 5))
+    y = jax.random.normal(jax.random.key(2), (7, 3))
+    params = net.init(jax.random.key(0), x)["params"]
+
+    def loss(params, x=x, y=y):
+        return jnp.mean((net.apply({"params": params}, x) - y) ** 2)
+
+    return net, params, (x, y), loss
+
+
+def close(found, expected):
+    for path, x in fwt.select(expected).items():
+        np.testing.assert_allclose(fwt.select(found)[path], x, rtol=2e-4, atol=1e-7, err_msg=path)
+
+
+def both(function, *trees):
+    return jax.tree.map(function, *trees)
+
+
+def test_scores_of_gradients(problem):
+    _, params, (x, y), loss = problem
+    grads = jax.grad(loss)(params)
+    close(S.magnitude(params), both(jnp.abs, params))
+    close(S.gradient(params, grads=grads), both(jnp.abs, grads))
+    close(S.saliency(params, grads=grads), both(lambda w, g: abs(w * g), params, grads))
+    close(S.snip(params, grads=grads), S.saliency(params, grads=grads))
+    close(S.taylor(params, grads=grads), both(lambda w, g: (w * g) ** 2, params, grads))
+    close(S.movement(params, grads=grads), both(lambda w, g: -w * g, params, grads))
+    each = jax.vmap(jax.grad(lambda p, x, y: loss(p, x[None], y[None])), (None, 0, 0))(params, x, y)
+    fisher = both(lambda w, g: w**2 * (g**2).mean(0) / 2, params, each)
+    close(S.fisher(params, grads=each), fisher)
+    close(S.fisher(params, grads=grads), both(lambda w, g: (w * g) ** 2 / 2, params, grads))
+
+
+def test_scores_of_the_hessian(problem):
+    _, params, _, loss = problem
+    flat, back = jax.flatten_util.ravel_pytree(params)
+    hessian = jax.hessian(lambda v: loss(back(v)))(flat)
+    grad = jax.grad(lambda v: loss(back(v)))(flat)
+    close(S.grasp(loss)(params), back(flat * (hessian @ grad)))
+    expected = (flat * grad - flat * (hessian @ flat) / 2) ** 2
+    close(S.second_order_taylor(loss)(params), back(expected))
+    diagonal = back(jnp.diag(hessian))
+    close(S.obd(params, hessian=diagonal), both(lambda w, h: h * w * w / 2, params, diagonal))
+
+
+def test_removing_a_weight_changes_the_loss_as_the_second_order_says(problem):
+    """Of a quadratic loss the second-order Taylor is the change itself, for one weight."""
+    x = jax.random.normal(jax.random.key(3), (20, 4))
+    params = {"d": {"kernel": jax.random.normal(jax.random.key(4), (4, 1))}}
+
+    def loss(p):
+        return jnp.mean((x @ p["d"]["kernel"] - 1.0) ** 2)
+
+    w = params["d"]["kernel"]
+    h = jax.hessian(lambda v: loss({"d": {"kernel": v.reshape(4, 1)}}))(w.ravel())
+    grads = jax.grad(loss)(params)["d"]["kernel"]
+    exact = [loss({"d": {"kernel": w.at[i].set(0)}}) - loss(params) for i in range(4)]
+    taylor = [-(w[i] * grads[i])[0] + w[i, 0] ** 2 * h[i, i] / 2 for i in range(4)]
+    np.testing.assert_allclose(exact, taylor, atol=1e-5)
+
+
+def test_synflow_of_a_linear_net():
+    """R = sum(1 |A| |B|), so the score of A is |A| times what flows on behind it."""
+    net = fwt.Sequential([("a", nn.Dense(4, use_bias=False)), ("b", nn.Dense(3, use_bias=False))],
+                         input_shape=(5,))  # fmt: skip
+    variables = net.init(jax.random.key(0), jnp.ones((1, 5)))
+    a, b = (np.abs(np.asarray(variables["params"][n]["kernel"])) for n in "ab")
+    for params in (variables, variables["params"], fwt.Model(net, variables)):
+        found = fwt.select(S.synflow(net)(params))
+        np.testing.assert_allclose(found["a/kernel"], a * b.sum(1), rtol=1e-5)
+        np.testing.assert_allclose(found["b/kernel"], b * a.sum(0)[:, None], rtol=1e-5)
+    # The paper's conservation: what flows through every layer is the same.
+    assert np.isclose(found["a/kernel"].sum(), found["b/kernel"].sum(), rtol=1e-5)
+
+
+def test_synflow_with_batch_norm_and_without_a_shape():
+    net = fwt.Sequential([("c", nn.Conv(4, (3, 3))), ("n", nn.BatchNorm()), fl.ReLU(), fl.Flatten(),
+                          ("d", nn.Dense(2))])  # fmt: skip
+    variables = net.init(jax.random.key(0), jnp.ones((1, 6, 5, 3)))
+    found = S.synflow(net, (6, 5, 3))(variables)
+    stats = variables["batch_stats"]
+    again = S.synflow(net, (6, 5, 3), batch_stats=stats)(variables["params"])
+    close(again, {"params": found["params"]})
+    assert all((x >= 0).all() for x in fwt.select(found, fwt.kernels).values())
+    with pytest.raises(fwt.FwtError, match="input_shape"):
+        S.synflow(net)
+    deep = fwt.Sequential([(f"d{i}", nn.Dense(300)) for i in range(40)], input_shape=(300,))
+    with pytest.raises(fwt.FwtError, match="overflows"):
+        S.synflow(deep)(deep.init(jax.random.key(0), jnp.ones((1, 300))))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"strides": 2},
+        {"padding": "VALID"},
+        {"kernel_dilation": 2, "padding": [(1, 2), (0, 3)]},
+    ],
+)
+def test_wanda_of_convolutions_against_unfold(settings):
+    kernel, channels = (3, 2), 5
+    conv = nn.Conv(4, kernel, **settings)
+    net = fwt.Sequential([("d", nn.Dense(channels)), ("c", conv), fl.Flatten(), ("e", nn.Dense(3))])
+    x = jax.random.normal(jax.random.key(1), (6, 9, 8, 2))
+    variables = net.init(jax.random.key(0), x)
+    found = fwt.select(S.wanda(net, x)(variables))
+    params = variables["params"]
+    first = np.asarray(jnp.sqrt((x**2).sum((0, 1, 2))))[:, None] * np.abs(params["d"]["kernel"])
+    np.testing.assert_allclose(found["d/kernel"], first, rtol=1e-5)
+    hidden = np.asarray(x @ params["d"]["kernel"] + params["d"]["bias"])
+    stride, dilation = settings.get("strides", 1), settings.get("kernel_dilation", 1)
+    pads = settings.get("padding", "SAME")
+    if isinstance(pads, str):
+        reach = [(k - 1) * dilation + 1 for k in kernel]
+        pads = jax.lax.padtype_to_pads(hidden.shape[1:3], reach, (stride, stride), pads)
+    padded = np.pad(hidden, [(0, 0), *pads, (0, 0)]).transpose(0, 3, 1, 2)
+    columns = torch.nn.functional.unfold(
+        torch.from_numpy(padded), kernel, dilation=dilation, stride=stride
+    ).numpy()
+    norms = np.sqrt((columns**2).sum((0, 2))).reshape(channels, *kernel).transpose(1, 2, 0)
+    expected = norms[..., None] * np.abs(params["c"]["kernel"])
+    np.testing.assert_allclose(found["c/kernel"], expected, rtol=1e-4)
+    np.testing.assert_allclose(found["c/bias"], np.abs(params["c"]["bias"]))
+
+
+def test_wanda_in_prune_and_what_it_refuses():
+    net = fwt.Sequential([("d", nn.Dense(4)), ("e", nn.Dense(8))])
+    x = jax.random.normal(jax.random.key(0), (9, 8)) * jnp.array([100.0] + [1.0] * 7)
+    variables = net.init(jax.random.key(1), x)
+    pruned = fwt.prune(score=S.wanda(net, x), pattern=fwt.patterns.n_m(1, 4))(variables)
+    first = np.asarray(pruned["params"]["d"]["kernel"])
+    assert first[0].all()  # the loud input wins its group
+    assert not first[1:4].any()
+    assert jax.jit(lambda v: S.wanda(net, x)(v))(variables)["params"]["d"]["kernel"].shape == (8, 4)
+    odd = fwt.Sequential([("r", nn.RNN(nn.SimpleCell(3)))])
+    steps = jnp.ones((2, 4, 3))
+    with pytest.raises(fwt.LeafError, match=r"wanda: r/.*scan"):
+        S.wanda(odd, steps)(odd.init(jax.random.key(0), steps))
+    with pytest.raises(fwt.FwtError, match="takes a Flax module"):
+        S.wanda(None, x)(variables)
+    bare = nn.Dense(2)
+    values = bare.init(jax.random.key(0), x)
+    assert S.wanda(bare, x)(values)["params"]["kernel"].shape == (8, 2)
+
+
+def test_random_is_by_path_and_bare_or_called(problem):
+    _, params, _, loss = problem
+    grads = jax.grad(loss)(params)
+    one, two = (
+        S.random(params, key=0),
+        S.random({**params, "c": {"kernel": jnp.ones((2, 2))}}, key=0),
+    )
+    assert jnp.array_equal(one["a"]["kernel"], two["a"]["kernel"])
+    assert not jnp.array_equal(one["a"]["kernel"], S.random(params, key=1)["a"]["kernel"])
+    counts = []
+    for score in (S.random, S.random(), S.random(key=3), functools.partial(S.random, key=3)):
+        new = fwt.prune(0.5, score, key=7)(params)
+        counts.append(int((new["a"]["kernel"] == 0).sum()))
+    assert counts == [10] * 4
+    bound, given = fwt.prune(0.5, S.saliency(grads=grads)), fwt.prune(0.5, S.saliency, grads=grads)
+    assert jax.tree.all(both(jnp.array_equal, bound(params), given(params)))
+    assert fwt.prune(0.5, S.magnitude())(params)["a"]["kernel"].tolist() == (
+        fwt.prune(0.5)(params)["a"]["kernel"].tolist()
+    )
+
+
+def test_a_users_score_gets_what_it_names(problem):
+    _, params, _, loss = problem
+    grads, seen = jax.grad(loss)(params), []
+
+    def mine(params, *, grads, key=None, other=3):
+        seen.append((grads is not None, key, other))
+        return params
+
+    fwt.prune(0.5, mine, grads=grads, key=5)(params)
+    assert seen == [(True, 5, 3)]
+    with pytest.raises(fwt.FwtError, match="needs grads=: give grads="):
+        fwt.prune(0.5, mine)
+    with pytest.raises(fwt.LeafError, match="grads: nothing for 'a/bias'; close"):
+        fwt.prune(0.5, S.saliency, grads={"b": grads["b"]})(params)
+    wrong = {**grads, "a": {**grads["a"], "bias": jnp.ones(9)}}
+    with pytest.raises(fwt.LeafError, match="grads: a/bias expected shape"):
+        fwt.prune(0.5, S.saliency, grads=wrong)(params)
+
+
+def test_leaves_that_are_not_selected_do_not_matter():
+    tree = {"d": {"kernel": np.ones((2, 3), np.float32)}, "step": np.array(2**40), "e": np.ones(3)}
+    grads = {
+        "d": {"kernel": np.arange(6, dtype=np.float32).reshape(2, 3)},
+        "step": 0,
+        "e": np.ones(3),
+    }
+    new = fwt.prune(0.5, S.saliency, grads=grads)(tree)
+    assert new["d"]["kernel"].tolist() == [[0, 0, 0], [1, 1, 1]]
+    assert new["step"] is tree["step"]
+    assert new["e"] is tree["e"]

@@ -56,20 +56,26 @@ def digits() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     return images[:cut], labels[:cut], images[cut:], labels[cut:]
 
 
-def schedule(step: Any, steps: dict[str, int]) -> Any:
-    """Zhu and Gupta's cubic: 0 while dense, rising to the target, then fixed."""
-    progress = jnp.clip((step - steps["dense"]) / steps["gradual"], 0.0, 1.0)
-    return SPARSITY * (1.0 - (1.0 - progress) ** 3)
+def gradual(sparsity: float, begin: int, end: int) -> Any:
+    """Zhu and Gupta's cubic: 0 up to update ``begin``, ``sparsity`` from ``end`` on."""
+
+    def schedule(n: Any) -> Any:
+        progress = jnp.clip((n - begin) / (end - begin), 0.0, 1.0)
+        return sparsity * (1.0 - (1.0 - progress) ** 3)
+
+    return schedule
 
 
-def train(tick: Any) -> tuple[fwt.Model, fwt.Model]:
-    """The dense and the sparse model, from one run; ``tick()`` is called after each epoch."""
+def steps_of(epochs: int) -> int:
+    """How many updates these epochs make."""
+    return epochs * (len(digits()[0]) // BATCH)
+
+
+def fit(tx: Any, epochs: int, each: Any = None) -> fwt.Model:
+    """The net trained by an optimizer; ``each(epoch, variables)`` is called before each epoch."""
     images, labels, _, _ = digits()
     module = network()
     batches = len(images) // BATCH
-    steps = {name: epochs * batches for name, epochs in EPOCHS.items()}
-    optimizer = optax.adam(optax.cosine_decay_schedule(3e-3, sum(steps.values()), 0.02))
-    limit = fwt.project(fwt.constraints.max_norm(3.0))
 
     @jax.jit
     def epoch(carry: Any, key: Any) -> tuple[Any, Any]:
@@ -92,26 +98,40 @@ def train(tick: Any) -> tuple[fwt.Model, fwt.Model]:
                 return each.mean(), new["batch_stats"]
 
             (value, new_stats), grads = jax.value_and_grad(loss, has_aux=True)(params)
-            updates, new_state = optimizer.update(grads, state, params)
+            updates, new_state = tx.update(grads, state, params)
             new = optax.apply_updates(params, updates)
-            # The whole of fwt in a training loop: a traced sparsity, and a projection.
-            new = fwt.chain(limit, fwt.prune(schedule(count + 1, steps), scope="global"))(new)
             return (new, new_stats, new_state, count + 1), value
 
         return jax.lax.scan(step, carry, order)
 
     variables = module.init(jax.random.key(0), jnp.ones((1, 8, 8, 1)))
     params, stats = variables["params"], variables["batch_stats"]
-    carry = (params, stats, optimizer.init(params), jnp.zeros((), jnp.int32))
-    dense = None
-    for index in range(sum(EPOCHS.values())):
-        if index == EPOCHS["dense"]:
-            dense = jax.device_get({"params": carry[0], "batch_stats": carry[1]})
+    carry = (params, stats, tx.init(params), jnp.zeros((), jnp.int32))
+    for index in range(epochs):
+        if each is not None:
+            each(index, {"params": carry[0], "batch_stats": carry[1]})
         carry, _ = epoch(carry, jax.random.key(index + 1))
         jax.block_until_ready(carry)
+    return fwt.Model(module, jax.device_get({"params": carry[0], "batch_stats": carry[1]}))
+
+
+def train(tick: Any) -> tuple[fwt.Model, fwt.Model]:
+    """The dense and the sparse model, from one run; ``tick()`` is called for each epoch."""
+    total = sum(EPOCHS.values())
+    begin, end = steps_of(EPOCHS["dense"]), steps_of(EPOCHS["dense"] + EPOCHS["gradual"])
+    adam = optax.adam(optax.cosine_decay_schedule(3e-3, steps_of(total), 0.02))
+    # The whole of fwt in a training loop: two wrappers around any optimizer.
+    sparse = fwt.optim.sparsify(adam, gradual(SPARSITY, begin, end), scope="global", every=10)
+    tx = fwt.optim.constrain(sparse, fwt.project(fwt.constraints.max_norm(3.0)))
+    dense = {}
+
+    def each(index: int, variables: Any) -> None:
         tick()
-    sparse = jax.device_get({"params": carry[0], "batch_stats": carry[1]})
-    return fwt.Model(module, dense), fwt.Model(module, sparse)
+        if index == EPOCHS["dense"]:
+            dense.update(jax.device_get(variables))
+
+    model = fit(tx, total, each)
+    return fwt.Model(model.module, dense), model
 
 
 def accuracy(model: fwt.Model) -> float:

@@ -263,19 +263,21 @@ def sparsify(
         moments = _reset(tx, state.inner, state.masks) if rule.resets else state.inner
         grads = updates if straight_through else _zeroed(updates, old)
         steps, moments = inner.update(grads, moments, weights, **extra)
+        # Each place that adds steps to weights may round the sum in its own way, unless the step is
+        # selected first: the dense weights are summed once, the others' steps are selected.
+        dense = optax.apply_updates(weights, steps) if straight_through else ()
         if not straight_through:
             steps = _stepped(weights, steps, old)
         total = rule.accumulate(state.accumulated, weights, updates)
         value, due = rule.due(number, state.sparsity)
 
         def change(masks: Masks) -> Masks:
-            return rule.masks(weights, steps, masks, value, number, updates, total)
+            to = (dense, None) if straight_through else (weights, steps)
+            return rule.masks(*to, masks, value, number, updates, total)
 
         masks = _once(due, change, state.masks)
-        after = _full(masks, params)
-        saved, dense = state.saved, ()
+        after, saved = _full(masks, params), state.saved
         if straight_through:
-            dense = optax.apply_updates(weights, steps)
             out = jax.tree.map(_difference, params, steps, dense, _zeroed(dense, after))
         else:  # what has just grown starts at zero, where the step took it
             out = _stepped(params, steps, after)

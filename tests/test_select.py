@@ -322,6 +322,23 @@ def test_outside_a_jit_it_compiles_once_for_each_shape(settings):
     assert [f._cache_size() for f in cached] == once
 
 
+def test_counts_are_exact_of_weights_that_the_same_jit_makes():
+    """A product that is added in two places may be rounded in two ways: the search and the masks
+    have to read the same numbers."""
+
+    @jax.jit
+    def step(w, g, s):
+        tree = {"a": {"kernel": w - 0.1 * g}, "b": {"kernel": (w * 0.9 + g * s)[:5]}}
+        new = fwt.prune(s, scope="global")(tree)
+        return sum(jnp.sum(x == 0) for x in jax.tree.leaves(new))
+
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        w, g = rng.normal(size=(2, 3, 40, 30)).astype(np.float32)
+        assert step(w[0], g[0], 0.5) == 675
+        assert jax.vmap(step, (0, 0, None))(w, g, 0.5).tolist() == [675] * 3
+
+
 def test_few_passes(monkeypatch):
     passes = []
     step = _select._step_jit

@@ -1,0 +1,535 @@
+"""fwt.optim.sparsify: what is pruned when, by whom, and what it leaves alone."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+import fwt
+from fwt import _demo
+
+S = fwt.scores
+sparsify = fwt.optim.sparsify
+
+
+def weights(seed=0, dtype=np.float32):
+    rng = np.random.default_rng(seed)
+    return {
+        "a": {
+            "kernel": jnp.asarray(rng.normal(size=(12, 7)).astype(dtype)),
+            "bias": jnp.ones(7, dtype),
+        },
+        "b": {"kernel": jnp.asarray(rng.normal(size=(7, 8)).astype(dtype))},
+    }
+
+
+def kernels(tree):
+    return {p: np.asarray(x) for p, x in fwt.select(tree, fwt.kernels).items()}
+
+
+def gone(masks):
+    return {p: int((~m).sum()) for p, m in kernels(masks).items()}
+
+
+def run(tx, steps, params=None, grads=lambda n: weights(100 + n), compiled=True):
+    """The params and states after each update; the gradient pulls on the params too."""
+    params = weights() if params is None else params
+    update = jax.jit(tx.update) if compiled else tx.update
+    state = tx.init(params)
+    seen = [(params, state)]
+    for n in range(1, steps + 1):
+        pull = jax.tree.map(lambda g, p: (g + p).astype(p.dtype), grads(n), params)
+        updates, state = update(pull, state, params)
+        params = optax.apply_updates(params, updates)
+        for path, mask in kernels(state.masks).items():
+            if mask.shape:
+                assert not kernels(params)[path][~mask].any()
+        seen.append((params, state))
+    return seen
+
+
+OPTIMIZERS = {
+    "sgd": lambda: optax.sgd(0.1, momentum=0.9, nesterov=True),
+    "adam": lambda: optax.adam(0.05),
+    "adamw": lambda: optax.adamw(0.05, weight_decay=0.1),
+    "lion": lambda: optax.lion(0.01),
+    "adafactor": lambda: optax.adafactor(0.05, min_dim_size_to_factor=4),
+    "multi_steps": lambda: optax.MultiSteps(optax.adam(0.05), 2),
+    "injected": lambda: optax.inject_hyperparams(optax.adam)(learning_rate=0.05),
+    "chain": lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.05)),
+}
+
+
+def ramp(n):
+    return 0.6 * jnp.clip(n / 10, 0, 1)
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_pruned_weights_are_zero_whatever_the_optimizer(name):
+    seen = run(sparsify(OPTIMIZERS[name](), ramp, every=3), 12)  # run() asserts it at each step
+    assert gone(seen[-1][1].masks) == {"a/kernel": round(0.6 * 84), "b/kernel": round(0.6 * 56)}
+    assert seen[-1][0]["a"]["bias"].any()
+
+
+@pytest.mark.parametrize("every", [1, 3, 4, 100])
+def test_after_update_n_the_sparsity_is_that_of_the_last_due_update(every):
+    seen = run(sparsify(optax.adam(0.05), ramp, every=every), 14)
+    due = 0
+    for n in range(1, 15):
+        if n % every == 0 or n == 10:  # from the tenth on the schedule stands still
+            due = n
+        expected = round(float(np.float32(ramp(due))) * 84)
+        assert gone(seen[n][1].masks)["a/kernel"] == expected, n
+        assert int(seen[n][1].count) == n
+    assert float(seen[-1][1].sparsity) == np.float32(0.6)
+
+
+def test_a_number_is_reached_at_once_and_a_traced_one_too():
+    assert gone(run(sparsify(optax.sgd(0.1), 0.5), 1)[1][1].masks) == {
+        "a/kernel": 42,
+        "b/kernel": 28,
+    }
+
+    @jax.jit
+    def step(s):
+        tx = sparsify(optax.sgd(0.1), s)
+        params = weights()
+        return tx.update(weights(1), tx.init(params), params)[1].masks
+
+    assert gone(step(0.25)) == {"a/kernel": 21, "b/kernel": 14}
+
+
+def test_what_is_pruned_stays_so_until_the_sparsity_falls():
+    for score in (S.magnitude, S.random, S.saliency, S.movement):
+        seen = run(sparsify(optax.adam(0.05), ramp, score, key=0, every=2), 12)
+        for (_, before), (_, after) in itertools.pairwise(seen):
+            for path, mask in kernels(after.masks).items():
+                assert not (mask & ~kernels(before.masks)[path]).any()
+    falling = run(sparsify(optax.adam(0.05), lambda n: 0.8 - ramp(n), every=2), 12)
+    assert gone(falling[2][1].masks)["a/kernel"] == round(float(np.float32(0.8 - ramp(2))) * 84)
+    assert gone(falling[-1][1].masks)["a/kernel"] == round(float(np.float32(0.2)) * 84)
+
+
+def moments(state):
+    return [x for x in jax.tree.leaves(state) if getattr(x, "shape", None) == (12, 7)]
+
+
+def smallest_first(params):
+    return jax.tree.map(lambda x: -jnp.abs(x), params)
+
+
+@pytest.mark.parametrize("regrow", ["set", "rigl", S.gradient, smallest_first])
+@pytest.mark.parametrize("scope", ["layer", "global", "erk"])
+def test_regrowth_keeps_the_count_and_grows_from_zero(regrow, scope):
+    tx = sparsify(
+        optax.adam(0.05), 0.5, regrow=regrow, regrow_fraction=0.3, key=0, every=4, scope=scope
+    )
+    seen = run(tx, 9)
+    count = sum(gone(seen[1][1].masks).values())
+    assert count == 70
+    changed = 0
+    for n in range(2, 10):
+        (_, before), (params, after) = seen[n - 1], seen[n]
+        assert sum(gone(after.masks).values()) == count
+        old, new = kernels(before.masks)["a/kernel"], kernels(after.masks)["a/kernel"]
+        grown = new & ~old
+        assert n % 4 == 0 or not grown.any()
+        changed += int(grown.sum())
+        assert not kernels(params)["a/kernel"][grown].any()
+    assert changed > 0
+
+
+def test_rigl_grows_where_the_gradient_is_largest():
+    tx = sparsify(
+        optax.sgd(0.0), 0.5, regrow="rigl", regrow_fraction=0.25, every=2, where="a/kernel"
+    )
+    params = weights()
+    state = tx.init(params)
+    grads = weights(5)
+    for _ in range(2):
+        before = kernels(state.masks)["a/kernel"]
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    after, g = kernels(state.masks)["a/kernel"], np.abs(kernels(grads)["a/kernel"])
+    w = np.abs(kernels(weights())["a/kernel"])
+    dropped = round(0.25 * 42)
+    kept = np.sort(w[before])[dropped:]
+    stay = before & (w >= kept[0])
+    assert int(stay.sum()) == 42 - dropped
+    assert (after & stay).sum() == stay.sum()
+    grown, others = after & ~stay, ~after
+    assert g[grown].min() >= g[others].max()
+
+
+@pytest.mark.parametrize("name", [n for n in OPTIMIZERS if n != "adafactor"])
+def test_moments_start_at_zero_where_weights_grow(name):
+    tx = sparsify(OPTIMIZERS[name](), 0.5, regrow="rigl", regrow_fraction=0.5, every=4)
+    seen = run(tx, 8)
+    for n in (4, 8):
+        before, after = seen[n - 1][1], seen[n][1]
+        grown = kernels(after.masks)["a/kernel"] & ~kernels(before.masks)["a/kernel"]
+        assert grown.any()
+        assert moments(after.inner)
+        for x in moments(after.inner):
+            assert not np.asarray(x)[grown].any()
+        assert any(np.asarray(x)[~grown].any() for x in moments(after.inner))
+
+
+def test_factored_moments_are_left_as_they_are():
+    tx = sparsify(OPTIMIZERS["adafactor"](), 0.5, regrow="rigl", every=2)
+    plain = OPTIMIZERS["adafactor"]()
+    shapes = [x.shape for x in jax.tree.leaves(plain.init(weights()))]
+    for _, state in run(tx, 5):
+        assert [x.shape for x in jax.tree.leaves(state.inner)] == shapes
+    assert "factored moments" in sparsify.__doc__
+
+
+def test_straight_through_moves_the_dense_weights():
+    plain, tx = optax.adam(0.05), sparsify(optax.adam(0.05), 0.5, straight_through=True, every=1)
+    params = dense = weights()
+    state, other = tx.init(params), plain.init(dense)
+    for n in range(6):
+        grads = weights(10 + n)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        steps, other = plain.update(grads, other, dense)
+        dense = optax.apply_updates(dense, steps)
+        for path, x in kernels(fwt.prune(0.5)(dense)).items():
+            np.testing.assert_allclose(kernels(params)[path], x, atol=1e-6)
+            np.testing.assert_allclose(kernels(state.dense)[path], kernels(dense)[path], atol=1e-6)
+            assert not kernels(params)[path][~kernels(state.masks)[path]].any()
+    came_back = [
+        ~kernels(fwt.masks(0.5)(weights()))[p] & m for p, m in kernels(state.masks).items()
+    ]
+    assert any(m.any() for m in came_back)
+
+
+@pytest.mark.parametrize("rewind", [0, 3])
+def test_lottery_tickets_go_back(rewind):
+    steps = optax.piecewise_constant_schedule(0.2, {6: 2.0})
+    seen = run(
+        sparsify(optax.adam(0.05), lambda n: jnp.where(n < 4, 0.0, steps(n)), rewind=rewind), 9
+    )
+    start = seen[rewind]
+    for n in (4, 6):  # the schedule changes and stands still
+        params, state = seen[n]
+        assert gone(state.masks) == {
+            p: round(float(np.float32(0.2 if n == 4 else 0.4)) * x.size)
+            for p, x in kernels(params).items()
+        }
+        for path, mask in kernels(state.masks).items():
+            old = kernels(start[0])[path]
+            np.testing.assert_allclose(kernels(params)[path], np.where(mask, old, 0), atol=1e-6)
+        np.testing.assert_allclose(params["a"]["bias"], start[0]["a"]["bias"], atol=1e-6)
+        same = jax.tree.map(np.array_equal, state.inner, start[1].inner)
+        assert jax.tree.all(same)
+    assert not np.allclose(seen[3][0]["a"]["bias"], weights()["a"]["bias"])
+
+
+def test_iterative_pruning_of_what_remains():
+    seen = run(sparsify(optax.adam(0.05), 0.5, like="torch", every=3), 9)
+    counts = [gone(state.masks)["a/kernel"] for _, state in seen]
+    assert counts == [0, 0, 0, 42, 42, 42, 63, 63, 63, 63 + round(0.5 * 21)]
+
+
+def test_static_masks_given_or_found():
+    pruned = fwt.prune(0.7)(weights())
+    for masks in (fwt.masks_of, fwt.masks_of(pruned)):
+        seen = run(sparsify(optax.adam(0.05), masks=masks), 3, params=pruned)
+        assert gone(seen[-1][1].masks) == gone(fwt.masks_of(pruned))
+    random = fwt.masks(0.9, S.random, key=3, scope="erk")
+    seen = run(sparsify(optax.adam(0.05), masks=random), 3)
+    assert gone(seen[-1][1].masks) == gone(random(weights()))
+    on = run(sparsify(optax.adam(0.05), 0.8, masks=fwt.masks_of), 2, params=pruned)
+    for path, mask in kernels(on[-1][1].masks).items():
+        assert not (mask & ~kernels(fwt.masks_of(pruned))[path]).any()
+    assert gone(on[-1][1].masks)["a/kernel"] == round(0.8 * 84)
+
+
+def test_movement_is_summed_over_all_steps():
+    tx = sparsify(optax.sgd(0.01), ramp, S.movement, every=5)
+    params, total = weights(), 0
+    state = tx.init(params)
+    for n in range(1, 6):
+        grads, alive = weights(n), kernels(state.masks)["a/kernel"]
+        total = total - kernels(params)["a/kernel"] * kernels(grads)["a/kernel"]
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(state.accumulated["a/kernel"], total, rtol=1e-5)
+    assert alive.all()
+    order = np.argsort(total.ravel(), kind="stable")
+    mask = kernels(state.masks)["a/kernel"].ravel()
+    assert not mask[order[: (~mask).sum()]].any()
+    fisher = run(sparsify(optax.sgd(0.01), ramp, S.fisher, every=5), 5)
+    pulls = [jax.tree.map(jnp.add, weights(101 + n), fisher[n][0]) for n in range(5)]
+    squares = sum(kernels(g)["b/kernel"] ** 2 for g in pulls)
+    np.testing.assert_allclose(fisher[-1][1].accumulated["b/kernel"], squares, rtol=1e-5)
+
+
+def test_scores_get_the_step_s_gradients_and_a_fresh_key():
+    seen = []
+
+    def score(params, *, grads, key):
+        seen.append((grads["b"]["kernel"], jax.random.key_data(key)))
+        return jax.tree.map(jnp.abs, params)
+
+    tx = sparsify(optax.sgd(0.1), ramp, score, key=0, every=5)
+    params = weights()
+    state = tx.init(params)
+    for n in range(1, 11):
+        updates, state = tx.update(weights(n), state, params)
+        params = optax.apply_updates(params, updates)
+    assert len(seen) == 2
+    assert np.array_equal(seen[0][0], weights(5)["b"]["kernel"])
+    assert not np.array_equal(seen[0][1], seen[1][1])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"pattern": fwt.patterns.n_m(2, 4)},
+        {"sparsity": lambda n: 0.5 * jnp.clip(n / 8, 0, 1), "pattern": fwt.patterns.n_m(2, 4)},
+        {"pattern": fwt.patterns.n_m(2, 4), "straight_through": True, "every": 1},
+    ],
+)
+def test_n_m_in_training(settings):
+    params, state = run(
+        sparsify(optax.adam(0.05), where="a/kernel", **{"every": 2, **settings}), 9
+    )[-1]
+    mask = kernels(state.masks)["a/kernel"].reshape(3, 4, 7)
+    assert (mask.sum(1) == 2).all()
+    assert np.asarray(params["b"]["kernel"]).all()
+
+
+def test_channels_and_scopes_in_training():
+    seen = run(sparsify(optax.adam(0.05), ramp, pattern=fwt.patterns.channel, every=4), 10)
+    mask = kernels(seen[-1][1].masks)["a/kernel"]
+    assert (mask.all(0) | ~mask.any(0)).all()
+    assert (~mask.any(0)).sum() == round(0.6 * 7)
+    for scope in ("global", "lamp", "erk", "normalized"):
+        state = run(sparsify(optax.adam(0.05), ramp, scope=scope, every=4), 10)[-1][1]
+        assert sum(gone(state.masks).values()) == round(float(np.float32(0.6)) * 140)
+    state = run(sparsify(optax.adam(0.05), scope={"a/*": 0.5, "b/*": 0.25}), 2)[-1][1]
+    assert gone(state.masks) == {"a/kernel": 42, "b/kernel": 14}
+
+
+@pytest.mark.parametrize("settings", [{}, {"regrow": "set"}, {"straight_through": True},
+                                      {"rewind": 0}, {"score": S.movement}])  # fmt: skip
+def test_vmap_over_seeds_and_sparsities_scan_and_eager_agree(settings):
+    def train(seed, target):
+        tx = sparsify(
+            optax.adam(0.05),
+            lambda n: target * jnp.clip(n / 4, 0, 1),
+            key=seed,
+            every=3,
+            **settings,
+        )
+        params = jax.tree.map(
+            lambda x: x + jax.random.normal(jax.random.fold_in(seed, 1), x.shape), weights()
+        )
+
+        def step(carry, n):
+            params, state = carry
+            grads = jax.tree.map(lambda x: jnp.sin(x * 9 + n), params)
+            updates, state = tx.update(grads, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        return jax.lax.scan(step, (params, tx.init(params)), jnp.arange(7))[0]
+
+    seeds = jax.random.split(jax.random.key(0), 3)
+    targets = jnp.array([0.25, 0.5, 0.75])
+    many, states = jax.jit(jax.vmap(train))(seeds, targets)
+    for i in range(3):
+        params, state = jax.jit(train)(seeds[i], targets[i])
+        for path, x in kernels(params).items():
+            np.testing.assert_allclose(kernels(many)[path][i], x, atol=1e-6)
+            mask = kernels(state.masks)[path]
+            assert np.array_equal(kernels(states.masks)[path][i], mask)
+            assert (~mask).sum() == round(float(targets[i]) * mask.size)
+    eager = run(sparsify(optax.adam(0.05), ramp, key=0, every=3, **settings), 6, compiled=False)[-1]
+    traced = run(sparsify(optax.adam(0.05), ramp, key=0, every=3, **settings), 6)[-1]
+    for path, x in kernels(eager[0]).items():
+        np.testing.assert_allclose(x, kernels(traced[0])[path], atol=1e-6)
+
+
+def test_masks_are_drawn_in_a_loop_not_in_a_branch():
+    """Under vmap a cond runs both its branches at every step."""
+    tx = sparsify(optax.adam(0.1), ramp)
+    params = weights()
+    text = str(jax.make_jaxpr(tx.update)(params, tx.init(params), params))
+    assert "while" in text
+    assert "cond[" not in text
+
+
+def test_the_state_is_plain_and_donated():
+    tx = sparsify(optax.adam(0.1), ramp, regrow="set", key=0)
+    params = weights()
+    state = tx.init(params)
+    assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(state))
+    assert jax.tree.structure(state.masks) == jax.tree.structure(params)
+    assert state.masks["a"]["bias"].shape == ()
+
+    def step(params, state):
+        updates, state = tx.update(params, state, params)
+        return optax.apply_updates(params, updates), state
+
+    text = jax.jit(step, donate_argnums=(0, 1)).lower(params, state).compile().as_text()
+    assert "input_output_alias" in text
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"straight_through": True}, {"rewind": 2}, {"score": S.movement}]
+)
+def test_the_state_goes_through_orbax(tmp_path, settings):
+    tx = sparsify(optax.adam(0.05), ramp, every=3, **settings)
+    params, state = run(tx, 5)[-1]
+    with ocp.StandardCheckpointer() as saver:
+        saver.save(tmp_path / "state", state)
+        saver.wait_until_finished()
+        back = saver.restore(tmp_path / "state", jax.tree.map(jnp.zeros_like, tx.init(params)))
+    assert jax.tree.structure(back) == jax.tree.structure(state)
+    assert jax.tree.all(jax.tree.map(np.array_equal, back, state))
+    tx.update(params, back, params)
+
+
+def test_inside_multi_transform_and_masked():
+    params, grads = weights(), weights(1)
+    labels = {"a": {"kernel": "ours", "bias": "plain"}, "b": {"kernel": "plain"}}
+    tx = optax.multi_transform(
+        {"ours": sparsify(optax.adam(0.1), 0.5), "plain": optax.sgd(0.1)}, labels
+    )
+    updates, state = jax.jit(tx.update)(grads, tx.init(params), params)
+    new = optax.apply_updates(params, updates)
+    assert int((new["a"]["kernel"] == 0).sum()) == 42
+    assert np.asarray(new["b"]["kernel"]).all()
+    tx = optax.masked(
+        sparsify(optax.adam(0.1), ramp, every=1, regrow="set", key=0), {"a": True, "b": False}
+    )
+    state = tx.init(params)
+    for _ in range(3):
+        updates, state = jax.jit(tx.update)(grads, state, params)
+    assert int((np.asarray(optax.apply_updates(params, updates)["a"]["kernel"]) == 0).sum()) >= 15
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_half_precision_is_exactly_zero(dtype):
+    params, _ = run(sparsify(optax.adam(0.05), ramp, every=2), 6, params=weights(0, dtype))[-1]
+    assert params["a"]["kernel"].dtype == dtype
+    run(sparsify(optax.adam(0.05), 0.5, straight_through=True), 3, params=weights(0, dtype))
+
+
+def test_constrain_and_sparsify_together():
+    ball = fwt.project(fwt.constraints.max_norm(0.5))
+    tx = fwt.optim.constrain(sparsify(optax.adam(0.05), 0.5), ball)
+    params = weights()
+    state = tx.init(params)
+    for n in range(4):
+        updates, state = jax.jit(tx.update)(weights(n), state, params)
+        params = optax.apply_updates(params, updates)
+    for path, mask in kernels(state.masks).items():
+        assert not kernels(params)[path][~mask].any()
+        assert (np.linalg.norm(kernels(params)[path], axis=0) <= 0.5 + 1e-6).all()
+
+
+def test_extra_arguments_reach_the_optimizer():
+    tx = sparsify(optax.contrib.reduce_on_plateau(), 0.5)
+    tx.update(weights(1), tx.init(weights()), weights(), value=1.0)
+    made = optax.inject_hyperparams(sparsify, static_args=sparsify.static_args)(
+        tx=optax.sgd(0.1), sparsity=0.5
+    )
+    made.update(weights(1), made.init(weights()), weights())
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({}, "needs a sparsity"),
+        ({"sparsity": 1.5}, "0 to 1"),
+        ({"sparsity": 0.5, "every": 0}, "1 or more"),
+        ({"sparsity": 0.5, "every": 2.5}, "whole number"),
+        ({"sparsity": 0.5, "score": S.random}, "needs key="),
+        ({"sparsity": 0.5, "regrow": "set"}, "needs key="),
+        ({"sparsity": 0.5, "score": S.obd}, "bind it"),
+        ({"sparsity": 0.5, "regrow": "grow"}, "'set', 'rigl' or a score"),
+        ({"sparsity": 0.5, "regrow": "rigl", "regrow_fraction": 2}, "share or a schedule"),
+        ({"sparsity": 0.5, "regrow": "rigl", "straight_through": True}, "leave regrow out"),
+        ({"sparsity": 0.5, "regrow": "rigl", "rewind": 0}, "goes with neither"),
+        ({"sparsity": 0.5, "rewind": -1}, "0 or more"),
+        ({"sparsity": 0.5, "rewind": 0.5}, "number of an update"),
+        ({"regrow": "rigl", "pattern": fwt.patterns.n_m(2, 4)}, "nothing can grow back"),
+        ({"masks": fwt.masks_of, "straight_through": True}, "give a sparsity too"),
+        ({"sparsity": 0.5, "scope": "all"}, "scope must be"),
+        ({"sparsity": 0.5, "like": "keras"}, "like must be"),
+    ],
+)
+def test_wrong_settings_say_so_at_once(settings, said):
+    with pytest.raises(fwt.FwtError, match=said):
+        sparsify(optax.sgd(0.1), **settings)
+
+
+def test_wrong_calls():
+    params = weights()
+    tx = sparsify(optax.sgd(0.1), 0.5)
+    with pytest.raises(fwt.FwtError, match="needs the weights"):
+        tx.update(params, tx.init(params))
+    with pytest.raises(TypeError, match="optax optimizer"):
+        sparsify(0.5, optax.sgd(0.1))
+    nowhere = sparsify(optax.sgd(0.1), 0.5, where="c/*")
+    with pytest.raises(fwt.WhereError, match="matches none"):
+        nowhere.init(params)
+    one = np.ones((), bool)
+    wrong = {"a": {"kernel": np.ones((2, 2), bool), "bias": one}, "b": {"kernel": one}}
+    static = sparsify(optax.sgd(0.1), masks=wrong)
+    with pytest.raises(fwt.LeafError, match="expected shape"):
+        static.init(params)
+
+
+# -- the digits -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def dense():
+    return digits_net(lambda adam: adam)
+
+
+def digits_net(wrapped):
+    """The demo's net after 30 epochs of Adam, and its accuracy on the test images."""
+    epochs = 30
+    adam = optax.adam(optax.cosine_decay_schedule(3e-3, _demo.steps_of(epochs), 0.02))
+    model = _demo.fit(wrapped(adam), epochs)
+    return model, _demo.accuracy(model)
+
+
+def test_the_digits_at_90_percent(dense):
+    schedule = _demo.gradual(0.9, _demo.steps_of(8), _demo.steps_of(20))
+    model, accuracy = digits_net(lambda adam: sparsify(adam, schedule, scope="global", every=10))
+    weights = kernels(model)
+    total = sum(x.size for x in weights.values())
+    assert sum(int((x == 0).sum()) for x in weights.values()) == round(
+        float(np.float32(0.9)) * total
+    )
+    assert dense[1] > 0.97
+    assert accuracy > dense[1] - 0.01
+
+
+def test_the_digits_at_2_of_4(dense):
+    two_of_four = fwt.patterns.n_m(2, 4)
+    with pytest.raises(fwt.LeafError) as caught:  # the first convolution has one input channel
+        fwt.prune(pattern=two_of_four)(dense[0])
+    where = eval(str(caught.value).split("where=")[1])
+    assert where == ["conv_2/kernel", "dense_1/kernel", "dense_2/kernel"]
+    schedule = _demo.gradual(0.5, _demo.steps_of(8), _demo.steps_of(20))
+    model, accuracy = digits_net(
+        lambda adam: sparsify(adam, schedule, pattern=two_of_four, where=where, every=10)
+    )
+    for path in where:
+        groups = np.moveaxis(kernels(model)[path], -2, -1).reshape(-1, 4)
+        assert (np.count_nonzero(groups, axis=1) <= 2).all()
+        assert (groups == 0).mean() == 0.5
+    assert kernels(model)["conv_1/kernel"].all()
+    assert accuracy > dense[1] - 0.01

@@ -127,7 +127,9 @@ def key_function(
         if rule == "only":
             return jnp.where(more[0], found, top - one)
         if rule == "first":
-            return jnp.where(more[0], jnp.minimum(found, top - one) + one, found.dtype.type(0))
+            if not jnp.issubdtype(x.dtype, jnp.floating):  # floats have no key at the top
+                found = jnp.minimum(found, top - one)
+            return jnp.where(more[0], found + one, found.dtype.type(0))
         return found
 
     return key

@@ -217,31 +217,51 @@ def _start(guess: Array, span: Array, k: Wide, at_top: Wide) -> _State:
     )
 
 
-def _tie_cut(source: Source, value: Array, stay: Array, tied: Array) -> Array:
-    """The index before which exactly ``stay`` of the leaf's ``tied`` keys equal ``value``."""
-    n = jnp.uint32(math.prod(source.shape))
+def _tie_cuts(found: Sequence[Source], values: Array, stay: Array, tied: Array) -> Array:
+    """By leaf, the index before which exactly ``stay`` of its ``tied`` keys equal its value."""
+    sizes = jnp.asarray([math.prod(s.shape) for s in found], jnp.uint32)
 
-    def body(s: Any) -> Any:
-        lo, hi, at_lo, at_hi, passes = s
+    def searching(at_hi: Array) -> Array:
+        return (at_hi != stay) & (stay != 0)
+
+    def body(state: Any) -> Any:
+        lo, hi, at_lo, at_hi, passes = state
+        active = searching(at_hi)
+        gap = hi - lo
         share = (stay - at_lo).astype(jnp.float32) / (at_hi - at_lo).astype(jnp.float32)
-        inside = hi - lo - 2
-        guess = jnp.minimum(((hi - lo).astype(jnp.float32) * share).astype(jnp.uint32), inside + 1)
-        guess = jnp.where(passes % 3 == 2, (hi - lo) // 2, guess)
-        # The barrier keeps XLA from comparing once and storing the ties.
-        index, arrays = lax.optimization_barrier((lo + jnp.maximum(guess, 1), source.arrays))
-        found = _ties_below(Source(source.key, arrays), value, index)
-        low = found < stay
+        guess = (gap.astype(jnp.float32) * share).astype(jnp.uint32)
+        guess = jnp.where(passes % 3 == 2, gap // 2, guess)
+        index = lo + jnp.clip(guess, 1, jnp.maximum(gap, 2) - 1)
+        counts = []
+        for i, source in enumerate(found):
+            # The barrier keeps XLA from comparing once and storing the ties.
+            place, arrays = lax.optimization_barrier((index[i], source.arrays))
+            counts.append(
+                lax.cond(
+                    active[i],
+                    lambda value, place, arrays, key=source.key: _ties_below(
+                        Source(key, arrays), value, place
+                    ),
+                    _nothing,
+                    values[i],
+                    place,
+                    arrays,
+                )
+            )
+        at = jnp.stack(counts)
+        low, high = active & (at < stay), active & (at >= stay)
         return (
             jnp.where(low, index, lo),
-            jnp.where(low, hi, index),
-            jnp.where(low, found, at_lo),
-            jnp.where(low, at_hi, found),
+            jnp.where(high, index, hi),
+            jnp.where(low, at, at_lo),
+            jnp.where(high, at, at_hi),
             passes + 1,
         )
 
     # Before index 0 there is none of them; where all or none stay there is nothing to search.
-    start = (jnp.uint32(0), n, jnp.uint32(0), tied, jnp.int32(0))
-    hi = lax.while_loop(lambda s: (s[3] != stay) & (stay != 0), body, start)[1]
+    nothing = jnp.zeros(len(found), jnp.uint32)
+    start = (nothing, sizes, nothing, tied, jnp.int32(0))
+    hi = lax.while_loop(lambda s: jnp.any(searching(s[3])), body, start)[1]
     return jnp.where(stay == 0, 0, hi)
 
 
@@ -328,6 +348,10 @@ def _quantiles(groups: list[list[Source]], ks: Wide) -> tuple[Array, Array]:
     return found, jnp.stack([p[1] for p in pairs])
 
 
+def _nothing(*_: Any) -> Array:
+    return jnp.uint32(0)
+
+
 def _cuts(groups: list[list[Source]], ks: Wide, ties: Ties) -> list[Cut]:
     """The cut of each leaf, group by group, under a trace."""
     flat = [s for group in groups for s in group]
@@ -340,11 +364,20 @@ def _cuts(groups: list[list[Source]], ks: Wide, ties: Ties) -> list[Cut]:
             return Wide(*(x[None] for x in total(counts)))
         return wide(counts)  # one leaf a group
 
-    def count(trials: Array) -> Array:
+    def count(trials: Array, done: Array | None = None) -> Array:
         # The barrier keeps XLA from computing the keys once and storing them.
         arrays, trials = lax.optimization_barrier(([s.arrays for s in flat], trials))
-        found = [Source(s.key, a) for s, a in zip(flat, arrays, strict=True)]
-        return jnp.stack([_below(s, trials[g]) for s, g in zip(found, group_of, strict=True)])
+        counts = []
+        for source, given, g in zip(flat, arrays, group_of, strict=True):
+
+            def below(arrays: Any, trial: Array, key: Any = source.key) -> Array:
+                return _below(Source(key, arrays), trial)
+
+            if done is None or len(groups) == 1:
+                counts.append(below(given, trials[g]))
+            else:  # a leaf that is found already is not read again
+                counts.append(lax.cond(done[g], _nothing, below, given, trials[g]))
+        return jnp.stack(counts)
 
     guess, span = _quantiles(groups, ks)
     top = jnp.full(len(groups), np.iinfo(guess.dtype).max, guess.dtype)
@@ -356,7 +389,7 @@ def _cuts(groups: list[list[Source]], ks: Wide, ties: Ties) -> list[Cut]:
 
     def body(carry: Any) -> Any:
         state, at_lo, at_hi = carry
-        counts = count(state.trial)
+        counts = count(state.trial, state.done)
         new = jax.vmap(_step)(state, totals(counts), ks)
         new = jax.tree.map(lambda a, b: jnp.where(state.done, a, b), state, new)
         at_lo = jnp.where((new.lo != state.lo)[group_of], counts, at_lo)
@@ -374,17 +407,11 @@ def _cuts(groups: list[list[Source]], ks: Wide, ties: Ties) -> list[Cut]:
         stay = _stays(Wide(kept.high[0], kept.low[0]), tied)
     else:
         stay = kept.high << 16 | kept.low
-    nothing = (ks.high == 0) & (ks.low == 0)
-    cuts = []
-    for i, (source, g) in enumerate(zip(flat, group_of, strict=True)):
-        index = _tie_cut(source, value[g], jnp.where(nothing[g], 0, stay[i]), tied[i])
-        cuts.append(
-            Cut(
-                jnp.where(nothing[g], jnp.zeros((), value.dtype), value[g]),
-                jnp.where(nothing[g], n[i], index),
-            )
-        )
-    return cuts
+    # Where none goes, everything from zero on is kept.
+    none = ((ks.high == 0) & (ks.low == 0))[group_of]
+    index = _tie_cuts(flat, value[group_of], jnp.where(none, 0, stay), tied)
+    value, index = jnp.where(none, 0, value[group_of]), jnp.where(none, n, index)
+    return [Cut(value[i], index[i]) for i in range(len(flat))]
 
 
 def _concrete_cuts(group: list[Source], k: int, groups: int, ties: Ties) -> list[Cut]:
@@ -420,8 +447,9 @@ def _concrete_cuts(group: list[Source], k: int, groups: int, ties: Ties) -> list
         rest -= stay if ties == "first" else 0
         index: Any = np.uint32(size if stay else 0)
         if 0 < stay < high - low:
-            counts = np.uint32(stay), np.uint32(high - low)
-            index = _tie_cut_jit(source.key, source.arrays, value, *counts)
+            index = _tie_cut_jit(
+                source.key, source.arrays, value, np.uint32(stay), np.uint32(high - low)
+            )
         cuts.append(Cut(value, index))
     return cuts
 
@@ -436,7 +464,7 @@ _below_jit = functools.partial(jax.jit, static_argnums=0)(
     lambda key, arrays, trial: _below(Source(key, arrays), trial)
 )
 _tie_cut_jit = functools.partial(jax.jit, static_argnums=0)(
-    lambda key, arrays, *rest: _tie_cut(Source(key, arrays), *rest)
+    lambda key, arrays, *rest: _tie_cuts([Source(key, arrays)], *(x[None] for x in rest))[0]
 )
 _start_jit, _step_jit = jax.jit(_start), jax.jit(_step)
 

@@ -7,6 +7,7 @@ that keeps its factors, ordered in each framework's way.
 """
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -342,7 +343,9 @@ class _Walk:
             for index, letter in enumerate(target_letters):
                 axis = bound.get(letter)
                 if axis is not None and axis.scrambled:
+                    given = value
                     value = permuted(value, index, axis, str(layer))
+                    self._report_groups(layer, given, value, index)
             new[target_name] = np.array(value, order="C")  # a copy: the source may live on
         for p in missing:
             if p.fill is not None and any(fields[q.when] for q in row.params if q.when):
@@ -356,6 +359,25 @@ class _Walk:
             )
         names = [p.of(self.target)[0] for p in row.params]
         return {n: new[n] for n in names if n in new}
+
+    def _report_groups(self, layer: Layer, given: Any, value: Any, index: int) -> None:
+        """Warns where zeros that were n:m along the inputs are so no longer in the new order."""
+        for n, m in ((1, 4), (2, 4), (1, 2), (4, 8)):
+            if value.ndim < 2 or value.shape[index] % m:
+                continue
+            most = [
+                np.count_nonzero(np.moveaxis(x, index, -1).reshape(-1, m), axis=1).max(initial=0)
+                for x in (given, value)
+            ]
+            if most[0] <= n < most[1]:
+                order = "chw" if self.target == "torch" else "hwc"
+                warnings.warn(
+                    f"{layer}: its kernel is {n}:{m} sparse, but no longer in the order in which "
+                    f"{self.target} counts the inputs behind a Flatten: prune it with "
+                    f"fwt.patterns.n_m({n}, {m}, order={order!r}) for that",
+                    stacklevel=2,
+                )
+                return
 
     def _advance(
         self,

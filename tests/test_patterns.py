@@ -1,6 +1,7 @@
 """Scopes, patterns and other libraries' counts, each against its definition or its library."""
 
 import itertools
+import warnings
 
 import flax.linen as nn
 import jax
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fwt
+from fwt import converters
 from fwt import layers as fl
 
 P, S = fwt.patterns, fwt.scores
@@ -511,3 +513,21 @@ def test_a_vmap_over_sparsities_is_one_after_the_other():
             assert jax.tree.all(
                 jax.tree.map(lambda a, b, i=i: jnp.array_equal(a[i], b), found, one)
             )
+
+
+def test_conversion_reports_groups_that_another_order_breaks():
+    model = flattened_net()
+    where = ["c/kernel", "d/kernel"]
+    here = fwt.prune(pattern=P.n_m(2, 4), where=where)(model)
+    with pytest.warns(UserWarning, match=r"d \(Dense\).*2:4 sparse.*n_m\(2, 4, order='chw'\)"):
+        converters.to_torch(*here)
+    there = fwt.prune(pattern=P.n_m(2, 4, order="chw"), where=where)(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net = converters.to_torch(*there)
+        converters.to_keras(*here)
+        converters.to_torch(*model)
+    groups = net.d.weight.detach().numpy().reshape(6, 24, 4)
+    assert (np.count_nonzero(groups, axis=2) == 2).all()
+    with pytest.warns(UserWarning, match=r"2:4 sparse.*order='hwc'"):
+        converters.from_torch(net, input_shape=(4, 4, 3))

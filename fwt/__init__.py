@@ -31,6 +31,7 @@ _HOME = {
     "prune": "_prune",
     "reset": "_reset",
     "select": "_tree",
+    "sparsegpt": "_sparsegpt",
     "straight_through": "_compose",
     "summary": "_summary",
 }
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from fwt._prune import prune as prune
     from fwt._reset import reset as reset
     from fwt._sequential import Sequential as Sequential
+    from fwt._sparsegpt import sparsegpt as sparsegpt
     from fwt._summary import summary as summary
     from fwt._tree import paths as paths
     from fwt._tree import select as select

@@ -419,16 +419,14 @@ class Plan:
             ]
         most = [math.prod(s.shape) for s in found]
         if self.pattern.name == "n_m":
-            found = [
+            pairs = [
                 _grouped(f, s.key, self.like == "jaxpruner", s.arrays)
                 for f, s in zip(fits, found, strict=True)
             ]
             if self.sparsity is None and not isinstance(self.scope, Mapping):
-                key = key_function(False)
-                whole = [Source(key, (~s[1],)) for s in found]
-                return whole, [], []
+                return [Source(key_function(False), (~may_go,)) for _, may_go in pairs], [], []
             most = [n // f.m * (f.m - f.n) for n, f in zip(most, fits, strict=True)]
-            found = [Source(key_function(False, None, "only"), s) for s in found]
+            found = [Source(key_function(False, None, "only"), pair) for pair in pairs]
         dead: list[Any] = [None] * len(found)
         if self.like == "torch":
             dead = [_gone(m) for m in living]

@@ -67,13 +67,13 @@ def shares(scope: Mapping[str, Any], paths: Sequence[str], sparsity: Any) -> lis
             )
     found = []
     for path in paths:
-        glob = next((g for g in scope if _tree.matches(g, path)), None)
-        if glob is None:
+        mine = next((g for g in scope if _tree.matches(g, path)), None)
+        if mine is None:
             raise WhereError(
                 f"scope= gives no sparsity for {path!r}: name it, add '**' for the "
                 "rest, or leave it out with where="
             )
-        found.append(scope[glob] if sparsity is None else sparsity * scope[glob])
+        found.append(scope[mine] if sparsity is None else sparsity * scope[mine])
     return found
 
 

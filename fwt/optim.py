@@ -272,8 +272,8 @@ def sparsify(
         value, due = rule.due(number, state.sparsity)
 
         def change(masks: Masks) -> Masks:
-            to = (dense, None) if straight_through else (weights, steps)
-            return rule.masks(*to, masks, value, number, updates, total)
+            at, by = (dense, None) if straight_through else (weights, steps)
+            return rule.masks(at, by, masks, value, number, updates, total)
 
         masks = _once(due, change, state.masks)
         after, saved = _full(masks, params), state.saved
@@ -309,10 +309,12 @@ def _once(due: Any, change: Callable[[Any], Any], carry: Any) -> Any:
     a loop of one trip or none."""
     if not isinstance(due, jax.core.Tracer):
         return change(carry) if due else carry
-    shapes = jax.tree.map(jnp.asarray, carry)
-    return lax.while_loop(
-        lambda c: c[0], lambda c: (jnp.zeros_like(c[0]), change(c[1])), (due, shapes)
-    )[1]
+
+    def trip(state: Any) -> Any:
+        return jnp.zeros_like(state[0]), change(state[1])
+
+    start: Any = (due, jax.tree.map(jnp.asarray, carry))
+    return lax.while_loop(lambda state: state[0], trip, start)[1]
 
 
 def _full(masks: Any, params: Any) -> dict[str, Any]:

@@ -68,6 +68,27 @@ def test_the_second_copy_is_refused():
         assert not re.search(r"^\s*(import|from) converters\b", path.read_text(), re.M), path
 
 
+def test_the_readmes_python_on_pruning_runs(monkeypatch):
+    import jax
+    import optax
+
+    made, sparsify = [], fwt.optim.sparsify
+    monkeypatch.setattr(
+        fwt.optim, "sparsify", lambda *a, **k: made.append(sparsify(*a, key=0, **k)) or made[-1]
+    )
+    text = (ROOT / "README.md").read_text().split("### Pruning")[1].split("### Init")[0]
+    shapes = {"conv_2": (3, 3, 4, 8), "dense": (8, 4)}
+    params = {n: {"kernel": np.full(s, 0.5, np.float32)} for n, s in shapes.items()}
+    names = {"fwt": fwt, "jax": jax, "optax": optax, "params": params, "grads": params}
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        exec(code, names)
+    assert names["masks"]["dense"]["kernel"].sum() == 16
+    assert len(made) == 5
+    for tx in made:
+        _, state = tx.update(params, tx.init(params), params)
+        assert state.masks["dense"]["kernel"].shape == (8, 4)
+
+
 def test_nothing_else_at_the_top_level():
     tracked = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -85,7 +106,16 @@ def test_imports_point_downwards():
         {"_select"},
         {"initializers", "scores", "patterns", "constraints", "layers", "_scope"},
         {"_draw", "_sequential"},
-        {"_initialize", "_reset", "_lsuv", "_prune", "_project", "_compose", "_summary"},
+        {
+            "_initialize",
+            "_reset",
+            "_lsuv",
+            "_prune",
+            "_project",
+            "_compose",
+            "_summary",
+            "_sparsegpt",
+        },
         {"optim"},
         {"__init__"},
         {"_demo"},

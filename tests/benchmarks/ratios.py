@@ -14,8 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import torch
-import torch.nn.utils.prune as torch_prune
 
 import fwt
 from fwt import converters
@@ -33,34 +31,6 @@ def clock(*functions, rounds=5):
             if index:
                 found.append(time.perf_counter() - start)
     return [statistics.median(found) for found in times]
-
-
-def pruning():
-    rng = np.random.default_rng(0)
-    weights = [rng.normal(size=s).astype(np.float32) for s in SHAPES]
-    tree = {f"d{i}": {"kernel": jnp.asarray(w)} for i, w in enumerate(weights)}
-    ours = jax.jit(fwt.prune(0.9, scope="global"))
-
-    def theirs():
-        layers = [torch.nn.Linear(s[0], s[1], bias=False) for s in SHAPES]
-        for layer, w in zip(layers, weights, strict=True):
-            layer.weight.data = torch.from_numpy(w.T.copy())
-        torch_prune.global_unstructured(
-            [(layer, "weight") for layer in layers], torch_prune.L1Unstructured, amount=0.9
-        )
-
-    def partition():
-        flat = np.abs(np.concatenate([w.ravel() for w in weights]))
-        np.partition(flat, int(0.9 * flat.size))
-
-    copy = jax.jit(lambda t: jax.tree.map(lambda x: x + 0, t))
-    a, b, c = clock(lambda: ours(tree), theirs, partition)
-    print(f"global prune of 5 M float32 in 10 leaves: {a * 1e3:.0f} ms")
-    print(f"  torch global_unstructured / ours   {b / a:6.1f}")
-    print(f"  ours / numpy.partition             {a / c:6.1f}")
-    above = jax.jit(fwt.prune(threshold=1.0))
-    e, f = clock(lambda: above(tree), lambda: copy(tree))
-    print(f"  threshold prune / copy             {e / f:6.1f}")
 
 
 def projecting():
@@ -139,7 +109,6 @@ def files():
 
 
 if __name__ == "__main__":
-    pruning()
     projecting()
     drawing()
     files()

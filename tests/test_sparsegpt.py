@@ -1,0 +1,109 @@
+"""SparseGPT against least squares and against pruning alone."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fwt
+from fwt import layers as fl
+
+two_of_four = fwt.patterns.n_m(2, 4)
+
+
+def correlated(key, n, size):
+    return jax.random.normal(jax.random.key(key), (n, size)) @ jnp.tri(size) / size**0.5
+
+
+def dense(size=24, outputs=6):
+    net = fwt.Sequential([("d", nn.Dense(outputs))])
+    x = correlated(0, 300, size)
+    return net, net.init(jax.random.key(1), x), x
+
+
+def error(net, new, old, x):
+    return float(jnp.mean((net.apply(new, x) - net.apply(old, x)) ** 2))
+
+
+@pytest.mark.parametrize("block", [4, 20, 128])
+@pytest.mark.parametrize(
+    "settings", [{"sparsity": 0.5}, {"pattern": two_of_four}, {"sparsity": 0.7}]
+)
+def test_it_is_nearer_than_pruning_alone_and_not_nearer_than_least_squares(settings, block):
+    net, variables, x = dense()
+    new = fwt.sparsegpt(net, variables, x, block=block, **settings)
+    kernel = np.asarray(new["params"]["d"]["kernel"])
+    share = settings.get("sparsity", 0.5)
+    assert (kernel == 0).sum() == round(share * kernel.size)
+    if "pattern" in settings:
+        assert (np.count_nonzero(kernel.reshape(6, 4, 6), axis=1) == 2).all()
+    assert np.array_equal(new["params"]["d"]["bias"], variables["params"]["d"]["bias"])
+    ours = error(net, new, variables, x)
+    alone = error(net, fwt.prune(**settings)(variables), variables, x)
+    assert ours < 0.5 * alone
+    old, best = np.asarray(variables["params"]["d"]["kernel"]), np.zeros_like(kernel)
+    for j in range(kernel.shape[1]):
+        on = kernel[:, j] != 0
+        best[on, j] = np.linalg.lstsq(np.asarray(x)[:, on], np.asarray(x) @ old[:, j], rcond=None)[
+            0
+        ]
+    fitted = {"params": {"d": {**variables["params"]["d"], "kernel": jnp.asarray(best)}}}
+    assert error(net, fitted, variables, x) <= ours * 1.01
+
+
+def test_one_pruned_input_is_made_good_as_least_squares_does():
+    """What goes from the first input may be spread over all others: the exact solution."""
+    net, variables, x = dense(8, 1)
+    x = x.at[:, 0].set(x[:, 0] * 1e-3 + 0.1 * x[:, 3])  # the first input goes
+    new = fwt.sparsegpt(net, variables, x, 1 / 8, damping=1e-7)
+    kernel, old = (np.asarray(v["params"]["d"]["kernel"]) for v in (new, variables))
+    assert np.flatnonzero(kernel == 0).tolist() == [0]
+    rest = np.asarray(x, np.float64)[:, 1:]
+    best = np.linalg.lstsq(rest, np.asarray(x, np.float64) @ old, rcond=None)[0]
+    np.testing.assert_allclose(kernel[1:], best, atol=2e-3)
+
+
+def test_a_conv_net_layer_by_layer():
+    layers = [("c", nn.Conv(8, (3, 2), strides=(2, 1))), ("n", nn.BatchNorm()), fl.ReLU()]
+    layers += [("c2", nn.Conv(4, (2, 2), padding="VALID")), fl.Flatten(), ("d", nn.Dense(3))]
+    net = fwt.Sequential(layers, input_shape=(8, 6, 4))
+    noise = jax.random.normal(jax.random.key(0), (200, 8, 6, 4))
+    x = jnp.cumsum(jnp.cumsum(noise, 1), 2) / 4  # neighbours are alike, as in images
+    variables = net.init(jax.random.key(1), x)
+    new = fwt.sparsegpt(net, variables, x, 0.6)
+    for path, w in fwt.select(new, fwt.kernels).items():
+        assert int((w == 0).sum()) == round(0.6 * w.size), path
+    assert new["batch_stats"] is variables["batch_stats"] or jax.tree.all(
+        jax.tree.map(np.array_equal, new["batch_stats"], variables["batch_stats"])
+    )
+    pruned = fwt.prune(0.6)(variables)
+    assert error(net, new, variables, x) < 0.6 * error(net, pruned, variables, x)
+    some = fwt.sparsegpt(net, variables, x, pattern=two_of_four, where=["c/kernel", "c2/kernel"])
+    found = np.asarray(some["params"]["c"]["kernel"]).reshape(6, 1, 4, 8)
+    assert (np.count_nonzero(found, axis=2) == 2).all()
+    assert np.array_equal(some["params"]["d"]["kernel"], variables["params"]["d"]["kernel"])
+
+
+def test_silent_inputs_go_and_wrong_calls_say_so():
+    net, variables, x = dense()
+    quiet = x.at[:, :12].set(0)
+    kernel = fwt.sparsegpt(net, variables, quiet, 0.5)["params"]["d"]["kernel"]
+    assert not kernel[:12].any()
+    assert kernel[12:].all()
+
+    def bad(said, *arguments, **settings):
+        with pytest.raises(fwt.FwtError, match=said):
+            fwt.sparsegpt(*arguments, **settings)
+
+    bad("a sparsity, or n_m", net, variables, x)
+    bad("a sparsity, or n_m", net, variables, x, 0.5, pattern=two_of_four)
+    bad("0 to 1", net, variables, x, 5)
+    bad("unstructured or n_m", net, variables, x, 0.5, pattern=fwt.patterns.channel)
+    bad("multiple of 4", net, variables, x, pattern=two_of_four, block=6)
+    bad("fwt.Sequential", nn.Dense(2), variables, x, 0.5)
+    bad("not finite", net, variables, x.at[0, 0].set(jnp.nan), 0.5)
+    bad("as module.init", net, variables["params"], x, 0.5)
+    grouped = fwt.Sequential([("c", nn.Conv(4, (3,), feature_group_count=2))])
+    x = jnp.ones((2, 9, 4))
+    bad("without groups", grouped, grouped.init(jax.random.key(0), x), x, 0.5)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import jax
 
 from fwt import _tree
-from fwt._types import AxesError
+from fwt._types import AxesError, FwtError
 
 NORMS = re.compile(r"(^|_)(norm|bn|ln|batchnorm|layernorm)s?(_|\d|$)")
 EMBEDDINGS = re.compile(r"(^|_)(emb|embed|embedding|wte|wpe)s?(_|\d|$)")
@@ -271,7 +271,13 @@ class Role:
 
     name: str
 
-    def __call__(self) -> "Role":
+    def __call__(self, *args: Any) -> "Role":
+        if args:
+            raise FwtError(
+                f"{self} is a where, and was called like a function (optax.inject_hyperparams "
+                "takes what can be called for a schedule: give it static_args, such as "
+                "fwt.optim.sparsify.static_args)"
+            )
         return self
 
     def __str__(self) -> str:

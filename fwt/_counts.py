@@ -108,8 +108,9 @@ def count(sparsity: Any, n: Any) -> Any:
     """round-half-even(sparsity * n).
 
     A Python number times an int is counted in Python. An array counts as its float32 value,
-    clipped to [0, 1], and its product is exact. Where ``n`` is a traced :class:`Wide`, a Python
-    number counts as it does in Python, where the product is rounded to the 53 bits of a float.
+    clipped to [0, 1] (NaN is 0), and its product is exact. Where ``n`` is a traced :class:`Wide`,
+    a Python number counts as it does in Python, where the product is rounded to the 53 bits of a
+    float.
 
     Returns:
         An int, or a :class:`Wide` count.
@@ -117,7 +118,8 @@ def count(sparsity: Any, n: Any) -> Any:
     traced = isinstance(sparsity, jax.core.Tracer)
     if isinstance(n, int) and not traced:
         if isinstance(sparsity, jax.Array):
-            return round(Fraction(min(max(float(jnp.float32(sparsity)), 0.0), 1.0)) * n)
+            value = float(jnp.float32(sparsity))
+            return round(Fraction(min(value, 1.0) if value > 0 else 0) * n)
         return round(float(sparsity) * n)
     n = wide(n)
     if isinstance(sparsity, int | float):
@@ -131,7 +133,8 @@ def count(sparsity: Any, n: Any) -> Any:
         shift = jnp.asarray(53 - exponent)
         cut = jnp.clip(length - 53, 0, shift)
         return _number(_shifted(_shifted(product, cut), shift - cut))
-    s = jnp.clip(jnp.asarray(sparsity, jnp.float32), 0.0, 1.0)
+    s = jnp.asarray(sparsity, jnp.float32)
+    s = jnp.where(s > 0, jnp.minimum(s, 1.0), 0.0)  # NaN counts as 0
     bits = lax.bitcast_convert_type(s, jnp.uint32)
     power = jnp.maximum((bits >> 23).astype(jnp.int32), 1)
     mantissa = (bits & 0x7FFFFF) | jnp.where(bits >> 23 == 0, 0, 0x800000).astype(jnp.uint32)

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from fwt import _axes, _scope, _select, _tree, patterns, scores
 from fwt._counts import Wide, count, minus, plus, wide
@@ -41,7 +40,8 @@ def prune(
 
     Args:
         sparsity: the share to prune, 0 to 1; a Python number, or a traced scalar, so that one
-            compiled function serves a schedule, a ``vmap`` and a ``scan``. With a pattern of
+            compiled function serves a schedule, a ``vmap`` and a ``scan`` (it counts as its
+            float32 value, cut to 0 and 1, for a trace can't raise). With a pattern of
             blocks or channels it counts those; ``n_m`` needs none.
         score: what a weight is worth: one of ``fwt.scores``, or any function of the params that
             returns the same tree. It gets the ``grads`` and ``key`` below if it names them.
@@ -50,7 +50,7 @@ def prune(
             "normalized" so too with the scores of each leaf divided by their L2 norm; "erk" and
             "lamp" give each leaf its count, and the counts sum up to the whole; or a dict
             ``{glob: sparsity}``, of which a leaf takes the first that matches (``sparsity``, if
-            given, is a factor on all).
+            given, is a factor on all). "lamp" sorts each leaf, and gathers one that is sharded.
         pattern: which weights stand or fall together, one of ``fwt.patterns``.
         where: which leaves; the kernels unless told otherwise.
         like: count as another library does. "torch": a share of the weights that are not zero
@@ -254,16 +254,21 @@ class Plan:
         if whole and sparsity < 0:
             raise FwtError(f"sparsity={sparsity} is a number of weights with like='torch'")
         self.threshold = _number("threshold", threshold)
-        if groups:
+        if whole and isinstance(scope, Mapping):
+            raise FwtError(
+                f"sparsity={sparsity} is a number of weights with like='torch', and a dict as "
+                "scope gives shares"
+            )
+        if groups and not whole:
             shares = scope.values() if isinstance(scope, Mapping) else [self.sparsity]
             _refuse_more_than(pattern, shares)
         self.score = resolve(score)
         if not callable(self.score) or isinstance(self.score, type):
             raise FwtError(
-                f"score must be a function such as fwt.scores.magnitude, found {score!r}"
+                f"score must be a function such as fwt.scores.magnitude, found {score!r:.80}"
             )
-        if self.score is scores.magnitude():
-            self.score = scores.magnitude
+        if self.score in scores.FACTORIES:
+            raise FwtError(f"fwt.scores.{_name(self.score)} needs arguments: call it first")
         self.context = context_of(self.score, context)
         self.scope, self.where, self.like, self.axes, self.dtype = scope, where, like, axes, dtype
 
@@ -289,6 +294,8 @@ class Plan:
         lazy = lazy and self.scope in ("layer", "global", "erk") and self.like != "torch"
         lazy = lazy and (grow is None or grow[0] in (scores.random, scores.gradient))
         if steps is not None and not lazy:
+            import optax
+
             params, steps = optax.apply_updates(params, steps), None
         tree = _tree.Tree(params)
         names = tree.select(self.where)
@@ -330,6 +337,11 @@ class Plan:
         _axes.check_used(self.axes, names)
         settings = dict(self.pattern.settings)
         told = {}
+        for glob, _ in settings.get("flattened", ()):
+            if not any(_tree.matches(glob, p) for p in names):
+                raise LeafError(
+                    f"flattened={{{glob!r}: ...}} matches no selected leaf{_tree.near(glob, names)}"
+                )
         if settings.get("order") == "chw":
             told = _axes.flattened(tree.module)
             if not told and not settings["flattened"]:
@@ -338,19 +350,11 @@ class Plan:
                     "what: give a Model of a Sequential with input_shape=, or "
                     "n_m(..., flattened={'dense/kernel': (h, w, c)})"
                 )
-        fits, wrong = [], []
-        for path, leaf in zip(names, leaves, strict=True):
-            axes = _axes.axes_of(path, leaf.shape, tree.module, self.axes)
-            try:
-                fits.append(self.pattern.on(axes, told))
-            except patterns.IndivisibleError as error:
-                wrong.append((path, error))
-        if wrong:
-            left = [p for p in names if p not in {w for w, _ in wrong}]
-            way = f"leave {'it' if len(wrong) == 1 else 'them'} out with where={left!r}"
-            said = "; ".join(str(e) for _, e in wrong[:5]) + ("; ..." if len(wrong) > 5 else "")
-            raise LeafError(f"{self.pattern!r}: {said}: {way if left else 'no leaf is left'}")
-        return fits
+        places = [
+            _axes.axes_of(path, leaf.shape, tree.module, self.axes)
+            for path, leaf in zip(names, leaves, strict=True)
+        ]
+        return self.pattern.fits(places, told)
 
     def _worths(
         self, score: Any, params: Params, names: list[str], leaves: list[Any], more: Any
@@ -361,6 +365,7 @@ class Plan:
         context = {k: v for k, v in {**self.context, **more}.items() if k in wanted}
         # The magnitude of a gradient needs no array of its own.
         bare = score is scores.gradient and "grads" in context
+        tree = _tree.Tree(params)
         found = _tree.Tree(context["grads"] if bare else score(params, **context)).leaves
         worths = []
         for path, leaf in zip(names, leaves, strict=True):
@@ -370,6 +375,11 @@ class Plan:
                     f"the same tree{_tree.near(path, found)}"
                 )
             worth = found[path]
+            ours = getattr(getattr(score, "func", score), "__module__", "") == scores.__name__
+            if ours and worth is tree.leaves[path]:
+                raise LeafError(
+                    f"{path} is {leaf.dtype}: the score {_name(score)} needs floating weights"
+                )
             if tuple(worth.shape) != tuple(leaf.shape) or worth.dtype.kind == "c":
                 raise LeafError(
                     f"the score {_name(score)} returned {worth.dtype}{list(worth.shape)} for "
@@ -428,12 +438,20 @@ class Plan:
             most = [n // f.m * (f.m - f.n) for n, f in zip(most, fits, strict=True)]
             found = [Source(key_function(False, None, "only"), pair) for pair in pairs]
         dead: list[Any] = [None] * len(found)
-        if self.like == "torch":
+        if self.like == "torch" or (living and self.scope == "erk"):
             dead = [_gone(m) for m in living]
-        rows = zip(names, leaves, found, most, worths, dead, strict=True)
+        rows = zip(names, leaves, found, most, worths, dead, living or dead, strict=True)
         parts = [
-            _scope.Leaf(p, tuple(x.shape), math.prod(s.shape), m, _worth(plain, w, self.scope), d)
-            for p, x, s, m, w, d in rows
+            _scope.Leaf(
+                p,
+                tuple(x.shape),
+                math.prod(s.shape),
+                m,
+                _worth(plain, w, self.scope),
+                d,
+                a if living else None,
+            )
+            for p, x, s, m, w, d, a in rows
         ]
         joint, ks = _scope.allocate(parts, self.scope, self.sparsity, self.like)
         return found, [found] if joint else [[s] for s in found], ks
@@ -454,8 +472,7 @@ def _regrown(
     and the rest is ordered by ``worths``."""
     sizes = [sum(math.prod(s.shape) for s in group) for group in groups]
     left = [minus(wide(n), wide(k)) for n, k in zip(sizes, ks, strict=True)]
-    stacked = Wide(*(jnp.stack([jnp.asarray(x, jnp.uint32) for x in xs]) for xs in zip(*left)))
-    dropped = jax.vmap(count, (None, 0))(jnp.float32(share), stacked)
+    dropped = jax.vmap(count, (None, 0))(jnp.float32(share), _scope.stacked(left))
     more = [
         plus(wide(k), Wide(high, low))
         for k, high, low in zip(ks, dropped.high, dropped.low, strict=True)
@@ -485,7 +502,7 @@ def _number(name: str, value: Any) -> Any:
             )
         found = value.item()
     if isinstance(found, bool) or not isinstance(found, int | float) or found != found:
-        raise FwtError(f"{name} must be a number or a scalar array, found {found!r}")
+        raise FwtError(f"{name} must be a number or a scalar array, found {found!r:.80}")
     if name == "sparsity" and not 0 <= found <= 1:
         raise FwtError(f"sparsity is the share of weights to prune, 0 to 1; found {found}")
     return value if isinstance(value, jax.Array) else float(found)  # an array counts as float32
@@ -525,7 +542,13 @@ def named(score: Any) -> dict[str, bool]:
         parameters = inspect.signature(score).parameters.values()
     except (TypeError, ValueError):  # builtins have no signature: the call itself will tell
         return {}
-    return {p.name: p.default is p.empty for p in parameters if p.kind is p.KEYWORD_ONLY}
+    bound = getattr(score, "keywords", {})  # what a partial holds is not given once more
+    return {
+        p.name: p.default is p.empty
+        for i, p in enumerate(parameters)
+        if (p.kind is p.KEYWORD_ONLY or (i and p.kind is p.POSITIONAL_OR_KEYWORD))
+        and p.name not in bound
+    }
 
 
 def context_of(score: Any, context: Mapping[str, Any]) -> dict[str, Any]:
@@ -571,6 +594,7 @@ def _grouped(fit: patterns.Groups, key: Any, last: bool, arrays: Any) -> tuple[A
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _pooled(windows: patterns.Windows, plain: bool, worth: Any) -> Any:
+    worth = worth.astype(jnp.promote_types(worth.dtype, jnp.float32))
     return windows.pooled(jnp.abs(worth) if plain else worth)
 
 
@@ -590,7 +614,9 @@ def _normalized(plain: bool, worth: Any) -> Any:
 
 
 def _worth(plain: bool, worth: Any, scope: Any) -> Any:
-    return jnp.abs(worth) if plain and scope == "lamp" else worth
+    if not plain or scope != "lamp":
+        return worth
+    return jnp.abs(worth.astype(jnp.promote_types(worth.dtype, jnp.float32)))
 
 
 _zeros = jax.jit(_select.zeros)

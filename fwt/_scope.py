@@ -28,6 +28,7 @@ class Leaf(NamedTuple):
         most: how many of them may go.
         worth: an array of what they are worth, which may be signed.
         dead: how many of them are gone already; None where that does not count.
+        alive: a mask of those that are not; None if all are.
     """
 
     path: str
@@ -36,6 +37,7 @@ class Leaf(NamedTuple):
     most: int
     worth: Any
     dead: Any = None
+    alive: Any = None
 
 
 def check(scope: Any) -> None:
@@ -73,7 +75,9 @@ def shares(scope: Mapping[str, Any], paths: Sequence[str], sparsity: Any) -> lis
                 f"scope= gives no sparsity for {path!r}: name it, add '**' for the "
                 "rest, or leave it out with where="
             )
-        found.append(scope[mine] if sparsity is None else sparsity * scope[mine])
+        share = scope[mine]
+        share = float(share) if isinstance(share, int | float) else share
+        found.append(share if sparsity is None else sparsity * share)
     return found
 
 
@@ -88,7 +92,7 @@ def allocate(
         return False, _capped(_counted(each, sizes, dead, like), leaves)
     if scope == "layer":
         return False, _capped(_counted([sparsity] * len(leaves), sizes, dead, like), leaves)
-    gone = None if dead[0] is None else _sum(dead)
+    gone = _sum(dead) if like == "torch" else None
     (k,) = _counted([sparsity], [sum(sizes)], [gone], like)
     if scope in ("global", "normalized"):
         most = sum(x.most for x in leaves)
@@ -127,8 +131,13 @@ def _counted(
         return [_one(s, n, d, like) for s, n, d in zip(each, sizes, dead, strict=True)]
     if like in ("jaxpruner", "tfmot"):
         s = jnp.stack([jnp.asarray(x, jnp.float32) for x in each])
-        kept = _kept_like(s, jnp.asarray(sizes, jnp.float32), jnp).astype(jnp.uint32)
-        found = wide(jnp.asarray(sizes, jnp.uint32) - kept)
+        if max(sizes) >= 1 << 32:
+            raise FwtError(
+                f"like={like!r} counts in float32, and {max(sizes)} weights are too many"
+            )
+        whole = jnp.asarray(sizes, jnp.uint32)  # as float32 it may be more
+        kept = _kept_like(s, whole.astype(jnp.float32), jnp).astype(jnp.uint32)
+        found = wide(whole - jnp.minimum(kept, whole))
     else:
         gone = [wide(0 if d is None else d) for d in dead]
         left = [minus(wide(n), g) for n, g in zip(sizes, gone, strict=True)]
@@ -139,18 +148,18 @@ def _counted(
             ]
             return [plus(k, g) for k, g in zip(pruned, gone, strict=True)]
         s = jnp.stack([jnp.asarray(x, jnp.float32) for x in each])
-        found = plus(jax.vmap(count)(s, _stacked(left)), _stacked(gone))
+        found = plus(jax.vmap(count)(s, stacked(left)), stacked(gone))
     return [Wide(high, low) for high, low in zip(found.high, found.low, strict=True)]
 
 
-def _stacked(counts: Sequence[Wide]) -> Wide:
+def stacked(counts: Sequence[Wide]) -> Wide:
     return Wide(*(jnp.stack([jnp.asarray(x, jnp.uint32) for x in xs]) for xs in zip(*counts)))
 
 
 def _one(s: Any, n: int, dead: int | None, like: Any) -> int:
     if like in ("jaxpruner", "tfmot"):
         s = np.float32(float(s))
-        return n - int(_kept_like(s, np.float32(n), np)) if n else 0
+        return n - min(int(_kept_like(s, np.float32(n), np)), n) if n else 0
     if like == "torch":
         left = n - (dead or 0)
         if isinstance(s, int) and s > left:
@@ -170,7 +179,7 @@ def _kept_like(s: Any, n: Any, xp: Any) -> Any:
 def _lamp(leaves: Sequence[Leaf], k: Any) -> list[Any]:
     """Lee et al., "Layer-adaptive sparsity for the magnitude-based pruning", 2021: the square of a
     weight over the sum of the squares that are not below it, compared over all leaves."""
-    scores = [_lamp_scores(x.worth) for x in leaves]
+    scores = [_lamp_scores(x.worth, x.alive) for x in leaves]
     found = sources(scores, True)
     cuts = _select.smallest([found], [k])
     gone = [_select.count_gone(s.key, s.arrays, c) for s, c in zip(found, cuts, strict=True)]
@@ -180,19 +189,24 @@ def _lamp(leaves: Sequence[Leaf], k: Any) -> list[Any]:
 
 
 @jax.jit
-def _lamp_scores(worth: Any) -> Any:
+def _lamp_scores(worth: Any, alive: Any) -> Any:
+    """The scores of a leaf, sorted; those that are gone already are below all others."""
     x = jnp.maximum(jnp.ravel(worth).astype(jnp.promote_types(worth.dtype, jnp.float32)), 0)
     x = jnp.where(jnp.isnan(x), jnp.inf, x)
+    gone = 0 if alive is None else jnp.sum(~alive)
+    x = x if alive is None else jnp.where(jnp.ravel(alive), x, 0)
     x = jnp.sort(x / jnp.maximum(jnp.max(jnp.where(jnp.isinf(x), 0, x), initial=0), 1e-30))
     squares = x * x
     after = jnp.cumsum(squares[::-1])[::-1]
-    return jnp.where(jnp.isinf(x), jnp.inf, squares / jnp.where(after > 0, after, 1))
+    found = jnp.where(jnp.isinf(x), jnp.inf, squares / jnp.where(after > 0, after, 1))
+    return jnp.where(jnp.arange(x.size) < gone, -1, found)
 
 
 def _erk(leaves: Sequence[Leaf], sparsity: Any, k: Any, like: Any) -> list[Any]:
     """Erdős-Rényi with kernels (Evci et al., "Rigging the Lottery", 2020): the density of a leaf
     goes with ``sum(shape) / prod(shape)``; those that would pass 1 are dense."""
-    xp: Any = np if isinstance(k, int) else jnp
+    traced = not isinstance(k, int) or any(isinstance(x.dead, Wide) for x in leaves)
+    xp: Any = jnp if traced else np
     sizes = np.array([x.size for x in leaves], np.float64)
     raw = np.array([sum(x.shape) / max(np.prod(x.shape, dtype=np.float64), 1) for x in leaves])
     # Which leaves are dense can only be the first ones by falling density.
@@ -203,16 +217,22 @@ def _erk(leaves: Sequence[Leaf], sparsity: Any, k: Any, like: Any) -> list[Any]:
     everything = sum(x.size for x in leaves)
     if like == "jaxpruner":
         kept = (sizes - xp.floor(sparsity * sizes)).sum()
-    elif isinstance(k, int):
-        kept = everything - k
+    elif traced:
+        kept = difference(wide(everything), wide(k))
     else:
-        kept = difference(wide(everything), k)
+        kept = everything - k
     scale = (kept - np.where(dense, sizes, 0).sum(1)) / np.where(weight > 0, weight, 1)
     row = xp.argmax(scale * top <= 1)
     density = xp.where(xp.asarray(dense)[row], 1.0, scale[row] * raw)
     if like in ("jaxpruner", "tfmot"):
         return _counted(list(1 - density), [x.size for x in leaves], [None] * len(leaves), like)
-    base = _apportioned(density * sizes, sizes, k, everything, xp)
+    caps: Any = sizes
+    if leaves[0].dead is not None:  # what is gone stays so, where the count allows it
+        left = [minus(wide(x.size), wide(x.dead)) if xp is jnp else x.size - x.dead for x in leaves]
+        room = xp.asarray([x.high << 16 | x.low if xp is jnp else x for x in left])
+        room = room.astype(xp.float32 if xp is jnp else xp.float64)
+        caps = xp.where(room.sum() >= kept, room, sizes)
+    base = _apportioned(density * sizes, caps, k, everything, xp)
     return [
         x.size - int(b) if xp is np else minus(wide(x.size), wide(b)) for x, b in zip(leaves, base)
     ]
@@ -227,7 +247,7 @@ def _apportioned(quotas: Any, caps: Any, k: Any, everything: int, xp: Any) -> An
     if xp is np:
         rest: Any = everything - k - int(whole.sum())
     else:
-        kept = minus(wide(everything), k)
+        kept = minus(wide(everything), wide(k))
         rest = difference(kept, total(whole)).astype(jnp.int32)
 
     def body(state: Any) -> Any:

@@ -82,16 +82,16 @@ def sparsegpt(
         raise FwtError(f"block must be a multiple of {m}, found {block}")
     tree = _tree.Tree(variables)
     chosen = tree.select(where)
-    fits = dict.fromkeys(chosen)
-    for path in chosen:
-        leaf = _tree.computable(path, tree.leaves[path])
-        fits[path] = pattern.on(_axes.axes_of(path, leaf.shape, module), {})
+    leaves = [_tree.computable(path, tree.leaves[path]) for path in chosen]
+    pattern.fits(
+        [_axes.axes_of(p, x.shape, module) for p, x in zip(chosen, leaves, strict=True)], {}
+    )
     new: dict[str, Any] = {}
     x: Any = jnp.asarray(batch)
     for named in module.layers:
         path = f"{_tree.escape(named.name)}/kernel"
         now = tree.replace(new)
-        if path in fits:
+        if path in chosen:
             inputs = _inputs(path, named.layer, x)
             kernel = jnp.asarray(tree.leaves[path])
             count = None if groups else float(sparsity or 0)
@@ -140,9 +140,8 @@ def _mended(
     """The weights (inputs, outputs) after pruning; ``cut`` is n:m where there is no sparsity."""
     size, outputs = w.shape
     moments = x.T @ x
-    silent = jnp.diag(moments) == 0
-    w = jnp.where(silent[:, None], 0, w)
-    moments = moments + jnp.diag(silent + damping * jnp.mean(jnp.diag(moments)))
+    silent = jnp.diag(moments) == 0  # its weights do nothing, and are the first to go
+    moments = moments + jnp.eye(size) * jnp.maximum(damping * jnp.mean(jnp.diag(moments)), 1e-20)
     inverse = jnp.linalg.inv(moments)
     upper = jnp.linalg.cholesky((inverse + inverse.T) / 2).T
     n, m = cut
@@ -153,8 +152,12 @@ def _mended(
         keep = jnp.ones(part.shape, bool)
         if sparsity is not None:
             k = round(sparsity * stop * outputs) - round(sparsity * start * outputs)
-            (source,) = sources([part**2 / scale], True)
+            worth = jnp.where(silent[start:stop, None], 0, part**2 / scale)
+            (source,) = sources([worth], True)
             keep = _select.kept(source, _select.smallest([[source]], [k])[0])
+
+        # Of a group too: what is silent is worth nothing.
+        scale = jnp.where(silent[start:stop, None], jnp.inf, scale)
 
         def step(i: Any, state: Any, here: Any = here, scale: Any = scale) -> Any:
             part, keep, errors = state

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 the input or the request is wrong (one line says what), 2 
 
 import ast
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -128,6 +129,13 @@ def prune(
     """Set the smallest weights to zero (kernels, unless --where says otherwise)."""
     import fwt
 
+    if score not in ("magnitude", "random"):
+        raise FwtError(
+            f"--score {score}: a file holds no gradients and no data, so the command line knows "
+            "magnitude and random"
+        )
+    if like == "torch" and sparsity is not None and sparsity > 1 and sparsity.is_integer():
+        sparsity = int(sparsity)  # a number of weights, as torch takes it
     checked: Any = scope  # by prune, whose error names the choices
     whose: Any = like
     t = fwt.prune(
@@ -240,6 +248,11 @@ def demo(
 
 def main() -> NoReturn:
     """The ``fwt`` command: one clear line for anything that is wrong."""
+
+    def line(message: Warning | str, *_: Any, **__: Any) -> None:
+        print(f"warning: {message}", file=sys.stderr)
+
+    warnings.showwarning = line
     try:
         app(standalone_mode=True)
     except FwtError as error:

@@ -126,7 +126,7 @@ class SparsifyState(NamedTuple):
     Attributes:
         count: how many updates there were.
         masks: the same tree as the params: True = kept; rank-0 where nothing is pruned.
-        sparsity: the schedule's value at the last due update; NaN before the first.
+        sparsity: the schedule's value at the last due update; 0 before the first.
         inner: the state of the wrapped optimizer.
         accumulated: by path, what the score sums up over the steps; () if it doesn't.
         dense: the weights before pruning, for ``straight_through``; else ().
@@ -168,9 +168,11 @@ def sparsify(
     ``optax.multi_transform`` and ``optax.masked``. As the last link: what comes after it moves
     pruned weights again.
 
-    After update n (the first is 1) the params have the sparsity ``schedule(n)`` of the last *due*
-    update. Due is each n that ``every`` divides, and each n from which on the schedule stands
-    still, so that its last value is always reached; a number is reached at the first update.
+    After update n (the first is 1) the masks have the sparsity ``schedule(n)`` of the last *due*
+    update; a schedule's value counts as float32, as a traced sparsity does in :func:`fwt.prune`.
+    Due is each n that ``every`` divides, and each n from which on the schedule stands still, so
+    that its last value is always reached; a number is reached at the first update. Weights that
+    come back start from zero.
     Without ``regrow`` what is pruned stays so for as long as the sparsity does not fall.
 
     - Gradual pruning: a schedule, such as Zhu and Gupta's ``lambda n: 0.9 * (1 -
@@ -187,6 +189,9 @@ def sparsify(
       state go back to those of the start (to within rounding of the last bit).
     - Iterative pruning: such a schedule without ``rewind``; or ``like="torch"``, under which that
       share of the *remaining* weights goes at each n that ``every`` divides.
+
+    ``optax.inject_hyperparams`` takes callables for schedules: give it
+    ``static_args=fwt.optim.sparsify.static_args``, or inject into a factory of your own.
 
     Args:
         tx: any optimizer.
@@ -244,7 +249,7 @@ def sparsify(
         return SparsifyState(
             count=jnp.zeros((), jnp.int32),
             masks=begin,
-            sparsity=jnp.full((), jnp.nan, jnp.float32),
+            sparsity=jnp.zeros((), jnp.float32),
             inner=start,
             accumulated=rule.zeros(params),
             dense=jax.tree.map(jnp.array, params) if straight_through else (),
@@ -260,7 +265,7 @@ def sparsify(
         old = _full(state.masks, params)
         weights = state.dense if straight_through else params
 
-        moments = _reset(tx, state.inner, state.masks) if rule.resets else state.inner
+        moments = _reset(state.inner, state.masks) if rule.resets else state.inner
         grads = updates if straight_through else _zeroed(updates, old)
         steps, moments = inner.update(grads, moments, weights, **extra)
         # Each place that adds steps to weights may round the sum in its own way, unless the step is
@@ -284,12 +289,14 @@ def sparsify(
         if rewind is not None:
             there = (optax.apply_updates(params, out), moments)
             saved = _once(number == rewind, lambda _: there, saved) if rewind else saved
+            # In the dtype of a difference, for both ways have to give the same.
+            out = jax.tree.map(lambda p, o: o.astype(_difference(p, o, o, p).dtype), params, out)
 
             def back(_: Any) -> Any:
                 kept = _zeroed(state.saved[0], after)
                 return jax.tree.map(_difference, params, out, there[0], kept), state.saved[1]
 
-            out, moments = _once(due, back, (out, moments))
+            out, moments = _once(due & (number > rewind), back, (out, moments))
         new = SparsifyState(
             number, masks, jnp.where(due, value, state.sparsity), moments, total, dense, saved
         )
@@ -332,20 +339,29 @@ def _stepped(params: Any, steps: Any, stay: Mapping[str, Any]) -> Any:
     old, seen = _tree.Tree(params).leaves, _tree.Tree(steps)
     new = {}
     for path, mask in stay.items():
-        step = seen.leaves[path]
+        step = _widened(old[path], seen.leaves[path])
         new[path] = jnp.where(mask, step, -jnp.asarray(old[path]).astype(step.dtype))
     return seen.replace(new)
 
 
-def _reset(tx: Any, state: Any, masks: Masks) -> Any:
-    """The optimizer's state with zeros where a mask is False, in all that has a param's shape."""
+def _widened(old: Any, step: Any) -> Any:
+    """The step in a dtype that holds the weight, so that their sum can be zero exactly."""
+    return step.astype(jnp.promote_types(jnp.asarray(old).dtype, step.dtype))
 
-    def zero(leaf: Any, mask: Any) -> Any:
-        if jnp.shape(leaf) != mask.shape or not mask.shape:
-            return leaf
-        return _prune.masked(leaf, mask)
 
-    return optax.tree_utils.tree_map_params(tx, zero, state, masks)
+def _reset(state: Any, masks: Masks) -> Any:
+    """The optimizer's state with zeros where a mask is False, in all that stands under a param's
+    keys and has its shape, whatever tree the optimizer keeps it in."""
+    wanted = [(keys, m) for keys, m in jax.tree_util.tree_flatten_with_path(masks)[0] if m.shape]
+
+    def zero(keys: Any, leaf: Any) -> Any:
+        for mine, mask in wanted:
+            same = keys[len(keys) - len(mine) :] == mine and jnp.shape(leaf) == mask.shape
+            if same and jnp.issubdtype(leaf.dtype, jnp.inexact):
+                return _prune.masked(leaf, mask)
+        return leaf
+
+    return jax.tree_util.tree_map_with_path(zero, state)
 
 
 class _Rule:
@@ -371,15 +387,16 @@ class _Rule:
         if isinstance(regrow, str) and regrow not in named:
             raise FwtError(f"regrow must be 'set', 'rigl' or a score, found {regrow!r}")
         self.regrow = resolve(named[regrow] if isinstance(regrow, str) else regrow)
+        if self.regrow is not None and not callable(self.regrow):
+            raise FwtError(f"regrow must be 'set', 'rigl' or a score, found {regrow!r}")
         if self.regrow is not None and getattr(pattern, "name", "") == "n_m":
             raise FwtError(
                 "n_m fixes how many of each group are kept, so nothing can grow back: "
                 "use straight_through=True to let its masks move"
             )
         fraction = regrow_fraction
-        if not callable(fraction) and not (
-            isinstance(fraction, int | float) and 0 <= fraction <= 1
-        ):
+        share = isinstance(fraction, int | float) and 0 <= fraction <= 1
+        if not (share or callable(fraction) or isinstance(fraction, jax.Array)):
             raise FwtError(f"regrow_fraction must be a share or a schedule, found {fraction!r}")
         self.fixed = sparsity is None and masks is not None
         if (
@@ -391,6 +408,11 @@ class _Rule:
             raise FwtError(
                 "sparsify needs a sparsity (a number or a schedule n -> share), or "
                 "masks=, such as fwt.masks_of for the zeros that are there already"
+            )
+        if self.fixed and where is not _axes.kernels:
+            raise FwtError(
+                "masks= says by itself which leaves it masks: leave where= out, or give "
+                "a sparsity too"
             )
         if self.fixed and (self.regrow is not None or straight_through or rewind is not None):
             raise FwtError(
@@ -410,8 +432,13 @@ class _Rule:
             self.plan(0.0 if callable(sparsity) else sparsity)
         if self.regrow is not None:
             _prune.context_of(self.regrow, context)
-        self.resets = self.regrow is not None or callable(sparsity)
+        self.resets = not straight_through and (self.regrow is not None or callable(sparsity))
         self.sums = not self.fixed and "accumulated" in _prune.named(resolve(score))
+        if self.sums and not hasattr(_inner(score), "accumulate"):
+            raise FwtError(
+                "a score that names accumulated= has to carry what is summed up, as "
+                "score.accumulate = lambda params, grads: tree"
+            )
 
     def plan(self, sparsity: Any) -> _prune.Plan:
         scope, pattern, where, like = self.settings
@@ -442,9 +469,7 @@ class _Rule:
         if not self.sums:
             return ()
         narrow = {p: _hidden(t, total) for p, t in (("w", weights), ("g", grads))}
-        score: Any = resolve(self.score)
-        score = getattr(score, "func", score)
-        new = _tree.Tree(score.accumulate(narrow["w"], narrow["g"])).leaves
+        new = _tree.Tree(_inner(self.score).accumulate(narrow["w"], narrow["g"])).leaves
         return {p: x + new[p].astype(x.dtype) for p, x in total.items()}
 
     def due(self, number: Any, last: Any) -> tuple[Any, Any]:
@@ -477,6 +502,11 @@ class _Rule:
         alive = None if self.straight_through else _full(masks, weights)
         _, chosen = plan.choose(weights, alive, grow, more, steps)
         return _tree.Tree(masks).replace({p: c.mask() for p, c in chosen.items()})
+
+
+def _inner(score: Any) -> Any:
+    score = resolve(score)
+    return getattr(score, "func", score)
 
 
 def _sum_dtype(leaf: Any) -> Any:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -80,12 +80,11 @@ class Groups:
         plain = not self.factors and self.axes == tuple(range(first, last + 1))
         moved = keys if plain else keys.transpose(*self.axes, *rest)
         if plain:
-            outer = math.prod(keys.shape[:first])
-            shape = (outer * math.prod(keys.shape[first : last + 1]) // self.m, self.m, -1)
+            size, others = math.prod(keys.shape[: last + 1]), math.prod(keys.shape[last + 1 :])
+            shape = (size // self.m, self.m, others)
             return keys.reshape(shape), lambda mask: mask.reshape(keys.shape)
-        flat = (
-            (*self.factors, -1) if self.factors else (math.prod(moved.shape[: len(self.axes)]), -1)
-        )
+        inputs = self.factors or (math.prod(moved.shape[: len(self.axes)]),)
+        flat = (*inputs, math.prod(moved.shape[len(self.axes) :]))
         turn = (*self.order, len(self.factors)) if self.factors else (0, 1)
         inner = moved.reshape(flat).transpose(turn)
         undo = tuple(sorted(range(len(turn)), key=turn.__getitem__))
@@ -95,7 +94,8 @@ class Groups:
             places = (*self.axes, *rest)
             return out.transpose(sorted(range(out.ndim), key=places.__getitem__))
 
-        return inner.reshape(-1, self.m, inner.shape[-1]), back
+        groups = inner.size // (self.m * max(inner.shape[-1], 1))
+        return inner.reshape(groups, self.m, inner.shape[-1]), back
 
 
 class IndivisibleError(LeafError):
@@ -125,6 +125,27 @@ class Pattern:
         more = [f"{k}={v!r}" for k, v in said.items() if v not in (None, (), "mean")]
         arguments = f"({', '.join(first + more)})" if self.settings else ""
         return f"fwt.patterns.{self.name}{arguments}"
+
+    def fits(
+        self, places: Sequence[Axes], flattened: Mapping[str, Any]
+    ) -> list[Windows | Groups | None]:
+        """The pattern on each leaf.
+
+        Raises:
+            LeafError: if it does not tile some of them, with the ``where`` that leaves them out.
+        """
+        found, wrong = [], {}
+        for axes in places:
+            try:
+                found.append(self.on(axes, flattened))
+            except IndivisibleError as error:
+                wrong[axes.path] = str(error)
+        if wrong:
+            left = [axes.path for axes in places if axes.path not in wrong]
+            way = f"leave {'it' if len(wrong) == 1 else 'them'} out with where={left!r}"
+            said = "; ".join(list(wrong.values())[:5]) + ("; ..." if len(wrong) > 5 else "")
+            raise LeafError(f"{self!r}: {said}: {way if left else 'no leaf is left'}")
+        return found
 
     def on(self, axes: Axes, flattened: Mapping[str, Any]) -> Windows | Groups | None:
         """The pattern on one leaf; None where each weight is for itself.
@@ -313,4 +334,5 @@ def _on_channel(axes: Axes, axis: str = "out", pool: Pool = "mean") -> Windows:
             f"{axes.path} of shape {axes.shape} has no axis {axis!r}: its axes are "
             f"{' '.join(axes.names or ())!r}"
         )
-    return Windows(tuple(1 if i in places else s for i, s in enumerate(axes.shape)), pool)
+    # The window of an empty axis is 1, so that there is no window at all.
+    return Windows(tuple(1 if i in places else max(s, 1) for i, s in enumerate(axes.shape)), pool)

@@ -113,8 +113,13 @@ def random(params: Params, *, key: Any) -> Scores:
         >>> float(fwt.prune(0.3, random, key=0)(params)["dense"]["kernel"].sum())
         70.0
     """
-    base = _tree.as_key(key)
-    return _map(lambda path, w: jax.random.uniform(_tree.fold_path(base, path), w.shape), params)
+    base, tree = _tree.as_key(key), _tree.Tree(params)
+    return tree.replace(
+        {
+            path: jax.random.uniform(_tree.fold_path(base, path), leaf.shape, jnp.float32)
+            for path, leaf in tree.leaves.items()
+        }
+    )
 
 
 @_noun
@@ -336,7 +341,7 @@ def second_order_taylor(loss: Callable[[Any], Any]) -> Score:
 
 def _called(name: str, loss: Any, score: Score) -> Score:
     if not callable(loss):
-        raise FwtError(f"{name} takes a loss, a function of the params; found {loss!r}")
+        raise FwtError(f"{name} takes a loss, a function of the params; found {loss!r:.80}")
     score.__name__ = name
     return score
 
@@ -357,7 +362,7 @@ def synflow(module: Any, input_shape: Any = None, **collections: Any) -> Score:
     networks without any data by iteratively conserving synaptic flow", 2020).
 
     Use it with ``scope="global"``, in many rounds of rising sparsity. ``R`` is a product over the
-    layers, in float32.
+    layers, in the dtype of the weights, so that a deep net may overflow it.
 
     Args:
         module: a linen module, such as :class:`fwt.Sequential`.
@@ -369,7 +374,8 @@ def synflow(module: Any, input_shape: Any = None, **collections: Any) -> Score:
         A score.
 
     Raises:
-        FwtError: without an input shape, or where ``R`` overflows.
+        FwtError: without an input shape, or where ``R`` overflows (not under ``jit``, where
+            nothing can be raised).
 
     Example:
         >>> import fwt, flax.linen as nn, jax, jax.numpy as jnp
@@ -419,8 +425,8 @@ def wanda(module: Any, batch: Any, **collections: Any) -> Score:
         A score; the params that belong to no linear layer (biases, norms) get their magnitude.
 
     Raises:
-        LeafError: in use, for a kernel of a layer that is not linear, or that runs inside a lifted
-            transformation (an RNN's scan).
+        LeafError: in use, for inputs that are not finite, or a kernel of a layer that is not
+            linear or that runs inside a lifted transformation (an RNN's scan).
 
     Example:
         >>> import fwt, flax.linen as nn, jax.numpy as jnp
@@ -463,6 +469,9 @@ def wanda(module: Any, batch: Any, **collections: Any) -> Score:
         traced = any(isinstance(x, jax.core.Tracer) for x in values)
         with nn.intercept_methods(interceptor):
             module.apply(variables, batch)
+        for path, square in squares.items():
+            if not isinstance(square, jax.core.Tracer) and not jnp.isfinite(square).all():
+                raise LeafError(f"wanda: the inputs of {path} on the batch are not finite")
         new = {p: jnp.abs(x) for p, x in tree.leaves.items() if _differentiable(x)}
         return tree.replace(
             {p: x * jnp.sqrt(squares[p]) if p in squares else x for p, x in new.items()}
@@ -477,7 +486,8 @@ def _squared_inputs(layer: Any, x: Any, shape: Any) -> Any:
     derivative of the summed outputs by the kernel, at inputs squared."""
     x = jnp.asarray(x)
     squared = (x * x).astype(jnp.promote_types(x.dtype, jnp.float32))
-    bare = layer.clone(parent=None, name=None)
+    # In float32, whatever the layer computes in: squares of half precision overflow.
+    bare = layer.clone(parent=None, name=None, dtype=squared.dtype)
 
     def summed(kernel: Any) -> Any:
         params = {"kernel": kernel}
@@ -486,3 +496,6 @@ def _squared_inputs(layer: Any, x: Any, shape: Any) -> Any:
         return jnp.sum(bare.apply({"params": params}, squared))
 
     return jax.grad(summed)(jnp.zeros(shape, squared.dtype))
+
+
+FACTORIES = (grasp, second_order_taylor, synflow, wanda)  # what has to be called first

@@ -215,6 +215,30 @@ def test_the_command_line(files):
     )
 
 
+def test_the_command_line_prunes_in_patterns(files):
+    """files has a convolution of one channel, and a Dense behind a Flatten of 5 x 4 x 4."""
+    where = ("--where", "d/kernel")
+    out = cli("prune", "net.keras", "nm.keras", "--pattern", "n_m(2, 4)", *where, cwd=files)
+    assert not out.stderr
+    kernel = converters.load(files / "nm.keras").variables["params"]["d"]["kernel"]
+    assert (np.count_nonzero(kernel.reshape(-1, 4, 2), axis=1) == 2).all()
+    out = cli("prune", "net.keras", "nm.pt", "--pattern", "n_m(2, 4)", *where, cwd=files)
+    assert out.stderr.startswith("warning: d (Dense): its kernel is 2:4 sparse, but no longer")
+    assert len(out.stderr.splitlines()) == 1
+    options = ("--sparsity", "0.5", "--score", "random", "--seed", "3", "--scope", "erk")
+    cli("prune", "net.keras", "r.keras", *options, "--like", "jaxpruner", cwd=files)
+    cli("prune", "net.keras", "r.keras", "--sparsity", "5", "--like", "torch", *where, cwd=files)
+    kernel = converters.load(files / "r.keras").variables["params"]["d"]["kernel"]
+    assert (kernel == 0).sum() == 5
+    options = ("--sparsity", "0.5", "--score", "snip")
+    assert (
+        "no gradients" in cli("prune", "net.keras", "x.keras", *options, cwd=files, code=1).stderr
+    )
+    left = cli("prune", "net.keras", "x.keras", "--pattern", "n_m(2, 4)", cwd=files, code=1)
+    assert "conv/kernel of shape (3, 3, 1, 4) has 1 inputs" in left.stderr
+    assert "where=['d/kernel']" in left.stderr
+
+
 @pytest.mark.parametrize(
     ("line", "code", "said"),
     [

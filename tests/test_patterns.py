@@ -531,3 +531,74 @@ def test_conversion_reports_groups_that_another_order_breaks():
     assert (np.count_nonzero(groups, axis=2) == 2).all()
     with pytest.warns(UserWarning, match=r"2:4 sparse.*order='hwc'"):
         converters.from_torch(net, input_shape=(4, 4, 3))
+
+
+# -- what a reader found ----------------------------------------------------------------------
+
+
+def test_more_weights_than_a_float32_holds():
+    """float32(2**24 + 3) is more than that: nothing may wrap around."""
+    params = {"d": {"kernel": jnp.ones((1, (1 << 24) + 3))}}
+    for like in ("jaxpruner", "tfmot"):
+        run = jax.jit(lambda p, s, like=like: fwt.prune(s, like=like)(p)["d"]["kernel"].sum())
+        assert run(params, 0.0) > 1 << 24
+        assert fwt.prune(0.0, like=like)(params)["d"]["kernel"].sum() > 1 << 24
+
+
+def test_torchs_whole_numbers_are_no_shares():
+    params = tree(0, {"d": (8, 4)})
+    assert zeros(fwt.prune(scope={"**": 1}, like="torch")(params)) == {"d/kernel": 32}
+    with pytest.raises(fwt.FwtError, match="gives shares"):
+        fwt.prune(5, scope={"**": 0.5}, like="torch")
+    assert zeros(fwt.prune(5, pattern=P.n_m(2, 4), like="torch")(params)) == {"d/kernel": 5}
+
+
+def test_erk_leaves_the_dead_where_they_are():
+    rng = np.random.default_rng(0)
+    a = rng.normal(size=(10, 10)).astype("f")
+    a.ravel()[:80] = 0
+    params = {"a": {"kernel": a}, "b": {"kernel": rng.normal(size=(10, 10)).astype("f")}}
+    for t in (
+        fwt.prune(0.1, scope="erk", like="torch"),
+        jax.jit(fwt.prune(0.1, scope="erk", like="torch")),
+    ):
+        new = t(params)
+        assert sum(zeros(new).values()) == 92
+        assert not np.asarray(new["a"]["kernel"]).ravel()[:80].any()
+
+
+def test_integer_leaves():
+    params = {
+        "a": {"kernel": np.array([[-128, -128]], np.int8)},
+        "b": {"kernel": np.array([[5, 5]], np.int8)},
+    }
+    assert zeros(fwt.prune(0.5, scope="lamp")(params)) == {"a/kernel": 1, "b/kernel": 1}
+    blocks = fwt.prune(0.5, pattern=P.block((1, 1)))(
+        {"d": {"kernel": np.array([[-128, 1], [2, 3]], np.int8)}}
+    )
+    assert blocks["d"]["kernel"].tolist() == [[-128, 0], [0, 3]]
+    many = {"d": {"kernel": np.arange(-50, 50, dtype=np.int8).reshape(10, 10)}}
+    kept = np.asarray(fwt.masks(0.5, S.random, key=0)(many)["d"]["kernel"])
+    assert 0 < kept[:5].sum() < 50
+    with pytest.raises(fwt.LeafError, match="d/kernel is int8: the score saliency needs floating"):
+        fwt.prune(0.5, S.saliency, grads=many)(many)
+
+
+def test_a_nan_sparsity_prunes_nothing():
+    for scope in ("layer", "global", "erk", "lamp"):
+        new = jax.jit(lambda p, s, scope=scope: fwt.prune(s, scope=scope)(p))(tree(), jnp.nan)
+        assert sum(zeros(new).values()) == 0
+
+
+def test_empty_leaves_in_patterns():
+    params = {"a": {"kernel": np.zeros((0, 4), "f")}, "b": {"kernel": np.ones((4, 4), "f")}}
+    half: list = [{"pattern": P.channel}, {"pattern": P.block((2, 2))}, {"scope": "lamp"}]
+    for settings in (*({"sparsity": 0.5, **s} for s in half), {"pattern": P.n_m(2, 4)}):
+        new = fwt.prune(**settings)(params)
+        assert new["a"]["kernel"].shape == (0, 4)
+        assert int((new["b"]["kernel"] == 0).sum()) == 8
+
+
+def test_globs_of_flattened_that_match_nothing():
+    with pytest.raises(fwt.LeafError, match=r"flattened=.*'typo/kernel'.*matches no selected leaf"):
+        fwt.prune(pattern=P.n_m(2, 4, order="chw", flattened={"typo/kernel": (2, 2, 2)}))(tree())

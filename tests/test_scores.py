@@ -218,3 +218,24 @@ def test_leaves_that_are_not_selected_do_not_matter():
     assert new["d"]["kernel"].tolist() == [[0, 0, 0], [1, 1, 1]]
     assert new["step"] is tree["step"]
     assert new["e"] is tree["e"]
+
+
+def test_wanda_of_loud_inputs_in_half_precision():
+    net = fwt.Sequential([("d", nn.Dense(1, dtype=jnp.float16))])
+    params = {"d": {"kernel": jnp.ones((2, 1)), "bias": jnp.zeros(1)}}
+    found = S.wanda(net, jnp.array([[300.0, 500.0]]))(params)["d"]["kernel"]
+    np.testing.assert_allclose(found.ravel(), [300, 500], rtol=1e-3)
+
+
+def test_more_wrong_calls(problem):
+    net, params, (x, _), _ = problem
+    for factory in (S.wanda, S.grasp, S.synflow, S.second_order_taylor):
+        with pytest.raises(fwt.FwtError, match="needs arguments: call it first"):
+            fwt.prune(0.5, factory)
+    with pytest.raises(fwt.FwtError) as caught:
+        fwt.prune(0.5, S.grasp({"a": np.ones(1000)}))
+    assert len(str(caught.value)) < 200
+    with pytest.raises(fwt.LeafError, match="a/kernel on the batch are not finite"):
+        fwt.prune(0.5, S.wanda(net, x * jnp.nan))(params)
+    plain = fwt.prune(0.5, lambda p, grads: grads, grads=params)(params)  # not keyword-only
+    assert int((plain["a"]["kernel"] == 0).sum()) == 10

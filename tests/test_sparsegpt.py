@@ -103,7 +103,18 @@ def test_silent_inputs_go_and_wrong_calls_say_so():
     bad("multiple of 4", net, variables, x, pattern=two_of_four, block=6)
     bad("fwt.Sequential", nn.Dense(2), variables, x, 0.5)
     bad("not finite", net, variables, x.at[0, 0].set(jnp.nan), 0.5)
+    narrow, few, y = dense(6)
+    with pytest.raises(fwt.LeafError, match=r"6 inputs, which 4 does not divide.*no leaf is left"):
+        fwt.sparsegpt(narrow, few, y, pattern=two_of_four)
     bad("as module.init", net, variables["params"], x, 0.5)
     grouped = fwt.Sequential([("c", nn.Conv(4, (3,), feature_group_count=2))])
     x = jnp.ones((2, 9, 4))
     bad("without groups", grouped, grouped.init(jax.random.key(0), x), x, 0.5)
+
+
+def test_the_count_is_exact_with_silent_inputs():
+    net, variables, x = dense(16)
+    new = fwt.sparsegpt(net, variables, x.at[:, ::2].set(0), 0.25)
+    kernel = new["params"]["d"]["kernel"]
+    assert int((kernel == 0).sum()) == 24
+    assert (kernel[::2] == 0).sum() > (kernel[1::2] == 0).sum()

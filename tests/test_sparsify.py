@@ -544,3 +544,112 @@ def test_the_digits_at_2_of_4(dense):
         assert (groups == 0).mean() == 0.5
     assert kernels(model)["conv_1/kernel"].all()
     assert accuracy > dense[1] - 0.01
+
+
+# -- what a reader found ----------------------------------------------------------------------
+
+
+def test_straight_through_keeps_its_momentum_under_a_schedule():
+    ends = []
+    for sparsity in (0.5, lambda n: 0.5):
+        tx = sparsify(optax.sgd(0.1, momentum=0.9), sparsity, straight_through=True, every=1)
+        ends.append(run(tx, 4)[-1][1].dense["a"]["kernel"])
+    np.testing.assert_allclose(*ends, atol=1e-6)
+
+
+def test_a_bound_context_is_kept():
+    bound = S.saliency(grads=weights(9))
+    masks = run(sparsify(optax.sgd(0.1), 0.5, bound), 1)[-1][1].masks
+    moved = optax.apply_updates(weights(), jax.tree.map(
+        lambda g, p: -0.1 * (g + p), weights(101), weights()))  # fmt: skip
+    expected = fwt.masks(0.5, bound)(moved)
+    assert jax.tree.all(jax.tree.map(np.array_equal, masks, expected))
+    one, two = (fwt.masks(0.5, S.random(key=0), key=k)(weights()) for k in (1, 2))
+    assert jax.tree.all(jax.tree.map(np.array_equal, one, two))
+
+
+def test_a_rewind_that_falls_due_where_it_saves():
+    ones = jax.tree.map(jnp.ones_like, weights())
+    tx = sparsify(optax.sgd(0.1), lambda n: jnp.where(n < 3, 0.0, 0.5), rewind=3, every=1)
+    params = weights()
+    state = tx.init(params)
+    for _ in range(3):
+        updates, state = tx.update(ones, state, params)
+        params = optax.apply_updates(params, updates)
+    mask = kernels(state.masks)["a/kernel"]
+    moved = kernels(weights())["a/kernel"] - 0.3
+    np.testing.assert_allclose(kernels(params)["a/kernel"], np.where(mask, moved, 0), atol=1e-6)
+
+
+def test_updates_narrower_than_the_weights():
+    params = weights()
+    tx = sparsify(optax.sgd(0.1), ramp, every=2)
+    state = tx.init(params)
+    for n in range(6):
+        grads = jax.tree.map(lambda x: x.astype(jnp.bfloat16), weights(n))
+        updates, state = jax.jit(tx.update)(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        for path, mask in kernels(state.masks).items():
+            assert not kernels(params)[path][~mask].any()
+    half = sparsify(optax.adam(0.05), ramp, every=2, rewind=1)
+    run(half, 4, params=weights(0, ml_dtypes.bfloat16))
+
+
+@pytest.mark.parametrize("scope", ["lamp", "erk"])
+def test_what_is_pruned_stays_so_under_lamp_and_erk(scope):
+    start = fwt.masks(0.3, S.random, key=5, scope="global")
+    settings = {"scope": scope, "masks": start, "every": 1}
+    tx = sparsify(optax.adam(0.3), lambda n: 0.4 + ramp(n) / 2, S.movement, **settings)
+    seen = run(tx, 12)
+    for (_, before), (_, after) in itertools.pairwise(seen):
+        for path, mask in kernels(after.masks).items():
+            assert not (mask & ~kernels(before.masks)[path]).any()
+    assert sum(gone(seen[-1][1].masks).values()) == round(float(np.float32(0.7)) * 140)
+
+
+def test_more_wrong_settings():
+    with pytest.raises(fwt.FwtError, match="leave where= out"):
+        sparsify(optax.sgd(0.1), masks=fwt.masks_of, where="a/*")
+
+    def mine(params, *, accumulated=None):
+        return params
+
+    with pytest.raises(fwt.FwtError, match=r"score.accumulate = "):
+        sparsify(optax.sgd(0.1), 0.5, mine)
+
+
+FROZEN = {"a": {"kernel": "x", "bias": "y"}, "b": {"kernel": "y"}}
+PARTLY = {
+    "masked": lambda: optax.masked(optax.adam(0.05), {"a": True, "b": False}),
+    "multi": lambda: optax.multi_transform(
+        {"x": optax.adam(0.05), "y": optax.sgd(0.1, 0.9)}, FROZEN
+    ),
+    "frozen": lambda: optax.multi_transform(
+        {"x": optax.adam(0.05), "y": optax.set_to_zero()}, FROZEN
+    ),
+    "muon": lambda: optax.contrib.muon(0.05),
+}
+
+
+@pytest.mark.parametrize("name", PARTLY)
+def test_regrowth_with_optimizers_of_some_of_the_leaves(name):
+    tx = sparsify(PARTLY[name](), 0.5, regrow="rigl", regrow_fraction=0.5, every=3)
+    seen = run(tx, 6)
+    for n in (3, 6):
+        before, after = seen[n - 1][1], seen[n][1]
+        grown = kernels(after.masks)["a/kernel"] & ~kernels(before.masks)["a/kernel"]
+        assert grown.any()
+        assert moments(after.inner)
+        assert not any(np.asarray(x)[grown].any() for x in moments(after.inner))
+
+
+def test_inject_hyperparams_says_what_it_needs():
+    bare = optax.inject_hyperparams(sparsify)(optax.adam(0.1), sparsity=0.5)
+    with pytest.raises(fwt.FwtError, match="static_args"):
+        bare.init(weights())
+    most = [n for n in sparsify.static_args if n not in ("sparsity", "regrow_fraction")]
+    tx = optax.inject_hyperparams(sparsify, static_args=most)(optax.adam(0.1), sparsity=0.5)
+    _, state = tx.update(weights(1), tx.init(weights()), weights())
+    assert gone(state.inner_state.masks)["a/kernel"] == 42
+    with pytest.raises(fwt.FwtError, match="or a score, found True"):
+        sparsify(optax.adam(0.1), 0.5, regrow=True)

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from fwt import _axes, _prune, _tree, constraints, patterns, scores
+from fwt import _axes, _plan, _tree, constraints, patterns, scores
 from fwt._scope import Like, Scope
 from fwt._types import FwtError, Masks, Params, Score, Transform, Where, resolve
 
@@ -331,7 +331,7 @@ def _full(masks: Any, params: Any) -> dict[str, Any]:
 
 def _zeroed(tree: Any, masks: Mapping[str, Any]) -> Any:
     seen = _tree.Tree(tree)
-    return seen.replace({p: _prune.masked(seen.leaves[p], m) for p, m in masks.items()})
+    return seen.replace({p: _plan.masked(seen.leaves[p], m) for p, m in masks.items()})
 
 
 def _stepped(params: Any, steps: Any, stay: Mapping[str, Any]) -> Any:
@@ -358,7 +358,7 @@ def _reset(state: Any, masks: Masks) -> Any:
         for mine, mask in wanted:
             same = keys[len(keys) - len(mine) :] == mine and jnp.shape(leaf) == mask.shape
             if same and jnp.issubdtype(leaf.dtype, jnp.inexact):
-                return _prune.masked(leaf, mask)
+                return _plan.masked(leaf, mask)
         return leaf
 
     return jax.tree_util.tree_map_with_path(zero, state)
@@ -431,18 +431,18 @@ class _Rule:
         if not self.fixed:
             self.plan(0.0 if callable(sparsity) else sparsity)
         if self.regrow is not None:
-            _prune.context_of(self.regrow, context)
+            _plan.context_of(self.regrow, context)
         self.resets = not straight_through and (self.regrow is not None or callable(sparsity))
-        self.sums = not self.fixed and "accumulated" in _prune.named(resolve(score))
+        self.sums = not self.fixed and "accumulated" in _plan.named(resolve(score))
         if self.sums and not hasattr(_inner(score), "accumulate"):
             raise FwtError(
                 "a score that names accumulated= has to carry what is summed up, as "
                 "score.accumulate = lambda params, grads: tree"
             )
 
-    def plan(self, sparsity: Any) -> _prune.Plan:
+    def plan(self, sparsity: Any) -> _plan.Plan:
         scope, pattern, where, like = self.settings
-        return _prune.Plan(
+        return _plan.Plan(
             sparsity, self.score, None, scope, pattern, where, like, self.context, self.axes
         )
 

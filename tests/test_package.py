@@ -105,7 +105,7 @@ def test_imports_point_downwards():
         {"_axes", "_keys", "_counts"},
         {"_select"},
         {"initializers", "scores", "patterns", "constraints", "layers", "_scope"},
-        {"_draw", "_sequential"},
+        {"_draw", "_sequential", "_plan"},
         {
             "_initialize",
             "_reset",

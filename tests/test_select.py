@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import fwt
-from fwt import _counts, _keys, _prune, _select
+from fwt import _counts, _keys, _plan, _select
 
 DTYPES = ["float32", "float16", "bfloat16", "float8_e4m3fn", "int8", "uint8", "int32", "uint32"]
 PATHS = ["concrete", "traced"]
@@ -312,7 +312,7 @@ def test_nothing_is_sorted_joined_or_stored():
 
 @pytest.mark.parametrize("settings", [{}, {"scope": "global"}, {"scope": "erk"}])
 def test_outside_a_jit_it_compiles_once_for_each_shape(settings):
-    cached = (_select._below_jit, _select._strided_jit, _prune._pruned)
+    cached = (_select._below_jit, _select._strided_jit, _plan._pruned)
     shape = {"layer": (67, 91), "global": (69, 91), "erk": (71, 91)}[settings.get("scope", "layer")]
     before = [f._cache_size() for f in cached]
     fwt.prune(0.9, **settings)(tree([shape] * 3))

@@ -211,7 +211,7 @@ def table(small):
     for millions, slow_rounds in sizes:
         rows += selection(millions, slow_rounds)
         print(f"{millions} M done", file=sys.stderr)
-    rows += compiling() + thresholds(sizes[0][0]) + several(sizes[0][0]) + training()
+    rows += compiling() + thresholds(sizes[0][0]) + several(10) + several(25) + training()
     lines = ["| what | measured | wanted |", "|---|---|---|"]
     lines += [f"| {name} | {value:.2f} | {wanted} |" for name, value, wanted in rows]
     return "\n".join(lines)

@@ -218,8 +218,12 @@ def table(small):
 
 
 def write(found):
-    pattern = "(<!-- pruning: python tests/benchmarks/pruning.py --write -->\n).*?(\n<!-- end -->)"
-    text = re.sub(pattern, lambda m: m[1] + found + m[2], README.read_text(), flags=re.DOTALL)
+    start = "<!-- pruning: python tests/benchmarks/pruning.py --write -->\n"
+    text = README.read_text()
+    block = re.search(re.escape(start) + r"(?:\|.*\n)*<!-- end -->", text)
+    if block is None:
+        raise SystemExit("README.md has no place for the table")
+    text = text.replace(block[0], f"{start}{found}\n<!-- end -->")
     README.write_text(text)
 
 

@@ -246,8 +246,12 @@ def _needed(name: str, grads: Any) -> Any:
     return grads
 
 
+def _moved(params: Params, grads: Any) -> Scores:
+    return movement(params, grads=grads)
+
+
 # What sparsify sums over the steps for a score that takes `accumulated`.
-movement.accumulate = lambda params, grads: movement(params, grads=grads)  # type: ignore[attr-defined]
+movement.accumulate = _moved  # type: ignore[attr-defined]  # functions carry attributes
 fisher.accumulate = _squares  # type: ignore[attr-defined]  # functions carry attributes
 
 

@@ -10,6 +10,14 @@ if __name__ != "fwt.converters":
 _HOME = {
     "ConversionError": "fwt._types",
     "FileFormatError": "fwt._types",
+    "AxesSetting": "fwt.converters._row",
+    "AxisSetting": "fwt.converters._row",
+    "P": "fwt.converters._row",
+    "Row": "fwt.converters._row",
+    "S": "fwt.converters._row",
+    "Size": "fwt.converters._row",
+    "Special": "fwt.converters._row",
+    "register": "fwt.converters._layers",
     "from_keras": "fwt.converters._keras",
     "from_torch": "fwt.converters._torch",
     "load": "fwt.converters._formats",
@@ -24,7 +32,15 @@ if TYPE_CHECKING:
     from fwt.converters._formats import save as save
     from fwt.converters._keras import from_keras as from_keras
     from fwt.converters._keras import to_keras as to_keras
+    from fwt.converters._layers import register as register
     from fwt.converters._live import transform as transform
+    from fwt.converters._row import AxesSetting as AxesSetting
+    from fwt.converters._row import AxisSetting as AxisSetting
+    from fwt.converters._row import P as P
+    from fwt.converters._row import Row as Row
+    from fwt.converters._row import S as S
+    from fwt.converters._row import Size as Size
+    from fwt.converters._row import Special as Special
     from fwt.converters._torch import from_torch as from_torch
     from fwt.converters._torch import to_torch as to_torch
 

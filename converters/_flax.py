@@ -1,19 +1,20 @@
 """Flax, the hub: a Sequential as layers, and layers as a Model."""
 
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from fwt.converters import _layers
-from fwt.converters._row import Layer, refuse, same
+from fwt.converters._row import Layer, Row, joined, parts_of, refuse, same
 
 from fwt._sequential import Named, Sequential
 from fwt._types import ConversionError, Model
 
 
-def read_flax(module: Any, variables: Any) -> list[Layer]:
-    """The layers of a Sequential with their arrays."""
+def read_flax(module: Any, variables: Any, inside: tuple[str, ...] = ()) -> list[Layer]:
+    """The layers of a Sequential with their arrays, those of Sequentials in it among them."""
     if not isinstance(module, Sequential):
         raise ConversionError(
             f"expected a fwt.Sequential, found {type(module).__name__}; rebuild it as "
@@ -28,59 +29,79 @@ def read_flax(module: Any, variables: Any) -> list[Layer]:
             raise ConversionError(f"variables: the collection {collection!r} can't be converted")
         for name in tree:
             if name not in names:
+                place = "/".join([collection, *inside, name])
                 raise ConversionError(
-                    f"variables: {collection}/{name} belongs to no layer of the module, which has "
+                    f"variables: {place} belongs to no layer of the module, which has "
                     f"{sorted(names)}"
                 )
     for named in module.layers:
+        parts = (*inside, named.name)
+        if isinstance(named.layer, Sequential):
+            own = {c: tree.get(named.name, {}) for c, tree in variables.items()}
+            out += read_flax(named.layer, own, parts)
+            continue
         arrays: dict[str, Any] = {}
         for tree in variables.values():
             for leaf, value in tree.get(named.name, {}).items():
                 if isinstance(value, Mapping):
-                    raise refuse(named.name, f"a nested layer {leaf!r} can't be converted")
+                    raise refuse(joined(parts), f"a nested layer {leaf!r} can't be converted")
                 arrays[leaf] = np.asarray(value)
-        cls = type(named.layer)
-        kind = cls.__name__
-        if any(r.flax is not cls for r in _layers.rows_of("flax", kind)):
-            raise refuse(named.name, f"{cls.__module__}.{kind} is not the class that fwt knows")
-        fields = {
-            f.name: getattr(named.layer, f.name)
-            for f in dataclasses.fields(named.layer)
-            if f.init and f.name not in ("parent", "name")
-        }
-        defaults = {
-            f.name: f.default
-            for f in dataclasses.fields(named.layer)
-            if f.default is not dataclasses.MISSING
-        }
-        out.append(Layer(named.name, kind, fields, arrays, defaults))
+        out.append(_layer(joined(parts), named.layer, arrays))
     return out
+
+
+def _layer(name: str, layer: Any, arrays: dict[str, Any]) -> Layer:
+    cls = type(layer)
+    kind = cls.__name__
+    if any(r.flax is not cls for r in _layers.rows_of("flax", kind)):
+        raise refuse(name, f"{cls.__module__}.{kind} is not the class that fwt knows")
+    known = [f for f in dataclasses.fields(layer) if f.name not in ("parent", "name")]
+    fields = {f.name: getattr(layer, f.name) for f in known if f.init}
+    defaults = {f.name: f.default for f in known if f.default is not dataclasses.MISSING}
+    return Layer(name, kind, fields, arrays, defaults)
 
 
 def write_flax(layers: Sequence[Layer], input_shape: Any) -> Model:
     """A Model of the layers, with the pairs that another framework needed folded into one."""
+    entries = [(parts_of(layer.name), layer) for layer in fold(list(layers))]
+    named, trees = _nested(entries)
+    variables = {"params": trees["params"]}
+    if trees["batch_stats"]:
+        variables["batch_stats"] = trees["batch_stats"]
+    return Model(Sequential(named, input_shape), variables)
+
+
+def _nested(
+    entries: list[tuple[list[str], Layer]],
+) -> tuple[tuple[Named, ...], dict[str, dict[str, Any]]]:
     named: list[Named] = []
-    params: dict[str, Any] = {}
-    stats: dict[str, Any] = {}
-    for layer in fold(list(layers)):
-        row = _layers.rows_of("flax", layer.kind)[0]
-        cls: Any = row.flax
-        fields = cls.__dataclass_fields__
-        # What says no more than the default is left out, so that equal models are equal.
-        settings = {k: v for k, v in layer.settings.items() if not same(v, fields[k].default)}
-        if settings.get("strides") is not None and settings["strides"] == settings.get(
-            "window_shape"
-        ):
-            del settings["strides"]
-        named.append(Named(layer.name, cls(**settings)))
-        where = {p.of("flax")[0]: p.collection for p in row.params}
-        for name, value in layer.arrays.items():
-            into = params if where[name] == "params" else stats
-            into.setdefault(layer.name, {})[name] = value
-    variables: dict[str, Any] = {"params": params}
-    if stats:
-        variables["batch_stats"] = stats
-    return Model(Sequential(tuple(named), input_shape), variables)
+    trees: dict[str, dict[str, Any]] = {"params": {}, "batch_stats": {}}
+    for first, together in itertools.groupby(entries, key=lambda e: e[0][0]):
+        group = list(together)
+        if len(group[0][0]) > 1:
+            inner, theirs = _nested([(parts[1:], layer) for parts, layer in group])
+            named.append(Named(first, Sequential(inner)))
+            for collection, tree in theirs.items():
+                if tree:
+                    trees[collection][first] = tree
+            continue
+        for _, layer in group:
+            row = _layers.rows_of("flax", layer.kind)[0]
+            named.append(Named(first, _module(row, layer)))
+            where = {p.of("flax")[0]: p.collection for p in row.params}
+            for name, value in layer.arrays.items():
+                trees[where[name]].setdefault(first, {})[name] = value
+    return tuple(named), trees
+
+
+def _module(row: Row, layer: Layer) -> Any:
+    cls: Any = row.flax
+    fields = cls.__dataclass_fields__
+    # What says no more than the default is left out, so that equal models are equal.
+    settings = {k: v for k, v in layer.settings.items() if not same(v, fields[k].default)}
+    if settings.get("strides") is not None and settings["strides"] == settings.get("window_shape"):
+        del settings["strides"]
+    return cls(**settings)
 
 
 def fold(layers: list[Layer]) -> list[Layer]:

@@ -15,7 +15,7 @@ import numpy as np
 from fwt.converters import _convert, _flax, _layers
 from fwt.converters._io import arrays, dotted, nested, reading, write_atomically
 from fwt.converters._keras_file import listed, load_keras, save_keras
-from fwt.converters._row import TRAINING, refuse
+from fwt.converters._row import TRAINING, Layer, refuse
 from fwt.converters._torch_file import load_torch, save_torch
 
 from fwt import _tree
@@ -92,9 +92,14 @@ def module_to_json(module: Any) -> Any:
     """The layers of a Sequential with their settings, as JSON; None for no module."""
     if module is None:
         return None
-    layers = []
-    for layer in _flax.read_flax(module, {}):
-        named = next(n for n in module.layers if n.name == layer.name)
+    _flax.read_flax(module, {})
+    layers: list[dict[str, Any]] = []
+    for named in module.layers:
+        if isinstance(named.layer, Sequential):
+            inner = module_to_json(named.layer)
+            layers.append({"name": named.name, "class": "Sequential", "settings": inner})
+            continue
+        layer = Layer(named.name, type(named.layer).__name__, {})
         settings = {
             k: v for k, v in flax_settings(named.layer).items() if k not in TRAINING["flax"]
         }
@@ -115,6 +120,9 @@ def module_from_json(described: Any, path: Path) -> Sequential | None:
     named = []
     cls: Any
     for entry in described["layers"]:
+        if entry["class"] == "Sequential":
+            named.append(Named(entry["name"], module_from_json(entry["settings"], path)))
+            continue
         rows = _layers.rows_of("flax", entry["class"])
         cls = rows[0].flax if rows else None
         if cls is None:

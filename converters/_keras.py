@@ -10,7 +10,7 @@ import keras
 import numpy as np
 from fwt.converters import _convert, _flax, _keras_file, _layers
 from fwt.converters._convert import Layout
-from fwt.converters._row import LiveLeaf, order, refuse
+from fwt.converters._row import Layer, LiveLeaf, order, parts_of, refuse
 
 from fwt import _tree
 from fwt._types import ConversionError, Model
@@ -28,6 +28,7 @@ def _arrays(layer: Any, place: str) -> dict[str, Any]:
 def from_keras(model: Any, layout: Layout = "channels_last") -> Model:
     """A Keras Sequential as a Flax model with the same predictions.
 
+    So too a Functional model that is one straight line of layers; a Sequential inside stays one.
     An ``activation=`` inside a layer becomes a layer named ``<layer>__activation``;
     :func:`to_keras` puts it back.
 
@@ -49,7 +50,9 @@ def from_keras(model: Any, layout: Layout = "channels_last") -> Model:
         >>> bool((variables["params"]["dense"]["kernel"] == net.layers[0].kernel).all())
         True
     """
-    if not isinstance(model, keras.Sequential):
+    if not isinstance(model, keras.Sequential | keras.Model) or type(model).__name__ not in (
+        _keras_file.CONTAINERS
+    ):
         raise ConversionError(
             f"from_keras takes a keras.Sequential, found {type(model).__name__}; to change the "
             "weights of any Keras model in place, use converters.transform(model, t)"
@@ -60,36 +63,77 @@ def from_keras(model: Any, layout: Layout = "channels_last") -> Model:
             "keras.Input"
         )
     layers, shape = _keras_file.keras_layers(_config(model), model.name)
-    live = {x.name: x for x in model.layers}
     for layer in layers:
-        if not layer.fused:
-            layer.arrays = _arrays(live[layer.name], str(layer))
+        if layer.fused:
+            continue
+        live = model
+        for part in parts_of(layer.name):
+            live = live.get_layer(part)
+        _fill(layer, live)
     new, found = _convert.convert(layers, "keras", "flax", shape, layout)
     return _flax.write_flax(new, found)
 
 
+def _fill(layer: Layer, live: Any) -> None:
+    """The arrays of a live layer, and of what it wraps."""
+    if not layer.inner:
+        layer.arrays = _arrays(live, str(layer))
+        return
+    roles: tuple[str, ...] = ("layer",)
+    if layer.kind == "Bidirectional":
+        roles = ("forward_layer", "backward_layer")
+    elif layer.kind == "RNN":
+        roles = ("cell",)
+    for part, role in zip(layer.inner, roles, strict=True):
+        _fill(part, getattr(live, role))
+
+
 def _config(model: Any) -> dict[str, Any]:
-    """As ``keras.saving.serialize_keras_object`` has it, but for classes of keras itself only."""
+    """As ``keras.saving.serialize_keras_object`` has it, but for known classes only."""
+    if not isinstance(model, keras.Sequential):
+        for layer in model.layers:
+            _check_known(layer)
+        return {"class_name": "Functional", "config": model.get_config()}
     entries = []
     for layer in model.layers:
-        cls = type(layer)
-        if getattr(keras.layers, cls.__name__, None) is not cls:
-            raise ConversionError(
-                f"{layer.name}: {cls.__module__}.{cls.__name__} is a custom layer, which can't be "
-                "converted"
-            )
-        activation = getattr(layer, "activation", None)
-        if inspect.isfunction(activation):
-            # Keras writes any function down by its name alone.
-            known = getattr(keras.activations, activation.__name__, None)
-            if known is not activation:
-                raise refuse(
-                    f"{layer.name} ({cls.__name__})",
-                    f"activation={activation.__name__!r} is a function of the user's own",
-                )
-        entries.append(keras.saving.serialize_keras_object(layer))
+        _check_known(layer)
+        inside = isinstance(layer, keras.Sequential)
+        entry = _config(layer) if inside else keras.saving.serialize_keras_object(layer)
+        if inside:
+            entry["config"]["name"] = layer.name
+        entries.append(entry)
     shape = [None, *model.input_shape[1:]]
     return {"class_name": "Sequential", "config": {"layers": entries, "build_input_shape": shape}}
+
+
+def _check_known(layer: Any) -> None:
+    cls = type(layer)
+    if isinstance(layer, keras.Model) and cls.__name__ in _keras_file.CONTAINERS:
+        for inner in layer.layers:
+            _check_known(inner)
+        return
+    custom = _layers.CUSTOM["keras"].get(cls.__name__)
+    if cls is not (custom or getattr(keras.layers, cls.__name__, None)):
+        raise refuse(
+            layer.name,
+            f"{cls.__module__}.{cls.__name__} is a custom layer, which can't be converted",
+            "converters.register(row) makes it known",
+        )
+    activation = getattr(layer, "activation", None)
+    if inspect.isfunction(activation):
+        # Keras writes any function down by its name alone.
+        known = getattr(keras.activations, activation.__name__, None)
+        if known is not activation:
+            raise refuse(
+                f"{layer.name} ({cls.__name__})",
+                f"activation={activation.__name__!r} is a function of the user's own",
+            )
+    for role in ("layer", "forward_layer", "backward_layer", "cell"):
+        wrapped = getattr(layer, role, None)
+        if isinstance(wrapped, keras.layers.Layer) and role in layer.get_config() | {"cell": 0}:
+            name = type(wrapped).__name__
+            if getattr(keras.layers, name, None) is not type(wrapped):
+                raise refuse(layer.name, f"it wraps {name}, which is a custom layer")
 
 
 def to_keras(module: Any, variables: Any, input_shape: Sequence[int | None] | None = None) -> Any:
@@ -117,16 +161,28 @@ def to_keras(module: Any, variables: Any, input_shape: Sequence[int | None] | No
     layers, shape = _keras_file.to_keras_layers(module, variables, input_shape)
     config = _keras_file.keras_config(layers, shape)["config"]
     try:
-        model = keras.Sequential.from_config(config)
+        with keras.saving.custom_object_scope(_layers.CUSTOM["keras"]):
+            model = keras.Sequential.from_config(config)
     except (TypeError, ValueError) as error:
         raise ConversionError(
             f"Keras can't build this model: {' '.join(str(error).split())}"
         ) from error
     for layer in layers:
-        live = {v.name: v for v in model.get_layer(layer.name).variables}
-        for name, value in layer.arrays.items():
-            live[name].assign(value)
+        live: Any = model
+        for part in parts_of(layer.name):
+            live = live.get_layer(part)
+        _assign(layer, live)
     return model
+
+
+def _assign(layer: Layer, live: Any) -> None:
+    if layer.inner:
+        roles = ("forward_layer", "backward_layer") if len(layer.inner) > 1 else ("layer",)
+        for part, role in zip(layer.inner, roles, strict=True):
+            _assign(part, getattr(live, role))
+    variables = {v.name: v for v in live.variables}
+    for name, value in layer.arrays.items():
+        variables[name].assign(value)
 
 
 def leaves(model: Any) -> list[LiveLeaf]:

@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import io
+import itertools
 import json
 import math
 import re
@@ -14,25 +15,31 @@ from typing import Any
 import numpy as np
 from fwt.converters import _convert, _flax, _layers
 from fwt.converters._io import Budget, member, opened, reading
-from fwt.converters._row import Layer, S, refuse
+from fwt.converters._row import Layer, S, joined, parts_of, refuse
 
 from fwt._types import ConversionError, FileFormatError, Model
 
 KERAS_VERSION = "3.15.1"  # whose file layout this is
 
 
-def keras_layers(config: Any, place: str) -> tuple[list[Layer], tuple[int | None, ...] | None]:
+def keras_layers(
+    config: Any, place: str, inside: tuple[str, ...] = ()
+) -> tuple[list[Layer], tuple[int | None, ...] | None]:
     """The layers of a Keras Sequential's config, and its input shape without the batch axis.
 
-    An ``activation=`` becomes a layer of its own, named ``<layer>__activation``.
+    So too for a Functional model that is one straight line. An ``activation=`` becomes a layer of
+    its own, named ``<layer>__activation``; the layers of a model inside keep its name before
+    theirs.
     """
-    if not isinstance(config, dict) or config.get("class_name") != "Sequential":
-        found = config.get("class_name") if isinstance(config, dict) else type(config).__name__
-        raise ConversionError(f"{place}: expected a keras Sequential, found {found!r}")
+    kind = config.get("class_name") if isinstance(config, dict) else type(config).__name__
+    if kind not in CONTAINERS:
+        raise ConversionError(f"{place}: expected a keras Sequential, found {kind!r}")
     body = config.get("config")
     entries = body.get("layers") if isinstance(body, dict) else None
     if not isinstance(body, dict) or not isinstance(entries, list):
         raise FileFormatError(f"{place}: the config has no list of layers")
+    if kind != "Sequential":
+        entries = _line(body, entries, place)
     shape = body.get("build_input_shape")
     layers: list[Layer] = []
     for entry in entries:
@@ -45,18 +52,88 @@ def keras_layers(config: Any, place: str) -> tuple[list[Layer], tuple[int | None
         name = settings.get("name")
         if not isinstance(name, str):
             raise FileFormatError(f"{place}: a layer {kind!r} has no name")
-        _check_policy(f"{name} ({kind})", settings.pop("dtype", None))
-        activation = None
-        if any(r.fused_activation for r in _layers.rows_of("keras", kind)):
-            activation = settings.pop("activation", "linear")
-        elif kind == "Activation":
-            settings["activation"] = _function_name(settings.get("activation"))
-        layers.append(Layer(name, kind, settings))
-        if activation is not None:
-            layers += _fused(f"{name}__activation", activation, place)
+        parts = (*inside, name)
+        if kind in CONTAINERS:
+            layers += keras_layers(entry, place, parts)[0]
+            continue
+        layers += _layer_and_activation(joined(parts), kind, settings, place)
     if shape is not None and not isinstance(shape, list | tuple):
         raise FileFormatError(f"{place}: the input shape is {shape!r}")
     return layers, None if shape is None else tuple(shape[1:])
+
+
+CONTAINERS = ("Sequential", "Functional")
+
+
+def _layer_and_activation(
+    name: str, kind: str, settings: dict[str, Any], place: str
+) -> list[Layer]:
+    _check_policy(f"{name} ({kind})", settings.pop("dtype", None))
+    activation = None
+    if any(r.fused_activation for r in _layers.rows_of("keras", kind)):
+        activation = settings.pop("activation", "linear")
+    elif kind == "Activation":
+        settings["activation"] = _function_name(settings.get("activation"))
+    inner = []
+    for role in ("layer", "backward_layer", "cell"):
+        if isinstance(settings.get(role), dict):
+            wrapped, its = _keras_entry(settings.pop(role), place)
+            own = its.get("name", role)
+            parsed = _layer_and_activation(own, wrapped, its, place)
+            inner.append(parsed[0])
+            if len(parsed) > 1:  # what wraps a layer with an activation does so in two steps
+                activation = parsed[1].settings.get("activation")
+    layers = [Layer(name, kind, settings, inner=tuple(inner))]
+    if activation is not None:
+        layers += _fused(f"{name}__activation", activation, place)
+    return layers
+
+
+def _line(body: Mapping[str, Any], entries: list[Any], place: str) -> list[Any]:
+    """The layers of a Functional model in order, if each takes what one other gives."""
+
+    def names(key: str) -> list[str]:
+        ends = body.get(key)
+        flat = [ends] if ends and not isinstance(ends[0], list) else ends or []
+        return [end[0] for end in flat]
+
+    starts, ends = names("input_layers"), names("output_layers")
+    if len(starts) != 1 or len(ends) != 1:
+        raise ConversionError(
+            f"{place}: a model of {len(starts)} inputs and {len(ends)} outputs is no sequence of "
+            "layers; to change its weights in place, use converters.transform(model, t)"
+        )
+    by_name = {e["name"]: e for e in entries if isinstance(e, dict) and "name" in e}
+    after: dict[str, str] = {}
+    for name, entry in by_name.items():
+        sources = _tensors(entry.get("inbound_nodes"))
+        if name == starts[0] and not sources:
+            continue
+        if len(sources) != 1 or sources[0] in after:
+            raise ConversionError(
+                f"{place}: {name} takes {len(sources)} inputs, or one that another layer takes "
+                "too: only one straight line of layers is a Sequential; to change its weights in "
+                "place, use converters.transform(model, t)"
+            )
+        after[sources[0]] = name
+    out, name = [by_name[starts[0]]], starts[0]
+    while name != ends[0]:
+        if name not in after or len(out) > len(entries):
+            raise ConversionError(f"{place}: no line of layers leads to {ends[0]}")
+        name = after[name]
+        out.append(by_name[name])
+    return out
+
+
+def _tensors(node: Any) -> list[str]:
+    """The names of the layers whose outputs stand in a node of a config."""
+    if isinstance(node, Mapping):
+        if node.get("class_name") == "__keras_tensor__":
+            return [node["config"]["keras_history"][0]]
+        return [name for value in node.values() for name in _tensors(value)]
+    if isinstance(node, list | tuple):
+        return [name for value in node for name in _tensors(value)]
+    return []
 
 
 def _keras_entry(entry: Any, place: str) -> tuple[str, dict[str, Any]]:
@@ -65,6 +142,8 @@ def _keras_entry(entry: Any, place: str) -> tuple[str, dict[str, Any]]:
     kind, module = entry.get("class_name"), entry.get("module")
     if not isinstance(kind, str):
         raise FileFormatError(f"{place}: a layer's class is {kind!r}")
+    if kind in _layers.CUSTOM["keras"]:
+        return kind, dict(entry["config"])
     if entry.get("registered_name") not in (None, kind) or (
         module is not None and str(module).split(".")[0] != "keras"
     ):
@@ -109,23 +188,14 @@ def _fused(name: str, activation: Any, place: str) -> list[Layer]:
 
 def keras_config(layers: list[Layer], shape: Any, name: str = "sequential") -> dict[str, Any]:
     """The config of a Keras Sequential of these layers, activations folded into theirs."""
-    entries = [
-        {
-            "module": "keras.layers",
-            "class_name": "InputLayer",
-            "config": {"batch_shape": [None, *shape], "dtype": "float32", "name": "input_layer"},
-            "registered_name": None,
-        }
-    ]
-    for layer in layers:
-        entries.append(
-            {
-                "module": "keras.layers",
-                "class_name": layer.kind,
-                "config": {"name": layer.name, "dtype": "float32", **listed(layer.settings)},
-                "registered_name": None,
-            }
-        )
+    dtype = "int32" if layers and layers[0].kind == "Embedding" else "float32"
+    first = {
+        "module": "keras.layers",
+        "class_name": "InputLayer",
+        "config": {"batch_shape": [None, *shape], "dtype": dtype, "name": "input_layer"},
+        "registered_name": None,
+    }
+    entries = [first, *_entries([(parts_of(layer.name), layer) for layer in layers])]
     return {
         "module": "keras",
         "class_name": "Sequential",
@@ -141,11 +211,67 @@ def keras_config(layers: list[Layer], shape: Any, name: str = "sequential") -> d
     }
 
 
+def _entries(layers: list[tuple[list[str], Layer]]) -> list[dict[str, Any]]:
+    out: list[dict[str, Any]] = []
+    for first, together in itertools.groupby(layers, key=lambda e: e[0][0]):
+        group = list(together)
+        if "/" in first or not first:
+            raise ConversionError(f"{first!r} can't be the name of a Keras layer")
+        if len(group[0][0]) > 1:
+            inside = _entries([(parts[1:], layer) for parts, layer in group])
+            config = {"name": first, "trainable": True, "dtype": "float32", "layers": inside}
+            out.append({"module": "keras", "class_name": "Sequential", "config": config,
+                        "registered_name": None})  # fmt: skip
+            continue
+        out += [_entry(first, layer) for _, layer in group]
+    return out
+
+
+def _entry(name: str, layer: Layer) -> dict[str, Any]:
+    config = {"name": name, "dtype": "float32", **listed(layer.settings)}
+    for role, inner in zip(("layer", "backward_layer"), layer.inner, strict=False):
+        config[role] = _entry(inner.name, inner)
+    custom = _layers.CUSTOM["keras"].get(layer.kind)
+    return {
+        "module": custom.__module__ if custom else "keras.layers",
+        "class_name": layer.kind,
+        "config": config,
+        "registered_name": layer.kind if custom else None,
+    }
+
+
+def _separable(first: Layer, second: Layer) -> Layer | None:
+    """``x__depthwise`` and ``x`` as one SeparableConv, if they are its two parts."""
+    count = second.kind.removeprefix("Conv").removesuffix("D")
+    if first.name != f"{second.name}__depthwise" or first.kind != f"DepthwiseConv{count}D":
+        return None
+    told = second.settings
+    one = (1,) * int(count)
+    plain = told["kernel_size"] == one and told["strides"] == one and told["groups"] == 1
+    if not plain or first.settings["use_bias"] or told["padding"] == "causal":
+        return None
+    shared = ("strides", "padding", "dilation_rate", "kernel_size", "depth_multiplier")
+    left = {k: v for k, v in told.items() if k not in ("groups", "kernel_size")}
+    settings = {**left, **{k: first.settings[k] for k in shared}}
+    arrays = {
+        "depthwise_kernel": first.arrays["kernel"],
+        "pointwise_kernel": second.arrays["kernel"],
+    }
+    if "bias" in second.arrays:
+        arrays["bias"] = second.arrays["bias"]
+    return Layer(second.name, f"SeparableConv{count}D", settings, arrays)
+
+
 def fold_activations(layers: list[Layer]) -> list[Layer]:
-    """``x`` and ``x__activation`` as one Keras layer."""
+    """``x`` and ``x__activation`` as one Keras layer, and the parts of a SeparableConv."""
     out: list[Layer] = []
     for layer in layers:
         last = out[-1] if out else None
+        if last is not None and layer.kind in ("Conv1D", "Conv2D"):
+            separable = _separable(last, layer)
+            if separable is not None:
+                out[-1] = separable
+                continue
         if (
             last is not None
             and layer.kind == "Activation"
@@ -204,30 +330,58 @@ def load_keras(path: Path) -> Model:
     with reading(path), opened(path) as archive:
         config = json.loads(member(archive, "config.json", budget))
         layers, shape = keras_layers(config, str(path))
-        if any(x.kind == "Sequential" for x in layers):
-            raise ConversionError(f"{path}: a Sequential inside a Sequential can't be converted")
         import h5py
 
         weights = member(archive, "model.weights.h5", budget)
         with h5py.File(io.BytesIO(weights), "r") as file:
             own = [x for x in layers if not x.fused]
             for layer, group in zip(own, _groups(own), strict=True):
-                layer.arrays = _keras_arrays(file, f"layers/{group}/vars", layer, budget)
+                for part, place in _places(layer, group):
+                    part.arrays = _keras_arrays(file, f"{place}/vars", part, budget)
     new, found = _convert.convert(layers, "keras", "flax", shape, "source")
     return _flax.write_flax(new, found)
 
 
 def _groups(layers: list[Layer]) -> list[str]:
-    """The group of each layer in the weights file: its class in snake case, and a counter."""
-    seen: dict[str, int] = {}
-    out = []
-    for layer in layers:
-        name = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", layer.kind)
-        name = re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()
-        count = seen.get(name, 0)
-        seen[name] = count + 1
-        out.append(f"{name}_{count}" if count else name)
-    return out
+    """The group of each layer in the weights file: its class in snake case, and a counter, under
+    ``layers`` of the model that it is in."""
+
+    def under(entries: list[tuple[list[str], Layer]], where: str) -> list[str]:
+        seen: dict[str, int] = {}
+        out: list[str] = []
+
+        def group(kind: str) -> str:
+            name = re.sub(r"\W+", "", kind)
+            name = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", name)
+            name = re.sub(r"([a-z])([A-Z])", r"\1_\2", name).lower()
+            count = seen.get(name, 0)
+            seen[name] = count + 1
+            return f"{where}layers/{name}_{count}" if count else f"{where}layers/{name}"
+
+        for _, together in itertools.groupby(entries, key=lambda e: e[0][0]):
+            inside = list(together)
+            if len(inside[0][0]) > 1:
+                place = group("Sequential")
+                out += under([(parts[1:], layer) for parts, layer in inside], f"{place}/")
+            else:
+                out += [group(layer.kind) for _, layer in inside]
+        return out
+
+    return under([(parts_of(layer.name), layer) for layer in layers], "")
+
+
+def _places(layer: Layer, group: str) -> list[tuple[Layer, str]]:
+    """A layer and what it wraps, with the groups that hold their arrays."""
+    roles = {"Bidirectional": ("forward_layer", "backward_layer")}.get(layer.kind, ("layer",))
+    if layer.kind in CELLS:
+        return [(layer, f"{group}/cell")]
+    inner = [p for part, role in zip(layer.inner, roles, strict=False)
+             for p in _places(part, f"{group}/{role}")]  # fmt: skip
+    return inner if layer.inner else [(layer, group)]
+
+
+# Layers whose arrays are those of a cell inside them.
+CELLS = ("SimpleRNN", "LSTM", "GRU", "ConvLSTM1D", "ConvLSTM2D", "ConvLSTM3D")
 
 
 def _keras_names(layer: Layer) -> list[str]:
@@ -289,10 +443,11 @@ def save_keras(file: Any, module: Any, variables: Any, layout: str | None) -> No
     weights = io.BytesIO()
     with h5py.File(weights, "w") as h5:
         for layer, group in zip(layers, _groups(layers), strict=True):
-            place = h5.create_group(f"layers/{group}/vars")
-            place.attrs["name"] = layer.name
-            for index, name in enumerate(_keras_names(layer)):
-                place.create_dataset(str(index), data=layer.arrays[name])
+            for part, where in _places(layer, group):
+                place = h5.create_group(f"{where}/vars")
+                place.attrs["name"] = parts_of(part.name)[-1]
+                for index, name in enumerate(_keras_names(part)):
+                    place.create_dataset(str(index), data=part.arrays[name])
         h5.create_group("vars").attrs["name"] = "sequential"
     saved = datetime.datetime.now().strftime("%Y-%m-%d@%H:%M:%S")
     with zipfile.ZipFile(file, "w") as archive:

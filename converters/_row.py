@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fwt import _tree
 from fwt import layers as fl
 from fwt._axes import Known
 from fwt._types import ConversionError
@@ -42,24 +43,17 @@ TRAINING: dict[str, frozenset[str]] = {
             "name",
             "trainable",
             "seed",
-            "activity_regularizer",
-            "kernel_initializer",
-            "bias_initializer",
-            "beta_initializer",
-            "gamma_initializer",
-            "moving_mean_initializer",
-            "moving_variance_initializer",
-            "kernel_regularizer",
-            "bias_regularizer",
-            "beta_regularizer",
-            "gamma_regularizer",
-            "kernel_constraint",
-            "bias_constraint",
-            "beta_constraint",
-            "gamma_constraint",
         ]
     ),
 }
+
+
+def is_training(framework: Framework, name: str) -> bool:
+    """Whether a setting matters only in training, or is a name."""
+    ends = ("_initializer", "_regularizer", "_constraint")
+    return name in TRAINING[framework] or (framework == "keras" and name.endswith(ends))
+
+
 # Arrays that are no weights.
 STATE = {"flax": (), "torch": ("num_batches_tracked",), "keras": ("seed_generator_state",)}
 
@@ -71,7 +65,10 @@ def refuse(place: str, found: str, way_out: str = "") -> ConversionError:
 
 @dataclasses.dataclass(frozen=True)
 class S:
-    """One setting under its name in each framework; None where a framework can't say it."""
+    """One setting under its name in each framework.
+
+    None where a framework can't say it, "" where the row's ``special`` says it.
+    """
 
     flax: str
     torch: str | None
@@ -105,6 +102,23 @@ class AxisSetting:
 
     def name(self, framework: Framework) -> str | None:
         return {"flax": self.flax, "torch": self.torch, "keras": self.keras}[framework]
+
+
+@dataclasses.dataclass(frozen=True)
+class AxesSetting:
+    """A setting that is the numbers of several axes: it crosses as those axes.
+
+    The arrays' letter ``*a`` stands for them. ``torch`` is None where torch says how many axes it
+    means by the shape of its arrays; they stand last there, or second if ``torch_second``.
+    """
+
+    flax: str
+    keras: str | None
+    keras_default: Any = -1
+    torch_second: bool = False
+
+    def name(self, framework: Framework) -> str | None:
+        return {"flax": self.flax, "torch": None, "keras": self.keras}[framework]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +164,17 @@ class Special:
         """Adds settings of a framework; returns the layers to put around it."""
         return []
 
+    def finish(
+        self,
+        framework: Framework,
+        layer: "Layer",
+        fields: Mapping[str, Any],
+        sizes: Any,
+        at: "At",
+    ) -> "Layer":
+        """The layer as it is written, for a class or an array that the row can't name."""
+        return layer
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -166,14 +191,20 @@ class Row:
         function: (name in keras.activations, the fields that it stands for).
         fused_activation: whether Keras's layer has an activation=, which becomes a layer.
         kind: how the walk treats it: "" by its axes, or "flatten", "reshape", "permute".
+        rank_of: the Flax field that has an entry for each spatial axis.
+        ordered: whether the order of the channels matters beyond which weight meets which.
+        halves: the setting whose axis comes out half as long.
+        fits: whether the row is meant, where several have the class.
+        lower: the layer as simpler ones of the same framework, or None to leave it.
+        lacks: why a framework has no such layer, for the table and the error.
     """
 
     flax: type | None
-    torch: str | None = None
-    keras: str | None = None
+    torch: str | type | None = None
+    keras: str | type | None = None
     axes: str = ""
     torch_axes: str | None = None
-    settings: tuple[S | Size | AxisSetting, ...] = ()
+    settings: tuple["S | Size | AxisSetting | AxesSetting", ...] = ()
     params: tuple[P, ...] = ()
     ranks: tuple[int, ...] = ()
     channel: str | None = None
@@ -182,6 +213,12 @@ class Row:
     kind: Literal["", "flatten", "reshape", "permute"] = ""
     fused_activation: bool = False
     special: Special = dataclasses.field(default_factory=Special)
+    rank_of: str | None = None
+    ordered: bool = False
+    halves: str | None = None
+    fits: Callable[[Framework, "Layer"], bool] | None = None
+    lower: Callable[[Framework, "Layer", int | None], "list[Layer] | None"] | None = None
+    lacks: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def spec(self, framework: Framework) -> tuple[list[str], list[str]]:
         text = self.torch_axes if framework == "torch" and self.torch_axes else self.axes
@@ -191,19 +228,34 @@ class Row:
     def class_in(self, framework: Framework) -> str | None:
         if framework == "flax":
             return self.flax.__name__ if self.flax else None
-        return self.torch if framework == "torch" else self.keras
+        found = self.torch if framework == "torch" else self.keras
+        return found.__name__ if isinstance(found, type) else found
+
+
+def joined(parts: Sequence[str]) -> str:
+    """The name of a layer inside others, such as ``features/0``."""
+    return "/".join(_tree.escape(p) for p in parts)
+
+
+def parts_of(name: str) -> list[str]:
+    """The inverse of :func:`joined`."""
+    return [_tree.unescape(p) for p in _tree.split(name)]
 
 
 @dataclasses.dataclass
 class Layer:
-    """One layer as one framework says it: its class name, settings and arrays by name."""
+    """One layer as one framework says it: its class name, settings and arrays by name.
+
+    The name of a layer inside another has the parts of both, see :func:`joined`.
+    """
 
     name: str
     kind: str
     settings: dict[str, Any]
     arrays: dict[str, Any] = dataclasses.field(default_factory=dict)
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    fused: bool = False  # an activation that is part of the Keras layer before it
+    fused: bool = False  # no layer of its own in the source, but a part of one
+    inner: "tuple[Layer, ...]" = ()  # what a wrapper wraps
 
     def __str__(self) -> str:
         return f"{self.name} ({self.kind})"
@@ -227,6 +279,7 @@ class At:
     sizes: tuple[int | None, ...]
     non_negative: bool = False  # whether its input is known to be >= 0
     rank: int | None = None
+    numbered: tuple[int | None, ...] = ()  # the sizes of the axes of an AxesSetting
 
     def known(self, why: str) -> tuple[int, ...]:
         if not self.sizes or any(s is None for s in self.sizes):
@@ -263,7 +316,7 @@ class Take:
     def check_all_taken(self) -> None:
         """Raises for any setting off its default that nobody took."""
         for name, value in self.values.items():
-            if name in self.taken or name in TRAINING[self.framework]:
+            if name in self.taken or is_training(self.framework, name):
                 continue
             if name in self.defaults and same(value, self.defaults[name]):
                 continue
@@ -354,8 +407,12 @@ def read_settings(row: Row, framework: Framework, layer: Layer, at: At) -> dict[
                 take(setting.torch)
             continue
         name = setting.name(framework)
-        if isinstance(setting, AxisSetting):
+        if isinstance(setting, AxesSetting):
+            fields[setting.flax] = take(name) if name else None
+        elif isinstance(setting, AxisSetting):
             fields[setting.flax] = take(name) if name else setting.torch_fixed
+        elif name == "":
+            continue
         elif name is None:
             fields[setting.flax] = flax_default(row, setting.flax)
         else:
@@ -381,52 +438,13 @@ def flax_default(row: Row, name: str) -> Any:
     return cls.__dataclass_fields__[name].default if cls else None
 
 
-def letter_sizes(
-    row: Row, framework: Framework, layer: Layer, fields: Mapping[str, Any]
-) -> dict[str, int]:
-    """The size of each letter that the arrays tell, which must agree among them and with the
-    settings."""
-    sizes: dict[str, int] = {}
-    for p in row.params:
-        name, letters = p.of(framework)
-        if name not in layer.arrays:
-            continue
-        shape = np.shape(layer.arrays[name])
-        stars = len(shape) - sum(not x.startswith("*") for x in letters)
-        if stars < 0 or (stars and not any(x.startswith("*") for x in letters)):
-            raise refuse(str(layer), f"{name} has shape {shape}, expected {' '.join(letters)}")
-        index = 0
-        for letter in letters:
-            if letter.startswith("*"):
-                window = tuple(shape[index : index + stars])
-                if fields.get("kernel_size", window) != window:
-                    raise refuse(
-                        str(layer),
-                        f"{name} has a window of {window}, expected {fields['kernel_size']}",
-                    )
-                index += stars
-                continue
-            if sizes.setdefault(letter, shape[index]) != shape[index]:
-                raise refuse(
-                    str(layer),
-                    f"{name} has shape {shape}, expected {sizes[letter]} at axis {index}",
-                )
-            index += 1
-    if fields.get("features", sizes.get("o")) != sizes.get("o", fields.get("features")):
-        raise refuse(
-            str(layer), f"its arrays have {sizes['o']} outputs, expected {fields['features']}"
-        )
-    if "j" in sizes:
-        sizes["i"] = sizes["j"] * fields.get("feature_group_count", 1)
-    return sizes
-
-
-def output_shape(
+def output_sizes(
     row: Row, fields: Mapping[str, Any], inputs: Sequence[int | None], place: str
-) -> tuple[int | None, ...]:
-    """The shape without the batch axis that the Flax layer gives, by ``jax.eval_shape``."""
+) -> dict[str, int | None]:
+    """The size of each letter that the Flax layer gives, by ``jax.eval_shape``."""
+    right = row.spec("flax")[1][1:]
     if any(s is None for s in inputs):
-        return (None,) * len(inputs)
+        return dict.fromkeys(right)
     settings: dict[str, Any] = {s.flax: fields[s.flax] for s in row.settings if isinstance(s, S)}
     row.special.write("flax", dict(fields), settings, At(place, ()))
     cls: Any = row.flax
@@ -434,8 +452,8 @@ def output_shape(
     x = jax.ShapeDtypeStruct((1, *inputs), jnp.float32)
     try:
         out = jax.eval_shape(lambda v: module.init_with_output(jax.random.key(0), v)[0], x)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, ZeroDivisionError) as error:
         raise refuse(place, f"an input of {tuple(inputs)} does not fit: {error}") from error
     if 0 in out.shape:
         raise refuse(place, f"an input of {tuple(inputs)} is too small for it")
-    return tuple(out.shape[1:])
+    return dict(zip(right, out.shape[1:], strict=True))

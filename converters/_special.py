@@ -1,220 +1,25 @@
-"""What rows can't declare: padding, and settings that one framework says in another form."""
+"""What rows can't declare: settings that one framework says in another form."""
 
-from typing import Any
+import json
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
-from fwt.converters._row import Around, At, Framework, Special, Take, each, refuse
+import numpy as np
+from fwt.converters._padding import pairs_in
+from fwt.converters._row import (
+    Around,
+    At,
+    Framework,
+    Layer,
+    Special,
+    Take,
+    each,
+    is_training,
+    refuse,
+    whole,
+)
 
 from fwt import layers as fl
-
-# Padding. The canonical form is Flax's: "VALID", "SAME", or (before, after) per spatial axis.
-
-Pairs = tuple[tuple[int, int], ...]
-
-
-def same_pads(
-    sizes: tuple[int, ...], window: tuple[int, ...], strides: tuple[int, ...], dilation: Any
-) -> Pairs:
-    """What SAME means at these sizes (TensorFlow's rule: the odd one goes after)."""
-    out = []
-    for n, k, s, d in zip(sizes, window, strides, dilation, strict=True):
-        total = max((-(-n // s) - 1) * s + (k - 1) * d + 1 - n, 0)
-        out.append((total // 2, total - total // 2))
-    return tuple(out)
-
-
-def ceil_pads(
-    sizes: tuple[int, ...], window: tuple[int, ...], strides: tuple[int, ...], begin: Any
-) -> Pairs:
-    """What torch's ceil_mode=True means at these sizes."""
-    out = []
-    for n, k, s, p in zip(sizes, window, strides, begin, strict=True):
-        count = -(-(n + 2 * p - k) // s) + 1
-        # A window that starts beyond the input and its left padding is dropped.
-        count -= (count - 1) * s >= n + p
-        out.append((p, p + max((count - 1) * s + k - (n + 2 * p), 0)))
-    return tuple(out)
-
-
-def symmetric(pads: Pairs) -> tuple[int, ...] | None:
-    return tuple(lo for lo, _ in pads) if all(lo == hi for lo, hi in pads) else None
-
-
-def is_same_everywhere(pads: Pairs, window: Any, strides: Any, dilation: Any) -> bool:
-    """Whether these pads are SAME at every input size: only with stride 1."""
-    return all(s == 1 for s in strides) and pads == same_pads(
-        tuple(1000 for _ in pads), window, strides, dilation
-    )
-
-
-def _read_flax_padding(take: Take, window: tuple[int, ...]) -> str | Pairs:
-    value = take("padding")
-    if isinstance(value, str):
-        if value.upper() not in ("SAME", "VALID"):
-            raise refuse(take.place, f"padding={value!r}: only 'SAME', 'VALID' or numbers")
-        return value.upper()
-    if isinstance(value, int):
-        value = (value,) * len(window)
-    pads = tuple((p, p) if isinstance(p, int) else (int(p[0]), int(p[1])) for p in value)
-    if len(pads) != len(window):
-        raise refuse(take.place, f"padding={value!r} does not fit a window of {window}")
-    return pads if any(lo or hi for lo, hi in pads) else "VALID"
-
-
-class ConvPadding(Special):
-    """Padding of a convolution."""
-
-    def read(self, framework: Framework, take: Take, fields: dict[str, Any], at: At) -> None:
-        window = fields["kernel_size"]
-        if framework == "flax":
-            if isinstance(take("kernel_size"), int):
-                raise refuse(take.place, f"kernel_size={window[0]} is a window of one axis")
-            for name in ("strides", "kernel_dilation"):
-                fields[name] = fields[name] or (1,) * len(window)
-            fields["padding"] = _read_flax_padding(take, window)
-            return
-        value = take("padding")
-        if isinstance(value, str):
-            if value not in ("same", "valid"):
-                raise refuse(take.place, f"padding={value!r}: only 'same' and 'valid'")
-            fields["padding"] = value.upper()
-            return
-        pads = tuple((p, p) for p in each(len(window))(value))
-        fields["padding"] = pads if any(lo for lo, _ in pads) else "VALID"
-
-    def write(
-        self, framework: Framework, fields: dict[str, Any], settings: dict[str, Any], at: At
-    ) -> list[Around]:
-        pads = fields["padding"]
-        geometry = (fields["kernel_size"], fields["strides"], fields["kernel_dilation"])
-        if framework == "flax":
-            settings["padding"] = pads
-            return []
-        if framework == "keras":
-            if any(s > 1 for s in geometry[1]) and any(d > 1 for d in geometry[2]):
-                raise refuse(at.place, "Keras can't say strides and dilation above 1 together")
-            if isinstance(pads, str) or is_same_everywhere(pads, *geometry):
-                settings["padding"] = pads.lower() if isinstance(pads, str) else "same"
-                return []
-            settings["padding"] = "valid"
-            return [Around(fl.ZeroPad, "__pad", {"padding": pads})]
-        if pads == "VALID":
-            settings["padding"] = (0,) * len(geometry[0])
-            return []
-        if pads == "SAME":
-            if all(s == 1 for s in geometry[1]):
-                even = same_pads(tuple(1000 for _ in geometry[0]), *geometry)
-                settings["padding"] = symmetric(even) or "same"
-                return []
-            pads = same_pads(at.known("padding='SAME' with strides"), *geometry)
-        settings["padding"] = symmetric(pads)
-        if settings["padding"] is not None:
-            return []
-        settings["padding"] = (0,) * len(pads)
-        return [Around(fl.ZeroPad, "__pad", {"padding": pads})]
-
-
-class PoolPadding(Special):
-    """Padding, strides and torch's ceil_mode of a pool; ``average`` has count_include_pad."""
-
-    def __init__(self, average: bool):
-        self.average = average
-
-    def read(self, framework: Framework, take: Take, fields: dict[str, Any], at: At) -> None:
-        window = fields["window_shape"]
-        strides = fields["strides"] = fields["strides"] or window
-        include = False
-        if framework == "flax":
-            pads: str | Pairs = _read_flax_padding(take, window)
-            include = self.average and take("count_include_pad")
-        elif framework == "keras":
-            if take("padding") not in ("same", "valid"):
-                raise refuse(take.place, f"padding={take('padding')!r}")
-            pads = take("padding").upper()
-        else:
-            include = self.average and take("count_include_pad")
-            begin = each(len(window))(take("padding"))
-            pads = tuple((p, p) for p in begin)
-            if take("ceil_mode"):
-                even, pads = pads, ceil_pads(at.known("ceil_mode=True"), window, strides, begin)
-                if pads != even:
-                    if include and any(begin):
-                        raise refuse(
-                            take.place,
-                            "ceil_mode=True with padding and count_include_pad=True counts a part "
-                            "of the padding only",
-                            "set count_include_pad=False or ceil_mode=False",
-                        )
-                    include = False
-            if not any(lo or hi for lo, hi in pads):
-                pads = "VALID"
-        fields["padding"] = pads
-        if self.average:
-            fields["count_include_pad"] = bool(include) and pads != "VALID"
-
-    def write(
-        self, framework: Framework, fields: dict[str, Any], settings: dict[str, Any], at: At
-    ) -> list[Around]:
-        pads, window, strides = fields["padding"], fields["window_shape"], fields["strides"]
-        include = fields.get("count_include_pad", False)
-        ones = (1,) * len(window)
-        if framework == "flax":
-            settings["padding"] = pads
-            if self.average:
-                settings["count_include_pad"] = include
-            return []
-        if pads == "SAME" and (framework == "torch" or include):
-            pads = same_pads(at.known("padding='SAME'"), window, strides, ones)
-        if not isinstance(pads, str) and not any(lo or hi for lo, hi in pads):
-            pads = "VALID"
-        pad = Around(fl.ZeroPad, "__pad", {"padding": pads})
-        if framework == "keras":
-            settings["padding"] = "valid"
-            if isinstance(pads, str):
-                settings["padding"] = pads.lower()
-                return []
-            if include:
-                return [pad]
-            if is_same_everywhere(pads, window, strides, ones) or (
-                all(s is not None for s in at.sizes)
-                and pads == same_pads(at.known(""), window, strides, ones)
-            ):
-                settings["padding"] = "same"
-                return []
-            if not self.average and at.non_negative:
-                return [pad]  # zeros never win against what is >= 0
-            raise refuse(
-                at.place,
-                f"Keras can't say a {'mean' if self.average else 'maximum'} that leaves out a "
-                f"padding of {pads}",
-                "use a padding that Keras' 'same' gives at this size",
-            )
-        settings["padding"] = (0,) * len(window)
-        if pads == "VALID":
-            return []
-        even = symmetric(pads)
-        if even is not None and all(2 * p <= k for p, k in zip(even, window, strict=True)):
-            settings["padding"] = even
-            if self.average:
-                settings["count_include_pad"] = include
-            return []
-        begin = tuple(lo for lo, _ in pads)
-        fits = all(2 * p <= k for p, k in zip(begin, window, strict=True))
-        sized = [s for s in at.sizes if s is not None]
-        fits = fits and not include and len(sized) == len(window)
-        if fits and pads == ceil_pads(tuple(sized), window, strides, begin):
-            settings["padding"], settings["ceil_mode"] = begin, True
-            if self.average:
-                settings["count_include_pad"] = False
-            return []
-        if not self.average:
-            return [Around(fl.ConstantPad, "__pad", {"padding": pads, "value": float("-inf")})]
-        if include:
-            return [pad]
-        raise refuse(
-            at.place,
-            f"torch can't say a mean that leaves out a padding of {pads}",
-            "use a symmetric padding, or 'VALID'",
-        )
 
 
 class BatchNormAffine(Special):
@@ -223,7 +28,7 @@ class BatchNormAffine(Special):
     def read(self, framework: Framework, take: Take, fields: dict[str, Any], at: At) -> None:
         if framework == "flax" and take("use_running_average") is False:
             raise refuse(take.place, "use_running_average=False: it predicts from each batch")
-        if fields["momentum"] is None:
+        if fields.get("momentum", 0) is None:
             raise refuse(
                 take.place,
                 "momentum=None is a cumulative mean, which only torch has",
@@ -248,31 +53,6 @@ class InferenceFlag(Special):
             raise refuse(take.place, "deterministic=False: it drops at inference too")
 
 
-class PadAmounts(Special):
-    """torch lists the last axis first and flat; Keras lists pairs, as Flax does."""
-
-    def read(self, framework: Framework, take: Take, fields: dict[str, Any], at: At) -> None:
-        value = fl.tuples(take("padding"))
-        if framework == "torch":
-            flat = (value,) * 4 if isinstance(value, int) else value
-            value = tuple((flat[i], flat[i + 1]) for i in range(len(flat) - 2, -1, -2))
-        elif isinstance(value, int):
-            value = ((value, value),) * 2
-        pairs = tuple((p, p) if isinstance(p, int) else p for p in value)
-        if any(n < 0 for pair in pairs for n in pair):
-            raise refuse(take.place, f"padding={value!r}: negative amounts crop")
-        fields["padding"] = pairs
-
-    def write(
-        self, framework: Framework, fields: dict[str, Any], settings: dict[str, Any], at: At
-    ) -> list[Around]:
-        pairs = fields["padding"]
-        settings["padding"] = (
-            tuple(n for pair in reversed(pairs) for n in pair) if framework == "torch" else pairs
-        )
-        return []
-
-
 class GlobalPool(Special):
     """torch's AdaptiveAvgPool2d(1) keeps the axes: a Flatten after it drops them."""
 
@@ -280,8 +60,7 @@ class GlobalPool(Special):
         if framework != "torch":
             fields["keepdims"] = bool(take("keepdims"))
             return
-        if each(2)(take("output_size")) != (1, 1):
-            raise refuse(take.place, f"output_size={take('output_size')!r}: only 1")
+        take("output_size")
         fields["keepdims"] = True
 
     def write(
@@ -290,8 +69,33 @@ class GlobalPool(Special):
         if framework != "torch":
             settings["keepdims"] = fields["keepdims"]
             return []
-        settings["output_size"] = (1, 1)
-        return [] if fields["keepdims"] else [Around(fl.Flatten, "__flatten", before=False)]
+        settings["output_size"] = (1,) * (len(at.sizes) or (at.rank or 4) - 2)
+        return (
+            []
+            if fields["keepdims"]
+            else [Around(fl.Flatten, "__flatten", {"start": 1, "end": -1}, before=False)]
+        )
+
+
+class FlattenAxes(Special):
+    """Keras flattens all axes, torch and ours from one to another."""
+
+    names: ClassVar = {"flax": ("start", "end"), "torch": ("start_dim", "end_dim")}
+
+    def read(self, framework: Framework, take: Take, fields: dict[str, Any], at: At) -> None:
+        if framework == "keras":
+            take("data_format")
+        start, end = (take(n) for n in self.names[framework]) if framework != "keras" else (1, -1)
+        fields["start"], fields["end"] = start, end
+
+    def write(
+        self, framework: Framework, fields: dict[str, Any], settings: dict[str, Any], at: At
+    ) -> list[Around]:
+        if framework != "keras" and (fields["start"], fields["end"]) != (1, -1):
+            settings |= dict(
+                zip(self.names[framework], (fields["start"], fields["end"]), strict=True)
+            )
+        return []
 
 
 class UnflattenDim(Special):
@@ -302,8 +106,10 @@ class UnflattenDim(Special):
             return
         if at.rank is None:
             raise refuse(take.place, "the rank of its input is not known", "give input_shape=")
-        if take("dim") not in (1, -1) or at.rank != 2:
-            raise refuse(take.place, f"dim={take('dim')} of rank {at.rank}: only dim=1 of rank 2")
+        dim = take("dim")
+        if not isinstance(dim, int) or not -at.rank <= dim < at.rank:
+            raise refuse(take.place, f"dim={dim!r} is no axis of rank {at.rank}")
+        fields["dim"] = None if at.rank == 2 and dim in (1, -1) else dim
 
     def write(
         self, framework: Framework, fields: dict[str, Any], settings: dict[str, Any], at: At
@@ -311,7 +117,7 @@ class UnflattenDim(Special):
         if framework != "torch":
             return []
         settings["dim"] = 1
-        return [] if at.rank == 2 else [Around(fl.Flatten, "__flatten")]
+        return [] if at.rank == 2 else [Around(fl.Flatten, "__flatten", {"start": 1, "end": -1})]
 
 
 class PermuteDims(Special):
@@ -334,3 +140,326 @@ class TorchSoftmaxDim(Special):
     def read(self, framework: Framework, take: Take, fields: dict[str, Any], at: At) -> None:
         if framework == "torch" and fields["axis"] is None:
             raise refuse(take.place, "dim=None: torch guesses the axis", "give dim= a number")
+
+
+class AxesNorm(Special):
+    """LayerNorm and RMSNorm: torch counts the last axes and says their sizes."""
+
+    def __init__(self, bias: bool = True):
+        self.bias = bias
+
+    def read(self, framework: Framework, take: Take, fields: dict[str, Any], at: At) -> None:
+        if framework == "flax":
+            if fl.tuples(take("feature_axes")) != fl.tuples(fields["reduction_axes"]):
+                raise refuse(take.place, "feature_axes must be its reduction_axes")
+        elif framework == "torch":
+            shape = take("normalized_shape")
+            count = 1 if isinstance(shape, int) else len(shape)
+            fields["reduction_axes"] = tuple(range(-count, 0))
+            fields["use_scale"] = affine = take("elementwise_affine")
+            if self.bias:
+                fields["use_bias"] = take("bias") and affine
+            elif fields["epsilon"] is None:
+                fields["epsilon"] = float(np.finfo(np.float32).eps)
+
+    def write(
+        self, framework: Framework, fields: dict[str, Any], settings: dict[str, Any], at: At
+    ) -> list[Around]:
+        if framework == "flax":
+            axes = fields["reduction_axes"]
+            axes = axes[0] if len(axes) == 1 else axes
+            settings["reduction_axes"] = settings["feature_axes"] = axes
+            settings["use_fast_variance"] = not self.bias  # it breaks where the mean is large
+        elif framework == "torch":
+            if any(n is None for n in at.numbered):
+                raise refuse(at.place, "normalized_shape is not known", "give input_shape=")
+            settings["normalized_shape"] = at.numbered
+            settings["elementwise_affine"] = fields["use_scale"] or fields.get("use_bias", False)
+            if self.bias:
+                settings["bias"] = fields["use_bias"]
+        else:
+            axes = fields["reduction_axes"]
+            settings["axis"] = axes[0] if len(axes) == 1 else axes
+        return []
+
+
+class ChannelNorm(Special):
+    """GroupNorm and InstanceNorm: of the last axis but for torch, where it is the second."""
+
+    def __init__(self, groups: bool):
+        self.groups = groups
+
+    def read(self, framework: Framework, take: Take, fields: dict[str, Any], at: At) -> None:
+        if framework == "torch" and "bias" in take.values:
+            fields["use_bias"] = take("bias") and fields["use_bias"]
+        if framework == "torch" and not self.groups:
+            take("momentum")  # of the statistics that it does not track
+        if framework == "keras":
+            take("groups")
+
+    def write(
+        self, framework: Framework, fields: dict[str, Any], settings: dict[str, Any], at: At
+    ) -> list[Around]:
+        if framework == "torch":
+            settings["affine"] = fields["use_scale"] or fields["use_bias"]
+        elif framework == "flax":
+            settings["use_fast_variance"] = False
+        elif not self.groups:
+            settings["groups"] = -1
+        return []
+
+
+class Slopes(Special):
+    """PReLU: Keras says which axes share a slope, torch has one for all or one a channel."""
+
+    def read(self, framework: Framework, take: Take, fields: dict[str, Any], at: At) -> None:
+        if framework == "torch":
+            fields["axes"] = () if take("num_parameters") == 1 else (1,)
+            take("init")
+        elif framework == "keras":  # lowered: the axes that have slopes of their own
+            fields["axes"] = take("axes")
+            take("shared_axes")
+
+    def write(
+        self, framework: Framework, fields: dict[str, Any], settings: dict[str, Any], at: At
+    ) -> list[Around]:
+        settings["axes"] = fields["axes"]
+        return []
+
+    def finish(
+        self, framework: Framework, layer: Layer, fields: Mapping[str, Any], sizes: Any, at: At
+    ) -> Layer:
+        (name, slope), *_ = layer.arrays.items()
+        axes = layer.settings.pop("axes")
+        if framework == "flax":
+            layer.settings["axes"] = axes
+        elif framework == "torch":
+            layer.settings["num_parameters"] = slope.size
+            layer.arrays[name] = slope.reshape(-1)
+        else:
+            if at.rank is None:
+                raise refuse(at.place, "the rank of its input is not known", "give input_shape=")
+            own = [a % at.rank for a in axes]
+            layer.settings["shared_axes"] = [a for a in range(1, at.rank) if a not in own]
+            shape = iter(slope.shape)
+            full = [next(shape) if a in own else 1 for a in range(1, at.rank)]
+            layer.arrays[name] = slope.reshape(full)
+        return layer
+
+
+class EmbeddingSettings(Special):
+    """What an Embedding has for training is left; what changes its output is refused."""
+
+    def read(self, framework: Framework, take: Take, fields: dict[str, Any], at: At) -> None:
+        if framework == "torch":
+            for name in ("padding_idx", "norm_type", "scale_grad_by_freq", "sparse"):
+                take(name)
+            for name in ("_weight", "_freeze"):
+                take.taken.add(name)
+            if take("max_norm") is not None:
+                raise refuse(
+                    take.place, f"max_norm={take('max_norm')}: it changes its weights when called"
+                )
+
+
+class Inert(Special):
+    """A layer that acts in training only: the identity, with its settings for the way back."""
+
+    def __init__(self, framework: str = "", kind: str = ""):
+        self.framework, self.kind = framework, kind
+
+    def read(self, framework: Framework, take: Take, fields: dict[str, Any], at: At) -> None:
+        if framework == "flax":
+            fields |= {k: take(k) for k in ("framework", "kind", "settings")}
+            return
+        kept = {k: v for k, v in take.values.items() if not is_training(framework, k)}
+        take.taken |= set(take.values)
+        try:
+            text = json.dumps(kept, sort_keys=True)
+        except TypeError as error:
+            raise refuse(take.place, f"a setting can't be kept ({error})") from error
+        fields |= {"framework": self.framework, "kind": self.kind, "settings": text}
+
+    def write(
+        self, framework: Framework, fields: dict[str, Any], settings: dict[str, Any], at: At
+    ) -> list[Around]:
+        if framework == "flax":
+            settings |= {k: fields[k] for k in ("framework", "kind", "settings")}
+        return []
+
+    def finish(
+        self, framework: Framework, layer: Layer, fields: Mapping[str, Any], sizes: Any, at: At
+    ) -> Layer:
+        if framework == "flax":
+            return layer
+        given = json.loads(fields["settings"])
+        if fields["framework"] == framework:
+            return Layer(layer.name, fields["kind"], given)
+        twin = _TWINS.get((framework, fields["kind"]))
+        if twin is None:
+            return Layer(layer.name, "Identity", {})
+        rate = {"keras": "rate", "torch": "p"}
+        return Layer(layer.name, twin, {rate[framework]: given[rate[fields["framework"]]]})
+
+
+# The layer of a framework that does in training what the other's does.
+_TWINS = {
+    **{("torch", f"SpatialDropout{r}D"): f"Dropout{r}d" for r in (1, 2, 3)},
+    **{("keras", f"Dropout{r}d"): f"SpatialDropout{r}D" for r in (1, 2, 3)},
+    ("torch", "AlphaDropout"): "AlphaDropout",
+    ("keras", "AlphaDropout"): "AlphaDropout",
+}
+
+
+class ResizeSettings(Special):
+    """Resizing: torch's Upsample, Keras's UpSampling2D and Resizing."""
+
+    def __init__(self, rank: int):
+        self.rank = rank
+
+    def _linear(self) -> str:
+        return ("linear", "bilinear", "trilinear")[self.rank - 1]
+
+    def read(self, framework: Framework, take: Take, fields: dict[str, Any], at: At) -> None:
+        fields |= {"shape": None, "scale": None, "method": "linear", "align_corners": False}
+        if framework == "flax":
+            fields |= {k: take(k) for k in ("shape", "scale", "method", "align_corners")}
+        elif framework == "torch":
+            size, scale = take("size"), take("scale_factor")
+            if size is not None:
+                fields["shape"] = each(self.rank)(size)
+            else:
+                many = isinstance(scale, list | tuple)
+                fields["scale"] = tuple(scale) if many else (float(scale),) * self.rank
+            mode = take("mode")
+            fields["method"] = "linear" if mode == self._linear() else mode
+            fields["align_corners"] = bool(take("align_corners"))
+            if fields["method"] not in ("nearest", "nearest-exact", "linear"):
+                raise refuse(
+                    take.place, f"mode={mode!r}: only nearest, nearest-exact and {self._linear()}"
+                )
+            take("recompute_scale_factor")
+        elif "size" in take.values:
+            fields["scale"] = tuple(float(s) for s in each(2)(take("size")))
+            if take("interpolation") != "bilinear":
+                raise refuse(
+                    take.place,
+                    f"interpolation={take('interpolation')!r}: only nearest and bilinear are the "
+                    "same elsewhere",
+                )
+        else:
+            fields["shape"] = (whole(take("height")), whole(take("width")))
+            kind = take("interpolation")
+            if kind not in ("bilinear", "nearest"):
+                raise refuse(
+                    take.place,
+                    f"interpolation={kind!r}: only bilinear and nearest are the same elsewhere",
+                )
+            fields["method"] = "linear" if kind == "bilinear" else "nearest-exact"
+
+    def write(
+        self, framework: Framework, fields: dict[str, Any], settings: dict[str, Any], at: At
+    ) -> list[Around]:
+        if framework == "flax":
+            settings |= {k: fields[k] for k in ("shape", "scale", "method", "align_corners")}
+        elif framework == "torch":
+            settings |= {"size": fields["shape"], "scale_factor": fields["scale"]}
+            settings["mode"] = self._linear() if fields["method"] == "linear" else fields["method"]
+            if fields["method"] == "linear":
+                settings["align_corners"] = fields["align_corners"]
+        return []
+
+    def finish(
+        self, framework: Framework, layer: Layer, fields: Mapping[str, Any], sizes: Any, at: At
+    ) -> Layer:
+        if framework != "keras":
+            return layer
+        shape, scale, method = fields["shape"], fields["scale"], fields["method"]
+        if self.rank != 2 or fields["align_corners"]:
+            raise refuse(at.place, "Keras resizes images only, and never with align_corners=True")
+        if method == "linear" and scale is not None and all(s == int(s) for s in scale):
+            size = tuple(int(s) for s in scale)
+            settings = {"size": size, "interpolation": "bilinear", "data_format": "channels_last"}
+            return Layer(layer.name, "UpSampling2D", settings)
+        if shape is None:
+            known = at.known("the size that it is resized to")
+            shape = tuple(int(n * s) for n, s in zip(known, scale, strict=True))
+            if any(m != n * s for n, m, s in zip(known, shape, scale, strict=True)):
+                raise refuse(at.place, f"Keras can't say scale={scale} at {known}")
+        if method == "nearest":
+            raise refuse(
+                at.place,
+                "Keras's nearest takes the pixel under the centre, not that at floor(i / scale)",
+                "use a whole scale, or mode='nearest-exact'",
+            )
+        kind = "bilinear" if method == "linear" else "nearest"
+        settings = {"height": shape[0], "width": shape[1], "interpolation": kind}
+        settings["data_format"] = "channels_last"
+        return Layer(layer.name, "Resizing", settings)
+
+
+class Centred(Special):
+    """CenterCrop, which torch can't say but for a known size."""
+
+    def read(self, framework: Framework, take: Take, fields: dict[str, Any], at: At) -> None:
+        if framework == "flax":
+            fields["size"] = take("size")
+        if framework == "keras":
+            fields["size"] = (whole(take("height")), whole(take("width")))
+            if any(n < m for n, m in zip(at.known("whether it fits"), fields["size"], strict=True)):
+                raise refuse(take.place, "the input is smaller, so that Keras resizes it")
+
+    def write(
+        self, framework: Framework, fields: dict[str, Any], settings: dict[str, Any], at: At
+    ) -> list[Around]:
+        if framework == "keras":
+            settings["height"], settings["width"] = fields["size"]
+        elif framework == "flax":
+            settings["size"] = fields["size"]
+        return []
+
+    def finish(
+        self, framework: Framework, layer: Layer, fields: Mapping[str, Any], sizes: Any, at: At
+    ) -> Layer:
+        if framework != "torch":
+            return layer
+        pairs = []
+        for n, m in zip(at.known("what it crops"), fields["size"], strict=True):
+            pairs.append((-((n - m) // 2), -(n - m - (n - m) // 2)))
+        return Layer(layer.name, "ZeroPad2d", {"padding": pairs_in("torch", tuple(pairs))})
+
+
+class OneNumber(Special):
+    """Keras's UpSampling1D takes a number, no tuple of one."""
+
+    def finish(
+        self, framework: Framework, layer: Layer, fields: Mapping[str, Any], sizes: Any, at: At
+    ) -> Layer:
+        if framework == "keras":
+            layer.settings["size"] = fields["size"][0]
+        return layer
+
+
+class Adaptive(Special):
+    """Adaptive pools: Keras wants every size."""
+
+    def write(
+        self, framework: Framework, fields: dict[str, Any], settings: dict[str, Any], at: At
+    ) -> list[Around]:
+        if framework != "keras":
+            return []
+        known = at.known("an adaptive pool")
+        settings["output_size"] = tuple(
+            n if m is None else m for n, m in zip(known, fields["output_size"], strict=True)
+        )
+        for n, m in zip(known, settings["output_size"], strict=True):
+            # Keras finds the windows in float32, by a product with 1 / m.
+            at_ = np.arange(m + 1, dtype=np.float32) * np.float32(n)
+            exact = np.arange(m + 1) * n
+            for found in (at_ / np.float32(m), at_ * (np.float32(1) / np.float32(m))):
+                low, high = np.floor(found[:-1]), np.ceil(found[1:])
+                if any(low != exact[:-1] // m) or any(high != -(-exact[1:] // m)):
+                    raise refuse(
+                        at.place, f"Keras's adaptive pools round {n} to {m} in another way"
+                    )
+        return []

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import itertools
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
@@ -9,9 +10,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import torch
-from fwt.converters import _convert, _flax, _layers, _torch_file
+import torch.nn.utils.parametrize
+import torch.nn.utils.prune
+from fwt.converters import _convert, _flax, _layers, _torch_file, _torch_modules
 from fwt.converters._convert import Layout
-from fwt.converters._row import TRAINING, Layer, LiveLeaf, order, refuse
+from fwt.converters._row import TRAINING, Layer, LiveLeaf, joined, order, parts_of, refuse
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from fwt import _tree
 from fwt._types import ConversionError, Model
@@ -24,22 +29,9 @@ _AS_INTEGER = {
 }
 
 
-class Permute(torch.nn.Module):
-    """Moves axes, ``x.permute(dims)``; torch.nn has no such layer."""
-
-    def __init__(self, dims: Sequence[int]):
-        super().__init__()
-        self.dims = tuple(dims)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.permute(self.dims)
-
-    def extra_repr(self) -> str:
-        return f"dims={self.dims}"
-
-
 def _class(kind: str) -> type | None:
-    return Permute if kind == "Permute" else getattr(torch.nn, kind, None)
+    custom = _layers.CUSTOM["torch"].get(kind)
+    return custom or _torch_modules.OURS.get(kind) or getattr(torch.nn, kind, None)
 
 
 @functools.cache
@@ -70,35 +62,101 @@ def to_tensor(value: Any) -> torch.Tensor:
 
 
 def _layer(name: str, module: torch.nn.Module) -> Layer:
-    kind = type(module).__name__
+    parametrized = torch.nn.utils.parametrize.is_parametrized(module)
+    cls: Any = type(module).__bases__[0] if parametrized else type(module)
+    kind = cls.__name__
     place = f"{name} ({kind})"
-    if type(module) is not _class(kind):
-        raise refuse(
-            place, f"{type(module).__module__}.{kind} is a custom module, which can't be converted"
-        )
-    for key, parameter in module.named_parameters(recurse=False):
-        _check_initialised(parameter, f"{name}.{key}")
-    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+    if cls is not _class(kind):
         raise refuse(
             place,
-            "a forward hook (as of torch.nn.utils.prune or weight_norm) can change what it does",
-            "remove it, such as with torch.nn.utils.prune.remove",
+            f"{cls.__module__}.{kind} is a custom module, which can't be converted",
+            "converters.register(row) makes it known",
         )
+    for key, parameter in module.named_parameters():
+        _check_initialised(parameter, f"{name}.{key}")
     parameters = dict(module.named_parameters(recurse=False))
     buffers = dict(module.named_buffers(recurse=False))
-    cls: Any = type(module)
+    arrays: dict[str, Any] = {**parameters, **buffers, **_folded(module, place)}
+    arrays = {k: v for k, v in arrays.items() if v is not None}
     defaults = _defaults(cls)
     settings = {}
     for key in defaults:
         if key in TRAINING["torch"]:
             continue
-        if key == "bias":
+        if key == "bias" and isinstance(getattr(module, key, None), torch.Tensor | None):
             settings[key] = module.bias is not None
         elif hasattr(module, key):
             settings[key] = getattr(module, key)
-    arrays = {k: to_numpy(v, f"{name}.{k}") for k, v in {**parameters, **buffers}.items()}
+    arrays = {k: to_numpy(v, f"{name}.{k}") for k, v in arrays.items()}
     known = {k: v for k, v in defaults.items() if v is not inspect.Parameter.empty}
     return Layer(name, kind, settings, arrays, known)
+
+
+def _folded(module: torch.nn.Module, place: str) -> dict[str, Any]:
+    """The weights that ``torch.nn.utils.prune``, ``parametrize``, ``weight_norm`` and
+    ``spectral_norm`` compute, and None for what they compute it from."""
+    out: dict[str, Any] = {}
+    with torch.no_grad():
+        if torch.nn.utils.parametrize.is_parametrized(module):
+            how: Any = module.parametrizations
+            before = {m: m.training for m in how.modules()}
+            how.eval()
+            try:
+                out |= {name: getattr(module, name) for name in how}
+            finally:
+                for part, training in before.items():
+                    part.training = training
+        for hook in module._forward_pre_hooks.values():
+            name = str(getattr(hook, "name", None) or getattr(hook, "_tensor_name", ""))
+            made: Any
+            parts: tuple[str, ...]
+            if isinstance(hook, torch.nn.utils.prune.BasePruningMethod):
+                made = hook.apply_mask(module)
+                parts = ("orig", "mask")
+            elif isinstance(hook, WeightNorm):
+                made, parts = hook.compute_weight(module), ("g", "v")
+            elif isinstance(hook, SpectralNorm):
+                made = hook.compute_weight(module, do_power_iteration=False)
+                parts = ("orig", "u", "v")
+            else:
+                raise refuse(place, "a forward hook can change what it does", "remove it")
+            out[name] = made
+            out.update({f"{name}_{p}": None for p in parts})
+    if module._forward_hooks or "forward" in vars(module):
+        raise refuse(place, "a forward hook can change what it does", "remove it")
+    return out
+
+
+def _is_container(module: torch.nn.Module) -> bool:
+    """A Sequential, whatever its class, or a list of modules, which is used in order."""
+    if isinstance(module, torch.nn.Sequential):
+        return type(module).forward is torch.nn.Sequential.forward
+    return type(module) is torch.nn.ModuleList
+
+
+def _children(model: torch.nn.Module, inside: tuple[str, ...], seen: dict[int, str]) -> list[Layer]:
+    where = "the model" if not inside else joined(inside)
+    if model._forward_hooks or model._forward_pre_hooks or "forward" in vars(model):
+        raise ConversionError(f"{where} has forward hooks, which can change what it does")
+    if own := [*model._parameters, *model._buffers]:
+        raise ConversionError(f"{where} itself has an array {own[0]!r}; only layers may")
+    layers = []
+    for name, module in model._modules.items():  # named_children skips one that stands there twice
+        assert module is not None
+        place = joined((*inside, name))
+        if _is_container(module):
+            layers += _children(module, (*inside, name), seen)
+            continue
+        layers.append(_layer(place, module))
+        for parameter in module.parameters():
+            if id(parameter) in seen:
+                same = "are one module" if id(module) in seen else "share a parameter"
+                raise ConversionError(
+                    f"{place} and {seen[id(parameter)]} {same}; a Sequential keeps weights for "
+                    "each: give them their own, copy.deepcopy(layer)"
+                )
+        seen |= {id(p): place for p in (module, *module.parameters())}
+    return layers
 
 
 def from_torch(
@@ -107,6 +165,10 @@ def from_torch(
     layout: Layout = "channels_last",
 ) -> Model:
     """A torch Sequential as a Flax model with the same predictions (those in eval mode).
+
+    A Sequential inside another stays one, a ModuleList is used in order, and weights that
+    ``torch.nn.utils.prune``, ``parametrize``, ``weight_norm`` or ``spectral_norm`` compute are
+    taken as they are computed.
 
     Args:
         model: a ``torch.nn.Sequential``; the names of its layers are kept.
@@ -130,38 +192,12 @@ def from_torch(
         >>> bool(np.allclose(model(x), net(torch.from_numpy(x)).detach(), atol=1e-6))
         True
     """
-    if type(model) is not torch.nn.Sequential:
+    if not _is_container(model):
         raise ConversionError(
             f"from_torch takes a torch.nn.Sequential, found {type(model).__name__}; to change the "
             "weights of any torch module in place, use converters.transform(model, t)"
         )
-    layers = []
-    seen: dict[int, str] = {}
-    if model._forward_hooks or model._forward_pre_hooks or "forward" in vars(model):
-        raise ConversionError("the model has forward hooks, which can change what it does")
-    if own := [*model._parameters, *model._buffers]:
-        raise ConversionError(f"the Sequential itself has an array {own[0]!r}; only layers may")
-    for name, module in model.named_children():
-        layers.append(_layer(name, module))
-        for parameter in module.parameters():
-            if id(parameter) in seen:
-                raise ConversionError(
-                    f"{name} and {seen[id(parameter)]} share a parameter; a Sequential keeps one "
-                    "for each: give them their own, copy.deepcopy(layer)"
-                )
-            seen[id(parameter)] = name
-    # named_children skips a module that stands there twice.
-    if len(layers) != len(model):
-        names = {id(m): n for n, m in reversed(list(model._modules.items()))}
-        layers = []
-        for name, module in model._modules.items():
-            assert module is not None
-            if names[id(module)] != name and list(module.parameters()):
-                raise ConversionError(
-                    f"{name} and {names[id(module)]} are one module; a Sequential keeps weights "
-                    "for each: give them their own, copy.deepcopy(layer)"
-                )
-            layers.append(_layer(name, module))
+    layers = _children(model, (), {})
     new, shape = _convert.convert(layers, "torch", "flax", input_shape, layout)
     return _flax.write_flax(new, shape)
 
@@ -203,21 +239,34 @@ def to_torch(
     layers = _flax.read_flax(module, variables)
     shape = module.input_shape if input_shape is None else input_shape
     new, _ = _convert.convert(layers, "flax", "torch", shape, layout)
+    return _sequential([(parts_of(layer.name), layer) for layer in new]).eval()
+
+
+def _sequential(entries: list[tuple[list[str], Layer]]) -> torch.nn.Sequential:
     modules: OrderedDict[str, torch.nn.Module] = OrderedDict()
-    for layer in new:
-        cls = _class(layer.kind)
-        assert cls is not None
-        if layer.name in dir(torch.nn.Sequential):
-            raise ConversionError(f"{layer.name!r} can't be the name of a torch module")
-        state = {k: to_tensor(v) for k, v in _torch_file.torch_state(layer).items()}
-        # Made without memory: the arrays become its parameters.
-        built = cls(**layer.settings, **({"device": "meta"} if state else {}))
-        if state:
-            built.load_state_dict(state, assign=True)
-            for parameter in built.parameters():
-                parameter.requires_grad_(parameter.is_floating_point())
-        modules[layer.name] = built
-    return torch.nn.Sequential(modules).eval()
+    for first, together in itertools.groupby(entries, key=lambda e: e[0][0]):
+        group = list(together)
+        if not first or "." in first or first in dir(torch.nn.Sequential):
+            raise ConversionError(f"{first!r} can't be the name of a torch module")
+        if len(group[0][0]) > 1:
+            modules[first] = _sequential([(parts[1:], layer) for parts, layer in group])
+            continue
+        for _, layer in group:
+            modules[first] = _built(layer)
+    return torch.nn.Sequential(modules)
+
+
+def _built(layer: Layer) -> torch.nn.Module:
+    cls: Any = _class(layer.kind)
+    assert cls is not None
+    state = {k: to_tensor(v) for k, v in _torch_file.torch_state(layer).items()}
+    # Made without memory: the arrays become its parameters.
+    built: torch.nn.Module = cls(**layer.settings, **({"device": "meta"} if state else {}))
+    if state:
+        built.load_state_dict(state, assign=True)
+        for parameter in built.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+    return built
 
 
 def leaves(model: torch.nn.Module) -> list[LiveLeaf]:

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 from fwt.converters import _convert, _flax
 from fwt.converters._io import Budget, dotted, member, nested, opened, reading
-from fwt.converters._row import Layer, refuse
+from fwt.converters._row import Layer, parts_of, refuse
 
 from fwt._types import FileFormatError, Model
 
@@ -219,7 +219,9 @@ def save_torch(file: Any, module: Any, variables: Any, layout: str | None) -> No
         new, _ = _convert.convert(
             layers, "flax", "torch", module.input_shape, layout or "channels_first"
         )
-        state = {f"{x.name}.{n}": v for x in new for n, v in torch_state(x).items()}
+        state = {
+            ".".join([*parts_of(x.name), n]): v for x in new for n, v in torch_state(x).items()
+        }
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("archive/data.pkl", _pickled(state))
         archive.writestr("archive/byteorder", "little")

@@ -1,7 +1,7 @@
 """The layers that Flax lacks: pools, shapes and activations as small frozen modules.
 
-They hold no weights, compare and hash by their settings, and take channels-last input. Windows
-move by their own size unless ``strides`` says otherwise, as in Keras and torch.
+They compare and hash by their settings, and take channels-last input. Windows move by their own
+size unless ``strides`` says otherwise, as in Keras and torch.
 """
 
 import math
@@ -12,55 +12,56 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from fwt import _windows
+from fwt._base import Layer
+from fwt._base import tuples as tuples
 from fwt._types import Array, FwtError
+from fwt._windows import *  # noqa: F403 - its public names are ours
 
 __all__ = [
+    "CELU",
     "ELU",
     "GELU",
+    "GLU",
     "SELU",
-    "AvgPool",
-    "ConstantPad",
+    "ClippedReLU",
     "Exponential",
     "Flatten",
-    "GlobalAvgPool",
-    "GlobalMaxPool",
+    "HardShrink",
     "HardSigmoid",
     "HardSwish",
+    "HardTanh",
     "Identity",
     "LeakyReLU",
+    "LocalResponseNorm",
     "LogSigmoid",
     "LogSoftmax",
-    "MaxPool",
     "Mish",
+    "PReLU",
     "Permute",
     "ReLU",
     "ReLU6",
+    "RepeatVector",
+    "Rescaling",
     "Reshape",
     "SiLU",
     "Sigmoid",
+    "SoftShrink",
     "Softmax",
+    "Softmin",
     "Softplus",
     "Softsign",
+    "SparsePlus",
+    "SparseSigmoid",
+    "Sparsemax",
+    "SquarePlus",
     "Tanh",
-    "ZeroPad",
+    "TanhShrink",
+    "Threshold",
+    "TrainingOnly",
+    "UnitNorm",
+    *_windows.__all__,
 ]
-
-Pairs = tuple[tuple[int, int], ...]
-
-
-def tuples(x: Any) -> Any:
-    """Lists as tuples, so that equal layers are equal and hashable."""
-    return tuple(map(tuples, x)) if isinstance(x, list | tuple) else x
-
-
-class Layer(nn.Module):
-    """A layer without weights whose settings are made hashable."""
-
-    def __post_init__(self) -> None:
-        for field in self.__dataclass_fields__:
-            if field not in ("parent", "name"):
-                object.__setattr__(self, field, tuples(getattr(self, field)))
-        super().__post_init__()
 
 
 class Identity(Layer):
@@ -71,10 +72,15 @@ class Identity(Layer):
 
 
 class Flatten(Layer):
-    """(n, ...) -> (n, product of the rest)."""
+    """(n, ...) -> (n, product of the rest), or only the axes ``start`` to ``end`` as one."""
+
+    start: int = 1
+    end: int = -1
 
     def __call__(self, x: Array) -> Array:
-        return x.reshape(x.shape[0], math.prod(x.shape[1:]))
+        start, stop = self.start % x.ndim, self.end % x.ndim + 1
+        merged = math.prod(x.shape[start:stop])
+        return x.reshape(*x.shape[:start], merged, *x.shape[stop:])
 
 
 class Reshape(Layer):
@@ -93,70 +99,6 @@ class Permute(Layer):
 
     def __call__(self, x: Array) -> Array:
         return jnp.transpose(x, self.dims)
-
-
-class ZeroPad(Layer):
-    """(n, *spatial, c) with ``padding[i] = (before, after)`` zeros on spatial axis i."""
-
-    padding: Pairs
-
-    def __call__(self, x: Array) -> Array:
-        return jnp.pad(x, ((0, 0), *self.padding, (0, 0)))
-
-
-class ConstantPad(Layer):
-    """(n, *spatial, c) with ``padding[i] = (before, after)`` of ``value`` on spatial axis i."""
-
-    padding: Pairs
-    value: float
-
-    def __call__(self, x: Array) -> Array:
-        return jnp.pad(x, ((0, 0), *self.padding, (0, 0)), constant_values=self.value)
-
-
-class MaxPool(Layer):
-    """The largest of each window of (n, *spatial, c); the padding never wins.
-
-    ``padding`` is "VALID", "SAME" or a pair (before, after) for each spatial axis.
-    """
-
-    window_shape: tuple[int, ...]
-    strides: tuple[int, ...] | None = None
-    padding: str | Pairs = "VALID"
-
-    def __call__(self, x: Array) -> Array:
-        return nn.max_pool(x, self.window_shape, self.strides or self.window_shape, self.padding)
-
-
-class AvgPool(Layer):
-    """The mean of each window of (n, *spatial, c); the padding counts only if told so."""
-
-    window_shape: tuple[int, ...]
-    strides: tuple[int, ...] | None = None
-    padding: str | Pairs = "VALID"
-    count_include_pad: bool = False
-
-    def __call__(self, x: Array) -> Array:
-        strides = self.strides or self.window_shape
-        return nn.avg_pool(x, self.window_shape, strides, self.padding, self.count_include_pad)
-
-
-class GlobalAvgPool(Layer):
-    """The mean over the spatial axes: (n, *spatial, c) -> (n, c), or (n, 1, ..., c)."""
-
-    keepdims: bool = False
-
-    def __call__(self, x: Array) -> Array:
-        return jnp.mean(x, axis=tuple(range(1, x.ndim - 1)), keepdims=self.keepdims)
-
-
-class GlobalMaxPool(Layer):
-    """The largest over the spatial axes: (n, *spatial, c) -> (n, c), or (n, 1, ..., c)."""
-
-    keepdims: bool = False
-
-    def __call__(self, x: Array) -> Array:
-        return jnp.max(x, axis=tuple(range(1, x.ndim - 1)), keepdims=self.keepdims)
 
 
 class ReLU(Layer):
@@ -260,10 +202,14 @@ class Tanh(Layer):
 
 
 class Softplus(Layer):
-    """log(1 + exp(x))."""
+    """log(1 + exp(``beta`` x)) / ``beta``; x where ``beta`` x is above ``threshold``."""
+
+    beta: float = 1.0
+    threshold: float | None = None
 
     def __call__(self, x: Array) -> Array:
-        return jax.nn.softplus(x)
+        y = jax.nn.softplus(x * self.beta) / self.beta
+        return y if self.threshold is None else jnp.where(x * self.beta > self.threshold, x, y)
 
 
 class Softsign(Layer):
@@ -278,6 +224,213 @@ class Exponential(Layer):
 
     def __call__(self, x: Array) -> Array:
         return jnp.exp(x)
+
+
+class PReLU(Layer):
+    """x, or a learned slope times x below zero, ``negative_slope``, one for each entry of ``axes``.
+
+    No axes: one slope for all. They start at 0.25.
+    """
+
+    axes: tuple[int, ...] = (-1,)
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        where = sorted(a % x.ndim for a in self.axes)
+        shape = tuple(x.shape[a] for a in where)
+        slope = self.param("negative_slope", nn.initializers.constant(0.25), shape)
+        full = [x.shape[a] if a in where else 1 for a in range(x.ndim)]
+        return jnp.where(x >= 0, x, x * slope.reshape(full))
+
+
+class ClippedReLU(Layer):
+    """``negative_slope`` (x - ``threshold``) below the threshold, min(x, ``max_value``) above."""
+
+    max_value: float | None = None
+    negative_slope: float = 0.0
+    threshold: float = 0.0
+
+    def __call__(self, x: Array) -> Array:
+        below = self.negative_slope * (x - self.threshold)
+        above = x if self.max_value is None else jnp.minimum(x, self.max_value)
+        return jnp.where(x >= self.threshold, above, below)
+
+
+class HardTanh(Layer):
+    """x between ``min_value`` and ``max_value``."""
+
+    min_value: float = -1.0
+    max_value: float = 1.0
+
+    def __call__(self, x: Array) -> Array:
+        return jnp.clip(x, self.min_value, self.max_value)
+
+
+class CELU(Layer):
+    """max(x, 0) + min(0, ``alpha`` (exp(x / ``alpha``) - 1)) (Barron, 2017)."""
+
+    alpha: float = 1.0
+
+    def __call__(self, x: Array) -> Array:
+        return jax.nn.celu(x, self.alpha)
+
+
+class HardShrink(Layer):
+    """x, or 0 where abs(x) is at most ``threshold``."""
+
+    threshold: float = 0.5
+
+    def __call__(self, x: Array) -> Array:
+        return jnp.where(jnp.abs(x) > self.threshold, x, 0)
+
+
+class SoftShrink(Layer):
+    """x moved towards 0 by ``threshold``, and no further."""
+
+    threshold: float = 0.5
+
+    def __call__(self, x: Array) -> Array:
+        return jnp.sign(x) * jnp.maximum(jnp.abs(x) - self.threshold, 0)
+
+
+class TanhShrink(Layer):
+    """x - tanh(x)."""
+
+    def __call__(self, x: Array) -> Array:
+        return x - jnp.tanh(x)
+
+
+class Threshold(Layer):
+    """x, or ``value`` where x is at most ``threshold``."""
+
+    threshold: float
+    value: float
+
+    def __call__(self, x: Array) -> Array:
+        return jnp.where(x > self.threshold, x, self.value)
+
+
+class SquarePlus(Layer):
+    """(x + sqrt(x² + ``b``)) / 2 (Barron, 2021)."""
+
+    b: float = 4.0
+
+    def __call__(self, x: Array) -> Array:
+        return jax.nn.squareplus(x, self.b)
+
+
+class SparsePlus(Layer):
+    """0 below -1, x above 1, (x + 1)² / 4 between."""
+
+    def __call__(self, x: Array) -> Array:
+        return jax.nn.sparse_plus(x)
+
+
+class SparseSigmoid(Layer):
+    """x / 2 + 1 / 2 between 0 and 1."""
+
+    def __call__(self, x: Array) -> Array:
+        return jax.nn.sparse_sigmoid(x)
+
+
+class GLU(Layer):
+    """The first half along ``axis`` times the sigmoid of the second (Dauphin et al., 2017)."""
+
+    axis: int = -1
+
+    def __call__(self, x: Array) -> Array:
+        return jax.nn.glu(x, axis=self.axis)
+
+
+class Softmin(Layer):
+    """Softmax of -x along ``axis``."""
+
+    axis: int = -1
+
+    def __call__(self, x: Array) -> Array:
+        return jax.nn.softmax(-x, axis=self.axis)
+
+
+class Sparsemax(Layer):
+    """x less a threshold, from 0 on, as Keras 3.15 computes it along ``axis``.
+
+    Keras's threshold sums partial sums: where several entries stay, it is not the nearest point
+    of the simplex that Martins and Astudillo (2016) call sparsemax.
+    """
+
+    axis: int = -1
+
+    def __call__(self, x: Array) -> Array:
+        z = jnp.moveaxis(x, self.axis, -1)
+        falling = -jnp.sort(-z, axis=-1)
+        sums = jnp.cumsum(falling, axis=-1)
+        ranks = jnp.arange(1, z.shape[-1] + 1)
+        stays = falling - (sums - 1) / ranks > 0
+        count = jnp.sum(stays, axis=-1, keepdims=True)
+        total = jnp.sum(jnp.where(stays, sums, 0), axis=-1, keepdims=True)
+        return jnp.moveaxis(jnp.maximum(z - (total - 1) / count, 0), -1, self.axis)
+
+
+class UnitNorm(Layer):
+    """x divided by its Euclidean norm along ``axes``; a norm below 1e-6 counts as that."""
+
+    axes: tuple[int, ...] = (-1,)
+
+    def __call__(self, x: Array) -> Array:
+        square = jnp.sum(x * x, axis=self.axes, keepdims=True)
+        return x * jax.lax.rsqrt(jnp.maximum(square, 1e-12))
+
+
+class LocalResponseNorm(Layer):
+    """x / (k + alpha mean(x² of ``size`` channels around))^beta over the last axis.
+
+    The mean counts channels beyond the ends as zero (Krizhevsky et al., 2012; torch's form).
+    """
+
+    size: int
+    alpha: float = 1e-4
+    beta: float = 0.75
+    k: float = 1.0
+
+    def __call__(self, x: Array) -> Array:
+        pads = [(0, 0)] * (x.ndim - 1) + [(self.size // 2, (self.size - 1) // 2)]
+        squares = jnp.pad(x * x, pads)
+        n = x.shape[-1]
+        total = sum(squares[..., i : i + n] for i in range(self.size))
+        return x / (self.k + self.alpha * total / self.size) ** self.beta
+
+
+class RepeatVector(Layer):
+    """(n, c) -> (n, ``times``, c)."""
+
+    times: int
+
+    def __call__(self, x: Array) -> Array:
+        return jnp.repeat(x[:, None], self.times, axis=1)
+
+
+class Rescaling(Layer):
+    """x ``scale`` + ``offset``; lists hold one for each entry of the last axis."""
+
+    scale: float | tuple[float, ...]
+    offset: float | tuple[float, ...] = 0.0
+
+    def __call__(self, x: Array) -> Array:
+        return x * jnp.asarray(self.scale, x.dtype) + jnp.asarray(self.offset, x.dtype)
+
+
+class TrainingOnly(Layer):
+    """The identity: a layer of ``framework`` that acts in training only, kept for the way back.
+
+    ``settings`` are pairs of names and values.
+    """
+
+    framework: str
+    kind: str
+    settings: tuple[tuple[str, Any], ...] = ()
+
+    def __call__(self, x: Array) -> Array:
+        return x
 
 
 class Softmax(Layer):
@@ -316,6 +469,12 @@ _FUNCTIONS: Sequence[tuple[Callable[..., Any], type[Layer], dict[str, Any]]] = (
     (jax.nn.soft_sign, Softsign, {}),
     (jnp.exp, Exponential, {}),
     (jax.nn.softmax, Softmax, {}),
+    (jax.nn.celu, CELU, {}),
+    (jax.nn.glu, GLU, {}),
+    (jax.nn.hard_tanh, HardTanh, {}),
+    (jax.nn.squareplus, SquarePlus, {}),
+    (jax.nn.sparse_plus, SparsePlus, {}),
+    (jax.nn.sparse_sigmoid, SparseSigmoid, {}),
     (jax.nn.log_softmax, LogSoftmax, {}),
 )
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.nn.utils.prune
 from fwt.converters import _layers
-from fwt.converters._row import Row, S
 
 import fwt
 from fwt import converters
@@ -168,17 +167,16 @@ def test_unproven_flatten_is_refused_and_source_is_the_way_out():
     ("layers", "said"),
     [
         ([torch.nn.LSTM(3, 4)], "LSTM"),
-        ([torch.nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")], "padding_mode='reflect'"),
-        ([torch.nn.Flatten(2)], "start_dim=2"),
         ([torch.nn.BatchNorm2d(3, track_running_stats=False)], "track_running_stats=False"),
         ([torch.nn.BatchNorm2d(3, momentum=None)], "momentum=None"),
-        ([torch.nn.MaxPool2d(2, dilation=2)], "dilation=2"),
-        ([torch.nn.AvgPool2d(2, divisor_override=3)], "divisor_override=3"),
+        ([torch.nn.MaxPool2d(2, return_indices=True)], "return_indices=True"),
+        ([torch.nn.LPPool2d(2, 3, ceil_mode=True)], "ceil_mode=True"),
+        ([torch.nn.Upsample(scale_factor=2, mode="bicubic")], "bicubic"),
+        ([torch.nn.InstanceNorm2d(3, track_running_stats=True)], "running"),
+        ([torch.nn.Embedding(3, 3, max_norm=1.0)], "max_norm=1.0"),
+        ([torch.nn.Bilinear(3, 3, 2)], "two inputs"),
         ([torch.nn.AvgPool2d(3, 2, 1, ceil_mode=True)], "count_include_pad"),
         ([torch.nn.Softmax()], "dim=None"),
-        ([torch.nn.AdaptiveAvgPool2d(2)], "output_size=2"),
-        ([torch.nn.Softplus(beta=2)], "beta=2"),
-        ([torch.nn.Sequential(torch.nn.ReLU())], "Sequential"),
     ],
 )
 def test_torch_refusals_name_the_setting(layers, said):
@@ -192,9 +190,9 @@ def test_torch_refusals_name_the_setting(layers, said):
     [
         (lambda: keras.layers.LSTM(3), "LSTM"),
         (lambda: keras.layers.Lambda(lambda x: x), "Lambda"),
-        (lambda: keras.layers.Conv2D(3, 2, data_format="channels_first"), "channels_first"),
-        (lambda: keras.layers.ReLU(max_value=3.0), "max_value=3.0"),
-        (lambda: keras.layers.Dropout(0.5, noise_shape=(None, 1)), "noise_shape"),
+        (lambda: keras.layers.UpSampling2D(2, interpolation="bicubic"), "bicubic"),
+        (lambda: keras.layers.Resizing(3, 4, antialias=True), "antialias=True"),
+        (lambda: keras.layers.EinsumDense("abcd,be->aecd", (7, 5, 3)), "equation"),
         (lambda: keras.layers.Softmax(axis=[1, 2]), "axis"),
         (lambda: keras.layers.Dense(3, activation=lambda x: x + 1), "activation"),
         (lambda: keras.layers.Conv2D(3, 2, dtype="float16"), "float16"),
@@ -216,12 +214,11 @@ def test_flax_refusals_name_the_setting():
         assert said in str(caught.value)
         assert "it" in str(caught.value)
 
-    refused(nn.Conv(3, (2, 2), padding="CIRCULAR"), "CIRCULAR")
     refused(nn.Conv(3, (2, 2), padding=((0, 0), (0, 0)), input_dilation=2), "input_dilation=2")
     refused(nn.Conv(3, (2, 2), dtype="bfloat16"), "dtype")
     refused(nn.Conv(3, (2,)), "kernel_size")
     refused(nn.BatchNorm(use_running_average=False), "use_running_average")
-    refused(nn.LayerNorm(), "LayerNorm")
+    refused(nn.LayerNorm(reduction_axes=(1, 2)), "feature_axes")
     refused(fl.Exponential(), "Exponential")
     refused(fl.GELU(approximate=True), "approximate", to=converters.to_keras)
     refused(fl.MaxPool((3, 3), (2, 2), ((1, 1), (1, 1))), "padding", to=converters.to_keras)
@@ -255,10 +252,10 @@ def test_tied_layers_are_refused():
 
 
 def test_hooks_and_custom_classes_are_refused():
-    pruned = torch.nn.Linear(3, 2)
-    torch.nn.utils.prune.l1_unstructured(pruned, "weight", 0.5)
+    hooked = torch.nn.Linear(3, 2)
+    hooked.register_forward_hook(lambda module, x, y: y + 1)
     with pytest.raises(converters.ConversionError, match="hook"):
-        converters.from_torch(torch.nn.Sequential(pruned))
+        converters.from_torch(torch.nn.Sequential(hooked))
 
     class Linear(torch.nn.Linear):
         def forward(self, x):
@@ -307,35 +304,89 @@ def test_training_one_step_agrees_with_torch():
     np.testing.assert_allclose(grads["1"]["scale"], net[1].weight.grad, atol=1e-5)
 
 
-def test_a_new_layer_is_one_row(monkeypatch):
-    """Adding a layer touches the table and nothing else: here a row for torch's CELU."""
+def test_a_registered_row_serves_every_direction(monkeypatch):
+    """A user's own layer, with a class of its own in each framework."""
 
-    class CELU(fl.Layer):
-        alpha: float = 1.0
+    class Shift(nn.Module):
+        features: int
+        times: float = 1.0
 
+        @nn.compact
         def __call__(self, x):
-            return jax.nn.celu(x, self.alpha)
+            return x + self.times * self.param("shift", nn.initializers.zeros, (self.features,))
 
-    row = Row(CELU, "CELU", None, settings=(S("alpha", "alpha", None),))
-    monkeypatch.setattr(_layers, "LAYERS", (*_layers.LAYERS, row))
-    _layers.rows_of.cache_clear()
+    class TorchShift(torch.nn.Module):
+        def __init__(self, size, times=1.0, device=None):
+            super().__init__()
+            self.size, self.times = size, times
+            self.by = torch.nn.Parameter(torch.zeros(size, device=device))
+
+        def forward(self, x):
+            return x + self.times * self.by.reshape(-1, *[1] * (x.ndim - 2))
+
+    class KerasShift(keras.layers.Layer):
+        def __init__(self, factor=1.0, **more):
+            super().__init__(**more)
+            self.factor = factor
+
+        def build(self, shape):
+            self.by = self.add_weight(shape=shape[-1:], name="by")
+
+        def call(self, x):
+            return x + self.factor * self.by
+
+        def get_config(self):
+            return {**super().get_config(), "factor": self.factor}
+
+    row = converters.Row(
+        Shift,
+        torch=TorchShift,
+        keras=KerasShift,
+        axes="n *s c -> n *s c",
+        torch_axes="n c *s -> n c *s",
+        settings=(
+            converters.S("features", "size", ""),
+            converters.S("times", "times", "factor", 1.0),
+        ),
+        params=(converters.P("shift: c", "by: c", "by: c"),),
+        special=SizeOfAxis(),
+    )
+    monkeypatch.setattr(_layers, "LAYERS", list(_layers.LAYERS))
+    monkeypatch.setattr(_layers, "CUSTOM", {k: dict(v) for k, v in _layers.CUSTOM.items()})
+    before = converters._layers.rows_of.cache_clear
     try:
-        net = cases.randomise_torch(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.CELU(0.7)))
-        x = batch((3,))
-        model = converters.from_torch(net)
-        close(np.asarray(model(x)), in_torch(net, x))
-        assert converters.to_torch(*model)[1].alpha == 0.7
+        converters.register(row)
+        net = cases.randomise_torch(
+            torch.nn.Sequential(
+                torch.nn.Conv2d(3, 4, 2), TorchShift(4, 2.0), torch.nn.Flatten(),
+                TorchShift(48), torch.nn.Linear(48, 2),
+            )
+        )  # fmt: skip
+        x = batch((3, 5, 4))
+        model = converters.from_torch(net, input_shape=(3, 5, 4))
+        expected = in_torch(net, x)
+        close(np.asarray(model(last(x))), expected)
+        close(in_torch(converters.to_torch(*model), x), expected)
+        there = converters.to_keras(*model)
+        close(in_keras(there, last(x)), expected)
+        close(np.asarray(converters.from_keras(there)(last(x))), expected)
     finally:
-        _layers.rows_of.cache_clear()
+        before()
+    with pytest.raises(TypeError, match=r"converters\.Row"):
+        converters.register(Shift)
 
 
-def test_tables_cover_every_row():
-    """A row that no case exercises would be a row that nobody tested."""
-    models = [converters.from_keras(build()) for _, build in cases.KERAS.values()]
-    models += [converters.from_torch(build(), shape) for shape, build in cases.TORCH.values()]
-    seen = {type(n.layer) for model in models for n in model.module.layers}
-    # ConstantPad is what a padded MaxPool becomes in torch; torch has no layer for exp.
-    assert {r.flax for r in _layers.LAYERS} - seen == {fl.ConstantPad, fl.Exponential}
+class SizeOfAxis(converters.Special):
+    """Keras's own layer learns the size of its axis when it is built."""
+
+    def read(self, framework, take, fields, at):
+        if framework == "keras":
+            fields["features"] = None
+
+    def finish(self, framework, layer, fields, sizes, at):
+        if framework == "flax":
+            layer.settings["features"] = layer.arrays["shift"].size
+        return layer
 
 
 SCRIPT = """

@@ -1,0 +1,122 @@
+"""Why a class of keras.layers or torch.nn has no row."""
+
+_TWO = "it takes two inputs or more"
+_LOSS = "a loss is no layer of a model"
+_TEXT = "it takes or gives text, or looks it up in a vocabulary"
+_BASE = "it is a base class, not a layer"
+_CELL = "a cell is one step of a recurrent layer: use the layer"
+
+KERAS = {
+    **dict.fromkeys(
+        [
+            "Add",
+            "Average",
+            "Concatenate",
+            "Dot",
+            "Maximum",
+            "Minimum",
+            "Multiply",
+            "Subtract",
+            "AdditiveAttention",
+            "Attention",
+            "GroupQueryAttention",
+        ],
+        _TWO,
+    ),
+    **dict.fromkeys(
+        ["HashedCrossing", "Hashing", "IntegerLookup", "StringLookup", "TextVectorization"], _TEXT
+    ),
+    **dict.fromkeys(["Layer", "Wrapper", "InputSpec", "Pipeline"], _BASE),
+    **dict.fromkeys(["SimpleRNNCell", "LSTMCell", "GRUCell", "StackedRNNCells"], _CELL),
+    **dict.fromkeys(
+        ["Lambda", "JaxLayer", "FlaxLayer", "TorchModuleWrapper", "TFSMLayer"],
+        "it runs any code, which no file or framework can say",
+    ),
+    **dict.fromkeys(
+        ["MelSpectrogram", "STFTSpectrogram"], "it transforms signals, which others have not"
+    ),
+    **dict.fromkeys(
+        [
+            "AutoContrast",
+            "ContrastLimitedAdaptiveHistogramEqualization",
+            "Equalization",
+            "Solarization",
+            "MaxNumBoundingBoxes",
+        ],
+        "it changes images at inference too, in a way that others have not",
+    ),
+    "Masking": "the mask that it sends along has no place in the others",
+    "ReversibleEmbedding": "it is two layers in one, by an argument of its call",
+    "RandomCrop": "at inference it resizes and crops by rules of its own",
+}
+TORCH = {
+    **dict.fromkeys(
+        (
+            "BCELoss",
+            "BCEWithLogitsLoss",
+            "CTCLoss",
+            "CosineEmbeddingLoss",
+            "CrossEntropyLoss",
+            "GaussianNLLLoss",
+            "HingeEmbeddingLoss",
+            "HuberLoss",
+            "KLDivLoss",
+            "L1Loss",
+            "LinearCrossEntropyLoss",
+            "MSELoss",
+            "MarginRankingLoss",
+            "MultiLabelMarginLoss",
+            "MultiLabelSoftMarginLoss",
+            "MultiMarginLoss",
+            "NLLLoss",
+            "NLLLoss2d",
+            "PoissonNLLLoss",
+            "SmoothL1Loss",
+            "SoftMarginLoss",
+            "TripletMarginLoss",
+            "TripletMarginWithDistanceLoss",
+            "AdaptiveLogSoftmaxWithLoss",
+        ),
+        _LOSS,
+    ),
+    **dict.fromkeys(
+        [
+            "Bilinear",
+            "CosineSimilarity",
+            "PairwiseDistance",
+            "MaxUnpool1d",
+            "MaxUnpool2d",
+            "MaxUnpool3d",
+            "Transformer",
+            "TransformerDecoder",
+            "TransformerDecoderLayer",
+        ],
+        _TWO + " (two inputs)",
+    ),
+    **dict.fromkeys(["RNNCell", "LSTMCell", "GRUCell"], _CELL),
+    **dict.fromkeys(
+        [
+            "Module",
+            "Container",
+            "RNNBase",
+            "RNNCellBase",
+            "Parameter",
+            "ParameterDict",
+            "ParameterList",
+            "Buffer",
+            "ModuleDict",
+            "UninitializedBuffer",
+            "UninitializedParameter",
+            "LinearCrossEntropyOptions",
+        ],
+        _BASE,
+    ),
+    **dict.fromkeys(
+        ["FractionalMaxPool2d", "FractionalMaxPool3d"], "it draws its windows at inference too"
+    ),
+    **dict.fromkeys(["Fold", "Unfold"], "neither Keras nor Flax has such a layer"),
+    "EmbeddingBag": "it takes offsets beside its input",
+    "CrossMapLRN2d": "an old form of LocalResponseNorm: use that",
+    "SyncBatchNorm": "it takes its statistics from several devices: use BatchNorm",
+    "DataParallel": "it is no layer: give the module inside it, model.module",
+}

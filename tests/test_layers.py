@@ -1,0 +1,271 @@
+"""Every class of the tables, alone and in stacks, in every direction against the real one."""
+
+import re
+import zlib
+
+import cases
+import jax
+import keras
+import layer_cases
+import numpy as np
+import pytest
+import torch
+
+import fwt
+from fwt import converters
+
+TOLERANCE = 1e-5
+SEEDS = 6
+
+
+def generator(*words):
+    return np.random.default_rng(zlib.crc32(repr(words).encode()))
+
+
+def close(found, expected, place=""):
+    found, expected = np.asarray(found), np.asarray(expected)
+    assert found.shape == expected.shape, (place, found.shape, expected.shape)
+    scale = max(1.0, float(np.nanmax(np.abs(expected), initial=0)))
+    np.testing.assert_allclose(
+        found, expected, atol=TOLERANCE * scale, rtol=TOLERANCE, err_msg=place
+    )
+
+
+def inputs(rng, shape, integers, n):
+    if integers:
+        return rng.integers(integers, size=(n, *shape)).astype(np.int32)
+    return rng.normal(size=(n, *shape)).astype(np.float32)
+
+
+def in_torch(model, x):
+    with torch.no_grad():
+        return model(torch.from_numpy(np.ascontiguousarray(x))).numpy()
+
+
+def in_keras(model, x):
+    return np.asarray(model(x, training=False))
+
+
+def in_flax(model, x):
+    return np.asarray(jax.jit(model.module.apply)(model.variables, x))
+
+
+def run(kind, model, x):
+    return {"torch": in_torch, "keras": in_keras, "flax": in_flax}[kind](model, x)
+
+
+def states(model):
+    """Names and arrays, whatever the framework."""
+    if isinstance(model, torch.nn.Module):
+        state = model.state_dict().items()
+        return {n: v.numpy() for n, v in state if not n.endswith("num_batches_tracked")}
+    out = {}
+    for layer in model.layers:
+        for v in layer.variables:
+            if v.name != "seed_generator_state":
+                out[f"{layer.name}/{v.path.split('/', 1)[-1]}"] = np.asarray(v)
+    return out
+
+
+def check(source, model, shape, x, refused, canonical=()):
+    """Source -> Flax -> source, and -> the other framework -> Flax. Returns what was refused."""
+    expected = run(source, model, x)
+    if source == "torch":
+        flax = converters.from_torch(model, input_shape=shape, layout="source")
+    else:
+        flax = converters.from_keras(model)
+    close(in_flax(flax, x), expected, f"{source} -> flax\n{flax.module}")
+    back = converters.to_torch(*flax, layout="source") if source == "torch" else (
+        converters.to_keras(*flax)
+    )  # fmt: skip
+    close(run(source, back, x), expected, f"{source} -> flax -> {source}")
+    mine, theirs = states(back), states(model)
+    if not canonical:
+        assert list(mine) == list(theirs)
+        for name, value in theirs.items():
+            assert np.array_equal(mine[name], value), name
+    try:
+        if source == "torch":
+            other, kind = converters.to_keras(*flax), "keras"
+        else:
+            other, kind = converters.to_torch(*flax, layout="source"), "torch"
+    except converters.ConversionError as error:
+        if refused is None or not re.search(refused, str(error)):
+            raise
+        return str(error)
+    close(run(kind, other, x), expected, f"{source} -> flax -> {kind}")
+    if kind == "torch":
+        again = converters.from_torch(other, input_shape=x.shape[1:], layout="source")
+    else:
+        again = converters.from_keras(other)
+    close(in_flax(again, x), expected, f"{source} -> flax -> {kind} -> flax")
+    return None
+
+
+# Whose arrays have another form on the way back, and how it is called.
+CANONICAL = {
+    "ConvTranspose1d": "groups become blocks",
+    "ConvTranspose2d": "groups become blocks",
+    "ConvTranspose3d": "groups become blocks",
+    "EinsumDense": "a Dense",
+    "Conv1D": "as many groups as inputs become a DepthwiseConv",
+    "Conv2D": "as many groups as inputs become a DepthwiseConv",
+}
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+@pytest.mark.parametrize("name", layer_cases.TORCH)
+def test_torch_layer(name, seed):
+    case = layer_cases.TORCH[name]
+    rng = generator(name, seed)
+    shape, layer = case.make(rng)
+    model = cases.randomise_torch(torch.nn.Sequential(layer), seed)
+    x = inputs(rng, shape, case.integers, 1 if seed % 2 else 3)
+    check("torch", model, shape, x, case.refused, CANONICAL.get(name, ()))
+
+
+@pytest.mark.parametrize("seed", range(SEEDS))
+@pytest.mark.parametrize("name", layer_cases.KERAS)
+def test_keras_layer(name, seed):
+    case = layer_cases.KERAS[name]
+    rng = generator(name, seed)
+    shape, layer = case.make(rng)
+    dtype = "int32" if case.integers else "float32"
+    model = keras.Sequential([keras.Input(shape, dtype=dtype), layer])
+    cases.randomise_keras(model, seed)
+    x = inputs(rng, shape, case.integers, 1 if seed % 2 else 3)
+    check("keras", model, shape, x, case.refused, CANONICAL.get(name, ()))
+
+
+# -- what holds layers ------------------------------------------------------------------------
+
+
+def both_ways(source, model, x, canonical=False):
+    check(source, model, x.shape[1:], x, None, canonical)
+
+
+def test_sequentials_inside_keep_their_paths(tmp_path):
+    t = torch.nn
+    net = t.Sequential()
+    net.add_module("features", t.Sequential(
+        t.Conv2d(3, 4, 3, padding=1), t.BatchNorm2d(4),
+        t.Sequential(t.ReLU(), t.MaxPool2d(3, 2, 1)),
+    ))  # fmt: skip
+    net.add_module("head", t.Sequential(t.Flatten(), t.Linear(4 * 3 * 3, 5)))
+    cases.randomise_torch(net)
+    x = inputs(generator("inside"), (3, 6, 5), None, 3)
+    both_ways("torch", net, x)
+    model = converters.from_torch(net, input_shape=(3, 6, 5))
+    assert "features/0/kernel" in fwt.paths(model.variables)
+    seen = []
+    converters.transform(net, lambda p: seen.extend(fwt.paths(p)) or p)
+    assert set(seen) == set(fwt.paths(model.variables))
+
+    inner = keras.Sequential([keras.layers.Conv2D(4, 3, activation="relu"),
+                              keras.layers.BatchNormalization()], name="features")  # fmt: skip
+    outer = keras.Sequential([keras.Input((6, 5, 3)), inner, keras.layers.Flatten(),
+                              keras.layers.Dense(2, name="last")])  # fmt: skip
+    cases.randomise_keras(outer)
+    x = np.ascontiguousarray(np.moveaxis(x, 1, -1))
+    model = converters.from_keras(outer)
+    both_ways("keras", outer, x)
+    path = tmp_path / "nested.keras"
+    outer.save(path)
+    loaded = converters.load(path)
+    assert loaded.module == model.module
+    assert np.array_equal(in_flax(loaded, x), in_flax(model, x))
+    for suffix in (".keras", ".safetensors"):
+        converters.save(tmp_path / f"again{suffix}", *model)
+        again = converters.load(tmp_path / f"again{suffix}")
+        assert again.module == model.module
+        assert np.array_equal(in_flax(again, x), in_flax(model, x))
+    real = keras.saving.load_model(tmp_path / "again.keras")
+    close(in_keras(real, x), in_keras(outer, x))
+    converters.save(tmp_path / "again.pt", *model)
+    there = converters.to_torch(*model)
+    there.load_state_dict(torch.load(tmp_path / "again.pt", weights_only=True))
+
+
+def test_a_module_list_is_used_in_order():
+    layers = [torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)]
+    x = inputs(generator("list"), (3,), None, 2)
+    model = converters.from_torch(torch.nn.ModuleList(layers))
+    close(in_flax(model, x), in_torch(torch.nn.Sequential(*layers), x))
+
+
+def test_computed_weights_are_taken_as_computed():
+    from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+
+    t = torch.nn
+    made = {
+        "pruned": lambda: prune.l1_unstructured(t.Conv2d(3, 4, 2), "weight", 0.4),
+        "bias": lambda: prune.random_unstructured(t.Conv2d(3, 4, 2), "bias", 0.5),
+        "weight norm": lambda: parametrizations.weight_norm(t.Conv2d(3, 4, 2)),
+        "old weight norm": lambda: weight_norm(t.Conv2d(3, 4, 2)),
+        "spectral norm": lambda: parametrizations.spectral_norm(t.Conv2d(3, 4, 2)),
+        "old spectral norm": lambda: spectral_norm(t.Conv2d(3, 4, 2)),
+    }
+    x = inputs(generator("hooks"), (3, 5, 4), None, 2)
+    for name, make in made.items():
+        net = cases.randomise_torch(t.Sequential(make(), t.ReLU()))
+        before = {k: v.clone() for k, v in net.state_dict().items()}
+        expected = in_torch(net, x)
+        model = converters.from_torch(net, input_shape=(3, 5, 4), layout="source")
+        close(in_flax(model, x), expected, name)
+        assert list(model.variables["params"]["0"]) == ["kernel", "bias"]
+        assert all(torch.equal(v, net.state_dict()[k]) for k, v in before.items()), name
+
+
+def test_keras_channels_first_is_a_transposition():
+    k = keras.layers
+    first = {"data_format": "channels_first"}
+    net = keras.Sequential([
+        keras.Input((3, 7, 6)), k.Conv2D(4, 3, **first, activation="relu"),
+        k.BatchNormalization(axis=1), k.MaxPooling2D(2, **first), k.Conv2D(5, 1, **first),
+        k.Flatten(**first), k.Dense(3),
+    ])  # fmt: skip
+    cases.randomise_keras(net)
+    x = inputs(generator("first"), (3, 7, 6), None, 2)
+    expected = in_keras(net, x)
+    model = converters.from_keras(net)  # channels_last: the ends move where a layer proves it
+    close(in_flax(model, np.moveaxis(x, 1, -1)), expected)
+    assert not [n for n in model.module.layers if "permute" in n.name]
+    close(in_flax(converters.from_keras(net, layout="source"), x), expected)
+    close(in_torch(converters.to_torch(*model), x), expected)
+    close(in_keras(converters.to_keras(*model), np.moveaxis(x, 1, -1)), expected)
+
+
+def test_a_straight_functional_model_is_a_sequence(tmp_path):
+    k = keras.layers
+    start = keras.Input((6, 5, 3))
+    h = k.Conv2D(4, 3, activation="relu", name="conv")(start)
+    h = k.Flatten()(h)
+    net = keras.Model(start, k.Dense(2, name="out")(h))
+    cases.randomise_keras(net)
+    x = inputs(generator("line"), (6, 5, 3), None, 2)
+    model = converters.from_keras(net)
+    close(in_flax(model, x), in_keras(net, x))
+    net.save(tmp_path / "line.keras")
+    assert converters.load(tmp_path / "line.keras").module == model.module
+    branched = keras.Model(start, k.Add()([k.Flatten()(start), k.Flatten()(start)]))
+    with pytest.raises(converters.ConversionError, match="straight line"):
+        converters.from_keras(branched)
+
+
+@pytest.mark.parametrize("name", ["VGG16", "VGG19"])
+def test_vgg_goes_round(name):
+    net = getattr(keras.applications, name)(weights=None, input_shape=(32, 32, 3), classes=7)
+    rng = np.random.default_rng(0)
+    for v in net.variables:
+        scale = np.sqrt(2 / max(np.prod(v.shape[:-1]), 1))
+        v.assign(rng.normal(size=v.shape, scale=scale).astype(np.float32))
+    x = inputs(rng, (32, 32, 3), None, 1)
+    expected = in_keras(net, x)
+    model = converters.from_keras(net)
+    close(in_flax(model, x), expected)
+    there = converters.to_torch(*model)
+    close(in_torch(there, np.ascontiguousarray(np.moveaxis(x, -1, 1))), expected)
+    back = converters.to_keras(*converters.from_torch(there, input_shape=(3, 32, 32)))
+    close(in_keras(back, x), expected)
+    for ours, theirs in zip(back.weights, net.weights, strict=True):
+        assert np.array_equal(ours, theirs)

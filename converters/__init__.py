@@ -17,6 +17,7 @@ _HOME = {
     "S": "fwt.converters._row",
     "Size": "fwt.converters._row",
     "Special": "fwt.converters._row",
+    "Select": "fwt.converters._torch_modules",
     "register": "fwt.converters._layers",
     "from_keras": "fwt.converters._keras",
     "from_torch": "fwt.converters._torch",
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from fwt.converters._row import Special as Special
     from fwt.converters._torch import from_torch as from_torch
     from fwt.converters._torch import to_torch as to_torch
+    from fwt.converters._torch_modules import Select as Select
 
     from fwt._types import ConversionError as ConversionError
     from fwt._types import FileFormatError as FileFormatError

@@ -80,6 +80,8 @@ def moved(
             )
         value = left.pop(name)
         target_name, target_letters = p.of(target)
+        if target_name == "-":  # the target has no such layer, which is said where it is written
+            continue
         value = np.transpose(value, order(letters, target_letters, np.ndim(value)))
         if "*a" in target_letters and orders is not None:
             there, here = orders

@@ -129,8 +129,10 @@ def _check_known(layer: Any) -> None:
                 f"activation={activation.__name__!r} is a function of the user's own",
             )
     for role in ("layer", "forward_layer", "backward_layer", "cell"):
+        if role == "cell" and cls is not keras.layers.RNN:
+            continue
         wrapped = getattr(layer, role, None)
-        if isinstance(wrapped, keras.layers.Layer) and role in layer.get_config() | {"cell": 0}:
+        if isinstance(wrapped, keras.layers.Layer):
             name = type(wrapped).__name__
             if getattr(keras.layers, name, None) is not type(wrapped):
                 raise refuse(layer.name, f"it wraps {name}, which is a custom layer")

@@ -309,7 +309,7 @@ def to_keras_layers(
         shape = (dense.arrays["kernel"].shape[0],)
         new, found = _convert.convert(layers, "flax", "keras", shape, "source")
     assert found is not None
-    for layer in new:
+    for layer in [part for outer in new for part in (outer, *outer.inner)]:
         for name, value in layer.arrays.items():
             if value.dtype != np.float32:
                 raise refuse(
@@ -373,6 +373,8 @@ def _groups(layers: list[Layer]) -> list[str]:
 def _places(layer: Layer, group: str) -> list[tuple[Layer, str]]:
     """A layer and what it wraps, with the groups that hold their arrays."""
     roles = {"Bidirectional": ("forward_layer", "backward_layer")}.get(layer.kind, ("layer",))
+    if layer.kind == "RNN":
+        return [(layer.inner[0], f"{group}/cell")]
     if layer.kind in CELLS:
         return [(layer, f"{group}/cell")]
     inner = [p for part, role in zip(layer.inner, roles, strict=False)
@@ -386,14 +388,16 @@ CELLS = ("SimpleRNN", "LSTM", "GRU", "ConvLSTM1D", "ConvLSTM2D", "ConvLSTM3D")
 
 def _keras_names(layer: Layer) -> list[str]:
     """The names of a Keras layer's arrays, in the order of the file."""
-    rows = _layers.rows_of("keras", layer.kind)
+    rows = _layers.rows_of("keras", layer.kind.removesuffix("Cell"))
     names = []
     for p in rows[0].params if rows else ():
         if p.when is not None:
-            setting = next(s for s in rows[0].settings if getattr(s, "flax", None) == p.when)
-            assert isinstance(setting, S)
-            assert setting.keras is not None
-            if not layer.settings.get(setting.keras, setting.keras_default):
+            of = {s.flax: s for s in rows[0].settings if isinstance(s, S)}.get(p.when)
+            if of is None or of.keras == "":
+                present = layer.settings.get(p.when)
+            else:
+                present = of.keras is None or layer.settings.get(of.keras, of.keras_default)
+            if not present:
                 continue
         names.append(p.of("keras")[0])
     return names

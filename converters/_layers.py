@@ -14,14 +14,25 @@ import functools
 from typing import Any
 
 import flax.linen as nn
-from fwt.converters import _refused, _rows_functions, _rows_shapes, _rows_weights
+from fwt.converters import (
+    _refused,
+    _rows_functions,
+    _rows_recurrent,
+    _rows_shapes,
+    _rows_weights,
+)
 from fwt.converters._row import Framework, P, Row
 from fwt.converters._rows_shapes import PERMUTE as PERMUTE
 from fwt.converters._rows_shapes import RESHAPE as RESHAPE
 
 from fwt._axes import Known
 
-LAYERS: list[Row] = [*_rows_weights.ROWS, *_rows_shapes.ROWS, *_rows_functions.ROWS]
+LAYERS: list[Row] = [
+    *_rows_weights.ROWS,
+    *_rows_recurrent.ROWS,
+    *_rows_shapes.ROWS,
+    *_rows_functions.ROWS,
+]
 
 # Classes of the user's own, by name.
 CUSTOM: dict[Framework, dict[str, Any]] = {"flax": {}, "keras": {}, "torch": {}}

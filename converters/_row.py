@@ -171,7 +171,7 @@ class Special:
         fields: Mapping[str, Any],
         sizes: Any,
         at: "At",
-    ) -> "Layer":
+    ) -> "Layer | list[Layer]":
         """The layer as it is written, for a class or an array that the row can't name."""
         return layer
 
@@ -197,6 +197,7 @@ class Row:
         fits: whether the row is meant, where several have the class.
         lower: the layer as simpler ones of the same framework, or None to leave it.
         lacks: why a framework has no such layer, for the table and the error.
+        sizes: the sizes of letters that follow from the fields.
     """
 
     flax: type | None
@@ -219,11 +220,20 @@ class Row:
     fits: Callable[[Framework, "Layer"], bool] | None = None
     lower: Callable[[Framework, "Layer", int | None], "list[Layer] | None"] | None = None
     lacks: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    sizes: Callable[[Mapping[str, Any]], dict[str, int]] | None = None
 
     def spec(self, framework: Framework) -> tuple[list[str], list[str]]:
         text = self.torch_axes if framework == "torch" and self.torch_axes else self.axes
         left, _, right = text.partition("->")
         return left.split(), right.split()
+
+    def right(self, framework: Framework, fields: Mapping[str, Any]) -> list[str]:
+        """The letters of the output, which a setting may keep or drop."""
+        left, right = self.spec(framework)
+        if fields.get("keepdims"):
+            return left
+        dropped = ("t",) if fields.get("return_sequences") is False else ()
+        return [x for x in right if x not in dropped]
 
     def class_in(self, framework: Framework) -> str | None:
         if framework == "flax":
@@ -442,10 +452,14 @@ def output_sizes(
     row: Row, fields: Mapping[str, Any], inputs: Sequence[int | None], place: str
 ) -> dict[str, int | None]:
     """The size of each letter that the Flax layer gives, by ``jax.eval_shape``."""
-    right = row.spec("flax")[1][1:]
+    left, right = row.spec("flax")[0][1:], row.right("flax", fields)[1:]
+    # The number of steps changes no other size.
+    inputs = [1 if s is None and x == "t" else s for x, s in zip(left, inputs, strict=True)]
     if any(s is None for s in inputs):
         return dict.fromkeys(right)
-    settings: dict[str, Any] = {s.flax: fields[s.flax] for s in row.settings if isinstance(s, S)}
+    settings: dict[str, Any] = {
+        s.flax: fields[s.flax] for s in row.settings if isinstance(s, S) and s.flax in fields
+    }
     row.special.write("flax", dict(fields), settings, At(place, ()))
     cls: Any = row.flax
     module = cls(**settings)

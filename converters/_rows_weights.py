@@ -319,12 +319,11 @@ EINSUM_DENSE = Row(
     "EinsumDense",
     params=(
         P("kernel: *k", "-", "kernel: *k"),
-        P("bias: *o", "-", "bias: *o", when="use_bias"),
+        P("bias: *o", "-", "bias: *o", when="bias_axes"),
     ),
     fused_activation=True,
     lower=_lower.einsum,
 )
-SPECTRAL = Row(None, None, "SpectralNormalization", lower=_lower.inner_layer)
 
 ROWS: tuple[Row, ...] = (
     DENSE,

@@ -36,6 +36,12 @@ def _class(kind: str) -> type | None:
 
 @functools.cache
 def _defaults(cls: Any) -> dict[str, Any]:
+    if issubclass(cls, torch.nn.RNNBase):  # whose signature tells nothing
+        names = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0}
+        own = {torch.nn.LSTM: {"proj_size": 0}, torch.nn.RNN: {"nonlinearity": "tanh"}}
+        empty = inspect.Parameter.empty
+        names |= {"bidirectional": False, "input_size": empty, "hidden_size": empty}
+        return names | own.get(cls, {})
     parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
     return {p.name: p.default for p in parameters}
 
@@ -197,7 +203,7 @@ def from_torch(
             f"from_torch takes a torch.nn.Sequential, found {type(model).__name__}; to change the "
             "weights of any torch module in place, use converters.transform(model, t)"
         )
-    layers = _children(model, (), {})
+    layers = _torch_file.with_selected(_children(model, (), {}))
     new, shape = _convert.convert(layers, "torch", "flax", input_shape, layout)
     return _flax.write_flax(new, shape)
 
@@ -239,6 +245,7 @@ def to_torch(
     layers = _flax.read_flax(module, variables)
     shape = module.input_shape if input_shape is None else input_shape
     new, _ = _convert.convert(layers, "flax", "torch", shape, layout)
+    new = _torch_file.fold_torch(new)
     return _sequential([(parts_of(layer.name), layer) for layer in new]).eval()
 
 

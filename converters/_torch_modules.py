@@ -54,4 +54,50 @@ class Rescaling(torch.nn.Module):
         return f"scale={self.scale}, offset={self.offset}"
 
 
-OURS = {c.__name__: c for c in (Permute, RepeatVector, Rescaling)}
+class Flip(torch.nn.Module):
+    """An axis from its end to its start."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flip(self.dim)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}"
+
+
+class Select(torch.nn.Module):
+    """What a torch recurrent layer gives as one tensor.
+
+    "sequence" is its output, "last" the output of each direction's last step. With ``merge`` the
+    two halves of a bidirectional one are joined: "concat", "sum", "mul" or "ave". ``batch_first``
+    is that of the recurrent layer.
+    """
+
+    def __init__(self, what: str = "sequence", merge: str | None = None, batch_first: bool = True):
+        super().__init__()
+        if what not in ("sequence", "last") or merge not in (None, "concat", "sum", "mul", "ave"):
+            raise ValueError(f"Select({what!r}, {merge!r}) is not known")
+        self.what, self.merge, self.batch_first = what, merge, batch_first
+
+    def forward(self, given: Any) -> torch.Tensor:
+        x: torch.Tensor = given[0]
+        if self.merge is None:
+            return x if self.what == "sequence" else x.select(int(self.batch_first), -1)
+        first, second = x.chunk(2, dim=-1)
+        if self.what == "last":
+            time = int(self.batch_first)
+            first, second = first.select(time, -1), second.select(time, 0)
+        if self.merge == "concat":
+            return torch.cat([first, second], dim=-1)
+        if self.merge == "mul":
+            return first * second
+        return first + second if self.merge == "sum" else (first + second) / 2
+
+    def extra_repr(self) -> str:
+        return f"what={self.what!r}, merge={self.merge!r}"
+
+
+OURS = {c.__name__: c for c in (Flip, Permute, RepeatVector, Rescaling, Select)}

@@ -364,9 +364,12 @@ class Walk(Writer):
                 [half if a is axis else a for a in side] for side in (self.have, self.want)
             )
             return first, second
-        left, right = row.spec(self.source)
+        left = row.spec(self.source)[0]
+        right = row.right(self.source, fields)
         if not right or not row.spec(self.target)[1]:
             return self.have, self.want
+        if row.sizes is not None:
+            sizes = sizes | row.sizes(fields)
         changed = [x for x in right if not x.startswith("*") and (x in SPATIAL or x not in left)]
         found: Mapping[str, int | None] = sizes
         if any(x in SPATIAL or x not in sizes for x in changed):
@@ -388,8 +391,7 @@ class Walk(Writer):
             after |= {x: Axis(1) for x in left if x in SPATIAL}
 
         def side(axes: list[Axis], framework: Framework) -> list[Axis]:
-            letters, out = row.spec(framework)
-            out = letters if fields.get("keepdims") else out
+            letters, out = row.spec(framework)[0], row.right(framework, fields)
             fixed = [bound[x] for x in letters if x in bound]
             rest = [a for a in axes if a not in fixed]
             new: list[Axis] = []
@@ -502,9 +504,9 @@ class Walk(Writer):
             raise refuse(str(layer), f"dims={dims!r} does not fit rank {len(self.have)}")
         together = self.have == self.want
         self.have = [self.have[d] for d in dims]
-        if dims[0] != 0 and self.n is not self.have[0] and self.n is self.have[dims[0]]:
+        if dims[0] != 0 and self.n is not self.have[0] and not self.batch:
             # The layer after it takes the batch first, so that is what this axis is.
-            if self.have[0].origin is None or self.batch:
+            if self.have[0].origin is None:
                 raise refuse(str(layer), "it takes another axis as the batch than those before it")
             raise Restart(batch=self.have[0].origin)
         if layer.fused:

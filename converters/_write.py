@@ -57,7 +57,7 @@ class Writer:
                         raise refuse(at.place, f"{setting.torch} is not known", "give input_shape=")
                     settings[setting.torch] = sizes[setting.letter]
                 continue
-            value, key = fields[setting.flax], setting.name(self.target)
+            value, key = fields.get(setting.flax), setting.name(self.target)
             if isinstance(setting, AxesSetting):
                 shape = next((v.shape for v in (arrays or {}).values()), (None,))
                 at = dataclasses.replace(at, numbered=shape)
@@ -100,14 +100,15 @@ class Writer:
         layer = Layer(name, kind or "", settings, arrays or {})
         if self.target == "keras" and "data_format" in row.keras_defaults:
             layer.settings["data_format"] = "channels_last"  # whatever the user's keras.json says
-        layer = row.special.finish(self.target, layer, fields, sizes or {}, at)
-        if not layer.kind:
+        found = row.special.finish(self.target, layer, fields, sizes or {}, at)
+        made = found if isinstance(found, list) else [found]
+        if not all(x.kind for x in made):
             said = {k: v for k, v in fields.items() if not isinstance(v, Axis)}
             raise self._lacking(row, at, str(said) if said else "")
         for extra in around:
             if extra.before:
                 self._emit_around(extra, name, at)
-        self.out.append(layer)
+        self.out += made
         for extra in around:
             if not extra.before:
                 self._emit_around(extra, name, at)

@@ -15,6 +15,10 @@ import jax.numpy as jnp
 from fwt import _windows
 from fwt._base import Layer
 from fwt._base import tuples as tuples
+from fwt._recurrent import GRU as GRU
+from fwt._recurrent import LSTM as LSTM
+from fwt._recurrent import ConvLSTM as ConvLSTM
+from fwt._recurrent import SimpleRNN as SimpleRNN
 from fwt._types import Array, FwtError
 from fwt._windows import *  # noqa: F403 - its public names are ours
 
@@ -60,6 +64,10 @@ __all__ = [
     "Threshold",
     "TrainingOnly",
     "UnitNorm",
+    "GRU",
+    "LSTM",
+    "ConvLSTM",
+    "SimpleRNN",
     *_windows.__all__,
 ]
 

@@ -584,3 +584,74 @@ for _name, _make in {
     "ActivityRegularization": lambda: k.ActivityRegularization(0.1, 0.2),
 }.items():
     case(KERAS, _name)(lambda rng, m=_make: (ints(rng, rng.integers(1, 4), 2, 4), m()))
+
+
+def add_recurrent():
+    for kind in ("RNN", "LSTM", "GRU"):
+
+        @case(TORCH, kind, refused="Keras's LSTM has no projection|gives two outputs")
+        def torch_rnn(rng, kind=kind):
+            from fwt.converters import Select
+
+            both = yes(rng)
+            more = {"nonlinearity": pick(rng, "tanh", "relu")} if kind == "RNN" else {}
+            if kind == "LSTM" and rng.integers(3) == 0:
+                more = {"proj_size": 2}
+            layer = getattr(t, kind)(
+                3, 4, num_layers=int(rng.integers(1, 4)), bias=yes(rng), batch_first=True,
+                dropout=0.0, bidirectional=both, **more,
+            )  # fmt: skip
+            merge = pick(rng, None, "sum", "mul", "ave") if both else None
+            what = pick(rng, "sequence", "last")
+            if what == "last" and both:
+                merge = merge or "concat"
+            return (int(rng.integers(1, 5)), 3), [layer, Select(what, merge)]
+
+    shared = {"SimpleRNN": {}, "LSTM": {"recurrent_activation": "hard_sigmoid"},
+              "GRU": {"reset_after": False}}  # fmt: skip
+    for kind, odd in shared.items():
+
+        def build(rng, kind=kind, odd=odd, **more):
+            settings = {"use_bias": yes(rng), **pick(rng, {}, odd, {"activation": "relu"})}
+            return getattr(k, kind)(4, return_sequences=yes(rng), **settings, **more)
+
+        lacks = "torch's (RNN|LSTM|GRU) has no|backward one"
+
+        @case(KERAS, kind, refused=lacks)
+        def keras_rnn(rng, build=build):
+            return (int(rng.integers(1, 5)), 3), build(rng, go_backwards=yes(rng))
+
+        @case(KERAS, f"Bidirectional_{kind}", refused=lacks)
+        def both(rng, build=build):
+            merge = pick(rng, "concat", "sum", "mul", "ave")
+            layer = build(rng)
+            return (int(rng.integers(1, 5)), 3), k.Bidirectional(layer, merge_mode=merge)
+
+        @case(KERAS, f"RNN_{kind}", refused=lacks)
+        def over_cell(rng, kind=kind):
+            cell = getattr(k, f"{kind}Cell")(4, use_bias=yes(rng))
+            return (int(rng.integers(1, 5)), 3), k.RNN(cell, return_sequences=yes(rng))
+
+    for r in (1, 2, 3):
+
+        @case(KERAS, f"ConvLSTM{r}D", refused="torch has no ConvLSTM")
+        def conv_lstm(rng, r=r):
+            strides = ints(rng, r, 1, 2)
+            layer = getattr(k, f"ConvLSTM{r}D")(
+                2, ints(rng, r, 1, 3), strides=strides, padding=pick(rng, "same", "valid"),
+                return_sequences=yes(rng), go_backwards=yes(rng), use_bias=yes(rng),
+                recurrent_activation=pick(rng, "sigmoid", "hard_sigmoid"),
+            )  # fmt: skip
+            return (int(rng.integers(1, 4)), *spatial(rng, r, 3, 5), 2), layer
+
+    @case(KERAS, "TimeDistributed")
+    def distributed(rng):
+        inner = pick(rng, k.Dense(3, activation="tanh"), k.LayerNormalization(), k.Softmax())
+        return ints(rng, rng.integers(2, 4), 2, 4), k.TimeDistributed(inner)
+
+    @case(KERAS, "SpectralNormalization")
+    def spectral(rng):
+        return (6, 5, 3), k.SpectralNormalization(k.Conv2D(4, 3, activation="relu"))
+
+
+add_recurrent()

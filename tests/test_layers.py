@@ -61,9 +61,9 @@ def states(model):
         return {n: v.numpy() for n, v in state if not n.endswith("num_batches_tracked")}
     out = {}
     for layer in model.layers:
-        for v in layer.variables:
+        for index, v in enumerate(layer.variables):
             if v.name != "seed_generator_state":
-                out[f"{layer.name}/{v.path.split('/', 1)[-1]}"] = np.asarray(v)
+                out[f"{layer.name}/{index}/{v.name}"] = np.asarray(v)
     return out
 
 
@@ -108,6 +108,10 @@ CANONICAL = {
     "ConvTranspose2d": "groups become blocks",
     "ConvTranspose3d": "groups become blocks",
     "EinsumDense": "a Dense",
+    **dict.fromkeys(["RNN", "LSTM", "GRU"], "the two biases as their sum"),
+    **dict.fromkeys(["RNN_SimpleRNN", "RNN_LSTM", "RNN_GRU"], "the layer of that cell"),
+    "TimeDistributed": "the layer inside",
+    "SpectralNormalization": "the layer inside",
     "Conv1D": "as many groups as inputs become a DepthwiseConv",
     "Conv2D": "as many groups as inputs become a DepthwiseConv",
 }
@@ -119,7 +123,8 @@ def test_torch_layer(name, seed):
     case = layer_cases.TORCH[name]
     rng = generator(name, seed)
     shape, layer = case.make(rng)
-    model = cases.randomise_torch(torch.nn.Sequential(layer), seed)
+    layers = layer if isinstance(layer, list) else [layer]
+    model = cases.randomise_torch(torch.nn.Sequential(*layers), seed)
     x = inputs(rng, shape, case.integers, 1 if seed % 2 else 3)
     check("torch", model, shape, x, case.refused, CANONICAL.get(name, ()))
 
@@ -269,3 +274,58 @@ def test_vgg_goes_round(name):
     close(in_keras(back, x), expected)
     for ours, theirs in zip(back.weights, net.weights, strict=True):
         assert np.array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "source"])
+@pytest.mark.parametrize("what", ["sequence", "last"])
+def test_torch_recurrent_with_time_first(what, layout):
+    """batch_first=False proves axis 1 to be the batch, so that is where the model's goes."""
+    t = torch.nn
+    net = cases.randomise_torch(t.Sequential(
+        t.LSTM(3, 4, num_layers=2, bidirectional=True), converters.Select("sequence", None, False),
+        t.Linear(8, 5), t.Tanh(), t.GRU(5, 4), converters.Select(what, None, False),
+        t.Linear(4, 2),
+    ))  # fmt: skip
+    x = inputs(generator("time"), (2, 3), None, 6)  # (time, batch, channels)
+    expected = in_torch(net, x)
+    model = converters.from_torch(net, input_shape=(2, 3), layout=layout)
+    if layout == "source":
+        close(in_flax(model, x), expected)
+        return
+    found = in_flax(model, np.swapaxes(x, 0, 1))
+    close(found, np.swapaxes(expected, 0, 1) if what == "sequence" else expected)
+    assert [n.name for n in model.module.layers] == ["0__l0", "0__l1", "2", "3", "4", "6"]
+    there = converters.to_keras(*model, input_shape=(6, 3))
+    close(in_keras(there, np.swapaxes(x, 0, 1)), found)
+
+
+def test_recurrent_layers_cross_files(tmp_path):
+    k = keras.layers
+    net = keras.Sequential([
+        keras.Input((5, 3)), k.Bidirectional(k.LSTM(4, return_sequences=True), merge_mode="sum"),
+        k.RNN(k.GRUCell(3), return_sequences=True), k.TimeDistributed(k.Dense(4, "relu")),
+        k.SimpleRNN(2, go_backwards=True), k.EinsumDense("ab,bc->ac", 3, bias_axes="c"),
+    ])  # fmt: skip
+    cases.randomise_keras(net)
+    x = inputs(generator("files"), (5, 3), None, 2)
+    expected = in_keras(net, x)
+    net.save(tmp_path / "net.keras")
+    model = converters.load(tmp_path / "net.keras")
+    close(in_flax(model, x), expected)
+    converters.save(tmp_path / "again.keras", *model)
+    close(in_keras(keras.saving.load_model(tmp_path / "again.keras"), x), expected)
+    converters.save(tmp_path / "again.safetensors", *model)
+    close(in_flax(converters.load(tmp_path / "again.safetensors"), x), expected)
+    converters.save(tmp_path / "again.pt", *model)
+    there = converters.to_torch(*model)
+    there.load_state_dict(torch.load(tmp_path / "again.pt", weights_only=True))
+    close(in_torch(there, x), expected)
+
+
+def test_stacked_recurrent_layers_are_one_again():
+    net = cases.randomise_torch(torch.nn.Sequential(torch.nn.GRU(3, 4, 3, batch_first=True)))
+    model = converters.from_torch(net, input_shape=(5, 3))
+    back = converters.to_torch(*model)
+    assert list(back._modules) == ["0", "0__output"]
+    assert list(back.state_dict()) == list(net.state_dict())
+    assert back[0].num_layers == 3

@@ -42,11 +42,17 @@ def read_flax(module: Any, variables: Any, inside: tuple[str, ...] = ()) -> list
             continue
         arrays: dict[str, Any] = {}
         for tree in variables.values():
-            for leaf, value in tree.get(named.name, {}).items():
-                if isinstance(value, Mapping):
-                    raise refuse(joined(parts), f"a nested layer {leaf!r} can't be converted")
-                arrays[leaf] = np.asarray(value)
+            arrays |= _flat(tree.get(named.name, {}))
         out.append(_layer(joined(parts), named.layer, arrays))
+    return out
+
+
+def _flat(tree: Mapping[str, Any], inside: str = "") -> dict[str, Any]:
+    """The arrays of a layer, those of layers in it as ``query/kernel``."""
+    out: dict[str, Any] = {}
+    for name, value in tree.items():
+        nested = isinstance(value, Mapping)
+        out |= _flat(value, f"{inside}{name}/") if nested else {inside + name: np.asarray(value)}
     return out
 
 
@@ -90,7 +96,11 @@ def _nested(
             named.append(Named(first, _module(row, layer)))
             where = {p.of("flax")[0]: p.collection for p in row.params}
             for name, value in layer.arrays.items():
-                trees[where[name]].setdefault(first, {})[name] = value
+                *inside, leaf = name.split("/")
+                node = trees[where[name]].setdefault(first, {})
+                for part in inside:
+                    node = node.setdefault(part, {})
+                node[leaf] = value
     return tuple(named), trees
 
 

@@ -18,11 +18,40 @@ from fwt._types import ConversionError, Model
 
 def _arrays(layer: Any, place: str) -> dict[str, Any]:
     out: dict[str, Any] = {}
-    for variable in layer.variables:
-        if variable.name in out:
-            raise refuse(place, f"two variables are named {variable.name!r}")
-        out[variable.name] = keras.ops.convert_to_numpy(variable)
+    for name, variable in _named(layer):
+        if name in out:
+            raise refuse(place, f"two variables are named {name!r}")
+        out[name] = keras.ops.convert_to_numpy(variable)
     return out
+
+
+def _named(layer: Any) -> list[tuple[str, Any]]:
+    """The variables of a layer, those of attention as ``query/kernel``."""
+    count = 2 if isinstance(layer, keras.layers.MultiHeadAttention) else 1
+    seed = "seed_generator_state"
+    return [
+        (v.name if v.name == seed else "/".join(v.path.split("/")[-count:]), v)
+        for v in layer.variables
+    ]
+
+
+class SelfAttention(keras.layers.MultiHeadAttention):
+    """``keras.layers.MultiHeadAttention`` of one tensor with itself, which fits a Sequential."""
+
+    def build(self, shape: Any) -> None:
+        super().build(shape, shape)
+
+    def call(self, x: Any, training: bool | None = None) -> Any:
+        return super().call(x, x, training=training)
+
+    def compute_output_shape(self, shape: Any) -> Any:
+        return super().compute_output_shape(shape, shape)
+
+    def compute_output_spec(self, x: Any, training: bool | None = None) -> Any:
+        return keras.KerasTensor(self.compute_output_shape(x.shape), dtype=self.compute_dtype)
+
+
+_layers.CUSTOM["keras"]["SelfAttention"] = SelfAttention
 
 
 def from_keras(model: Any, layout: Layout = "channels_last") -> Model:
@@ -182,7 +211,7 @@ def _assign(layer: Layer, live: Any) -> None:
         roles = ("forward_layer", "backward_layer") if len(layer.inner) > 1 else ("layer",)
         for part, role in zip(layer.inner, roles, strict=True):
             _assign(part, getattr(live, role))
-    variables = {v.name: v for v in live.variables}
+    variables = dict(_named(live))
     for name, value in layer.arrays.items():
         variables[name].assign(value)
 

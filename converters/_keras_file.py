@@ -106,7 +106,10 @@ def _line(body: Mapping[str, Any], entries: list[Any], place: str) -> list[Any]:
     by_name = {e["name"]: e for e in entries if isinstance(e, dict) and "name" in e}
     after: dict[str, str] = {}
     for name, entry in by_name.items():
-        sources = _tensors(entry.get("inbound_nodes"))
+        nodes = entry.get("inbound_nodes") or []
+        sources = _tensors(nodes)
+        if len(nodes) == 1 and entry.get("class_name") == "MultiHeadAttention":
+            sources = list(dict.fromkeys(sources))  # of one tensor with itself
         if name == starts[0] and not sources:
             continue
         if len(sources) != 1 or sources[0] in after:
@@ -336,8 +339,15 @@ def load_keras(path: Path) -> Model:
         with h5py.File(io.BytesIO(weights), "r") as file:
             own = [x for x in layers if not x.fused]
             for layer, group in zip(own, _groups(own), strict=True):
+                if layer.kind == "MultiHeadAttention":
+                    parts = {"bias_axes": layer.settings.get("use_bias")}
+                    layer.inner = tuple(Layer(n, "EinsumDense", parts) for n in ATTENTION.values())
                 for part, place in _places(layer, group):
                     part.arrays = _keras_arrays(file, f"{place}/vars", part, budget)
+                if layer.kind == "MultiHeadAttention":
+                    for part in layer.inner:
+                        layer.arrays |= {f"{part.name}/{n}": v for n, v in part.arrays.items()}
+                    layer.inner = ()
     new, found = _convert.convert(layers, "keras", "flax", shape, "source")
     return _flax.write_flax(new, found)
 
@@ -373,6 +383,9 @@ def _groups(layers: list[Layer]) -> list[str]:
 def _places(layer: Layer, group: str) -> list[tuple[Layer, str]]:
     """A layer and what it wraps, with the groups that hold their arrays."""
     roles = {"Bidirectional": ("forward_layer", "backward_layer")}.get(layer.kind, ("layer",))
+    if layer.kind == "MultiHeadAttention":
+        named = zip(layer.inner, ATTENTION, strict=True)
+        return [(part, f"{group}/{role}") for part, role in named]
     if layer.kind == "RNN":
         return [(layer.inner[0], f"{group}/cell")]
     if layer.kind in CELLS:
@@ -382,6 +395,11 @@ def _places(layer: Layer, group: str) -> list[tuple[Layer, str]]:
     return inner if layer.inner else [(layer, group)]
 
 
+# The parts of MultiHeadAttention in a file, and in its variables.
+ATTENTION = {
+    "query_dense": "query", "key_dense": "key", "value_dense": "value",
+    "output_dense": "attention_output",
+}  # fmt: skip
 # Layers whose arrays are those of a cell inside them.
 CELLS = ("SimpleRNN", "LSTM", "GRU", "ConvLSTM1D", "ConvLSTM2D", "ConvLSTM3D")
 
@@ -447,6 +465,12 @@ def save_keras(file: Any, module: Any, variables: Any, layout: str | None) -> No
     weights = io.BytesIO()
     with h5py.File(weights, "w") as h5:
         for layer, group in zip(layers, _groups(layers), strict=True):
+            if layer.kind in _layers.CUSTOM["keras"] or layer.kind == "SelfAttention":
+                raise refuse(
+                    str(layer),
+                    "only Keras itself can write a class of the user's own to a file",
+                    "use to_keras, and save what it gives",
+                )
             for part, where in _places(layer, group):
                 place = h5.create_group(f"{where}/vars")
                 place.attrs["name"] = parts_of(part.name)[-1]

@@ -16,6 +16,7 @@ from typing import Any
 import flax.linen as nn
 from fwt.converters import (
     _refused,
+    _rows_attention,
     _rows_functions,
     _rows_recurrent,
     _rows_shapes,
@@ -30,6 +31,7 @@ from fwt._axes import Known
 LAYERS: list[Row] = [
     *_rows_weights.ROWS,
     *_rows_recurrent.ROWS,
+    *_rows_attention.ROWS,
     *_rows_shapes.ROWS,
     *_rows_functions.ROWS,
 ]

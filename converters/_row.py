@@ -108,14 +108,16 @@ class AxisSetting:
 class AxesSetting:
     """A setting that is the numbers of several axes: it crosses as those axes.
 
-    The arrays' letter ``*a`` stands for them. ``torch`` is None where torch says how many axes it
-    means by the shape of its arrays; they stand last there, or second if ``torch_second``.
+    The arrays' letter ``*a`` stands for them. torch says by the shape of its arrays how many
+    axes it means: they stand last there, or second if ``torch_second``; ``keras_last``: in Keras
+    too.
     """
 
     flax: str
     keras: str | None
     keras_default: Any = -1
     torch_second: bool = False
+    keras_last: bool = False
 
     def name(self, framework: Framework) -> str | None:
         return {"flax": self.flax, "torch": None, "keras": self.keras}[framework]

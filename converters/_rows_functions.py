@@ -4,7 +4,7 @@ from typing import Any
 
 from fwt.converters import _lower
 from fwt.converters._row import AxesSetting, AxisSetting, Framework, Layer, Row, S, number
-from fwt.converters._special import TorchSoftmaxDim
+from fwt.converters._special import Halves, TorchSoftmaxDim
 
 from fwt import layers as fl
 
@@ -36,9 +36,8 @@ def _along(flax: type, torch: str | None, keras: str | None, function: str, **mo
         keras,
         settings=(AxisSetting("axis", "dim" if torch else None, "axis" if keras else None),),
         function=(function, {"axis": -1}) if function else None,
-        special=TorchSoftmaxDim(),
         lacks=_NO_LAYER,
-        **more,
+        **{"special": TorchSoftmaxDim(), **more},
     )
 
 
@@ -181,7 +180,7 @@ ROWS: tuple[Row, ...] = (
         special=TorchSoftmaxDim(),
         lacks=_NO_LAYER,
     ),
-    _along(fl.GLU, "GLU", None, "glu", ordered=True, halves="axis"),
+    _along(fl.GLU, "GLU", None, "glu", ordered=True, halves="axis", special=Halves()),
     Row(None, "Softmax2d", None, lower=_lower.fixed_dim("Softmax", -3)),
     Row(
         fl.UnitNorm,

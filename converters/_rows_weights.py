@@ -220,7 +220,7 @@ RMS_NORM = Row(
     "RMSNorm",
     "RMSNormalization",
     settings=(
-        AxesSetting("reduction_axes", "axis"),
+        AxesSetting("reduction_axes", "axis", keras_last=True),
         S("epsilon", "eps", "epsilon", 1e-6),
         S("use_scale", "", None),
     ),

@@ -134,6 +134,20 @@ class PermuteDims(Special):
         return []
 
 
+class Halves(Special):
+    """GLU, which Keras's Activation takes for a layer that keeps the shape."""
+
+    def finish(
+        self, framework: Framework, layer: Layer, fields: Mapping[str, Any], sizes: Any, at: At
+    ) -> Layer:
+        if framework == "keras":
+            raise refuse(
+                at.place,
+                "keras has no GLU: its Activation('glu') tells the next layer the shape before it",
+            )
+        return layer
+
+
 class TorchSoftmaxDim(Special):
     """torch's dim=None guesses by rank."""
 

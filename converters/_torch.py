@@ -80,14 +80,15 @@ def _layer(name: str, module: torch.nn.Module) -> Layer:
         )
     for key, parameter in module.named_parameters():
         _check_initialised(parameter, f"{name}.{key}")
-    parameters = dict(module.named_parameters(recurse=False))
-    buffers = dict(module.named_buffers(recurse=False))
+    whole = issubclass(cls, torch.nn.MultiheadAttention | torch.nn.TransformerEncoderLayer)
+    parameters = dict(module.named_parameters(recurse=whole))
+    buffers = dict(module.named_buffers(recurse=whole))
     arrays: dict[str, Any] = {**parameters, **buffers, **_folded(module, place)}
     arrays = {k: v for k, v in arrays.items() if v is not None}
     defaults = _defaults(cls)
-    settings = {}
+    settings = _composite(module, place)
     for key in defaults:
-        if key in TRAINING["torch"]:
+        if key in TRAINING["torch"] or key in settings:
             continue
         if key == "bias" and isinstance(getattr(module, key, None), torch.Tensor | None):
             settings[key] = module.bias is not None
@@ -96,6 +97,38 @@ def _layer(name: str, module: torch.nn.Module) -> Layer:
     arrays = {k: to_numpy(v, f"{name}.{k}") for k, v in arrays.items()}
     known = {k: v for k, v in defaults.items() if v is not inspect.Parameter.empty}
     return Layer(name, kind, settings, arrays, known)
+
+
+def _composite(module: Any, place: str) -> dict[str, Any]:
+    """The settings of a module that holds others, which it keeps under other names."""
+    if any(p._forward_hooks or p._forward_pre_hooks for p in module.modules() if p is not module):
+        raise refuse(place, "a forward hook inside can change what it does", "remove it")
+    if isinstance(module, torch.nn.MultiheadAttention):
+        return {
+            "bias": module.in_proj_bias is not None,
+            "add_bias_kv": module.bias_k is not None,
+        }
+    if isinstance(module, torch.nn.TransformerEncoderLayer):
+        names = {torch.nn.functional.relu: "relu", torch.nn.functional.gelu: "gelu"}
+        act: Any = module.activation
+        name = names.get(act)
+        if isinstance(act, torch.nn.ReLU):
+            name = "relu"
+        elif isinstance(act, torch.nn.GELU) and act.approximate == "none":
+            name = "gelu"
+        if name is None:
+            raise refuse(place, f"activation={act!r}: only relu and gelu")
+        return {
+            "d_model": module.linear1.in_features,
+            "nhead": module.self_attn.num_heads,
+            "dim_feedforward": module.linear1.out_features,
+            "dropout": module.dropout.p,
+            "activation": name,
+            "layer_norm_eps": module.norm1.eps,
+            "batch_first": module.self_attn.batch_first,
+            "bias": module.linear1.bias is not None,
+        }
+    return {}
 
 
 def _folded(module: torch.nn.Module, place: str) -> dict[str, Any]:
@@ -152,6 +185,11 @@ def _children(model: torch.nn.Module, inside: tuple[str, ...], seen: dict[int, s
         place = joined((*inside, name))
         if _is_container(module):
             layers += _children(module, (*inside, name), seen)
+            continue
+        if type(module) is torch.nn.TransformerEncoder:  # its layers keep their paths in it
+            within = {"layers": module.layers, **({"norm": module.norm} if module.norm else {})}
+            held = torch.nn.Sequential(OrderedDict(within))
+            layers += _children(held, (*inside, name), seen)
             continue
         layers.append(_layer(place, module))
         for parameter in module.parameters():

@@ -100,4 +100,11 @@ class Select(torch.nn.Module):
         return f"what={self.what!r}, merge={self.merge!r}"
 
 
-OURS = {c.__name__: c for c in (Flip, Permute, RepeatVector, Rescaling, Select)}
+class SelfAttention(torch.nn.MultiheadAttention):
+    """``torch.nn.MultiheadAttention`` of one tensor with itself, which is all that it gives."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        return super().forward(x, x, x, need_weights=False)[0]
+
+
+OURS = {c.__name__: c for c in (Flip, Permute, RepeatVector, Rescaling, Select, SelfAttention)}

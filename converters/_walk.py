@@ -278,11 +278,12 @@ class Walk(Writer):
         """Brings the target's axes into the order that its layer takes."""
         if self.want is None:
             return
-        if numbered is not None and self.target == "torch":
-            setting = next(s for s in row.settings if isinstance(s, AxesSetting))
+        setting = next((s for s in row.settings if isinstance(s, AxesSetting)), None)
+        moves = self.target == "torch" or (setting is not None and setting.keras_last)
+        if numbered is not None and setting is not None and moves and self.target != "flax":
             rest = [a for a in self.want if a not in numbered]
             among = [a for a in self.want if a in numbered]
-            if not setting.torch_second:
+            if self.target == "keras" or not setting.torch_second:
                 self._arrange([*rest, *among], layer.name)
             elif len(among) > 1:
                 raise refuse(

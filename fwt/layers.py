@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from fwt import _windows
+from fwt._attention import TransformerEncoderLayer as TransformerEncoderLayer
 from fwt._base import Layer
 from fwt._base import tuples as tuples
 from fwt._recurrent import GRU as GRU
@@ -68,6 +69,7 @@ __all__ = [
     "LSTM",
     "ConvLSTM",
     "SimpleRNN",
+    "TransformerEncoderLayer",
     *_windows.__all__,
 ]
 

@@ -536,7 +536,7 @@ def _(rng):
 def _(rng):
     names = (
         "relu", "leaky_relu", "relu6", "softmax", "celu", "elu", "selu", "softplus", "softsign",
-        "squareplus", "soft_shrink", "sparse_plus", "silu", "gelu", "glu", "tanh", "tanh_shrink",
+        "squareplus", "soft_shrink", "sparse_plus", "silu", "gelu", "tanh", "tanh_shrink",
         "sigmoid", "exponential", "hard_sigmoid", "hard_silu", "hard_tanh", "hard_shrink",
         "linear", "mish", "log_softmax", "log_sigmoid", "sparsemax", "sparse_sigmoid",
     )  # fmt: skip
@@ -655,3 +655,29 @@ def add_recurrent():
 
 
 add_recurrent()
+
+
+@case(TORCH, "MultiheadAttention")
+def _(rng):
+    from fwt.converters._torch_modules import SelfAttention
+
+    heads = int(rng.integers(1, 4))
+    layer = SelfAttention(heads * 2, heads, bias=yes(rng), batch_first=True)
+    return (int(rng.integers(1, 5)), heads * 2), layer
+
+
+@case(TORCH, "TransformerEncoderLayer", refused="keras has no TransformerEncoderLayer")
+def _(rng):
+    heads = int(rng.integers(1, 4))
+    layer = t.TransformerEncoderLayer(
+        heads * 2, heads, 5, activation=pick(rng, "relu", "gelu"), layer_norm_eps=0.01,
+        batch_first=True, norm_first=yes(rng), bias=yes(rng),
+    )  # fmt: skip
+    return (int(rng.integers(1, 5)), heads * 2), layer
+
+
+@case(TORCH, "TransformerEncoder", refused="keras has no TransformerEncoderLayer")
+def _(rng):
+    one = t.TransformerEncoderLayer(4, 2, 5, batch_first=True, norm_first=yes(rng))
+    norm = pick(rng, None, t.LayerNorm(4))
+    return (int(rng.integers(1, 5)), 4), t.TransformerEncoder(one, 2, norm, False)

@@ -20,7 +20,7 @@ import numpy as np
 # What the walk itself may refuse in a stack.
 WALK = (
     "depends on the input's size|is too small for it|does not fit|give input_shape|"
-    "Keras can't build this model|proves which of the"
+    "Keras can't build this model|proves which of the|the input is smaller"
 )
 
 
@@ -50,19 +50,19 @@ def build(source, seed):
         given, layer = case.make(rng)
         if len(given) != x.ndim - 1:
             continue
-        layer = refit(source, layer, x.shape)
+        parts = layer if isinstance(layer, list) else [layer]
+        parts = [refit(source, part, x.shape) for part in parts]
         try:
             if source == "torch":
-                layer.eval()
                 with torch.no_grad():
-                    y = layer(torch.from_numpy(x)).numpy()
+                    y = torch.nn.Sequential(*parts).eval()(torch.from_numpy(x)).numpy()
             else:
                 y = np.asarray(layer(x))
         except Exception:  # noqa: BLE001 - it does not take this input: draw another
             continue
         if y.size == 0 or y.size > 40_000 or y.ndim > 5 or y.dtype != np.float32:
             continue
-        layers.append(layer)
+        layers += parts
         refused += [case.refused] if case.refused else []
         x = np.ascontiguousarray(y)
     if source == "torch":
@@ -100,6 +100,13 @@ def refit(source, layer, shape):
         return t.GroupNorm(groups, channels, layer.eps, layer.affine)
     if isinstance(layer, t.PReLU):
         return t.PReLU(1 if layer.num_parameters == 1 else channels)
+    if isinstance(layer, t.RNNBase):
+        own = {"proj_size": layer.proj_size} if isinstance(layer, t.LSTM) else {}
+        own |= {"nonlinearity": layer.nonlinearity} if isinstance(layer, t.RNN) else {}
+        return type(layer)(
+            shape[-1], layer.hidden_size, layer.num_layers, bias=layer.bias,
+            batch_first=layer.batch_first, bidirectional=layer.bidirectional, **own,
+        )  # fmt: skip
     if isinstance(layer, t.LayerNorm | t.RMSNorm):
         own = {"bias": layer.bias is not None} if isinstance(layer, t.LayerNorm) else {}
         count = min(len(layer.normalized_shape), len(shape) - 1)
@@ -116,7 +123,8 @@ def run(source, seed):
     expected = test_layers.run(source, model, x)
     if not np.isfinite(expected).all() or np.abs(expected).max(initial=0) > 1e4:
         return "not finite"
-    said = test_layers.check(source, model, shape, x, refused, canonical=True)
+    said = test_layers.check(source, model, shape, x, refused, canonical=True,
+                             own_refusals="the input is smaller")  # fmt: skip
     return said or layouts(source, model, x, expected, refused)
 
 

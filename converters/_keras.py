@@ -19,7 +19,7 @@ from fwt._types import ConversionError, Model
 def _arrays(layer: Any, place: str) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for name, variable in _named(layer):
-        if name in out:
+        if name in out and name != "seed_generator_state":
             raise refuse(place, f"two variables are named {name!r}")
         out[name] = keras.ops.convert_to_numpy(variable)
     return out

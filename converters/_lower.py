@@ -204,3 +204,18 @@ def einsum(framework: Framework, layer: Layer, rank: int | None) -> list[Layer] 
         )
     settings = {**layer.settings, "units": layer.arrays["kernel"].shape[-1]}
     return [Layer(layer.name, "Dense", {**settings, "use_bias": bias is not None}, layer.arrays)]
+
+
+def own_statistics(framework: Framework, layer: Layer, rank: int | None) -> list[Layer] | None:
+    """Keras's Normalization with its statistics as arrays, wherever they stand."""
+    given = layer.settings.get("mean"), layer.settings.get("variance")
+    arrays = {k: v for k, v in layer.arrays.items() if k != "count"}
+    if framework != "keras" or (given == (None, None) and len(arrays) == len(layer.arrays)):
+        return None
+    if given != (None, None):
+        arrays = {
+            k: np.asarray(v, np.float32) for k, v in zip(("mean", "variance"), given, strict=True)
+        }
+        kept = [n for n in arrays["mean"].shape if n != 1]
+        arrays = {k: v.reshape(kept or [1]) for k, v in arrays.items()}
+    return [_changed(layer, arrays, mean=None, variance=None)]

@@ -20,6 +20,7 @@ KERAS = {
             "AdditiveAttention",
             "Attention",
             "GroupQueryAttention",
+            "GroupedQueryAttention",
         ],
         _TWO,
     ),

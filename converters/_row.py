@@ -200,6 +200,7 @@ class Row:
         lower: the layer as simpler ones of the same framework, or None to leave it.
         lacks: why a framework has no such layer, for the table and the error.
         sizes: the sizes of letters that follow from the fields.
+        note: what a user should know of the conversion, for the table.
     """
 
     flax: type | None
@@ -223,6 +224,7 @@ class Row:
     lower: Callable[[Framework, "Layer", int | None], "list[Layer] | None"] | None = None
     lacks: Mapping[str, str] = dataclasses.field(default_factory=dict)
     sizes: Callable[[Mapping[str, Any]], dict[str, int]] | None = None
+    note: str = ""
 
     def spec(self, framework: Framework) -> tuple[list[str], list[str]]:
         text = self.torch_axes if framework == "torch" and self.torch_axes else self.axes

@@ -261,10 +261,16 @@ ENCODER = Row(
     special=Encoder(),
     ordered=True,
     lower=_lower_encoder,
-    lacks={"keras": "keras.layers has no layer that does this"},
+    lacks={"keras": "keras.layers has no such layer"},
 )
 ROWS: tuple[Row, ...] = (
     ATTENTION,
-    Row(None, "MultiheadAttention", "MultiHeadAttention", lower=_lower_attention),
+    Row(
+        None,
+        "MultiheadAttention",
+        "MultiHeadAttention",
+        lower=_lower_attention,
+        note="of one tensor with itself; a Sequential holds a small subclass of ours",
+    ),
     ENCODER,
 )

@@ -9,9 +9,8 @@ from fwt.converters._special import Halves, TorchSoftmaxDim
 from fwt import layers as fl
 
 _NO_LAYER = {
-    "torch": "torch.nn has no layer that does this",
-    "keras": "keras.layers has no layer with this setting, and a function of the user's own is "
-    "not portable",
+    "torch": "torch.nn has no such layer",
+    "keras": "keras.layers has no layer with this setting",
 }
 
 
@@ -90,7 +89,7 @@ ROWS: tuple[Row, ...] = (
         _number("negative_slope", "negative_slope", "negative_slope", 0.3),
         negative_slope=0.2,
     ),
-    Row(None, "RReLU", None, lower=_lower.random_relu),
+    Row(None, "RReLU", None, lower=_lower.random_relu, note="at inference a LeakyReLU"),
     _function(fl.ELU, "ELU", "ELU", "elu", _number("alpha", "alpha", "alpha", 1.0), alpha=1.0),
     _function(fl.CELU, "CELU", None, "celu", _number("alpha", "alpha", None), alpha=1.0),
     _function(fl.SELU, "SELU", None, "selu"),
@@ -171,7 +170,7 @@ ROWS: tuple[Row, ...] = (
     _function(fl.SparseSigmoid, None, None, "sparse_sigmoid"),
     _along(fl.Softmax, "Softmax", "Softmax", "softmax"),
     _along(fl.LogSoftmax, "LogSoftmax", None, "log_softmax"),
-    _along(fl.Sparsemax, None, None, "sparsemax"),
+    _along(fl.Sparsemax, None, None, "sparsemax", note="as Keras 3.15 computes it"),
     Row(
         fl.Softmin,
         "Softmin",
@@ -180,8 +179,17 @@ ROWS: tuple[Row, ...] = (
         special=TorchSoftmaxDim(),
         lacks=_NO_LAYER,
     ),
-    _along(fl.GLU, "GLU", None, "glu", ordered=True, halves="axis", special=Halves()),
-    Row(None, "Softmax2d", None, lower=_lower.fixed_dim("Softmax", -3)),
+    _along(
+        fl.GLU,
+        "GLU",
+        None,
+        "glu",
+        ordered=True,
+        halves="axis",
+        special=Halves(),
+        note="in keras only from: its Activation('glu') tells the next layer another shape",
+    ),
+    Row(None, "Softmax2d", None, lower=_lower.fixed_dim("Softmax", -3), note="a Softmax"),
     Row(
         fl.UnitNorm,
         None,

@@ -309,6 +309,7 @@ def _recurrent_row(flax: type, torch: str, keras: str, *more: S) -> Row:
         ordered=True,
         lower=lower,
         sizes=_outputs,
+        note="torch's two biases cross as their sum, its (output, state) as the output: see Select",
     )
 
 
@@ -395,7 +396,7 @@ def _conv_lstm(r: int) -> Row:
         },
         special=ConvLSTMSettings(r),
         ordered=True,
-        lacks={"torch": "torch.nn has no layer that does this"},
+        lacks={"torch": "torch.nn has no such layer"},
     )
 
 
@@ -425,6 +426,11 @@ _WRAPPED: dict[str, Lower] = {
     "RNN": over_cell,
     "TimeDistributed": time_distributed,
 }
+_NOTES = {
+    "Bidirectional": "every merge_mode but None",
+    "RNN": "over SimpleRNNCell, LSTMCell and GRUCell",
+    "TimeDistributed": "around layers that work on the last axis alone",
+}
 ROWS: tuple[Row, ...] = (
     _recurrent_row(fl.SimpleRNN, "RNN", "SimpleRNN", _ACTIVATION),
     _recurrent_row(fl.LSTM, "LSTM", "LSTM", _ACTIVATION, _GATE, S("projection", "", "")),
@@ -432,6 +438,12 @@ ROWS: tuple[Row, ...] = (
         fl.GRU, "GRU", "GRU", _ACTIVATION, _GATE, S("reset_after", "", "reset_after", True)
     ),
     *(_conv_lstm(r) for r in (1, 2, 3)),
-    *(Row(None, None, name, lower=lower) for name, lower in _WRAPPED.items()),
-    Row(None, None, "SpectralNormalization", lower=inner_layer),
+    *(Row(None, None, name, lower=lower, note=_NOTES[name]) for name, lower in _WRAPPED.items()),
+    Row(
+        None,
+        None,
+        "SpectralNormalization",
+        lower=inner_layer,
+        note="the layer inside, whose kernel is normalised already",
+    ),
 )

@@ -5,7 +5,19 @@ from typing import Any
 import flax.linen as nn
 from fwt.converters import _lower
 from fwt.converters._padding import PadAmounts, PoolPadding
-from fwt.converters._row import Framework, Layer, Row, S, Special, each, number, whole
+from fwt.converters._row import (
+    AxesSetting,
+    Framework,
+    Layer,
+    P,
+    Row,
+    S,
+    Special,
+    each,
+    flag,
+    number,
+    whole,
+)
 from fwt.converters._special import (
     Adaptive,
     Centred,
@@ -16,13 +28,14 @@ from fwt.converters._special import (
     OneNumber,
     PermuteDims,
     ResizeSettings,
+    Statistics,
     UnflattenDim,
 )
 
 from fwt import layers as fl
 
 LETTERS = {1: "w", 2: "h w", 3: "d h w"}
-NO_LAYER = {f: f"{f}'s library has no layer that does this" for f in ("keras", "torch")}
+NO_LAYER = {"keras": "keras.layers has no such layer", "torch": "torch.nn has no such layer"}
 
 
 def _same_axes(r: int) -> dict[str, Any]:
@@ -62,6 +75,7 @@ def _pool(r: int, average: bool) -> Row:
         settings=settings,
         keras_defaults={"padding": "valid", "data_format": "channels_last"},
         special=PoolPadding(average),
+        note="paddings that the target can't say are refused",
         lower=_lower.channels_first(),
     )
 
@@ -157,6 +171,7 @@ def _crop(r: int) -> Row:
         rank_of="cropping",
         keras_defaults={"data_format": "channels_last"} if r > 1 else {},
         special=PadAmounts(r, "cropping"),
+        note="in torch a ZeroPad of negative amounts",
         lower=_lower.channels_first(),
     )
 
@@ -217,6 +232,7 @@ def _resize(r: int) -> Row:
         rank_of="shape",
         keras_defaults={"data_format": "channels_last", **_RESIZING},
         special=ResizeSettings(r),
+        note="nearest and linear; bicubic and area are refused",
         fits=fits,
         lower=_lower.channels_first(),
     )
@@ -236,6 +252,7 @@ RESIZING = Row(
     **_same_axes(2),
     keras_defaults={"data_format": "channels_last", "interpolation": "bilinear", **_RESIZING},
     special=ResizeSettings(2),
+    note="nearest and bilinear, without antialiasing",
     lower=_lower.channels_first(),
     fits=lambda framework, layer: framework == "keras",
 )
@@ -247,6 +264,7 @@ CENTER_CROP = Row(
     settings=(),
     keras_defaults={"data_format": "channels_last"},
     special=Centred(),
+    note="where the input is not smaller; in torch a ZeroPad of negative amounts",
     lower=_lower.channels_first(),
 )
 
@@ -286,11 +304,11 @@ RESHAPE = Row(
 PERMUTE = Row(fl.Permute, "Permute", "Permute", kind="permute", special=PermuteDims())
 REPEAT = Row(
     fl.RepeatVector,
-    None,
+    "RepeatVector",
     "RepeatVector",
     axes="n c -> n t c",
     ranks=(2,),
-    settings=(S("times", None, "n", normal=whole),),
+    settings=(S("times", "times", "n", normal=whole),),
     lacks=NO_LAYER,
 )
 CHANNEL_SHUFFLE = Row(
@@ -335,6 +353,58 @@ DROPOUT = Row(
     special=InferenceFlag(),
     fits=_keeps_noise_shape,
 )
+RESCALING = Row(
+    fl.Rescaling,
+    "Rescaling",
+    "Rescaling",
+    axes="n *s c -> n *s c",
+    torch_axes="n c *s -> n c *s",
+    settings=(
+        S("scale", "scale", "scale", normal=fl.tuples),
+        S("offset", "offset", "offset", 0.0, normal=fl.tuples),
+    ),
+    ordered=True,
+)
+NORMALIZATION = Row(
+    fl.Normalization,
+    "Normalization",
+    "Normalization",
+    settings=(
+        AxesSetting("axes", "axis", torch_second=True),
+        S("invert", "invert", "invert", False, normal=flag),
+    ),
+    params=tuple(
+        P(*[f"{name}: *a"] * 3, collection="batch_stats") for name in ("mean", "variance")
+    ),
+    keras_defaults={"mean": None, "variance": None},
+    special=Statistics(),
+    note="its statistics become settings on the way back",
+    lower=_lower.own_statistics,
+)
+_NUMBERS = {"torch": "torch.nn has no layer from numbers to categories"}
+DISCRETIZATION = Row(
+    fl.Discretization,
+    None,
+    "Discretization",
+    settings=(S("bin_boundaries", None, "bin_boundaries", normal=fl.tuples),),
+    keras_defaults={"num_bins": None, "epsilon": 0.01, "output_mode": "int", "sparse": False},
+    lacks=_NUMBERS,
+)
+CATEGORY_ENCODING = Row(
+    fl.CategoryEncoding,
+    None,
+    "CategoryEncoding",
+    axes="n k -> n o",
+    ranks=(2,),
+    settings=(
+        S("num_tokens", None, "num_tokens", normal=whole),
+        S("output_mode", None, "output_mode", "multi_hot"),
+    ),
+    keras_defaults={"sparse": False},
+    lacks=_NUMBERS,
+    sizes=lambda fields: {"o": fields["num_tokens"]},
+    ordered=True,
+)
 # The identity at inference, each of them.
 INERT = {
     "keras": (
@@ -346,6 +416,29 @@ INERT = {
         "SpatialDropout2D",
         "SpatialDropout3D",
         "Dropout",
+        "AugMix",
+        "CutMix",
+        "MixUp",
+        "RandAugment",
+        "RandomBrightness",
+        "RandomColorDegeneration",
+        "RandomColorJitter",
+        "RandomContrast",
+        "RandomElasticTransform",
+        "RandomErasing",
+        "RandomFlip",
+        "RandomGaussianBlur",
+        "RandomGrayscale",
+        "RandomHue",
+        "RandomInvert",
+        "RandomPerspective",
+        "RandomPosterization",
+        "RandomRotation",
+        "RandomSaturation",
+        "RandomSharpness",
+        "RandomShear",
+        "RandomTranslation",
+        "RandomZoom",
     ),
     "torch": ("AlphaDropout", "Dropout1d", "Dropout2d", "Dropout3d", "FeatureAlphaDropout"),
 }
@@ -372,7 +465,7 @@ ROWS: tuple[Row, ...] = (
     *(_resize(r) for r in (1, 2, 3)),
     RESIZING,
     *(
-        Row(None, name, None, lower=_lower.upsample_kind)
+        Row(None, name, None, lower=_lower.upsample_kind, note="an Upsample")
         for name in ("UpsamplingNearest2d", "UpsamplingBilinear2d")
     ),
     CENTER_CROP,
@@ -380,6 +473,10 @@ ROWS: tuple[Row, ...] = (
     _pixels(fl.PixelUnshuffle, "PixelUnshuffle", "downscale_factor"),
     CHANNEL_SHUFFLE,
     LOCAL_RESPONSE_NORM,
+    RESCALING,
+    NORMALIZATION,
+    DISCRETIZATION,
+    CATEGORY_ENCODING,
     DROPOUT,
     *(
         Row(
@@ -387,6 +484,7 @@ ROWS: tuple[Row, ...] = (
             kind if framework == "torch" else None,
             kind if framework == "keras" else None,
             special=Inert(framework, kind),
+            note="the identity at inference, kept for the way back",
         )
         for framework, kinds in INERT.items()
         for kind in kinds

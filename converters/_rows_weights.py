@@ -124,6 +124,7 @@ def _conv_transpose(r: int) -> Row:
             "quantization_config": None,
         },
         special=Transposed(r),
+        note="torch's groups become blocks of one kernel",
         fused_activation=True,
         lower=_lower.either(_lower.channels_first(), _lower.transposed),
     )
@@ -143,6 +144,7 @@ def _depthwise(r: int) -> Row:
         keras_defaults={"data_format": "channels_last"},
         fused_activation=True,
         lower=_lower.depthwise,
+        note="a Conv with as many groups as inputs, and back",
     )
 
 
@@ -159,6 +161,7 @@ def _separable(r: int) -> Row:
         settings=(S("use_bias", None, "use_bias", True),),
         fused_activation=True,
         lower=_lower.separable,
+        note="two convolutions, and back",
     )
 
 
@@ -195,6 +198,7 @@ def _batch_norm(torch: str, ranks: tuple[int, ...], channel: str | None) -> Row:
             "renorm_momentum": 0.99,
         },
         special=BatchNormAffine(),
+        note="torch's running variance is unbiased, so further training differs there",
     )
 
 
@@ -302,6 +306,7 @@ EMBED = Row(
         "input_length": None,
     },
     special=EmbeddingSettings(),
+    note="padding_idx, which is for training, is dropped; max_norm and mask_zero are refused",
 )
 PRELU = Row(
     fl.PReLU,
@@ -323,6 +328,7 @@ EINSUM_DENSE = Row(
     ),
     fused_activation=True,
     lower=_lower.einsum,
+    note="over the last axis: a Dense",
 )
 
 ROWS: tuple[Row, ...] = (

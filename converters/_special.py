@@ -134,6 +134,35 @@ class PermuteDims(Special):
         return []
 
 
+class Statistics(Special):
+    """Normalization: Keras has its statistics in variables, or in its settings."""
+
+    def read(self, framework: Framework, take: Take, fields: dict[str, Any], at: At) -> None:
+        if framework == "torch":
+            fields["axes"] = (1,)
+            take("size")
+        elif framework == "keras":
+            take("mean")
+            take("variance")
+
+    def write(
+        self, framework: Framework, fields: dict[str, Any], settings: dict[str, Any], at: At
+    ) -> list[Around]:
+        if framework == "torch" and len(fields["axes"]) != 1:
+            raise refuse(at.place, "torch's has statistics for one axis only")
+        if framework == "torch":
+            settings["size"] = at.numbered[0]
+        return []
+
+    def finish(
+        self, framework: Framework, layer: Layer, fields: Mapping[str, Any], sizes: Any, at: At
+    ) -> Layer:
+        if framework == "keras":
+            layer.settings |= {k: layer.arrays[k].tolist() for k in ("mean", "variance")}
+            layer.arrays = {}
+        return layer
+
+
 class Halves(Special):
     """GLU, which Keras's Activation takes for a layer that keeps the shape."""
 

@@ -54,6 +54,25 @@ class Rescaling(torch.nn.Module):
         return f"scale={self.scale}, offset={self.offset}"
 
 
+class Normalization(torch.nn.Module):
+    """(x - mean) / max(sqrt(variance), 1e-7) along axis 1; ``invert`` undoes it."""
+
+    def __init__(self, size: int, invert: bool = False, device: Any = None):
+        super().__init__()
+        self.size, self.invert = size, invert
+        self.register_buffer("mean", torch.zeros(size, device=device))
+        self.register_buffer("variance", torch.ones(size, device=device))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shape = (-1, *[1] * (x.ndim - 2))
+        mean = self.mean.reshape(shape)
+        width = self.variance.sqrt().clamp(min=1e-7).reshape(shape)
+        return mean + x * width if self.invert else (x - mean) / width
+
+    def extra_repr(self) -> str:
+        return f"{self.size}, invert={self.invert}"
+
+
 class Flip(torch.nn.Module):
     """An axis from its end to its start."""
 
@@ -107,4 +126,5 @@ class SelfAttention(torch.nn.MultiheadAttention):
         return super().forward(x, x, x, need_weights=False)[0]
 
 
-OURS = {c.__name__: c for c in (Flip, Permute, RepeatVector, Rescaling, Select, SelfAttention)}
+_ALL = (Flip, Normalization, Permute, RepeatVector, Rescaling, Select, SelfAttention)
+OURS: dict[str, type] = {c.__name__: c for c in _ALL}

@@ -25,6 +25,9 @@ from fwt._windows import *  # noqa: F403 - its public names are ours
 
 __all__ = [
     "CELU",
+    "CategoryEncoding",
+    "Discretization",
+    "Normalization",
     "ELU",
     "GELU",
     "GLU",
@@ -427,6 +430,52 @@ class Rescaling(Layer):
 
     def __call__(self, x: Array) -> Array:
         return x * jnp.asarray(self.scale, x.dtype) + jnp.asarray(self.offset, x.dtype)
+
+
+class Normalization(Layer):
+    """(x - mean) / max(sqrt(variance), 1e-7), with statistics of the data for each of ``axes``.
+
+    ``invert`` undoes it. The statistics are in "batch_stats", and no training step changes them.
+    """
+
+    axes: tuple[int, ...] = (-1,)
+    invert: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        where = sorted(a % x.ndim for a in self.axes)
+        shape = tuple(x.shape[a] for a in where)
+        full = [x.shape[a] if a in where else 1 for a in range(x.ndim)]
+        mean = self.variable("batch_stats", "mean", jnp.zeros, shape).value.reshape(full)
+        variance = self.variable("batch_stats", "variance", jnp.ones, shape).value.reshape(full)
+        width = jnp.maximum(jnp.sqrt(variance), 1e-7)
+        return mean + x * width if self.invert else (x - mean) / width
+
+
+class Discretization(Layer):
+    """The number of the bin of each value, int32: how many ``bin_boundaries`` are at most it."""
+
+    bin_boundaries: tuple[float, ...]
+
+    def __call__(self, x: Array) -> Array:
+        bounds = jnp.asarray(self.bin_boundaries, jnp.float32)
+        return jnp.searchsorted(bounds, x, side="right").astype(jnp.int32)
+
+
+class CategoryEncoding(Layer):
+    """Whole numbers (n, k) as (n, ``num_tokens``): which are there, or how many of each.
+
+    ``output_mode`` is "multi_hot", "count", or "one_hot", which takes k = 1 only.
+    """
+
+    num_tokens: int
+    output_mode: str = "multi_hot"
+
+    def __call__(self, x: Array) -> Array:
+        if self.output_mode == "one_hot" and x.shape[-1] != 1:
+            raise ValueError("one_hot takes one number for each example")
+        hot = jax.nn.one_hot(x, self.num_tokens)
+        return hot.sum(-2) if self.output_mode == "count" else hot.max(-2)
 
 
 class TrainingOnly(Layer):

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
 import torch
 
 k, t = keras.layers, torch.nn
@@ -543,7 +544,7 @@ def _(rng):
     return (*ints(rng, rng.integers(0, 3), 2, 4), 4), k.Activation(pick(rng, *names))
 
 
-@case(KERAS, "RepeatVector", refused="torch has no RepeatVector")
+@case(KERAS, "RepeatVector")
 def _(rng):
     return ints(rng, 1, 1, 4), k.RepeatVector(int(rng.integers(1, 4)))
 
@@ -681,3 +682,54 @@ def _(rng):
     one = t.TransformerEncoderLayer(4, 2, 5, batch_first=True, norm_first=yes(rng))
     norm = pick(rng, None, t.LayerNorm(4))
     return (int(rng.integers(1, 5)), 4), t.TransformerEncoder(one, 2, norm, False)
+
+
+@case(KERAS, "Rescaling")
+def _(rng):
+    shape = (*ints(rng, rng.integers(0, 3), 2, 4), 3)
+    return shape, k.Rescaling(pick(rng, 0.3, [0.1, 0.2, 0.3]), pick(rng, 0.0, -1.5))
+
+
+@case(KERAS, "Normalization", refused="one axes only")
+def _(rng):
+    shape = ints(rng, rng.integers(1, 4), 2, 4)
+    axis = pick(rng, -1, int(rng.integers(1, len(shape) + 1)), tuple(range(1, len(shape) + 1)))
+    if axis == -1 and yes(rng):
+        values = rng.normal(size=shape[-1:]).astype(np.float32)
+        return shape, k.Normalization(mean=values, variance=np.abs(values), invert=yes(rng))
+    layer = k.Normalization(axis=axis, invert=yes(rng))
+    layer.adapt(rng.normal(size=(6, *shape)).astype(np.float32))
+    return shape, layer
+
+
+@case(KERAS, "Discretization", refused="torch has no Discretization")
+def _(rng):
+    return ints(rng, rng.integers(1, 3), 2, 4), k.Discretization([-0.5, 0.1, 1.0])
+
+
+@case(KERAS, "CategoryEncoding", refused="torch has no CategoryEncoding", integers=5)
+def _(rng):
+    mode = pick(rng, "multi_hot", "count", "one_hot")
+    return ints(rng, 1, 1, 1 if mode == "one_hot" else 4), k.CategoryEncoding(5, mode)
+
+
+def add_inert():
+    given = {"RandomBrightness": (0.2,), "RandomContrast": (0.2,), "RandomRotation": (0.2,),
+             "RandomTranslation": (0.1, 0.1), "RandomZoom": (0.2,), "RandomHue": (0.2,),
+             "RandomPosterization": (4,), "RandomSaturation": (0.2,), "RandomSharpness": (0.2,),
+             "RandomColorDegeneration": (0.2,), "RandomFlip": ("horizontal",)}  # fmt: skip
+    for name in (
+        "RandomBrightness", "RandomColorDegeneration", "RandomColorJitter", "RandomContrast",
+        "RandomElasticTransform", "RandomErasing", "RandomFlip", "RandomGaussianBlur",
+        "RandomGrayscale", "RandomHue", "RandomInvert", "RandomPerspective",
+        "RandomPosterization", "RandomRotation", "RandomSaturation", "RandomSharpness",
+        "RandomShear", "RandomTranslation", "RandomZoom", "AugMix", "CutMix", "MixUp",
+        "RandAugment",
+    ):  # fmt: skip
+
+        @case(KERAS, name)
+        def inert(rng, name=name):
+            return (*spatial(rng, 2), 3), getattr(k, name)(*given.get(name, ()))
+
+
+add_inert()

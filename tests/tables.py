@@ -127,13 +127,97 @@ def table():
     return "\n".join(lines)
 
 
+# What no row says.
+HELD = {
+    ("keras", "Activation"): "every function of keras.activations but threshold",
+    ("keras", "InputLayer"): "the shape of the input",
+    ("torch", "Sequential"): "one inside another too",
+    ("torch", "ModuleList"): "used in order",
+    ("torch", "TransformerEncoder"): "its layers, under their paths",
+}
+LAYERS_START = "<!-- the layers: python tests/tables.py -->"
+
+
+def classes(framework):
+    """The names of a framework's classes, each once."""
+    import keras
+    import torch
+
+    space = keras.layers if framework == "keras" else torch.nn
+    found = {n: getattr(space, n) for n in dir(space) if isinstance(getattr(space, n), type)}
+    return sorted({n for n, c in found.items() if c.__name__ == n or c.__name__ not in found})
+
+
+def layer_line(framework, name):
+    """What a class is elsewhere, whether it crosses, and a note or the reason."""
+    from fwt.converters import _layers
+
+    if (framework, name) in HELD:
+        return "", True, HELD[framework, name]
+    if name.startswith("Lazy"):
+        return "", True, "once it has seen an input"
+    rows = _layers.rows_of(framework, name)
+    if not rows:
+        return "", False, _layers.REFUSED[framework][name]
+    other = "torch" if framework == "keras" else "keras"
+    notes = list(dict.fromkeys(r.note for r in rows if r.note))
+    ours = sorted({r.flax.__name__ for r in rows if r.flax})
+    twins = [
+        t for name in ours for t in _layers.rows_of("flax", name) if set(t.ranks) & _ranks(rows)
+    ]
+    there = {r.class_in(other) for r in [*rows, *twins] if r.class_in(other)}
+    if not there and other == "keras":
+        there = {f"`Activation({r.function[0]!r})`" for r in rows if r.function}
+    silent = any(r.flax is None or r.kind for r in rows) or "identity" in "".join(notes)
+    if not there and not silent and f"in {other}" not in "".join(notes):
+        reason = next((r.lacks.get(other) for r in rows if r.lacks), None)
+        notes.append(f"{other}: refused, {reason}")
+    return (
+        " / ".join(filter(None, [", ".join(ours), ", ".join(sorted(there))])),
+        True,
+        "; ".join(notes),
+    )
+
+
+def _ranks(rows):
+    return {rank for r in rows for rank in r.ranks} or {None}
+
+
+def layers():
+    lines = []
+    for framework, title in (("keras", "keras.layers"), ("torch", "torch.nn")):
+        other = "torch" if framework == "keras" else "Keras"
+        lines += ["", f"| {title} | Flax / {other} | exact, and what to know |", "|---|---|---|"]
+        groups, reasons = {}, {}
+        for name in classes(framework):
+            to, crosses, note = layer_line(framework, name)
+            if not crosses:
+                reasons.setdefault(note, []).append(f"`{name}`")
+                continue
+            plain = re.sub(r"[123](?=[dD])", "", name), re.sub(r"[123](?=[dD])", "", to), note
+            training = note.startswith("the identity at inference, kept")
+            groups.setdefault(note if training else plain, []).append((name, to, note))
+        for entries in groups.values():
+            names = ", ".join(f"`{name}`" for name, _, _ in entries)
+            lines.append(f"| {names} | {entries[0][1]} | {entries[0][2]} |")
+        lines += ["", f"Refused of {title}:", ""]
+        lines += [f"- {', '.join(names)}: {note}" for note, names in reasons.items()]
+    return "\n".join(lines[1:])
+
+
+def layer_block():
+    return f"{LAYERS_START}\n{layers()}\n<!-- end -->"
+
+
 def block():
     return f"<!-- the table: python tests/tables.py -->\n{table()}\n<!-- end -->"
 
 
 def replaced(text):
     pattern = "<!-- the table: python tests/tables.py -->.*?<!-- end -->"
-    return re.sub(pattern, lambda _: block(), text, count=1, flags=re.DOTALL)
+    text = re.sub(pattern, lambda _: block(), text, count=1, flags=re.DOTALL)
+    pattern = f"{LAYERS_START}.*?<!-- end -->"
+    return re.sub(pattern, lambda _: layer_block(), text, count=1, flags=re.DOTALL)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import fwt
 from fwt import converters
 
 TOLERANCE = 1e-5
-SEEDS = 6
+SEEDS = 3
 
 
 def generator(*words):
@@ -116,6 +116,7 @@ CANONICAL = {
     **dict.fromkeys(["RNN", "LSTM", "GRU"], "the two biases as their sum"),
     **dict.fromkeys(["RNN_SimpleRNN", "RNN_LSTM", "RNN_GRU"], "the layer of that cell"),
     "TimeDistributed": "the layer inside",
+    "Normalization": "statistics as settings",
     "SpectralNormalization": "the layer inside",
     "Conv1D": "as many groups as inputs become a DepthwiseConv",
     "Conv2D": "as many groups as inputs become a DepthwiseConv",
@@ -357,3 +358,123 @@ def test_keras_attention_of_a_tensor_with_itself(tmp_path):
     crossed = keras.Model([start, other], k.MultiHeadAttention(3, 2)(start, other))
     with pytest.raises(converters.ConversionError, match="2 inputs"):
         converters.from_keras(crossed)
+
+
+# -- the tables -------------------------------------------------------------------------------
+
+
+def test_every_class_has_a_row_and_a_case_or_a_reason():
+    import tables
+    from fwt.converters import _layers
+
+    for framework, made in (("keras", layer_cases.KERAS), ("torch", layer_cases.TORCH)):
+        drawn = {name.split("_")[0] for name in made} | {name.partition("_")[2] for name in made}
+        for name in tables.classes(framework):
+            held = (framework, name) in tables.HELD or name.startswith("Lazy")
+            known = bool(_layers.rows_of(framework, name))
+            assert known + held + (name in _layers.REFUSED[framework]) == 1, name
+            if known:
+                assert name in drawn or name in ("MultiHeadAttention", "FeatureAlphaDropout"), name
+        for name in _layers.REFUSED[framework]:
+            assert name in [*tables.classes(framework), "GroupedQueryAttention"], name
+
+
+def test_the_readmes_table_is_that_of_the_rows():
+    import tables
+
+    text = tables.README.read_text()
+    assert tables.layer_block() in text
+    ours = text.split("A layer of your own is one more row:")[1]
+    code = re.search(r"```python\n(.*?)```", ours, re.DOTALL)[1]
+    from fwt.converters import _layers
+
+    rows, custom = list(_layers.LAYERS), dict(_layers.CUSTOM["torch"])
+    names = {"converters": converters}
+    try:
+        exec(code, names)
+        net = torch.nn.Sequential(cases.randomise_torch(names["TorchScale"](3)))
+        x = inputs(generator("scale"), (3,), None, 2)
+        close(in_flax(converters.from_torch(net), x), in_torch(net, x))
+    finally:
+        _layers.LAYERS[:] = rows
+        _layers.CUSTOM["torch"] = custom
+        _layers.rows_of.cache_clear()
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_random_stacks(seed):
+    import stacks
+
+    stacks.run(("torch", "keras")[seed % 2], seed)
+
+
+# -- training ---------------------------------------------------------------------------------
+
+
+def flax_step(model, x, rate=0.1):
+    """One step of SGD on the mean square of the output: new parameters and statistics."""
+
+    def loss(params):
+        variables = {**model.variables, "params": params}
+        y, new = model.module.apply(variables, x, train=True, mutable=["batch_stats"])
+        return (y**2).mean(), new
+
+    grads, new = jax.grad(loss, has_aux=True)(model.variables["params"])
+    params = jax.tree.map(lambda p, g: p - rate * g, model.variables["params"], grads)
+    return {"params": params, **new}
+
+
+def test_a_training_step_agrees_with_keras():
+    k = keras.layers
+    net = keras.Sequential([
+        keras.Input((6, 5, 3)), k.Conv2D(4, 3), k.BatchNormalization(momentum=0.8), k.ReLU(),
+        k.GroupNormalization(2), k.Flatten(), k.Dense(8), k.LayerNormalization(),
+        k.Reshape((4, 2)), k.GRU(3), k.PReLU(),
+    ])  # fmt: skip
+    cases.randomise_keras(net)
+    model = converters.from_keras(net)
+    x = inputs(generator("train"), (6, 5, 3), None, 5)
+    after = flax_step(model, x)
+    values = [v.value for v in net.trainable_variables]
+    rest = [v.value for v in net.non_trainable_variables]
+
+    def loss(values):
+        y, new = net.stateless_call(values, rest, x, training=True)
+        return (y**2).mean(), new
+
+    grads, new = jax.grad(loss, has_aux=True)(values)
+    for v, g in zip(net.trainable_variables, grads, strict=True):
+        v.assign(v - 0.1 * g)
+    for v, value in zip(net.non_trainable_variables, new, strict=True):
+        v.assign(value)
+    expected = converters.from_keras(net).variables
+    for path, value in fwt.select({"params": expected}, "**").items():
+        np.testing.assert_allclose(
+            fwt.select({"params": after}, "**")[path], value, atol=1e-5, err_msg=path
+        )
+
+
+def test_a_training_step_agrees_with_torch_but_for_the_unbiased_variance():
+    t = torch.nn
+    net = cases.randomise_torch(t.Sequential(
+        t.Conv2d(3, 4, 3), t.BatchNorm2d(4, momentum=0.2), t.PReLU(4), t.Flatten(), t.Linear(48, 6),
+    ))  # fmt: skip
+    x = inputs(generator("train"), (3, 6, 5), None, 5)
+    model = converters.from_torch(net, input_shape=(3, 6, 5), layout="source")
+    after = flax_step(model, x)
+    net.train()
+    net(torch.from_numpy(x)).square().mean().backward()
+    with torch.no_grad():
+        for p in net.parameters():
+            p -= 0.1 * p.grad
+    net.eval()
+    expected = converters.from_torch(net, input_shape=(3, 6, 5), layout="source").variables
+    ours, theirs = (fwt.select({"params": v}, "**") for v in (after, expected))
+    n = 5 * 4 * 3  # values behind each statistic
+    before = model.variables["batch_stats"]["1"]["var"]
+    for path, value in theirs.items():
+        if path.endswith("1/var"):  # the README says so: torch's is n / (n - 1) of it
+            batch = (ours[path] - 0.8 * before) / 0.2
+            np.testing.assert_allclose(0.8 * before + 0.2 * batch * n / (n - 1), value, atol=1e-5)
+        else:
+            np.testing.assert_allclose(ours[path], value, atol=1e-5, err_msg=path)

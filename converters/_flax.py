@@ -134,6 +134,15 @@ def fold(layers: list[Layer]) -> list[Layer]:
                 continue
         if (
             last is not None
+            and (last.kind, layer.kind) == ("ConvTranspose", "Crop")
+            and layer.name == f"{last.name}__crop"
+        ):
+            pairs = zip(last.settings["padding"], layer.settings["cropping"], strict=True)
+            pads = tuple((lo - first, hi - second) for (lo, hi), (first, second) in pairs)
+            out[-1] = dataclasses.replace(last, settings={**last.settings, "padding": pads})
+            continue
+        if (
+            last is not None
             and layer.kind == "Flatten"
             and layer.name == f"{last.name}__flatten"
             and last.kind in ("GlobalAvgPool", "GlobalMaxPool")

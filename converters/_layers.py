@@ -90,7 +90,8 @@ def register(row: Row) -> None:
     """
     if not isinstance(row, Row):
         raise TypeError(f"register takes a converters.Row, found {row!r}")
-    named = {}
+    named: dict[str, Any] = {}
+    framework: Framework
     for framework in ("torch", "keras"):
         cls = getattr(row, framework)
         if isinstance(cls, type):

@@ -191,19 +191,23 @@ def upsample_kind(framework: Framework, layer: Layer, rank: int | None) -> list[
 
 def einsum(framework: Framework, layer: Layer, rank: int | None) -> list[Layer] | None:
     """Keras's EinsumDense over the last axis is a Dense."""
-    equation = layer.settings.pop("equation").replace(" ", "")
+    settings = dict(layer.settings)
+    equation = str(settings.pop("equation")).replace(" ", "")
     operands, _, output = equation.partition("->")
-    first, _, kernel = operands.partition(",")
-    bias = layer.settings.pop("bias_axes")
-    layer.settings.pop("output_shape")
-    one = len(kernel) == 2 and first.endswith(kernel[0]) and output == first[:-1] + kernel[1]
-    if not one or bias not in (None, kernel[1]) or kernel[1] in first:
+    first, _, second = operands.partition(",")
+    bias = settings.pop("bias_axes")
+    settings.pop("output_shape")
+    one = len(second) == 2 and first.endswith(second[0]) and output == first[:-1] + second[1]
+    if not one or bias not in (None, second[1]) or second[1] in first:
         raise refuse(
             str(layer),
             f"equation={equation!r}: only one over the last axis is a Dense, with a bias along it",
         )
-    settings = {**layer.settings, "units": layer.arrays["kernel"].shape[-1]}
-    return [Layer(layer.name, "Dense", {**settings, "use_bias": bias is not None}, layer.arrays)]
+    kernel = layer.arrays.get("kernel")
+    if kernel is None or kernel.ndim != 2:
+        raise refuse(str(layer), "the array 'kernel' of two axes is missing")
+    settings |= {"units": kernel.shape[-1], "use_bias": bias is not None}
+    return [Layer(layer.name, "Dense", settings, layer.arrays)]
 
 
 def own_statistics(framework: Framework, layer: Layer, rank: int | None) -> list[Layer] | None:

@@ -138,6 +138,11 @@ class P:
     collection: str = "params"
     fill: float | None = None
 
+    @classmethod
+    def alike(cls, text: str, when: str | None = None, collection: str = "params") -> "P":
+        """An array that has the same name and axes in each framework."""
+        return cls(text, text, text, when, collection)
+
     def of(self, framework: Framework) -> tuple[str, list[str]]:
         text: str = getattr(self, framework)
         name, _, letters = text.partition(":")

@@ -153,10 +153,10 @@ def _lower_attention(framework: Framework, layer: Layer, rank: int | None) -> An
 def _attention_params(to: str = "") -> tuple[P, ...]:
     out = []
     for part in _PARTS:
-        out.append(P(*[f"{to}{part}/kernel: i m k"] * 3))
-        out.append(P(*[f"{to}{part}/bias: m k"] * 3, when="use_bias"))
-    out.append(P(*[f"{to}out/kernel: m k o"] * 3))
-    out.append(P(*[f"{to}out/bias: o"] * 3, when="use_bias"))
+        out.append(P.alike(f"{to}{part}/kernel: i m k"))
+        out.append(P.alike(f"{to}{part}/bias: m k", when="use_bias"))
+    out.append(P.alike(f"{to}out/kernel: m k o"))
+    out.append(P.alike(f"{to}out/bias: o", when="use_bias"))
     return tuple(out)
 
 

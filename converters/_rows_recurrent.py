@@ -284,11 +284,11 @@ def _recurrent_row(flax: type, torch: str, keras: str, *more: S) -> Row:
     params = []
     for suffix, when in (("", None), ("_reverse", "merge")):
         names = ["kernel: i g", "recurrent_kernel: p g"]
-        params += [P(*[n.replace(":", f"{suffix}:")] * 3, when=when) for n in names]
+        params += [P.alike(n.replace(":", f"{suffix}:"), when=when) for n in names]
         if torch == "LSTM":
-            params.append(P(*[f"projection_kernel{suffix}: h p"] * 3, when="projection" + suffix))
+            params.append(P.alike(f"projection_kernel{suffix}: h p", when="projection" + suffix))
         letters = "*e" if torch == "GRU" else "g"
-        params.append(P(*[f"bias{suffix}: {letters}"] * 3, when="use_bias" + suffix))
+        params.append(P.alike(f"bias{suffix}: {letters}", when="use_bias" + suffix))
     return Row(
         flax,
         torch,

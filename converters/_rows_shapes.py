@@ -373,9 +373,7 @@ NORMALIZATION = Row(
         AxesSetting("axes", "axis", torch_second=True),
         S("invert", "invert", "invert", False, normal=flag),
     ),
-    params=tuple(
-        P(*[f"{name}: *a"] * 3, collection="batch_stats") for name in ("mean", "variance")
-    ),
+    params=tuple(P.alike(f"{name}: *a", collection="batch_stats") for name in ("mean", "variance")),
     keras_defaults={"mean": None, "variance": None},
     special=Statistics(),
     note="its statistics become settings on the way back",

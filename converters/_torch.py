@@ -37,11 +37,12 @@ def _class(kind: str) -> type | None:
 @functools.cache
 def _defaults(cls: Any) -> dict[str, Any]:
     if issubclass(cls, torch.nn.RNNBase):  # whose signature tells nothing
-        names = {"num_layers": 1, "bias": True, "batch_first": False, "dropout": 0.0}
-        own = {torch.nn.LSTM: {"proj_size": 0}, torch.nn.RNN: {"nonlinearity": "tanh"}}
         empty = inspect.Parameter.empty
-        names |= {"bidirectional": False, "input_size": empty, "hidden_size": empty}
-        return names | own.get(cls, {})
+        names: dict[str, Any] = {"input_size": empty, "hidden_size": empty, "num_layers": 1}
+        names |= {"bias": True, "batch_first": False, "dropout": 0.0, "bidirectional": False}
+        if cls is torch.nn.LSTM:
+            names["proj_size"] = 0
+        return names | ({"nonlinearity": "tanh"} if cls is torch.nn.RNN else {})
     parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
     return {p.name: p.default for p in parameters}
 
@@ -72,7 +73,8 @@ def _layer(name: str, module: torch.nn.Module) -> Layer:
     cls: Any = type(module).__bases__[0] if parametrized else type(module)
     kind = cls.__name__
     place = f"{name} ({kind})"
-    if cls is not _class(kind):
+    found: Any = _class(kind)
+    if cls is not found:
         raise refuse(
             place,
             f"{cls.__module__}.{kind} is a custom module, which can't be converted",

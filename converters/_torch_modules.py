@@ -60,6 +60,8 @@ class Normalization(torch.nn.Module):
     def __init__(self, size: int, invert: bool = False, device: Any = None):
         super().__init__()
         self.size, self.invert = size, invert
+        self.mean: torch.Tensor
+        self.variance: torch.Tensor
         self.register_buffer("mean", torch.zeros(size, device=device))
         self.register_buffer("variance", torch.ones(size, device=device))
 

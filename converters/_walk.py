@@ -410,7 +410,7 @@ class Walk(Writer):
             if self.source == "keras" and layer.kind == "Activation":
                 name = layer.settings.get("activation")
                 row = _layers.row_of_function(name) if isinstance(name, str) else None
-                rows = (row,) if row else ()
+                rows: tuple[Row, ...] = (row,) if row else ()
             else:
                 rows = _layers.rows_of(self.source, layer.kind)
             if not rows or rows[0].kind or rows[0].ordered:

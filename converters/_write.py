@@ -63,7 +63,7 @@ class Writer:
                 at = dataclasses.replace(at, numbered=shape)
                 if self.want is not None:
                     rank = len(self.want)
-                    axes = sorted(self.want.index(a) for a in value)
+                    axes = sorted(self.want.index(a) for a in fields[setting.flax])
                     value = tuple(-1 if i == rank - 1 and len(axes) == 1 else i for i in axes)
                     at = dataclasses.replace(at, numbered=tuple(self.want[i].size for i in axes))
                 fields[setting.flax] = value

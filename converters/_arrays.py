@@ -92,7 +92,12 @@ def moved(
             value = np.transpose(value, [there.index(a) for a in here])
             follows = dict(enumerate(here))
         else:
-            follows = {i: bound[x] for i, x in enumerate(target_letters) if x in bound}
+            stars = value.ndim - len(target_letters)  # how many more axes a star stands for
+            follows, index = {}, 0
+            for x in target_letters:
+                if x in bound:
+                    follows[index] = bound[x]
+                index += 1 + (stars if x.startswith("*") else 0)
         for index, axis in follows.items():
             if axis.scrambled:
                 given = value

@@ -88,6 +88,10 @@ _SAFETENSORS = {
 }
 
 
+# use_fast_variance decides how exact a norm is.
+_LEFT_OUT = TRAINING["flax"] - {"use_fast_variance"}
+
+
 def module_to_json(module: Any) -> Any:
     """The layers of a Sequential with their settings, as JSON; None for no module."""
     if module is None:
@@ -100,9 +104,7 @@ def module_to_json(module: Any) -> Any:
             layers.append({"name": named.name, "class": "Sequential", "settings": inner})
             continue
         layer = Layer(named.name, type(named.layer).__name__, {})
-        settings = {
-            k: v for k, v in flax_settings(named.layer).items() if k not in TRAINING["flax"]
-        }
+        settings = {k: v for k, v in flax_settings(named.layer).items() if k not in _LEFT_OUT}
         if not _layers.rows_of("flax", layer.kind):
             raise refuse(str(layer), "fwt has no row for this class")
         try:
@@ -127,7 +129,7 @@ def module_from_json(described: Any, path: Path) -> Sequential | None:
         cls = rows[0].flax if rows else None
         if cls is None:
             raise FileFormatError(f"{path}: the layer class {entry['class']!r} is not known")
-        known = set(cls.__dataclass_fields__) - TRAINING["flax"]
+        known = set(cls.__dataclass_fields__) - _LEFT_OUT
         if unknown := sorted(set(entry["settings"]) - known):
             raise FileFormatError(f"{path}: {entry['name']} has no setting {unknown[0]!r}")
         settings = {k: fl.tuples(v) for k, v in entry["settings"].items()}

@@ -148,6 +148,8 @@ def _check_known(layer: Any) -> None:
             f"{cls.__module__}.{cls.__name__} is a custom layer, which can't be converted",
             "converters.register(row) makes it known",
         )
+    if "call" in vars(layer):
+        raise refuse(layer.name, "its call is a function of the user's own")
     activation = getattr(layer, "activation", None)
     if inspect.isfunction(activation):
         # Keras writes any function down by its name alone.

@@ -54,7 +54,8 @@ def keras_layers(
             raise FileFormatError(f"{place}: a layer {kind!r} has no name")
         parts = (*inside, name)
         if kind in CONTAINERS:
-            layers += keras_layers(entry, place, parts)[0]
+            held = keras_layers(entry, place, parts)[0]
+            layers += [dataclasses.replace(x, holders=(kind, *x.holders)) for x in held]
             continue
         layers += _layer_and_activation(joined(parts), kind, settings, place)
     if shape is not None and not isinstance(shape, list | tuple):
@@ -74,19 +75,20 @@ def _layer_and_activation(
         activation = settings.pop("activation", "linear")
     elif kind == "Activation":
         settings["activation"] = _function_name(settings.get("activation"))
-    inner = []
+    inner: list[Layer] = []
+    after: list[Layer] = []
     for role in ("layer", "backward_layer", "cell"):
         if isinstance(settings.get(role), dict):
             wrapped, its = _keras_entry(settings.pop(role), place)
             own = its.get("name", role)
             parsed = _layer_and_activation(own, wrapped, its, place)
             inner.append(parsed[0])
-            if len(parsed) > 1:  # what wraps a layer with an activation does so in two steps
-                activation = parsed[1].settings.get("activation")
+            # What wraps a layer with an activation does so in two steps.
+            after += [dataclasses.replace(x, name=f"{name}__activation") for x in parsed[1:]]
     layers = [Layer(name, kind, settings, inner=tuple(inner))]
     if activation is not None:
         layers += _fused(f"{name}__activation", activation, place)
-    return layers
+    return [*layers, *after]
 
 
 def _line(body: Mapping[str, Any], entries: list[Any], place: str) -> list[Any]:
@@ -108,6 +110,7 @@ def _line(body: Mapping[str, Any], entries: list[Any], place: str) -> list[Any]:
     for name, entry in by_name.items():
         nodes = entry.get("inbound_nodes") or []
         sources = _tensors(nodes)
+        _check_call(nodes, f"{place}: {name}")
         if len(nodes) == 1 and entry.get("class_name") == "MultiHeadAttention":
             sources = list(dict.fromkeys(sources))  # of one tensor with itself
         if name == starts[0] and not sources:
@@ -128,15 +131,31 @@ def _line(body: Mapping[str, Any], entries: list[Any], place: str) -> list[Any]:
     return out
 
 
-def _tensors(node: Any) -> list[str]:
-    """The names of the layers whose outputs stand in a node of a config."""
+def _check_call(nodes: Any, place: str) -> None:
+    """Raises for what a layer is called with beside tensors, and for a second output."""
+    for node in nodes if isinstance(nodes, list) else []:
+        if not isinstance(node, Mapping):
+            raise FileFormatError(f"{place}: a node is {node!r:.80}")
+        given = {**dict(enumerate(node.get("args") or [])), **(node.get("kwargs") or {})}
+        for name, value in given.items():
+            if value is not None and value is not False and not _tensors(value):
+                raise refuse(place, f"it is called with {name}={value!r}: only tensors convert")
+            histories = [h for h in _histories(value) if h[2:] != [0]]
+            if histories:
+                raise refuse(place, f"it takes output {histories[0][2:]} of {histories[0][0]}")
+
+
+def _histories(node: Any) -> list[list[Any]]:
     if isinstance(node, Mapping):
         if node.get("class_name") == "__keras_tensor__":
-            return [node["config"]["keras_history"][0]]
-        return [name for value in node.values() for name in _tensors(value)]
-    if isinstance(node, list | tuple):
-        return [name for value in node for name in _tensors(value)]
-    return []
+            return [list(node["config"]["keras_history"])]
+        return [h for value in node.values() for h in _histories(value)]
+    return [h for v in node for h in _histories(v)] if isinstance(node, list | tuple) else []
+
+
+def _tensors(node: Any) -> list[str]:
+    """The names of the layers whose outputs stand in a node of a config."""
+    return [history[0] for history in _histories(node)]
 
 
 def _keras_entry(entry: Any, place: str) -> tuple[str, dict[str, Any]]:
@@ -148,7 +167,8 @@ def _keras_entry(entry: Any, place: str) -> tuple[str, dict[str, Any]]:
     if kind in _layers.CUSTOM["keras"]:
         return kind, dict(entry["config"])
     if entry.get("registered_name") not in (None, kind) or (
-        module is not None and str(module).split(".")[0] != "keras"
+        module is not None
+        and (str(module).split(".")[0] != "keras" or "ops" in str(module).split("."))
     ):
         raise ConversionError(
             f"{place}: {entry['config'].get('name')} is a custom layer "
@@ -348,15 +368,15 @@ def load_keras(path: Path) -> Model:
                     for part in layer.inner:
                         layer.arrays |= {f"{part.name}/{n}": v for n, v in part.arrays.items()}
                     layer.inner = ()
-    new, found = _convert.convert(layers, "keras", "flax", shape, "source")
-    return _flax.write_flax(new, found)
+        new, found = _convert.convert(layers, "keras", "flax", shape, "source")
+        return _flax.write_flax(new, found)
 
 
 def _groups(layers: list[Layer]) -> list[str]:
     """The group of each layer in the weights file: its class in snake case, and a counter, under
     ``layers`` of the model that it is in."""
 
-    def under(entries: list[tuple[list[str], Layer]], where: str) -> list[str]:
+    def under(entries: list[tuple[list[str], Layer]], where: str, depth: int = 0) -> list[str]:
         seen: dict[str, int] = {}
         out: list[str] = []
 
@@ -371,8 +391,10 @@ def _groups(layers: list[Layer]) -> list[str]:
         for _, together in itertools.groupby(entries, key=lambda e: e[0][0]):
             inside = list(together)
             if len(inside[0][0]) > 1:
-                place = group("Sequential")
-                out += under([(parts[1:], layer) for parts, layer in inside], f"{place}/")
+                holders = inside[0][1].holders
+                place = group(holders[depth] if holders else "Sequential")
+                within = [(parts[1:], layer) for parts, layer in inside]
+                out += under(within, f"{place}/", depth + 1)
             else:
                 out += [group(layer.kind) for _, layer in inside]
         return out
@@ -406,6 +428,9 @@ CELLS = ("SimpleRNN", "LSTM", "GRU", "ConvLSTM1D", "ConvLSTM2D", "ConvLSTM3D")
 
 def _keras_names(layer: Layer) -> list[str]:
     """The names of a Keras layer's arrays, in the order of the file."""
+    if layer.kind == "Normalization":
+        given = layer.settings.get("mean") is not None
+        return [] if given else ["mean", "variance", "count"]
     rows = _layers.rows_of("keras", layer.kind.removesuffix("Cell"))
     names = []
     for p in rows[0].params if rows else ():

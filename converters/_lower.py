@@ -90,7 +90,7 @@ def depthwise(framework: Framework, layer: Layer, rank: int | None) -> list[Laye
     if kernel is None:
         raise refuse(str(layer), "the array 'kernel' is missing")
     *window, inputs, times = kernel.shape
-    if settings.pop("depth_multiplier") != times:
+    if settings.pop("depth_multiplier", 1) != times:
         raise refuse(str(layer), f"kernel has shape {kernel.shape}, expected another depth")
     settings |= {"filters": inputs * times, "groups": inputs}
     arrays = {**layer.arrays, "kernel": kernel.reshape(*window, 1, inputs * times)}
@@ -107,6 +107,8 @@ def separable(framework: Framework, layer: Layer, rank: int | None) -> list[Laye
     shared = ("strides", "padding", "dilation_rate", "kernel_size", "depth_multiplier")
     settings = {k: v for k, v in layer.settings.items() if not k.startswith("depthwise_")}
     settings = {k: v for k, v in settings.items() if not k.startswith("pointwise_")}
+    if missing := [k for k in shared if k not in settings]:
+        raise refuse(str(layer), f"the setting {missing[0]!r} is missing")
     deep = {k: settings.pop(k) for k in shared} | {"use_bias": False}
     count = first.ndim - 2
     settings |= {"kernel_size": (1,) * count, "strides": 1, "padding": "valid", "dilation_rate": 1}
@@ -121,7 +123,7 @@ def transposed(framework: Framework, layer: Layer, rank: int | None) -> list[Lay
     kernel = "weight" if framework == "torch" else "kernel"
     value = layer.arrays.get(kernel)
     if value is None:
-        return None
+        raise refuse(str(layer), f"the array {kernel!r} is missing")
     if framework == "flax" and not layer.settings.get("transpose_kernel"):
         axes = tuple(range(value.ndim - 2))
         turned = np.flip(value, axes).swapaxes(-1, -2)
@@ -170,6 +172,8 @@ def own_slopes(framework: Framework, layer: Layer, rank: int | None) -> list[Lay
         raise refuse(str(layer), "the array 'alpha' is missing")
     shared = layer.settings.get("shared_axes") or []
     shared = [shared] if isinstance(shared, int) else list(shared)
+    if any(not isinstance(a, int) for a in shared):
+        raise refuse(str(layer), f"shared_axes={shared}: expected numbers of axes")
     if any(not 1 <= a <= alpha.ndim or alpha.shape[a - 1] != 1 for a in shared):
         raise refuse(str(layer), f"shared_axes={shared} do not fit alpha of shape {alpha.shape}")
     axes = tuple(a for a in range(1, alpha.ndim + 1) if a not in shared)
@@ -192,11 +196,11 @@ def upsample_kind(framework: Framework, layer: Layer, rank: int | None) -> list[
 def einsum(framework: Framework, layer: Layer, rank: int | None) -> list[Layer] | None:
     """Keras's EinsumDense over the last axis is a Dense."""
     settings = dict(layer.settings)
-    equation = str(settings.pop("equation")).replace(" ", "")
+    equation = str(settings.pop("equation", "")).replace(" ", "")
     operands, _, output = equation.partition("->")
     first, _, second = operands.partition(",")
-    bias = settings.pop("bias_axes")
-    settings.pop("output_shape")
+    bias = settings.pop("bias_axes", None)
+    settings.pop("output_shape", None)
     one = len(second) == 2 and first.endswith(second[0]) and output == first[:-1] + second[1]
     if not one or bias not in (None, second[1]) or second[1] in first:
         raise refuse(
@@ -220,6 +224,14 @@ def own_statistics(framework: Framework, layer: Layer, rank: int | None) -> list
         arrays = {
             k: np.asarray(v, np.float32) for k, v in zip(("mean", "variance"), given, strict=True)
         }
+        axes = layer.settings.get("axis")
+        count = len(axes) if isinstance(axes, list | tuple) else 1
         kept = [n for n in arrays["mean"].shape if n != 1]
-        arrays = {k: v.reshape(kept or [1]) for k, v in arrays.items()}
+        if axes is None or len(kept) > count or not arrays["mean"].ndim:
+            raise refuse(
+                str(layer),
+                "one mean for all is not converted",
+                "give mean and variance as lists, one for each entry of the axis",
+            )
+        arrays = {k: v.reshape(kept or [1] * count) for k, v in arrays.items()}
     return [_changed(layer, arrays, mean=None, variance=None)]

@@ -116,6 +116,7 @@ TORCH = {
         ["FractionalMaxPool2d", "FractionalMaxPool3d"], "it draws its windows at inference too"
     ),
     **dict.fromkeys(["Fold", "Unfold"], "neither Keras nor Flax has such a layer"),
+    "Select": "it must follow an RNN, LSTM or GRU",
     "EmbeddingBag": "it takes offsets beside its input",
     "CrossMapLRN2d": "an old form of LocalResponseNorm: use that",
     "SyncBatchNorm": "it takes its statistics from several devices: use BatchNorm",

@@ -275,6 +275,7 @@ class Layer:
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     fused: bool = False  # no layer of its own in the source, but a part of one
     inner: "tuple[Layer, ...]" = ()  # what a wrapper wraps
+    holders: tuple[str, ...] = ()  # the classes of the models that it is in
 
     def __str__(self) -> str:
         return f"{self.name} ({self.kind})"

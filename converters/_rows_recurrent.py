@@ -39,7 +39,6 @@ _KERAS_TRAINING = {
     "unit_forget_bias": True,
     "zero_output_for_mask": False,
     "use_cudnn": "auto",
-    "time_major": False,
 }
 _TORCH_GATES = {"RNN": 1, "LSTM": 4, "GRU": 3}
 
@@ -69,6 +68,9 @@ class RecurrentSettings(Special):
 
     def read(self, framework: Framework, take: Take, fields: dict[str, Any], at: At) -> None:
         if framework == "flax":
+            if fields["merge"] not in (None, *_recurrent.MERGES):
+                raise refuse(take.place, f"merge={fields['merge']!r} is not known")
+            fields["activation"] = activation(fields["activation"])
             return
         if framework == "keras":
             for name in _KERAS_TRAINING:
@@ -80,7 +82,17 @@ class RecurrentSettings(Special):
         select = take.values.get("select") or {"what": "sequence", "merge": None}
         take.taken |= {"select", "mode"}
         fields["return_sequences"] = select["what"] == "sequence"
-        fields["merge"] = (select["merge"] or "concat") if take("bidirectional") else None
+        both = take("bidirectional")
+        if select["merge"] and not both:
+            raise refuse(take.place, f"Select(merge={select['merge']!r}) after one direction only")
+        if both and select["what"] == "last" and not select["merge"]:
+            raise refuse(
+                take.place,
+                "Select('last') takes the last step of both directions, which is the first that "
+                "the second one computes",
+                "Select('last', 'concat') takes the last that each computes",
+            )
+        fields["merge"] = (select["merge"] or "concat") if both else None
         fields["reverse"] = bool(take.values.get("reverse", False))
         take.taken.add("reverse")
         if self.torch == "LSTM":
@@ -232,6 +244,8 @@ class TorchWeights:
 
 def bidirectional(framework: Framework, layer: Layer, rank: int | None) -> "list[Layer] | None":
     """Keras's wrapper of two layers as one with a second direction."""
+    if len(layer.inner) != 2:
+        raise refuse(str(layer), f"it wraps {len(layer.inner)} layers, expected 2")
     forward, backward = layer.inner
     merge = layer.settings.get("merge_mode")
     if merge not in _recurrent.MERGES:
@@ -402,6 +416,7 @@ def _conv_lstm(r: int) -> Row:
 
 _ACTIVATION = S("activation", "", "activation", "tanh", normal=activation)
 _GATE = S("recurrent_activation", "", "recurrent_activation", "sigmoid", normal=activation)
+_RESET_AFTER = S("reset_after", "", "reset_after", True, normal=flag)
 _POINTWISE = (
     "Dense", "Activation", "ReLU", "LeakyReLU", "ELU", "Softmax", "Dropout", "LayerNormalization",
     "RMSNormalization", "Identity", "Rescaling",
@@ -435,7 +450,12 @@ ROWS: tuple[Row, ...] = (
     _recurrent_row(fl.SimpleRNN, "RNN", "SimpleRNN", _ACTIVATION),
     _recurrent_row(fl.LSTM, "LSTM", "LSTM", _ACTIVATION, _GATE, S("projection", "", "")),
     _recurrent_row(
-        fl.GRU, "GRU", "GRU", _ACTIVATION, _GATE, S("reset_after", "", "reset_after", True)
+        fl.GRU,
+        "GRU",
+        "GRU",
+        _ACTIVATION,
+        _GATE,
+        S("reset_after", "", "reset_after", True, normal=flag),
     ),
     *(_conv_lstm(r) for r in (1, 2, 3)),
     *(Row(None, None, name, lower=lower, note=_NOTES[name]) for name, lower in _WRAPPED.items()),

@@ -19,6 +19,7 @@ from fwt.converters._row import (
     whole,
 )
 from fwt.converters._special import (
+    INERT,
     Adaptive,
     Centred,
     FlattenAxes,
@@ -284,6 +285,26 @@ def _pixels(flax: type, torch: str, field: str) -> Row:
     )
 
 
+def _numbers(x: Any) -> Any:
+    """A number, or one for each channel."""
+    return tuple(number(v) for v in x) if isinstance(x, list | tuple) else number(x)
+
+
+def _mode(x: Any) -> str:
+    if x not in ("multi_hot", "one_hot", "count"):
+        raise ValueError("expected multi_hot, one_hot or count")
+    return str(x)
+
+
+def _shape(x: Any) -> Any:
+    many = tuple(x) if isinstance(x, list | tuple) else (x,)
+    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= -1 and n for n in many):
+        raise ValueError("expected whole numbers, one of them -1 perhaps")
+    if many.count(-1) > 1:
+        raise ValueError("expected -1 once at most")
+    return many
+
+
 FLATTEN = Row(
     fl.Flatten,
     "Flatten",
@@ -298,7 +319,7 @@ RESHAPE = Row(
     "Unflatten",
     "Reshape",
     kind="reshape",
-    settings=(S("shape", "unflattened_size", "target_shape", normal=fl.tuples),),
+    settings=(S("shape", "unflattened_size", "target_shape", normal=_shape),),
     special=UnflattenDim(),
 )
 PERMUTE = Row(fl.Permute, "Permute", "Permute", kind="permute", special=PermuteDims())
@@ -360,8 +381,8 @@ RESCALING = Row(
     axes="n *s c -> n *s c",
     torch_axes="n c *s -> n c *s",
     settings=(
-        S("scale", "scale", "scale", normal=fl.tuples),
-        S("offset", "offset", "offset", 0.0, normal=fl.tuples),
+        S("scale", "scale", "scale", normal=_numbers),
+        S("offset", "offset", "offset", 0.0, normal=_numbers),
     ),
     ordered=True,
 )
@@ -384,7 +405,7 @@ DISCRETIZATION = Row(
     fl.Discretization,
     None,
     "Discretization",
-    settings=(S("bin_boundaries", None, "bin_boundaries", normal=fl.tuples),),
+    settings=(S("bin_boundaries", None, "bin_boundaries", normal=_numbers),),
     keras_defaults={"num_bins": None, "epsilon": 0.01, "output_mode": "int", "sparse": False},
     lacks=_NUMBERS,
 )
@@ -396,50 +417,13 @@ CATEGORY_ENCODING = Row(
     ranks=(2,),
     settings=(
         S("num_tokens", None, "num_tokens", normal=whole),
-        S("output_mode", None, "output_mode", "multi_hot"),
+        S("output_mode", None, "output_mode", "multi_hot", normal=_mode),
     ),
     keras_defaults={"sparse": False},
     lacks=_NUMBERS,
     sizes=lambda fields: {"o": fields["num_tokens"]},
     ordered=True,
 )
-# The identity at inference, each of them.
-INERT = {
-    "keras": (
-        "ActivityRegularization",
-        "AlphaDropout",
-        "GaussianDropout",
-        "GaussianNoise",
-        "SpatialDropout1D",
-        "SpatialDropout2D",
-        "SpatialDropout3D",
-        "Dropout",
-        "AugMix",
-        "CutMix",
-        "MixUp",
-        "RandAugment",
-        "RandomBrightness",
-        "RandomColorDegeneration",
-        "RandomColorJitter",
-        "RandomContrast",
-        "RandomElasticTransform",
-        "RandomErasing",
-        "RandomFlip",
-        "RandomGaussianBlur",
-        "RandomGrayscale",
-        "RandomHue",
-        "RandomInvert",
-        "RandomPerspective",
-        "RandomPosterization",
-        "RandomRotation",
-        "RandomSaturation",
-        "RandomSharpness",
-        "RandomShear",
-        "RandomTranslation",
-        "RandomZoom",
-    ),
-    "torch": ("AlphaDropout", "Dropout1d", "Dropout2d", "Dropout3d", "FeatureAlphaDropout"),
-}
 _PAIRS: tuple[tuple[Any, ...], ...] = (
     (fl.ZeroPad, "ZeroPad", "ZeroPadding"),
     (fl.ConstantPad, "ConstantPad", None, S("value", "value", None)),

@@ -143,7 +143,7 @@ def _depthwise(r: int) -> Row:
         settings=(S("use_bias", None, "use_bias", True),),
         keras_defaults={"data_format": "channels_last"},
         fused_activation=True,
-        lower=_lower.depthwise,
+        lower=_lower.either(_lower.channels_first(), _lower.depthwise),
         note="a Conv with as many groups as inputs, and back",
     )
 
@@ -160,7 +160,7 @@ def _separable(r: int) -> Row:
         ),
         settings=(S("use_bias", None, "use_bias", True),),
         fused_activation=True,
-        lower=_lower.separable,
+        lower=_lower.either(_lower.channels_first(), _lower.separable),
         note="two convolutions, and back",
     )
 
@@ -306,6 +306,7 @@ EMBED = Row(
         "input_length": None,
     },
     special=EmbeddingSettings(),
+    ordered=True,
     note="padding_idx, which is for training, is dropped; max_norm and mask_zero are refused",
 )
 PRELU = Row(

@@ -251,6 +251,15 @@ class ChannelNorm(Special):
             settings["groups"] = -1
         return []
 
+    def finish(
+        self, framework: Framework, layer: Layer, fields: Mapping[str, Any], sizes: Any, at: At
+    ) -> Layer:
+        if self.groups and sizes.get("c", 0) % fields["num_groups"]:
+            raise refuse(
+                at.place, f"{fields['num_groups']} groups do not divide {sizes['c']} channels"
+            )
+        return layer
+
 
 class Slopes(Special):
     """PReLU: Keras says which axes share a slope, torch has one for all or one a channel."""
@@ -305,6 +314,45 @@ class EmbeddingSettings(Special):
                 )
 
 
+# The identity at inference, each of them.
+INERT = {
+    "keras": (
+        "ActivityRegularization",
+        "AlphaDropout",
+        "GaussianDropout",
+        "GaussianNoise",
+        "SpatialDropout1D",
+        "SpatialDropout2D",
+        "SpatialDropout3D",
+        "Dropout",
+        "AugMix",
+        "CutMix",
+        "MixUp",
+        "RandAugment",
+        "RandomBrightness",
+        "RandomColorDegeneration",
+        "RandomColorJitter",
+        "RandomContrast",
+        "RandomElasticTransform",
+        "RandomErasing",
+        "RandomFlip",
+        "RandomGaussianBlur",
+        "RandomGrayscale",
+        "RandomHue",
+        "RandomInvert",
+        "RandomPerspective",
+        "RandomPosterization",
+        "RandomRotation",
+        "RandomSaturation",
+        "RandomSharpness",
+        "RandomShear",
+        "RandomTranslation",
+        "RandomZoom",
+    ),
+    "torch": ("AlphaDropout", "Dropout1d", "Dropout2d", "Dropout3d", "FeatureAlphaDropout"),
+}
+
+
 class Inert(Special):
     """A layer that acts in training only: the identity, with its settings for the way back."""
 
@@ -314,6 +362,17 @@ class Inert(Special):
     def read(self, framework: Framework, take: Take, fields: dict[str, Any], at: At) -> None:
         if framework == "flax":
             fields |= {k: take(k) for k in ("framework", "kind", "settings")}
+            known = INERT.get(fields["framework"], ())
+            try:
+                given = json.loads(fields["settings"])
+            except (TypeError, ValueError):
+                given = None
+            if fields["kind"] not in known or not isinstance(given, dict):
+                raise refuse(
+                    take.place,
+                    f"{fields['framework']!r} has no training-only layer {fields['kind']!r} with "
+                    f"settings {fields['settings']!r:.80} (JSON)",
+                )
             return
         kept = {k: v for k, v in take.values.items() if not is_training(framework, k)}
         take.taken |= set(take.values)
@@ -342,6 +401,8 @@ class Inert(Special):
         if twin is None:
             return Layer(layer.name, "Identity", {})
         rate = {"keras": "rate", "torch": "p"}
+        if rate[fields["framework"]] not in given:
+            raise refuse(at.place, f"the setting {rate[fields['framework']]!r} is missing")
         return Layer(layer.name, twin, {rate[framework]: given[rate[fields["framework"]]]})
 
 
@@ -381,7 +442,10 @@ class ResizeSettings(Special):
                 raise refuse(
                     take.place, f"mode={mode!r}: only nearest, nearest-exact and {self._linear()}"
                 )
-            take("recompute_scale_factor")
+            if take("recompute_scale_factor") and fields["scale"] is not None:
+                known = at.known("recompute_scale_factor=True")
+                sizes = zip(known, fields["scale"], strict=True)
+                fields["shape"], fields["scale"] = tuple(int(n * s) for n, s in sizes), None
         elif "size" in take.values:
             fields["scale"] = tuple(float(s) for s in each(2)(take("size")))
             if take("interpolation") != "bilinear":

@@ -82,7 +82,7 @@ def _layer(name: str, module: torch.nn.Module) -> Layer:
         )
     for key, parameter in module.named_parameters():
         _check_initialised(parameter, f"{name}.{key}")
-    whole = issubclass(cls, torch.nn.MultiheadAttention | torch.nn.TransformerEncoderLayer)
+    whole = _is_composite(cls)
     parameters = dict(module.named_parameters(recurse=whole))
     buffers = dict(module.named_buffers(recurse=whole))
     arrays: dict[str, Any] = {**parameters, **buffers, **_folded(module, place)}
@@ -101,16 +101,33 @@ def _layer(name: str, module: torch.nn.Module) -> Layer:
     return Layer(name, kind, settings, arrays, known)
 
 
+def _is_composite(cls: type) -> bool:
+    return issubclass(cls, torch.nn.MultiheadAttention | torch.nn.TransformerEncoderLayer)
+
+
 def _composite(module: Any, place: str) -> dict[str, Any]:
     """The settings of a module that holds others, which it keeps under other names."""
-    if any(p._forward_hooks or p._forward_pre_hooks for p in module.modules() if p is not module):
-        raise refuse(place, "a forward hook inside can change what it does", "remove it")
+    for name, part in module.named_modules() if _is_composite(type(module)) else ():
+        changed = part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part)
+        if part is not module and (changed or torch.nn.utils.parametrize.is_parametrized(part)):
+            raise refuse(place, f"a hook or parametrization of its {name!r} changes what it does",
+                         "remove it")  # fmt: skip
     if isinstance(module, torch.nn.MultiheadAttention):
+        if not module._qkv_same_embed_dim:
+            raise refuse(place, f"kdim={module.kdim}, vdim={module.vdim}: not that of embed_dim")
         return {
             "bias": module.in_proj_bias is not None,
             "add_bias_kv": module.bias_k is not None,
         }
     if isinstance(module, torch.nn.TransformerEncoderLayer):
+        stock = {"self_attn": torch.nn.MultiheadAttention, "linear1": torch.nn.Linear,
+                 "linear2": torch.nn.Linear, "norm1": torch.nn.LayerNorm,
+                 "norm2": torch.nn.LayerNorm}  # fmt: skip
+        for part, cls in stock.items():
+            if type(getattr(module, part)) is not cls:
+                raise refuse(place, f"its {part} is no {cls.__name__}")
+        if module.norm1.eps != module.norm2.eps or module.self_attn.add_zero_attn:
+            raise refuse(place, "its parts have settings that the layer can't say")
         names = {torch.nn.functional.relu: "relu", torch.nn.functional.gelu: "gelu"}
         act: Any = module.activation
         name = names.get(act)
@@ -164,7 +181,7 @@ def _folded(module: torch.nn.Module, place: str) -> dict[str, Any]:
             out[name] = made
             out.update({f"{name}_{p}": None for p in parts})
     if module._forward_hooks or "forward" in vars(module):
-        raise refuse(place, "a forward hook can change what it does", "remove it")
+        raise refuse(place, "a forward hook or a forward of its own changes what it does")
     return out
 
 
@@ -175,12 +192,15 @@ def _is_container(module: torch.nn.Module) -> bool:
     return type(module) is torch.nn.ModuleList
 
 
-def _children(model: torch.nn.Module, inside: tuple[str, ...], seen: dict[int, str]) -> list[Layer]:
-    where = "the model" if not inside else joined(inside)
+def _check_holder(model: torch.nn.Module, where: str) -> None:
     if model._forward_hooks or model._forward_pre_hooks or "forward" in vars(model):
         raise ConversionError(f"{where} has forward hooks, which can change what it does")
     if own := [*model._parameters, *model._buffers]:
         raise ConversionError(f"{where} itself has an array {own[0]!r}; only layers may")
+
+
+def _children(model: torch.nn.Module, inside: tuple[str, ...], seen: dict[int, str]) -> list[Layer]:
+    _check_holder(model, "the model" if not inside else joined(inside))
     layers = []
     for name, module in model._modules.items():  # named_children skips one that stands there twice
         assert module is not None
@@ -189,6 +209,9 @@ def _children(model: torch.nn.Module, inside: tuple[str, ...], seen: dict[int, s
             layers += _children(module, (*inside, name), seen)
             continue
         if type(module) is torch.nn.TransformerEncoder:  # its layers keep their paths in it
+            _check_holder(module, joined((*inside, name)))
+            if set(module._modules) - {"layers", "norm"}:
+                raise refuse(joined((*inside, name)), "it has modules of the user's own")
             within = {"layers": module.layers, **({"norm": module.norm} if module.norm else {})}
             held = torch.nn.Sequential(OrderedDict(within))
             layers += _children(held, (*inside, name), seen)

@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from fwt._types import ConversionError
+
 
 class Permute(torch.nn.Module):
     """Moves axes, ``x.permute(dims)``; torch.nn has no such layer."""
@@ -92,15 +94,18 @@ class Flip(torch.nn.Module):
 class Select(torch.nn.Module):
     """What a torch recurrent layer gives as one tensor.
 
-    "sequence" is its output, "last" the output of each direction's last step. With ``merge`` the
-    two halves of a bidirectional one are joined: "concat", "sum", "mul" or "ave". ``batch_first``
-    is that of the recurrent layer.
+    "sequence" is its output, "last" the output of each direction's last step, for which a
+    bidirectional one needs a ``merge``: how its two halves are joined, "concat", "sum", "mul" or
+    "ave". ``batch_first`` is that of the recurrent layer.
     """
 
     def __init__(self, what: str = "sequence", merge: str | None = None, batch_first: bool = True):
         super().__init__()
         if what not in ("sequence", "last") or merge not in (None, "concat", "sum", "mul", "ave"):
-            raise ValueError(f"Select({what!r}, {merge!r}) is not known")
+            raise ConversionError(
+                f"Select({what!r}, {merge!r}): what is 'sequence' or 'last', merge None, 'concat', "
+                "'sum', 'mul' or 'ave'"
+            )
         self.what, self.merge, self.batch_first = what, merge, batch_first
 
     def forward(self, given: Any) -> torch.Tensor:

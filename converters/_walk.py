@@ -179,7 +179,16 @@ class Walk(Writer):
                 ranks = {count + 2 for count in counts if count}
             if len(ranks) == 1:
                 raise Restart(rank=ranks.pop())
-            return rows[0], None
+            row = rows[0]
+            fixed = any(isinstance(s, AxisSetting) and s.torch_fixed for s in row.settings)
+            same_axes = not row.ranks and row.spec(self.source) == row.spec(self.target)
+            if not (row.kind or row.flax is None or fixed or same_axes):
+                raise refuse(
+                    str(layer),
+                    "the rank of its input is not known, nor so which axis holds the channels",
+                    "give input_shape= (without the batch axis)",
+                )
+            return row, None
         fitting = [r for r in rows if not r.ranks or len(self.have) in r.ranks]
         if not fitting:
             expected = sorted({r for row in rows for r in row.ranks})
@@ -416,7 +425,8 @@ class Walk(Writer):
             if not rows or rows[0].kind or rows[0].ordered:
                 return False
             if "o" in rows[0].spec(self.source)[1]:
-                return True
+                # A kernel with groups has no letter for all inputs that could be permuted.
+                return any("i" in p.of("flax")[1] for p in rows[0].params)
         return False
 
     def _check_proven(self, layer: Layer) -> None:
@@ -447,10 +457,8 @@ class Walk(Writer):
             if (start, end) != (1, -1):
                 raise refuse(str(layer), "the rank of its input is not known", "give input_shape=")
             self._emit(row, layer.name, fields, At(str(layer), ()))
-            self.have, self.want = [Axis(origin=0), Axis()], [Axis(origin=0), Axis()]
-            self.have[0] = self.want[0] = Axis(origin=0)
-            self.have[1] = self.want[1] = Axis()
-            self.n = self.have[0]
+            self.n, flat = Axis(origin=0), Axis()
+            self.have, self.want = [self.n, flat], [self.n, flat]
             return
         rank = len(self.have)
         first, last = start % rank, end % rank
@@ -495,7 +503,13 @@ class Walk(Writer):
 
     def _permute(self, layer: Layer, dims: tuple[int, ...]) -> None:
         """Only the source's order changes; the target follows when a layer needs it to."""
-        if sorted(dims) != list(range(len(dims))) or (dims[0] != 0 and not layer.fused):
+        numbers = all(isinstance(d, int) for d in dims)
+        if (
+            not dims
+            or not numbers
+            or sorted(dims) != list(range(len(dims)))
+            or (dims[0] != 0 and not layer.fused)
+        ):
             raise refuse(
                 str(layer), f"dims={dims!r} must be an order of all axes that keeps the batch first"
             )

@@ -157,6 +157,8 @@ def _named(given: Any) -> tuple[Named, ...]:
         # The module goes without name and parent, so that equal layers are equal.
         out.append(Named(name, layer.clone(parent=None, name=None, **frozen)))
     names = [n.name for n in out]
+    if "params" in names:  # linen would take it for the collection
+        raise FwtError("Sequential: a layer can't be named 'params'; give it another name")
     for name in names:
         if names.count(name) > 1:
             raise FwtError(

@@ -40,12 +40,15 @@ def _padded(x: Array, padding: Pairs, mode: str, **more: Any) -> Array:
     """Padding on the spatial axes of (n, *spatial, c); a negative amount crops."""
     wide = ((0, 0), *padding, (0, 0))
     positive = [(max(lo, 0), max(hi, 0)) for lo, hi in wide]
+
+    def cropped(x: Array) -> Array:
+        cuts = zip(x.shape, wide, strict=True)
+        return x[tuple(slice(max(-lo, 0), n - max(-hi, 0)) for n, (lo, hi) in cuts)]
+
+    x = cropped(x) if mode == "wrap" else x  # as torch does
     if any(lo or hi for lo, hi in positive):
         x = jnp.pad(x, positive, mode=mode, **more)
-    cuts = tuple(
-        slice(max(-lo, 0), n - max(-hi, 0)) for n, (lo, hi) in zip(x.shape, wide, strict=True)
-    )
-    return x[cuts]
+    return x if mode == "wrap" else cropped(x)
 
 
 class ZeroPad(Layer):

@@ -257,16 +257,19 @@ class PReLU(Layer):
 
 
 class ClippedReLU(Layer):
-    """``negative_slope`` (x - ``threshold``) below the threshold, min(x, ``max_value``) above."""
+    """x above ``threshold`` and up to ``max_value``, ``negative_slope`` (x - threshold) below."""
 
     max_value: float | None = None
     negative_slope: float = 0.0
     threshold: float = 0.0
 
     def __call__(self, x: Array) -> Array:
-        below = self.negative_slope * (x - self.threshold)
-        above = x if self.max_value is None else jnp.minimum(x, self.max_value)
-        return jnp.where(x >= self.threshold, above, below)
+        y = jnp.where(x > self.threshold, x, 0)
+        if self.max_value is not None:
+            y = jnp.clip(y, 0, self.max_value)
+        if self.negative_slope:
+            y = y - self.negative_slope * jax.nn.relu(self.threshold - x)
+        return y
 
 
 class HardTanh(Layer):
@@ -481,12 +484,12 @@ class CategoryEncoding(Layer):
 class TrainingOnly(Layer):
     """The identity: a layer of ``framework`` that acts in training only, kept for the way back.
 
-    ``settings`` are pairs of names and values.
+    ``settings`` is JSON.
     """
 
     framework: str
     kind: str
-    settings: tuple[tuple[str, Any], ...] = ()
+    settings: str = "{}"
 
     def __call__(self, x: Array) -> Array:
         return x

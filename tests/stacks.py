@@ -189,8 +189,9 @@ def main():
         print(*line)
     for reason, times in sorted(state["said"].items(), key=lambda kv: -kv[1]):
         print(f"{times:5} {reason}")
+    done = state["next"] - options.start
     print(
-        f"{state['next'] - options.start} stacks: {state['equal']} equal, {state['refused']} refused by name, "
+        f"{done} stacks: {state['equal']} equal, {state['refused']} refused by name, "
         f"{state['skipped']} without a finite output, {len(state['wrong'])} wrong"
     )
     raise SystemExit(bool(state["wrong"]))

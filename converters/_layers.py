@@ -149,9 +149,10 @@ def known(layer: Any, leaf: str, rank: int) -> Known:
     for row in (*rows_of("flax", kind), *(r for r in NAMES if r.flax is type(layer))):
         for p in row.params:
             name, letters = p.of("flax")
-            if name == leaf and row.flax is type(layer):
-                if getattr(layer, "transpose_kernel", False) and leaf == "kernel":
-                    letters = ["*k", "o", "i"]
+            if name == leaf and row.flax is type(layer) and "/" not in name:
+                # The row has a transposed kernel as Keras does, which Flax's is only if told so.
+                if not getattr(layer, "transpose_kernel", True) and leaf == "kernel":
+                    letters = ["*k", "i", "o"]
                 transposed = is_transposed("keras", p.of("keras")[1])
                 return Known(axis_names(letters, rank), transposed, kind, layer)
     return Known(None, False, kind, layer)

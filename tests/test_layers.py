@@ -186,7 +186,8 @@ def test_torch_layer(name, seed):
     x = inputs(rng, shape, case.integers, 1 if seed % 2 else 3)
     check("torch", model, shape, x, case.refused, CANONICAL.get(name, ()))
     without_shape(model, x)
-    files("torch", model, shape, x)
+    if seed == 0:
+        files("torch", model, shape, x)
 
 
 @pytest.mark.parametrize("seed", range(SEEDS))
@@ -200,7 +201,8 @@ def test_keras_layer(name, seed):
     cases.randomise_keras(model, seed)
     x = inputs(rng, shape, case.integers, 1 if seed % 2 else 3)
     check("keras", model, shape, x, case.refused, CANONICAL.get(name, ()))
-    files("keras", model, shape, x)
+    if seed == 0:
+        files("keras", model, shape, x)
 
 
 # -- what holds layers ------------------------------------------------------------------------

@@ -32,7 +32,8 @@ def load_safetensors(path: Path) -> Model:
     flat: dict[str, np.ndarray] = {}
     with reading(path), safe_open(path, framework="numpy") as file:
         metadata = file.metadata() or {}
-        for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+        names = file.keys()  # safe_open is no mapping: it can't be iterated over
+        for name in names:
             flat[name] = file.get_tensor(name)
         if "fwt" not in metadata:
             return Model(None, nested(flat, ".", path))

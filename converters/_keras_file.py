@@ -271,7 +271,8 @@ def _separable(first: Layer, second: Layer) -> Layer | None:
     told = second.settings
     one = (1,) * int(count)
     plain = told["kernel_size"] == one and told["strides"] == one and told["groups"] == 1
-    if not plain or first.settings["use_bias"] or told["padding"] == "causal":
+    more = first.settings["use_bias"] or "activation" in first.settings
+    if not plain or more or told["padding"] == "causal":
         return None
     shared = ("strides", "padding", "dilation_rate", "kernel_size", "depth_multiplier")
     left = {k: v for k, v in told.items() if k not in ("groups", "kernel_size")}

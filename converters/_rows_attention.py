@@ -74,9 +74,10 @@ def _join(arrays: dict[str, Any], inside: str, to: str) -> dict[str, Any]:
 class Attention(Special):
     def read(self, framework: Framework, take: Take, fields: dict[str, Any], at: At) -> None:
         if framework == "flax":
-            for name in ("qkv_features", "out_features", "deterministic"):
+            for name in ("qkv_features", "out_features", "dropout_rate"):
                 take(name)
-            take("dropout_rate")
+            if take("deterministic") is False:
+                raise refuse(take.place, "deterministic=False: it drops at inference too")
         elif framework == "torch":
             size = take("embed_dim")
             for name in ("kdim", "vdim"):
@@ -103,6 +104,12 @@ class Attention(Special):
         self, framework: Framework, layer: Layer, fields: Mapping[str, Any], sizes: Any, at: At
     ) -> Layer:
         arrays = dict(layer.arrays)
+        if arrays["query/kernel"].shape[1] != fields["num_heads"]:
+            raise refuse(
+                at.place,
+                f"query/kernel has {arrays['query/kernel'].shape[1]} heads, expected "
+                f"{fields['num_heads']}",
+            )
         if framework == "keras":
             name = "attention_output/"
             inputs, _, width = arrays["query/kernel"].shape

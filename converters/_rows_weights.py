@@ -50,11 +50,6 @@ DENSE = Row(
 )
 
 
-def _unset(x: Any) -> Any:
-    """None for what stands at 1 along every axis."""
-    return None if x is not None and all(v == 1 for v in x) else x
-
-
 def _conv(r: int) -> Row:
     s = LETTERS[r]
     return Row(

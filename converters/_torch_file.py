@@ -247,7 +247,10 @@ def with_selected(layers: list[Layer]) -> list[Layer]:
                 raise refuse(str(layer), "its batch_first must be that of the layer before it")
             out[-1] = dataclasses.replace(last, settings={**last.settings, "select": select})
             continue
-        if last is not None and last.kind == "Flip" and last.name == f"{layer.name}__flip":
+        turned = last is not None and last.kind == "Flip" and last.settings["dim"] == 1
+        if turned and layer.kind in RECURRENT and last.name == f"{layer.name}__flip":
+            if not layer.settings["batch_first"]:
+                raise refuse(str(layer), "a Flip before it takes the batch first")
             out.pop()
             layer = dataclasses.replace(layer, settings={**layer.settings, "reverse": True})
         out.append(layer)

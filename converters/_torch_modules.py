@@ -47,7 +47,8 @@ class Rescaling(torch.nn.Module):
         def shaped(value: Any) -> Any:
             if not isinstance(value, list | tuple):
                 return value
-            tensor = torch.tensor(value, dtype=x.dtype, device=x.device)
+            dtype = x.dtype if x.is_floating_point() else torch.float32
+            tensor = torch.tensor(value, dtype=dtype, device=x.device)
             return tensor.reshape(-1, *[1] * (x.ndim - 2))
 
         return x * shaped(self.scale) + shaped(self.offset)

@@ -36,7 +36,7 @@ _NON_NEGATIVE = (fl.ReLU, fl.ReLU6, fl.Sigmoid, fl.HardSigmoid, fl.Softmax, fl.E
 _KEEPS_SIGN = (fl.MaxPool, fl.AvgPool, fl.GlobalAvgPool, fl.GlobalMaxPool, fl.Identity, fl.ZeroPad)
 
 
-class Restart(Exception):  # noqa: N818 - not an error: the walk learned how the input looks
+class Restart(Exception):  # noqa: N818 - no error: the walk learned how the input looks
     def __init__(
         self, rank: int | None = None, channel: int | None = None, batch: int | None = None
     ):
@@ -394,8 +394,9 @@ class Walk(Writer):
             if letter in SPATIAL:
                 after[letter] = Axis(found.get(letter), bound[letter].origin)
             else:
-                is_channel = letter == "o" and before is not None
-                proven = is_channel and (before.channel or row.channel is not None)  # type: ignore[union-attr]
+                proven = False
+                if letter == "o" and before is not None:
+                    proven = before.channel or row.channel is not None
                 after[letter] = Axis(found.get(letter), None, proven)
         if fields.get("keepdims"):
             after |= {x: Axis(1) for x in left if x in SPATIAL}

@@ -1,6 +1,6 @@
 """A layer of self-attention and feed-forward, as torch has it."""
 
-from typing import Any
+import functools
 
 import flax.linen as nn
 import jax
@@ -27,9 +27,8 @@ class TransformerEncoderLayer(Layer):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        act: Any = jax.nn.relu
-        if self.activation == "gelu":
-            act = lambda v: jax.nn.gelu(v, approximate=False)  # noqa: E731
+        gelu = functools.partial(jax.nn.gelu, approximate=False)
+        act = {"relu": jax.nn.relu, "gelu": gelu}[self.activation]
         bias = self.use_bias
 
         def norm(name: str, v: Array) -> Array:

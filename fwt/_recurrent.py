@@ -90,7 +90,7 @@ class Recurrent(Layer):
     def run(self, suffix: str, x: Array, reverse: bool) -> Array:
         w = self.weights(suffix, x.shape[-1])
         steps = jnp.moveaxis(self.given(w, x), 1, 0)
-        start = self.start(x.shape[0], x.dtype)
+        start = self.start(x.shape[0], jnp.result_type(steps, w["recurrent"]))
         if reverse:
             steps = steps[::-1]
         _, out = lax.scan(lambda state, g: self.step(w, state, g), start, steps)
@@ -226,6 +226,7 @@ class ConvLSTM(Layer):
         spatial = "DHW"[3 - rank :]
         numbers = (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C")
         n, t = x.shape[:2]
+        x, kernel, recurrent = nn.dtypes.promote_dtype(x, kernel, recurrent)
         flat = x.reshape(n * t, *x.shape[2:])
         given = lax.conv_general_dilated(
             flat, kernel, self.strides or ones, self.padding,
@@ -244,6 +245,6 @@ class ConvLSTM(Layer):
             h = gate(o) * act(c)
             return (h, c), h
 
-        zeros = jnp.zeros((*given.shape[1:-1], self.features), x.dtype)
+        zeros = jnp.zeros((*given.shape[1:-1], self.features), given.dtype)
         _, out = lax.scan(step, (zeros, zeros), given[::-1] if self.reverse else given)
         return jnp.moveaxis(out, 0, 1) if self.return_sequences else out[-1]

@@ -301,7 +301,7 @@ class Resize(Layer):
             (at - low).astype(np.float32).reshape([-1 if a == axis else 1 for a in range(x.ndim)])
         )
         below, above = jnp.take(x, low, axis=axis), jnp.take(x, high, axis=axis)
-        return below * (1 - weight) + above * weight
+        return (below * (1 - weight) + above * weight).astype(x.dtype)
 
 
 class PixelShuffle(Layer):

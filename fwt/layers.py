@@ -12,7 +12,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fwt import _windows
 from fwt._attention import TransformerEncoderLayer as TransformerEncoderLayer
 from fwt._base import Layer
 from fwt._base import tuples as tuples
@@ -21,39 +20,80 @@ from fwt._recurrent import LSTM as LSTM
 from fwt._recurrent import ConvLSTM as ConvLSTM
 from fwt._recurrent import SimpleRNN as SimpleRNN
 from fwt._types import Array, FwtError
-from fwt._windows import *  # noqa: F403 - its public names are ours
+from fwt._windows import (
+    AdaptiveAvgPool,
+    AdaptiveMaxPool,
+    AvgPool,
+    CenterCrop,
+    ChannelShuffle,
+    CircularPad,
+    ConstantPad,
+    Crop,
+    GlobalAvgPool,
+    GlobalMaxPool,
+    LPPool,
+    MaxPool,
+    PixelShuffle,
+    PixelUnshuffle,
+    ReflectPad,
+    ReplicatePad,
+    Resize,
+    UpSample,
+    ZeroPad,
+)
 
 __all__ = [
     "CELU",
-    "CategoryEncoding",
-    "Discretization",
-    "Normalization",
     "ELU",
     "GELU",
     "GLU",
+    "GRU",
+    "LSTM",
     "SELU",
+    "AdaptiveAvgPool",
+    "AdaptiveMaxPool",
+    "AvgPool",
+    "CategoryEncoding",
+    "CenterCrop",
+    "ChannelShuffle",
+    "CircularPad",
     "ClippedReLU",
+    "ConstantPad",
+    "ConvLSTM",
+    "Crop",
+    "Discretization",
     "Exponential",
     "Flatten",
+    "GlobalAvgPool",
+    "GlobalMaxPool",
     "HardShrink",
     "HardSigmoid",
     "HardSwish",
     "HardTanh",
     "Identity",
+    "LPPool",
     "LeakyReLU",
     "LocalResponseNorm",
     "LogSigmoid",
     "LogSoftmax",
+    "MaxPool",
     "Mish",
+    "Normalization",
     "PReLU",
     "Permute",
+    "PixelShuffle",
+    "PixelUnshuffle",
     "ReLU",
     "ReLU6",
+    "ReflectPad",
     "RepeatVector",
+    "ReplicatePad",
     "Rescaling",
     "Reshape",
+    "Resize",
     "SiLU",
     "Sigmoid",
+    "SimpleRNN",
     "SoftShrink",
     "Softmax",
     "Softmin",
@@ -67,13 +107,10 @@ __all__ = [
     "TanhShrink",
     "Threshold",
     "TrainingOnly",
-    "UnitNorm",
-    "GRU",
-    "LSTM",
-    "ConvLSTM",
-    "SimpleRNN",
     "TransformerEncoderLayer",
-    *_windows.__all__,
+    "UnitNorm",
+    "UpSample",
+    "ZeroPad",
 ]
 
 
@@ -297,7 +334,7 @@ class HardShrink(Layer):
     threshold: float = 0.5
 
     def __call__(self, x: Array) -> Array:
-        return jnp.where(jnp.abs(x) > self.threshold, x, 0)
+        return jnp.where(jnp.abs(x) <= self.threshold, 0, x)  # NaN stays
 
 
 class SoftShrink(Layer):
@@ -323,7 +360,7 @@ class Threshold(Layer):
     value: float
 
     def __call__(self, x: Array) -> Array:
-        return jnp.where(x > self.threshold, x, self.value)
+        return jnp.where(x <= self.threshold, self.value, x)  # NaN stays
 
 
 class SquarePlus(Layer):
@@ -426,12 +463,16 @@ class RepeatVector(Layer):
 
 
 class Rescaling(Layer):
-    """x ``scale`` + ``offset``; lists hold one for each entry of the last axis."""
+    """x ``scale`` + ``offset``; lists hold one for each entry of the last axis.
+
+    Whole numbers, such as the pixels of an image, give float32.
+    """
 
     scale: float | tuple[float, ...]
     offset: float | tuple[float, ...] = 0.0
 
     def __call__(self, x: Array) -> Array:
+        x = x if jnp.issubdtype(x.dtype, jnp.floating) else jnp.asarray(x, jnp.float32)
         return x * jnp.asarray(self.scale, x.dtype) + jnp.asarray(self.offset, x.dtype)
 
 
@@ -477,7 +518,7 @@ class CategoryEncoding(Layer):
     def __call__(self, x: Array) -> Array:
         if self.output_mode == "one_hot" and x.shape[-1] != 1:
             raise ValueError("one_hot takes one number for each example")
-        hot = jax.nn.one_hot(x, self.num_tokens)
+        hot = jax.nn.one_hot(jnp.asarray(x, jnp.int32), self.num_tokens)
         return hot.sum(-2) if self.output_mode == "count" else hot.max(-2)
 
 

@@ -102,7 +102,8 @@ def constrain(
     return optax.GradientTransformationExtraArgs(inner.init, update)
 
 
-constrain.static_args = ("tx", "transform")  # type: ignore[attr-defined]  # functions carry attributes
+# Attributes of functions, which type checkers don't know.
+constrain.__dict__["static_args"] = ("tx", "transform")
 
 
 def _difference(old: Any, step: Any, moved: Any, wanted: Any) -> Any:
@@ -305,7 +306,7 @@ def sparsify(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-sparsify.static_args = (  # type: ignore[attr-defined]  # functions carry attributes
+sparsify.__dict__["static_args"] = (
     "tx", "sparsity", "score", "where", "key", "every", "scope", "pattern", "regrow",
     "regrow_fraction", "masks", "straight_through", "rewind", "like", "axes",
 )  # fmt: skip

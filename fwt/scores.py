@@ -250,9 +250,10 @@ def _moved(params: Params, grads: Any) -> Scores:
     return movement(params, grads=grads)
 
 
-# What sparsify sums over the steps for a score that takes `accumulated`.
-movement.accumulate = _moved  # type: ignore[attr-defined]  # functions carry attributes
-fisher.accumulate = _squares  # type: ignore[attr-defined]  # functions carry attributes
+# What sparsify sums over the steps for a score that takes `accumulated`: an attribute of the
+# function, which type checkers don't know.
+movement.__dict__["accumulate"] = _moved
+fisher.__dict__["accumulate"] = _squares
 
 
 @_noun

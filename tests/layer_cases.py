@@ -275,7 +275,9 @@ def _(rng):
 
 
 def add_torch_functions():
-    shape = lambda rng: ints(rng, rng.integers(1, 4), 2, 5)  # noqa: E731
+    def shape(rng):
+        return ints(rng, rng.integers(1, 4), 2, 5)
+
     for name in (
         "ELU", "CELU", "GELU", "Hardshrink", "Softshrink", "Hardtanh", "Softplus", "LeakyReLU",
         "Identity", "ReLU", "ReLU6", "SELU", "SiLU", "Mish", "Sigmoid", "LogSigmoid",

@@ -235,3 +235,13 @@ def own_statistics(framework: Framework, layer: Layer, rank: int | None) -> list
             )
         arrays = {k: v.reshape(kept or [1] * count) for k, v in arrays.items()}
     return [_changed(layer, arrays, mean=None, variance=None)]
+
+
+def time_first(layer: Layer, back: bool = True) -> list[Layer] | None:
+    """A torch layer with batch_first=False between two transpositions."""
+    if layer.settings["batch_first"]:
+        return None
+    there = Layer(f"{layer.name}__batch", "Permute", {"dims": (1, 0, 2)}, fused=True)
+    here = Layer(f"{layer.name}__time", "Permute", {"dims": (1, 0, 2)}, fused=True)
+    inner = _changed(layer, batch_first=True)
+    return [there, inner, here] if back else [there, inner]

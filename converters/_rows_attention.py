@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 import numpy as np
+from fwt.converters._lower import time_first
 from fwt.converters._row import (
     Around,
     At,
@@ -25,16 +26,6 @@ from fwt.converters._row import (
 from fwt import layers as fl
 
 _PARTS = ("query", "key", "value")
-
-
-def time_first(layer: Layer) -> "list[Layer] | None":
-    """A torch layer with batch_first=False between two transpositions."""
-    if layer.settings["batch_first"]:
-        return None
-    there = Layer(f"{layer.name}__batch", "Permute", {"dims": (1, 0, 2)}, fused=True)
-    here = Layer(f"{layer.name}__time", "Permute", {"dims": (1, 0, 2)}, fused=True)
-    settings = {**layer.settings, "batch_first": True}
-    return [there, dataclasses.replace(layer, settings=settings), here]
 
 
 def _split(arrays: dict[str, Any], inside: str, to: str, heads: int) -> dict[str, Any]:
@@ -71,7 +62,18 @@ def _join(arrays: dict[str, Any], inside: str, to: str) -> dict[str, Any]:
     return {k: np.ascontiguousarray(v) for k, v in out.items()}
 
 
-class Attention(Special):
+class BatchFirst(Special):
+    """What is written for torch takes the batch first."""
+
+    def write(
+        self, framework: Framework, fields: dict[str, Any], settings: dict[str, Any], at: At
+    ) -> list[Around]:
+        if framework == "torch":
+            settings["batch_first"] = True
+        return []
+
+
+class Attention(BatchFirst):
     def read(self, framework: Framework, take: Take, fields: dict[str, Any], at: At) -> None:
         if framework == "flax":
             for name in ("qkv_features", "out_features", "dropout_rate"):
@@ -92,13 +94,6 @@ class Attention(Special):
                 take(name)
             if take("attention_axes") not in (None, [1], (1,)):
                 raise refuse(take.place, f"attention_axes={take('attention_axes')!r}: only time")
-
-    def write(
-        self, framework: Framework, fields: dict[str, Any], settings: dict[str, Any], at: At
-    ) -> list[Around]:
-        if framework == "torch":
-            settings["batch_first"] = True
-        return []
 
     def finish(
         self, framework: Framework, layer: Layer, fields: Mapping[str, Any], sizes: Any, at: At
@@ -192,18 +187,11 @@ ATTENTION = Row(
 )
 
 
-class Encoder(Special):
+class Encoder(BatchFirst):
     def read(self, framework: Framework, take: Take, fields: dict[str, Any], at: At) -> None:
         if framework == "torch":
             for name in ("d_model", "dropout", "batch_first"):
                 take(name)
-
-    def write(
-        self, framework: Framework, fields: dict[str, Any], settings: dict[str, Any], at: At
-    ) -> list[Around]:
-        if framework == "torch":
-            settings["batch_first"] = True
-        return []
 
     def finish(
         self, framework: Framework, layer: Layer, fields: Mapping[str, Any], sizes: Any, at: At

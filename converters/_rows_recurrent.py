@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from fwt.converters._lower import Lower, inner_layer
+from fwt.converters._lower import Lower, inner_layer, time_first
 from fwt.converters._row import (
     STATE,
     Around,
@@ -166,12 +166,10 @@ def _lower_torch(framework: Framework, layer: Layer, rank: int | None) -> "list[
         return None
     settings, kind = layer.settings, layer.kind
     count = settings["num_layers"]
-    if not settings["batch_first"]:
-        sequence = (settings.get("select") or {"what": "sequence"})["what"] == "sequence"
-        there = Layer(f"{layer.name}__batch", "Permute", {"dims": (1, 0, 2)}, fused=True)
-        here = Layer(f"{layer.name}__time", "Permute", {"dims": (1, 0, 2)}, fused=True)
-        inner = dataclasses.replace(layer, settings={**settings, "batch_first": True})
-        return [there, inner, here] if sequence else [there, inner]
+    selected = settings.get("select") or {"what": "sequence"}
+    found = time_first(layer, back=selected["what"] == "sequence")
+    if found is not None:
+        return found
     if count == 1:
         return None
     select = settings.get("select") or {"what": "sequence", "merge": None}

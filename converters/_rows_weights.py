@@ -50,37 +50,53 @@ DENSE = Row(
 )
 
 
-def _conv(r: int) -> Row:
+_CONV_DEFAULTS = {
+    "padding": "valid",
+    "data_format": "channels_last",
+    "lora_rank": None,
+    "lora_alpha": None,
+    "quantization_config": None,
+}
+
+
+def _axes(r: int) -> dict[str, Any]:
     s = LETTERS[r]
+    return {
+        "axes": f"n {s} i -> n {s} o",
+        "torch_axes": f"n i {s} -> n o {s}",
+        "ranks": (r + 2,),
+        "rank_of": "kernel_size",
+        "channel": "i",
+    }
+
+
+def _window(r: int) -> tuple[S | Size, ...]:
+    """The settings that a convolution and a transposed one share."""
+    return (
+        S("features", "out_channels", "filters", normal=whole),
+        S("kernel_size", "kernel_size", "kernel_size", normal=each(r)),
+        S("strides", "stride", "strides", (1,) * r, normal=each(r)),
+        S("kernel_dilation", "dilation", "dilation_rate", (1,) * r, normal=each(r)),
+        S("use_bias", "bias", "use_bias", True, normal=flag),
+        Size("in_channels", "i"),
+    )
+
+
+def _conv(r: int) -> Row:
     return Row(
         nn.Conv,
         f"Conv{r}d",
         f"Conv{r}D",
-        axes=f"n {s} i -> n {s} o",
-        torch_axes=f"n i {s} -> n o {s}",
-        ranks=(r + 2,),
-        rank_of="kernel_size",
-        channel="i",
+        **_axes(r),
         settings=(
-            S("features", "out_channels", "filters", normal=whole),
-            S("kernel_size", "kernel_size", "kernel_size", normal=each(r)),
-            S("strides", "stride", "strides", (1,) * r, normal=each(r)),
-            S("kernel_dilation", "dilation", "dilation_rate", (1,) * r, normal=each(r)),
+            *_window(r),
             S("feature_group_count", "groups", "groups", 1, normal=whole),
-            S("use_bias", "bias", "use_bias", True, normal=flag),
-            Size("in_channels", "i"),
         ),
         params=(
             P("kernel: *k j o", "weight: o j *k", "kernel: *k j o"),
             P("bias: o", "bias: o", "bias: o", when="use_bias"),
         ),
-        keras_defaults={
-            "padding": "valid",
-            "data_format": "channels_last",
-            "lora_rank": None,
-            "lora_alpha": None,
-            "quantization_config": None,
-        },
+        keras_defaults=_CONV_DEFAULTS,
         special=ConvPadding(),
         fused_activation=True,
         lower=_lower.either(_lower.channels_first(), _lower.padding_mode),
@@ -88,36 +104,17 @@ def _conv(r: int) -> Row:
 
 
 def _conv_transpose(r: int) -> Row:
-    s = LETTERS[r]
     return Row(
         nn.ConvTranspose,
         f"ConvTranspose{r}d",
         f"Conv{r}DTranspose",
-        axes=f"n {s} i -> n {s} o",
-        torch_axes=f"n i {s} -> n o {s}",
-        ranks=(r + 2,),
-        rank_of="kernel_size",
-        channel="i",
-        settings=(
-            S("features", "out_channels", "filters", normal=whole),
-            S("kernel_size", "kernel_size", "kernel_size", normal=each(r)),
-            S("strides", "stride", "strides", (1,) * r, normal=each(r)),
-            S("kernel_dilation", "dilation", "dilation_rate", (1,) * r, normal=each(r)),
-            S("use_bias", "bias", "use_bias", True, normal=flag),
-            Size("in_channels", "i"),
-        ),
+        **_axes(r),
+        settings=_window(r),
         params=(
             P("kernel: *k o i", "weight: i o *k", "kernel: *k o i"),
             P("bias: o", "bias: o", "bias: o", when="use_bias"),
         ),
-        keras_defaults={
-            "padding": "valid",
-            "output_padding": None,
-            "data_format": "channels_last",
-            "lora_rank": None,
-            "lora_alpha": None,
-            "quantization_config": None,
-        },
+        keras_defaults={**_CONV_DEFAULTS, "output_padding": None},
         special=Transposed(r),
         note="torch's groups become blocks of one kernel",
         fused_activation=True,

@@ -247,8 +247,9 @@ def with_selected(layers: list[Layer]) -> list[Layer]:
                 raise refuse(str(layer), "its batch_first must be that of the layer before it")
             out[-1] = dataclasses.replace(last, settings={**last.settings, "select": select})
             continue
-        turned = last is not None and last.kind == "Flip" and last.settings["dim"] == 1
-        if turned and layer.kind in RECURRENT and last.name == f"{layer.name}__flip":
+        turned = last if last is not None and last.kind == "Flip" else None
+        own = turned is not None and turned.name == f"{layer.name}__flip"
+        if own and turned is not None and turned.settings["dim"] == 1 and layer.kind in RECURRENT:
             if not layer.settings["batch_first"]:
                 raise refuse(str(layer), "a Flip before it takes the batch first")
             out.pop()

@@ -1,6 +1,7 @@
 """A layer of self-attention and feed-forward, as torch has it."""
 
 import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
@@ -28,7 +29,8 @@ class TransformerEncoderLayer(Layer):
     @nn.compact
     def __call__(self, x: Array) -> Array:
         gelu = functools.partial(jax.nn.gelu, approximate=False)
-        act = {"relu": jax.nn.relu, "gelu": gelu}[self.activation]
+        acts: dict[str, Callable[[Array], Array]] = {"relu": jax.nn.relu, "gelu": gelu}
+        act = acts[self.activation]
         bias = self.use_bias
 
         def norm(name: str, v: Array) -> Array:

@@ -718,3 +718,33 @@ def test_folds_leave_alone_what_is_more_than_its_parts():
     cases.randomise_keras(net)
     x = inputs(generator("folds"), (6, 5, 3), None, 2)
     both_ways("keras", net, x)
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "channels_first", "source"])
+def test_arrays_over_several_axes_follow_the_moved_axes(layout):
+    """Where a convolution moves the axes, so must what has a weight for each place of an image."""
+    t, k = torch.nn, keras.layers
+    net = cases.randomise_torch(t.Sequential(
+        t.Conv2d(3, 4, 2), t.LayerNorm([4, 5, 3]), t.PReLU(4), t.RMSNorm([4, 5, 3], 1e-4),
+        t.GroupNorm(2, 4), t.Conv2d(4, 2, 1),
+    ))  # fmt: skip
+    x = inputs(generator("moved"), (3, 6, 4), None, 2)
+    expected = in_torch(net, x)
+    model = converters.from_torch(net, (3, 6, 4), layout)
+    last = layout == "channels_last"
+    there = np.moveaxis(x, 1, -1) if last else x
+    close(in_flax(model, there), np.moveaxis(expected, 1, -1) if last else expected)
+    close(in_torch(converters.to_torch(*model), x), expected)
+    close(in_keras(converters.to_keras(*model), there), in_flax(model, there))
+
+    other = cases.randomise_keras(keras.Sequential([
+        keras.Input((6, 4, 3)), k.Conv2D(4, 2), k.LayerNormalization(axis=[1, 3]),
+        k.PReLU(shared_axes=[1, 2]), k.LayerNormalization(axis=[1, 2, 3]), k.Conv2D(2, 1),
+    ]))  # fmt: skip
+    x = inputs(generator("moved"), (6, 4, 3), None, 2)
+    first = layout == "channels_first"
+    found = in_torch(
+        converters.to_torch(*converters.from_keras(other), layout=layout),
+        np.moveaxis(x, -1, 1) if first else x,
+    )
+    close(np.moveaxis(found, 1, -1) if first else found, in_keras(other, x))

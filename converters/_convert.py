@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal
 
-from fwt.converters._row import Framework, Layer
+from fwt.converters._row import Framework, Layer, refuse
 from fwt.converters._walk import CONVENTION, Restart, Walk
 
 from fwt._types import ConversionError
@@ -36,11 +36,35 @@ def convert(
         s is not None and (not isinstance(s, int) or isinstance(s, bool) or s < 1) for s in shape
     ):
         raise ConversionError(f"input_shape={shape}: expected sizes of at least 1, or None")
+    if source == "keras":
+        _check_masks(layers)
     known: dict[str, int | None] = {"rank": None if shape is None else len(shape) + 1}
     # Each restart fixes the rank, the channel or the batch axis, so four rounds settle all.
     for _ in range(4):
         try:
-            return Walk(source, target, shape, layout, **known).run(layers)
+            new, found = Walk(source, target, shape, layout, **known).run(layers)
         except Restart as restart:
             known |= {k: v for k, v in restart.learned.items() if v is not None}
+            continue
+        if target == "keras":
+            _check_masks(new)
+        return new, found
     raise AssertionError("the walk did not settle")
+
+
+# The layers of Keras that do something else with a mask than to send it on.
+_USE_MASKS = ("Softmax", "GlobalAveragePooling1D", "Bidirectional", "LSTM", "GRU", "SimpleRNN",
+              "RNN", "ConvLSTM", "TimeDistributed", "Attention", "MultiHeadAttention")  # fmt: skip
+
+
+def _check_masks(layers: Sequence[Layer]) -> None:
+    """Raises where a mask that Keras sends along would change what a later layer does."""
+    masked: Layer | None = None
+    for layer in layers:
+        if masked is not None and any(x in layer.kind for x in _USE_MASKS):
+            raise refuse(
+                str(layer),
+                f"in Keras it would use the mask of {masked}, which no other framework sends along",
+            )
+        if layer.kind == "Masking" or layer.settings.get("mask_zero"):
+            masked = layer

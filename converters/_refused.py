@@ -46,7 +46,6 @@ KERAS = {
         ],
         "it changes images at inference too, in a way that others have not",
     ),
-    "Masking": "the mask that it sends along has no place in the others",
     "ReversibleEmbedding": "it is two layers in one, by an argument of its call",
     "RandomCrop": "at inference it resizes and crops by rules of its own",
 }

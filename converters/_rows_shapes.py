@@ -386,6 +386,15 @@ RESCALING = Row(
     ),
     ordered=True,
 )
+MASKING = Row(
+    fl.Masking,
+    "Masking",
+    "Masking",
+    axes="n *s c -> n *s c",
+    torch_axes="n c *s -> n c *s",
+    settings=(S("mask_value", "mask_value", "mask_value", 0.0, normal=number),),
+    note="refused before a layer that uses the mask",
+)
 NORMALIZATION = Row(
     fl.Normalization,
     "Normalization",
@@ -456,6 +465,7 @@ ROWS: tuple[Row, ...] = (
     CHANNEL_SHUFFLE,
     LOCAL_RESPONSE_NORM,
     RESCALING,
+    MASKING,
     NORMALIZATION,
     DISCRETIZATION,
     CATEGORY_ENCODING,

@@ -291,7 +291,6 @@ EMBED = Row(
     ),
     params=(P("embedding: v f", "weight: v f", "embeddings: v f"),),
     keras_defaults={
-        "mask_zero": False,
         "quantization_config": None,
         "lora_rank": None,
         "lora_alpha": None,
@@ -299,7 +298,8 @@ EMBED = Row(
     },
     special=EmbeddingSettings(),
     ordered=True,
-    note="padding_idx, which is for training, is dropped; max_norm and mask_zero are refused",
+    note="padding_idx, which is for training, is dropped, and so is mask_zero, which is refused "
+    "before a layer that uses the mask; max_norm is refused",
 )
 PRELU = Row(
     fl.PReLU,

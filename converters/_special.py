@@ -312,6 +312,8 @@ class EmbeddingSettings(Special):
                 raise refuse(
                     take.place, f"max_norm={take('max_norm')}: it changes its weights when called"
                 )
+        elif framework == "keras":
+            take.taken.add("mask_zero")  # see _convert
 
 
 # The identity at inference, each of them.

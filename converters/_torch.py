@@ -4,7 +4,7 @@ import functools
 import inspect
 import itertools
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -15,6 +15,7 @@ import torch.nn.utils.prune
 from fwt.converters import _convert, _flax, _layers, _torch_file, _torch_modules
 from fwt.converters._convert import Layout
 from fwt.converters._row import TRAINING, Layer, LiveLeaf, joined, order, parts_of, refuse
+from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
@@ -150,9 +151,10 @@ def _composite(module: Any, place: str) -> dict[str, Any]:
     return {}
 
 
-def _folded(module: torch.nn.Module, place: str) -> dict[str, Any]:
+def _folded(module: torch.nn.Module, place: str, only: Any = None) -> dict[str, Any]:
     """The weights that ``torch.nn.utils.prune``, ``parametrize``, ``weight_norm`` and
-    ``spectral_norm`` compute, and None for what they compute it from."""
+    ``spectral_norm`` compute, and None for what they compute it from. ``only`` is the one kind of
+    hook to look at; without it, a hook that isn't known raises."""
     out: dict[str, Any] = {}
     with torch.no_grad():
         if torch.nn.utils.parametrize.is_parametrized(module):
@@ -168,6 +170,8 @@ def _folded(module: torch.nn.Module, place: str) -> dict[str, Any]:
             name = str(getattr(hook, "name", None) or getattr(hook, "_tensor_name", ""))
             made: Any
             parts: tuple[str, ...]
+            if only is not None and not isinstance(hook, only):
+                continue
             if isinstance(hook, torch.nn.utils.prune.BasePruningMethod):
                 made = hook.apply_mask(module)
                 parts = ("orig", "mask")
@@ -180,7 +184,7 @@ def _folded(module: torch.nn.Module, place: str) -> dict[str, Any]:
                 raise refuse(place, "a forward hook can change what it does", "remove it")
             out[name] = made
             out.update({f"{name}_{p}": None for p in parts})
-    if module._forward_hooks or "forward" in vars(module):
+    if only is None and (module._forward_hooks or "forward" in vars(module)):
         raise refuse(place, "a forward hook or a forward of its own changes what it does")
     return out
 
@@ -340,20 +344,32 @@ def _built(layer: Layer) -> torch.nn.Module:
 
 
 def leaves(model: torch.nn.Module) -> list[LiveLeaf]:
-    """The floating parameters in Flax's names and axes; a tied one under its first path."""
+    """The floating parameters in Flax's names and axes; a tied one under its first path.
+
+    What ``parametrize`` or ``weight_norm`` compute stands as the weight that they compute.
+    """
     out: list[LiveLeaf] = []
     seen: set[int] = set()
     spans: list[tuple[str, Any, int, int]] = []
+    inside: list[str] = []  # what parametrize computes with
     for prefix, module in model.named_modules():
+        if isinstance(module, torch.nn.utils.parametrize.ParametrizationList):
+            inside.append(f"{prefix}.")
+        if prefix.startswith(tuple(inside)) or f"{prefix}." in inside:
+            continue
         kind = _public_name(module)
         names = _layers.leaf_names("torch", kind)
-        for name, parameter in module.named_parameters(recurse=False):
+        computed, parts_of_it = _computed(module)
+        plain_ones = module.named_parameters(recurse=False)
+        for name, parameter in itertools.chain(plain_ones, computed.items()):
             place = f"{prefix}.{name}" if prefix else name
             _check_initialised(parameter, place)
-            if id(parameter) in seen or not parameter.is_floating_point():
+            if id(parameter) in seen or id(parameter) in parts_of_it:
+                continue
+            if not parameter.is_floating_point():
                 continue
             seen.add(id(parameter))
-            if _tied(parameter, place, spans):
+            if name not in computed and _tied(parameter, place, spans):
                 continue
             value = to_numpy(parameter, place)
             # torch.nn.utils.prune keeps the weight under weight_orig.
@@ -366,8 +382,80 @@ def leaves(model: torch.nn.Module) -> list[LiveLeaf]:
                 value = value.transpose(there)
             parts = [*filter(None, prefix.split(".")), flax_name + suffix]
             path = "/".join(_tree.escape(p) for p in parts)
-            out.append(LiveLeaf(path, value, known, functools.partial(_write, parameter, there)))
+            write = (
+                _written_back(module, name, parameter, place)
+                if name in computed
+                else functools.partial(_copy, parameter)
+            )
+            out.append(LiveLeaf(path, value, known, functools.partial(_write, write, there)))
     return out
+
+
+def _computed(module: torch.nn.Module) -> tuple[dict[str, torch.Tensor], set[int]]:
+    """The weights that a module computes from others, and the ids of these others."""
+    if not torch.nn.utils.parametrize.is_parametrized(module) and not any(
+        isinstance(hook, WeightNorm) for hook in module._forward_pre_hooks.values()
+    ):
+        return {}, set()
+    folded = _folded(module, type(module).__name__, WeightNorm)
+    held = dict(module.named_parameters(recurse=False))
+    parts = [p for name, p in held.items() if folded.get(name, p) is None]
+    return {k: v for k, v in folded.items() if v is not None}, {id(p) for p in parts}
+
+
+def _written_back(
+    module: torch.nn.Module, name: str, before: torch.Tensor, place: str
+) -> Callable[[torch.Tensor], None]:
+    """Writes a computed weight into what it is computed from, and checks that it comes out."""
+    hooks = [h for h in module._forward_pre_hooks.values() if isinstance(h, WeightNorm)]
+    hook = next((h for h in hooks if h.name == name), None)
+    lists: Any = getattr(module, "parametrizations", {})
+    how = lists[name] if hook is None else None
+    owner = module if how is None else how
+    stems = (f"{name}_g", f"{name}_v") if hook else ("original",)
+    saved = {n: v.clone() for n, v in owner.state_dict().items() if how or n in stems}
+    names = [n for n in saved if n.startswith(stems) and "." not in n]
+
+    def put(values: Mapping[str, torch.Tensor]) -> None:
+        now = owner.state_dict()
+        for n, value in values.items():
+            now[n].copy_(value)
+
+    def inverse(value: torch.Tensor) -> dict[str, torch.Tensor]:
+        if how is None or (len(how) == 1 and isinstance(how[0], _WeightNorm)):
+            dim = hook.dim if hook else how[0].dim
+            size = torch.norm_except_dim(value, 2, dim)
+            # A direction of zeros has no length to divide by: it keeps the one that it had.
+            old = saved[names[1]]
+            return dict(zip(names, (size, torch.where(size == 0, old, value)), strict=True))
+        for part in reversed(how):
+            value = part.right_inverse(value)
+        many = [value] if isinstance(value, torch.Tensor) else list(value)
+        return dict(zip(names, many, strict=True))
+
+    def write(value: torch.Tensor) -> None:
+        with torch.no_grad():
+            if torch.equal(value, before.detach().cpu()):
+                return put(saved)
+            why = "it comes out of it as another"
+            try:
+                put(inverse(value.to(before.device)))
+                found = _folded(module, place, WeightNorm)[name].cpu()
+                tolerance = 16 * torch.finfo(value.dtype).eps
+                if torch.equal(found == 0, value == 0) and torch.allclose(
+                    found, value, rtol=tolerance, atol=0
+                ):
+                    return None
+            except (NotImplementedError, RuntimeError, ValueError, AttributeError) as error:
+                why = str(error) or type(error).__name__
+            put(saved)
+        raise refuse(
+            place,
+            f"the parametrization that computes it can't hold this value ({why})",
+            f"torch.nn.utils.parametrize.remove_parametrizations(layer, {name!r}) first",
+        )
+
+    return write
 
 
 def _tied(parameter: Any, place: str, spans: list[tuple[str, Any, int, int]]) -> bool:
@@ -405,9 +493,13 @@ def _public_name(module: torch.nn.Module) -> str:
     return type(module).__name__
 
 
-def _write(parameter: Any, there: tuple[int, ...] | None, value: np.ndarray) -> None:
-    if there is not None:
-        value = value.transpose(np.argsort(there))
+def _write(
+    put: Callable[[torch.Tensor], object], there: tuple[int, ...] | None, value: np.ndarray
+) -> None:
+    put(to_tensor(value if there is None else value.transpose(np.argsort(there))))
+
+
+def _copy(parameter: Any, value: torch.Tensor) -> None:
     # In place: storage, device, requires_grad and every reference to it survive.
     with torch.no_grad():
-        parameter.copy_(to_tensor(value))
+        parameter.copy_(value)

@@ -57,6 +57,20 @@ class Rescaling(torch.nn.Module):
         return f"scale={self.scale}, offset={self.offset}"
 
 
+class Masking(torch.nn.Module):
+    """Zeros where every entry of axis 1 equals ``mask_value``."""
+
+    def __init__(self, mask_value: float = 0.0):
+        super().__init__()
+        self.mask_value = mask_value
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * (x != self.mask_value).any(1, keepdim=True).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"mask_value={self.mask_value}"
+
+
 class Normalization(torch.nn.Module):
     """(x - mean) / max(sqrt(variance), 1e-7) along axis 1; ``invert`` undoes it."""
 
@@ -134,5 +148,5 @@ class SelfAttention(torch.nn.MultiheadAttention):
         return super().forward(x, x, x, need_weights=False)[0]
 
 
-_ALL = (Flip, Normalization, Permute, RepeatVector, Rescaling, Select, SelfAttention)
+_ALL = (Flip, Masking, Normalization, Permute, RepeatVector, Rescaling, Select, SelfAttention)
 OURS: dict[str, type] = {c.__name__: c for c in _ALL}

@@ -76,6 +76,7 @@ __all__ = [
     "LocalResponseNorm",
     "LogSigmoid",
     "LogSoftmax",
+    "Masking",
     "MaxPool",
     "Mish",
     "Normalization",
@@ -474,6 +475,16 @@ class Rescaling(Layer):
     def __call__(self, x: Array) -> Array:
         x = x if jnp.issubdtype(x.dtype, jnp.floating) else jnp.asarray(x, jnp.float32)
         return x * jnp.asarray(self.scale, x.dtype) + jnp.asarray(self.offset, x.dtype)
+
+
+class Masking(Layer):
+    """Zeros where every entry of the last axis equals ``mask_value``."""
+
+    mask_value: float = 0.0
+
+    def __call__(self, x: Array) -> Array:
+        kept = jnp.any(x != jnp.asarray(self.mask_value, x.dtype), -1, keepdims=True)
+        return x * kept.astype(x.dtype)
 
 
 class Normalization(Layer):

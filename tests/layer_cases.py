@@ -692,6 +692,11 @@ def _(rng):
     return shape, k.Rescaling(pick(rng, 0.3, [0.1, 0.2, 0.3]), pick(rng, 0.0, -1.5))
 
 
+@case(KERAS, "Masking", integers=3)
+def _(rng):
+    return (int(rng.integers(1, 9)), int(rng.integers(1, 3))), k.Masking(pick(rng, 0.0, 1.0))
+
+
 @case(KERAS, "Normalization", refused="one axes only")
 def _(rng):
     shape = ints(rng, rng.integers(1, 4), 2, 4)

@@ -748,3 +748,36 @@ def test_arrays_over_several_axes_follow_the_moved_axes(layout):
         np.moveaxis(x, -1, 1) if first else x,
     )
     close(np.moveaxis(found, 1, -1) if first else found, in_keras(other, x))
+
+
+def test_a_mask_is_refused_before_a_layer_that_uses_it(tmp_path):
+    k = keras.layers
+    rng = generator("mask")
+    x = rng.normal(size=(3, 5, 2)).astype(np.float32)
+    x[:, 3:] = 7.0
+    x[1, 0] = 7.0
+    net = keras.Sequential([keras.Input((5, 2)), k.Masking(7.0), k.Dense(3), k.Flatten()])
+    check("keras", net, (5, 2), x, None)
+    files("keras", net, (5, 2), x)
+    numbers = keras.Sequential([keras.Input((5,)), k.Embedding(9, 4, mask_zero=True), k.Dense(2)])
+    given = rng.integers(0, 9, size=(3, 5)).astype(np.int32)
+    close(in_flax(converters.from_keras(numbers), given), in_keras(numbers, given))
+    users = [k.LSTM(3), k.Bidirectional(k.GRU(2)), k.Softmax(), k.GlobalAveragePooling1D(),
+             k.TimeDistributed(k.Dense(2))]  # fmt: skip
+    for first in (k.Masking(), k.Embedding(9, 4, mask_zero=True)):
+        for user in users:
+            shape = (5, 2) if isinstance(first, k.Masking) else (5,)
+            layers = [
+                type(x).from_config(x.get_config()) for x in (first, k.Activation("relu"), user)
+            ]
+            net = keras.Sequential([keras.Input(shape), *layers])
+            with pytest.raises(converters.ConversionError, match="would use the mask of"):
+                converters.from_keras(net)
+    flax = fwt.Sequential([("mask", fwt.layers.Masking()), ("lstm", fwt.layers.LSTM(3))])
+    variables = flax.init(jax.random.key(0), x)
+    with pytest.raises(converters.ConversionError, match="would use the mask of"):
+        converters.to_keras(flax, variables, (5, 2))
+    close(
+        in_torch(converters.to_torch(flax, variables, (5, 2), "source"), x),
+        flax.apply(variables, x),
+    )

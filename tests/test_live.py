@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import pytest
 import torch
+from torch.nn.utils import parametrizations
 
 import fwt
 from fwt import converters
@@ -411,3 +412,57 @@ def test_scripted_modules_have_the_same_names():
     net = torch.jit.script(torch.nn.Sequential(torch.nn.Linear(4, 2)))
     converters.transform(net, fwt.prune(0.5, where="0/kernel"))
     assert int((net[0].weight == 0).sum()) == 4
+
+
+COMPUTED = {
+    "weight_norm": lambda: parametrizations.weight_norm(torch.nn.Conv2d(3, 4, (2, 3))),
+    "weight_norm by input": lambda: parametrizations.weight_norm(torch.nn.Linear(3, 4), dim=1),
+    "the older weight_norm": lambda: torch.nn.utils.weight_norm(torch.nn.Linear(5, 4)),
+    "the older, over all": lambda: torch.nn.utils.weight_norm(torch.nn.Conv1d(3, 4, 2), dim=None),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("name", COMPUTED)
+def test_what_weight_norm_computes_is_seen_and_written_back(name):
+    net = torch.nn.Sequential(COMPUTED[name]()).eval()
+    layer = net[0]
+    held = {id(p) for p in net.parameters()}
+    wanted = {}
+
+    def two_outputs_gone(params):
+        kernel = np.array(params["params"]["0"]["kernel"])
+        kernel[..., :2] = 0
+        kernel[0] *= 3
+        wanted["kernel"] = kernel
+        return {"params": {"0": {**params["params"]["0"], "kernel": kernel}}}
+
+    before = [p.detach().clone() for p in net.parameters()]
+    converters.transform(net, lambda p: p)
+    assert all(torch.equal(a, b) for a, b in zip(before, net.parameters(), strict=True))
+    converters.transform(net, two_outputs_gone)
+    model = converters.from_torch(net)
+    found = model.variables["params"]["0"]["kernel"]
+    np.testing.assert_allclose(found, wanted["kernel"], rtol=1e-5)
+    assert np.array_equal(found == 0, wanted["kernel"] == 0)
+    assert {id(p) for p in net.parameters()} == held
+    ndim = layer.weight.ndim
+    x = torch.randn(2, *((3, 5, 6)[: ndim - 1] if ndim > 2 else (layer.in_features,)))
+    expected = net(x).detach().movedim(1, -1)
+    np.testing.assert_allclose(model(x.movedim(1, -1).numpy()), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [parametrizations.spectral_norm, parametrizations.orthogonal])
+def test_a_parametrization_that_cant_hold_a_weight_says_so(make):
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4), make(torch.nn.Linear(4, 4)))
+    before = {n: v.clone() for n, v in net.state_dict().items()}
+    with pytest.raises(converters.ConversionError, match="remove_parametrizations"):
+        converters.transform(net, fwt.prune(0.5))
+    assert all(torch.equal(v, before[n]) for n, v in net.state_dict().items())
+
+
+def test_an_orthogonal_weight_goes_into_the_parametrization_of_orthogonal_weights():
+    net = torch.nn.Sequential(parametrizations.orthogonal(torch.nn.Linear(4, 4)))
+    turned = np.linalg.qr(np.random.default_rng(0).normal(size=(4, 4)))[0].astype(np.float32)
+    converters.transform(net, fwt.assign({"0/kernel": turned}))
+    np.testing.assert_allclose(net[0].weight.detach(), turned.T, atol=1e-6)

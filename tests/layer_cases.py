@@ -1,8 +1,9 @@
-"""One generator for each class: ``(rng) -> (input shape without the batch axis, layer)``.
+"""One strategy for each class: ``(rng) -> (input shape without the batch axis, layer)``.
 
-Settings are drawn away from their defaults, sizes odd and even. A new entry is tested in every
-direction by ``test_layers.py``, and goes into the random stacks. ``refused`` says, for the other
-framework, which refusals are right.
+``rng`` is :class:`Drawn`, hypothesis under the names of NumPy's generator, so that a failure
+shrinks; the random stacks give a plain generator. Settings are drawn away from their defaults,
+sizes odd and even. A new entry is tested in every direction by ``test_layers.py``. ``refused``
+says, for the other framework, which refusals are right.
 """
 
 import dataclasses
@@ -12,8 +13,32 @@ from typing import Any
 import keras
 import numpy as np
 import torch
+from hypothesis import strategies as st
 
 k, t = keras.layers, torch.nn
+
+
+class Drawn:
+    """What hypothesis draws, under the names of NumPy's generator."""
+
+    def __init__(self, data):
+        self.draw = data.draw
+
+    def integers(self, low, high=None, size=None):
+        low, high = (0, low) if high is None else (low, high)
+        one = st.integers(int(low), int(high) - 1)
+        if size is None:
+            return self.draw(one)
+        count = int(np.prod(size))
+        return np.reshape(self.draw(st.lists(one, min_size=count, max_size=count)), size)
+
+    def permutation(self, count):
+        return np.array(self.draw(st.permutations(range(count))))
+
+    def normal(self, size):
+        return np.random.default_rng(self.draw(st.integers(0, 2**32 - 1))).normal(size=size)
+
+
 LETTER = {1: "1", 2: "2", 3: "3"}
 
 

@@ -1,5 +1,6 @@
 """Every class of the tables, alone and in stacks, in every direction against the real one."""
 
+import os
 import re
 import tempfile
 import zlib
@@ -8,18 +9,20 @@ from pathlib import Path
 
 import cases
 import flax.linen as nn
+import hypothesis
 import jax
 import keras
 import layer_cases
 import numpy as np
 import pytest
 import torch
+from hypothesis import strategies as st
 
 import fwt
 from fwt import converters
 
 TOLERANCE = 1e-5
-SEEDS = 2
+EXAMPLES = 2
 
 
 def generator(*words):
@@ -179,33 +182,55 @@ CANONICAL: dict[str, str] = {
 }
 
 
-@pytest.mark.parametrize("seed", range(SEEDS))
-@pytest.mark.parametrize("name", layer_cases.TORCH)
-def test_torch_layer(name, seed):
+def given_layers(table):
+    """A test of each class of a table, with settings that hypothesis draws: two in the suite, 100
+    with ``--hypothesis-profile=thorough``. Their first is the simplest, and goes through files."""
+
+    def around(test):
+        drawn = hypothesis.given(st.data())(test)
+        return pytest.mark.parametrize("name", table)(few(drawn))
+
+    return around
+
+
+def few(test):
+    profile = hypothesis.settings.get_current_profile_name()
+    return hypothesis.settings(
+        max_examples=EXAMPLES if profile == "fwt" else int(os.environ.get("EXAMPLES", "100")),
+        phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
+        suppress_health_check=list(hypothesis.HealthCheck),
+    )(test)
+
+
+@given_layers(layer_cases.TORCH)
+def test_torch_layer(name, data):
     case = layer_cases.TORCH[name]
-    rng = generator(name, seed)
+    rng = layer_cases.Drawn(data)
+    with_files, batch = rng.integers(2) == 0, layer_cases.pick(rng, 1, 3)
+    seed = rng.integers(2**32)
     shape, layer = case.make(rng)
     layers = layer if isinstance(layer, list) else [layer]
     model = cases.randomise_torch(torch.nn.Sequential(*layers), seed)
-    x = inputs(rng, shape, case.integers, 1 if seed % 2 else 3)
+    x = inputs(np.random.default_rng(seed), shape, case.integers, batch)
     check("torch", model, shape, x, case.refused, CANONICAL.get(name, ()))
     without_shape(model, x)
-    if seed == 0:
+    if with_files:
         files("torch", model, shape, x)
 
 
-@pytest.mark.parametrize("seed", range(SEEDS))
-@pytest.mark.parametrize("name", layer_cases.KERAS)
-def test_keras_layer(name, seed):
+@given_layers(layer_cases.KERAS)
+def test_keras_layer(name, data):
     case = layer_cases.KERAS[name]
-    rng = generator(name, seed)
+    rng = layer_cases.Drawn(data)
+    with_files, batch = rng.integers(2) == 0, layer_cases.pick(rng, 1, 3)
+    seed = rng.integers(2**32)
     shape, layer = case.make(rng)
     dtype = "int32" if case.integers else "float32"
     model = keras.Sequential([keras.Input(shape, dtype=dtype), layer])
     cases.randomise_keras(model, seed)
-    x = inputs(rng, shape, case.integers, 1 if seed % 2 else 3)
+    x = inputs(np.random.default_rng(seed), shape, case.integers, batch)
     check("keras", model, shape, x, case.refused, CANONICAL.get(name, ()))
-    if seed == 0:
+    if with_files:
         files("keras", model, shape, x)
 
 

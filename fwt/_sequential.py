@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import flax.errors
 import flax.linen as nn
 
 from fwt import layers as _layers
@@ -113,7 +114,16 @@ class Sequential(nn.Module):
             settings = {}
             if flag is not None and getattr(named.layer, flag, None) is None:
                 settings[flag] = train if _FLAGS[flag] else not train
-            x = named.layer.clone(parent=self, name=named.name)(x, **settings)
+            layer = named.layer.clone(parent=self, name=named.name)
+            try:
+                x = layer(x, **settings)
+            except flax.errors.ScopeParamShapeError as error:
+                shape = "" if self.input_shape is None else f" (the model: {self.input_shape})"
+                raise FwtError(
+                    f"{named.name} ({cls.__name__}): its weights do not fit {x.shape}{shape}: "
+                    "a batch comes first, and a converted model has its channels where layout= "
+                    f"put them, last unless told otherwise ({error})"
+                ) from error
         return x
 
     def __reduce__(self) -> Any:

@@ -120,3 +120,10 @@ def test_functions_become_layers_with_the_same_values(function):
     layer = fwt.Sequential([function])
     np.testing.assert_allclose(layer.apply({}, X), function(X), rtol=1e-6, atol=1e-6)
     assert pickle.loads(pickle.dumps(layer)) == layer
+
+
+def test_an_input_in_another_layout_is_told_so():
+    net = fwt.Sequential([("conv", nn.Conv(4, (3, 3)))], (6, 5, 3))
+    variables = net.init(jax.random.key(0), jnp.ones((1, 6, 5, 3)))
+    with pytest.raises(fwt.FwtError, match=r"conv \(Conv\).*\(2, 3, 6, 5\).*layout="):
+        net.apply(variables, jnp.ones((2, 3, 6, 5)))

@@ -413,7 +413,7 @@ def _written_back(
     how = lists[name] if hook is None else None
     owner = module if how is None else how
     stems = (f"{name}_g", f"{name}_v") if hook else ("original",)
-    saved = {n: v.clone() for n, v in owner.state_dict().items() if how or n in stems}
+    saved = {n: v.clone() for n, v in owner.state_dict().items() if how is not None or n in stems}
     names = [n for n in saved if n.startswith(stems) and "." not in n]
 
     def put(values: Mapping[str, torch.Tensor]) -> None:
@@ -422,13 +422,15 @@ def _written_back(
             now[n].copy_(value)
 
     def inverse(value: torch.Tensor) -> dict[str, torch.Tensor]:
-        if how is None or (len(how) == 1 and isinstance(how[0], _WeightNorm)):
-            dim = hook.dim if hook else how[0].dim
-            size = torch.norm_except_dim(value, 2, dim)
+        norm: Any = hook
+        if how is not None and len(how) == 1 and isinstance(how[0], _WeightNorm):
+            norm = how[0]
+        if norm is not None:
+            size = torch.norm_except_dim(value, 2, norm.dim)
             # A direction of zeros has no length to divide by: it keeps the one that it had.
             old = saved[names[1]]
             return dict(zip(names, (size, torch.where(size == 0, old, value)), strict=True))
-        for part in reversed(how):
+        for part in reversed(how or []):
             value = part.right_inverse(value)
         many = [value] if isinstance(value, torch.Tensor) else list(value)
         return dict(zip(names, many, strict=True))

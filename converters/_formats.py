@@ -1,175 +1,198 @@
-"""FORMATS: suffix -> (load, save), over plain trees of NumPy arrays.
+"""FORMATS: what each format is called, how it is told by its content, its load and its save.
 
 Files are data: no reader imports the framework that owns the format, runs code from the file, or
 allocates before it has checked sizes. A save appears whole or not at all.
 """
 
-import contextlib
-import json
+import dataclasses
 import os
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from fwt.converters import _convert, _flax, _layers
-from fwt.converters._io import arrays, dotted, nested, reading, write_atomically
-from fwt.converters._keras_file import listed, load_keras, save_keras
-from fwt.converters._row import TRAINING, Layer, refuse
-from fwt.converters._torch_file import load_torch, save_torch
+from fwt.converters import _fill, _h5, _io, _orbax, _plain, _safetensors, _torch_file
+from fwt.converters._io import Reading, write_atomically, write_folder_atomically
+from fwt.converters._row import Layer
 
-from fwt import _tree
-from fwt import layers as fl
-from fwt._sequential import Named, Sequential
-from fwt._sequential import settings_of as flax_settings
 from fwt._types import ConversionError, FileFormatError, Model
 
 
-def load_safetensors(path: Path) -> Model:
-    """A .safetensors file: ours with its architecture, any other as weights only."""
-    from safetensors import safe_open
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """One format. ``fill`` gives Keras layers their arrays where the file's own names don't say
+    what they are; ``save_shards`` writes a folder of several files."""
 
-    flat: dict[str, np.ndarray] = {}
-    with reading(path), safe_open(path, framework="numpy") as file:
-        metadata = file.metadata() or {}
-        names = file.keys()  # safe_open is no mapping: it can't be iterated over
-        for name in names:
-            flat[name] = file.get_tensor(name)
-        if "fwt" not in metadata:
-            return Model(None, nested(flat, ".", path))
-        described = json.loads(metadata["fwt"])
-        if described["version"] != 1:
-            raise FileFormatError(f"{path}: version {described['version']!r}, only 1 is known")
-        module = module_from_json(described["module"], path)
-        variables = nested(flat, "/", path)
-        variables.setdefault("params", {})
-    if module is not None:
-        try:  # a walk from Flax to Flax checks every name, setting and shape
-            layers = _flax.read_flax(module, variables)
-            _convert.convert(layers, "flax", "flax", module.input_shape, "source")
-        except ConversionError as error:
-            raise FileFormatError(f"{path}: {error}") from error
-    return Model(module, variables)
+    name: str
+    suffixes: tuple[str, ...]
+    load: Callable[[Path, Reading], Model]
+    save: Callable[[Any, Any, Any, str | None], None] | None = None
+    save_folder: Callable[[Path, Any, Any], None] | None = None
+    save_shards: Callable[[Path, Any, Any, int], None] | None = None
+    fill: Callable[[list[Layer], Path, Reading], None] | None = None
+    framework: str = ""  # whose format it is
 
 
-def save_safetensors(file: Any, module: Any, variables: Any, layout: str | None) -> None:
-    """A .safetensors file: with the architecture in its metadata, or under the names that the
-    weights came with."""
-    from safetensors import SafetensorError
-    from safetensors.numpy import save
-
-    metadata = {"format": "np"}
-    tensors = None
-    if module is None:
-        with contextlib.suppress(ConversionError, FileFormatError):
-            names = dotted(variables)
-            # Only where a reader finds the same tree again.
-            again = _tree.Tree({"params": nested(names, ".", Path())}).leaves
-            same = again.keys() == _tree.Tree({"params": variables}).leaves.keys()
-            tensors = names if same else None
-    if tensors is None:
-        metadata["fwt"] = json.dumps({"version": 1, "module": module_to_json(module)})
-        tensors = {
-            f"{_tree.escape(collection)}/{path}": leaf
-            for collection, tree in variables.items()
-            for path, leaf in arrays(collection, tree).items()
-        }
-    for name, leaf in tensors.items():
-        if leaf.dtype.name not in _SAFETENSORS:
-            raise refuse(name, f"dtype {leaf.dtype} can't be written to .safetensors")
-    try:
-        file.write(save(tensors, metadata))
-    except SafetensorError as error:
-        raise ConversionError(f"safetensors can't write this ({error})") from error
+def _fill_weights(layers: list[Layer], path: Path, how: Reading) -> None:
+    _h5.fill_groups(layers, _h5.load_weights(path, how).variables["params"], path)
 
 
-_SAFETENSORS = {
-    *("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"),
-    *("float16", "bfloat16", "float32", "float64"),
-}
+def _fill_shards(layers: list[Layer], path: Path, how: Reading) -> None:
+    _h5.fill_groups(layers, _h5.load_weight_shards(path, how).variables["params"], path)
 
 
-# use_fast_variance decides how exact a norm is.
-_LEFT_OUT = TRAINING["flax"] - {"use_fast_variance"}
+_KERAS = Format("keras", (".keras",), _h5.load_keras, _h5.save_keras, framework="Keras")
+_WEIGHTS = Format(
+    "Keras weights",
+    (".weights.h5",),
+    _h5.load_weights,
+    _h5.save_weights,
+    save_shards=_h5.save_weight_shards,
+    fill=_fill_weights,
+    framework="Keras",
+)
+_WEIGHT_SHARDS = Format(
+    "Keras weights in shards",
+    (".weights.json",),
+    _h5.load_weight_shards,
+    fill=_fill_shards,
+    framework="Keras",
+)
+_LEGACY = Format(
+    "Keras HDF5",
+    (".h5", ".hdf5"),
+    _h5.load_legacy,
+    _h5.save_legacy,
+    fill=_h5.fill_from_legacy,
+    framework="Keras",
+)
+_TORCH = Format(
+    "torch", (".pt", ".pth", ".bin"), _torch_file.load_torch, _torch_file.save_torch,
+    framework="PyTorch",
+)  # fmt: skip
+_SAFETENSORS = Format(
+    "safetensors",
+    (".safetensors",),
+    _safetensors.load_safetensors,
+    _safetensors.save_safetensors,
+    save_shards=_safetensors.save_sharded,
+    framework="safetensors",
+)
+_SHARDED = Format(
+    "safetensors in shards",
+    (".safetensors.index.json",),
+    _safetensors.load_sharded,
+    framework="safetensors",
+)
+_NPZ = Format("NumPy", (".npz",), _plain.load_npz, _plain.save_npz, framework="NumPy")
+_MSGPACK = Format("msgpack", (".msgpack",), _plain.load_msgpack, _plain.save_msgpack,
+                  framework="Flax")  # fmt: skip
+_ORBAX = Format(
+    "Orbax", (".orbax",), _orbax.load_orbax, save_folder=_orbax.save_orbax, framework="Orbax"
+)
+
+FORMATS = (_KERAS, _WEIGHTS, _WEIGHT_SHARDS, _LEGACY, _TORCH, _SAFETENSORS, _SHARDED, _NPZ,
+           _MSGPACK, _ORBAX)  # fmt: skip
+SUFFIXES = {suffix: f for f in FORMATS for suffix in f.suffixes}
 
 
-def module_to_json(module: Any) -> Any:
-    """The layers of a Sequential with their settings, as JSON; None for no module."""
-    if module is None:
-        return None
-    _flax.read_flax(module, {})
-    layers: list[dict[str, Any]] = []
-    for named in module.layers:
-        if isinstance(named.layer, Sequential):
-            inner = module_to_json(named.layer)
-            layers.append({"name": named.name, "class": "Sequential", "settings": inner})
-            continue
-        layer = Layer(named.name, type(named.layer).__name__, {})
-        settings = {k: v for k, v in flax_settings(named.layer).items() if k not in _LEFT_OUT}
-        if not _layers.rows_of("flax", layer.kind):
-            raise refuse(str(layer), "fwt has no row for this class")
-        try:
-            json.dumps(settings)
-        except TypeError as error:
-            raise refuse(str(layer), f"a setting can't be written ({error})") from error
-        layers.append({"name": layer.name, "class": layer.kind, "settings": listed(settings)})
-    return {"layers": layers, "input_shape": listed(module.input_shape)}
+def by_suffix(path: Path) -> Format | None:
+    """The format that a name says; the longest suffix counts."""
+    fitting = [s for s in SUFFIXES if path.name.endswith(s)]
+    return SUFFIXES[max(fitting, key=len)] if fitting else None
 
 
-def module_from_json(described: Any, path: Path) -> Sequential | None:
-    """The inverse, against the closed table of classes."""
-    if described is None:
-        return None
-    named = []
-    cls: Any
-    for entry in described["layers"]:
-        if entry["class"] == "Sequential":
-            named.append(Named(entry["name"], module_from_json(entry["settings"], path)))
-            continue
-        rows = _layers.rows_of("flax", entry["class"])
-        cls = rows[0].flax if rows else None
-        if cls is None:
-            raise FileFormatError(f"{path}: the layer class {entry['class']!r} is not known")
-        known = set(cls.__dataclass_fields__) - _LEFT_OUT
-        if unknown := sorted(set(entry["settings"]) - known):
-            raise FileFormatError(f"{path}: {entry['name']} has no setting {unknown[0]!r}")
-        settings = {k: fl.tuples(v) for k, v in entry["settings"].items()}
-        named.append(Named(entry["name"], cls(**settings)))
-    return Sequential(tuple(named), described["input_shape"])
+def by_content(path: Path) -> Format | None:
+    """The format that a file or folder is, whatever its name."""
+    if path.is_dir():
+        return _of_folder(path)
+    with open(path, "rb") as file:
+        head = file.read(512)
+    if head[:4] == b"PK\x03\x04" and zipfile.is_zipfile(path):
+        with _io.reading(path), zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+        if "config.json" in names and any(n.endswith(".weights.h5") for n in names):
+            return _KERAS
+        if any(n.endswith("/data.pkl") for n in names):
+            return _TORCH
+        return _NPZ if any(n.endswith(".npy") for n in names) else None
+    if head[:8] == b"\x89HDF\r\n\x1a\n":
+        return _WEIGHTS if _h5.is_weights(path) else _LEGACY
+    if (head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05") or head[257:262] == b"ustar":
+        return _TORCH  # an older format, which it refuses by name
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32:
+        return _SAFETENSORS
+    if head[:1] == b"{":
+        return _WEIGHT_SHARDS if path.name.endswith(".weights.json") else _SHARDED
+    if head == b"\x80" or (head and (0x81 <= head[0] <= 0x8F or head[0] in (0xDE, 0xDF))):
+        return _MSGPACK
+    return None
 
 
-FORMATS: dict[str, tuple[Callable[[Path], Model], Callable[[Any, Any, Any, str | None], None]]] = {
-    ".keras": (load_keras, save_keras),
-    ".safetensors": (load_safetensors, save_safetensors),
-    ".pt": (load_torch, save_torch),
-    ".pth": (load_torch, save_torch),
-}
+def _of_folder(path: Path) -> Format | None:
+    if any(path.glob("*.safetensors.index.json")):
+        return _SHARDED
+    if any(path.glob("*.weights.json")):
+        return _WEIGHT_SHARDS
+    if _orbax.is_orbax(path) or any(_orbax.is_orbax(p) for p in path.iterdir() if p.is_dir()):
+        return _ORBAX
+    return None
 
 
-def _format(path: Path) -> Any:
-    if path.suffix not in FORMATS:
-        raise FileFormatError(
-            f"{path}: the format {path.suffix or 'without a suffix'!r} is not known; known are "
-            f"{', '.join(FORMATS)}"
-        )
-    return FORMATS[path.suffix]
+def format_of(path: Path) -> Format:
+    """The format to read a path with: by content, else by name, whose reader then says what is
+    wrong with it."""
+    if not path.exists():
+        raise FileFormatError(f"{path}: no such file")
+    found = by_content(path) or (by_suffix(path) if path.is_file() else None)
+    if found is None:
+        known = ", ".join(SUFFIXES)
+        what = "folder" if path.is_dir() else "file"
+        raise FileFormatError(f"{path}: a {what} of no known format; known are {known}")
+    return found
 
 
-def load(path: str | os.PathLike[str]) -> Model:
-    """Reads a model from a file, without the framework that wrote it.
+def load(
+    path: str | os.PathLike[str],
+    *,
+    architecture: Any = None,
+    key: str | None = None,
+    rename: Mapping[str, str] | None = None,
+    match: str = "name",
+    fold: bool = True,
+    max_bytes: int | None = None,
+    shardings: Any = None,
+) -> Model:
+    """Reads a model or weights from a file or folder, without the framework that wrote it.
+
+    The format is told by the content: ``.keras``, ``.weights.h5`` and its shards, ``.h5`` of Keras
+    2 and 3, torch state dicts, safetensors and their shards, ``.npz``, Flax's msgpack, Orbax.
 
     Args:
-        path: a ``.keras`` file, a ``.safetensors`` file (written by :func:`save`, which puts the
-            architecture into its metadata, or by any other program), or a torch state dict
-            (``.pt``, ``.pth``).
+        path: the file; of sharded weights the index or the folder, of Orbax the folder.
+        architecture: the model whose weights these are: a file with one (``.keras``, ``.h5``, one
+            of :func:`save`, or the ``.json`` of Keras's ``to_json``), a :class:`fwt.Sequential`,
+            a ``fwt.Model``, a Keras model or a torch Sequential.
+        key: which part of a file that holds several, such as "model" or "state/params".
+        rename: with ``architecture``, what names start with there and what they shall start with
+            instead: ``{"features.0": "conv"}``.
+        match: with ``architecture``, "name", or "order" to take arrays in the file's order, each
+            of which must have the right shape.
+        fold: whether the parts that torch's prune, weight_norm, spectral_norm and parametrize keep
+            become the weight that they compute.
+        max_bytes: how much compressed parts may grow to; half of the machine's memory by default.
+        shardings: for Orbax, a ``jax.sharding.Sharding`` or a tree of them: the leaves are then
+            JAX arrays on those devices, each device reading its own part.
 
     Returns:
         ``Model(module, variables)`` with NumPy leaves. A file that holds weights only gives
-        ``Model(None, variables)``, the leaves under the file's own names and in its layout.
+        ``Model(None, variables)``, the leaves under the file's own names and in its layout, unless
+        ``architecture`` says what they are.
 
     Raises:
-        FileFormatError: for a file that is missing, truncated, malformed or hostile.
-        ConversionError: for a model with a layer or setting that can't be converted exactly.
+        FileFormatError: for a file that is missing, truncated, malformed or hostile, or that holds
+            what can't be converted exactly; with ``architecture`` it lists every array that is
+            missing, unexpected or of another shape. It is a ``ConversionError``.
 
     Example:
         >>> import tempfile, os, numpy as np
@@ -181,29 +204,52 @@ def load(path: str | os.PathLike[str]) -> Model:
         ['d/kernel']
     """
     path = Path(path)
-    loader, _ = _format(path)
+    how = Reading(key, fold, max_bytes, shardings)
     try:
-        if not path.is_file():
-            raise FileFormatError(f"{path}: no such file")
-        return loader(path)
+        found = format_of(path)
+        if shardings is not None and found is not _ORBAX:
+            raise FileFormatError(f"{path}: shardings= is for Orbax; use jax.device_put")
+        if architecture is None:
+            if rename or match != "name":
+                raise FileFormatError(f"{path}: rename= and match= need architecture=")
+            return found.load(path, how)
+        fill = None
+        model = Model(None, {})
+        if found.fill is None:
+            model = found.load(path, how)
+        else:
+            own = found.fill
+
+            def fill(layers: list[Layer]) -> None:
+                own(layers, path, how)
+
+        return _fill.filled(model, architecture, path, fill, load, rename, match)
     except OSError as error:
         raise FileFormatError(f"{path}: can't read it ({error.strerror or error})") from error
 
 
 def save(
-    path: str | os.PathLike[str], module: Any, variables: Any, *, layout: str | None = None
+    path: str | os.PathLike[str],
+    module: Any,
+    variables: Any,
+    *,
+    layout: str | None = None,
+    shard_bytes: int | None = None,
 ) -> None:
-    """Writes a model to a file, whole or not at all.
+    """Writes a model or weights to a file or folder, whole or not at all.
 
     Args:
-        path: where to; its suffix is the format: ``.keras`` (real Keras opens it),
-            ``.safetensors`` (with the architecture in its metadata) or ``.pt`` (a state dict for
-            ``torch.load(weights_only=True)`` and the module that ``to_torch`` gives).
+        path: where to; its suffix is the format. With the architecture: ``.keras`` and ``.h5``
+            (real Keras opens them), ``.safetensors``, ``.npz`` and ``.orbax`` (a folder). Weights
+            only: ``.weights.h5``, ``.pt``, ``.pth`` or ``.bin`` (a state dict for
+            ``torch.load(weights_only=True)`` and the module that ``to_torch`` gives), ``.msgpack``.
         module: a :class:`fwt.Sequential`, or None to write the variables as they are
-            (not to ``.keras``).
+            (not to Keras's formats).
         variables: ``{"params": ..., "batch_stats": ...}``.
-        layout: for ``.pt``, the layout of the torch model's ends, as in ``to_torch``:
-            "channels_first" unless told otherwise, or "source".
+        layout: for torch, the layout of the model's ends, as in ``to_torch``: "channels_first"
+            unless told otherwise, or "source".
+        shard_bytes: for ``.safetensors`` and ``.weights.h5``: the path becomes a folder of shards
+            of at most so many bytes each (or of one array) and their index.
 
     Raises:
         ConversionError: for what the target can't say exactly; nothing is written then.
@@ -220,18 +266,47 @@ def save(
         True
     """
     path = Path(path)
-    _, saver = _format(path)
-    if layout is not None and (module is None or saver is not save_torch):
+    found = by_suffix(path)
+    if found is None or (found.save is None and found.save_folder is None):
+        known = ", ".join(s for s, f in SUFFIXES.items() if f.save or f.save_folder)
+        hint = "" if found is None else ", or .safetensors and .weights.h5 with shard_bytes="
+        raise FileFormatError(
+            f"{path}: the format {path.suffix or 'without a suffix'!r} can't be written; known are "
+            f"{known}{hint}"
+        )
+    if layout is not None and (module is None or found is not _TORCH):
         raise ConversionError(
-            f"{path}: layout={layout!r} is for a .pt file of a module; other files keep the "
+            f"{path}: layout={layout!r} is for a torch file of a module; other files keep the "
             "model's own ends"
         )
     if not isinstance(variables, Mapping):
         raise ConversionError(f"expected a variables dict, found {type(variables).__name__}")
     if "params" not in variables:
         variables = {"params": variables}
-    if module is None and path.suffix == ".keras":
+    if module is None and found.framework == "Keras":
         raise ConversionError(
-            f"{path}: weights without an architecture can't be a .keras model; give a module"
+            f"{path}: weights without an architecture can't be written for Keras; give a module"
         )
-    write_atomically(path, lambda file: saver(file, module, variables, layout))
+    if shard_bytes is not None:
+        if found.save_shards is None:
+            raise ConversionError(f"{path}: only .safetensors and .weights.h5 have shards")
+        if not isinstance(shard_bytes, int) or shard_bytes < 1:
+            raise ConversionError(f"shard_bytes={shard_bytes!r}: expected a number of bytes")
+        shards, size = found.save_shards, shard_bytes
+        write_folder_atomically(
+            path, lambda folder: shards(folder, module, variables, size), is_known_folder
+        )
+    elif found.save_folder is not None:
+        whole = found.save_folder
+        write_folder_atomically(
+            path, lambda folder: whole(folder, module, variables), is_known_folder
+        )
+    else:
+        one = found.save
+        assert one is not None
+        write_atomically(path, lambda file: one(file, module, variables, layout))
+
+
+def is_known_folder(path: Path) -> bool:
+    """Whether a folder is one that may be replaced: sharded weights or a checkpoint."""
+    return _of_folder(path) is not None

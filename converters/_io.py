@@ -1,27 +1,60 @@
 """Reading and writing files safely, for every format."""
 
 import contextlib
+import ctypes
+import dataclasses
+import itertools
+import json
 import os
+import shutil
+import stat
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
 import jax
+import ml_dtypes
 import numpy as np
 
 from fwt import _tree
 from fwt._types import ConversionError, FileFormatError, FwtError
 
 
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How a file is to be read: which part of it, whether computed weights are folded, how much
+    its compressed parts may grow to, and on which devices its arrays shall be."""
+
+    key: str | None = None
+    fold: bool = True
+    max_bytes: int | None = None
+    shardings: Any = None
+
+
+# Called with the number of bytes that were read or written since the last call.
+PROGRESS: ContextVar[Callable[[int], None] | None] = ContextVar("PROGRESS", default=None)
+
+
+def progress(count: int) -> None:
+    """Tells whoever watches that so many bytes went by."""
+    watcher = PROGRESS.get()
+    if watcher is not None:
+        watcher(count)
+
+
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Whatever a library says about a broken file becomes one line of ours."""
+    """Whatever is said about a broken file becomes one line of ours."""
     try:
         yield
-    except (FileFormatError, ConversionError):
+    except FileFormatError:
         raise
+    except ConversionError as error:
+        text = str(error)
+        raise FileFormatError(text if str(path) in text else f"{path}: {text}") from error
     except Exception as error:  # any failure of a parser means a broken file
         why = " ".join(str(error).split()) or type(error).__name__
         raise FileFormatError(f"{path}: not a readable {path.suffix} file ({why:.300})") from error
@@ -29,44 +62,146 @@ def reading(path: Path) -> Iterator[None]:
 
 def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
     """Writes beside the target, syncs and renames: the old file or the new one, never a part."""
-    temporary = None
-    try:
-        path = Path(os.path.realpath(path))  # a link stays a link
-        if path.is_dir():
+    with _writing(path) as (target, leave):
+        if target.is_dir():
             raise FileFormatError(f"{path}: a directory is in the way")
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".fwt-")
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=".fwt-")
+        leave(name)
         with os.fdopen(handle, "wb") as file:
-            write(file)
+            write(_Counted(file))
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, _mode(path))
-        os.replace(temporary, path)
+        os.chmod(name, _mode(target))
+        os.replace(name, target)
+        _sync(target.parent)
+
+
+def write_folder_atomically(
+    path: Path, write: Callable[[Path], None], known: Callable[[Path], bool]
+) -> None:
+    """The same for a format that is a folder. One that is there already is replaced only if it is
+    empty or ``known`` says that it is of such a format too."""
+    with _writing(path) as (target, leave):
+        there = target.exists()
+        if there and not target.is_dir():
+            raise FileFormatError(f"{path}: a file is in the way of a folder")
+        if there and any(target.iterdir()) and not known(target):
+            raise FileFormatError(
+                f"{path}: a folder with other things is in the way: remove it, or write elsewhere"
+            )
+        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=".fwt-"))
+        leave(str(temporary))
+        write(temporary)
+        os.chmod(temporary, target.stat().st_mode & 0o777 if there else 0o777 & ~_umask())
+        for folder, _, names in os.walk(temporary):
+            for name in names:
+                _sync(Path(folder) / name)
+            _sync(Path(folder))
+        if there and any(target.iterdir()):
+            _exchange(temporary, target)  # what was there is now what is left to remove
+        else:
+            os.replace(temporary, target)
+        _sync(target.parent)
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[tuple[Path, Callable[[str], None]]]:
+    left: list[str] = []
+    try:
+        yield Path(os.path.realpath(path)), left.append  # a link stays a link
     except (OSError, ValueError) as error:
         if isinstance(error, FwtError):
             raise
         why = getattr(error, "strerror", None) or error
         raise FileFormatError(f"{path}: can't write it ({why})") from error
     finally:
-        if temporary is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
+        for name in left:
+            if os.path.isdir(name):
+                shutil.rmtree(name, ignore_errors=True)
+            else:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(name)
+
+
+class _Counted:
+    """A file that tells how much was written."""
+
+    def __init__(self, file: Any):
+        self.file = file
+
+    def write(self, data: Any) -> int:
+        count: int = self.file.write(data)
+        progress(count)
+        return count
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError:  # some file systems can't sync a folder
+        if not path.is_dir():
+            raise
+    finally:
+        os.close(handle)
+
+
+def _exchange(one: Path, other: Path) -> None:
+    """Swaps two folders in one step, which Linux alone offers."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    if rename is None or rename(here, os.fsencode(one), here, os.fsencode(other), swap):
+        raise FileFormatError(
+            f"{other}: this system can't replace a folder in one step: remove it first"
+        )
 
 
 def _mode(path: Path) -> int:
     """The permissions of the file that is replaced, or of any new file."""
     with contextlib.suppress(FileNotFoundError):
         return path.stat().st_mode & 0o777
+    return 0o666 & ~_umask()
+
+
+def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
-    return 0o666 & ~mask
+    return mask
+
+
+def folder_files(path: Path) -> list[Path]:
+    """The files of a folder, whatever their depth; anything else than plain ones is refused."""
+    out: list[Path] = []
+    for folder, folders, names in os.walk(path):
+        for name in [*folders, *names]:
+            there = Path(folder) / name
+            mode = there.lstat().st_mode
+            if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+                raise FileFormatError(f"{there}: a link or special file, which is not read")
+        out += [Path(folder) / name for name in names]
+        if len(out) > 1_000_000:
+            raise FileFormatError(f"{path}: more than a million files")
+    return sorted(out)
+
+
+_RATIO = 1_100  # deflate reaches 1,032
 
 
 class Budget:
-    """What a file may make us allocate, checked against what it declares: four times its own size
-    and 64 MiB."""
+    """What a file may make us allocate, checked against what it declares before it is done.
 
-    def __init__(self, path: Path):
-        self.path, self.left = path, 4 * path.stat().st_size + (64 << 20)
+    Stored parts: four times the file's own size and 64 MiB. Compressed ones: 1,100 times their
+    compressed size, and ``max_bytes`` (half of the machine's memory unless told) in all.
+    """
+
+    def __init__(self, path: Path, max_bytes: int | None = None, size: int | None = None):
+        self.path = path
+        self.left = 4 * (path.stat().st_size if size is None else size) + (64 << 20)
+        self.max_bytes = half_of_memory() if max_bytes is None else max_bytes
+        self.room = self.max_bytes
 
     def spend(self, what: str, size: int) -> None:
         self.left -= size
@@ -75,6 +210,28 @@ class Budget:
                 f"{self.path}: {what} declares {size:,} bytes, more than such a file may hold"
             )
 
+    def expand(self, what: str, stored: int | None, size: int) -> None:
+        if stored is not None and size > _RATIO * stored + 1024:
+            raise FileFormatError(
+                f"{self.path}: {what} declares {size:,} bytes, compressed to {stored:,}: no "
+                "compression does that"
+            )
+        self.room -= size
+        if self.room < 0:
+            raise FileFormatError(
+                f"{self.path}: {what} and what comes before it need more than "
+                f"max_bytes={self.max_bytes:,} once decompressed; load(path, max_bytes=...) "
+                "allows more"
+            )
+        self.left += size  # what stands in it may be read out of it
+
+
+def half_of_memory() -> int:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except (AttributeError, ValueError, OSError):  # not every system tells
+        return 4 << 30
+
 
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[zipfile.ZipFile]:
@@ -82,7 +239,7 @@ def opened(path: Path) -> Iterator[zipfile.ZipFile]:
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         if len(set(names)) < len(names):
-            twice = next(n for n in names if names.count(n) > 1)
+            twice = next(n for n, following in itertools.pairwise(sorted(names)) if n == following)
             raise FileFormatError(f"{path}: two members are named {twice!r}")
         yield archive
 
@@ -96,19 +253,65 @@ def member(archive: zipfile.ZipFile, name: str, budget: Budget) -> bytearray:
         raise FileFormatError(f"{path}: it has no member {name!r}") from None
     if info.flag_bits & 1 or info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         raise FileFormatError(f"{path}: {name} is encrypted or compressed in an unknown way")
-    stored = info.compress_type == zipfile.ZIP_STORED
-    if stored and info.file_size != info.compress_size:
-        raise FileFormatError(f"{path}: {name} declares two different sizes")
-    budget.spend(name, info.file_size)
+    if info.compress_size > path.stat().st_size:
+        raise FileFormatError(f"{path}: {name} declares more bytes than the file has")
+    if info.compress_type == zipfile.ZIP_STORED:
+        if info.file_size != info.compress_size:
+            raise FileFormatError(f"{path}: {name} declares two different sizes")
+        budget.spend(name, info.file_size)
+    else:
+        budget.expand(name, info.compress_size, info.file_size)
     data = bytearray(info.file_size)
     with archive.open(info) as stream:
         done = 0
         while done < len(data) and (chunk := stream.read(min(len(data) - done, 1 << 24))):
             data[done : done + len(chunk)] = chunk
             done += len(chunk)
+            progress(len(chunk))
         if done < len(data) or stream.read(1):
             raise FileFormatError(f"{path}: {name} is truncated")
     return data
+
+
+def add_member(archive: zipfile.ZipFile, name: str, value: np.ndarray, header: bytes = b"") -> None:
+    """An array's bytes as a member of an archive, a piece at a time."""
+    with archive.open(name, "w", force_zip64=value.nbytes > 1 << 31) as stream:
+        stream.write(header)
+        write_array(stream, value)
+
+
+def read_into(file: Any, value: np.ndarray) -> None:
+    """Fills an array from a file, a piece at a time."""
+    data: Any = memoryview(value.reshape(-1).view(np.uint8).data)
+    for start in range(0, len(data), 1 << 24):
+        piece = data[start : start + (1 << 24)]
+        if file.readinto(piece) != len(piece):
+            raise ValueError("it is truncated")
+        progress(len(piece))
+
+
+def write_array(file: Any, value: np.ndarray) -> None:
+    """An array's bytes, a piece at a time."""
+    data: Any = memoryview(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
+    for start in range(0, len(data), 1 << 24):
+        file.write(data[start : start + (1 << 24)])
+
+
+def read_json(path: Path, limit: int = 100_000_000) -> Any:
+    """A JSON file of at most so many bytes, and without deep nests."""
+    if path.stat().st_size > limit:
+        raise FileFormatError(f"{path}: more than {limit:,} bytes of JSON")
+    return json.loads(path.read_bytes())
+
+
+def sibling(path: Path, name: Any) -> Path:
+    """A file that another in the same folder names: no path, no link."""
+    if not isinstance(name, str) or not name or name != os.path.basename(name) or name[0] == ".":
+        raise FileFormatError(f"{path}: it names {name!r:.80}, which is no file beside it")
+    there = path.parent / name
+    if there.is_symlink() or not there.is_file():
+        raise FileFormatError(f"{path}: {name} is missing beside it, or a link")
+    return there
 
 
 def dotted(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -116,7 +319,7 @@ def dotted(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
     flat: dict[str, np.ndarray] = {}
     for collection, tree in variables.items():
         for path, leaf in arrays(collection, tree).items():
-            name = ".".join(_tree.unescape(p) for p in _tree.split(path))
+            name = ".".join(parts_of_path(path))
             if name in flat:
                 raise ConversionError(f"two arrays would be named {name!r}: rename one of them")
             flat[name] = leaf
@@ -130,7 +333,31 @@ def arrays(collection: str, tree: Any) -> dict[str, np.ndarray]:
             place = f"{collection}{jax.tree_util.keystr(keys)}"
             raise ConversionError(f"{place}: {leaf!r:.60} is no array, so it can't be written")
     leaves = _tree.Tree({"params": tree}).leaves
-    return {p: np.asarray(x, order="C") for p, x in leaves.items()}
+    return {p: _little(np.asarray(x, order="C")) for p, x in leaves.items()}
+
+
+def _little(value: np.ndarray) -> np.ndarray:
+    swapped = value.dtype.newbyteorder("<")
+    return value if value.dtype == swapped else value.astype(swapped)
+
+
+def dtype_of(name: str) -> np.dtype:
+    """A NumPy dtype by name, bfloat16 and the 8-bit floats included."""
+    return np.dtype(getattr(ml_dtypes, name) if hasattr(ml_dtypes, name) else name)
+
+
+def parts_of_path(path: str) -> list[str]:
+    """The names that a path is made of."""
+    return [_tree.unescape(part) for part in _tree.split(path)]
+
+
+def slashed(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """All arrays of all collections under their paths: ``params/dense/kernel``."""
+    return {
+        f"{_tree.escape(collection)}/{path}": leaf
+        for collection, tree in variables.items()
+        for path, leaf in arrays(collection, tree).items()
+    }
 
 
 TORCH_STATS = ("running_mean", "running_var", "num_batches_tracked")
@@ -142,7 +369,7 @@ def nested(flat: Mapping[str, np.ndarray], separator: str, path: Path) -> dict[s
     out: dict[str, Any] = {}
     for name, value in flat.items():
         if separator == "/":
-            parts = [_tree.unescape(p) for p in _tree.split(name)]
+            parts = parts_of_path(name)
         else:
             parts = name.split(separator)
             parts.insert(0, "batch_stats" if parts[-1] in TORCH_STATS else "params")
@@ -155,3 +382,35 @@ def nested(flat: Mapping[str, np.ndarray], separator: str, path: Path) -> dict[s
             raise FileFormatError(f"{path}: {name!r} is both an array and a folder of arrays")
         node[parts[-1]] = value
     return out
+
+
+def under(tree: Any, key: str | None, path: Path) -> Any:
+    """What stands in a tree of dicts under a key such as ``model`` or ``state/model``."""
+    for part in [] if key is None else key.split("/"):
+        if not isinstance(tree, Mapping) or part not in tree:
+            found = ", ".join(map(repr, tree))[:300] if isinstance(tree, Mapping) else "no dict"
+            raise FileFormatError(f"{path}: key={key!r}: there is no {part!r}, but {found}")
+        tree = tree[part]
+    return tree
+
+
+def as_variables(tree: Any, path: Path) -> dict[str, Any]:
+    """A tree of dicts and arrays as variables: as it is if it has params, else as params."""
+    _check_leaves(tree, path, (), 0)
+    if not isinstance(tree, Mapping):
+        raise FileFormatError(f"{path}: expected a tree of arrays, found one array: give it a name")
+    return dict(tree) if isinstance(tree.get("params"), Mapping) else {"params": dict(tree)}
+
+
+def _check_leaves(node: Any, path: Path, place: tuple[str, ...], depth: int) -> None:
+    if isinstance(node, Mapping) and depth < 64:
+        for name, value in node.items():
+            if not isinstance(name, str) or not name:
+                raise FileFormatError(f"{path}: {'/'.join(place)} has an entry named {name!r}")
+            _check_leaves(value, path, (*place, name), depth + 1)
+    elif not isinstance(node, np.ndarray | jax.Array):
+        where = "/".join(place)
+        raise FileFormatError(
+            f"{path}: {where or 'it'} is a {type(node).__name__}, no array; key= picks a part of "
+            f"the file, such as key={place[0] if place else 'params'!r}"
+        )

@@ -91,7 +91,7 @@ def from_keras(model: Any, layout: Layout = "channels_last") -> Model:
             f"{model.name} has no weights yet: build it, model.build((None, ...)), or give it a "
             "keras.Input"
         )
-    layers, shape = _keras_file.keras_layers(_config(model), model.name)
+    layers, shape = _keras_file.keras_layers(config_of(model), model.name)
     for layer in layers:
         if layer.fused:
             continue
@@ -117,7 +117,7 @@ def _fill(layer: Layer, live: Any) -> None:
         _fill(part, getattr(live, role))
 
 
-def _config(model: Any) -> dict[str, Any]:
+def config_of(model: Any) -> dict[str, Any]:
     """As ``keras.saving.serialize_keras_object`` has it, but for known classes only."""
     if not isinstance(model, keras.Sequential):
         for layer in model.layers:
@@ -127,7 +127,7 @@ def _config(model: Any) -> dict[str, Any]:
     for layer in model.layers:
         _check_known(layer)
         inside = isinstance(layer, keras.Sequential)
-        entry = _config(layer) if inside else keras.saving.serialize_keras_object(layer)
+        entry = config_of(layer) if inside else keras.saving.serialize_keras_object(layer)
         if inside:
             entry["config"]["name"] = layer.name
         entries.append(entry)

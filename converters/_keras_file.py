@@ -1,23 +1,16 @@
-"""Keras models as data: their configs, and the .keras archive."""
+"""Keras models as data: their configs, and the places of their arrays in files."""
 
 import dataclasses
-import datetime
-import io
 import itertools
-import json
-import math
 import re
-import zipfile
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from fwt.converters import _convert, _flax, _layers
-from fwt.converters._io import Budget, member, opened, reading
-from fwt.converters._row import Layer, S, joined, parts_of, refuse
+from fwt.converters._row import Layer, S, joined, listed, parts_of, refuse
 
-from fwt._types import ConversionError, FileFormatError, Model
+from fwt._types import ConversionError, FileFormatError
 
 KERAS_VERSION = "3.15.1"  # whose file layout this is
 
@@ -309,14 +302,8 @@ def fold_activations(layers: list[Layer]) -> list[Layer]:
     return out
 
 
-def listed(x: Any) -> Any:
-    if isinstance(x, Mapping):
-        return {k: listed(v) for k, v in x.items()}
-    return [listed(v) for v in x] if isinstance(x, list | tuple) else x
-
-
 def to_keras_layers(
-    module: Any, variables: Any, input_shape: Any
+    module: Any, variables: Any, input_shape: Any, any_dtype: bool = False
 ) -> tuple[list[Layer], tuple[int | None, ...]]:
     """Keras layers of a Flax model, and the input shape that Keras wants to know."""
     layers = _flax.read_flax(module, variables)
@@ -335,7 +322,7 @@ def to_keras_layers(
     assert found is not None
     for layer in [part for outer in new for part in (outer, *outer.inner)]:
         for name, value in layer.arrays.items():
-            if value.dtype != np.float32:
+            if value.dtype != np.float32 and not any_dtype:
                 raise refuse(
                     f"{layer.name}/{name}",
                     f"dtype {value.dtype}: Keras models are written in float32",
@@ -344,36 +331,7 @@ def to_keras_layers(
     return fold_activations(new), found
 
 
-# ---------------------------------------------------------------------------------------------
-# .keras
-
-
-def load_keras(path: Path) -> Model:
-    """A .keras archive."""
-    budget = Budget(path)
-    with reading(path), opened(path) as archive:
-        config = json.loads(member(archive, "config.json", budget))
-        layers, shape = keras_layers(config, str(path))
-        import h5py
-
-        weights = member(archive, "model.weights.h5", budget)
-        with h5py.File(io.BytesIO(weights), "r") as file:
-            own = [x for x in layers if not x.fused]
-            for layer, group in zip(own, _groups(own), strict=True):
-                if layer.kind == "MultiHeadAttention":
-                    parts = {"bias_axes": layer.settings.get("use_bias")}
-                    layer.inner = tuple(Layer(n, "EinsumDense", parts) for n in ATTENTION.values())
-                for part, place in _places(layer, group):
-                    part.arrays = _keras_arrays(file, f"{place}/vars", part, budget)
-                if layer.kind == "MultiHeadAttention":
-                    for part in layer.inner:
-                        layer.arrays |= {f"{part.name}/{n}": v for n, v in part.arrays.items()}
-                    layer.inner = ()
-        new, found = _convert.convert(layers, "keras", "flax", shape, "source")
-        return _flax.write_flax(new, found)
-
-
-def _groups(layers: list[Layer]) -> list[str]:
+def groups(layers: list[Layer]) -> list[str]:
     """The group of each layer in the weights file: its class in snake case, and a counter, under
     ``layers`` of the model that it is in."""
 
@@ -403,7 +361,7 @@ def _groups(layers: list[Layer]) -> list[str]:
     return under([(parts_of(layer.name), layer) for layer in layers], "")
 
 
-def _places(layer: Layer, group: str) -> list[tuple[Layer, str]]:
+def places(layer: Layer, group: str) -> list[tuple[Layer, str]]:
     """A layer and what it wraps, with the groups that hold their arrays."""
     roles = {"Bidirectional": ("forward_layer", "backward_layer")}.get(layer.kind, ("layer",))
     if layer.kind == "MultiHeadAttention":
@@ -414,7 +372,7 @@ def _places(layer: Layer, group: str) -> list[tuple[Layer, str]]:
     if layer.kind in CELLS:
         return [(layer, f"{group}/cell")]
     inner = [p for part, role in zip(layer.inner, roles, strict=False)
-             for p in _places(part, f"{group}/{role}")]  # fmt: skip
+             for p in places(part, f"{group}/{role}")]  # fmt: skip
     return inner if layer.inner else [(layer, group)]
 
 
@@ -427,7 +385,7 @@ ATTENTION = {
 CELLS = ("SimpleRNN", "LSTM", "GRU", "ConvLSTM1D", "ConvLSTM2D", "ConvLSTM3D")
 
 
-def _keras_names(layer: Layer) -> list[str]:
+def keras_names(layer: Layer) -> list[str]:
     """The names of a Keras layer's arrays, in the order of the file."""
     if layer.kind == "Normalization":
         given = layer.settings.get("mean") is not None
@@ -447,65 +405,20 @@ def _keras_names(layer: Layer) -> list[str]:
     return names
 
 
-def _keras_arrays(file: Any, group: str, layer: Layer, budget: Budget) -> dict[str, np.ndarray]:
-    names, path = _keras_names(layer), budget.path
-    found = _h5(file, group, path)
-    count = 0 if found is None else len(found)
-    if count != len(names):
-        raise FileFormatError(
-            f"{path}: {group} of {layer} holds {count} arrays, expected {len(names)} {names}"
-        )
-    out = {}
-    for index, name in enumerate(names):
-        place = f"{group}/{index}"
-        dataset = _h5(file, place, path)
-        if dataset is None or not hasattr(dataset, "shape") or dataset.shape is None:
-            raise FileFormatError(f"{path}: {place} is no array")
-        if dataset.external or dataset.is_virtual:
-            raise FileFormatError(f"{path}: {place} refers to data outside the file")
-        if dataset.dtype.kind not in "fiub":
-            raise FileFormatError(f"{path}: {place} has dtype {dataset.dtype}")
-        budget.spend(place, math.prod(dataset.shape) * dataset.dtype.itemsize)
-        out[name] = np.asarray(dataset[()])
-    return out
+def opened_up(layers: list[Layer]) -> list[Layer]:
+    """The layers that have a place in a file, those of attention with their parts."""
+    own = [x for x in layers if not x.fused]
+    for layer in own:
+        if layer.kind == "MultiHeadAttention":
+            parts = {"bias_axes": layer.settings.get("use_bias")}
+            layer.inner = tuple(Layer(n, "EinsumDense", parts) for n in ATTENTION.values())
+    return own
 
 
-def _h5(file: Any, place: str, path: Path) -> Any:
-    """What stands at a place of an HDF5 file, followed through hard links only."""
-    node = file
-    for part in place.split("/"):
-        link = node.get(part, getlink=True) if hasattr(node, "keys") else None
-        if link is None:
-            return None
-        if type(link).__name__ != "HardLink":
-            raise FileFormatError(f"{path}: {place} refers to data outside the file")
-        node = node[part]
-    return node
-
-
-def save_keras(file: Any, module: Any, variables: Any, layout: str | None) -> None:
-    """A .keras archive that real Keras opens."""
-    import h5py
-
-    layers, shape = to_keras_layers(module, variables, None)
-    weights = io.BytesIO()
-    with h5py.File(weights, "w") as h5:
-        for layer, group in zip(layers, _groups(layers), strict=True):
-            if layer.kind in _layers.CUSTOM["keras"] or layer.kind == "SelfAttention":
-                raise refuse(
-                    str(layer),
-                    "only Keras itself can write a class of the user's own to a file",
-                    "use to_keras, and save what it gives",
-                )
-            for part, where in _places(layer, group):
-                place = h5.create_group(f"{where}/vars")
-                place.attrs["name"] = parts_of(part.name)[-1]
-                for index, name in enumerate(_keras_names(part)):
-                    place.create_dataset(str(index), data=part.arrays[name])
-        h5.create_group("vars").attrs["name"] = "sequential"
-    saved = datetime.datetime.now().strftime("%Y-%m-%d@%H:%M:%S")
-    with zipfile.ZipFile(file, "w") as archive:
-        metadata = {"keras_version": KERAS_VERSION, "date_saved": saved}
-        archive.writestr("metadata.json", json.dumps(metadata))
-        archive.writestr("config.json", json.dumps(keras_config(layers, shape)))
-        archive.writestr("model.weights.h5", weights.getvalue())
+def gathered(layers: list[Layer]) -> None:
+    """What was read into the parts of attention, in the layer itself."""
+    for layer in layers:
+        if layer.kind == "MultiHeadAttention":
+            for part in layer.inner:
+                layer.arrays |= {f"{part.name}/{n}": v for n, v in part.arrays.items()}
+            layer.inner = ()

@@ -481,3 +481,10 @@ def output_sizes(
     if 0 in out.shape:
         raise refuse(place, f"an input of {tuple(inputs)} is too small for it")
     return dict(zip(right, out.shape[1:], strict=True))
+
+
+def listed(x: Any) -> Any:
+    """Tuples as lists, as JSON has them."""
+    if isinstance(x, Mapping):
+        return {k: listed(v) for k, v in x.items()}
+    return [listed(v) for v in x] if isinstance(x, list | tuple) else x

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 import torch.nn.utils.parametrize
 import torch.nn.utils.prune
-from fwt.converters import _convert, _flax, _layers, _torch_file, _torch_modules
+from fwt.converters import _convert, _flax, _layers, _torch_file, _torch_layers, _torch_modules
 from fwt.converters._convert import Layout
 from fwt.converters._row import TRAINING, Layer, LiveLeaf, joined, order, parts_of, refuse
 from torch.nn.utils.parametrizations import _WeightNorm
@@ -270,7 +270,7 @@ def from_torch(
             f"from_torch takes a torch.nn.Sequential, found {type(model).__name__}; to change the "
             "weights of any torch module in place, use converters.transform(model, t)"
         )
-    layers = _torch_file.with_selected(_children(model, (), {}))
+    layers = _torch_layers.with_selected(_children(model, (), {}))
     new, shape = _convert.convert(layers, "torch", "flax", input_shape, layout)
     return _flax.write_flax(new, shape)
 
@@ -312,7 +312,7 @@ def to_torch(
     layers = _flax.read_flax(module, variables)
     shape = module.input_shape if input_shape is None else input_shape
     new, _ = _convert.convert(layers, "flax", "torch", shape, layout)
-    new = _torch_file.fold_torch(new)
+    new = _torch_layers.fold_torch(new)
     return _sequential([(parts_of(layer.name), layer) for layer in new]).eval()
 
 

@@ -1,6 +1,5 @@
 """torch's .pt files: a zip of a pickle and raw storages, read and written without torch."""
 
-import dataclasses
 import io
 import math
 import pickle
@@ -11,11 +10,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
-from fwt.converters import _convert, _flax
-from fwt.converters._io import Budget, dotted, member, nested, opened, reading
+from fwt.converters import _convert, _flax, _io
+from fwt.converters._io import Budget, Reading, dotted, dtype_of, member, nested, opened, reading
 from fwt.converters._row import Layer, parts_of, refuse
+from fwt.converters._torch_layers import fold_torch
 
 from fwt._types import FileFormatError, Model
 
@@ -33,6 +32,13 @@ _STORAGES = {
     "ComplexFloatStorage": "complex64",
     "ComplexDoubleStorage": "complex128",
 }
+# Younger dtypes have no storage class: torch names the dtype itself.
+_DTYPES = {
+    *("uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2"),
+    *("float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"),
+}
+# Plain values of torch beside tensors, which a checkpoint may hold and a state dict may not.
+_OTHERS = {"Size", "device", "dtype"}
 # Opcodes that build plain data; what is not here (INST, OBJ, NEWOBJ, EXT*, ...) is refused.
 _OPCODES = frozenset(
     [
@@ -80,20 +86,11 @@ _OPCODES = frozenset(
 )
 
 
-def dtype_of(name: str) -> np.dtype:
-    """A NumPy dtype by name, bfloat16 and float8 included."""
-    return np.dtype(getattr(ml_dtypes, name) if hasattr(ml_dtypes, name) else name)
-
-
-def load_torch(path: Path) -> Model:
+def load_torch(path: Path, how: Reading) -> Model:
     """A torch state dict, as weights under torch's own names and in torch's layout."""
     with reading(path):
-        if path.stat().st_size and not zipfile.is_zipfile(path):
-            raise FileFormatError(
-                f"{path}: not a zip archive; torch's older formats run code when they are read: "
-                "save it again with a current torch.save"
-            )
-        budget = Budget(path)
+        _check_kind(path)
+        budget = Budget(path, how.max_bytes)
         with opened(path) as archive:
             names = [n for n in archive.namelist() if n.endswith("/data.pkl")]
             if len(names) != 1:
@@ -106,24 +103,126 @@ def load_torch(path: Path) -> Model:
             pickled = bytes(member(archive, names[0], budget))
             _check_pickle(pickled, path)
             loaded = _Unpickler(io.BytesIO(pickled), archive, stem, budget).load()
-    flat: dict[str, np.ndarray] = {}
+        flat = _state(_io.under(loaded, how.key, path), path)
+        variables = nested(folded(flat, path) if how.fold else flat, ".", path)
+        variables.setdefault("params", {})
+        return Model(None, variables)
+
+
+def _check_kind(path: Path) -> None:
+    if path.stat().st_size and not zipfile.is_zipfile(path):
+        with open(path, "rb") as file:
+            head = file.read(512)
+        tar = head[257:262] == b"ustar"
+        older = "an older format of torch" if tar or head[:1] == b"\x80" else "not a zip archive"
+        raise FileFormatError(
+            f"{path}: {older}; torch's older formats run code when they are read: save it again "
+            "with a current torch.save"
+        )
+
+
+def _state(loaded: Any, path: Path) -> dict[str, np.ndarray]:
+    """A dict of tensors; what else a checkpoint may be is told with a way to its tensors."""
+    if isinstance(loaded, np.ndarray):
+        raise FileFormatError(f"{path}: expected a state dict, found one tensor")
     if not isinstance(loaded, dict):
         raise FileFormatError(
             f"{path}: expected a state dict, found {type(loaded).__name__}; save "
             "model.state_dict() instead of the model"
         )
+    flat: dict[str, np.ndarray] = {}
     for name, value in loaded.items():
         if name == "_metadata":
             continue
         if not isinstance(name, str) or not isinstance(value, np.ndarray):
+            inside = [f"{k}" for k, v in loaded.items() if isinstance(v, dict) and v and all(
+                isinstance(x, np.ndarray) for x in v.values())]  # fmt: skip
+            hint = f"key={inside[0]!r} picks a part of it" if inside else (
+                "save model.state_dict() on its own, or pick a part of it with key="
+            )  # fmt: skip
             raise FileFormatError(
                 f"{path}: expected a state dict of tensors, but {name!r} is a "
-                f"{type(value).__name__}; save model.state_dict() on its own"
+                f"{type(value).__name__}; {hint}"
             )
         flat[name] = value
-    variables = nested(flat, ".", path)
-    variables.setdefault("params", {})
-    return Model(None, variables)
+    return flat
+
+
+def folded(flat: dict[str, np.ndarray], path: Path) -> dict[str, np.ndarray]:
+    """With the weights that ``torch.nn.utils.prune``, ``weight_norm``, ``spectral_norm`` and
+    ``parametrizations`` compute, in the place of what they compute them from."""
+    out: dict[str, np.ndarray] = {}
+    done: set[str] = set()
+    for name in flat:
+        if name in done:
+            continue
+        if ".parametrizations." in f".{name}":
+            owner, _, rest = f".{name}".rpartition(".parametrizations.")
+            tensor = rest.split(".")[0]
+            start = f"{owner}.parametrizations.{tensor}."[1:]
+            parts = {n.removeprefix(start): v for n, v in flat.items() if n.startswith(start)}
+            value, target = _parametrized(parts), f"{owner}.{tensor}"[1:]
+            if value is None:
+                raise FileFormatError(
+                    f"{path}: {start}* computes a weight in a way that the file does not say; "
+                    "fold=False keeps its parts"
+                )
+            done |= {start + n for n in parts}
+        else:
+            stem, _, suffix = name.rpartition("_")
+            parts = {s: flat[f"{stem}_{s}"] for s in ("orig", "mask", "g", "v", "u")
+                     if f"{stem}_{s}" in flat}  # fmt: skip
+            target, value = stem, None
+            if set(parts) == {"orig", "mask"} and parts["mask"].shape == parts["orig"].shape:
+                value = parts["orig"] * parts["mask"].astype(parts["orig"].dtype)
+            elif set(parts) == {"g", "v"}:
+                value = _weight_norm(parts["g"], parts["v"])
+            elif set(parts) == {"orig", "u", "v"}:
+                value = _spectral_norm(parts["orig"], parts["u"], parts["v"])
+                if value is None:
+                    raise FileFormatError(
+                        f"{path}: {stem}: the file does not say which axis spectral_norm has "
+                        "taken; fold=False keeps its parts"
+                    )
+            if value is None or suffix not in parts:
+                out[name] = flat[name]
+                continue
+            done |= {f"{stem}_{s}" for s in parts}
+        if target in flat or target in out:
+            raise FileFormatError(f"{path}: {target} stands there twice, computed and plain")
+        out[target] = value
+    return out
+
+
+def _parametrized(parts: dict[str, np.ndarray]) -> np.ndarray | None:
+    if set(parts) == {"original0", "original1"}:
+        return _weight_norm(parts["original0"], parts["original1"])
+    if set(parts) == {"original", "0._u", "0._v"}:
+        return _spectral_norm(parts["original"], parts["0._u"], parts["0._v"])
+    return None
+
+
+def _weight_norm(g: np.ndarray, v: np.ndarray) -> np.ndarray | None:
+    """G v / |v|, over the axes where g has one entry."""
+    if g.ndim == 0:
+        g = g.reshape((1,) * v.ndim)
+    if g.ndim != v.ndim or any(a not in (1, b) for a, b in zip(g.shape, v.shape, strict=True)):
+        return None
+    axes = tuple(i for i, n in enumerate(g.shape) if n == 1)
+    wide = v.astype(np.float32) if v.dtype.itemsize < 4 else v
+    size = np.sqrt(np.sum(wide * wide, axis=axes, keepdims=True))
+    return (wide * (g.astype(wide.dtype) / size)).astype(v.dtype)
+
+
+def _spectral_norm(w: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray | None:
+    """W / (u' w v), the axis of u in front; None if two axes could be that."""
+    if u.ndim != 1 or v.ndim != 1 or u.size * v.size != w.size:
+        return None
+    axes = [a for a in (0, 1) if a < w.ndim and w.shape[a] == u.size]
+    if len(axes) != 1:
+        return None
+    sigma = u @ np.moveaxis(w, axes[0], 0).reshape(u.size, -1) @ v
+    return (w / sigma).astype(w.dtype)
 
 
 def _check_pickle(pickled: bytes, path: Path) -> None:
@@ -138,6 +237,14 @@ def _check_pickle(pickled: bytes, path: Path) -> None:
 class _StorageType:
     def __init__(self, dtype: str):
         self.dtype = dtype_of(dtype)
+
+
+class _Untyped:
+    """A storage of bytes, whose dtype stands with the tensor."""
+
+
+class _DType(str):
+    pass
 
 
 class _OrderedDict(OrderedDict):
@@ -158,35 +265,73 @@ class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
             return _OrderedDict
-        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return self._tensor
+        if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_tensor_v3"):
+            return self._tensor_v2 if name.endswith("2") else self._tensor_v3
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return lambda data, requires_grad, hooks: data
+            return self._same
+        if (module, name) == ("torch._tensor", "_rebuild_from_type_v2"):
+            return self._of_type
         if module == "torch" and name in _STORAGES:
             return _StorageType(_STORAGES[name])
+        if (module, name) == ("torch.storage", "UntypedStorage"):
+            return _Untyped()
+        if module == "torch" and (name in _DTYPES or name in _STORAGES.values()):
+            return _DType(name)
+        if module == "torch" and name in _OTHERS:
+            return self._other
+        if (module, name) == ("torch", "Tensor") or (module, name) == (
+            "torch.nn.parameter", "Parameter"):  # fmt: skip
+            return _Untyped()
         raise FileFormatError(
             f"{self.path}: the pickle names {module}.{name}, which is not allowed"
         )
+
+    def _same(self, data: Any, *_: Any) -> Any:
+        return data
+
+    def _other(self, *values: Any) -> Any:
+        return values
+
+    def _of_type(self, make: Any, kind: Any, arguments: Any, state: Any) -> Any:
+        """A tensor of a subclass or with attributes, such as a buffer: its values."""
+        if make not in (self._tensor_v2, self._tensor_v3) or not isinstance(kind, _Untyped):
+            raise FileFormatError(f"{self.path}: a tensor of a class that is not torch's own")
+        return make(*arguments)
 
     def persistent_load(self, pid: Any) -> Any:
         if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage":
             raise FileFormatError(f"{self.path}: a storage is described by {pid!r:.80}")
         _, kind, key, _, count = pid
-        if not isinstance(kind, _StorageType) or not isinstance(key, str):
+        if not isinstance(kind, _StorageType | _Untyped) or not isinstance(key, str):
             raise FileFormatError(f"{self.path}: a storage is described by {pid!r:.80}")
+        dtype = kind.dtype if isinstance(kind, _StorageType) else np.dtype("uint8")
         if key not in self.storages:
             data = member(self.archive, f"{self.stem}data/{key}", self.budget)
-            if not isinstance(count, int) or len(data) != count * kind.dtype.itemsize:
+            if not isinstance(count, int) or len(data) != count * dtype.itemsize:
                 raise FileFormatError(
-                    f"{self.path}: storage {key} has {len(data)} bytes, expected {count} x "
-                    f"{kind.dtype.itemsize}"
+                    f"{self.path}: storage {key} has {len(data)} bytes, expected {count!r:.30} x "
+                    f"{dtype.itemsize}"
                 )
-            self.storages[key] = np.frombuffer(data, kind.dtype)
-        if self.storages[key].dtype != kind.dtype:
+            self.storages[key] = np.frombuffer(data, dtype)
+        if self.storages[key].dtype != dtype:
             raise FileFormatError(f"{self.path}: storage {key} has two dtypes")
         return self.storages[key]
 
-    def _tensor(self, storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> np.ndarray:
+    def _tensor_v3(
+        self, storage: Any, offset: Any, size: Any, stride: Any, grad: Any, hooks: Any, dtype: Any,
+        metadata: Any = None,
+    ) -> np.ndarray:  # fmt: skip
+        if not isinstance(dtype, _DType) or not isinstance(storage, np.ndarray):
+            raise FileFormatError(f"{self.path}: a tensor of dtype {dtype!r:.60}")
+        kind = dtype_of(str(dtype))
+        if storage.size % kind.itemsize:
+            raise FileFormatError(f"{self.path}: {storage.size} bytes of {dtype}")
+        return self._tensor_v2(storage.view(kind), offset, size, stride, metadata=metadata)
+
+    def _tensor_v2(
+        self, storage: Any, offset: Any, size: Any, stride: Any, grad: Any = None,
+        hooks: Any = None, metadata: Any = None,
+    ) -> np.ndarray:  # fmt: skip
         numbers = (offset, *size, *stride)
         if (
             not isinstance(storage, np.ndarray)
@@ -194,7 +339,12 @@ class _Unpickler(pickle.Unpickler):
             or len(size) > 32
             or any(not isinstance(n, int) or n < 0 for n in numbers)
         ):
-            raise FileFormatError(f"{self.path}: a tensor of size {size} and stride {stride}")
+            raise FileFormatError(
+                f"{self.path}: a tensor of size {size!r:.60} and stride {stride!r:.60}"
+            )
+        told = metadata or {}
+        if not isinstance(told, dict) or set(told) - {"conj", "neg"}:
+            raise FileFormatError(f"{self.path}: a tensor with the metadata {told!r:.60}")
         if 0 in size:
             return np.zeros(size, storage.dtype)
         last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
@@ -205,10 +355,17 @@ class _Unpickler(pickle.Unpickler):
             )
         item = storage.dtype.itemsize
         self.budget.spend("a tensor", math.prod(size) * item)
+        # As bytes: NumPy can't describe every 8-bit float to as_strided.
         view = np.lib.stride_tricks.as_strided(
-            storage[offset:], size, tuple(s * item for s in stride), writeable=False
+            storage[offset:].view(f"V{item}"),
+            size,
+            tuple(s * item for s in stride),
+            writeable=False,
         )
-        return np.array(view)
+        value = np.array(view, order="C").view(storage.dtype)
+        if told.get("conj"):
+            value = np.conj(value)
+        return -value if told.get("neg") else value
 
 
 def save_torch(file: Any, module: Any, variables: Any, layout: str | None) -> None:
@@ -228,91 +385,8 @@ def save_torch(file: Any, module: Any, variables: Any, layout: str | None) -> No
         archive.writestr("archive/data.pkl", _pickled(state))
         archive.writestr("archive/byteorder", "little")
         for index, value in enumerate(state.values()):
-            little = np.ascontiguousarray(value)
-            archive.writestr(f"archive/data/{index}", little.tobytes())
+            _io.add_member(archive, f"archive/data/{index}", value)
         archive.writestr("archive/version", "3\n")
-
-
-RECURRENT = ("RNN", "LSTM", "GRU")
-
-
-def with_selected(layers: list[Layer]) -> list[Layer]:
-    """Recurrent layers with the Select after them and the Flip before them as settings."""
-    out: list[Layer] = []
-    for layer in layers:
-        last = out[-1] if out else None
-        if layer.kind == "Select" and last is not None and last.kind in RECURRENT:
-            select = {"what": layer.settings["what"], "merge": layer.settings["merge"]}
-            if layer.settings.get("batch_first", True) != last.settings["batch_first"]:
-                raise refuse(str(layer), "its batch_first must be that of the layer before it")
-            out[-1] = dataclasses.replace(last, settings={**last.settings, "select": select})
-            continue
-        turned = last if last is not None and last.kind == "Flip" else None
-        own = turned is not None and turned.name == f"{layer.name}__flip"
-        if own and turned is not None and turned.settings["dim"] == 1 and layer.kind in RECURRENT:
-            if not layer.settings["batch_first"]:
-                raise refuse(str(layer), "a Flip before it takes the batch first")
-            out.pop()
-            layer = dataclasses.replace(layer, settings={**layer.settings, "reverse": True})
-        out.append(layer)
-    return out
-
-
-_MODES = {"ReflectionPad": "reflect", "ReplicationPad": "replicate", "CircularPad": "circular"}
-
-
-def fold_torch(layers: list[Layer]) -> list[Layer]:
-    """What was lowered in one layer again: a pad that is a padding_mode, a stack of recurrent
-    layers."""
-    out: list[Layer] = []
-    for layer in layers:
-        last = out[-1] if out else None
-        if last is not None and last.name == f"{layer.name}__pad" and layer.kind[:4] == "Conv":
-            flat = last.settings["padding"]
-            even = flat[::2] == flat[1::2] and not any(layer.settings["padding"])
-            mode = _MODES.get(last.kind[:-2])
-            if mode and even and "Transpose" not in layer.kind:
-                settings = {**layer.settings, "padding": flat[::2][::-1], "padding_mode": mode}
-                out[-1] = dataclasses.replace(layer, settings=settings)
-                continue
-        if layer.kind == "Select" and len(out) > 2:
-            stacked = _stacked(out[-3], out[-2], out[-1])
-            if stacked is not None:
-                stem = stacked.name.rpartition("__l")[0]
-                out[-3:] = [stacked]
-                layer = dataclasses.replace(layer, name=f"{stem}__output")
-        out.append(layer)
-    return [_renamed(x) for x in out]
-
-
-def _stacked(below: Layer, select: Layer, top: Layer) -> Layer | None:
-    """Two recurrent layers, the first of which gives its sequence, as one of more layers."""
-    stem, _, number = top.name.rpartition("__l")
-    count = below.settings.get("num_layers", 1)
-    if (
-        below.kind != top.kind
-        or top.kind not in RECURRENT
-        or not number.isdigit()
-        or below.name != f"{stem}__l{int(number) - 1}"
-        or (int(number) != count)
-        or select.settings != {"what": "sequence", "merge": None}
-    ):
-        return None
-    skip = ("input_size", "num_layers")
-    mine, theirs = ({k: v for k, v in x.settings.items() if k not in skip} for x in (below, top))
-    if mine != theirs:
-        return None
-    arrays = dict(below.arrays)
-    for name, value in top.arrays.items():
-        arrays[name.replace("_l0", f"_l{count}")] = value
-    settings = {**below.settings, "num_layers": count + 1}
-    return Layer(top.name, top.kind, settings, arrays)
-
-
-def _renamed(layer: Layer) -> Layer:
-    if layer.settings.get("num_layers", 1) > 1:
-        return dataclasses.replace(layer, name=layer.name.rpartition("__l")[0])
-    return layer
 
 
 def torch_state(layer: Layer) -> dict[str, Any]:
@@ -339,17 +413,23 @@ def _pickled(state: Mapping[str, np.ndarray]) -> bytes:
 
     out = [b"\x80\x02ccollections\nOrderedDict\n)R"]
     for index, (name, value) in enumerate(state.items()):
-        if value.dtype not in storages:
+        younger = value.dtype.name in _DTYPES
+        if value.dtype not in storages and not younger:
             raise refuse(name, f"dtype {value.dtype} has no storage in a .pt file")
         strides: list[int] = []
         step = 1
         for size in reversed(value.shape):
             strides.insert(0, step)
             step *= max(size, 1)
-        out.append(text(name) + b"ctorch._utils\n_rebuild_tensor_v2\n((")
-        out.append(text("storage") + b"ctorch\n" + storages[value.dtype].encode() + b"\n")
-        out.append(text(str(index)) + text("cpu") + number(value.size) + b"tQ" + number(0))
+        make, kind = b"_rebuild_tensor_v2", b"ctorch\n" + storages.get(value.dtype, "").encode()
+        count, end = value.size, b""
+        if younger:
+            make, kind = b"_rebuild_tensor_v3", b"ctorch.storage\nUntypedStorage"
+            count, end = value.nbytes, b"ctorch\n" + value.dtype.name.encode() + b"\n"
+        out.append(text(name) + b"ctorch._utils\n" + make + b"\n((")
+        out.append(text("storage") + kind + b"\n")
+        out.append(text(str(index)) + text("cpu") + number(count) + b"tQ" + number(0))
         for numbers in (value.shape, strides):
             out.append(b"(" + b"".join(number(int(n)) for n in numbers) + b"t")
-        out.append(b"\x89ccollections\nOrderedDict\n)RtRs")
+        out.append(b"\x89ccollections\nOrderedDict\n)R" + end + b"tRs")
     return b"".join([*out, b"."])

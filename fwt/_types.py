@@ -46,8 +46,9 @@ class ConversionError(FwtError):
     """A layer, setting or array that can't be converted exactly."""
 
 
-class FileFormatError(FwtError):
-    """A file that is not what it should be: truncated, malformed, hostile or unsupported."""
+class FileFormatError(ConversionError):
+    """A file that is not what it should be: truncated, malformed, hostile, or with something in it
+    that can't be converted exactly. Nothing else escapes a reader."""
 
 
 def noun(factory: Callable[..., Any]) -> Callable[..., Any]:

@@ -8,6 +8,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
 import hypothesis
+import jax
 import pytest
 
 hypothesis.settings.register_profile(
@@ -15,6 +16,19 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=1000, print_blob=True)
 hypothesis.settings.load_profile("fwt")
+
+
+# Whose time is mostly XLA's, on programs that run once, and whose results don't hang on the last
+# bits or on what the optimised code does with them.
+QUICK = ("test_patterns", "test_reset", "test_scores", "test_sparsegpt", "test_sparsify")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick_compilation(request):
+    name = request.module.__name__.rpartition(".")[2]
+    jax.config.update("jax_disable_most_optimizations", name in QUICK)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture

@@ -376,9 +376,8 @@ SMALL = random_model(fwt.Sequential([("a", nn.Dense(2)), ("b", fl.ReLU())], inpu
     ("path", "said"),
     [
         ("none.keras", "no such file"),
-        ("none.h6", "format '.h6' is not known"),
-        ("none", "without a suffix"),
-        (".", "is not known"),
+        ("none", "no such file"),
+        (".", "a folder of no known format; known are .keras"),
     ],
 )
 def test_loading_what_is_not_there(tmp_path, path, said):
@@ -469,8 +468,8 @@ def test_nothing_is_lost_on_the_way_to_a_file(tmp_path):
         scalar = {"params": {"s": np.float32(3).reshape(()), "m": np.ones((), bool)}}
         converters.save(tmp_path / f"z{suffix}", None, scalar)
         same(converters.load(tmp_path / f"z{suffix}").variables, scalar)
-    odd = {"params": {"a": np.ones(2, ml_dtypes.float8_e4m3fn)}}
-    with pytest.raises(converters.ConversionError, match="float8"):
+    odd = {"params": {"a": np.ones(2, ml_dtypes.int4)}}
+    with pytest.raises(converters.ConversionError, match="int4"):
         converters.save(tmp_path / "odd.safetensors", None, odd)
 
 
@@ -486,7 +485,7 @@ def test_a_small_file_can_not_ask_for_much_memory(tmp_path):
         converters.load(tmp_path / "x.pt")
     bomb = kernel(shape=(200_000, 200), dtype="f4", chunks=(100, 200), compression="gzip")
     write_keras(tmp_path / "x.keras", DENSE, bomb)
-    with pytest.raises(converters.FileFormatError, match="more than such a file may hold"):
+    with pytest.raises(converters.FileFormatError, match="no compression does that"):
         converters.load(tmp_path / "x.keras")
 
 

@@ -1,0 +1,775 @@
+"""Every format of files: real frameworks open what we write, and we what they write."""
+
+import json
+import os
+import shutil
+
+import cases
+import flax.linen as nn
+import h5py
+import jax
+import keras
+import ml_dtypes
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import safetensors.numpy
+import safetensors.torch
+import torch
+from flax import serialization
+from fwt.converters import _formats
+from test_files import image_net, random_model
+
+import fwt
+from fwt import converters
+
+k = keras.layers
+WITH_MODEL = (".keras", ".h5", ".safetensors", ".npz", ".orbax")
+TREES = (".safetensors", ".npz", ".msgpack", ".orbax", ".pt")
+
+
+@pytest.fixture
+def model():
+    return random_model(image_net())
+
+
+def leaves(tree):
+    return {path: np.asarray(v) for path, v in fwt.select(tree, "**").items()}
+
+
+def same(found, expected):
+    found, expected = (fwt.select({"params": dict(t)}, "**") for t in (found, expected))
+    assert list(found) == list(expected)
+    for path, value in expected.items():
+        value = np.asarray(value)
+        there = found[path]
+        assert isinstance(there, np.ndarray), path
+        assert there.dtype == value.dtype.newbyteorder("="), (path, there.dtype, value.dtype)
+        assert there.shape == value.shape, path
+        assert there.tobytes() == value.astype(there.dtype).tobytes(), path
+
+
+def odd_values(dtype):
+    """Every bit pattern that matters: NaN payloads, -0.0, infinities, denormals, extremes."""
+    dtype = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    if dtype.kind == "b":
+        return np.array([True, False, True])
+    raw = np.random.default_rng(0).integers(0, 256, size=(5, 3, dtype.itemsize), dtype=np.uint8)
+    raw[0] = 255
+    raw[1, 0], raw[1, 0, -1] = 0, 128
+    return raw.reshape(5, -1).view(dtype)
+
+
+# -- bits -------------------------------------------------------------------------------------
+
+EVERYWHERE = (
+    "float32",
+    "float64",
+    "float16",
+    "bfloat16",
+    "bool",
+    "int8",
+    "int16",
+    "int32",
+    "int64",
+    "uint8",
+    "uint16",
+    "uint32",
+    "uint64",
+    "complex64",
+)
+SMALL = ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu")
+REFUSED = {(".safetensors", "complex128"), *((".msgpack", name) for name in SMALL)}
+
+
+@pytest.mark.parametrize("suffix", TREES)
+@pytest.mark.parametrize("dtype", [*EVERYWHERE, *SMALL, "complex128"])
+def test_every_dtype_crosses_bit_for_bit(tmp_path, suffix, dtype):
+    value = odd_values(dtype)
+    leaf = {"kernel": value, "none": value[:0], "turned": np.asfortranarray(value)[::-1]}
+    leaf["one"] = value.reshape(-1)[1:2].reshape(())
+    tree = {"params": {"a": leaf}}
+    path = tmp_path / f"w{suffix}"
+    if (suffix, dtype) in REFUSED:
+        with pytest.raises(converters.ConversionError, match=dtype):
+            converters.save(path, None, tree)
+        assert not path.exists()
+        return
+    converters.save(path, None, tree)
+    same(converters.load(path).variables, tree)
+
+
+@pytest.mark.parametrize("suffix", TREES)
+def test_bytes_in_the_other_order_and_names_with_odd_characters(tmp_path, suffix):
+    tree = {"params": {"a": {"kernel": np.arange(6, dtype=">f4").reshape(2, 3)}}}
+    if suffix not in (".pt",):
+        tree["params"] |= {"b/c": {"k*": np.ones(2)}, "10": {"0": np.ones(1, ">i8")}}
+    converters.save(tmp_path / f"w{suffix}", None, tree)
+    same(converters.load(tmp_path / f"w{suffix}").variables, tree)
+
+
+# -- with an architecture ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suffix", WITH_MODEL)
+def test_a_model_comes_back_as_it_was(model, tmp_path, suffix):
+    path = tmp_path / f"net{suffix}"
+    converters.save(path, *model)
+    again = converters.load(path)
+    assert again.module == model.module
+    same(again.variables, model.variables)
+    renamed = tmp_path / "by content"  # and no suffix
+    os.rename(path, renamed)
+    same(converters.load(renamed).variables, model.variables)
+
+
+@pytest.mark.parametrize(
+    "suffix",
+    [
+        ".weights.h5",
+        ".pt",
+        ".bin",
+        ".msgpack",
+        ".npz",
+        ".orbax",
+        ".safetensors",
+        "shards.safetensors",
+        "shards.weights.h5",
+    ],
+)
+def test_weights_become_a_model_with_an_architecture(model, tmp_path, suffix):
+    path = tmp_path / f"net{suffix}"
+    shards = {"shard_bytes": 300} if "shards" in suffix else {}
+    bare = None if suffix in (".npz", ".safetensors", ".orbax") else model.module
+    converters.save(path, bare, model.variables, **shards)
+    if shards:
+        assert len(list(path.iterdir())) > 3
+    for name in ("net.keras", "net.safetensors"):
+        there = tmp_path / f"architecture {name}"
+        converters.save(there, *model)
+    config = keras.saving.load_model(tmp_path / "architecture net.keras").to_json()
+    (tmp_path / "net.json").write_text(config)
+    whole = random_model(model.module, 7)
+    for architecture in (
+        model.module,
+        whole,
+        tmp_path / "architecture net.keras",
+        tmp_path / "architecture net.safetensors",
+        converters.to_keras(*whole),
+        *([tmp_path / "net.json"] if "weights" in suffix else []),
+    ):
+        again = converters.load(path, architecture=architecture)
+        assert again.module == model.module
+        same(again.variables, model.variables)
+
+
+def test_what_does_not_fit_an_architecture_is_listed_at_once(model, tmp_path):
+    state = {n: v.numpy() for n, v in converters.to_torch(*model).state_dict().items()}
+    state.pop("dense_10.bias")
+    state["more.weight"] = np.ones(3, np.float32)
+    state["conv.weight"] = state["conv.weight"][:, :2]
+    tensors = {n: torch.from_numpy(np.ascontiguousarray(v)) for n, v in state.items()}
+    torch.save(tensors, tmp_path / "w.pt")
+    with pytest.raises(converters.FileFormatError) as told:
+        converters.load(tmp_path / "w.pt", architecture=model.module)
+    for said in (
+        "missing: dense_10.bias",
+        "unexpected: more.weight",
+        "conv.weight is [4, 2, 3, 2]",
+        "expected [4, 3, 3, 2]",
+        "rename=",
+    ):
+        assert said in str(told.value)
+    with pytest.raises(converters.FileFormatError, match="no name starts with 'nothing'"):
+        converters.load(tmp_path / "w.pt", architecture=model, rename={"nothing": "a"})
+    with pytest.raises(converters.FileFormatError, match="need architecture="):
+        converters.load(tmp_path / "w.pt", match="order")
+
+
+def test_a_pt_of_weights_goes_into_a_keras_model(tmp_path):
+    """What the trackers of other converters ask for most: names differ, the net is the same."""
+    t = torch.nn
+    theirs = t.Sequential()
+    theirs.add_module(
+        "features", t.Sequential(t.Conv2d(3, 4, 3), t.BatchNorm2d(4), t.ReLU(), t.MaxPool2d(2))
+    )
+    theirs.add_module(
+        "head", t.Sequential(t.Flatten(), t.Linear(4 * 2 * 3, 5), t.ReLU(), t.Linear(5, 2))
+    )
+    cases.randomise_torch(theirs)
+    torch.save(
+        {"epoch": 3, "model": theirs.state_dict(), "optimizer": {"lr": 0.1}}, tmp_path / "w.pt"
+    )
+    net = keras.Sequential(
+        [
+            keras.Input((7, 8, 3)),
+            k.Conv2D(4, 3),
+            k.BatchNormalization(epsilon=1e-5),
+            k.ReLU(),
+            k.MaxPooling2D(),
+            k.Flatten(),
+            k.Dense(5, "relu"),
+            k.Dense(2),
+        ]
+    )
+    net.save(tmp_path / "net.keras")
+    with pytest.raises(converters.FileFormatError, match="key='model'"):
+        converters.load(tmp_path / "w.pt", architecture=tmp_path / "net.keras")
+    with pytest.raises(converters.FileFormatError, match="match='order' takes them"):
+        converters.load(tmp_path / "w.pt", architecture=tmp_path / "net.keras", key="model")
+    names = [layer.name for layer in net.layers if layer.weights]
+    renamed = dict(zip(("features.0", "features.1", "head.1", "head.3"), names, strict=True))
+    x = torch.randn(3, 3, 7, 8)
+    for how in ({"match": "order"}, {"rename": renamed}):
+        model = converters.load(
+            tmp_path / "w.pt", architecture=tmp_path / "net.keras", key="model", **how
+        )
+        converters.save(tmp_path / "out.keras", *model)
+        real = keras.saving.load_model(tmp_path / "out.keras")
+        with torch.no_grad():
+            expected = theirs.eval()(x).numpy()
+        found = np.asarray(real(np.moveaxis(x.numpy(), 1, -1), training=False))
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+# -- Keras ------------------------------------------------------------------------------------
+
+
+def nets():
+    a = keras.Sequential(
+        [
+            keras.Input((6, 5, 3)),
+            k.Conv2D(4, 3, name="my_conv", activation="relu"),
+            k.BatchNormalization(scale=False),
+            k.SeparableConv2D(5, 2),
+            k.PReLU(shared_axes=[1, 2]),
+            k.Flatten(),
+            k.Dropout(0.5),
+            k.Dense(3),
+        ],
+        name="net",
+    )
+    b = keras.Sequential(
+        [
+            keras.Input((5, 3)),
+            k.Bidirectional(k.GRU(4, return_sequences=True)),
+            k.LSTM(3),
+            k.Dense(2, use_bias=False),
+        ]
+    )
+    inner = keras.Sequential([k.Dense(4), k.BatchNormalization(), k.Dense(3)], name="inside")
+    c = keras.Sequential(
+        [keras.Input((5,)), inner, k.BatchNormalization(), k.Dense(2, name="last")]
+    )
+    start = keras.Input((4, 5, 2), name="start")
+    d = keras.Model(start, k.Dense(2)(k.GlobalAveragePooling2D()(k.Conv2D(3, 2)(start))))
+    norm = k.Normalization()
+    norm.adapt(np.random.default_rng(0).normal(size=(9, 4)))
+    e = keras.Sequential([keras.Input((4,)), norm, k.Dense(3)])
+    return {"convolutions": a, "recurrent": b, "nested": c, "functional": d, "normalised": e}
+
+
+@pytest.mark.parametrize("name", nets())
+def test_hdf5_of_keras_goes_both_ways(name, tmp_path):
+    net = cases.randomise_keras(nets()[name])
+    x = np.random.default_rng(0).normal(size=(3, *net.input_shape[1:])).astype(np.float32)
+    expected = np.asarray(net(x, training=False))
+    mine = converters.from_keras(net)
+    net.compile("adam", "mse")
+    net.save(tmp_path / "theirs.h5")
+    model = converters.load(tmp_path / "theirs.h5")
+    assert model.module == mine.module
+    same(model.variables, mine.variables)
+    converters.save(tmp_path / "ours.h5", *model)
+    real = keras.saving.load_model(tmp_path / "ours.h5")
+    np.testing.assert_allclose(np.asarray(real(x, training=False)), expected, atol=1e-5)
+    same(converters.load(tmp_path / "ours.h5").variables, model.variables)
+
+    net.save_weights(tmp_path / "theirs.weights.h5")
+    shards = tmp_path / "shards"
+    shards.mkdir()
+    net.save_weights(shards / "x.weights.json", max_shard_size=1e-6 * 600)
+    net.save(tmp_path / "theirs.keras")
+    for weights in (tmp_path / "theirs.weights.h5", shards, shards / "x.weights.json"):
+        for architecture in (net, tmp_path / "theirs.keras", tmp_path / "theirs.h5"):
+            again = converters.load(weights, architecture=architecture)
+            same(again.variables, mine.variables)
+        raw = converters.load(weights)
+        assert raw.module is None
+        assert any(p.startswith("layers/") for p in fwt.paths(raw.variables))
+
+    target = converters.to_keras(*mine)
+    cases.randomise_keras(target, 5)
+    converters.save(tmp_path / "ours.weights.h5", *mine)
+    target.load_weights(tmp_path / "ours.weights.h5")
+    np.testing.assert_allclose(np.asarray(target(x, training=False)), expected, atol=1e-5)
+    cases.randomise_keras(target, 6)
+    converters.save(tmp_path / "pieces.weights.h5", *mine, shard_bytes=200)
+    target.load_weights(tmp_path / "pieces.weights.h5" / "model.weights.json")
+    np.testing.assert_allclose(np.asarray(target(x, training=False)), expected, atol=1e-5)
+
+
+def test_weights_only_of_the_older_kind(tmp_path):
+    from keras.src.legacy.saving import legacy_h5_format
+
+    net = cases.randomise_keras(nets()["convolutions"])
+    with h5py.File(tmp_path / "w.h5", "w") as file:
+        legacy_h5_format.save_weights_to_hdf5_group(file, net)
+    raw = converters.load(tmp_path / "w.h5")
+    assert raw.module is None
+    assert "my_conv/net/my_conv/kernel" in fwt.paths(raw.variables)
+    mine = converters.from_keras(net)
+    same(converters.load(tmp_path / "w.h5", architecture=net).variables, mine.variables)
+    other = keras.Sequential([keras.Input((3,)), k.Dense(2, name="another")])
+    with pytest.raises(converters.FileFormatError, match="my_conv holds 2 arrays"):
+        converters.load(tmp_path / "w.h5", architecture=other)
+
+
+def test_long_lists_of_names_are_cut_in_pieces(tmp_path):
+    layers = [k.Dense(1, name=f"{'long' * 60}_{i}") for i in range(300)]
+    net = keras.Sequential([keras.Input((1,)), *layers])
+    net.save(tmp_path / "long.h5")
+    with h5py.File(tmp_path / "long.h5") as file:
+        assert "layer_names0" in file["model_weights"].attrs
+    model = converters.load(tmp_path / "long.h5")
+    same(model.variables, converters.from_keras(net).variables)
+    converters.save(tmp_path / "again.h5", *model)
+    real = keras.saving.load_model(tmp_path / "again.h5")
+    assert [v.shape for v in real.weights] == [v.shape for v in net.weights]
+    same(converters.from_keras(real).variables, model.variables)
+
+
+def keras_2(path, layers, arrays, functional=False, version="2.12.0"):
+    """A file as Keras 2 wrote it: no module names, batch_input_shape, names that end in :0."""
+    config = {"name": "sequential", "layers": layers}
+    with h5py.File(path, "w") as file:
+        file.attrs["keras_version"], file.attrs["backend"] = version, "tensorflow"
+        kind = "Functional" if functional else "Sequential"
+        told = {"class_name": kind, "config": functional or config}
+        file.attrs["model_config"] = json.dumps(told)
+        root = file.create_group("model_weights")
+        root.attrs["layer_names"] = [n.encode() for n in arrays]
+        for layer, held in arrays.items():
+            group = root.create_group(layer)
+            group.attrs["weight_names"] = [f"{n}:0".encode() for n in held]
+            for name, value in held.items():
+                group.create_dataset(f"{name}:0", data=value)
+
+
+def old(kind, name, **config):
+    return {
+        "class_name": kind,
+        "config": {"name": name, "trainable": True, "dtype": "float32", **config},
+    }
+
+
+def test_files_of_keras_2(tmp_path):
+    rng = np.random.default_rng(0)
+
+    def draw(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
+    start = {
+        "class_name": "InputLayer",
+        "config": {
+            "batch_input_shape": [None, 6, 5, 3],
+            "dtype": "float32",
+            "sparse": False,
+            "ragged": False,
+            "name": "conv2d_input",
+        },
+    }
+    init = {"class_name": "GlorotUniform", "config": {"seed": None}}
+    conv = old(
+        "Conv2D",
+        "conv2d",
+        filters=4,
+        kernel_size=[3, 2],
+        strides=[1, 1],
+        padding="same",
+        data_format="channels_last",
+        dilation_rate=[1, 1],
+        groups=1,
+        activation="relu",
+        use_bias=True,
+        kernel_initializer=init,
+        kernel_regularizer=None,
+    )
+    norm = old(
+        "BatchNormalization",
+        "bn",
+        axis=[3],
+        momentum=0.99,
+        epsilon=0.001,
+        center=True,
+        scale=True,
+        gamma_initializer={"class_name": "Ones", "config": {}},
+    )
+    leaky = old("LeakyReLU", "leaky", alpha=0.25)
+    flat = old("Flatten", "flatten", data_format="channels_last")
+    dense = old("Dense", "dense", units=2, activation="linear", use_bias=True)
+    arrays = {
+        "conv2d": {"conv2d/kernel": draw(3, 2, 3, 4), "conv2d/bias": draw(4)},
+        "bn": {
+            f"bn/{n}": np.abs(draw(4)) for n in ("gamma", "beta", "moving_mean", "moving_variance")
+        },
+        "leaky": {},
+        "flatten": {},
+        "dense": {"dense/kernel": draw(120, 2), "dense/bias": draw(2)},
+    }
+    now = keras.Sequential(
+        [
+            keras.Input((6, 5, 3)),
+            k.Conv2D(4, (3, 2), padding="same", activation="relu"),
+            k.BatchNormalization(),
+            k.LeakyReLU(0.25),
+            k.Flatten(),
+            k.Dense(2),
+        ]
+    )
+    for layer, held in zip(now.layers, arrays.values(), strict=True):
+        layer.set_weights(list(held.values()))
+    x = draw(3, 6, 5, 3)
+    expected = np.asarray(now(x, training=False))
+    first = {**conv, "config": {**conv["config"], "batch_input_shape": [None, 6, 5, 3]}}
+    for number, layers in enumerate(([start, conv], [first])):
+        path = tmp_path / f"{number}.h5"
+        keras_2(path, [*layers, norm, leaky, flat, dense], arrays)
+        model = converters.load(path)
+        np.testing.assert_allclose(np.asarray(model(x)), expected, atol=1e-5)
+        assert model.module.input_shape == (6, 5, 3)
+
+    names = ["conv2d_input", "conv2d", "bn", "leaky", "flatten", "dense"]
+    line = []
+    for before, name, layer in zip(
+        [None, *names[:-1]], names, [start, conv, norm, leaky, flat, dense], strict=True
+    ):
+        nodes = [] if before is None else [[[before, 0, 0, {}]]]
+        line.append({**layer, "name": name, "inbound_nodes": nodes})
+    functional = {
+        "name": "model",
+        "layers": line,
+        "input_layers": [["conv2d_input", 0, 0]],
+        "output_layers": [["dense", 0, 0]],
+    }
+    keras_2(tmp_path / "f.h5", [], arrays, functional)
+    np.testing.assert_allclose(
+        np.asarray(converters.load(tmp_path / "f.h5")(x)), expected, atol=1e-5
+    )
+
+    lstm = old(
+        "LSTM",
+        "lstm",
+        batch_input_shape=[None, 5, 3],
+        units=4,
+        activation="tanh",
+        recurrent_activation="sigmoid",
+        use_bias=True,
+        unit_forget_bias=True,
+        return_sequences=False,
+        return_state=False,
+        go_backwards=False,
+        stateful=False,
+        unroll=False,
+        time_major=False,
+        implementation=2,
+        dropout=0.0,
+        recurrent_dropout=0.0,
+    )
+    gates = {
+        "lstm": {
+            f"lstm/lstm_cell/{n}": v
+            for n, v in (
+                ("kernel", draw(3, 16)),
+                ("recurrent_kernel", draw(4, 16)),
+                ("bias", draw(16)),
+            )
+        }
+    }
+    keras_2(tmp_path / "r.h5", [lstm], gates)
+    now = keras.Sequential([keras.Input((5, 3)), k.LSTM(4)])
+    now.layers[0].set_weights(list(gates["lstm"].values()))
+    x = draw(2, 5, 3)
+    model = converters.load(tmp_path / "r.h5")
+    np.testing.assert_allclose(np.asarray(model(x)), np.asarray(now(x)), atol=1e-5)
+
+    hard = {**lstm, "config": {**lstm["config"], "recurrent_activation": "hard_sigmoid"}}
+    keras_2(tmp_path / "hard.h5", [hard], gates)
+    with pytest.raises(converters.FileFormatError, match=r"hard_sigmoid.* of Keras 2 is 0\.2 x"):
+        converters.load(tmp_path / "hard.h5")
+    gru = old("GRU", "gru", batch_input_shape=[None, 5, 3], units=4)
+    keras_2(tmp_path / "gru.h5", [gru], {"gru": {}})
+    with pytest.raises(converters.FileFormatError, match="does not say reset_after"):
+        converters.load(tmp_path / "gru.h5")
+
+
+# -- torch ------------------------------------------------------------------------------------
+
+
+def test_recurrent_and_attention_weights_by_name(tmp_path):
+    t = torch.nn
+    net = t.Sequential(
+        t.LSTM(3, 4, 2, bidirectional=True, batch_first=True),
+        converters.Select("sequence", "concat"),
+        t.GRU(8, 6, batch_first=True),
+        converters.Select("sequence"),
+        t.TransformerEncoderLayer(6, 2, 5, batch_first=True),
+        t.Linear(6, 2),
+    )
+    cases.randomise_torch(net)
+    torch.save(net.state_dict(), tmp_path / "w.pt")
+    x = torch.randn(2, 5, 3)
+    with torch.no_grad():
+        expected = net.eval()(x).numpy()
+    empty = converters.from_torch(cases.randomise_torch(net, 9), input_shape=(5, 3))
+    model = converters.load(tmp_path / "w.pt", architecture=empty)
+    np.testing.assert_allclose(np.asarray(model(x.numpy())), expected, atol=1e-5)
+    module = fwt.Sequential(empty.module.layers, (5, 3))
+    again = converters.load(tmp_path / "w.pt", architecture=module)
+    same(again.variables, model.variables)
+
+
+def test_blocks_of_a_grouped_transposed_convolution(tmp_path):
+    net = torch.nn.Sequential(torch.nn.ConvTranspose2d(4, 6, 3, groups=2))
+    model = converters.from_torch(net, input_shape=(4, 5, 6))
+    full = converters.to_torch(*model)
+    torch.save(full.state_dict(), tmp_path / "w.pt")
+    same(converters.load(tmp_path / "w.pt", architecture=model).variables, model.variables)
+
+
+def test_tensors_of_torch_in_every_form(tmp_path):
+    whole = torch.arange(24.0).reshape(4, 6)
+    tied = torch.nn.Linear(3, 3)
+    tensors = {
+        "view": whole[1:3, ::2],
+        "turned": whole.T,
+        "spread": torch.ones(1, 3).expand(2, 3),
+        "empty": torch.zeros(0, 4),
+        "scalar": torch.tensor(2.5),
+        "bits": torch.tensor([True, False]),
+        "half": whole.bfloat16(),
+        "small": whole.to(torch.float8_e4m3fn),
+        "wide": torch.tensor([2**63], dtype=torch.uint64),
+        "complex": torch.tensor([1 + 2j]).conj(),
+        "minus": torch.tensor([1 + 2j, 3 - 1j]).conj().imag,
+        "one": tied.weight,
+        "other": tied.weight,
+        "buffer": torch.nn.Buffer(torch.ones(2)),
+    }
+    torch.save(tensors, tmp_path / "w.pth")
+    found = fwt.select(converters.load(tmp_path / "w.pth").variables, "**")
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().resolve_conj().resolve_neg()
+        value = found[name]
+        assert value.shape == tuple(tensor.shape), name
+        assert str(tensor.dtype) == f"torch.{value.dtype.name}", name
+        raw = tensor.contiguous().reshape(-1).clone().view(torch.uint8).numpy()
+        assert value.tobytes() == raw.tobytes(), name
+    converters.save(tmp_path / "again.pt", None, {"params": dict(found)})
+    again = torch.load(tmp_path / "again.pt", weights_only=True)
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).clone()
+        assert torch.equal(again[name].reshape(-1).view(torch.uint8), tensor.view(torch.uint8)), (
+            name
+        )
+
+
+def test_parts_of_a_checkpoint(tmp_path):
+    net = torch.nn.Linear(3, 2)
+    tx = torch.optim.Adam(net.parameters())
+    net(torch.ones(1, 3)).sum().backward()
+    tx.step()
+    held = {
+        "state": {"model": net.state_dict()},
+        "optimizer": tx.state_dict(),
+        "epoch": 3,
+        "best": 0.5,
+        "size": torch.Size([2]),
+        "dtype": torch.float32,
+    }
+    torch.save(held, tmp_path / "c.pt")
+    with pytest.raises(converters.FileFormatError, match="'state' is a dict"):
+        converters.load(tmp_path / "c.pt")
+    found = converters.load(tmp_path / "c.pt", key="state/model").variables["params"]
+    assert np.array_equal(found["weight"], net.weight.detach())
+    with pytest.raises(converters.FileFormatError, match="there is no 'ema', but 'state'"):
+        converters.load(tmp_path / "c.pt", key="ema")
+    tree = {"model": {"params": {"a": np.ones(2)}, "batch_stats": {"n": np.ones(1)}}, "step": 3}
+    (tmp_path / "t.msgpack").write_bytes(serialization.to_bytes(tree))
+    ocp.PyTreeCheckpointer().save(tmp_path / "t", tree)
+    for path in (tmp_path / "t.msgpack", tmp_path / "t"):
+        same(converters.load(path, key="model").variables, tree["model"])
+    with pytest.raises(converters.FileFormatError, match=r"step is a int, no array.*key="):
+        converters.load(tmp_path / "t.msgpack")
+    assert converters.load(tmp_path / "t").variables["params"]["step"] == 3
+
+
+FOLDED = {
+    "prune": lambda m: torch.nn.utils.prune.random_unstructured(m, "weight", 0.5),
+    "weight_norm": torch.nn.utils.parametrizations.weight_norm,
+    "weight_norm of the input": lambda m: torch.nn.utils.parametrizations.weight_norm(m, dim=1),
+    "older weight_norm": torch.nn.utils.weight_norm,
+    "older weight_norm over all": lambda m: torch.nn.utils.weight_norm(m, dim=None),
+    "spectral_norm": torch.nn.utils.parametrizations.spectral_norm,
+    "older spectral_norm": torch.nn.utils.spectral_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize("name", FOLDED)
+def test_what_torch_computes_is_folded_or_kept(name, tmp_path):
+    import torch.nn.utils.prune
+
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, (2, 3)), torch.nn.Conv2d(4, 5, 1))
+    FOLDED[name](net[0])
+    net.eval()(torch.ones(1, 3, 4, 5))  # older hooks compute when called
+    torch.save(net.state_dict(), tmp_path / "w.pt")
+    kept = converters.load(tmp_path / "w.pt", fold=False).variables
+    flat = {p.replace("/", ".") for p in fwt.paths(kept)}
+    assert flat == set(net.state_dict())
+    found = converters.load(tmp_path / "w.pt").variables
+    assert fwt.paths(found) == ["0/bias", "0/weight", "1/bias", "1/weight"]
+    expected = net[0].weight.detach().numpy()
+    np.testing.assert_allclose(found["params"]["0"]["weight"], expected, rtol=2e-6, atol=1e-7)
+    if name == "prune":
+        assert found["params"]["0"]["weight"].tobytes() == expected.tobytes()
+
+
+def test_what_can_not_be_folded_is_told(tmp_path):
+    net = torch.nn.utils.parametrizations.orthogonal(torch.nn.Linear(3, 3))
+    torch.save(net.state_dict(), tmp_path / "w.pt")
+    with pytest.raises(converters.FileFormatError, match="fold=False keeps"):
+        converters.load(tmp_path / "w.pt")
+    converters.load(tmp_path / "w.pt", fold=False)
+    square = torch.nn.utils.parametrizations.spectral_norm(torch.nn.Conv2d(3, 3, 1))
+    torch.save(square.state_dict(), tmp_path / "s.pt")
+    with pytest.raises(converters.FileFormatError, match="fold=False keeps"):
+        converters.load(tmp_path / "s.pt")
+
+
+# -- the others -------------------------------------------------------------------------------
+
+
+def test_safetensors_of_others_and_for_others(model, tmp_path):
+    dtypes = [torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8, torch.float64]
+    tensors = {f"layer.{i}": torch.arange(6).reshape(2, 3).to(d) for i, d in enumerate(dtypes)}
+    safetensors.torch.save_file(tensors, tmp_path / "w.safetensors", {"format": "pt"})
+    found = fwt.select(converters.load(tmp_path / "w.safetensors").variables, "**")
+    for i, tensor in enumerate(tensors.values()):
+        raw = tensor.view(torch.uint8).numpy()
+        assert found[f"layer/{i}"].tobytes() == raw.tobytes()
+    converters.save(tmp_path / "again.safetensors", *converters.load(tmp_path / "w.safetensors"))
+    again = safetensors.torch.load_file(tmp_path / "again.safetensors")
+    assert all(
+        torch.equal(again[n].view(torch.uint8), v.view(torch.uint8)) for n, v in tensors.items()
+    )
+
+    converters.save(tmp_path / "net.safetensors", *model, shard_bytes=200)
+    index = json.loads((tmp_path / "net.safetensors" / "model.safetensors.index.json").read_text())
+    held = {}
+    for shard in set(index["weight_map"].values()):
+        held |= safetensors.numpy.load_file(tmp_path / "net.safetensors" / shard)
+    assert set(held) == set(index["weight_map"])
+    assert sum(v.nbytes for v in held.values()) == index["metadata"]["total_size"]
+    for path in (
+        tmp_path / "net.safetensors",
+        tmp_path / "net.safetensors" / "model.safetensors.index.json",
+    ):
+        again = converters.load(path)
+        assert again.module == model.module
+        same(again.variables, model.variables)
+    converters.save(tmp_path / "net.safetensors", *random_model(model.module, 3), shard_bytes=10**6)
+    assert len(list((tmp_path / "net.safetensors").iterdir())) == 2
+
+
+def test_npz_msgpack_and_orbax_of_others_and_for_others(model, tmp_path):
+    plain = jax.tree.map(np.asarray, model.variables)
+    np.savez_compressed(
+        tmp_path / "z.npz", **{"a/b": np.ones((2, 3), order="F"), "c": np.arange(3)}
+    )
+    found = converters.load(tmp_path / "z.npz").variables["params"]
+    assert np.array_equal(found["a"]["b"], np.ones((2, 3)))
+    assert np.array_equal(found["c"], np.arange(3))
+    np.savez(tmp_path / "odd.npz", a=np.array(["text"]), b=np.ones(2, ml_dtypes.bfloat16))
+    with pytest.raises(converters.FileFormatError, match="whose meaning the file does not say"):
+        converters.load(tmp_path / "odd.npz")
+    converters.save(tmp_path / "net.npz", *model)
+    with np.load(tmp_path / "net.npz") as real:
+        assert np.array_equal(real["params/conv/kernel"], plain["params"]["conv"]["kernel"])
+
+    (tmp_path / "m.msgpack").write_bytes(serialization.to_bytes(plain))
+    same(converters.load(tmp_path / "m.msgpack").variables, plain)
+    converters.save(tmp_path / "ours.msgpack", *model)
+    real = serialization.from_bytes(plain, (tmp_path / "ours.msgpack").read_bytes())
+    same(real, plain)
+    assert (tmp_path / "ours.msgpack").read_bytes() == (tmp_path / "m.msgpack").read_bytes()
+
+    with ocp.StandardCheckpointer() as theirs:
+        theirs.save(tmp_path / "o", plain)
+    same(converters.load(tmp_path / "o").variables, plain)
+    converters.save(tmp_path / "ours.orbax", *model)
+    same(ocp.PyTreeCheckpointer().restore(tmp_path / "ours.orbax"), plain)
+    with ocp.CheckpointManager(tmp_path / "steps") as manager:
+        manager.save(3, args=ocp.args.Composite(state=ocp.args.StandardSave(plain)))
+    same(converters.load(tmp_path / "steps" / "3").variables, plain)
+    same(converters.load(tmp_path / "steps" / "3", key="state").variables, plain)
+    with pytest.raises(converters.FileFormatError, match="the steps 3: give the folder of one"):
+        converters.load(tmp_path / "steps")
+
+
+def test_large_arrays_of_msgpack_come_in_chunks(tmp_path, monkeypatch):
+    monkeypatch.setattr(serialization, "MAX_CHUNK_SIZE", 64)
+    tree = {"params": {"a": np.arange(100.0).reshape(4, 25), "b": np.arange(3)}}
+    (tmp_path / "m.msgpack").write_bytes(serialization.to_bytes(tree))
+    assert b"__msgpack_chunked_array__" in (tmp_path / "m.msgpack").read_bytes()
+    same(converters.load(tmp_path / "m.msgpack").variables, tree)
+
+
+def test_an_orbax_checkpoint_onto_shardings(tmp_path):
+    """As JAX arrays on devices, where the user wants them there."""
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("x",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
+    tree = {"params": {"a": jax.device_put(np.arange(8.0, dtype=np.float32), sharding)}}
+    with ocp.StandardCheckpointer() as theirs:
+        theirs.save(tmp_path / "o", tree)
+    found = converters.load(tmp_path / "o").variables
+    assert type(found["params"]["a"]) is np.ndarray
+    placed = converters.load(tmp_path / "o", shardings={"params": {"a": sharding}}).variables
+    assert placed["params"]["a"].sharding == sharding
+    everywhere = converters.load(tmp_path / "o", shardings=sharding).variables
+    assert everywhere["params"]["a"].sharding == sharding
+
+
+def test_a_suffix_says_where_to_and_the_content_where_from(model, tmp_path):
+    for suffix, form in _formats.SUFFIXES.items():
+        if form.save is None and form.save_folder is None:
+            with pytest.raises(converters.FileFormatError, match="shard_bytes="):
+                converters.save(tmp_path / f"net{suffix}", *model)
+            continue
+        converters.save(tmp_path / f"net{suffix}", *model)
+        assert _formats.by_content(tmp_path / f"net{suffix}") is form
+    shutil.copy(tmp_path / "net.keras", tmp_path / "net2.pt")
+    same(converters.load(tmp_path / "net2.pt").variables, model.variables)
+    (tmp_path / "x").write_bytes(b"hello world")
+    with pytest.raises(converters.FileFormatError, match="of no known format"):
+        converters.load(tmp_path / "x")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "mine.txt").write_text("precious")
+    for path, more in (
+        (tmp_path / "folder.orbax", {}),
+        (tmp_path / "folder.safetensors", {"shard_bytes": 9}),
+    ):
+        shutil.copytree(tmp_path / "folder", path)
+        with pytest.raises(converters.FileFormatError, match="a folder with other things"):
+            converters.save(path, *model, **more)
+        assert (path / "mine.txt").read_text() == "precious"
+    with pytest.raises(converters.ConversionError, match="can't be written for Keras"):
+        converters.save(tmp_path / "w.weights.h5", None, model.variables)
+
+
+def test_sequential_weights_in_shards_are_those_of_linen(tmp_path):
+    net = fwt.Sequential([("dense", nn.Dense(3))], (2,))
+    variables = net.init(jax.random.key(0), np.ones((1, 2), np.float32))
+    converters.save(tmp_path / "a.msgpack", net, variables)
+    again = converters.load(tmp_path / "a.msgpack", architecture=net)
+    same(again.variables, jax.tree.map(np.asarray, variables))

@@ -5,6 +5,7 @@ import datetime
 import io
 import json
 import math
+import mmap
 import re
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,7 @@ from typing import Any
 
 import h5py
 import numpy as np
-from fwt.converters import _convert, _flax, _io, _keras_file, _layers
+from fwt.converters import _convert, _flax, _h5_text, _io, _keras_file, _layers
 from fwt.converters._io import Budget, Reading, member, opened, progress, reading
 from fwt.converters._row import Layer, parts_of, refuse
 
@@ -25,6 +26,18 @@ _DEPTH = 32
 
 
 # -- what stands in a file --------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def opened_h5(source: Path | bytearray, budget: Budget) -> Iterator[Any]:
+    """An HDF5 file, its bytes at hand where the library is not to be trusted."""
+    with contextlib.ExitStack() as stack:
+        budget.raw = source
+        if isinstance(source, Path):
+            plain = stack.enter_context(open(source, "rb"))
+            budget.raw = stack.enter_context(mmap.mmap(plain.fileno(), 0, access=mmap.ACCESS_READ))
+        opened_as = source if isinstance(source, Path) else io.BytesIO(source)
+        yield stack.enter_context(h5py.File(opened_as, "r"))
 
 
 def node_at(file: Any, place: str, path: Path) -> Any:
@@ -85,7 +98,18 @@ def attribute(node: Any, name: str, budget: Budget) -> Any:
     budget.spend(f"the attribute {name}", size)
     if (size and held.get_storage_size() > budget.path.stat().st_size) or size > 1 << 28:
         raise FileFormatError(f"{budget.path}: the attribute {name} declares {size:,} bytes")
-    return node.attrs[name]
+    kind = h5py.check_string_dtype(held.dtype)
+    count = math.prod(held.shape)
+    if count == 0:
+        return []
+    if kind is None:
+        raise FileFormatError(f"{budget.path}: the attribute {name} is no text")
+    if kind.length is not None:
+        return node.attrs[name]
+    if count > len(budget.raw) // 16:
+        raise FileFormatError(f"{budget.path}: the attribute {name} declares {count:,} texts")
+    found = _h5_text.texts(budget.raw, h5py.h5o.get_info(node.id).addr, name, count)
+    return found if held.shape else found[0]
 
 
 def names_in(node: Any, name: str, budget: Budget) -> list[str] | None:
@@ -137,7 +161,7 @@ def load_keras(path: Path, how: Reading) -> Model:
         config = json.loads(member(archive, "config.json", budget))
         layers, shape = _keras_file.keras_layers(config, str(path))
         weights = member(archive, "model.weights.h5", budget)
-        with h5py.File(io.BytesIO(weights), "r") as file:
+        with opened_h5(weights, budget) as file:
             fill_groups(layers, _weights_of(file, budget), path)
         new, found = _convert.convert(layers, "keras", "flax", shape, "source")
         return _flax.write_flax(new, found)
@@ -195,14 +219,15 @@ def fill_groups(layers: list[Layer], tree: Mapping[str, Any], path: Path) -> Non
 def load_weights(path: Path, how: Reading) -> Model:
     """A .weights.h5 file: weights under the file's own paths, since only an architecture says
     what each of them is."""
-    with reading(path), h5py.File(path, "r") as file:
-        tree = _weights_of(file, Budget(path, how.max_bytes))
+    budget = Budget(path, how.max_bytes)
+    with reading(path), opened_h5(path, budget) as file:
+        tree = _weights_of(file, budget)
         return Model(None, {"params": _pruned(_io.under(tree, how.key, path))})
 
 
 def is_weights(path: Path) -> bool:
     """Whether an HDF5 file is of the newer kind, which has no list of layers."""
-    with reading(path), h5py.File(path, "r") as file:
+    with reading(path), opened_h5(path, Budget(path)) as file:
         older = ("layer_names", "layer_names0", "model_config", "keras_version")
         return "model_weights" not in file and not any(name in file.attrs for name in older)
 
@@ -235,8 +260,8 @@ def load_weight_shards(path: Path, how: Reading) -> Model:
             for shard in [shards] if isinstance(shards, str) else shards:
                 if shard not in files:
                     there = _io.sibling(path, shard)
-                    opened_one = stack.enter_context(h5py.File(there, "r"))
-                    files[shard] = opened_one, Budget(there, how.max_bytes)
+                    own = Budget(there, how.max_bytes)
+                    files[shard] = stack.enter_context(opened_h5(there, own)), own
                 file, budget = files[shard]
                 group = node_at(file, "/".join(parts), budget.path)
                 if not isinstance(group, h5py.Group):
@@ -326,8 +351,8 @@ def save_weight_shards(folder: Path, module: Any, variables: Any, shard_bytes: i
 
 def load_legacy(path: Path, how: Reading) -> Model:
     """An .h5 file of Keras 2 or 3: a model, or weights only under the file's own names."""
-    with reading(path), h5py.File(path, "r") as file:
-        budget = Budget(path, how.max_bytes)
+    budget = Budget(path, how.max_bytes)
+    with reading(path), opened_h5(path, budget) as file:
         config = legacy_config(file, budget)
         held = _legacy_arrays(file, budget)
         if config is None:
@@ -341,8 +366,9 @@ def load_legacy(path: Path, how: Reading) -> Model:
 
 def fill_from_legacy(layers: list[Layer], path: Path, how: Reading) -> None:
     """Fills layers from an .h5 file."""
-    with reading(path), h5py.File(path, "r") as file:
-        fill_legacy(layers, _legacy_arrays(file, Budget(path, how.max_bytes)), path)
+    budget = Budget(path, how.max_bytes)
+    with reading(path), opened_h5(path, budget) as file:
+        fill_legacy(layers, _legacy_arrays(file, budget), path)
 
 
 def config_in(path: Path) -> Any:
@@ -353,8 +379,9 @@ def config_in(path: Path) -> Any:
                 return None
             return json.loads(member(archive, "config.json", Budget(path)))
     if path.is_file() and h5py.is_hdf5(path):
-        with reading(path), h5py.File(path, "r") as file:
-            return legacy_config(file, Budget(path))
+        budget = Budget(path)
+        with reading(path), opened_h5(path, budget) as file:
+            return legacy_config(file, budget)
     return None
 
 

@@ -202,6 +202,7 @@ class Budget:
         self.left = 4 * (path.stat().st_size if size is None else size) + (64 << 20)
         self.max_bytes = half_of_memory() if max_bytes is None else max_bytes
         self.room = self.max_bytes
+        self.raw: Any = b""  # the bytes of an HDF5 file while it is open
 
     def spend(self, what: str, size: int) -> None:
         self.left -= size

@@ -4,9 +4,10 @@ import io
 import math
 import pickle
 import pickletools
+import reprlib
 import zipfile
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +142,7 @@ def _state(loaded: Any, path: Path) -> dict[str, np.ndarray]:
                 "save model.state_dict() on its own, or pick a part of it with key="
             )  # fmt: skip
             raise FileFormatError(
-                f"{path}: expected a state dict of tensors, but {name!r} is a "
+                f"{path}: expected a state dict of tensors, but {_short(name)} is a "
                 f"{type(value).__name__}; {hint}"
             )
         flat[name] = value
@@ -226,25 +227,74 @@ def _spectral_norm(w: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray | 
 
 
 def _check_pickle(pickled: bytes, path: Path) -> None:
+    """Refuses opcodes that build more than plain data, and values that are small in the file and
+    large when they are gone over, such as tuples of one tuple twice, of one tuple twice, ..."""
+    stack: list[int | None] = []  # how much each value holds; None is a mark
+    memo: dict[int, int] = {}
+    limit = 1_000_000 + 64 * len(pickled)
     for opcode, argument, _ in pickletools.genops(pickled):
-        if opcode.name not in _OPCODES:
-            raise FileFormatError(f"{path}: the pickle opcode {opcode.name} is not allowed")
-        # A memo index is an allocation.
-        if "PUT" in opcode.name and isinstance(argument, int) and argument > len(pickled):
-            raise FileFormatError(f"{path}: a pickle memo index of {argument}")
+        name = opcode.name
+        if name not in _OPCODES:
+            raise FileFormatError(f"{path}: the pickle opcode {name} is not allowed")
+        if "PUT" in name or name == "MEMOIZE":
+            index = len(memo) if name == "MEMOIZE" else int(argument or 0)
+            # A memo index is an allocation.
+            if index > len(pickled) or not stack or stack[-1] is None:
+                raise FileFormatError(f"{path}: a pickle memo index of {index}")
+            memo[index] = stack[-1]
+            continue
+        if "GET" in name:
+            stack.append(memo.get(int(argument or 0), 1))
+            continue
+        before = list(opcode.stack_before)
+        size = 1
+        if pickletools.markobject in before:
+            while stack and (top := stack.pop()) is not None:
+                size += top
+            before = before[: before.index(pickletools.markobject)]
+        for _wanted in before:
+            size += (stack.pop() if stack else 0) or 0
+        if size > limit:
+            raise FileFormatError(f"{path}: a value of the pickle repeats others too often")
+        marks = pickletools.markobject in opcode.stack_after
+        stack += [None] if marks else [size] * len(opcode.stack_after)
+
+
+def _short(value: Any) -> str:
+    return reprlib.repr(value)[:80]
 
 
 class _StorageType:
     def __init__(self, dtype: str):
         self.dtype = dtype_of(dtype)
 
+    def __setstate__(self, state: Any) -> None:
+        raise ValueError("a storage class with a state")
+
 
 class _Untyped:
     """A storage of bytes, whose dtype stands with the tensor."""
 
+    def __setstate__(self, state: Any) -> None:
+        raise ValueError("a class with a state")
+
+
+class _Call:
+    """A function that a pickle may call, and can't change."""
+
+    def __init__(self, make: Callable[..., Any]):
+        self.make = make
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.make(*arguments)
+
+    def __setstate__(self, state: Any) -> None:
+        raise ValueError("a function with a state")
+
 
 class _DType(str):
-    pass
+    def __setstate__(self, state: Any) -> None:
+        raise ValueError("a dtype with a state")
 
 
 class _OrderedDict(OrderedDict):
@@ -266,11 +316,11 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) == ("collections", "OrderedDict"):
             return _OrderedDict
         if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_tensor_v3"):
-            return self._tensor_v2 if name.endswith("2") else self._tensor_v3
+            return _Call(self._tensor_v2 if name.endswith("2") else self._tensor_v3)
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
-            return self._same
+            return _Call(self._same)
         if (module, name) == ("torch._tensor", "_rebuild_from_type_v2"):
-            return self._of_type
+            return _Call(self._of_type)
         if module == "torch" and name in _STORAGES:
             return _StorageType(_STORAGES[name])
         if (module, name) == ("torch.storage", "UntypedStorage"):
@@ -278,7 +328,7 @@ class _Unpickler(pickle.Unpickler):
         if module == "torch" and (name in _DTYPES or name in _STORAGES.values()):
             return _DType(name)
         if module == "torch" and name in _OTHERS:
-            return self._other
+            return _Call(self._other)
         if (module, name) == ("torch", "Tensor") or (module, name) == (
             "torch.nn.parameter", "Parameter"):  # fmt: skip
             return _Untyped()
@@ -294,22 +344,24 @@ class _Unpickler(pickle.Unpickler):
 
     def _of_type(self, make: Any, kind: Any, arguments: Any, state: Any) -> Any:
         """A tensor of a subclass or with attributes, such as a buffer: its values."""
-        if make not in (self._tensor_v2, self._tensor_v3) or not isinstance(kind, _Untyped):
+        tensors = (self._tensor_v2, self._tensor_v3)
+        own = isinstance(make, _Call) and make.make in tensors
+        if not own or not isinstance(kind, _Untyped):
             raise FileFormatError(f"{self.path}: a tensor of a class that is not torch's own")
         return make(*arguments)
 
     def persistent_load(self, pid: Any) -> Any:
         if not isinstance(pid, tuple) or len(pid) != 5 or pid[0] != "storage":
-            raise FileFormatError(f"{self.path}: a storage is described by {pid!r:.80}")
+            raise FileFormatError(f"{self.path}: a storage is described by {_short(pid)}")
         _, kind, key, _, count = pid
         if not isinstance(kind, _StorageType | _Untyped) or not isinstance(key, str):
-            raise FileFormatError(f"{self.path}: a storage is described by {pid!r:.80}")
+            raise FileFormatError(f"{self.path}: a storage is described by {_short(pid)}")
         dtype = kind.dtype if isinstance(kind, _StorageType) else np.dtype("uint8")
         if key not in self.storages:
             data = member(self.archive, f"{self.stem}data/{key}", self.budget)
             if not isinstance(count, int) or len(data) != count * dtype.itemsize:
                 raise FileFormatError(
-                    f"{self.path}: storage {key} has {len(data)} bytes, expected {count!r:.30} x "
+                    f"{self.path}: storage {key} has {len(data)} bytes, expected {_short(count)} x "
                     f"{dtype.itemsize}"
                 )
             self.storages[key] = np.frombuffer(data, dtype)
@@ -322,7 +374,7 @@ class _Unpickler(pickle.Unpickler):
         metadata: Any = None,
     ) -> np.ndarray:  # fmt: skip
         if not isinstance(dtype, _DType) or not isinstance(storage, np.ndarray):
-            raise FileFormatError(f"{self.path}: a tensor of dtype {dtype!r:.60}")
+            raise FileFormatError(f"{self.path}: a tensor of dtype {_short(dtype)}")
         kind = dtype_of(str(dtype))
         if storage.size % kind.itemsize:
             raise FileFormatError(f"{self.path}: {storage.size} bytes of {dtype}")
@@ -340,18 +392,18 @@ class _Unpickler(pickle.Unpickler):
             or any(not isinstance(n, int) or n < 0 for n in numbers)
         ):
             raise FileFormatError(
-                f"{self.path}: a tensor of size {size!r:.60} and stride {stride!r:.60}"
+                f"{self.path}: a tensor of size {_short(size)} and stride {_short(stride)}"
             )
         told = metadata or {}
         if not isinstance(told, dict) or set(told) - {"conj", "neg"}:
-            raise FileFormatError(f"{self.path}: a tensor with the metadata {told!r:.60}")
+            raise FileFormatError(f"{self.path}: a tensor with the metadata {_short(told)}")
         if 0 in size:
             return np.zeros(size, storage.dtype)
         last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
         if last >= storage.size:
             raise FileFormatError(
-                f"{self.path}: a tensor of size {size}, stride {stride} and offset {offset} is "
-                f"larger than its storage of {storage.size}"
+                f"{self.path}: a tensor of size {_short(size)}, stride {_short(stride)} and offset "
+                f"{offset} is larger than its storage of {storage.size}"
             )
         item = storage.dtype.itemsize
         self.budget.spend("a tensor", math.prod(size) * item)

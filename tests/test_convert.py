@@ -192,7 +192,6 @@ def test_torch_refusals_name_the_setting(layers, said):
 @pytest.mark.parametrize(
     ("layer", "said"),
     [
-        (lambda: keras.layers.Masking(), "Masking"),
         (lambda: keras.layers.Lambda(lambda x: x), "Lambda"),
         (lambda: keras.layers.UpSampling2D(2, interpolation="bicubic"), "bicubic"),
         (lambda: keras.layers.Resizing(3, 4, antialias=True), "antialias=True"),

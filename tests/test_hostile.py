@@ -1,0 +1,593 @@
+"""Attacks on the readers, one by hand for each way in, and mutants; saves that are killed."""
+
+import contextlib
+import io
+import json
+import os
+import pickle
+import resource
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zipfile
+
+import flax.linen as nn
+import fuzz
+import h5py
+import numpy as np
+import pytest
+import torch
+from test_files import DENSE, image_net, kernel, pt, random_model, tensor_pickle, write_keras
+
+import fwt
+from fwt import converters
+
+MUTANTS = int(os.environ.get("MUTANTS", "2000"))
+
+
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("originals")
+    fuzz.prepared(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "keras",
+        "Keras weights",
+        "Keras HDF5",
+        "torch",
+        "safetensors",
+        "NumPy",
+        "msgpack",
+        "Orbax",
+        "safetensors in shards",
+        "Keras weights in shards",
+    ],
+)
+def test_mutants_load_or_are_refused(originals, name):
+    """What crashes, hangs, takes too much memory or raises anything else is listed."""
+    counts, failures = fuzz.run(name, 0, MUTANTS, str(originals))
+    assert failures == []
+    assert counts["loaded"] + counts["refused"] == MUTANTS
+    assert min(counts["loaded"], counts["refused"]) > MUTANTS // 100
+
+
+def test_every_format_has_mutants(originals):
+    from fwt.converters import _formats
+
+    assert set(json.loads((originals / "originals.json").read_text())) == {
+        f.name for f in _formats.FORMATS
+    }
+
+
+def refused(path, said, **how):
+    before = sorted(str(p) for p in path.parent.rglob("*"))
+    with pytest.raises(converters.FileFormatError, match=said):
+        converters.load(path, **how)
+    assert sorted(str(p) for p in path.parent.rglob("*")) == before  # nothing was written
+
+
+# -- configs that name code -------------------------------------------------------------------
+
+
+def layer(kind, module="keras.layers", registered=None, **config):
+    entry = {
+        "class_name": kind,
+        "module": module,
+        "config": {"name": "d", **config},
+        "registered_name": registered,
+    }
+    return {
+        "class_name": "Sequential",
+        "config": {"layers": [entry], "build_input_shape": [None, 3]},
+    }
+
+
+CODE = {
+    "Lambda": layer("Lambda", function={"class_name": "__lambda__", "config": {"code": "4wA="}}),
+    "TFSMLayer": layer("TFSMLayer", filepath="/tmp/saved", call_endpoint="serve"),
+    "another module": layer("Popen", module="subprocess", args=["touch", "x"]),
+    "a function of Keras": layer("get_file", module="keras.utils", origin="http://x"),
+    "an operation": layer("Add", module="keras.src.ops.numpy"),
+    "registered": layer("Thing", registered="package>Thing"),
+    "torch": layer("TorchModuleWrapper", module_config="x"),
+    "activation": layer(
+        "Dense",
+        units=2,
+        activation={
+            "class_name": "function",
+            "module": "os",
+            "config": "system",
+            "registered_name": "system",
+        },
+    ),
+    "a wrapped Lambda": layer(
+        "TimeDistributed",
+        layer={
+            "class_name": "Lambda",
+            "module": "keras.layers",
+            "config": {"name": "l"},
+            "registered_name": None,
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CODE)
+def test_no_config_names_code(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    weights = kernel(data=np.ones((3, 2), np.float32))
+    write_keras(tmp_path / "x.keras", CODE[name], weights)
+    why = "can't be converted|custom|function of the user|has no row|wraps Lambda"
+    refused(tmp_path / "x.keras", why)
+    with h5py.File(tmp_path / "x.h5", "w") as file:  # which once ignored safe_mode
+        file.attrs["model_config"], file.attrs["keras_version"] = json.dumps(CODE[name]), "3.0"
+        file.create_group("model_weights").attrs["layer_names"] = [b"d"]
+        file["model_weights"].create_group("d").attrs["weight_names"] = np.zeros(0)
+    refused(tmp_path / "x.h5", f"{why}|d holds")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz"])
+@pytest.mark.parametrize("kind", ["Module", "Lambda", "system", "Sequential2", "__class__"])
+def test_no_architecture_names_code(tmp_path, suffix, kind):
+    net = random_model(image_net())
+    converters.save(tmp_path / f"net{suffix}", *net)
+    data = (tmp_path / f"net{suffix}").read_bytes()
+    if suffix == ".npz":
+        out = io.BytesIO()
+        with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(out, "w") as new:
+            for info in old.infolist():
+                new.writestr(info, old.read(info).replace(b'"Conv"', f'"{kind}"'.encode()))
+        data = out.getvalue()
+    else:
+        size = int.from_bytes(data[:8], "little")
+        header = data[8 : 8 + size].replace(b'\\"Conv\\"', f'\\"{kind}\\"'.encode())
+        data = len(header).to_bytes(8, "little") + header + data[8 + size :]
+    (tmp_path / f"net{suffix}").write_bytes(data)
+    refused(tmp_path / f"net{suffix}", f"'{kind}' is not known|belongs to no layer")
+
+
+# -- pickles ----------------------------------------------------------------------------------
+
+
+def test_pickles_that_grow_are_refused_in_time(tmp_path):
+    laughs = b"\x80\x02)q\x00" + b"".join(
+        b"h" + bytes([i]) + b"h" + bytes([i]) + b"\x86q" + bytes([i + 1]) for i in range(120)
+    )
+    for name, data in {
+        "a key": b"\x80\x02}" + laughs[2:] + b"K\x01s.",
+        "a value": b"\x80\x02}X\x01\0\0\0a" + laughs[2:] + b"s.",
+        "a storage": laughs + b"Q.",
+    }.items():
+        (tmp_path / f"{name}.pt").write_bytes(pt(data))
+        begun = time.time()
+        refused(tmp_path / f"{name}.pt", "repeats others too often|a pickle memo|truncated|not a")
+        assert time.time() - begun < 5
+
+
+def test_pickles_that_call_or_change_things_are_refused(tmp_path):
+    name = b"X\x01\0\0\0w"
+    bad = {
+        "eval": b"cbuiltins\neval\n" + name + b"\x85R",
+        "getattr": b"cbuiltins\ngetattr\n(" + name + name + b"tR",
+        "another of torch": b"ctorch.hub\nload\n" + name + b"\x85R",
+        "jit": b"ctorch.jit._pickle\nrestore_type_tag\n" + name + b"\x85R",
+        "numpy": b"cnumpy.core.multiarray\n_reconstruct\n" + name + b"\x85R",
+        "an instance": b"(ios\nsystem\n",
+        "an object": b"cos\nsystem\n" + name + b"\x85\x81",
+        "an extension": b"\x82\x01",
+        "a set": b"\x8f",
+        "a state": b"ctorch._utils\n_rebuild_tensor_v2\n}" + name + name + b"sb",
+        "a state of a dtype": b"ctorch\nFloatStorage\n}" + name + name + b"sb",
+        "an item of a list": b"]K\x00" + name + b"s",
+        "an item of a number": b"K\x01K\x00" + name + b"s",
+        "no dict": b"]" + name + b"a",
+    }
+    for what, data in bad.items():
+        (tmp_path / "x.pt").write_bytes(pt(b"\x80\x02}" + name + data + b"s."))
+        with pytest.raises(converters.FileFormatError):
+            converters.load(tmp_path / "x.pt")
+        assert what
+    assert not vars(converters.load.__globals__["_torch_file"]._Unpickler._tensor_v2)
+
+
+def test_a_small_torch_file_can_not_ask_for_much(tmp_path):
+    for count in (2**31 - 1, 6):
+        state = tensor_pickle(count, (2**31 - 1, 25), (25, 1))
+        (tmp_path / "x.pt").write_bytes(pt(state, [b"\0" * 24]))
+        refused(tmp_path / "x.pt", "storage 0 has 24 bytes|is larger than its storage")
+    shared = tensor_pickle(250_000, (250_000,), (1,))
+    body = b"".join(b"X\x04\0\0\0" + b"%04d" % i + shared[9:-2] for i in range(400))
+    many = b"\x80\x02}" + body.replace(b"R" + b"X", b"RsX") + b"s."
+    (tmp_path / "many.pt").write_bytes(pt(many, [b"\0" * 10**6]))
+    refused(tmp_path / "many.pt", "more than such a file may hold|not a readable")
+
+
+def test_older_formats_of_torch_are_told_by_name(tmp_path):
+    torch.save({"a": torch.ones(2)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    refused(tmp_path / "old.pt", "an older format of torch")
+    import tarfile
+
+    with tarfile.open(tmp_path / "t.pt", "w") as tar:
+        tar.add(tmp_path / "old.pt", "pickle")
+    refused(tmp_path / "t.pt", "an older format of torch")
+
+
+# -- archives ---------------------------------------------------------------------------------
+
+
+def test_archives_that_lie_or_climb(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    bomb = np.zeros(1 << 24)
+    np.savez_compressed(tmp_path / "bomb.npz", a=bomb, b=bomb)
+    refused(
+        tmp_path / "bomb.npz",
+        r"max_bytes=200,000,000 once decompressed; load\(path, max_b",
+        max_bytes=200_000_000,
+    )
+    assert converters.load(tmp_path / "bomb.npz", max_bytes=1 << 29).variables["params"]["a"].size
+    pruned = np.zeros((1000, 1000), np.float32)
+    pruned[::7, ::9] = 1.5  # honest weights, compressed far
+    np.savez_compressed(tmp_path / "pruned.npz", w=pruned)
+    assert np.array_equal(converters.load(tmp_path / "pruned.npz").variables["params"]["w"], pruned)
+
+    data = bytearray((tmp_path / "bomb.npz").read_bytes())
+    at = data.rfind(b"PK\x01\x02")
+    data[at + 24 : at + 28] = struct.pack("<I", 0xFFFFFFF0)
+    (tmp_path / "lie.npz").write_bytes(data)
+    refused(tmp_path / "lie.npz", "no compression does that|truncated|declares|not a readable")
+
+    for name in ("../up.npy", "/abs.npy", "a\\..\\b.npy"):
+        with zipfile.ZipFile(tmp_path / "climb.npz", "w") as archive:
+            header = io.BytesIO()
+            np.save(header, np.ones(2))
+            archive.writestr(name, header.getvalue())
+        with contextlib.suppress(converters.FileFormatError):
+            converters.load(tmp_path / "climb.npz")
+        assert not (tmp_path.parent / "up.npy").exists()
+
+    with zipfile.ZipFile(tmp_path / "packed.keras", "w", zipfile.ZIP_LZMA) as archive:
+        archive.writestr("config.json", json.dumps(DENSE))
+        archive.writestr("model.weights.h5", b"")
+    refused(tmp_path / "packed.keras", "compressed in an unknown way")
+    write_keras(tmp_path / "locked.keras", DENSE, kernel(data=np.ones((3, 2), np.float32)))
+    data = bytearray((tmp_path / "locked.keras").read_bytes())
+    for mark, at in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        start = 0
+        while (start := data.find(mark, start)) >= 0:
+            data[start + at] |= 1
+            start += 4
+    (tmp_path / "locked.keras").write_bytes(data)
+    refused(tmp_path / "locked.keras", "encrypted")
+
+
+def test_npz_of_objects_and_lies(tmp_path):
+    np.savez(tmp_path / "o.npz", a=np.array([{"a": 1}], dtype=object))
+    refused(tmp_path / "o.npz", "holds objects, text or bytes")
+    with zipfile.ZipFile(tmp_path / "p.npz", "w") as archive:
+        archive.writestr("a.npy", b"\x93NUMPY\x01\x00v\x00" + pickle.dumps(os.system))
+    refused(tmp_path / "p.npz", "not a readable|header")
+    for shape in ("(99999999999, 999999)", "(-1, 2)", "(2**60,)", "(2,)"):
+        text = f"{{'descr': '<f8', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+        with zipfile.ZipFile(tmp_path / "s.npz", "w") as archive:
+            archive.writestr("a.npy", b"\x93NUMPY\x01\x00v\x00" + text.encode() + b"\0" * 24)
+        refused(tmp_path / "s.npz", "has 24 bytes|not a readable")
+
+
+# -- HDF5 -------------------------------------------------------------------------------------
+
+
+def test_hdf5_that_points_elsewhere_or_to_itself(tmp_path):
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    with h5py.File(outside / "o.h5", "w") as file:
+        file["secret"] = np.ones((3, 2), np.float32)
+    (outside / "raw").write_bytes(b"\1" * 24)
+
+    def external(group):
+        group["0"] = h5py.ExternalLink(str(outside / "o.h5"), "secret")
+
+    def soft(group):
+        group["0"] = h5py.SoftLink("/there")
+
+    def raw(group):
+        group.create_dataset("0", (3, 2), "f4", external=[(str(outside / "raw"), 0, 24)])
+
+    def virtual(group):
+        layout = h5py.VirtualLayout((3, 2), "f4")
+        layout[:] = h5py.VirtualSource(str(outside / "o.h5"), "secret", shape=(3, 2))
+        group.create_virtual_dataset("0", layout)
+
+    def cycle(group):
+        group["again"] = group
+        group["more"] = group.parent
+
+    def twice(group):
+        group["0"] = np.ones(3)
+        group["1"] = group["0"]
+
+    def bomb(group):
+        group.create_dataset("0", (1 << 40, 1 << 10), "f4", chunks=(1 << 10, 1))
+
+    def late(group):
+        group.create_dataset("0", (1 << 30,), "f4")
+
+    def zeros(group):
+        group.create_dataset("0", data=np.zeros(1 << 22), compression="gzip", compression_opts=9)
+
+    def text(group):
+        group["0"] = "text"
+
+    def compound(group):
+        group.create_dataset("0", (3,), np.dtype([("a", "f4"), ("b", "i4")]))
+
+    def reference(group):
+        group.create_dataset("0", (3,), h5py.ref_dtype)
+
+    said = {
+        external: "outside",
+        soft: "outside",
+        raw: "outside",
+        virtual: "outside",
+        cycle: "twice",
+        twice: "twice",
+        bomb: "no compression",
+        late: "no compression",
+        text: "dtype",
+        compound: "what it means|dtype",
+        reference: "dtype",
+        zeros: "max_bytes",
+    }
+    for attack, why in said.items():
+        for suffix in (".weights.h5", ".h5"):
+            path = tmp_path / f"x{suffix}"
+            with h5py.File(path, "w") as file:
+                file["there"] = np.ones(3)
+                if suffix == ".h5":
+                    group = file.create_group("d")
+                    file.attrs["layer_names"] = [b"d"]
+                    group.attrs["weight_names"] = [b"0"]
+                else:
+                    group = file.create_group("layers/dense/vars")
+                attack(group)
+            if suffix == ".h5" and attack in (cycle, twice):
+                continue  # it reads what its lists name
+            refused(path, why, max_bytes=1 << 24)
+
+
+def test_texts_of_hdf5_that_lie(tmp_path):
+    net = random_model(image_net())
+    converters.save(tmp_path / "a.h5", *net)
+    data = (tmp_path / "a.h5").read_bytes()
+    heap = data.index(b"GCOL")
+    for at, value in ((heap + 8, 2**63), (heap + 24, 0), (heap + 24, 2**64 - 16), (heap + 16, 0)):
+        broken = bytearray(data)
+        broken[at : at + 8] = struct.pack("<Q", value)
+        (tmp_path / "b.h5").write_bytes(broken)
+        with contextlib.suppress(converters.FileFormatError):
+            converters.load(tmp_path / "b.h5")
+    with h5py.File(tmp_path / "n.h5", "w") as file:
+        file.attrs["layer_names"] = np.arange(3)
+    refused(tmp_path / "n.h5", "layer_names is no text")
+
+
+# -- folders, shards, msgpack, safetensors ----------------------------------------------------
+
+
+def test_indices_and_folders_that_point_elsewhere(tmp_path):
+    net = random_model(image_net())
+    converters.save(tmp_path / "s.safetensors", *net, shard_bytes=300)
+    converters.save(tmp_path / "w.weights.h5", *net, shard_bytes=300)
+    converters.save(tmp_path / "o.orbax", *net)
+    (tmp_path / "secret.safetensors").write_bytes(b"secret")
+    index = next((tmp_path / "s.safetensors").glob("*.json"))
+    told = index.read_text()
+    shard = sorted((tmp_path / "s.safetensors").glob("*-of-*"))[0]
+    for name in ("../secret.safetensors", "/etc/passwd", ".", "", "..", ".hidden"):
+        index.write_text(told.replace(shard.name, name))
+        refused(index, "no file beside it")
+    index.write_text(told)
+    shutil.move(shard, tmp_path / "moved")
+    refused(index, "missing beside it, or a link")
+    shard.symlink_to(tmp_path / "moved")
+    refused(index, "missing beside it, or a link")
+    shard.unlink()
+    shutil.move(tmp_path / "moved", shard)
+    index.write_text(told.replace('"params/conv/kernel"', '"params/conv/other"'))
+    refused(index, "stands in one of the index and")
+    index.write_text('{"weight_map": ' + "[" * 100_000)
+    refused(index, "not a readable")
+
+    where = tmp_path / "w.weights.h5" / "model.weights.json"
+    told = where.read_text()
+    where.write_text(told.replace("model_00000", "../model_00000"))
+    refused(where, "no file beside it")
+
+    piece = max(
+        (p for p in (tmp_path / "o.orbax").rglob("*") if p.is_file()),
+        key=lambda p: p.stat().st_size,
+    )
+    shutil.move(piece, tmp_path / "chunk")
+    piece.symlink_to(tmp_path / "chunk")
+    refused(tmp_path / "o.orbax", "a link or special file")
+    piece.unlink()
+    os.mkfifo(piece)
+    refused(tmp_path / "o.orbax", "a link or special file")
+
+
+def test_orbax_is_held_to_max_bytes(tmp_path):
+    converters.save(tmp_path / "z.orbax", None, {"params": {"a": np.zeros(1 << 22)}})
+    refused(tmp_path / "z.orbax", "max_bytes=1,000,000", max_bytes=1_000_000)
+    assert converters.load(tmp_path / "z.orbax").variables["params"]["a"].size == 1 << 22
+
+
+def test_msgpack_and_safetensors_that_lie(tmp_path):
+    for data in (
+        b"\xdf\xff\xff\xff\xff",
+        b"\x81\xa1a\xdd\xff\xff\xff\xff",
+        b"\x81\xa1a\xc6\xff\xff\xff\xff",
+        b"\x81\xa1a" + b"\x91" * 5000 + b"\xc0",
+        b"\x81\xa1a\xc7\x05\x07hello",
+        b"\x81\xc0\xc0",
+        b"\x81\xa1a\xc7\x03\x02abc",
+        b"\x81\xa1a\xc1",
+        b"\x81\xa1a\xc0junk",
+    ):
+        (tmp_path / "x.msgpack").write_bytes(data)
+        refused(tmp_path / "x.msgpack", "")
+
+    def safetensors(header, body=b""):
+        raw = header if isinstance(header, bytes) else json.dumps(header).encode()
+        (tmp_path / "x.safetensors").write_bytes(struct.pack("<Q", len(raw)) + raw + body)
+        refused(tmp_path / "x.safetensors", "")
+
+    one = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    safetensors({"a": one}, b"\0" * 4)
+    safetensors({"a": one}, b"\0" * 12)
+    safetensors({"a": one, "b": {**one, "data_offsets": [4, 12]}}, b"\0" * 12)
+    safetensors({"a": {**one, "shape": [1 << 62, 4]}}, b"\0" * 8)
+    safetensors({"a": {**one, "dtype": "F99"}}, b"\0" * 8)
+    safetensors(
+        b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},"a":{"dtype":"F32","shape":[2],'
+        b'"data_offsets":[0,8]}}',
+        b"\0" * 8,
+    )
+    safetensors(b"{" * 1000)
+
+
+# -- saves ------------------------------------------------------------------------------------
+
+# One import, and a process of its own for each writer, which saves until it is killed.
+SERVER = """
+import os, signal, sys
+import numpy as np
+import orbax.checkpoint, safetensors
+from fwt import converters
+converters.save  # what is imported lazily is there before the first fork
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+for line in sys.stdin:
+    path, seed = line.split()
+    tree = {"params": {f"a{i}": np.full(300_000, int(seed), np.float32) for i in range(6)}}
+    more = {"shard_bytes": 2_000_000} if "shards" in path else {}
+    pid = os.fork()
+    if not pid:
+        while True:
+            converters.save(path, None, tree, **more)
+    print(pid, flush=True)
+"""
+
+
+def only(path):
+    """The one value that stands everywhere in a saved tree."""
+    leaves = fwt.select(converters.load(path).variables, "**").values()
+    found = {float(x) for v in leaves for x in np.unique(v)}
+    assert len(found) == 1, found
+    return found.pop()
+
+
+@pytest.mark.parametrize(
+    ("name", "kills", "longest"),
+    [
+        ("w.pt", 60, 0.03),
+        ("w.safetensors", 60, 0.03),
+        ("shards.safetensors", 40, 0.05),
+        ("w.orbax", 40, 0.3),
+    ],
+)
+def test_a_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path, name, kills, longest):
+    """200 kills in all, of writers that replace what the one before them wrote."""
+    path = tmp_path / name
+    tree = {"params": {f"a{i}": np.full(300_000, 3, np.float32) for i in range(6)}}
+    more = {"shard_bytes": 2_000_000} if "shards" in name else {}
+    converters.save(path, None, tree, **more)
+    rng = np.random.default_rng(len(name))
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    values, left = [only(path)], 0
+    for number in range(kills):
+        server.stdin.write(f"{path} {1 + number % 2}\n")
+        server.stdin.flush()
+        pid = int(server.stdout.readline())
+        time.sleep(float(rng.uniform(0, longest)))
+        os.kill(pid, signal.SIGKILL)
+        while os.path.exists(f"/proc/{pid}"):
+            time.sleep(0.001)
+        values.append(only(path))
+        assert values[-1] in (values[-2], 1 + number % 2)
+        for rest in tmp_path.glob(".fwt-*"):  # what a kill leaves beside the target
+            left += 1
+            shutil.rmtree(rest) if rest.is_dir() else rest.unlink()
+    server.stdin.close()
+    server.wait()
+    assert {1.0, 2.0} <= set(values)  # some were replaced
+    assert left > kills // 10  # some were killed midway
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "w.pt",
+        "w.safetensors",
+        "w.npz",
+        "w.msgpack",
+        "w.orbax",
+        "net.keras",
+        "net.h5",
+        "net.weights.h5",
+        "shards.safetensors",
+    ],
+)
+def test_a_full_disk_is_one_clear_line(tmp_path, name):
+    """A limit on the size of files stands for the disk's."""
+    code = f"""
+import resource, signal, sys, numpy as np, jax
+import fwt, flax.linen as nn
+from fwt import converters
+net = fwt.Sequential([("d", nn.Dense(512))], (512,)) if "net" in {name!r} else None
+leaf = np.random.default_rng(0).normal(size=(512, 512)).astype(np.float32)
+leaf[0, 0] = 1
+tree = {{"params": {{"d": {{"kernel": leaf * 2, "bias": leaf[0]}}}}}}
+more = {{"shard_bytes": 10**9}} if "shards" in {name!r} else {{}}
+old = {{"params": {{"d": {{"kernel": leaf, "bias": leaf[0]}}}}}}
+converters.save({str(tmp_path / name)!r}, net, old, **more)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
+try:
+    converters.save({str(tmp_path / name)!r}, net, tree, **more)
+except converters.FileFormatError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert len(done.stdout.strip().splitlines()) == 1, done.stdout + done.stderr[-2000:]
+    assert "can't write it" in done.stdout
+    module = fwt.Sequential([("d", nn.Dense(512))], (512,))
+    how = {"architecture": module} if name == "net.weights.h5" else {}
+    model = converters.load(tmp_path / name, **how)
+    assert float(model.variables["params"]["d"]["kernel"][0, 0]) == 1.0
+    assert sorted(p.name for p in tmp_path.iterdir()) == [name]  # nothing is left beside it
+
+
+def test_places_that_can_not_be_written(tmp_path):
+    tree = {"params": {"a": np.ones(2)}}
+    (tmp_path / "dir.npz").mkdir()
+    (tmp_path / "file.orbax").write_text("mine")
+    for path, said in (
+        ("dir.npz", "a directory is in the way"),
+        ("file.orbax", "a file is in the way"),
+        ("none/w.npz", "can't write it"),
+        ("none/w.orbax", "can't write it"),
+    ):
+        with pytest.raises(converters.FileFormatError, match=said):
+            converters.save(tmp_path / path, None, tree)
+    if os.getuid():  # root may write anywhere
+        (tmp_path / "locked").mkdir(mode=0o555)
+        with pytest.raises(converters.FileFormatError, match="Permission denied"):
+            converters.save(tmp_path / "locked" / "w.npz", None, tree)
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] < 0

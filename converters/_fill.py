@@ -1,5 +1,6 @@
 """Weights from a file into an architecture from elsewhere, every name and shape checked."""
 
+import itertools
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -299,12 +300,23 @@ def _orders(
     for kind, slots in candidates:
         pairs: list[Pair] = []
         for mine, theirs in zip(_split(slots), _split(found), strict=True):
-            if [slots[n].shape for n in mine] != [found[n].shape for n in theirs]:
+            ours, others = _by_layer(mine), _by_layer(theirs)
+            if [len(g) for g in ours] != [len(g) for g in others]:
                 break
-            pairs += [(slots[m], found[t], f".{m}") for m, t in zip(mine, theirs, strict=True)]
+            for group, held in zip(ours, others, strict=True):
+                # Within a layer the names tell, as far as they are the same.
+                ends = {n.rpartition(".")[2]: n for n in held}
+                same = set(ends) == {n.rpartition(".")[2] for n in group}
+                order = [ends[n.rpartition(".")[2]] for n in group] if same else held
+                pairs += [(slots[m], found[t], f".{m}") for m, t in zip(group, order, strict=True)]
         else:
-            fitting.append((kind, pairs))
+            if all(np.shape(places) == value.shape for places, value, _ in pairs):
+                fitting.append((kind, pairs))
     return fitting
+
+
+def _by_layer(names: Iterable[str]) -> list[list[str]]:
+    return [list(g) for _, g in itertools.groupby(names, key=lambda n: n.rpartition(".")[0])]
 
 
 def _in_order(

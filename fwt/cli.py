@@ -1,11 +1,18 @@
 """The command line: the verbs of fwt on files.
 
-Exit codes: 0 done, 1 the input or the request is wrong (one line says what), 2 wrong usage.
+Exit codes: 0 done (of diff: equal), 1 the input or the request is wrong (one line says what), 2
+wrong usage, 3 the two files of diff differ.
 """
 
 import ast
+import contextlib
+import dataclasses
+import json
+import os
 import sys
+import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -23,8 +30,27 @@ app = typer.Typer(
     help="Functional weight transforms: change the weights of Keras, PyTorch and Flax models.",
 )
 
-In = Annotated[Path, typer.Argument(help="A .keras, .safetensors or .pt file.")]
+In = Annotated[Path, typer.Argument(help="A file or folder of any format, told by its content.")]
 Out = Annotated[Path, typer.Argument(help="Where to write; the suffix is the format.")]
+ArchitectureOption = Annotated[
+    Path | None,
+    typer.Option("--architecture", "-a", help="For weights alone: the file with their model."),
+]
+KeyOption = Annotated[
+    str | None, typer.Option(help="Which part of the file, such as 'model' or 'state/params'.")
+]
+RenameOption = Annotated[
+    list[str] | None,
+    typer.Option(help="With --architecture: OLD=NEW, the start of names; repeatable."),
+]
+MatchOption = Annotated[
+    str, typer.Option(help="With --architecture: name, or order to take arrays as they come.")
+]
+KeepOption = Annotated[
+    bool, typer.Option("--keep-parts", help="Keep the parts of torch's prune, weight_norm, ...")
+]
+MaxOption = Annotated[int | None, typer.Option(help="How many bytes compressed parts may grow to.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 WhereOption = Annotated[
     list[str] | None,
     typer.Option("--where", "-w", help="A glob on the path, such as 'dense_*/kernel'; repeatable."),
@@ -57,11 +83,73 @@ def _axes(texts: list[str] | None) -> dict[str, str] | None:
 
 def _changed(source: Path, target: Path, t: Any, layout: str | None) -> None:
     """Load, transform, save, and the table of what came out."""
+    model = t(_load(source))
+    _save(target, model, layout=layout)
+    _print_summary(target, model)
+
+
+def _load(path: Path, **how: Any) -> "Model":
     from fwt import converters
 
-    model = t(converters.load(source))
-    converters.save(target, *model, layout=layout)
-    _print_summary(target, model)
+    rename = how.pop("rename", None)
+    if rename:
+        pairs = [text.partition("=") for text in rename]
+        if not all(found for _, found, _ in pairs):
+            raise FwtError(f"--rename {rename}: expected OLD=NEW")
+        how["rename"] = {old: new for old, _, new in pairs}
+    with _progress(f"reading {path.name}", _size(path)):
+        return converters.load(path, **how)
+
+
+def _save(path: Path, model: "Model", **how: Any) -> None:
+    from fwt import converters
+
+    sizes = [getattr(x, "nbytes", 0) for x in _leaves(model)]
+    with _progress(f"writing {path.name}", sum(sizes)):
+        converters.save(path, *model, **how)
+
+
+def _leaves(model: "Model") -> list[Any]:
+    import jax
+
+    return jax.tree.leaves(model.variables)
+
+
+def _size(path: Path) -> int:
+    with contextlib.suppress(OSError):
+        if path.is_dir():
+            return sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
+        return path.stat().st_size
+    return 0
+
+
+@contextlib.contextmanager
+def _progress(what: str, total: int) -> Iterator[None]:
+    """A bar with bytes and speed once it takes more than a second, on a terminal."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    from fwt.converters._io import PROGRESS
+
+    columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
+    task = bar.add_task(what, total=max(total, 1))
+    begun = time.monotonic()
+
+    def watch(count: int) -> None:
+        bar.advance(task, count)
+        if not bar.live.is_started and time.monotonic() - begun > 1:
+            bar.start()
+
+    token = PROGRESS.set(watch)
+    try:
+        yield
+    finally:
+        PROGRESS.reset(token)
+        bar.stop()
 
 
 def _print_summary(path: Path, model: "Model") -> None:
@@ -69,33 +157,135 @@ def _print_summary(path: Path, model: "Model") -> None:
 
     import fwt
 
-    console = Console(soft_wrap=True) if not sys.stdout.isatty() else Console()
+    console = Console() if sys.stdout.isatty() else Console(soft_wrap=True, width=160)
     module = model.module
     kind = "weights only" if module is None else f"{len(module.layers)} layers"
     shape = None if module is None else module.input_shape
-    about = f"{path}: {kind}"
+    about = f"{path}: {_format(path).name}, {kind}"
     if shape is not None:
         about += f", input {' x '.join('any' if s is None else str(s) for s in shape)}"
     console.print(about, highlight=False, markup=False)
     console.print(fwt.summary(model), highlight=False)
 
 
+def _format(path: Path) -> Any:
+    from fwt.converters import _formats
+
+    return _formats.format_of(path)
+
+
+def _print_json(path: Path, model: "Model") -> None:
+    """The file, its format, its layers and its leaves."""
+    import fwt
+    from fwt.converters import _architecture
+
+    told = fwt.summary(model)
+    leaves = [{**dataclasses.asdict(line), "shape": list(line.shape)} for line in told.lines]
+    module = None
+    if model.module is not None:
+        module = _architecture.module_to_json(model.module)
+    print(json.dumps({
+        "file": os.fspath(path), "format": _format(path).name, "bytes": _size(path),
+        "module": module, "weights": told.size, "zeros": told.zeros, "leaves": leaves,
+    }))  # fmt: skip
+
+
 @app.command()
-def inspect(file: In) -> None:
+def inspect(
+    file: In,
+    architecture: ArchitectureOption = None,
+    key: KeyOption = None,
+    rename: RenameOption = None,
+    match: MatchOption = "name",
+    keep_parts: KeepOption = False,
+    max_bytes: MaxOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Show what a file holds: layers, shapes, dtypes, zeros."""
-    from fwt import converters
-
-    _print_summary(file, converters.load(file))
+    model = _load(
+        file, architecture=architecture, key=key, rename=rename, match=match,
+        fold=not keep_parts, max_bytes=max_bytes,
+    )  # fmt: skip
+    (_print_json if as_json else _print_summary)(file, model)
 
 
 @app.command()
-def convert(source: In, target: Out, layout: LayoutOption = None) -> None:
+def convert(
+    source: In,
+    target: Out,
+    architecture: ArchitectureOption = None,
+    key: KeyOption = None,
+    rename: RenameOption = None,
+    match: MatchOption = "name",
+    keep_parts: KeepOption = False,
+    max_bytes: MaxOption = None,
+    shard_bytes: Annotated[
+        int | None, typer.Option(help="Write a folder of files of at most so many bytes.")
+    ] = None,
+    layout: LayoutOption = None,
+    as_json: JsonOption = False,
+) -> None:
     """Convert a file to another format: exactly, or not at all."""
-    from fwt import converters
+    model = _load(
+        source, architecture=architecture, key=key, rename=rename, match=match,
+        fold=not keep_parts, max_bytes=max_bytes,
+    )  # fmt: skip
+    if model.module is None and _format(source).fill is not None:
+        raise FwtError(
+            f"{source}: only their model says what these weights are: --architecture net.keras"
+        )
+    _save(target, model, layout=layout, shard_bytes=shard_bytes)
+    (_print_json if as_json else _print_summary)(target, model)
 
-    model = converters.load(source)
-    converters.save(target, *model, layout=layout)
-    _print_summary(target, model)
+
+@app.command()
+def diff(
+    first: In,
+    second: In,
+    architecture: ArchitectureOption = None,
+    key: KeyOption = None,
+    max_bytes: MaxOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare two files bit for bit, whatever their formats; exit code 3 if they differ."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from fwt import _diff
+
+    models = []
+    for path in (first, second):
+        # What has an architecture of its own needs no other.
+        own = _load(path, key=key, max_bytes=max_bytes)
+        if own.module is None and architecture is not None:
+            own = _load(path, architecture=architecture, key=key, max_bytes=max_bytes)
+        models.append(own)
+    found = _diff.diff(*models)
+    if as_json:
+        changes = [dataclasses.asdict(c) for c in found.changes]
+        print(json.dumps({"equal": found.equal, "same": found.same, "changes": changes,
+                          "layers": list(found.layers)}))  # fmt: skip
+    else:
+        console = Console() if sys.stdout.isatty() else Console(soft_wrap=True, width=160)
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for title in ("path", "what differs", "entries", "by at most"):
+            table.add_column(title)
+        for c in found.changes:
+            numbers = ["" if c.count is None else f"{c.count:,}",
+                       "" if c.largest is None else f"{c.largest:.3g}"]  # fmt: skip
+            table.add_row(c.path, c.what, *numbers)
+        if found.changes:
+            console.print(table, highlight=False)
+        for line in found.layers:
+            console.print(line, highlight=False, markup=False)
+        said = f"equal: {found.same} arrays, bit for bit"
+        if not found.equal:
+            said = f"{found.same} arrays are equal, {len(found.changes)} differ"
+        if not found.same and architecture is None and len({m.module is None for m in models}) > 1:
+            said += "; --architecture gives weights alone the names of their model"
+        console.print(said, highlight=False)
+    if not found.equal:
+        raise typer.Exit(3)
 
 
 @app.command()

@@ -1,0 +1,90 @@
+"""What differs between two models or trees."""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from fwt import _tree
+from fwt._sequential import Sequential, settings_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A leaf that differs: how, in how many entries, and by how much at most."""
+
+    path: str
+    what: str
+    count: int | None = None
+    largest: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Diff:
+    """What differs: leaves, and layers of the architectures where both have one."""
+
+    same: int
+    changes: tuple[Change, ...]
+    layers: tuple[str, ...]
+
+    @property
+    def equal(self) -> bool:
+        return not (self.changes or self.layers)
+
+
+def diff(a: Any, b: Any) -> Diff:
+    """Compares two models bit for bit.
+
+    Args:
+        a: a ``fwt.Model``.
+        b: another.
+    """
+    one, other = (_tree.Tree({"params": dict(m.variables)}).leaves for m in (a, b))
+    changes, same = [], 0
+    for path in [*one, *(p for p in other if p not in one)]:
+        change = _change(path, one.get(path), other.get(path))
+        same += change is None
+        changes += [] if change is None else [change]
+    return Diff(same, tuple(changes), tuple(_layers(a.module, b.module)))
+
+
+def _change(path: str, a: Any, b: Any) -> Change | None:
+    if a is None or b is None:
+        there = b if a is None else a
+        where = "second" if a is None else "first"
+        return Change(path, f"only in the {where}: {there.dtype}{list(there.shape)}")
+    a, b = np.asarray(a), np.asarray(b)
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return Change(path, f"{a.dtype}{list(a.shape)} and {b.dtype}{list(b.shape)}")
+    x, y = (np.ascontiguousarray(v).reshape(-1) for v in (a, b))
+    bits = (v.view(np.uint8).reshape(v.size, -1) for v in (x, y))
+    differs = np.any(np.not_equal(*bits), axis=1)
+    if not differs.any():
+        return None
+    wide = complex if a.dtype.kind == "c" else float
+    with np.errstate(invalid="ignore", over="ignore"):
+        gaps = np.abs(x[differs].astype(wide) - y[differs].astype(wide))
+    largest = float("nan") if np.isnan(gaps).all() else float(np.nanmax(gaps))
+    return Change(path, "other values", int(differs.sum()), largest)
+
+
+def _layers(a: Any, b: Any, inside: str = "") -> list[str]:
+    if not isinstance(a, Sequential) or not isinstance(b, Sequential):
+        return []
+    one, other = ({n.name: n.layer for n in m.layers} for m in (a, b))
+    out = (
+        []
+        if list(one) == list(other)
+        else [f"{inside or 'the model'}: {list(one)} and {list(other)}"]
+    )
+    for name in one:
+        if name not in other or one[name] == other[name]:
+            continue
+        place = f"{inside}/{name}".lstrip("/")
+        if isinstance(one[name], Sequential) and isinstance(other[name], Sequential):
+            out += _layers(one[name], other[name], place)
+            continue
+        said = [f"{type(x).__name__}({', '.join(f'{k}={v!r}' for k, v in settings_of(x).items())})"
+                for x in (one[name], other[name])]  # fmt: skip
+        out.append(f"{place}: {said[0]} and {said[1]}")
+    return out

@@ -1,0 +1,189 @@
+"""The command line on every format, in one process."""
+
+import io
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+import torch
+from flax import serialization
+from fwt.converters import _io
+from test_files import image_net, random_model
+from typer.testing import CliRunner
+
+import fwt
+from fwt import cli, converters
+
+
+def fwt_command(*words):
+    """Exit code and output; an error of ours is raised as such."""
+    done = CliRunner().invoke(cli.app, [str(w) for w in words])
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return done.exit_code, done.stdout
+
+
+@pytest.fixture(scope="module")
+def there(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    model = random_model(image_net())
+    for name in (
+        "net.keras",
+        "net.h5",
+        "net.safetensors",
+        "net.npz",
+        "net.orbax",
+        "w.weights.h5",
+        "w.pt",
+        "w.msgpack",
+    ):
+        converters.save(folder / name, *model)
+    converters.save(folder / "shards.safetensors", *model, shard_bytes=300)
+    converters.save(folder / "pieces.weights.h5", *model, shard_bytes=300)
+    return folder
+
+
+def names(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_inspect_and_diff_read_every_format(there):
+    for name in names(there):
+        code, said = fwt_command("inspect", there / name)
+        assert code == 0
+        assert said.startswith(f"{there / name}: ")
+        told = json.loads(fwt_command("inspect", there / name, "--json")[1])
+        assert told["weights"] == sum(leaf["size"] for leaf in told["leaves"])
+        assert (told["module"] is None) == name.startswith(("w.", "pieces"))
+        more = ("-a", there / "net.keras")
+        code, said = fwt_command("diff", there / name, there / "net.orbax", *more)
+        assert (code, said) == (0, "equal: 8 arrays, bit for bit\n")
+        told = json.loads(fwt_command("diff", there / name, there / "net.npz", *more, "--json")[1])
+        assert told == {"equal": True, "same": 8, "changes": [], "layers": []}
+
+
+def test_convert_from_each_format_to_each(there, tmp_path):
+    for number, name in enumerate(names(there)):
+        more = ("-a", there / "net.h5") if name.startswith(("w.", "pieces")) else ()
+        targets = [
+            "out.keras",
+            "out.h5",
+            "out.safetensors",
+            "out.npz",
+            "out.orbax",
+            "out.weights.h5",
+            "out.pt",
+            "out.msgpack",
+        ]
+        for suffix in targets if number == 0 else targets[number % 8 :][:1]:
+            code, said = fwt_command("convert", there / name, tmp_path / suffix, *more)
+            assert code == 0
+            assert said.startswith(str(tmp_path / suffix))
+            bare = ("-a", there / "net.keras")
+            assert fwt_command("diff", tmp_path / suffix, there / "net.keras", *bare)[0] == 0
+    code, _ = fwt_command(
+        "convert", there / "net.keras", tmp_path / "s.safetensors", "--shard-bytes", 200
+    )
+    assert code == 0
+    assert (tmp_path / "s.safetensors").is_dir()
+
+
+def test_what_differs_is_told(there, tmp_path):
+    module, variables = converters.load(there / "net.keras")
+    variables["params"]["conv"]["kernel"][0, 0, 0, :2] += 0.5
+    variables["params"]["norm"]["bias"] = variables["params"]["norm"]["bias"].astype(np.float64)
+    layers = dict(module.layers[i].__dict__.values() for i in range(len(module.layers)))
+    layers["drop"] = fwt.layers.Identity()
+    variables["params"].pop("dense_10")
+    layers.pop("dense_10")
+    other = fwt.Sequential(list(layers.items()), module.input_shape)
+    converters.save(tmp_path / "b.safetensors", other, variables)
+    code, said = fwt_command("diff", there / "net.keras", tmp_path / "b.safetensors")
+    assert code == 3
+    for text in (
+        "params/conv/kernel",
+        "other values",
+        "2",
+        "0.5",
+        "float32[4] and float64[4]",
+        "only in the first: float32[5, 3]",
+        "drop: Dropout(rate=0.25) and Identity()",
+        "4 arrays are equal, 4 differ",
+    ):
+        assert text in said
+    code, said = fwt_command("diff", there / "w.pt", there / "net.keras")
+    assert code == 3
+    assert "only in the second" in said
+    nan = {"params": {"a": np.array([np.nan, 1], np.float32)}}
+    converters.save(tmp_path / "n.npz", None, nan)
+    converters.save(tmp_path / "n.msgpack", None, nan)
+    assert fwt_command("diff", tmp_path / "n.npz", tmp_path / "n.msgpack")[0] == 0
+
+
+def test_options_of_reading(there, tmp_path):
+    net = torch.nn.Sequential(torch.nn.Linear(3, 2))
+    torch.nn.utils.parametrizations.weight_norm(net[0])
+    torch.save({"model": net.state_dict()}, tmp_path / "c.pt")
+    told = json.loads(fwt_command("inspect", tmp_path / "c.pt", "--key", "model", "--json")[1])
+    assert [leaf["path"] for leaf in told["leaves"]] == ["0/bias", "0/weight"]
+    told = json.loads(
+        fwt_command("inspect", tmp_path / "c.pt", "--key", "model", "--keep-parts", "--json")[1]
+    )
+    assert len(told["leaves"]) == 3
+    dense = fwt.Sequential(
+        [("d", fwt.layers.Flatten()), ("e", __import__("flax").linen.Dense(2))], (3,)
+    )
+    converters.save(tmp_path / "net.keras", dense, dense.init(jax.random.key(0), np.ones((1, 3))))
+    for how in (("--rename", "0=e"), ("--match", "order")):
+        code, _ = fwt_command(
+            "convert",
+            tmp_path / "c.pt",
+            tmp_path / "o.keras",
+            "--key",
+            "model",
+            "-a",
+            tmp_path / "net.keras",
+            *how,
+        )
+        assert code == 0
+        kernel = converters.load(tmp_path / "o.keras").variables["params"]["e"]["kernel"]
+        np.testing.assert_allclose(kernel, net[0].weight.detach().T, rtol=1e-6)
+    with pytest.raises(fwt.FwtError, match="expected OLD=NEW"):
+        fwt_command("inspect", tmp_path / "c.pt", "--rename", "x")
+    np.savez_compressed(tmp_path / "z.npz", a=np.zeros(10**6))
+    with pytest.raises(converters.FileFormatError, match="max_bytes=1,000 "):
+        fwt_command("inspect", tmp_path / "z.npz", "--max-bytes", "1000")
+
+
+def test_weights_of_keras_are_not_converted_blindly(there, tmp_path):
+    for name in ("w.weights.h5", "pieces.weights.h5"):
+        with pytest.raises(fwt.FwtError, match=r"--architecture net\.keras"):
+            fwt_command("convert", there / name, tmp_path / "x.pt")
+    assert not (tmp_path / "x.pt").exists()
+    (tmp_path / "m.msgpack").write_bytes(serialization.to_bytes({"params": {"a": np.ones(2)}}))
+    assert fwt_command("convert", tmp_path / "m.msgpack", tmp_path / "m.npz")[0] == 0
+
+
+def test_a_bar_is_shown_past_a_second_on_a_terminal_only(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    now = [0.0]
+    monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
+    for kind, seconds, shown in (
+        (Terminal, 3, True),
+        (Terminal, 0.5, False),
+        (io.StringIO, 3, False),
+    ):
+        monkeypatch.setattr(sys, "stderr", kind())
+        with cli._progress("reading net.keras", 4_000_000):
+            for _ in range(4):
+                now[0] += seconds / 4
+                _io.progress(1_000_000)
+        said = sys.stderr.getvalue()
+        assert ("reading net.keras" in said) == shown
+        if shown:
+            assert "MB" in said

@@ -31,6 +31,7 @@ class Format:
     save_shards: Callable[[Path, Any, Any, int], None] | None = None
     fill: Callable[[list[Layer], Path, Reading], None] | None = None
     framework: str = ""  # whose format it is
+    holds: str = ""  # what of a model, for the README
 
 
 def _fill_weights(layers: list[Layer], path: Path, how: Reading) -> None:
@@ -41,7 +42,9 @@ def _fill_shards(layers: list[Layer], path: Path, how: Reading) -> None:
     _h5.fill_groups(layers, _h5.load_weight_shards(path, how).variables["params"], path)
 
 
-_KERAS = Format("keras", (".keras",), _h5.load_keras, _h5.save_keras, framework="Keras")
+_KERAS = Format(
+    "keras", (".keras",), _h5.load_keras, _h5.save_keras, framework="Keras", holds="a model"
+)
 _WEIGHTS = Format(
     "Keras weights",
     (".weights.h5",),
@@ -50,6 +53,7 @@ _WEIGHTS = Format(
     save_shards=_h5.save_weight_shards,
     fill=_fill_weights,
     framework="Keras",
+    holds="weights; `architecture=` says what they are",
 )
 _WEIGHT_SHARDS = Format(
     "Keras weights in shards",
@@ -57,6 +61,7 @@ _WEIGHT_SHARDS = Format(
     _h5.load_weight_shards,
     fill=_fill_shards,
     framework="Keras",
+    holds="the same; written with `.weights.h5` and `shard_bytes=`",
 )
 _LEGACY = Format(
     "Keras HDF5",
@@ -65,11 +70,16 @@ _LEGACY = Format(
     _h5.save_legacy,
     fill=_h5.fill_from_legacy,
     framework="Keras",
+    holds="a model of Keras 3 or 2, or weights only",
 )
 _TORCH = Format(
-    "torch", (".pt", ".pth", ".bin"), _torch_file.load_torch, _torch_file.save_torch,
+    "torch",
+    (".pt", ".pth", ".bin"),
+    _torch_file.load_torch,
+    _torch_file.save_torch,
     framework="PyTorch",
-)  # fmt: skip
+    holds="weights: a state dict, or a checkpoint with one (`key=`)",
+)
 _SAFETENSORS = Format(
     "safetensors",
     (".safetensors",),
@@ -77,18 +87,38 @@ _SAFETENSORS = Format(
     _safetensors.save_safetensors,
     save_shards=_safetensors.save_sharded,
     framework="safetensors",
+    holds="ours: a model, in the metadata; others: weights",
 )
 _SHARDED = Format(
     "safetensors in shards",
     (".safetensors.index.json",),
     _safetensors.load_sharded,
     framework="safetensors",
+    holds="the same; written with `.safetensors` and `shard_bytes=`",
 )
-_NPZ = Format("NumPy", (".npz",), _plain.load_npz, _plain.save_npz, framework="NumPy")
-_MSGPACK = Format("msgpack", (".msgpack",), _plain.load_msgpack, _plain.save_msgpack,
-                  framework="Flax")  # fmt: skip
+_NPZ = Format(
+    "NumPy",
+    (".npz",),
+    _plain.load_npz,
+    _plain.save_npz,
+    framework="NumPy",
+    holds="ours: a model, in a member; others: weights",
+)
+_MSGPACK = Format(
+    "msgpack",
+    (".msgpack",),
+    _plain.load_msgpack,
+    _plain.save_msgpack,
+    framework="Flax",
+    holds="weights: variables, or a state with them (`key=`)",
+)
 _ORBAX = Format(
-    "Orbax", (".orbax",), _orbax.load_orbax, save_folder=_orbax.save_orbax, framework="Orbax"
+    "Orbax",
+    (".orbax",),
+    _orbax.load_orbax,
+    save_folder=_orbax.save_orbax,
+    framework="Orbax",
+    holds="a folder; ours: a model; others: weights (`key=`, `shardings=`)",
 )
 
 FORMATS = (_KERAS, _WEIGHTS, _WEIGHT_SHARDS, _LEGACY, _TORCH, _SAFETENSORS, _SHARDED, _NPZ,

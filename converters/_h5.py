@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import ml_dtypes
 import numpy as np
 from fwt.converters import _convert, _flax, _h5_text, _io, _keras_file, _layers
 from fwt.converters._io import Budget, Reading, member, opened, progress, reading
@@ -297,9 +298,11 @@ def write_weights(h5: Any, layers: list[Layer], name: str = "sequential") -> Non
 
 
 def _put(group: Any, name: str, value: np.ndarray) -> None:
-    if value.dtype.name in ("bfloat16", "float8_e4m3fn", "float8_e5m2"):
-        dataset = group.create_dataset(name, data=value.view(f"V{value.dtype.itemsize}"))
+    if value.dtype.name == "bfloat16":
+        dataset = group.create_dataset(name, data=value.view("V2"))
         dataset.attrs["dtype"] = value.dtype.name
+    elif hasattr(ml_dtypes, value.dtype.name):
+        raise refuse(f"{group.name}/{name}", f"dtype {value.dtype}: Keras has no way to write it")
     else:
         group.create_dataset(name, data=value)
     progress(value.nbytes)

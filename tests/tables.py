@@ -6,7 +6,10 @@ elsewhere is written here, and tested against the libraries.
 
 import inspect
 import re
+import tempfile
 from pathlib import Path
+
+import numpy as np
 
 import fwt
 
@@ -209,6 +212,78 @@ def layer_block():
     return f"{LAYERS_START}\n{layers()}\n<!-- end -->"
 
 
+DTYPES = (
+    *("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8"),
+    *("uint64", "uint32", "uint16", "uint8", "bool", "complex128", "complex64"),
+    *("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz", "float8_e8m0fnu"),
+)
+
+
+def lossless(form, suffix, shards):
+    """Which dtypes come back bit for bit, by trying."""
+    import flax.linen as nn
+    import ml_dtypes
+
+    import fwt
+    from fwt import converters
+
+    net = fwt.Sequential([("d", nn.Dense(2, use_bias=False))], (3,))
+    kept = []
+    for name in DTYPES:
+        dtype = np.dtype(getattr(ml_dtypes, name, name))
+        raw = np.random.default_rng(0).integers(0, 256, (3, 2 * dtype.itemsize), dtype=np.uint8)
+        leaf = (raw % 2).astype(bool) if name == "bool" else raw.view(dtype)
+        leaf = leaf[:, :2]
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / f"w{suffix}"
+            module = net if form.framework in ("Keras", "PyTorch") else None
+            how = {"architecture": net} if module is not None else {}
+            try:
+                converters.save(path, module, {"params": {"d": {"kernel": leaf}}}, **shards)
+                found = converters.load(path, **how).variables["params"]["d"]["kernel"]
+            except converters.ConversionError:
+                continue
+            if found.dtype == leaf.dtype and found.tobytes() == leaf.tobytes():
+                kept.append(name)
+    if len(kept) == len(DTYPES):
+        return "every dtype"
+    left = [name for name in DTYPES if name not in kept]
+    if left == [name for name in DTYPES if name.startswith("float8")]:
+        return "every dtype but the 8-bit floats"
+    if len(left) < 3:
+        return f"every dtype but {' and '.join(left)}"
+    return ", ".join(kept)
+
+
+def formats():
+    from fwt.converters import _formats
+
+    lines = [
+        "| file | what it holds | read | written | bit for bit | needs |",
+        "|---|---|---|---|---|---|",
+    ]
+    for form in _formats.FORMATS:
+        suffix, shards = form.suffixes[0], {}
+        if form.save is None and form.save_folder is None:
+            suffix = next(f.suffixes[0] for f in _formats.FORMATS
+                          if f.save_shards and f.framework == form.framework)  # fmt: skip
+            shards = {"shard_bytes": 1}
+        names = ", ".join(f"`{s}`" for s in form.suffixes)
+        own = {"Keras": "Keras", "PyTorch": "torch"}.get(form.framework)
+        needs = f"no {own}" if own else "nothing more"
+        lines.append(
+            f"| {names} | {form.holds} | yes | yes | {lossless(form, suffix, shards)} | {needs} |"
+        )
+    return "\n".join(lines)
+
+
+FORMATS_START = "<!-- the formats: python tests/tables.py -->"
+
+
+def format_block():
+    return f"{FORMATS_START}\n{formats()}\n<!-- end -->"
+
+
 def block():
     return f"<!-- the table: python tests/tables.py -->\n{table()}\n<!-- end -->"
 
@@ -217,7 +292,9 @@ def replaced(text):
     pattern = "<!-- the table: python tests/tables.py -->.*?<!-- end -->"
     text = re.sub(pattern, lambda _: block(), text, count=1, flags=re.DOTALL)
     pattern = f"{LAYERS_START}.*?<!-- end -->"
-    return re.sub(pattern, lambda _: layer_block(), text, count=1, flags=re.DOTALL)
+    text = re.sub(pattern, lambda _: layer_block(), text, count=1, flags=re.DOTALL)
+    pattern = f"{FORMATS_START}.*?<!-- end -->"
+    return re.sub(pattern, lambda _: format_block(), text, count=1, flags=re.DOTALL)
 
 
 if __name__ == "__main__":

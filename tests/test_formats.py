@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import cases
 import flax.linen as nn
@@ -161,6 +163,21 @@ def test_weights_become_a_model_with_an_architecture(model, tmp_path, suffix):
         again = converters.load(path, architecture=architecture)
         assert again.module == model.module
         same(again.variables, model.variables)
+
+
+@pytest.mark.parametrize("dtype", [*EVERYWHERE, *SMALL, "complex128"])
+def test_keras_weights_of_every_dtype(tmp_path, dtype):
+    value = odd_values(dtype)
+    value = value[:, :2] if value.ndim > 1 else np.array([value, value, value[::-1]])[:, :2]
+    net = fwt.Sequential([("d", nn.Dense(2, use_bias=False))], (value.shape[0],))
+    tree = {"params": {"d": {"kernel": value}}}
+    path = tmp_path / "w.weights.h5"
+    if dtype in SMALL:
+        with pytest.raises(converters.ConversionError, match=f"dtype {dtype}"):
+            converters.save(path, net, tree)
+        return
+    converters.save(path, net, tree)
+    same(converters.load(path, architecture=net).variables, tree)
 
 
 def test_what_does_not_fit_an_architecture_is_listed_at_once(model, tmp_path):
@@ -773,3 +790,29 @@ def test_sequential_weights_in_shards_are_those_of_linen(tmp_path):
     converters.save(tmp_path / "a.msgpack", net, variables)
     again = converters.load(tmp_path / "a.msgpack", architecture=net)
     same(again.variables, jax.tree.map(np.asarray, variables))
+
+
+def test_the_readmes_table_of_formats_is_that_of_the_code():
+    import tables
+
+    assert tables.format_block() in tables.README.read_text()
+
+
+@pytest.mark.parametrize("form", _formats.FORMATS, ids=lambda f: f.name)
+def test_no_framework_is_imported(form, tmp_path):
+    """Neither to read nor to write."""
+    suffix, more = form.suffixes[0], ""
+    if form.save is None and form.save_folder is None:
+        suffix = {"Keras": ".weights.h5", "safetensors": ".safetensors"}[form.framework]
+        more = ", shard_bytes=9"
+    code = f"""
+import sys, fwt, jax, numpy as np, flax.linen as nn
+from fwt import converters
+net = fwt.Sequential([("d", nn.Dense(2)), nn.relu], (3,))
+variables = net.init(jax.random.key(0), np.ones((1, 3)))
+converters.save({str(tmp_path / f"w{suffix}")!r}, net, variables{more})
+converters.load({str(tmp_path / f"w{suffix}")!r}, architecture=net)
+print([m for m in ("keras", "torch", "tensorflow") if m in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stdout == "[]\n", done.stderr[-2000:]

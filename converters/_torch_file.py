@@ -311,6 +311,7 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(file)
         self.archive, self.stem, self.budget, self.path = archive, stem, budget, budget.path
         self.storages: dict[str, np.ndarray] = {}
+        self.used: set[int] = set()
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
@@ -406,6 +407,11 @@ class _Unpickler(pickle.Unpickler):
                 f"{offset} is larger than its storage of {storage.size}"
             )
         item = storage.dtype.itemsize
+        whole = not told and math.prod(size) == storage.size and id(storage.base) not in self.used
+        steps = [math.prod(size[i + 1 :]) for i in range(len(size))]
+        if whole and all(n == 1 or s == step for n, s, step in zip(size, stride, steps)):
+            self.used.add(id(storage.base))  # only one tensor may have the memory itself
+            return storage.reshape(size)
         self.budget.spend("a tensor", math.prod(size) * item)
         # As bytes: NumPy can't describe every 8-bit float to as_strided.
         view = np.lib.stride_tricks.as_strided(

@@ -148,10 +148,10 @@ def by_content(path: Path) -> Format | None:
         return _NPZ if any(n.endswith(".npy") for n in names) else None
     if head[:8] == b"\x89HDF\r\n\x1a\n":
         return _WEIGHTS if _h5.is_weights(path) else _LEGACY
-    if (head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05") or head[257:262] == b"ustar":
-        return _TORCH  # an older format, which it refuses by name
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32:
         return _SAFETENSORS
+    if (head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05") or head[257:262] == b"ustar":
+        return _TORCH  # an older format, which it refuses by name
     if head[:1] == b"{":
         return _WEIGHT_SHARDS if path.name.endswith(".weights.json") else _SHARDED
     if head == b"\x80" or (head and (0x81 <= head[0] <= 0x8F or head[0] in (0xDE, 0xDF))):
@@ -299,11 +299,10 @@ def save(
     found = by_suffix(path)
     if found is None or (found.save is None and found.save_folder is None):
         known = ", ".join(s for s, f in SUFFIXES.items() if f.save or f.save_folder)
-        hint = "" if found is None else ", or .safetensors and .weights.h5 with shard_bytes="
-        raise FileFormatError(
-            f"{path}: the format {path.suffix or 'without a suffix'!r} can't be written; known are "
-            f"{known}{hint}"
-        )
+        said = f"the format {path.suffix or 'without a suffix'!r} is not known"
+        if found is not None:
+            said = f"{path.name} is written with shard_bytes= and the suffix of one file"
+        raise FileFormatError(f"{path}: {said}; known to be written are {known}")
     if layout is not None and (module is None or found is not _TORCH):
         raise ConversionError(
             f"{path}: layout={layout!r} is for a torch file of a module; other files keep the "

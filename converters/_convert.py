@@ -55,6 +55,8 @@ def convert(
 # The layers of Keras that do something else with a mask than to send it on.
 _USE_MASKS = ("Softmax", "GlobalAveragePooling1D", "Bidirectional", "LSTM", "GRU", "SimpleRNN",
               "RNN", "ConvLSTM", "TimeDistributed", "Attention", "MultiHeadAttention")  # fmt: skip
+# Some of those that send none on.
+_END_MASKS = ("Flatten", "Conv1D", "Conv2D", "Conv3D", "MaxPooling", "AveragePooling")
 
 
 def _check_masks(layers: Sequence[Layer]) -> None:
@@ -66,5 +68,7 @@ def _check_masks(layers: Sequence[Layer]) -> None:
                 str(layer),
                 f"in Keras it would use the mask of {masked}, which no other framework sends along",
             )
+        if any(x in layer.kind for x in _END_MASKS):
+            masked = None
         if layer.kind == "Masking" or layer.settings.get("mask_zero"):
             masked = layer

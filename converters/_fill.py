@@ -1,6 +1,9 @@
 """Weights from a file into an architecture from elsewhere, every name and shape checked."""
 
+import contextlib
 import itertools
+import os
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -15,15 +18,15 @@ from fwt import _tree
 from fwt._sequential import Sequential
 from fwt._types import ConversionError, FileFormatError, Model
 
-_FIRST = 1 << 40
+_FIRST = 1 << 20
 # What an array is called, with the numbers of its weights; and these with its values.
 Candidate = tuple[str, dict[str, np.ndarray]]
 Pair = tuple[np.ndarray, np.ndarray, str]
 _STATS = ("running_mean", "running_var", "mean", "var", "moving_mean", "moving_variance")
 
 
-def known_layers(architecture: Any, load: Callable[[Path], Model]) -> tuple[Model | None, Any]:
-    """An architecture as a model, and its Keras config where it has one."""
+def _known(architecture: Any, load: Callable[[Path], Model]) -> tuple[Model | None, Any]:
+    """An architecture as a model, and as Keras's own layers and input shape where it has some."""
     if isinstance(architecture, Model):
         return architecture, None
     if isinstance(architecture, Sequential):
@@ -32,21 +35,36 @@ def known_layers(architecture: Any, load: Callable[[Path], Model]) -> tuple[Mode
     if keras is not None and isinstance(architecture, keras.Model):
         from fwt.converters import _keras
 
-        return _keras.from_keras(architecture), _keras.config_of(architecture)
+        return _keras.from_keras(architecture), _keras.layers_of(architecture)
     if torch is not None and isinstance(architecture, torch.nn.Module):
         from fwt.converters import _torch
 
-        return _torch.from_torch(architecture), None
+        try:
+            return _torch.from_torch(architecture), None
+        except ConversionError as error:
+            raise ConversionError(
+                f"architecture= as a torch module: {error}; such a one is given as "
+                "architecture=converters.from_torch(net, input_shape=...)"
+            ) from error
+    if not isinstance(architecture, str | os.PathLike):
+        raise ConversionError(
+            f"architecture= takes a file, a fwt.Sequential, a fwt.Model, a Keras model or a torch "
+            f"Sequential, found {type(architecture).__name__}"
+        )
     path = Path(architecture)
     if path.suffix == ".json":
         with _io.reading(path):
             config = _io.read_json(path)
-            version = str(config.get("keras_version", "3"))
-            return None, _h5.modern(config, version)
+            config = _h5.modern(config, str(config.get("keras_version", "3")))
+            return None, _keras_file.keras_layers(config, str(path))
     model = load(path)
     if model.module is None:
         raise FileFormatError(f"{path}: it holds weights only, so it is no architecture")
-    return model, _h5.config_in(path)
+    with _io.reading(path):
+        with open(path, "rb") if path.is_file() else contextlib.nullcontext() as file:
+            head = file.read(4) if file is not None else b""
+        own = head == b"\x89HDF" or (head == b"PK\3\4" and _h5.is_keras(path))
+        return model, _h5.keras_of(path, _io.Reading()) if own else None
 
 
 def _shapes(module: Sequential) -> Any:
@@ -70,130 +88,172 @@ def filled(
     load: Callable[[Path], Model],
     rename: Mapping[str, str] | None,
     match: str,
+    ordered: bool,
 ) -> Model:
     """The architecture with the weights of a file that has names only."""
+    known, native = _known(architecture, load)
     with _io.reading(path):
-        known, config = known_layers(architecture, load)
         if fill_keras is not None:
-            return _filled_keras(known, config, path, fill_keras)
+            return _filled_keras(known, native, path, fill_keras)
         if known is None:
             raise FileFormatError(
                 f"{architecture}: a config alone has no shapes: give a .keras file, or build the "
                 "model"
             )
-        return _filled_by_name(model, known, path, rename or {}, match)
+        found = _found(model.variables, rename or {}, path)
+        pairs = (
+            _in_order(found, known, path, ordered)
+            if match == "order"
+            else _by_name(found, known, path, ordered)
+        )
+        return _put(_summed(pairs), known, path)
 
 
 def _filled_keras(
-    known: Model | None, config: Any, path: Path, fill: Callable[[list[Layer]], None]
+    known: Model | None, native: Any, path: Path, fill: Callable[[list[Layer]], None]
 ) -> Model:
-    if config is not None:
-        layers, shape = _keras_file.keras_layers(config, str(path))
-        fill(layers)
-        new, found = _convert.convert(layers, "keras", "flax", shape, "source")
-        return _flax.write_flax(new, found)
-    assert known is not None
-    numbered = _numbered(known)
-    layers, _ = _keras_file.to_keras_layers(*numbered, None, any_dtype=True)
-    places: dict[tuple[str, str], np.ndarray] = {}
-    for part in (p for layer in layers for p in (layer, *layer.inner)):
-        places |= {(part.name, n): v for n, v in part.arrays.items()}
+    if native is None:
+        assert known is not None
+        layers, shape = _keras_file.to_keras_layers(*_numbered(known), None, any_dtype=True)
+    else:
+        layers, shape = native
+    places: dict[str, Any] = {}
+    for part in _every(layers):
+        places |= {f"{part.name}/{n}": v for n, v in part.arrays.items()}
         part.arrays = {}
     fill(layers)
-    held = {(p.name, n): v for x in layers for p in (x, *x.inner) for n, v in p.arrays.items()}
-    wrong = [
-        f"{name}/{n} is {list(v.shape)}, expected {list(np.shape(places.get((name, n), 0)))}"
-        for (name, n), v in held.items()
-        if np.shape(places.get((name, n), 0)) != v.shape
-    ]
-    if wrong or set(held) != set(places):
-        raise FileFormatError(f"{path}: it does not fit the architecture: {_some(wrong)}")
-    return _put([(places[key], held[key], str(key)) for key in places], known, path)
+    held = {f"{part.name}/{n}": v for part in _every(layers) for n, v in part.arrays.items()}
+    # That each layer has all of its arrays was checked when they were put there.
+    shapes = {n: np.shape(v) for n, v in places.items() if n in held}
+    _compare(shapes, {n: held[n].shape for n in shapes}, path, "its places", "")
+    if native is None and known is not None:
+        return _put([(places[n], v, n) for n, v in held.items()], known, path)
+    new, found = _convert.convert(layers, "keras", "flax", shape, "source")
+    return _flax.write_flax(new, found)
+
+
+def _every(layers: list[Layer]) -> list[Layer]:
+    return [part for layer in layers for part in (layer, *layer.inner)]
+
+
+Shape = tuple[int, ...]
+
+
+def _compare(
+    wanted: Mapping[str, Shape], found: Mapping[str, Shape], path: Path, by: str, hint: str
+) -> None:
+    """Raises with all names that are missing, unexpected or of another shape."""
+    told = {
+        "missing": [n for n in wanted if n not in found],
+        "unexpected": [n for n in found if n not in wanted],
+        "of another shape": [
+            f"{n} is {list(found[n])}, expected {list(shape)}"
+            for n, shape in wanted.items()
+            if n in found and found[n] != shape
+        ],
+    }
+    if any(told.values()):
+        said = "; ".join(f"{what}: {_some(names)}" for what, names in told.items() if names)
+        raise FileFormatError(f"{path}: it does not fit the architecture by {by}: {said}{hint}")
 
 
 def _numbered(known: Model) -> Model:
     """The model with the numbers from _FIRST on instead of its weights: what a conversion does
     with them tells where each weight goes; smaller ones are constants of the conversion's own."""
+    total = sum(int(np.prod(np.shape(x))) for x in jax.tree.leaves(known.variables))
+    dtype = np.int32 if total < 2**31 - _FIRST else np.int64
     count = _FIRST
 
     def number(x: Any) -> np.ndarray:
         nonlocal count
         shape = np.shape(x)
         size = int(np.prod(shape))
-        out = np.arange(count, count + size, dtype=np.int64).reshape(shape)
+        out = np.arange(count, count + size, dtype=dtype).reshape(shape)
         count += size
         return out
 
     return Model(known.module, jax.tree.map(number, dict(known.variables)))
 
 
-def _put(pairs: list[tuple[np.ndarray, np.ndarray, str]], known: Model, path: Path) -> Model:
+def _put(pairs: list[Pair], known: Model, path: Path) -> Model:
     """The weights at the places that the numbers say."""
-    flat, tree = jax.tree.flatten(_numbered(known).variables)
-    sizes = [x.size for x in flat]
+    shapes, tree = jax.tree.flatten(
+        jax.tree.map(np.shape, dict(known.variables)), is_leaf=_is_shape
+    )
+    sizes = [int(np.prod(shape)) for shape in shapes]
     ends = np.cumsum([0, *sizes])
-    filled: list[np.ndarray | None] = [None] * len(flat)
+    filled: list[np.ndarray | None] = [None] * len(shapes)
+    done = [np.zeros(size, bool) for size in sizes]
     for places, value, name in pairs:
-        places = np.asarray(places)
-        where, values = places.reshape(-1), value.reshape(-1)
+        where, values = np.asarray(places).reshape(-1), value.reshape(-1)
         ours = where >= _FIRST
-        if np.any(values[~ours] != where[~ours]):  # such as zeros beside the blocks of groups
-            raise FileFormatError(
-                f"{path}: {name} holds other numbers than {np.unique(where[~ours])[:3]}, which "
-                "the architecture has fixed there"
-            )
-        where, values = where[ours] - _FIRST, values[ours]
-        owners = np.searchsorted(ends, where, side="right") - 1
-        for owner in np.unique(owners):
-            mine = owners == owner
+        if not ours.all():
+            if np.any(values[~ours] != where[~ours]):  # such as zeros beside the blocks of groups
+                raise FileFormatError(
+                    f"{path}: {name} holds other numbers than {np.unique(where[~ours])[:3]}, which "
+                    "the architecture has fixed there"
+                )
+            where, values = where[ours], values[ours]
+        while where.size:  # mostly once: an array is mostly one leaf
+            owner = int(np.searchsorted(ends, where.min() - _FIRST, side="right")) - 1
+            mine = where < _FIRST + ends[owner + 1]
+            index, own = where[mine] - (_FIRST + ends[owner]), values[mine]
             there = filled[owner]
             if there is None:
                 there = filled[owner] = np.zeros(sizes[owner], value.dtype)
             if there.dtype != value.dtype:
                 raise FileFormatError(f"{path}: {name} is {value.dtype}, beside {there.dtype}")
-            there[where[mine] - ends[owner]] = values[mine]
-    numbers = np.concatenate([np.ravel(p) for p, _, _ in pairs] or [np.zeros(0, int)])
-    counts = np.bincount(numbers[numbers >= _FIRST] - _FIRST, minlength=ends[-1])
-    if np.any(counts != 1):
-        raise FileFormatError(f"{path}: this architecture can't be filled by names: build it in "
-                              "its framework and convert it")  # fmt: skip
-    leaves = [np.zeros(x.shape, np.float32) if v is None else v.reshape(x.shape)
-              for x, v in zip(flat, filled, strict=True)]  # fmt: skip
+            if done[owner][index].any() or np.unique(index).size < index.size:
+                raise _unfillable(path)
+            there[index], done[owner][index] = own, True
+            where, values = where[~mine], values[~mine]
+    if not all(d.all() for d in done):
+        raise _unfillable(path)
+    leaves = [
+        np.zeros(shape, np.float32) if v is None else v.reshape(shape)
+        for shape, v in zip(shapes, filled, strict=True)
+    ]
     return _architecture.checked(known.module, jax.tree.unflatten(tree, leaves))
 
 
-def _filled_by_name(
-    model: Model, known: Model, path: Path, rename: Mapping[str, str], match: str
-) -> Model:
-    if match not in ("name", "order"):
-        raise FileFormatError(f"match must be 'name' or 'order', found {match!r}")
-    found = _found(model.variables, rename, path)
-    candidates = _candidates(known, path)
-    if match == "order":
-        pairs = _in_order(found, candidates, path)
-    else:
-        kind, slots = max(candidates, key=lambda c: len(set(c[1]) & set(found)))
-        wrong = [
-            f"{n} is {list(found[n].shape)}, expected {list(slots[n].shape)}"
-            for n in slots
-            if n in found and slots[n].shape != found[n].shape
-        ]
-        told = {
-            "missing": [n for n in slots if n not in found],
-            "unexpected": [n for n in found if n not in slots],
-            "of another shape": wrong,
-        }
-        if any(told.values()):
-            said = [f"{what}: {_some(names)}" for what, names in told.items() if names]
-            hint = "rename={'old': 'new'} changes the start of names"
-            if _orders(found, candidates):
-                hint += ", and match='order' takes them in the file's order, whose shapes fit"
-            raise FileFormatError(
-                f"{path}: it does not fit the architecture by {kind}'s names: {'; '.join(said)}; "
-                f"{hint}"
-            )
-        pairs = [(slots[n], found[n], n) for n in slots]
-    return _put(_summed(pairs), known, path)
+def _is_shape(node: Any) -> bool:
+    return isinstance(node, tuple) and all(isinstance(n, int) for n in node)
+
+
+def _unfillable(path: Path) -> FileFormatError:
+    return FileFormatError(
+        f"{path}: this architecture can't be filled by names: build it in its framework, load the "
+        "weights there, and convert it"
+    )
+
+
+def _by_name(
+    found: Mapping[str, np.ndarray], known: Model, path: Path, ordered: bool
+) -> list[Pair]:
+    """The arrays under the names that fit best: torch's, Flax's or Keras's."""
+    shapes = {n: v.shape for n, v in found.items()}
+    sketch = Model(known.module, jax.tree.map(_sketched, dict(known.variables)))
+    candidates = _candidates(sketch, path)
+
+    def fitting(candidate: Candidate) -> tuple[int, int]:
+        slots = candidate[1]
+        same = [n for n in slots if n in shapes]
+        return sum(np.shape(slots[n]) == shapes[n] for n in same), len(same)
+
+    kind, slots = max(candidates, key=fitting)
+    hint = "; rename={'old': 'new'} changes the start of names"
+    wanted = {n: np.shape(v) for n, v in slots.items()}
+    if wanted != shapes and _orders(found, candidates, ordered):
+        hint += ", and match='order' takes them in the file's order, whose shapes fit"
+    _compare(wanted, shapes, path, f"{kind}'s names", hint)
+    # Only the names that fit are worth the numbers.
+    numbered = dict(_candidates(_numbered(known), path, kind))[kind]
+    return [(numbered[n], found[n], n) for n in numbered]
+
+
+def _sketched(x: Any) -> np.ndarray:
+    """An array of a shape, which takes no memory."""
+    return np.broadcast_to(np.zeros((), np.int8), np.shape(x))
 
 
 def _summed(pairs: list[Pair]) -> list[Pair]:
@@ -247,15 +307,15 @@ def _in_file_order(variables: Any) -> list[tuple[str, np.ndarray]]:
     return [pair for tree in variables.values() for pair in under(tree, ())]
 
 
-def _candidates(known: Model, path: Path) -> list[Candidate]:
-    """The names that the architecture's arrays have in each framework, as far as it says so, with
-    the numbers of their weights."""
-    numbered = _numbered(known)
+def _candidates(model: Model, path: Path, only: str | None = None) -> list[Candidate]:
+    """The names that the architecture's arrays have in each framework, as far as it says so."""
     out: list[Candidate] = []
     told: list[str] = []
     for kind, make in (("torch", _torch), ("Flax", _native), ("Keras", _keras)):
+        if only not in (None, kind):
+            continue
         try:
-            layers = make(numbered)
+            layers = make(model)
         except ConversionError as error:
             told.append(str(error))
             continue
@@ -293,14 +353,23 @@ def _split(names: Iterable[str]) -> tuple[list[str], list[str]]:
 
 
 def _orders(
-    found: Mapping[str, np.ndarray], candidates: list[Candidate]
+    found: Mapping[str, np.ndarray], candidates: list[Candidate], ordered: bool
 ) -> list[tuple[str, list[Pair]]]:
     """The frameworks whose order of arrays has the shapes of the file's."""
-    fitting = []
+    names = list(found)
+    if not ordered:
+        # A format that sorts names has an order only if they are numbers within one frame.
+        if len({re.sub(r"\d+", "#", n.rpartition(".")[0]) for n in names}) > 1:
+            return []
+        names.sort(key=_tree.natural)
+    fitting: list[tuple[str, list[Pair]]] = []
     for kind, slots in candidates:
         pairs: list[Pair] = []
-        for mine, theirs in zip(_split(slots), _split(found), strict=True):
+        for mine, theirs in zip(_split(slots), _split(names), strict=True):
             ours, others = _by_layer(mine), _by_layer(theirs)
+            if len(others) == 1:  # names without layers, such as those of a list
+                rest = iter(others[0] if len(theirs) == len(mine) else ())
+                others = [list(itertools.islice(rest, len(g))) for g in ours]
             if [len(g) for g in ours] != [len(g) for g in others]:
                 break
             for group, held in zip(ours, others, strict=True):
@@ -320,17 +389,26 @@ def _by_layer(names: Iterable[str]) -> list[list[str]]:
 
 
 def _in_order(
-    found: Mapping[str, np.ndarray], candidates: list[Candidate], path: Path
+    found: Mapping[str, np.ndarray], known: Model, path: Path, ordered: bool
 ) -> list[Pair]:
-    fitting = _orders(found, candidates)
+    fitting = _orders(found, _candidates(_numbered(known), path), ordered)
     ends = {name.rpartition(".")[2] for name in found}
     # The names of arrays tell whose they are, where those of layers do not.
     own = [f for f in fitting if ends <= {p[2].rpartition(".")[2] for p in f[1]}]
     fitting = own or fitting
-    if len(fitting) != 1:
-        shapes = [list(v.shape) for v in list(found.values())[:6]]
-        said = f"the orders of {' and of '.join(f[0] for f in fitting)} fit, and they differ"
-        if not fitting:
-            said = f"no framework's order of the architecture's arrays has these shapes: {shapes}"
-        raise FileFormatError(f"{path}: match='order': {said}, ...")
-    return fitting[0][1]
+    if fitting and all(_same_places(f[1], fitting[0][1]) for f in fitting):
+        return fitting[0][1]
+    shapes = [list(v.shape) for v in list(found.values())[:6]]
+    said = f"the orders of {' and of '.join(f[0] for f in fitting)} fit, and they differ"
+    if not fitting:
+        said = f"no framework's order of the architecture's arrays has these shapes: {shapes}, ..."
+        if not ordered:
+            said += "; this format sorts names, which are in order only if they are numbered"
+    raise FileFormatError(f"{path}: match='order': {said}; rename= tells which is which")
+
+
+def _same_places(one: list[Pair], other: list[Pair]) -> bool:
+    """Whether two orders put the same arrays at the same places."""
+    return len(one) == len(other) and all(
+        a[1] is b[1] and np.array_equal(a[0], b[0]) for a, b in zip(one, other, strict=True)
+    )

@@ -31,6 +31,8 @@ class Format:
     save_shards: Callable[[Path, Any, Any, int], None] | None = None
     fill: Callable[[list[Layer], Path, Reading], None] | None = None
     framework: str = ""  # whose format it is
+    needs_module: bool = False  # to write it
+    ordered: bool = False  # whether arrays stand in the order of the model's layers
     holds: str = ""  # what of a model, for the README
 
 
@@ -43,7 +45,13 @@ def _fill_shards(layers: list[Layer], path: Path, how: Reading) -> None:
 
 
 _KERAS = Format(
-    "keras", (".keras",), _h5.load_keras, _h5.save_keras, framework="Keras", holds="a model"
+    "keras",
+    (".keras",),
+    _h5.load_keras,
+    _h5.save_keras,
+    framework="Keras",
+    needs_module=True,
+    holds="a model",
 )
 _WEIGHTS = Format(
     "Keras weights",
@@ -53,6 +61,7 @@ _WEIGHTS = Format(
     save_shards=_h5.save_weight_shards,
     fill=_fill_weights,
     framework="Keras",
+    needs_module=True,
     holds="weights; `architecture=` says what they are",
 )
 _WEIGHT_SHARDS = Format(
@@ -61,6 +70,7 @@ _WEIGHT_SHARDS = Format(
     _h5.load_weight_shards,
     fill=_fill_shards,
     framework="Keras",
+    needs_module=True,
     holds="the same; written with `.weights.h5` and `shard_bytes=`",
 )
 _LEGACY = Format(
@@ -70,6 +80,7 @@ _LEGACY = Format(
     _h5.save_legacy,
     fill=_h5.fill_from_legacy,
     framework="Keras",
+    needs_module=True,
     holds="a model of Keras 3 or 2, or weights only",
 )
 _TORCH = Format(
@@ -78,6 +89,7 @@ _TORCH = Format(
     _torch_file.load_torch,
     _torch_file.save_torch,
     framework="PyTorch",
+    ordered=True,
     holds="weights: a state dict, or a checkpoint with one (`key=`)",
 )
 _SAFETENSORS = Format(
@@ -128,7 +140,7 @@ SUFFIXES = {suffix: f for f in FORMATS for suffix in f.suffixes}
 
 def by_suffix(path: Path) -> Format | None:
     """The format that a name says; the longest suffix counts."""
-    fitting = [s for s in SUFFIXES if path.name.endswith(s)]
+    fitting = [s for s in SUFFIXES if path.name.lower().endswith(s)]
     return SUFFIXES[max(fitting, key=len)] if fitting else None
 
 
@@ -169,6 +181,20 @@ def _of_folder(path: Path) -> Format | None:
     return None
 
 
+def _may_be_replaced(path: Path) -> bool:
+    """Whether a folder is sharded weights or one checkpoint, and holds nothing else."""
+    names = {p.name for p in path.iterdir()}
+    index = [n for n in names if n.endswith((".safetensors.index.json", ".weights.json"))]
+    if len(index) != 1:
+        return _orbax.is_whole(path)
+    try:
+        where = _io.read_json(path / index[0])["weight_map"].values()
+        held = {s for w in where for s in ([w] if isinstance(w, str) else w)}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return names == held | set(index)
+
+
 def format_of(path: Path) -> Format:
     """The format to read a path with: by content, else by name, whose reader then says what is
     wrong with it."""
@@ -180,6 +206,23 @@ def format_of(path: Path) -> Format:
         what = "folder" if path.is_dir() else "file"
         raise FileFormatError(f"{path}: a {what} of no known format; known are {known}")
     return found
+
+
+def _whole(form: Format, path: Path, how: Reading) -> Model:
+    """What a file holds; a folder that another save replaces meanwhile is read again."""
+    folder = path if path.is_dir() else path.parent
+    several = path.is_dir() or form.suffixes[0].endswith(".json")
+    for _ in range(10):
+        before = folder.stat().st_ino
+        try:
+            model = form.load(path, how)
+        except FileFormatError:
+            if not several or not folder.exists() or folder.stat().st_ino == before:
+                raise
+            continue
+        if not several or folder.stat().st_ino == before:
+            return model
+    raise FileFormatError(f"{path}: it is being replaced all the time")
 
 
 def load(
@@ -233,27 +276,38 @@ def load(
         >>> fwt.paths(variables)
         ['d/kernel']
     """
+    if not isinstance(path, str | os.PathLike):
+        raise FileFormatError(f"expected the path of a file, found {type(path).__name__}")
     path = Path(path)
     how = Reading(key, fold, max_bytes, shardings)
     try:
         found = format_of(path)
         if shardings is not None and found is not _ORBAX:
             raise FileFormatError(f"{path}: shardings= is for Orbax; use jax.device_put")
+        if match not in ("name", "order"):
+            raise FileFormatError(f"match must be 'name' or 'order', found {match!r}")
+        if max_bytes is not None and (not isinstance(max_bytes, int) or max_bytes < 1):
+            raise FileFormatError(f"max_bytes={max_bytes!r}: expected a number of bytes")
         if architecture is None:
             if rename or match != "name":
                 raise FileFormatError(f"{path}: rename= and match= need architecture=")
-            return found.load(path, how)
+            return _whole(found, path, how)
         fill = None
         model = Model(None, {})
+        if found.fill is not None and (rename or match != "name"):
+            raise FileFormatError(
+                f"{path}: Keras tells its arrays by their places: rename= and match= are for files "
+                "with names"
+            )
         if found.fill is None:
-            model = found.load(path, how)
+            model = _whole(found, path, how)
         else:
             own = found.fill
 
             def fill(layers: list[Layer]) -> None:
                 own(layers, path, how)
 
-        return _fill.filled(model, architecture, path, fill, load, rename, match)
+        return _fill.filled(model, architecture, path, fill, load, rename, match, found.ordered)
     except OSError as error:
         raise FileFormatError(f"{path}: can't read it ({error.strerror or error})") from error
 
@@ -273,6 +327,7 @@ def save(
             (real Keras opens them), ``.safetensors``, ``.npz`` and ``.orbax`` (a folder). Weights
             only: ``.weights.h5``, ``.pt``, ``.pth`` or ``.bin`` (a state dict for
             ``torch.load(weights_only=True)`` and the module that ``to_torch`` gives), ``.msgpack``.
+            ``.weights.h5`` is for the model that ``to_keras`` gives.
         module: a :class:`fwt.Sequential`, or None to write the variables as they are
             (not to Keras's formats).
         variables: ``{"params": ..., "batch_stats": ...}``.
@@ -312,7 +367,7 @@ def save(
         raise ConversionError(f"expected a variables dict, found {type(variables).__name__}")
     if "params" not in variables:
         variables = {"params": variables}
-    if module is None and found.framework == "Keras":
+    if module is None and found.needs_module:
         raise ConversionError(
             f"{path}: weights without an architecture can't be written for Keras; give a module"
         )
@@ -323,19 +378,14 @@ def save(
             raise ConversionError(f"shard_bytes={shard_bytes!r}: expected a number of bytes")
         shards, size = found.save_shards, shard_bytes
         write_folder_atomically(
-            path, lambda folder: shards(folder, module, variables, size), is_known_folder
+            path, lambda folder: shards(folder, module, variables, size), _may_be_replaced
         )
     elif found.save_folder is not None:
         whole = found.save_folder
         write_folder_atomically(
-            path, lambda folder: whole(folder, module, variables), is_known_folder
+            path, lambda folder: whole(folder, module, variables), _may_be_replaced
         )
     else:
         one = found.save
         assert one is not None
         write_atomically(path, lambda file: one(file, module, variables, layout))
-
-
-def is_known_folder(path: Path) -> bool:
-    """Whether a folder is one that may be replaced: sharded weights or a checkpoint."""
-    return _of_folder(path) is not None

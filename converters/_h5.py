@@ -8,6 +8,7 @@ import math
 import mmap
 import re
 import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,7 @@ from fwt.converters._row import Layer, parts_of, refuse
 
 from fwt._types import ConversionError, FileFormatError, Model
 
-# gzip, shuffle, fletcher32, szip, nbit, scaleoffset, lzf: what HDF5 and h5py hold themselves.
-_FILTERS = {1, 2, 3, 4, 5, 6, 32000}
+_GZIP, _SHUFFLE, _CHECKSUM = 1, 2, 3
 _DEPTH = 32
 
 
@@ -71,23 +71,41 @@ def array_of(dataset: Any, place: str, budget: Budget) -> np.ndarray:
     elif dtype.kind not in "fiubc":
         raise FileFormatError(f"{path}: {place} has dtype {dtype}")
     size = math.prod(dataset.shape) * dtype.itemsize
-    plist = dataset.id.get_create_plist()
-    filters = {plist.get_filter(i)[0] for i in range(plist.get_nfilters())}
-    if filters - _FILTERS:
-        raise FileFormatError(f"{path}: {place} is compressed in an unknown way")
+    _check_chunks(dataset, place, budget)
     stored = dataset.id.get_storage_size()
-    if filters or stored < size:
+    if dataset.chunks or stored < size:
         if stored > path.stat().st_size:
             raise FileFormatError(f"{path}: {place} declares more bytes than the file has")
         budget.expand(place, stored, size)
     budget.spend(place, size)
     value = np.asarray(dataset[()])
-    progress(size)
-    return (
-        value.view(_io.dtype_of(told))
-        if told
-        else value.astype(value.dtype.newbyteorder("="), copy=False)
-    )
+    if not isinstance(budget.raw, bytearray):  # whose bytes have been counted already
+        progress(size)
+    return value.view(_io.dtype_of(told)) if told else _io.native(value)
+
+
+def _check_chunks(dataset: Any, place: str, budget: Budget) -> None:
+    """Raises for chunks that decompress to more than they declare, which the library allows."""
+    if dataset.chunks is None:
+        return
+    path, plist = budget.path, dataset.id.get_create_plist()
+    filters = [plist.get_filter(i)[0] for i in range(plist.get_nfilters())]
+    known = [f for f in (_SHUFFLE, _GZIP, _CHECKSUM) if f in filters]
+    if filters != known:
+        raise FileFormatError(f"{path}: {place} is compressed in an unknown way")
+    size = math.prod(dataset.chunks) * dataset.dtype.itemsize
+    budget.expand(f"a chunk of {place}", None, size)
+    if _GZIP not in filters:
+        return
+    for index in range(dataset.id.get_num_chunks()):
+        info = dataset.id.get_chunk_info(index)
+        if info.size > path.stat().st_size:
+            raise FileFormatError(f"{path}: a chunk of {place} is larger than the file")
+        _, raw = dataset.id.read_direct_chunk(info.chunk_offset)
+        if info.filter_mask == 0:
+            left = zlib.decompressobj()
+            if len(left.decompress(raw, size)) != size or left.decompress(left.unconsumed_tail, 1):
+                raise FileFormatError(f"{path}: a chunk of {place} has another size than declared")
 
 
 def attribute(node: Any, name: str, budget: Budget) -> Any:
@@ -109,7 +127,12 @@ def attribute(node: Any, name: str, budget: Budget) -> Any:
         return node.attrs[name]
     if count > len(budget.raw) // 16:
         raise FileFormatError(f"{budget.path}: the attribute {name} declares {count:,} texts")
-    found = _h5_text.texts(budget.raw, h5py.h5o.get_info(node.id).addr, name, count)
+
+    def spend(size: int) -> None:
+        budget.spend(f"the attribute {name}", size + 64)
+
+    address = h5py.h5o.get_info(node.id).addr
+    found = _h5_text.texts(budget.raw, address, name, count, spend)
     return found if held.shape else found[0]
 
 
@@ -128,11 +151,19 @@ def _text(value: Any) -> str:
     return value.decode() if isinstance(value, bytes) else "" if value is None else str(value)
 
 
-def tree_of(group: Any, budget: Budget, place: str = "", seen: set[int] | None = None) -> Any:
+def tree_of(
+    group: Any,
+    budget: Budget,
+    place: str = "",
+    seen: set[int] | None = None,
+    without: str | None = None,
+) -> Any:
     """All arrays of a group as nested dicts, with no object in two places."""
     seen = set() if seen is None else seen
     out: dict[str, Any] = {}
     for name in group:
+        if name == without:
+            continue
         here = f"{place}/{name}".lstrip("/")
         node = node_at(group, name, budget.path)
         address = h5py.h5o.get_info(node.id).addr
@@ -157,15 +188,29 @@ def _pruned(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def load_keras(path: Path, how: Reading) -> Model:
     """A .keras archive."""
-    with reading(path), opened(path) as archive:
-        budget = Budget(path, how.max_bytes)
-        config = json.loads(member(archive, "config.json", budget))
-        layers, shape = _keras_file.keras_layers(config, str(path))
-        weights = member(archive, "model.weights.h5", budget)
-        with opened_h5(weights, budget) as file:
-            fill_groups(layers, _weights_of(file, budget), path)
+    if how.key is not None:
+        raise FileFormatError(f"{path}: key={how.key!r}: it holds one model only")
+    with reading(path):
+        layers, shape = keras_of(path, how)
         new, found = _convert.convert(layers, "keras", "flax", shape, "source")
         return _flax.write_flax(new, found)
+
+
+def keras_of(path: Path, how: Reading) -> tuple[list[Layer], Any]:
+    """The Keras layers of a .keras or .h5 file with their arrays, and the input shape."""
+    budget = Budget(path, how.max_bytes)
+    if zipfile.is_zipfile(path):
+        with opened(path) as archive:
+            config = budget.parsed(member(archive, "config.json", budget), "config.json")
+            layers, shape = _keras_file.keras_layers(config, str(path))
+            weights = member(archive, "model.weights.h5", budget)
+            with opened_h5(weights, budget) as file:
+                fill_groups(layers, _weights_of(file, budget), path)
+        return layers, shape
+    with opened_h5(path, budget) as file:
+        layers, shape = _keras_file.keras_layers(legacy_config(file, budget), str(path))
+        fill_legacy(layers, _legacy_arrays(file, budget), path)
+    return layers, shape
 
 
 def save_keras(file: Any, module: Any, variables: Any, layout: str | None) -> None:
@@ -226,6 +271,12 @@ def load_weights(path: Path, how: Reading) -> Model:
         return Model(None, {"params": _pruned(_io.under(tree, how.key, path))})
 
 
+def is_keras(path: Path) -> bool:
+    """Whether an archive is a .keras one."""
+    with zipfile.ZipFile(path) as archive:
+        return "config.json" in archive.namelist()
+
+
 def is_weights(path: Path) -> bool:
     """Whether an HDF5 file is of the newer kind, which has no list of layers."""
     with reading(path), opened_h5(path, Budget(path)) as file:
@@ -235,11 +286,7 @@ def is_weights(path: Path) -> bool:
 
 def _weights_of(file: Any, budget: Budget) -> dict[str, Any]:
     """The arrays of a model, without its optimizer's."""
-    return {
-        name: tree_of(node_at(file, name, budget.path), budget, name)
-        for name in file
-        if name != "optimizer"
-    }
+    return tree_of(file, budget, without="optimizer")
 
 
 def load_weight_shards(path: Path, how: Reading) -> Model:
@@ -275,7 +322,7 @@ def load_weight_shards(path: Path, how: Reading) -> Model:
             for part in parts:
                 node = node.setdefault(part, {})
             node |= held
-        return Model(None, {"params": _pruned(out)})
+        return Model(None, {"params": _pruned(_io.under(out, how.key, path))})
 
 
 def _stores(layers: list[Layer]) -> Iterator[tuple[str, str, dict[str, np.ndarray]]]:
@@ -305,7 +352,6 @@ def _put(group: Any, name: str, value: np.ndarray) -> None:
         raise refuse(f"{group.name}/{name}", f"dtype {value.dtype}: Keras has no way to write it")
     else:
         group.create_dataset(name, data=value)
-    progress(value.nbytes)
 
 
 def save_weights(file: Any, module: Any, variables: Any, layout: str | None) -> None:
@@ -339,6 +385,7 @@ def save_weight_shards(folder: Path, module: Any, variables: Any, shard_bytes: i
             for index, value in held.items():
                 _put(made, index, value)
             room -= size
+            progress(size)
             if held:
                 where[f"/{group}"] = [name]
     finally:
@@ -355,6 +402,8 @@ def save_weight_shards(folder: Path, module: Any, variables: Any, shard_bytes: i
 def load_legacy(path: Path, how: Reading) -> Model:
     """An .h5 file of Keras 2 or 3: a model, or weights only under the file's own names."""
     budget = Budget(path, how.max_bytes)
+    if how.key is not None:
+        raise FileFormatError(f"{path}: key={how.key!r}: it holds one model only")
     with reading(path), opened_h5(path, budget) as file:
         config = legacy_config(file, budget)
         held = _legacy_arrays(file, budget)
@@ -374,27 +423,13 @@ def fill_from_legacy(layers: list[Layer], path: Path, how: Reading) -> None:
         fill_legacy(layers, _legacy_arrays(file, budget), path)
 
 
-def config_in(path: Path) -> Any:
-    """The config of the model in a file of Keras, or None."""
-    if zipfile.is_zipfile(path):
-        with reading(path), opened(path) as archive:
-            if "config.json" not in archive.namelist():
-                return None
-            return json.loads(member(archive, "config.json", Budget(path)))
-    if path.is_file() and h5py.is_hdf5(path):
-        budget = Budget(path)
-        with reading(path), opened_h5(path, budget) as file:
-            return legacy_config(file, budget)
-    return None
-
-
 def legacy_config(file: Any, budget: Budget) -> Any:
     """The config of the model in an .h5 file as Keras 3 has it, or None."""
     text = attribute(file, "model_config", budget)
     if text is None:
         return None
     version = _text(attribute(file, "keras_version", budget)) or "2"
-    return modern(json.loads(_text(text)), version)
+    return modern(budget.parsed(_text(text), "model_config"), version)
 
 
 def _legacy_arrays(file: Any, budget: Budget) -> dict[str, list[tuple[str, np.ndarray]]]:
@@ -469,10 +504,10 @@ def modern(config: Any, version: str) -> Any:
     if not isinstance(config, dict):
         return config
     kind, own = config.get("class_name"), config.get("config")
-    out = {k: modern(v, version) for k, v in config.items()}
     if kind == "Sequential" and isinstance(own, list):  # before 2.2.3
         own = {"name": "sequential", "layers": own}
-        out["config"] = modern(own, version)
+        config = {**config, "config": own}
+    out = {k: modern(v, version) for k, v in config.items()}
     if kind == "Model":
         out["class_name"] = "Functional"
     if isinstance(kind, str) and isinstance(own, dict):

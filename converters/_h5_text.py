@@ -6,13 +6,18 @@ or crash, which no exception tells. Everything else of a file it checks.
 Source: "HDF5 File Format Specification", III.E and IV.A.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 _CONTINUED, _ATTRIBUTE = 0x10, 0x0C
 
 
-def texts(raw: Any, address: int, name: str, count: int) -> list[bytes]:
+Heaps = dict[int, dict[int, tuple[int, int]]]
+
+
+def texts(
+    raw: Any, address: int, name: str, count: int, spend: Callable[[int], None]
+) -> list[bytes]:
     """The texts of an attribute of the object at an address.
 
     Args:
@@ -20,6 +25,7 @@ def texts(raw: Any, address: int, name: str, count: int) -> list[bytes]:
         address: of the object's header.
         name: of the attribute.
         count: how many texts it has.
+        spend: is told how many bytes they take, before they are copied.
 
     Raises:
         ValueError: for a header or heap that is broken, or of a kind that Keras never wrote.
@@ -37,7 +43,8 @@ def texts(raw: Any, address: int, name: str, count: int) -> list[bytes]:
             at += size + (-size % 8 if version == 1 else 0)
         if at + 16 * count > end:
             raise ValueError(f"the attribute {name} ends before its texts")
-        return [_text(raw, at + 16 * i) for i in range(count)]
+        heaps: Heaps = {}
+        return [_text(raw, at + 16 * i, heaps, spend) for i in range(count)]
     raise ValueError(f"the attribute {name} is stored in a way that is not read")
 
 
@@ -76,25 +83,38 @@ def _messages(raw: Any, address: int) -> Iterator[tuple[int, int, int]]:
             at = start + size
 
 
-def _text(raw: Any, at: int) -> bytes:
+def _text(raw: Any, at: int, heaps: Heaps, spend: Callable[[int], None]) -> bytes:
     """A text: its length, and the address of a heap and the number of an object in it."""
     length, heap, wanted = _number(raw, at, 4), _number(raw, at + 4, 8), _number(raw, at + 12, 4)
     if length == 0:
         return b""
+    if heap not in heaps:
+        if len(heaps) > 1_000:
+            raise ValueError("its texts are in too many heaps")
+        heaps[heap] = _objects(raw, heap)
+    if wanted not in heaps[heap]:
+        raise ValueError("a text is not in its heap")
+    start, size = heaps[heap][wanted]
+    if length > size or start + length > len(raw):
+        raise ValueError("a text is longer than its place in the heap")
+    spend(length)
+    return bytes(raw[start : start + length])
+
+
+def _objects(raw: Any, heap: int) -> dict[int, tuple[int, int]]:
+    """The number, start and size of each object of a heap."""
     if bytes(raw[heap : heap + 4]) != b"GCOL":
         raise ValueError("a text is in no heap")
-    end = heap + _number(raw, heap + 8, 8)
+    out: dict[int, tuple[int, int]] = {}
+    end = min(heap + _number(raw, heap + 8, 8), len(raw))
     here = heap + 16
-    while here + 16 <= min(end, len(raw)):
+    while here + 16 <= end:
         index, size = _number(raw, here, 2), _number(raw, here + 8, 8)
-        if index == wanted:
-            if length > size or here + 16 + length > len(raw):
-                raise ValueError("a text is longer than its place in the heap")
-            return bytes(raw[here + 16 : here + 16 + length])
         if index == 0:
             break
+        out.setdefault(index, (here + 16, size))
         here += 16 + size + -size % 8
-    raise ValueError("a text is not in its heap")
+    return out
 
 
 def _number(raw: Any, at: int, width: int) -> int:

@@ -6,9 +6,9 @@ import dataclasses
 import itertools
 import json
 import os
+import secrets
 import shutil
 import stat
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -66,15 +66,24 @@ def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
     with _writing(path) as (target, leave):
         if target.is_dir():
             raise FileFormatError(f"{path}: a directory is in the way")
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=".fwt-")
+        if target.exists() and not target.is_file():
+            raise FileFormatError(f"{path}: something that is no file is in the way")
+        name = _beside(target)
+        # The kernel takes the umask off, as it does for any new file.
+        handle = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         leave(name)
         with os.fdopen(handle, "wb") as file:
-            write(_Counted(file))
+            write(Counted(file))
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(name, _mode(target))
+        with contextlib.suppress(FileNotFoundError):
+            os.chmod(name, target.stat().st_mode & 0o777)
         os.replace(name, target)
         _sync(target.parent)
+
+
+def _beside(target: Path) -> str:
+    return str(target.parent / f".fwt-{secrets.token_hex(8)}")
 
 
 def write_folder_atomically(
@@ -90,18 +99,22 @@ def write_folder_atomically(
             raise FileFormatError(
                 f"{path}: a folder with other things is in the way: remove it, or write elsewhere"
             )
-        temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=".fwt-"))
+        temporary = Path(_beside(target))
+        os.mkdir(temporary)
         leave(str(temporary))
         write(temporary)
-        os.chmod(temporary, target.stat().st_mode & 0o777 if there else 0o777 & ~_umask())
+        if there:
+            os.chmod(temporary, target.stat().st_mode & 0o777)
         for folder, _, names in os.walk(temporary):
             for name in names:
                 _sync(Path(folder) / name)
             _sync(Path(folder))
-        if there and any(target.iterdir()):
-            _exchange(temporary, target)  # what was there is now what is left to remove
-        else:
+        try:
             os.replace(temporary, target)
+        except OSError:  # it is not empty, or has come to be
+            if not target.is_dir() or not known(target):
+                raise
+            _exchange(temporary, target)  # what was there is now what is left to remove
         _sync(target.parent)
 
 
@@ -124,7 +137,7 @@ def _writing(path: Path) -> Iterator[tuple[Path, Callable[[str], None]]]:
                     os.unlink(name)
 
 
-class _Counted:
+class Counted:
     """A file that tells how much was written."""
 
     def __init__(self, file: Any):
@@ -158,19 +171,6 @@ def _exchange(one: Path, other: Path) -> None:
         raise FileFormatError(
             f"{other}: this system can't replace a folder in one step: remove it first"
         )
-
-
-def _mode(path: Path) -> int:
-    """The permissions of the file that is replaced, or of any new file."""
-    with contextlib.suppress(FileNotFoundError):
-        return path.stat().st_mode & 0o777
-    return 0o666 & ~_umask()
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def folder_files(path: Path) -> list[Path]:
@@ -227,6 +227,12 @@ class Budget:
             )
         self.left += size  # what stands in it may be read out of it
 
+    def parsed(self, data: bytes | bytearray | str, what: str) -> Any:
+        """JSON, whose values may take more memory than its text."""
+        text = data if isinstance(data, str) else bytes(data).decode()
+        self.spend(what, 160 * sum(text.count(mark) for mark in "[{,"))
+        return json.loads(text)
+
 
 def half_of_memory() -> int:
     try:
@@ -238,12 +244,30 @@ def half_of_memory() -> int:
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[zipfile.ZipFile]:
     """A zip archive that names each member once."""
+    # What lists the members becomes some twenty times as large in memory.
+    Budget(path).spend("its list of members", 20 * _size_of_list(path))
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         if len(set(names)) < len(names):
             twice = next(n for n, following in itertools.pairwise(sorted(names)) if n == following)
             raise FileFormatError(f"{path}: two members are named {twice!r}")
         yield archive
+
+
+def _size_of_list(path: Path) -> int:
+    """The size of a zip archive's directory, as its end declares it."""
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 66_000, 0))
+        tail = file.read()
+    end = tail.rfind(b"PK\5\6")
+    if end < 0:
+        raise ValueError("File is not a zip file")
+    found = int.from_bytes(tail[end + 12 : end + 16], "little")
+    larger = tail.rfind(b"PK\6\6")
+    if found == 0xFFFFFFFF and larger >= 0:
+        found = int.from_bytes(tail[larger + 40 : larger + 48], "little")
+    return min(found, size)
 
 
 def member(archive: zipfile.ZipFile, name: str, budget: Budget) -> bytearray:
@@ -323,10 +347,11 @@ def write_array(file: Any, value: np.ndarray) -> None:
 
 
 def read_json(path: Path, limit: int = 100_000_000) -> Any:
-    """A JSON file of at most so many bytes, and without deep nests."""
-    if path.stat().st_size > limit:
+    """A JSON file of at most so many bytes."""
+    size = path.stat().st_size
+    if size > limit:
         raise FileFormatError(f"{path}: more than {limit:,} bytes of JSON")
-    return json.loads(path.read_bytes())
+    return Budget(path).parsed(path.read_bytes(), "its JSON")
 
 
 def sibling(path: Path, name: Any) -> Path:
@@ -358,12 +383,30 @@ def arrays(collection: str, tree: Any) -> dict[str, np.ndarray]:
             place = f"{collection}{jax.tree_util.keystr(keys)}"
             raise ConversionError(f"{place}: {leaf!r:.60} is no array, so it can't be written")
     leaves = _tree.Tree({"params": tree}).leaves
-    return {p: _little(np.asarray(x, order="C")) for p, x in leaves.items()}
+    for path in leaves:
+        parts = parts_of_path(path)
+        try:
+            fine = 0 < len(parts) < _DEPTH and all(p and p.encode() for p in parts)
+        except UnicodeEncodeError:
+            fine = False
+        if not fine:
+            raise ConversionError(f"{collection}: {path!r:.80} can't be a name in a file")
+    order = {path: i for i, path in enumerate(_in_order(tree))}
+    ordered = sorted(leaves, key=lambda p: order.get(p, 0))  # a file keeps the order of the tree
+    return {p: native(np.asarray(leaves[p], order="C")) for p in ordered}
 
 
-def _little(value: np.ndarray) -> np.ndarray:
-    swapped = value.dtype.newbyteorder("<")
-    return value if value.dtype == swapped else value.astype(swapped)
+def _in_order(tree: Any, inside: tuple[str, ...] = ()) -> Iterator[str]:
+    if not isinstance(tree, Mapping):
+        yield "/".join(_tree.escape(p) for p in inside)
+        return
+    for name, value in tree.items():
+        yield from _in_order(value, (*inside, str(name)))
+
+
+def native(value: np.ndarray) -> np.ndarray:
+    """The array in this machine's order of bytes, which is that of every format here."""
+    return value if value.dtype.isnative else value.astype(value.dtype.newbyteorder("="))
 
 
 def dtype_of(name: str) -> np.dtype:
@@ -385,7 +428,18 @@ def slashed(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
     }
 
 
+_DEPTH = 64
 TORCH_STATS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def same_names(variables: Mapping[str, Any], path: Path) -> dict[str, np.ndarray] | None:
+    """All arrays under names joined by dots, or None where a reader would find another tree."""
+    with contextlib.suppress(ConversionError):
+        names = dotted(variables)
+        again = _tree.Tree({"params": nested(names, ".", path)}).leaves
+        if again.keys() == _tree.Tree({"params": variables}).leaves.keys():
+            return names
+    return None
 
 
 def nested(flat: Mapping[str, np.ndarray], separator: str, path: Path) -> dict[str, Any]:
@@ -393,6 +447,8 @@ def nested(flat: Mapping[str, np.ndarray], separator: str, path: Path) -> dict[s
     statistics of torch's BatchNorm batch_stats."""
     out: dict[str, Any] = {}
     for name, value in flat.items():
+        if name.count(separator) >= _DEPTH:
+            raise FileFormatError(f"{path}: a name of more than {_DEPTH} parts, {name:.40}...")
         if separator == "/":
             parts = parts_of_path(name)
         else:
@@ -419,6 +475,11 @@ def under(tree: Any, key: str | None, path: Path) -> Any:
     return tree
 
 
+def is_numeric(dtype: np.dtype) -> bool:
+    """Whether a dtype is one of weights: numbers, bool, bfloat16 and the like."""
+    return dtype.kind in "biufc" or hasattr(ml_dtypes, dtype.name)
+
+
 def as_variables(tree: Any, path: Path) -> dict[str, Any]:
     """A tree of dicts and arrays as variables: as it is if it has params, else as params."""
     _check_leaves(tree, path, (), 0)
@@ -428,14 +489,14 @@ def as_variables(tree: Any, path: Path) -> dict[str, Any]:
 
 
 def _check_leaves(node: Any, path: Path, place: tuple[str, ...], depth: int) -> None:
-    if isinstance(node, Mapping) and depth < 64:
+    if isinstance(node, Mapping) and depth < _DEPTH:
         for name, value in node.items():
             if not isinstance(name, str) or not name:
                 raise FileFormatError(f"{path}: {'/'.join(place)} has an entry named {name!r}")
             _check_leaves(value, path, (*place, name), depth + 1)
-    elif not isinstance(node, np.ndarray | jax.Array):
+    elif not isinstance(node, np.ndarray | jax.Array) or not is_numeric(node.dtype):
         where = "/".join(place)
         raise FileFormatError(
-            f"{path}: {where or 'it'} is a {type(node).__name__}, no array; key= picks a part of "
-            f"the file, such as key={place[0] if place else 'params'!r}"
+            f"{path}: {where or 'it'} is a {type(node).__name__}, no array of numbers; key= picks "
+            f"a part of the file, such as key={place[0] if place else 'params'!r}"
         )

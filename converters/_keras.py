@@ -91,7 +91,14 @@ def from_keras(model: Any, layout: Layout = "channels_last") -> Model:
             f"{model.name} has no weights yet: build it, model.build((None, ...)), or give it a "
             "keras.Input"
         )
-    layers, shape = _keras_file.keras_layers(config_of(model), model.name)
+    layers, shape = layers_of(model)
+    new, found = _convert.convert(layers, "keras", "flax", shape, layout)
+    return _flax.write_flax(new, found)
+
+
+def layers_of(model: Any) -> tuple[list[Layer], Any]:
+    """The layers of a live model with their arrays, and its input shape."""
+    layers, shape = _keras_file.keras_layers(_config(model), model.name)
     for layer in layers:
         if layer.fused:
             continue
@@ -99,8 +106,7 @@ def from_keras(model: Any, layout: Layout = "channels_last") -> Model:
         for part in parts_of(layer.name):
             live = live.get_layer(part)
         _fill(layer, live)
-    new, found = _convert.convert(layers, "keras", "flax", shape, layout)
-    return _flax.write_flax(new, found)
+    return layers, shape
 
 
 def _fill(layer: Layer, live: Any) -> None:
@@ -117,7 +123,7 @@ def _fill(layer: Layer, live: Any) -> None:
         _fill(part, getattr(live, role))
 
 
-def config_of(model: Any) -> dict[str, Any]:
+def _config(model: Any) -> dict[str, Any]:
     """As ``keras.saving.serialize_keras_object`` has it, but for known classes only."""
     if not isinstance(model, keras.Sequential):
         for layer in model.layers:
@@ -127,7 +133,7 @@ def config_of(model: Any) -> dict[str, Any]:
     for layer in model.layers:
         _check_known(layer)
         inside = isinstance(layer, keras.Sequential)
-        entry = config_of(layer) if inside else keras.saving.serialize_keras_object(layer)
+        entry = _config(layer) if inside else keras.saving.serialize_keras_object(layer)
         if inside:
             entry["config"]["name"] = layer.name
         entries.append(entry)

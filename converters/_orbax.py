@@ -13,7 +13,8 @@ from fwt.converters import _architecture, _io
 from fwt.converters._io import Budget, Reading, progress, reading
 from fwt.converters._row import refuse
 
-from fwt._types import FileFormatError, Model
+from fwt import _tree
+from fwt._types import ConversionError, FileFormatError, Model
 
 _OURS = "fwt.json"  # the architecture, and the arrays of size zero, which Orbax can't hold
 MARKERS = ("_METADATA", "manifest.ocdbt", "_CHECKPOINT_METADATA")
@@ -22,6 +23,15 @@ MARKERS = ("_METADATA", "manifest.ocdbt", "_CHECKPOINT_METADATA")
 def is_orbax(path: Path) -> bool:
     """Whether a folder is a checkpoint, or one of items such as ``default`` or ``state``."""
     return any((path / name).exists() for name in MARKERS)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a folder is one checkpoint and holds nothing else."""
+    own = {*MARKERS, _OURS, "commit_success.txt", "_sharding", "array_metadatas", "d"}
+    names = {p.name for p in path.iterdir()}
+    return {"_METADATA", "manifest.ocdbt"} <= names and all(
+        n in own or n.startswith("ocdbt.process_") for n in names
+    )
 
 
 def load_orbax(path: Path, how: Reading) -> Model:
@@ -44,9 +54,10 @@ def load_orbax(path: Path, how: Reading) -> Model:
             node = tree
             for part in parents:
                 node = node.setdefault(part, {})
-            node[last] = np.zeros(shape, _io.dtype_of(dtype))
-            if node[last].size:
-                raise FileFormatError(f"{path}: {name} of {shape} is said to be empty")
+            kind = _io.dtype_of(dtype)
+            if 0 not in shape or not _io.is_numeric(kind):
+                raise FileFormatError(f"{path}: {name}, {dtype}{shape}, is said to be empty")
+            node[last] = np.zeros(shape, kind)
         variables = _io.as_variables(tree, path)
         if ours["module"] is None:
             return Model(None, variables)
@@ -60,10 +71,17 @@ def _item(path: Path, key: str | None) -> tuple[Path, str | None]:
         return path / first, rest or None
     if len(items) == 1:
         return path / items[0], key
-    steps = sorted(p.name for p in path.iterdir() if p.is_dir() and is_orbax(p))
+    steps = sorted(
+        (p.name for p in path.iterdir() if p.is_dir() and is_orbax(p)), key=_tree.natural
+    )
+    if first in steps and not items:
+        inner = path / first
+        return (
+            (inner, rest or None) if (inner / "_METADATA").exists() else _item(inner, rest or None)
+        )
     found = f"the items {', '.join(items)}: key= names one" if items else "no item with arrays"
     if steps and not items:
-        found = f"the steps {', '.join(steps)}: give the folder of one"
+        found = f"the steps {', '.join(steps)}: give the folder of one, or key="
     raise FileFormatError(f"{path}: {found}")
 
 
@@ -86,11 +104,21 @@ def _restored(folder: Path, budget: Budget, key: str | None, path: Path, shardin
             raise FileFormatError(f"{path}: {place} has the shape {leaf.shape}")
         size = int(np.prod(leaf.shape, dtype=object)) * np.dtype(leaf.dtype).itemsize
         budget.expand(place, None, size)
+        # A piece is decompressed whole, however little of it is wanted.
+        piece = getattr(getattr(leaf, "storage", None), "chunk_shape", None) or ()
+        width = np.dtype(leaf.dtype).itemsize
+        budget.expand(f"a piece of {place}", None, int(np.prod(piece, dtype=object)) * width)
     if shardings is None:
         kinds = jax.tree.map(
             lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree, is_leaf=_is_leaf
         )
     else:
+        for keys, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)[0]:
+            if np.dtype(leaf.dtype) != jax.dtypes.canonicalize_dtype(leaf.dtype):
+                raise FileFormatError(
+                    f"{path}: {jax.tree_util.keystr(keys)} is {leaf.dtype}, which JAX would cut to "
+                    "32 bits: jax.enable_x64, or leave out shardings="
+                )
         one = isinstance(shardings, jax.sharding.Sharding)
         each = jax.tree.map(lambda _: shardings, tree, is_leaf=_is_leaf) if one else shardings
         kinds = jax.tree.map(
@@ -128,6 +156,12 @@ def save_orbax(folder: Path, module: Any, variables: Any) -> None:
         if value.dtype.hasobject or value.dtype.names:
             raise refuse(name, f"dtype {value.dtype} can't be written to Orbax")
     empty = {n: [list(v.shape), v.dtype.name] for n, v in flat.items() if v.size == 0}
+    joined = [".".join(_io.parts_of_path(n)) for n in flat]
+    if len(set(joined)) < len(joined):
+        twice = next(n for n in joined if joined.count(n) > 1)
+        raise ConversionError(f"two arrays would be named {twice!r} in Orbax: rename one of them")
+    if len(empty) == len(flat):
+        raise ConversionError("Orbax holds no tree without values: save it as .npz or .safetensors")
     tree: dict[str, Any] = {}
     for name, value in flat.items():
         if name not in empty:
@@ -148,10 +182,12 @@ def save_orbax(folder: Path, module: Any, variables: Any) -> None:
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
     """Without Orbax's remarks on its own doings."""
-    logger = logging.getLogger("absl")
-    before = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio", "orbax")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
     try:
         yield
     finally:
-        logger.setLevel(before)
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)

@@ -33,7 +33,7 @@ def load_npz(path: Path, how: Reading) -> Model:
     with reading(path), opened(path) as archive:
         budget = Budget(path, how.max_bytes)
         names = archive.namelist()
-        told = json.loads(member(archive, _OURS, budget)) if _OURS in names else None
+        told = budget.parsed(member(archive, _OURS, budget), _OURS) if _OURS in names else None
         dtypes = told["dtypes"] if told else {}
         flat = {}
         for name in names:
@@ -44,6 +44,8 @@ def load_npz(path: Path, how: Reading) -> Model:
             stem = name.removesuffix(".npy")
             flat[stem] = _npy(member(archive, name, budget), stem, dtypes.get(stem), path)
         if told:
+            if how.key is not None:
+                raise FileFormatError(f"{path}: key={how.key!r}: it holds one model only")
             variables = nested(flat, "/", path)
             if told["module"] is not None:
                 return _architecture.described(json.dumps(told), variables, path)
@@ -57,7 +59,7 @@ def load_npz(path: Path, how: Reading) -> Model:
 
 
 def _npy(data: bytearray, name: str, told: str | None, path: Path) -> np.ndarray:
-    stream = io.BytesIO(data)
+    stream = io.BytesIO(data[:70_000])  # the header, which is at most 64 kB
     version = npy.read_magic(stream)
     read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
     if read is None:
@@ -78,7 +80,7 @@ def _npy(data: bytearray, name: str, told: str | None, path: Path) -> np.ndarray
         )
     flat = np.frombuffer(data, dtype, count, start)
     value = flat.reshape(shape[::-1]).T if fortran else flat.reshape(shape)
-    return np.array(value, order="C")
+    return _io.native(np.ascontiguousarray(value).reshape(shape))
 
 
 def _extended(told: str, dtype: np.dtype, name: str, path: Path) -> np.dtype:
@@ -98,6 +100,8 @@ def save_npz(file: Any, module: Any, variables: Any, layout: str | None) -> None
     told = {**json.loads(_architecture.description(module)), "dtypes": dtypes}
     with zipfile.ZipFile(file, "w") as archive:
         for name, value in flat.items():
+            if "\0" in name:
+                raise refuse(name, "a name with a zero byte, which no archive holds")
             if name in dtypes:
                 value = value.view(f"V{value.dtype.itemsize}")
             header = io.BytesIO()
@@ -116,22 +120,24 @@ def load_msgpack(path: Path, how: Reading) -> Model:
         budget.spend("the file", path.stat().st_size)
         data = path.read_bytes()
         progress(len(data))
-        tree = _io.under(_tree_of(_unpacked(data, path), path), how.key, path)
+        tree = _io.under(_tree_of(_unpacked(data, path, budget), path), how.key, path)
         return Model(None, _io.as_variables(tree, path))
 
 
-def _unpacked(data: bytes, path: Path) -> Any:
-    _check_msgpack(data, path)
+def _unpacked(data: bytes, path: Path, budget: Budget) -> Any:
+    budget.spend("its entries", 128 * _check_msgpack(data, path))
 
     def extension(code: int, inside: bytes) -> Any:
         if code not in (1, 3):  # an array, a NumPy scalar
             raise FileFormatError(f"{path}: the msgpack extension {code} is no array")
         _check_msgpack(inside, path)
         shape, name, buffer = msgpack.unpackb(inside, raw=True)
+        if not all(isinstance(n, int) and n >= 0 for n in shape):
+            raise FileFormatError(f"{path}: an array of the shape {shape!r:.60}")
         value = np.frombuffer(buffer, dtype_of(name.decode())).reshape(tuple(shape))
-        if value.dtype.kind not in "biufcV" or value.dtype.names or value.dtype.hasobject:
+        if not _io.is_numeric(value.dtype):
             raise FileFormatError(f"{path}: an array of dtype {value.dtype}")
-        return np.array(value)
+        return _io.native(np.array(value))
 
     return msgpack.unpackb(data, ext_hook=extension, raw=False, strict_map_key=True)
 
@@ -145,6 +151,8 @@ def _tree_of(node: Any, path: Path) -> Any:
     if "__msgpack_chunked_array__" not in node:
         return {k: _tree_of(v, path) for k, v in node.items()}
     shape, chunks = (list(node[k].values()) for k in ("shape", "chunks"))
+    if not all(isinstance(c, np.ndarray) for c in chunks):
+        raise FileFormatError(f"{path}: a piece of a large array is no array")
     return np.concatenate([np.ravel(c) for c in chunks]).reshape(shape)
 
 
@@ -157,14 +165,16 @@ _SIZED = {0xC4: (1, 0), 0xC5: (2, 0), 0xC6: (4, 0), 0xC7: (1, 1), 0xC8: (2, 1), 
 _MANY = {0xDC: (2, 1), 0xDD: (4, 1), 0xDE: (2, 2), 0xDF: (4, 2)}
 
 
-def _check_msgpack(data: bytes, path: Path) -> None:
-    """Goes over the headers, so that no declared length is more than the file can hold."""
-    at, wanted, depth = 0, [1], 0
+def _check_msgpack(data: bytes, path: Path) -> int:
+    """Goes over the headers, so that no declared length is more than the file can hold, and counts
+    the entries."""
+    at, wanted, depth, entries = 0, [1], 0, 0
     while wanted:
         if wanted[-1] == 0:
             wanted.pop()
             continue
         wanted[-1] -= 1
+        entries += 1
         if at >= len(data):
             raise FileFormatError(f"{path}: it is truncated")
         code, at = data[at], at + 1
@@ -190,6 +200,7 @@ def _check_msgpack(data: bytes, path: Path) -> None:
             wanted.append(count)
     if at != len(data):
         raise FileFormatError(f"{path}: {len(data) - at} bytes stand behind its end")
+    return entries
 
 
 def save_msgpack(file: Any, module: Any, variables: Any, layout: str | None) -> None:

@@ -4,7 +4,6 @@ The package checks the file; the tensors are then read at the offsets that it fo
 its NumPy side lacks the 8-bit floats.
 """
 
-import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,7 +14,6 @@ from fwt.converters import _architecture, _io
 from fwt.converters._io import Budget, Reading, dtype_of, nested, reading
 from fwt.converters._row import refuse
 
-from fwt import _tree
 from fwt._types import ConversionError, FileFormatError, Model
 
 DTYPES = {
@@ -42,7 +40,7 @@ def load_safetensors(path: Path, how: Reading) -> Model:
     with reading(path):
         budget = Budget(path, how.max_bytes)
         flat, metadata = _read(path, budget)
-        return _model(flat, metadata, path)
+        return _model(flat, metadata, path, how)
 
 
 def load_sharded(path: Path, how: Reading) -> Model:
@@ -63,17 +61,22 @@ def load_sharded(path: Path, how: Reading) -> Model:
                 name = sorted(wanted ^ set(held))[0]
                 raise FileFormatError(f"{path}: {name} stands in one of the index and {shard} only")
             flat |= held
-        return _model({name: flat[name] for name in where}, metadata, path)
+        return _model({name: flat[name] for name in where}, metadata, path, how)
 
 
 def _read(path: Path, budget: Budget | None) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     from safetensors import safe_open
 
     budget = budget or Budget(path)
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > min(path.stat().st_size, 100_000_000):
+            raise FileFormatError(f"{path}: its header declares {size:,} bytes")
+        text = file.read(size)
+        budget.parsed(text, "its header")
     with safe_open(path, framework="numpy") as checked, open(path, "rb") as file:
         metadata = checked.metadata() or {}
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size), object_pairs_hook=_once)
+        header = json.loads(text, object_pairs_hook=_once)
         out = {}
         for name in checked.keys():  # noqa: SIM118 - it is no mapping
             entry = header[name]
@@ -100,23 +103,21 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return out
 
 
-def _model(flat: dict[str, np.ndarray], metadata: Mapping[str, str], path: Path) -> Model:
+def _model(
+    flat: dict[str, np.ndarray], metadata: Mapping[str, str], path: Path, how: Reading
+) -> Model:
+    if how.key is not None:
+        raise FileFormatError(f"{path}: key={how.key!r}: it holds one set of weights only")
     if "fwt" not in metadata:
         return Model(None, nested(flat, ".", path))
+    Budget(path).parsed(metadata["fwt"], "its architecture")
     return _architecture.described(metadata["fwt"], nested(flat, "/", path), path)
 
 
 def _named(module: Any, variables: Any) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """The tensors and metadata of a file: with the architecture, or under the names that the
     weights came with."""
-    tensors = None
-    if module is None:
-        with contextlib.suppress(ConversionError, FileFormatError):
-            names = _io.dotted(variables)
-            # Only where a reader finds the same tree again.
-            again = _tree.Tree({"params": nested(names, ".", Path())}).leaves
-            same = again.keys() == _tree.Tree({"params": variables}).leaves.keys()
-            tensors = names if same else None
+    tensors = _io.same_names(variables, Path()) if module is None else None
     metadata = {"format": "np"}
     if tensors is None:
         metadata["fwt"] = _architecture.description(module)
@@ -148,7 +149,7 @@ def save_sharded(folder: Path, module: Any, variables: Any, shard_bytes: int) ->
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         with open(folder / name, "wb") as file:
-            _write(file, shard, {"format": "np"})
+            _write(_io.Counted(file), shard, {"format": "np"})
         where |= dict.fromkeys(shard, name)
     total = {"total_size": sum(leaf.nbytes for leaf in tensors.values())}
     index = {"metadata": {**total, **metadata}, "weight_map": where}

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 from fwt.converters import _convert, _flax, _io
-from fwt.converters._io import Budget, Reading, dotted, dtype_of, member, nested, opened, reading
+from fwt.converters._io import Budget, Reading, dtype_of, member, nested, opened, reading
 from fwt.converters._row import Layer, parts_of, refuse
 from fwt.converters._torch_layers import fold_torch
 
-from fwt._types import FileFormatError, Model
+from fwt._types import ConversionError, FileFormatError, Model
 
 _STORAGES = {
     "FloatStorage": "float32",
@@ -102,7 +102,7 @@ def load_torch(path: Path, how: Reading) -> Model:
                 if order != b"little":
                     raise FileFormatError(f"{path}: byte order {order!r}, only little is read")
             pickled = bytes(member(archive, names[0], budget))
-            _check_pickle(pickled, path)
+            _check_pickle(pickled, path, budget)
             loaded = _Unpickler(io.BytesIO(pickled), archive, stem, budget).load()
         flat = _state(_io.under(loaded, how.key, path), path)
         variables = nested(folded(flat, path) if how.fold else flat, ".", path)
@@ -176,9 +176,9 @@ def folded(flat: dict[str, np.ndarray], path: Path) -> dict[str, np.ndarray]:
             target, value = stem, None
             if set(parts) == {"orig", "mask"} and parts["mask"].shape == parts["orig"].shape:
                 value = parts["orig"] * parts["mask"].astype(parts["orig"].dtype)
-            elif set(parts) == {"g", "v"}:
+            elif set(parts) == {"g", "v"} and "weight" in stem.rpartition(".")[2]:
                 value = _weight_norm(parts["g"], parts["v"])
-            elif set(parts) == {"orig", "u", "v"}:
+            elif set(parts) == {"orig", "u", "v"} and "weight" in stem.rpartition(".")[2]:
                 value = _spectral_norm(parts["orig"], parts["u"], parts["v"])
                 if value is None:
                     raise FileFormatError(
@@ -210,6 +210,8 @@ def _weight_norm(g: np.ndarray, v: np.ndarray) -> np.ndarray | None:
     if g.ndim != v.ndim or any(a not in (1, b) for a, b in zip(g.shape, v.shape, strict=True)):
         return None
     axes = tuple(i for i, n in enumerate(g.shape) if n == 1)
+    if len(axes) < g.ndim - 1:
+        return None  # weight_norm keeps one axis
     wide = v.astype(np.float32) if v.dtype.itemsize < 4 else v
     size = np.sqrt(np.sum(wide * wide, axis=axes, keepdims=True))
     return (wide * (g.astype(wide.dtype) / size)).astype(v.dtype)
@@ -226,20 +228,21 @@ def _spectral_norm(w: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray | 
     return (w / sigma).astype(w.dtype)
 
 
-def _check_pickle(pickled: bytes, path: Path) -> None:
+def _check_pickle(pickled: bytes, path: Path, budget: Budget) -> None:
     """Refuses opcodes that build more than plain data, and values that are small in the file and
     large when they are gone over, such as tuples of one tuple twice, of one tuple twice, ..."""
     stack: list[int | None] = []  # how much each value holds; None is a mark
     memo: dict[int, int] = {}
     limit = 1_000_000 + 64 * len(pickled)
+    made = 0
     for opcode, argument, _ in pickletools.genops(pickled):
         name = opcode.name
         if name not in _OPCODES:
             raise FileFormatError(f"{path}: the pickle opcode {name} is not allowed")
         if "PUT" in name or name == "MEMOIZE":
             index = len(memo) if name == "MEMOIZE" else int(argument or 0)
-            # A memo index is an allocation.
-            if index > len(pickled) or not stack or stack[-1] is None:
+            # A memo index is an allocation; they are given out one after the other.
+            if index > 2 * len(memo) + 1_000 or not stack or stack[-1] is None:
                 raise FileFormatError(f"{path}: a pickle memo index of {index}")
             memo[index] = stack[-1]
             continue
@@ -248,6 +251,7 @@ def _check_pickle(pickled: bytes, path: Path) -> None:
             continue
         before = list(opcode.stack_before)
         size = 1
+        made += 1
         if pickletools.markobject in before:
             while stack and (top := stack.pop()) is not None:
                 size += top
@@ -258,6 +262,8 @@ def _check_pickle(pickled: bytes, path: Path) -> None:
             raise FileFormatError(f"{path}: a value of the pickle repeats others too often")
         marks = pickletools.markobject in opcode.stack_after
         stack += [None] if marks else [size] * len(opcode.stack_after)
+        if made % 4_096 == 0:
+            budget.spend("its pickle", 64 * 4_096)  # what a value takes, about
 
 
 def _short(value: Any) -> str:
@@ -429,7 +435,14 @@ class _Unpickler(pickle.Unpickler):
 def save_torch(file: Any, module: Any, variables: Any, layout: str | None) -> None:
     """A state dict that ``torch.load(weights_only=True)`` takes."""
     if module is None:
-        state = dotted(variables)
+        _io.slashed(variables)  # which raises for what is no array
+        found = _io.same_names(variables, Path())
+        if found is None:
+            raise ConversionError(
+                "these variables would come back as another tree, since torch joins names by dots: "
+                "give the module, or save them as .safetensors"
+            )
+        state = found
     else:
         layers = _flax.read_flax(module, variables)
         new, _ = _convert.convert(

@@ -57,7 +57,7 @@ def _change(path: str, a: Any, b: Any) -> Change | None:
     if a.shape != b.shape or a.dtype != b.dtype:
         return Change(path, f"{a.dtype}{list(a.shape)} and {b.dtype}{list(b.shape)}")
     x, y = (np.ascontiguousarray(v).reshape(-1) for v in (a, b))
-    bits = (v.view(np.uint8).reshape(v.size, -1) for v in (x, y))
+    bits = (v.view(np.uint8).reshape(v.size, v.dtype.itemsize) for v in (x, y))
     differs = np.any(np.not_equal(*bits), axis=1)
     if not differs.any():
         return None
@@ -72,11 +72,14 @@ def _layers(a: Any, b: Any, inside: str = "") -> list[str]:
     if not isinstance(a, Sequential) or not isinstance(b, Sequential):
         return []
     one, other = ({n.name: n.layer for n in m.layers} for m in (a, b))
+    shapes = [m.input_shape for m in (a, b)]
     out = (
         []
         if list(one) == list(other)
         else [f"{inside or 'the model'}: {list(one)} and {list(other)}"]
     )
+    if shapes[0] != shapes[1]:
+        out.append(f"{inside or 'the model'}: input_shape {shapes[0]} and {shapes[1]}")
     for name in one:
         if name not in other or one[name] == other[name]:
             continue

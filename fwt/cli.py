@@ -8,6 +8,7 @@ import ast
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import sys
 import time
@@ -91,11 +92,13 @@ def _changed(source: Path, target: Path, t: Any, layout: str | None) -> None:
 def _load(path: Path, **how: Any) -> "Model":
     from fwt import converters
 
+    if how.get("match", "name") not in ("name", "order"):
+        raise typer.BadParameter(f"--match {how['match']}: expected name or order")
     rename = how.pop("rename", None)
     if rename:
         pairs = [text.partition("=") for text in rename]
         if not all(found for _, found, _ in pairs):
-            raise FwtError(f"--rename {rename}: expected OLD=NEW")
+            raise typer.BadParameter(f"--rename {' '.join(rename)}: expected OLD=NEW")
         how["rename"] = {old: new for old, _, new in pairs}
     with _progress(f"reading {path.name}", _size(path)):
         return converters.load(path, **how)
@@ -262,7 +265,13 @@ def diff(
         models.append(own)
     found = _diff.diff(*models)
     if as_json:
-        changes = [dataclasses.asdict(c) for c in found.changes]
+        changes = [
+            {
+                **dataclasses.asdict(c),
+                "largest": c.largest if math.isfinite(c.largest or 0) else None,
+            }
+            for c in found.changes
+        ]
         print(json.dumps({"equal": found.equal, "same": found.same, "changes": changes,
                           "layers": list(found.layers)}))  # fmt: skip
     else:

@@ -59,6 +59,14 @@ def originals(folder):
         if suffix in (".safetensors", ".npz", ".msgpack", ".pt") and not more:
             converters.save(path.with_stem(f"{name} odd"), None, odd)
             out[name].append(path.with_stem(f"{name} odd"))
+    import h5py
+
+    packed = Path(folder) / "packed.weights.h5"
+    with h5py.File(packed, "w") as file:  # in chunks, and with texts of any length
+        file.attrs["dtype"] = ["some", "texts"]
+        how = {"compression": "gzip", "shuffle": True, "fletcher32": True, "chunks": (4, 3)}
+        file.create_dataset("layers/d/vars/0", data=np.ones((9, 7), np.float32), **how)
+    out["Keras weights"].append(packed)
     packed = Path(folder) / "packed.npz"
     np.savez_compressed(packed, **{"a/b": np.ones((3, 4)), "c": np.arange(5)})
     out["NumPy"].append(packed)
@@ -181,6 +189,7 @@ def child(folder, name, start, stop):
     """Reads mutants start to stop of a format and prints an outcome for each."""
     import warnings
 
+    import fwt
     from fwt import converters
 
     warnings.simplefilter("ignore")
@@ -199,8 +208,9 @@ def child(folder, name, start, stop):
         write_mutant(original, target, rng)
         signal.alarm(SECONDS)
         try:
-            converters.load(target, max_bytes=MAX_BYTES)
-            outcome = "loaded"
+            found = converters.load(target, max_bytes=MAX_BYTES)
+            kinds = {str(v.dtype) for v in fwt.select({"params": found.variables}, "**").values()}
+            outcome = "loaded" if "object" not in kinds else f"gave {kinds}"
         except converters.FileFormatError as error:
             outcome = "refused"
             cause = error

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import OrderedDict
 
 import cases
 import flax.linen as nn
@@ -247,6 +248,109 @@ def test_a_pt_of_weights_goes_into_a_keras_model(tmp_path):
             expected = theirs.eval()(x).numpy()
         found = np.asarray(real(np.moveaxis(x.numpy(), 1, -1), training=False))
         np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def square(names):
+    return torch.nn.Sequential(OrderedDict((n, torch.nn.Linear(4, 4)) for n in names))
+
+
+def test_an_order_that_a_format_does_not_keep_is_not_guessed(tmp_path):
+    x = torch.randn(3, 4)
+    for names, kept in ((["stem", "head"], False), ([f"lin{i}" for i in range(12)], True)):
+        net = square(names)
+        model = converters.from_torch(square([str(i) for i in range(len(names))]), input_shape=(4,))
+        torch.save(net.state_dict(), tmp_path / "w.pt")
+        safetensors.torch.save_file(net.state_dict(), tmp_path / "w.safetensors")
+        converters.save(tmp_path / "again.pt", *converters.load(tmp_path / "w.pt"))
+        for name in ("w.pt", "again.pt", *(["w.safetensors"] if kept else [])):
+            found = converters.load(tmp_path / name, architecture=model, match="order")
+            expected = net(x).detach().numpy()
+            np.testing.assert_allclose(np.asarray(found(x.numpy())), expected, atol=1e-5)
+        if not kept:
+            with pytest.raises(converters.FileFormatError, match="this format sorts names"):
+                converters.load(tmp_path / "w.safetensors", architecture=model, match="order")
+    net = keras.Sequential([keras.Input((5,)), k.Dense(4), k.Dense(4), k.Dense(3)])
+    cases.randomise_keras(net)
+    np.savez(tmp_path / "list.npz", *net.get_weights())
+    found = converters.load(tmp_path / "list.npz", architecture=net, match="order")
+    same(found.variables, converters.from_keras(net).variables)
+    flat = {f"{v.path}": np.asarray(v) for v in net.weights}
+    np.savez(tmp_path / "named.npz", **{n.partition("/")[2]: v for n, v in flat.items()})
+    found = converters.load(tmp_path / "named.npz", architecture=net)
+    same(found.variables, converters.from_keras(net).variables)
+
+
+def test_names_are_told_with_their_shapes(tmp_path):
+    net = keras.Sequential(
+        [keras.Input((5, 6, 4)), k.DepthwiseConv2D(3, depth_multiplier=2, name="d")]
+    )
+    arrays = {f"d/{v.name}": np.asarray(v) for v in cases.randomise_keras(net).weights}
+    np.savez(tmp_path / "w.npz", **arrays)
+    same(
+        converters.load(tmp_path / "w.npz", architecture=net).variables,
+        converters.from_keras(net).variables,
+    )
+
+
+def test_pairs_that_only_look_like_a_weight_norm_stay(tmp_path):
+    state = {
+        "attn.proj_g": torch.randn(4, 4),
+        "attn.proj_v": torch.randn(4, 4),
+        "w.weight_g": torch.randn(4, 4),
+        "w.weight_v": torch.randn(4, 4),
+    }
+    torch.save(state, tmp_path / "w.pt")
+    assert len(fwt.paths(converters.load(tmp_path / "w.pt").variables)) == 4
+
+
+def test_what_is_asked_for_is_not_ignored(model, tmp_path):
+    for name in ("net.keras", "net.h5", "net.safetensors", "net.npz", "w.weights.h5"):
+        converters.save(tmp_path / name, *model)
+        with pytest.raises(converters.FileFormatError, match="key='nonsense'"):
+            converters.load(tmp_path / name, key="nonsense")
+    for how in ({"rename": {"a": "b"}}, {"match": "order"}):
+        with pytest.raises(converters.FileFormatError, match="by their places"):
+            converters.load(tmp_path / "w.weights.h5", architecture=model, **how)
+    for how, said in (
+        ({"match": "bogus"}, "match must be"),
+        ({"max_bytes": "1GB"}, "max_bytes='1GB'"),
+        ({"architecture": 3}, "architecture= takes a file"),
+        ({"architecture": nn.Dense(3)}, "architecture= takes a file.*found Dense"),
+    ):
+        with pytest.raises(converters.ConversionError, match=said):
+            converters.load(tmp_path / "net.npz", **how)
+    pooled = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 2))
+    with pytest.raises(converters.ConversionError, match=r"architecture=converters\.from_torch"):
+        converters.load(tmp_path / "net.npz", architecture=pooled)
+    with pytest.raises(converters.FileFormatError, match="expected the path"):
+        converters.load(None)
+
+
+def test_every_layer_of_another_shape_is_listed(tmp_path):
+    net = keras.Sequential([keras.Input((3,)), k.Dense(4), k.Dense(5), k.Dense(2)])
+    other = keras.Sequential([keras.Input((3,)), k.Dense(6), k.Dense(7), k.Dense(2)])
+    for suffix in (".keras", ".h5"):
+        other.save(tmp_path / f"other{suffix}")
+        net.save_weights(tmp_path / "w.weights.h5")
+        with pytest.raises(converters.FileFormatError) as told:
+            converters.load(tmp_path / "w.weights.h5", architecture=tmp_path / f"other{suffix}")
+        assert str(told.value).count("expected [") == 5
+
+
+def test_shardings_never_cut_bits(tmp_path):
+    tree = {"params": {"w": np.array([2**40 + 5, 3])}}
+    ocp.PyTreeCheckpointer().save(tmp_path / "o", tree)
+    with pytest.raises(converters.FileFormatError, match="cut to 32 bits"):
+        converters.load(
+            tmp_path / "o", shardings=jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        )
+
+
+def test_bytes_of_npz_in_the_other_order(tmp_path):
+    np.savez(tmp_path / "w.npz", a=np.arange(3, dtype=">f4"), b=np.asfortranarray(np.ones((2, 3))))
+    found = converters.load(tmp_path / "w.npz").variables
+    assert found["params"]["a"].dtype.isnative
+    fwt.prune(0.5, where="**")(jax.tree.map(lambda v: v.astype(np.float32), found))
 
 
 # -- Keras ------------------------------------------------------------------------------------
@@ -616,7 +720,9 @@ def test_parts_of_a_checkpoint(tmp_path):
     ocp.PyTreeCheckpointer().save(tmp_path / "t", tree)
     for path in (tmp_path / "t.msgpack", tmp_path / "t"):
         same(converters.load(path, key="model").variables, tree["model"])
-    with pytest.raises(converters.FileFormatError, match=r"step is a int, no array.*key="):
+    with pytest.raises(
+        converters.FileFormatError, match=r"step is a int, no array of numbers.*key="
+    ):
         converters.load(tmp_path / "t.msgpack")
     assert converters.load(tmp_path / "t").variables["params"]["step"] == 3
 

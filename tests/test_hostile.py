@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import zipfile
+import zlib
 
 import flax.linen as nn
 import fuzz
@@ -461,11 +462,159 @@ def test_msgpack_and_safetensors_that_lie(tmp_path):
     safetensors(b"{" * 1000)
 
 
+# -- what two readers of the code found -------------------------------------------------------
+
+
+def test_hdf5_texts_and_chunks_that_grow_are_refused(tmp_path):
+    with h5py.File(tmp_path / "t.h5", "w") as file:
+        file.attrs["layer_names"] = ["x" * 60_000] + [f"n{i}" for i in range(2_000)]
+    data = bytearray((tmp_path / "t.h5").read_bytes())
+    length = struct.pack("<I", 60_000)
+    places = [i for i in range(len(data) - 16) if data[i : i + 4] == length]
+    heaps = {i: int.from_bytes(data[i + 4 : i + 12], "little") for i in places}
+    first = next(i for i, heap in heaps.items() if data[heap : heap + 4] == b"GCOL")
+    data[first : first + 16 * 2_001] = data[first : first + 16] * 2_001
+    (tmp_path / "t.h5").write_bytes(data)
+    begun = time.time()
+    refused(tmp_path / "t.h5", "more than such a file may hold")
+    assert time.time() - begun < 5
+
+    with h5py.File(tmp_path / "c.weights.h5", "w") as file:
+        how = {"maxshape": (None,), "chunks": (1 << 24,), "compression": "gzip"}
+        file.create_dataset("layers/dense/vars/0", data=np.ones(2, np.float32), **how)
+    refused(tmp_path / "c.weights.h5", "a chunk of .* max_bytes", max_bytes=1 << 20)
+    with h5py.File(tmp_path / "d.weights.h5", "w") as file:
+        made = file.create_dataset("w", (1000,), "f4", chunks=(1000,), compression="gzip")
+        made.id.write_direct_chunk((0,), zlib.compress(bytes(1 << 24)))
+    refused(tmp_path / "d.weights.h5", "a chunk of w has another size", max_bytes=1 << 20)
+    with h5py.File(tmp_path / "l.weights.h5", "w") as file:
+        file.create_dataset("w", data=np.ones(1000), compression="lzf")
+    refused(tmp_path / "l.weights.h5", "compressed in an unknown way")
+    with h5py.File(tmp_path / "g.weights.h5", "w") as file:
+        how = {"compression": "gzip", "shuffle": True, "fletcher32": True, "chunks": (7, 3)}
+        file.create_dataset("w", data=np.arange(90.0).reshape(9, 10), **how)
+        file.create_dataset("empty", (0,))
+    found = converters.load(tmp_path / "g.weights.h5").variables["params"]
+    assert np.array_equal(found["w"], np.arange(90.0).reshape(9, 10))
+    assert found["empty"].shape == (0,)
+
+
+def test_orbax_that_grows_or_lies_is_refused(tmp_path):
+    converters.save(tmp_path / "e.orbax", None, {"params": {"a": np.ones(3), "b": np.zeros(0)}})
+    told = json.loads((tmp_path / "e.orbax" / "fwt.json").read_text())
+    for shape, dtype in (([150_000_000], "float32"), ([0], "object"), ([3, 2], "float32")):
+        told["empty"] = {"params/b": [shape, dtype]}
+        (tmp_path / "e.orbax" / "fwt.json").write_text(json.dumps(told))
+        refused(tmp_path / "e.orbax", "is said to be empty")
+
+    import orbax.checkpoint as ocp
+
+    tree = {"params": {"a": np.ones(4, np.float32)}}
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
+    handler.save(tmp_path / "z", args=ocp.args.PyTreeSave(tree))
+    handler.finalize(tmp_path / "z")
+    assert converters.load(tmp_path / "z").variables["params"]["a"].sum() == 4
+    array = tmp_path / "z" / "params.a" / ".zarray"
+    array.write_text(json.dumps({**json.loads(array.read_text()), "chunks": [400_000_000]}))
+    refused(tmp_path / "z", "a piece of .* max_bytes", max_bytes=1 << 24)
+
+
+def test_many_small_things_are_held_to_the_budget(tmp_path):
+    many = 3_000_000
+    for name, data in {
+        "x.msgpack": b"\x81\xa1a\xdd" + struct.pack(">I", many) + b"\x80" * many,
+        "x.pt": pt(b"\x80\x02(" + b"}" * many + b"t."),
+    }.items():
+        (tmp_path / name).write_bytes(data)
+        refused(tmp_path / name, "more than such a file may hold")
+    with zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", b"\x80\x02(" + b"}" * many + b"t.")
+    refused(tmp_path / "packed.pt", "more than such a file may hold")
+    config = {**DENSE, "more": [[]] * many}
+    with zipfile.ZipFile(tmp_path / "x.keras", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("config.json", json.dumps(config))
+        archive.writestr("model.weights.h5", kernel(data=np.ones((3, 2), np.float32)))
+    refused(tmp_path / "x.keras", "config.json declares .* more than such a file may hold")
+    nested = {"class_name": "Dense", "config": {"name": "d", "units": 2}}
+    for _ in range(60):
+        nested = {"class_name": "Sequential", "config": [nested]}
+    with h5py.File(tmp_path / "deep.h5", "w") as file:
+        file.attrs["model_config"], file.attrs["keras_version"] = json.dumps(nested), "2.1"
+        file.create_group("model_weights").attrs["layer_names"] = np.zeros(0)
+    begun = time.time()
+    refused(tmp_path / "deep.h5", "")
+    assert time.time() - begun < 5
+    header = json.dumps({".".join(["a"] * 50_000): {"dtype": "F32", "shape": [1],
+                                                    "data_offsets": [0, 4]}}).encode()  # fmt: skip
+    (tmp_path / "deep.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + bytes(4))
+    refused(tmp_path / "deep.safetensors", "more than 64 parts")
+
+
+def test_a_folder_with_anything_else_in_it_is_not_replaced(tmp_path):
+    tree = {"params": {"a": np.ones(2)}}
+    for name, more in (("m.orbax", {}), ("m.safetensors", {"shard_bytes": 100})):
+        converters.save(tmp_path / name, None, tree, **more)
+        converters.save(tmp_path / name, None, tree, **more)
+        (tmp_path / name / "precious.txt").write_text("x")
+        with pytest.raises(converters.FileFormatError, match="a folder with other things"):
+            converters.save(tmp_path / name, None, tree, **more)
+        assert (tmp_path / name / "precious.txt").exists()
+    (tmp_path / "run.orbax").mkdir()
+    shutil.copytree(tmp_path / "m.orbax", tmp_path / "run.orbax" / "100")
+    with pytest.raises(converters.FileFormatError, match="a folder with other things"):
+        converters.save(tmp_path / "run.orbax", None, tree)
+    os.mkfifo(tmp_path / "pipe.npz")
+    with pytest.raises(converters.FileFormatError, match="something that is no file"):
+        converters.save(tmp_path / "pipe.npz", None, tree)
+
+
+def test_what_a_file_could_not_give_back_is_not_written(tmp_path):
+    one, two = np.ones(2), np.zeros(2)
+    for suffix, tree, said in (
+        (".orbax", {"a.b": one, "a": {"b": two}}, "two arrays would be named"),
+        (".orbax", {"a": np.zeros(0)}, "no tree without values"),
+        (".pt", {"a.b": one, "a": {"b": two}}, "come back as another tree"),
+        (".npz", {"a\0b": one, "a": two}, "a zero byte"),
+        (".npz", {"a\ud800": one}, "can't be a name"),
+        (".safetensors", {"a\ud800": one}, "can't be a name"),
+        (".msgpack", {"": one}, "can't be a name"),
+    ):
+        with pytest.raises(converters.ConversionError, match=said):
+            converters.save(tmp_path / f"x{suffix}", None, {"params": tree})
+        assert not list(tmp_path.iterdir())
+    with pytest.raises(converters.ConversionError, match="can't be a name"):
+        converters.save(tmp_path / "x.npz", None, {"params": {"a": one}, "w": two})
+
+
+def test_shards_are_of_one_save(tmp_path):
+    """Read while another process replaces them."""
+    path = tmp_path / "shards.safetensors"
+    server = subprocess.Popen(
+        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    pids = []
+    for seed in (1, 2):
+        server.stdin.write(f"{path} {seed}\n")
+        server.stdin.flush()
+        pids.append(int(server.stdout.readline()))
+    while not path.exists():
+        time.sleep(0.01)
+    read = 0
+    for _ in range(60):
+        with contextlib.suppress(converters.FileFormatError):
+            read += only(path) in (1.0, 2.0)
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    server.stdin.close()
+    server.wait()
+    assert read > 5
+
+
 # -- saves ------------------------------------------------------------------------------------
 
 # One import, and a process of its own for each writer, which saves until it is killed.
 SERVER = """
-import os, signal, sys
+import os, signal, sys, traceback
 import numpy as np
 import orbax.checkpoint, safetensors
 from fwt import converters
@@ -477,8 +626,12 @@ for line in sys.stdin:
     more = {"shard_bytes": 2_000_000} if "shards" in path else {}
     pid = os.fork()
     if not pid:
-        while True:
-            converters.save(path, None, tree, **more)
+        try:
+            while True:
+                converters.save(path, None, tree, **more)
+        finally:
+            traceback.print_exc()
+            os._exit(1)
     print(pid, flush=True)
 """
 
@@ -516,7 +669,8 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path, name, kills, l
         server.stdin.flush()
         pid = int(server.stdout.readline())
         time.sleep(float(rng.uniform(0, longest)))
-        os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
         while os.path.exists(f"/proc/{pid}"):
             time.sleep(0.001)
         values.append(only(path))

@@ -787,6 +787,9 @@ def test_a_mask_is_refused_before_a_layer_that_uses_it(tmp_path):
     numbers = keras.Sequential([keras.Input((5,)), k.Embedding(9, 4, mask_zero=True), k.Dense(2)])
     given = rng.integers(0, 9, size=(3, 5)).astype(np.int32)
     close(in_flax(converters.from_keras(numbers), given), in_keras(numbers, given))
+    ends = keras.Sequential([keras.Input((5,)), k.Embedding(9, 4, mask_zero=True), k.Conv1D(3, 2),
+                             k.Flatten(), k.Dense(4), k.Softmax()])  # fmt: skip
+    close(in_flax(converters.from_keras(ends), given), in_keras(ends, given))
     users = [k.LSTM(3), k.Bidirectional(k.GRU(2)), k.Softmax(), k.GlobalAveragePooling1D(),
              k.TimeDistributed(k.Dense(2))]  # fmt: skip
     for first in (k.Masking(), k.Embedding(9, 4, mask_zero=True)):

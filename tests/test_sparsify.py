@@ -318,8 +318,7 @@ def test_channels_and_scopes_in_training():
     assert gone(state.masks) == {"a/kernel": 42, "b/kernel": 14}
 
 
-@pytest.mark.parametrize("settings", [{}, {"regrow": "set"}, {"straight_through": True},
-                                      {"rewind": 0}, {"score": S.movement}])  # fmt: skip
+@pytest.mark.parametrize("settings", [{"regrow": "set"}, {"straight_through": True}, {"rewind": 0}])
 def test_vmap_over_seeds_and_sparsities_scan_and_eager_agree(settings):
     def train(seed, target):
         tx = sparsify(

@@ -20,12 +20,15 @@ _HOME = {
     "Select": "fwt.converters._torch_modules",
     "register": "fwt.converters._layers",
     "from_keras": "fwt.converters._keras",
+    "from_nnx": "fwt.converters._nnx",
     "from_torch": "fwt.converters._torch",
     "load": "fwt.converters._formats",
     "save": "fwt.converters._formats",
     "to_keras": "fwt.converters._keras",
+    "to_nnx": "fwt.converters._nnx",
     "to_torch": "fwt.converters._torch",
     "transform": "fwt.converters._live",
+    "verify": "fwt.converters._verify",
 }
 
 if TYPE_CHECKING:
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
     from fwt.converters._keras import to_keras as to_keras
     from fwt.converters._layers import register as register
     from fwt.converters._live import transform as transform
+    from fwt.converters._nnx import from_nnx as from_nnx
+    from fwt.converters._nnx import to_nnx as to_nnx
     from fwt.converters._row import AxesSetting as AxesSetting
     from fwt.converters._row import AxisSetting as AxisSetting
     from fwt.converters._row import P as P
@@ -45,6 +50,7 @@ if TYPE_CHECKING:
     from fwt.converters._torch import from_torch as from_torch
     from fwt.converters._torch import to_torch as to_torch
     from fwt.converters._torch_modules import Select as Select
+    from fwt.converters._verify import verify as verify
 
     from fwt._types import ConversionError as ConversionError
     from fwt._types import FileFormatError as FileFormatError

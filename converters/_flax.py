@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import flax.linen as nn
 import numpy as np
 from fwt.converters import _layers
 from fwt.converters._row import Layer, Row, joined, parts_of, refuse, same
@@ -13,12 +14,21 @@ from fwt._sequential import Named, Sequential
 from fwt._types import ConversionError, Model
 
 
+def sequential_of(module: Any) -> Any:
+    """A linen ``nn.Sequential`` as a :class:`fwt.Sequential`; anything else as it is."""
+    if type(module) is not nn.Sequential:
+        return module
+    # linen names its children so, whatever their own names; functions count too.
+    named = [(f"layers_{i}", sequential_of(layer)) for i, layer in enumerate(module.layers)]
+    return Sequential(named)
+
+
 def read_flax(module: Any, variables: Any, inside: tuple[str, ...] = ()) -> list[Layer]:
     """The layers of a Sequential with their arrays, those of Sequentials in it among them."""
     if not isinstance(module, Sequential):
         raise ConversionError(
-            f"expected a fwt.Sequential, found {type(module).__name__}; rebuild it as "
-            "fwt.Sequential([(name, layer), ...])"
+            f"expected a fwt.Sequential or a linen nn.Sequential, found {type(module).__name__}; "
+            "rebuild it as fwt.Sequential([(name, layer), ...])"
         )
     if not isinstance(variables, Mapping) or "params" not in variables:
         variables = {"params": variables if isinstance(variables, Mapping) else {}}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fwt.converters import _fill, _h5, _io, _orbax, _plain, _safetensors, _torch_file
+from fwt.converters import _fill, _flax, _h5, _io, _orbax, _plain, _safetensors, _torch_file
 from fwt.converters._io import Reading, write_atomically, write_folder_atomically
 from fwt.converters._row import Layer
 
@@ -363,6 +363,7 @@ def save(
             f"{path}: layout={layout!r} is for a torch file of a module; other files keep the "
             "model's own ends"
         )
+    module = _flax.sequential_of(module)
     if not isinstance(variables, Mapping):
         raise ConversionError(f"expected a variables dict, found {type(variables).__name__}")
     if "params" not in variables:

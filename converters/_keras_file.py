@@ -306,6 +306,7 @@ def to_keras_layers(
     module: Any, variables: Any, input_shape: Any, any_dtype: bool = False
 ) -> tuple[list[Layer], tuple[int | None, ...]]:
     """Keras layers of a Flax model, and the input shape that Keras wants to know."""
+    module = _flax.sequential_of(module)
     layers = _flax.read_flax(module, variables)
     shape = module.input_shape if input_shape is None else tuple(input_shape)
     new, found = _convert.convert(layers, "flax", "keras", shape, "source")

@@ -288,7 +288,7 @@ def to_torch(
     does not.
 
     Args:
-        module: a :class:`fwt.Sequential`.
+        module: a :class:`fwt.Sequential`, or a linen ``nn.Sequential``.
         variables: its variables.
         input_shape: the shape of its input without the batch axis, in Flax's order; None takes
             the module's own, or works where nothing depends on it.
@@ -309,6 +309,7 @@ def to_torch(
           (dense): Linear(in_features=3, out_features=2, bias=True)
         )
     """
+    module = _flax.sequential_of(module)
     layers = _flax.read_flax(module, variables)
     shape = module.input_shape if input_shape is None else input_shape
     new, _ = _convert.convert(layers, "flax", "torch", shape, layout)

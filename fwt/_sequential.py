@@ -110,10 +110,7 @@ class Sequential(nn.Module):
         """
         for named in self.layers:
             cls: Any = type(named.layer)
-            flag = _flag(cls)
-            settings = {}
-            if flag is not None and getattr(named.layer, flag, None) is None:
-                settings[flag] = train if _FLAGS[flag] else not train
+            settings = _flags(named.layer, train)
             layer = named.layer.clone(parent=self, name=named.name)
             try:
                 x = layer(x, **settings)
@@ -136,6 +133,20 @@ class Sequential(nn.Module):
             lines.append(f"  {named.name}: {type(named.layer).__name__}({said})\n")
         shape = "" if self.input_shape is None else f"  input_shape={self.input_shape}\n"
         return f"Sequential(\n{''.join(lines)}{shape})"
+
+
+def _flags(layer: Any, train: bool) -> dict[str, bool]:
+    """How a layer is told whether it trains, where it does not say so itself."""
+    cls: Any = type(layer)
+    flag = _flag(cls)
+    if flag is None or getattr(layer, flag, None) is not None:
+        return {}
+    return {flag: train if _FLAGS[flag] else not train}
+
+
+def call(layer: Any, variables: Any, x: Any) -> Any:
+    """The output of one layer at inference."""
+    return layer.apply(variables, x, **_flags(layer, False))
 
 
 def _named(given: Any) -> tuple[Named, ...]:

@@ -1,7 +1,7 @@
 """The command line: the verbs of fwt on files.
 
 Exit codes: 0 done (of diff: equal), 1 the input or the request is wrong (one line says what), 2
-wrong usage, 3 the two files of diff differ.
+wrong usage, 3 the two files of diff or verify differ, or what convert --verify read again does.
 """
 
 import ast
@@ -226,6 +226,9 @@ def convert(
         int | None, typer.Option(help="Write a folder of files of at most so many bytes.")
     ] = None,
     layout: LayoutOption = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read the target again and compare the predictions.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Convert a file to another format: exactly, or not at all."""
@@ -238,7 +241,43 @@ def convert(
             f"{source}: only their model says what these weights are: --architecture net.keras"
         )
     _save(target, model, layout=layout, shard_bytes=shard_bytes)
-    (_print_json if as_json else _print_summary)(target, model)
+    if verify:
+        if model.module is None:
+            raise FwtError("--verify runs the model: --architecture says which one it is")
+        own = _load(target)
+        _report(model, _load(target, architecture=model) if own.module is None else own, as_json)
+    else:
+        (_print_json if as_json else _print_summary)(target, model)
+
+
+def _report(a: "Model", b: "Model", as_json: bool, tolerance: float = 1e-5) -> None:
+    from fwt import converters
+
+    found = converters.verify(a, b, tolerance=tolerance)
+    print(found.to_json() if as_json else found)
+    if not found.ok:
+        raise typer.Exit(3)
+
+
+@app.command()
+def verify(
+    first: In,
+    second: In,
+    architecture: ArchitectureOption = None,
+    key: KeyOption = None,
+    tolerance: Annotated[
+        float, typer.Option(help="Of an output, times the largest if that is more than 1.")
+    ] = 1e-5,
+    as_json: JsonOption = False,
+) -> None:
+    """Compare the predictions of two models, layer by layer; exit code 3 if they differ."""
+    models: list[Any] = []
+    for path in (first, second):
+        own = _load(path, key=key)
+        if own.module is None and architecture is not None:
+            own = _load(path, architecture=architecture, key=key)
+        models.append(own)
+    _report(models[0], models[1], as_json, tolerance)
 
 
 @app.command()

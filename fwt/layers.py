@@ -4,6 +4,7 @@ They compare and hash by their settings, and take channels-last input. Windows m
 size unless ``strides`` says otherwise, as in Keras and torch.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -594,7 +595,10 @@ _FUNCTIONS: Sequence[tuple[Callable[..., Any], type[Layer], dict[str, Any]]] = (
 
 
 def from_function(function: Callable[..., Any]) -> Layer:
-    """The layer that stands for a plain function such as ``nn.relu``."""
+    """The layer that stands for a plain function such as ``nn.relu``, or for a ``partial`` of one
+    with keywords, such as ``partial(nn.leaky_relu, negative_slope=0.2)``."""
+    if isinstance(function, functools.partial):
+        return _from_partial(function)
     for known, layer, settings in _FUNCTIONS:
         if function is known:
             return layer(**settings)
@@ -602,3 +606,24 @@ def from_function(function: Callable[..., Any]) -> Layer:
         f"{getattr(function, '__name__', function)!r} is no linen module and no activation that "
         "fwt.layers knows; wrap it in a linen module of your own"
     )
+
+
+def _from_partial(function: "functools.partial[Any]") -> Layer:
+    given, name = dict(function.keywords), getattr(function.func, "__name__", function.func)
+    if function.args:
+        raise FwtError(f"partial({name}, {function.args[0]!r}, ...): give its arguments by name")
+    if function.func in (nn.max_pool, nn.avg_pool):
+        window = tuple(given.pop("window_shape"))
+        # Where they are not given, a plain pool moves by one, and counts its padding.
+        strides = given.pop("strides", None) or (1,) * len(window)
+        pool: dict[str, Any] = {"window_shape": window, "strides": tuple(strides), **given}
+        if function.func is nn.max_pool:
+            return MaxPool(**pool)
+        return AvgPool(**{"count_include_pad": True, **pool})
+    for known, layer, settings in _FUNCTIONS:
+        if function.func is known:
+            fields = layer.__dataclass_fields__
+            if unknown := [k for k in given if k not in fields or k in ("parent", "name")]:
+                raise FwtError(f"partial({name}, {unknown[0]}=...): its layer has no such setting")
+            return layer(**{**settings, **given})
+    return from_function(function.func)

@@ -1,0 +1,192 @@
+"""nnx.Sequential, both ways."""
+
+from functools import partial
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import fwt
+from fwt import converters
+from fwt import layers as fl
+
+rngs = nnx.Rngs(0)
+
+
+def randomised(model):
+    rng = np.random.default_rng(0)
+    state = nnx.state(model)
+    new = jax.tree.map(
+        lambda v: (
+            jnp.asarray(np.abs(rng.normal(size=v.shape)) + 0.1, v.dtype)
+            if jnp.issubdtype(v.dtype, jnp.floating)
+            else v
+        ),
+        state,
+    )
+    nnx.update(model, new)
+    model.eval()
+    return model
+
+
+LAYERS = {
+    "linear": (lambda: [nnx.Linear(5, 3, use_bias=False, rngs=rngs)], (5,)),
+    "conv": (
+        lambda: [
+            nnx.Conv(
+                4,
+                6,
+                (3, 2),
+                strides=(2, 1),
+                padding="VALID",
+                kernel_dilation=(1, 2),
+                feature_group_count=2,
+                rngs=rngs,
+            )
+        ],
+        (7, 6, 4),
+    ),
+    "conv of one number": (lambda: [nnx.Conv(3, 2, 3, strides=2, rngs=rngs)], (7, 3)),
+    "transposed": (lambda: [nnx.ConvTranspose(3, 4, (3, 2), strides=(2, 1), rngs=rngs)], (4, 5, 3)),
+    "turned kernel": (
+        lambda: [
+            nnx.ConvTranspose(
+                3, 4, (3, 2), strides=(2, 2), padding="VALID", transpose_kernel=True, rngs=rngs
+            )
+        ],
+        (4, 5, 3),
+    ),
+    "batch norm": (
+        lambda: [nnx.BatchNorm(4, momentum=0.9, epsilon=1e-3, use_bias=False, rngs=rngs)],
+        (5, 4),
+    ),
+    "layer norm": (lambda: [nnx.LayerNorm(4, epsilon=1e-3, use_scale=False, rngs=rngs)], (5, 4)),
+    "bare layer norm": (
+        lambda: [nnx.LayerNorm(4, use_scale=False, use_bias=False, rngs=rngs)],
+        (5, 4),
+    ),
+    "rms norm": (lambda: [nnx.RMSNorm(4, rngs=rngs)], (4,)),
+    "group norm": (lambda: [nnx.GroupNorm(6, num_groups=3, rngs=rngs)], (4, 6)),
+    "groups by size": (
+        lambda: [nnx.GroupNorm(6, num_groups=None, group_size=2, rngs=rngs)],
+        (4, 6),
+    ),
+    "instance norm": (lambda: [nnx.InstanceNorm(4, rngs=rngs)], (5, 6, 4)),
+    "embed": (lambda: [nnx.Embed(7, 3, rngs=rngs)], (5,)),
+    "dropout": (lambda: [nnx.Dropout(0.5, rngs=rngs), nnx.Linear(3, 2, rngs=rngs)], (3,)),
+    "functions": (
+        lambda: [nnx.relu, partial(nnx.leaky_relu, negative_slope=0.2), nnx.gelu, nnx.softmax],
+        (4,),
+    ),
+    "nested": (
+        lambda: [
+            nnx.Sequential(nnx.Linear(4, 3, rngs=rngs), nnx.tanh),
+            partial(nnx.max_pool, window_shape=(2,), strides=(2,)),
+            nnx.Linear(3, 2, rngs=rngs),
+        ],
+        (5, 4),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_go_both_ways(name):
+    make, shape = LAYERS[name]
+    net = randomised(nnx.Sequential(*make()))
+    rng = np.random.default_rng(1)
+    x = rng.normal(size=(3, *shape)).astype(np.float32)
+    if name == "embed":
+        x = rng.integers(0, 7, (3, *shape))
+    model = converters.from_nnx(net, shape)
+    expected = np.asarray(net(x))
+    np.testing.assert_allclose(np.asarray(model(x)), expected, atol=1e-6)
+    again = converters.to_nnx(*model)
+    np.testing.assert_allclose(np.asarray(again(x)), expected, atol=1e-6)
+    back = converters.from_nnx(again, shape)
+    assert back.module == model.module
+    for path, value in (
+        fwt.select({"params": model.variables}, "**").items()
+        if jax.tree.leaves(model.variables)
+        else ()
+    ):
+        assert np.array_equal(fwt.select({"params": back.variables}, "**")[path], value)
+    assert converters.verify(net, model, x).ok
+    assert converters.verify(again, net, x).ok
+
+
+def test_every_layer_of_ours_goes_to_nnx_and_back():
+    x = np.random.default_rng(0).normal(size=(2, 6, 5, 4)).astype(np.float32)
+    net = fwt.Sequential(
+        [
+            ("pool", fl.MaxPool((2, 2))),
+            ("prelu", fl.PReLU()),
+            ("pad", fl.ZeroPad(((1, 0), (0, 2)))),
+            ("norm", nn.BatchNorm()),
+            ("flat", fl.Reshape((4, -1))),
+            ("lstm", fl.LSTM(3)),
+            ("d", nn.Dense(2)),
+        ],
+        (6, 5, 4),
+    )
+    variables = jax.tree.map(np.asarray, net.init(jax.random.key(0), x))
+    there = converters.to_nnx(net, variables)
+    expected = np.asarray(net.apply(variables, x))
+    np.testing.assert_allclose(np.asarray(there(x)), expected, atol=1e-6)
+    np.testing.assert_allclose(
+        np.asarray(converters.from_nnx(there, (6, 5, 4))(x)), expected, atol=1e-6
+    )
+    graph, state = nnx.split(there)
+    np.testing.assert_allclose(
+        np.asarray(jax.jit(lambda s, v: nnx.merge(graph, s)(v))(state, x)), expected, atol=1e-5
+    )
+
+
+def test_what_nnx_says_and_linen_can_not():
+    for net, said in (
+        (nnx.Sequential(nnx.LinearGeneral(3, 2, rngs=rngs)), "has no row"),
+        (
+            nnx.Sequential(nnx.Linear(3, 2, preferred_element_type=jnp.float32, rngs=rngs)),
+            "preferred_element_type",
+        ),
+        (
+            nnx.Sequential(nnx.Linear(3, 2, dot_general=lambda *a, **k: 0, rngs=rngs)),
+            "a dot_general",
+        ),
+        (nnx.Sequential(lambda x: x), "0: .* is no linen module"),
+        (nnx.Linear(3, 2, rngs=rngs), "takes an nnx.Sequential"),
+    ):
+        with pytest.raises(converters.ConversionError, match=said):
+            converters.from_nnx(net)
+
+
+def test_an_nnx_model_trains_pruned_and_goes_to_torch():
+    net = nnx.Sequential(nnx.Linear(4, 16, rngs=rngs), nnx.relu, nnx.Linear(16, 1, rngs=rngs))
+    x = np.random.default_rng(0).normal(size=(64, 4)).astype(np.float32)
+    y = x[:, :1] * 2 - x[:, 1:2]
+    graph, params = nnx.split(net, nnx.Param)
+    tx = fwt.optim.sparsify(optax.adam(0.03), 0.5, every=5)
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state):
+        loss, grads = jax.value_and_grad(lambda p: jnp.mean((nnx.merge(graph, p)(x) - y) ** 2))(
+            params
+        )
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state, loss
+
+    losses = []
+    for _ in range(80):
+        params, state, loss = step(params, state)
+        losses.append(float(loss))
+    assert losses[-1] < 0.1 * losses[0]
+    nnx.update(net, params)
+    kernel = np.asarray(net.layers[0].kernel[...])
+    assert (kernel == 0).mean() == 0.5
+    there = converters.to_torch(*converters.from_nnx(net, (4,)))
+    assert float((there[0].weight == 0).float().mean()) == 0.5
+    assert converters.verify(net, there, x).ok

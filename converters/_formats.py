@@ -151,7 +151,7 @@ def by_content(path: Path) -> Format | None:
     with open(path, "rb") as file:
         head = file.read(512)
     if head[:4] == b"PK\x03\x04" and zipfile.is_zipfile(path):
-        with _io.reading(path), zipfile.ZipFile(path) as archive:
+        with _io.reading(path), _io.opened(path) as archive:
             names = archive.namelist()
         if "config.json" in names and any(n.endswith(".weights.h5") for n in names):
             return _KERAS
@@ -162,7 +162,10 @@ def by_content(path: Path) -> Format | None:
         return _WEIGHTS if _h5.is_weights(path) else _LEGACY
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32:
         return _SAFETENSORS
-    if (head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05") or head[257:262] == b"ustar":
+    if (
+        head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+        or head[257:262] == b"ustar"
+    ):
         return _TORCH  # an older format, which it refuses by name
     if head[:1] == b"{":
         return _WEIGHT_SHARDS if path.name.endswith(".weights.json") else _SHARDED

@@ -354,6 +354,16 @@ def read_json(path: Path, limit: int = 100_000_000) -> Any:
     return Budget(path).parsed(path.read_bytes(), "its JSON")
 
 
+def index_in(path: Path, suffix: str) -> Path:
+    """The index of shards, or the one in a folder."""
+    if not path.is_dir():
+        return path
+    found = sorted(path.glob(f"*{suffix}"))
+    if len(found) != 1:
+        raise FileFormatError(f"{path}: expected one index of shards, found {len(found)}")
+    return found[0]
+
+
 def sibling(path: Path, name: Any) -> Path:
     """A file that another in the same folder names: no path, no link."""
     if not isinstance(name, str) or not name or name != os.path.basename(name) or name[0] == ".":

@@ -30,7 +30,7 @@ TWINS: tuple[tuple[Any, Any, dict[str, str], str | None], ...] = (
 )
 # What a layer is told when it runs, and how it computes.
 _LEFT_OUT = {
-    *TRAINING["flax"],
+    *(TRAINING["flax"] - {"use_fast_variance"}),  # which decides how exact a norm is
     *("use_running_average", "deterministic", "rngs", "rng_collection"),
     *("dot_general", "promote_dtype", "conv_general_dilated", "kernel_shape", "feature_axis"),
     *("in_features", "num_features", "out_features"),
@@ -91,6 +91,11 @@ def from_nnx(model: nnx.Sequential, input_shape: Any = None) -> Model:
           1: ReLU()
         )
     """
+    if len(twice := _shared(model)) > 0:
+        raise ConversionError(
+            f"{twice[0]} and {twice[1]} are one module; a Sequential keeps weights for each: give "
+            "them their own, nnx.clone(layer)"
+        )
     if type(model) is not nnx.Sequential:
         raise ConversionError(
             f"from_nnx takes an nnx.Sequential, found {type(model).__name__}; a transform takes "
@@ -100,6 +105,23 @@ def from_nnx(model: nnx.Sequential, input_shape: Any = None) -> Model:
     module = Sequential(module.layers, input_shape)
     variables.setdefault("params", {})
     return _architecture.checked(module, variables)
+
+
+def _shared(model: Any) -> list[str]:
+    """The places of two layers that are one module."""
+    seen: dict[int, str] = {}
+
+    def under(holder: Any, inside: str) -> list[str]:
+        for index, layer in enumerate(getattr(holder, "layers", ())):
+            place = f"{inside}{index}"
+            if isinstance(layer, nnx.Module) and id(layer) in seen:
+                return [seen[id(layer)], place]
+            seen[id(layer)] = place
+            if type(layer) is nnx.Sequential and (found := under(layer, f"{place}/")):
+                return found
+        return []
+
+    return under(model, "") if type(model) is nnx.Sequential else []
 
 
 def _read(model: nnx.Sequential, inside: tuple[str, ...]) -> tuple[Sequential, dict[str, Any]]:

@@ -45,11 +45,7 @@ def load_safetensors(path: Path, how: Reading) -> Model:
 
 def load_sharded(path: Path, how: Reading) -> Model:
     """The index of a sharded file, or the folder that holds one."""
-    if path.is_dir():
-        found = sorted(path.glob("*.safetensors.index.json"))
-        if len(found) != 1:
-            raise FileFormatError(f"{path}: expected one index of shards, found {len(found)}")
-        path = found[0]
+    path = _io.index_in(path, ".safetensors.index.json")
     with reading(path):
         index = _io.read_json(path)
         where, metadata = index["weight_map"], index.get("metadata") or {}
@@ -78,7 +74,8 @@ def _read(path: Path, budget: Budget | None) -> tuple[dict[str, np.ndarray], dic
         metadata = checked.metadata() or {}
         header = json.loads(text, object_pairs_hook=_once)
         out = {}
-        for name in checked.keys():  # noqa: SIM118 - it is no mapping
+        names = checked.keys()  # it is no mapping, which could be iterated over
+        for name in names:
             entry = header[name]
             if entry["dtype"] not in DTYPES:
                 raise FileFormatError(

@@ -144,7 +144,7 @@ class Select(torch.nn.Module):
 class SelfAttention(torch.nn.MultiheadAttention):
     """``torch.nn.MultiheadAttention`` of one tensor with itself, which is all that it gives."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # it takes one tensor, not three
         return super().forward(x, x, x, need_weights=False)[0]
 
 

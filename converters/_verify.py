@@ -162,17 +162,24 @@ def verify(
             )
             lines.append(Line(name, shape, math.nan, math.nan, 0, f"only in the {where}"))
         else:
-            lines.append(compared(name, mine[name], theirs[name], tolerance))
-    output = compared("output", first, second, tolerance)
+            more = _turned(theirs[name]) if one.turned or other.turned else ()
+            lines.append(compared(name, mine[name], (theirs[name], *more), tolerance))
+    sides = (second, _moved(second, other.channels_first, one.channels_first))
+    output = compared("output", first, sides, tolerance)
     departed = next((line.name for line in lines if line.status == "differs"), None)
     ok = output.status in ("exact", "close")
-    notes = () if ok or departed else ("no layer that both have departs: see those of one alone",)
-    return Report(ok, departed, tuple(lines), tuple(_weights(one, other)), output, notes)
+    notes = [] if ok or departed else ["no layer that both have departs: see those of one alone"]
+    try:
+        weights = tuple(_weights(one, other))
+    except ConversionError as error:
+        weights = ()
+        notes.append(f"the weights are not compared: {error}")
+    return Report(ok, departed, tuple(lines), weights, output, tuple(notes))
 
 
-def compared(name: str, a: np.ndarray, b: np.ndarray, tolerance: float) -> Line:
-    """How far two outputs are apart, whichever of them has its channels first."""
-    views = [v for v in (b, *(_turned(b) if b.ndim > 2 else ())) if v.shape == a.shape]
+def compared(name: str, a: np.ndarray, others: Sequence[np.ndarray], tolerance: float) -> Line:
+    """How far an output is from another, given as it is and as it may be turned."""
+    views = [v for v in others if v.shape == a.shape]
     if not views:
         return Line(name, a.shape, math.inf, math.inf, 2**31, "differs")
     lines = [_apart(name, a, v, tolerance) for v in views]
@@ -204,8 +211,8 @@ def _ordinal(x: np.ndarray) -> np.ndarray:
     return np.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
 
 
-def _turned(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    return np.moveaxis(x, 1, -1), np.moveaxis(x, -1, 1)
+def _turned(x: np.ndarray) -> tuple[np.ndarray, ...]:
+    return (np.moveaxis(x, 1, -1), np.moveaxis(x, -1, 1)) if x.ndim > 2 else ()
 
 
 def _moved(x: np.ndarray, now: bool, then: bool) -> np.ndarray:
@@ -216,12 +223,9 @@ def _moved(x: np.ndarray, now: bool, then: bool) -> np.ndarray:
 
 def _weights(one: "Side", other: "Side") -> Iterator[Line]:
     """The weights that are not the same, where both models have them in Flax's form."""
-    try:
-        trees = [_tree.Tree({"params": dict(s.model().variables)}).leaves for s in (one, other)]
-    except ConversionError:
-        return
+    trees = [_tree.Tree({"params": dict(s.model().variables)}).leaves for s in (one, other)]
     if trees[0].keys() != trees[1].keys():
-        return
+        raise ConversionError("the models have other names for them")
     for path, a in trees[0].items():
         a, b = np.asarray(a), np.asarray(trees[1][path])
         if a.shape != b.shape or a.dtype != b.dtype or a.tobytes() != b.tobytes():
@@ -239,9 +243,10 @@ class Side:
 
     run: Callable[[np.ndarray], tuple[np.ndarray, Taps]]
     shape: tuple[int | None, ...] | None
-    channels_first: bool
+    channels_first: bool  # at its ends
     model: Callable[[], Model]
     integers: int | None = None
+    turned: bool = False  # whether channels may come first inside
 
 
 def _side(model: Any) -> Side:
@@ -357,7 +362,8 @@ def _keras_side(model: Any) -> Side:
     first = next((x for x in model.layers if not isinstance(x, keras.layers.InputLayer)), None)
     formats = {getattr(x, "data_format", None) for x in model.layers}
     last = "channels_first" in formats
-    return Side(run, own, last, lambda: _keras.from_keras(model), getattr(first, "input_dim", None))
+    count = getattr(first, "input_dim", None)
+    return Side(run, own, last, lambda: _keras.from_keras(model), count, turned=last)
 
 
 def _trains(layer: Any) -> bool:
@@ -415,7 +421,7 @@ def _torch_side(model: Any) -> Side:
     def converted() -> Model:
         return _torch.from_torch(model)
 
-    return Side(run, None, first, converted, count if starts else None)
+    return Side(run, None, first, converted, count if starts else None, turned=True)
 
 
 def _inputs(one: Side, other: Side, shape: Sequence[int] | None) -> np.ndarray:

@@ -250,6 +250,17 @@ def convert(
         (_print_json if as_json else _print_summary)(target, model)
 
 
+def _both(first: Path, second: Path, architecture: Path | None, **how: Any) -> list["Model"]:
+    """Two files, and weights alone as the model that the architecture says they are."""
+    out = []
+    for path in (first, second):
+        own = _load(path, **how)
+        if own.module is None and architecture is not None:
+            own = _load(path, architecture=architecture, **how)
+        out.append(own)
+    return out
+
+
 def _report(a: "Model", b: "Model", as_json: bool, tolerance: float = 1e-5) -> None:
     from fwt import converters
 
@@ -271,13 +282,8 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Compare the predictions of two models, layer by layer; exit code 3 if they differ."""
-    models: list[Any] = []
-    for path in (first, second):
-        own = _load(path, key=key)
-        if own.module is None and architecture is not None:
-            own = _load(path, architecture=architecture, key=key)
-        models.append(own)
-    _report(models[0], models[1], as_json, tolerance)
+    one, other = _both(first, second, architecture, key=key)
+    _report(one, other, as_json, tolerance)
 
 
 @app.command()
@@ -295,13 +301,7 @@ def diff(
 
     from fwt import _diff
 
-    models = []
-    for path in (first, second):
-        # What has an architecture of its own needs no other.
-        own = _load(path, key=key, max_bytes=max_bytes)
-        if own.module is None and architecture is not None:
-            own = _load(path, architecture=architecture, key=key, max_bytes=max_bytes)
-        models.append(own)
+    models = _both(first, second, architecture, key=key, max_bytes=max_bytes)
     found = _diff.diff(*models)
     if as_json:
         changes = [

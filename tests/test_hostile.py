@@ -92,7 +92,7 @@ def layer(kind, module="keras.layers", registered=None, **config):
 
 CODE = {
     "Lambda": layer("Lambda", function={"class_name": "__lambda__", "config": {"code": "4wA="}}),
-    "TFSMLayer": layer("TFSMLayer", filepath="/tmp/saved", call_endpoint="serve"),
+    "TFSMLayer": layer("TFSMLayer", filepath="saved", call_endpoint="serve"),
     "another module": layer("Popen", module="subprocess", args=["touch", "x"]),
     "a function of Keras": layer("get_file", module="keras.utils", origin="http://x"),
     "an operation": layer("Add", module="keras.src.ops.numpy"),

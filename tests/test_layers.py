@@ -809,3 +809,12 @@ def test_a_mask_is_refused_before_a_layer_that_uses_it(tmp_path):
         in_torch(converters.to_torch(flax, variables, (5, 2), "source"), x),
         flax.apply(variables, x),
     )
+
+
+def test_the_layers_that_end_a_mask_are_keras_own():
+    from fwt.converters import _convert
+
+    for name, made in layer_cases.KERAS.items():
+        ends = any(x in name for x in _convert._END_MASKS)
+        if ends and not any(x in name for x in _convert._USE_MASKS):
+            assert not made.make(generator(name))[1].supports_masking, name

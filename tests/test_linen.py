@@ -76,3 +76,11 @@ def test_every_setting_of_a_partial_counts(tmp_path):
     ):
         with pytest.raises(fwt.FwtError, match=said):
             converters.to_torch(nn.Sequential([function]), {"params": {}}, (3,))
+
+
+def test_one_layer_in_two_places_is_refused():
+    layer = nn.Dense(3)
+    net = nn.Sequential([layer, nn.relu, layer])
+    variables = net.init(jax.random.key(0), jnp.ones((1, 3)))
+    with pytest.raises(converters.ConversionError):
+        converters.to_torch(net, variables, (3,))

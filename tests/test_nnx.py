@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import torch
 from flax import nnx
 
 import fwt
@@ -143,6 +144,23 @@ def test_every_layer_of_ours_goes_to_nnx_and_back():
     np.testing.assert_allclose(
         np.asarray(jax.jit(lambda s, v: nnx.merge(graph, s)(v))(state, x)), expected, atol=1e-5
     )
+
+
+def test_exact_variances_stay_exact():
+    """Of a layer from torch, whose mean is large."""
+    net = torch.nn.Sequential(torch.nn.LayerNorm(6))
+    x = (np.random.default_rng(0).normal(size=(2, 6)) + 3000).astype(np.float32)
+    there = converters.to_nnx(*converters.from_torch(net))
+    expected = net(torch.from_numpy(x)).detach().numpy()
+    np.testing.assert_allclose(np.asarray(there(x)), expected, atol=2e-3)
+    assert not there.layers[0].use_fast_variance
+
+
+def test_one_layer_in_two_places_is_refused():
+    layer = nnx.Linear(3, 3, rngs=rngs)
+    for net in (nnx.Sequential(layer, layer), nnx.Sequential(nnx.Sequential(layer), layer)):
+        with pytest.raises(converters.ConversionError, match="are one module"):
+            converters.from_nnx(net)
 
 
 def test_what_nnx_says_and_linen_can_not():

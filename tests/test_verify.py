@@ -165,3 +165,22 @@ def test_on_the_command_line(tmp_path):
     assert (
         fwt_command("verify", tmp_path / "net.keras", tmp_path / "b.npz", "--tolerance", 1)[0] == 0
     )
+
+
+def test_an_output_that_is_turned_is_another():
+    same = fwt.Sequential([("a", fl.Identity())], (3, 3))
+    turned = fwt.Sequential([("a", fl.Permute((0, 2, 1)))], (3, 3))
+    assert not converters.verify((same, {"params": {}}), (turned, {"params": {}})).ok
+    net = t.Sequential(t.Conv2d(2, 3, 1))
+    model = converters.from_torch(cases.randomise_torch(net), input_shape=(2, 3, 3))
+    layers = [(n.name, n.layer) for n in model.module.layers]
+    wrong = fwt.Sequential([*layers, ("p", fl.Permute((0, 2, 3, 1)))], (3, 3, 2))
+    assert converters.verify(net, model).ok
+    assert not converters.verify(net, (wrong, model.variables)).ok
+
+
+def test_weights_that_are_not_compared_are_told():
+    net = t.Sequential(t.Linear(3, 2), t.Flatten(0, 1))
+    report = converters.verify(net, copy.deepcopy(net), input_shape=(3,))
+    assert report.ok
+    assert "the weights are not compared" in str(report)

@@ -4,6 +4,7 @@ Ratios of one run, the medians of interleaved rounds; the cache of the system is
 """
 
 import argparse
+import os
 import shutil
 import statistics
 import tempfile
@@ -17,9 +18,9 @@ from fwt import converters
 SUFFIXES = (".safetensors", ".pt", ".npz", ".msgpack", ".orbax")
 
 
-def clock(run):
+def clock(run, *arguments):
     begun = time.perf_counter()
-    run()
+    run(*arguments)
     return time.perf_counter() - begun
 
 
@@ -31,8 +32,6 @@ def copied(source, target):
         return
     shutil.copyfile(source, target)
     with open(target, "rb+") as file:
-        import os
-
         os.fsync(file.fileno())
 
 
@@ -53,9 +52,9 @@ def main():
             converters.save(path, None, tree)
             times = {"copy": [], "read": [], "write": []}
             for _ in range(given.rounds):
-                times["copy"].append(clock(lambda: copied(path, other)))  # noqa: B023 - run at once
-                times["read"].append(clock(lambda: converters.load(path)))  # noqa: B023 - run at once
-                times["write"].append(clock(lambda: converters.save(path, None, tree)))  # noqa: B023 - run at once
+                times["copy"].append(clock(copied, path, other))
+                times["read"].append(clock(converters.load, path))
+                times["write"].append(clock(converters.save, path, None, tree))
             copy, read, write = (statistics.median(t) for t in times.values())
             print(f"| `{suffix}` | {read / copy:.2f} | {write / copy:.2f} |")
 

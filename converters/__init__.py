@@ -21,11 +21,13 @@ _HOME = {
     "register": "fwt.converters._layers",
     "from_keras": "fwt.converters._keras",
     "from_nnx": "fwt.converters._nnx",
+    "from_onnx": "fwt.converters._onnx_read",
     "from_torch": "fwt.converters._torch",
     "load": "fwt.converters._formats",
     "save": "fwt.converters._formats",
     "to_keras": "fwt.converters._keras",
     "to_nnx": "fwt.converters._nnx",
+    "to_onnx": "fwt.converters._onnx",
     "to_torch": "fwt.converters._torch",
     "transform": "fwt.converters._live",
     "verify": "fwt.converters._verify",
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
     from fwt.converters._live import transform as transform
     from fwt.converters._nnx import from_nnx as from_nnx
     from fwt.converters._nnx import to_nnx as to_nnx
+    from fwt.converters._onnx import to_onnx as to_onnx
+    from fwt.converters._onnx_read import from_onnx as from_onnx
     from fwt.converters._row import AxesSetting as AxesSetting
     from fwt.converters._row import AxisSetting as AxisSetting
     from fwt.converters._row import P as P

@@ -133,8 +133,33 @@ _ORBAX = Format(
     holds="a folder; ours: a model; others: weights (`key=`, `shardings=`)",
 )
 
+
+def _load_onnx(path: Path, how: Reading) -> Model:
+    from fwt.converters import _onnx_read
+
+    if how.key is not None:
+        raise FileFormatError(f"{path}: key={how.key!r}: it holds one model only")
+    return _onnx_read.from_onnx(path)
+
+
+def _save_onnx(file: Any, module: Any, variables: Any, layout: str | None) -> None:
+    from fwt.converters import _onnx
+
+    _onnx.save_onnx(file, module, variables, layout)
+
+
+_ONNX = Format(
+    "ONNX",
+    (".onnx",),
+    _load_onnx,
+    _save_onnx,
+    framework="ONNX",
+    needs_module=True,
+    holds="a model: see `to_onnx`, `from_onnx`",
+)
+
 FORMATS = (_KERAS, _WEIGHTS, _WEIGHT_SHARDS, _LEGACY, _TORCH, _SAFETENSORS, _SHARDED, _NPZ,
-           _MSGPACK, _ORBAX)  # fmt: skip
+           _MSGPACK, _ORBAX, _ONNX)  # fmt: skip
 SUFFIXES = {suffix: f for f in FORMATS for suffix in f.suffixes}
 
 
@@ -169,6 +194,8 @@ def by_content(path: Path) -> Format | None:
         return _TORCH  # an older format, which it refuses by name
     if head[:1] == b"{":
         return _WEIGHT_SHARDS if path.name.endswith(".weights.json") else _SHARDED
+    if head[:1] == b"\x08" and head[2:3] in (b"\x12", b"\x1a", b"\x22", b"\x3a", b"\x42"):
+        return _ONNX
     if head == b"\x80" or (head and (0x81 <= head[0] <= 0x8F or head[0] in (0xDE, 0xDF))):
         return _MSGPACK
     return None
@@ -373,7 +400,8 @@ def save(
         variables = {"params": variables}
     if module is None and found.needs_module:
         raise ConversionError(
-            f"{path}: weights without an architecture can't be written for Keras; give a module"
+            f"{path}: weights without an architecture can't be written for {found.framework}; give "
+            "a module"
         )
     if shard_bytes is not None:
         if found.save_shards is None:

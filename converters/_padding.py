@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from fwt.converters._row import Around, At, Framework, Layer, Special, Take, each, refuse
+from fwt.converters._row import Around, At, Framework, Layer, Special, Take, each, refuse, sides
 
 from fwt import layers as fl
 
@@ -95,8 +95,8 @@ class ConvPadding(Special):
                 raise refuse(take.place, f"padding={value!r}: only 'same' and 'valid'")
             fields["padding"] = value.upper()
             return
-        pads = tuple((p, p) for p in each(len(window))(value))
-        fields["padding"] = pads if any(lo for lo, _ in pads) else "VALID"
+        pads = sides(value, len(window))
+        fields["padding"] = pads if any(lo or hi for lo, hi in pads) else "VALID"
 
     def write(
         self, framework: Framework, fields: dict[str, Any], settings: dict[str, Any], at: At
@@ -175,8 +175,8 @@ class PoolPadding(Special):
             pads = take("padding").upper()
         else:
             include = self.average and take("count_include_pad")
-            begin = each(len(window))(take("padding"))
-            pads = tuple((p, p) for p in begin)
+            pads = sides(take("padding"), len(window))
+            begin = tuple(lo for lo, _ in pads)
             if take("ceil_mode"):
                 even, pads = pads, ceil_pads(at.known("ceil_mode=True"), window, strides, begin)
                 if pads != even and fields.get("divisor") is None:
@@ -367,9 +367,10 @@ class Transposed(Special):
         value = take("padding")
         if framework == "torch":
             extra = each(self.rank)(take("output_padding"))
-            starts = each(self.rank)(value)
+            pairs = sides(value, self.rank)
             fields["padding"] = tuple(
-                (k - 1 - p, k - 1 - p + e) for k, p, e in zip(spread, starts, extra, strict=True)
+                (k - 1 - lo, k - 1 - hi + e)
+                for k, (lo, hi), e in zip(spread, pairs, extra, strict=True)
             )
             return
         if framework == "flax" and take("transpose_kernel") is not True:

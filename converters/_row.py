@@ -390,6 +390,15 @@ def each(rank: int) -> Callable[[Any], Any]:
     return normal
 
 
+def sides(x: Any, rank: int) -> tuple[tuple[int, int], ...]:
+    """(before, after) for each axis: torch says one number for both, ONNX two."""
+    if isinstance(x, list | tuple) and all(isinstance(p, list | tuple) and len(p) == 2 for p in x):
+        if len(x) != rank:
+            raise ValueError(f"expected {rank} pairs")
+        return tuple((int(lo), int(hi)) for lo, hi in x)
+    return tuple((p, p) for p in each(rank)(x))
+
+
 def order(source: list[str], target: list[str], rank: int) -> tuple[int, ...]:
     """The transposition from one list of letters to another, ``*x`` expanded to fill the rank."""
 

@@ -97,11 +97,17 @@ class RecurrentSettings(Special):
         take.taken.add("reverse")
         if self.torch == "LSTM":
             fields["projection"] = take("proj_size") or None
-        fields["activation"] = take("nonlinearity") if self.torch == "RNN" else "tanh"
+        # torch has no choice of these, but ONNX, which is read in torch's terms, has.
+        said = take.values
+        take.taken |= {"activation", "recurrent_activation", "reset_after"}
+        if "activation" in said:
+            fields["activation"] = said["activation"]
+        else:
+            fields["activation"] = take("nonlinearity") if self.torch == "RNN" else "tanh"
         if self.torch != "RNN":
-            fields["recurrent_activation"] = "sigmoid"
+            fields["recurrent_activation"] = said.get("recurrent_activation", "sigmoid")
         if self.torch == "GRU":
-            fields["reset_after"] = True
+            fields["reset_after"] = said.get("reset_after", True)
 
     def write(
         self, framework: Framework, fields: dict[str, Any], settings: dict[str, Any], at: At

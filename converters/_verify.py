@@ -254,6 +254,10 @@ def _side(model: Any) -> Side:
     if isinstance(model, str | os.PathLike):
         from fwt.converters import _formats
 
+        if _formats.format_of(Path(model)).name == "ONNX":
+            from fwt.converters import _onnx_verify
+
+            return _onnx_verify.side(Path(model))
         model = _formats.load(Path(model))
         if model.module is None:
             raise ConversionError("verify: a file of weights alone can't run: load it with "
@@ -295,7 +299,7 @@ def _through(
             x = _through(named.layer, own, x, (*inside, named.name), taps)
         else:
             x = call(named.layer, own, x)
-            taps[_base((*inside, named.name))] = np.asarray(x)
+            taps[base((*inside, named.name))] = np.asarray(x)
     return x
 
 
@@ -329,7 +333,7 @@ def _nnx_side(model: Any) -> Side:
     return Side(run, None, False, converted, count)
 
 
-def _base(parts: Sequence[str]) -> str:
+def base(parts: Sequence[str]) -> str:
     """The name that the parts of one layer share."""
     return joined((*parts[:-1], parts[-1].split("__")[0]))
 
@@ -349,7 +353,7 @@ def _keras_side(model: Any) -> Side:
                     y = under(layer, y, (*inside, layer.name))
                     continue
                 y = layer(y, training=False) if _trains(layer) else layer(y)
-                taps[_base((*inside, layer.name))] = keras.ops.convert_to_numpy(y)
+                taps[base((*inside, layer.name))] = keras.ops.convert_to_numpy(y)
             return y
 
         if isinstance(model, keras.Sequential):
@@ -383,7 +387,7 @@ def _torch_side(model: Any) -> Side:
         def keep(name: str) -> Callable[..., None]:
             def hook(_: Any, __: Any, y: Any) -> None:
                 if isinstance(y, torch.Tensor):
-                    taps[_base(name.split("."))] = y.detach().cpu().numpy()
+                    taps[base(name.split("."))] = y.detach().cpu().numpy()
 
             return hook
 

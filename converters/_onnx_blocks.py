@@ -1,0 +1,194 @@
+"""Several of ONNX's nodes that are one layer: told by their values."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from fwt.converters._onnx_graph import POINTWISE, ZEROS, Graph, Node, axes_of
+from fwt.converters._onnx_line import Reader
+from fwt.converters._onnx_weights import add_layer_norm
+from fwt.converters._row import refuse
+
+
+def _sigmoid(x: Any) -> Any:
+    return POINTWISE["Sigmoid"](None, x)
+
+
+# Functions of one number, told by their values; ``c`` is one of the numbers in the block,
+# ``v`` what very small numbers become.
+_FUNCTIONS: tuple[tuple[str, Callable[..., Any], Callable[..., dict[str, Any]]], ...]
+_FUNCTIONS = (
+    ("GELU", lambda x, c, v: x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2))),
+     lambda c, v: {"approximate": "none"}),
+    ("GELU", lambda x, c, v: 0.5 * x * (1 + np.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3))),
+     lambda c, v: {"approximate": "tanh"}),
+    ("SiLU", lambda x, c, v: x * _sigmoid(x), lambda c, v: {}),
+    ("Mish", lambda x, c, v: x * np.tanh(np.logaddexp(x, 0)), lambda c, v: {}),
+    ("Hardswish", lambda x, c, v: x * np.clip(x + 3, 0, 6) / 6, lambda c, v: {}),
+    ("Hardsigmoid", lambda x, c, v: np.clip(x + 3, 0, 6) / 6, lambda c, v: {}),
+    ("LogSigmoid", lambda x, c, v: -np.logaddexp(-x, 0), lambda c, v: {}),
+    ("Tanhshrink", lambda x, c, v: x - np.tanh(x), lambda c, v: {}),
+    ("Softsign", lambda x, c, v: x / (1 + np.abs(x)), lambda c, v: {}),
+    ("ReLU", lambda x, c, v: np.maximum(x, 0), lambda c, v: {}),
+    ("ReLU6", lambda x, c, v: np.clip(x, 0, 6), lambda c, v: {}),
+    ("SELU", lambda x, c, v: 1.0507009873554805 * np.where(
+        x > 0, x, 1.6732632423543772 * np.expm1(np.minimum(x, 0))), lambda c, v: {}),
+    ("Softplus", lambda x, c, v: np.logaddexp(c * x, 0) / c,
+     lambda c, v: {"beta": c, "threshold": 20.0}),
+    ("ELU", lambda x, c, v: np.where(x > 0, x, c * np.expm1(np.minimum(x, 0))),
+     lambda c, v: {"alpha": c}),
+    ("CELU", lambda x, c, v: np.where(x > 0, x, c * np.expm1(np.minimum(x, 0) / c)),
+     lambda c, v: {"alpha": c}),
+    ("Hardshrink", lambda x, c, v: np.where(np.abs(x) <= c, 0, x), lambda c, v: {"lambd": c}),
+    ("Softshrink", lambda x, c, v: np.sign(x) * np.maximum(np.abs(x) - c, 0),
+     lambda c, v: {"lambd": c}),
+    ("Threshold", lambda x, c, v: np.where(x <= c, v, x),
+     lambda c, v: {"threshold": c, "value": v}),
+    ("LeakyReLU", lambda x, c, v: np.where(x >= 0, x, c * x), lambda c, v: {"negative_slope": c}),
+)  # fmt: skip
+_POINTS = np.concatenate([np.linspace(-12.0037, 12.0011, 2401), np.linspace(-30, 30, 61),
+                          [-1e3, 1e3, 0.0, 1e-3, -1e-3]])  # fmt: skip
+_LONGEST = 16  # blocks that make up one function
+
+
+def _is_pointwise(graph: Graph, block: list[Node]) -> bool:
+    numbers = [graph.known[n] for node in block for n in node.inputs if n in graph.known]
+    return all(n.op in POINTWISE or n.op == "Cast" for n in block) and all(
+        v is not ZEROS and np.size(v) == 1 for v in numbers
+    )
+
+
+def function_of(reader: Reader, block: list[Node], end: str) -> str | None:
+    """The end of the nodes that together are one activation, the longest such run; None if there
+    is no such run of more than one node."""
+    graph = reader.graph
+    if not _is_pointwise(graph, block):
+        return None
+    runs = [(block, end)]
+    while len(runs) < _LONGEST and graph.users.get(runs[-1][1]):
+        more, after = graph.block(runs[-1][1])
+        if not _is_pointwise(graph, more):
+            break
+        runs.append(([*runs[-1][0], *more], after))
+    for nodes, last in reversed(runs):
+        if len(nodes) < 2:
+            return None
+        y = _evaluated(reader, nodes, last, _POINTS)
+        numbers = [float(np.ravel(graph.known[n])[0]) for node in nodes for n in node.inputs
+                   if n in graph.known]  # fmt: skip
+        numbers += [float(v) for n in nodes for v in n.attributes.values()
+                    if isinstance(v, float)]  # fmt: skip
+        numbers = [c for c in numbers if math.isfinite(c)]
+        options = list(dict.fromkeys([1.0, *numbers, *(abs(c) for c in numbers)]))
+        below = float(y[-5])  # what a very small number becomes
+        for kind, function, settings in _FUNCTIONS:
+            for c in options if settings(0.5, 0) != settings(0.25, 0) else [1.0]:
+                with np.errstate(all="ignore"):
+                    wanted = function(_POINTS, c, below)
+                # Far out, a logarithm of a sigmoid is infinite in ONNX and a number here.
+                kept = np.isfinite(y) | (np.abs(_POINTS) < 80)
+                if np.allclose(y[kept], wanted[kept], rtol=3e-6, atol=1e-6):
+                    told = settings(_short(c), _short(below))
+                    reader.add(reader.name(nodes[-1]), kind, **told)
+                    return last
+        above = float(y[-4])
+        if below < above and np.allclose(y, np.clip(_POINTS, below, above), rtol=3e-6, atol=1e-6):
+            reader.add(reader.name(nodes[-1]), "Hardtanh", min_val=_short(below),
+                       max_val=_short(above))  # fmt: skip
+            return last
+    return None
+
+
+def _short(c: float) -> float:
+    """A float32 as the shortest number that rounds to it."""
+    return float(str(np.float32(c)))
+
+
+def several(reader: Reader, block: list[Node], end: str) -> None:
+    """A block of nodes that come together again: a norm told by its values, or a GLU."""
+    numbers = [
+        np.asarray(reader.graph.known[n])
+        for node in block
+        for n in node.inputs
+        if n in reader.graph.known and reader.graph.known[n] is not ZEROS
+    ]
+    reduces = [n for n in block if n.op == "ReduceMean"]
+    if len(reduces) in (1, 2) and _norm(reader, block, end, reduces, numbers):
+        return
+    if [n.op for n in block] == ["Split", "Sigmoid", "Mul"]:
+        split, gate, product = block
+        first, second = (*split.outputs, "", "")[:2]
+        axis = split("axis", 0) % reader.rank(split)
+        sizes = {reader.graph.shape(o, split)[axis] for o in split.outputs}
+        if gate.inputs == [second] and len(split.outputs) == 2 and len(sizes) == 1 and axis and (
+            sorted(product.inputs) == sorted([first, gate.outputs[0]])
+        ):  # fmt: skip
+            reader.add(reader.name(product), "GLU", dim=axis)
+            return
+    names = ", ".join(str(n) for n in block[:4])
+    raise refuse(names, f"these {len(block)} operators together are no layer that is known")
+
+
+def _norm(
+    reader: Reader, block: list[Node], end: str, reduces: list[Node], numbers: list[np.ndarray]
+) -> bool:
+    shape = reader.shape(block[0])
+    rank = len(shape)
+    axes = sorted(a % rank for a in axes_of(reader.graph, reduces[0]) or ())
+    if axes != list(range(axes[0] if axes else 0, rank)) or 0 in axes or not axes:
+        return False
+    inner = tuple(shape[a] for a in axes)
+    x = np.random.default_rng(0).normal(size=(2, *shape[1:])) * 2 + 0.5
+    try:
+        y = _evaluated(reader, block, end, x)
+    except (KeyError, ValueError):
+        return False
+    each = tuple(axes)
+    small = [float(v.reshape(-1)[0]) for v in numbers if v.size == 1 and v.dtype.kind == "f"]
+    arrays = [v.reshape(inner) for v in numbers
+              if v.dtype.kind == "f" and v.size == math.prod(inner) and v.size > 1]  # fmt: skip
+    for kind in ("LayerNorm", "RMSNorm"):
+        mean = x.mean(each, keepdims=True) if kind == "LayerNorm" else 0.0
+        variance = ((x - mean) ** 2).mean(each, keepdims=True)
+        for epsilon in dict.fromkeys([e for e in small if 0 <= e < 0.1]):
+            plain = (x - mean) / np.sqrt(variance + epsilon)
+            options: list[tuple[Any, Any]] = [(None, None)]
+            options += [(g, None) for g in arrays]
+            if kind == "LayerNorm":
+                options += [(None, b) for b in arrays]
+                options += [(g, b) for g in arrays for b in arrays if g is not b]
+            for scale, bias in options:
+                wanted = plain if scale is None else plain * scale
+                wanted = wanted if bias is None else wanted + bias
+                if y.shape == wanted.shape and np.allclose(y, wanted, rtol=1e-5, atol=1e-5):
+                    if scale is None and bias is not None:
+                        scale = np.ones_like(bias)
+                    add_layer_norm(reader, reader.name(block[-1]), inner, scale, bias, epsilon,
+                                    kind)  # fmt: skip
+                    return True
+    return False
+
+
+def _evaluated(reader: Reader, block: list[Node], end: str, x: np.ndarray) -> np.ndarray:
+    """The values of a block at some inputs, in double precision."""
+    graph, values = reader.graph, {reader.at: x}
+    for node in block:
+        given = []
+        for name in node.inputs:
+            value: Any = values[name] if name in values else graph.known[name] if name else None
+            if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+                value = value.astype(float)
+            if x.ndim == 1 and np.size(value) == 1 and value is not None:
+                value = np.reshape(value, ())
+            given.append(value)
+        with np.errstate(all="ignore"):
+            if node.op == "ReduceMean":
+                axes = tuple(axes_of(graph, node) or ()) or None
+                out = np.mean(given[0], axes, keepdims=bool(node("keepdims", 1)))
+            elif node.op == "Cast":
+                out = given[0]
+            else:
+                out = POINTWISE[node.op](node, *given)
+        values[node.outputs[0]] = np.asarray(out)
+    return values[end]

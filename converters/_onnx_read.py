@@ -1,0 +1,104 @@
+"""ONNX in: a straight line of operators as layers in torch's terms, from which the walk goes on."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+from fwt.converters import (
+    _convert,
+    _flax,
+    _io,
+    _onnx_blocks,
+    _onnx_graph,
+    _onnx_ours,
+    _onnx_recurrent,
+    _onnx_shapes,
+    _onnx_weights,
+    _torch_layers,
+)
+from fwt.converters._onnx_graph import Graph
+from fwt.converters._onnx_line import Reader
+from fwt.converters._row import Layer, refuse
+
+from fwt._types import FileFormatError, Model
+
+OPS = {**_onnx_weights.OPS, **_onnx_shapes.OPS, **_onnx_recurrent.OPS}
+
+
+def from_onnx(
+    path: str | os.PathLike[str],
+    *,
+    layout: str = "source",
+    external_data: bool = False,
+) -> Model:
+    """An ONNX file as a Flax model of this library, with the same outputs.
+
+    A file of :func:`to_onnx` gives back the model that it was written from, bit for bit. Any other
+    graph must be a straight line: one input, one output, each operator after the other, as
+    ``torch.onnx.export`` (both exporters), tf2onnx, Keras and :func:`to_onnx` write models of
+    layers. Needs onnx: ``pip install 'fwt[onnx]'``.
+
+    Args:
+        path: the file.
+        layout: "source", by default: the input and output are those of the file. "channels_last"
+            or "channels_first" moves an end's axes where a layer proves which holds the channels.
+        external_data: whether arrays may be read from another file in the same folder.
+
+    Returns:
+        ``Model(module, variables)`` with NumPy leaves. Layers take the names of their weights
+        where these tell one.
+
+    Raises:
+        FileFormatError: for a file that is missing, broken or hostile, and for an operator that
+            can't be converted exactly, by the node's name. It is a ``ConversionError``.
+
+    Example:
+        >>> import os, tempfile
+        >>> import fwt, jax, flax.linen as nn
+        >>> net = fwt.Sequential([("dense", nn.Dense(2)), nn.relu], input_shape=(3,))
+        >>> variables = net.init(jax.random.key(0), jax.numpy.ones((1, 3)))
+        >>> path = os.path.join(tempfile.mkdtemp(), "net.onnx")
+        >>> fwt.converters.to_onnx(net, variables, path)
+        >>> fwt.converters.from_onnx(path).module
+        Sequential(
+          dense: Dense(features=2)
+          1: ReLU()
+          input_shape=(3,)
+        )
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileFormatError(f"{path}: no such file")
+    with _io.reading(path):
+        proto = _onnx_graph.proto_of(path)
+        ours = _onnx_ours.described(proto, path, external_data)
+        if ours is not None and layout == "source":
+            return ours
+        if ours is not None:
+            layers, shape = _flax.read_flax(*ours), ours.module.input_shape
+        else:
+            graph = Graph(proto, path, external_data)
+            layers = _torch_layers.with_selected(_layers(graph))
+            shape = tuple(graph.shapes[graph.input][1:])
+        source: Any = "torch" if ours is None else "flax"
+        new, found = _convert.convert(layers, source, "flax", shape, layout)
+        return _flax.write_flax(new, found)
+
+
+def _layers(graph: Graph) -> list[Layer]:
+    reader = Reader(graph)
+    while graph.users.get(reader.at):
+        block, end = graph.block(reader.at)
+        node = block[0]
+        if (found := _onnx_blocks.function_of(reader, block, end)) is not None:
+            end = found
+        elif len(block) > 1:
+            _onnx_blocks.several(reader, block, end)
+        elif node.op in OPS:
+            end = OPS[node.op](reader, node) or end
+        else:
+            raise refuse(str(node), f"the operator {node.op!r} can't be converted")
+        reader.at = end
+    if reader.at != graph.output:
+        raise refuse(str(graph.path), f"the output {graph.output!r} does not come from the input")
+    return reader.layers

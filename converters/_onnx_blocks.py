@@ -5,9 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from fwt.converters._onnx_graph import POINTWISE, ZEROS, Graph, Node, axes_of
+from fwt.converters._onnx_graph import POINTWISE, ZEROS, Graph, Node, axes_of, slices_of
 from fwt.converters._onnx_line import Reader
-from fwt.converters._onnx_weights import add_layer_norm
+from fwt.converters._onnx_weights import add_group_norm, add_layer_norm
+from fwt.converters._padding import pairs_in
 from fwt.converters._row import refuse
 
 
@@ -106,68 +107,165 @@ def _short(c: float) -> float:
 
 
 def several(reader: Reader, block: list[Node], end: str) -> None:
-    """A block of nodes that come together again: a norm told by its values, or a GLU."""
-    numbers = [
-        np.asarray(reader.graph.known[n])
-        for node in block
-        for n in node.inputs
-        if n in reader.graph.known and reader.graph.known[n] is not ZEROS
-    ]
-    reduces = [n for n in block if n.op == "ReduceMean"]
-    if len(reduces) in (1, 2) and _norm(reader, block, end, reduces, numbers):
+    """A block of nodes that come together again: a norm told by its values, or one of a few forms
+    that exporters write."""
+    last = block[-1]
+    if _means(block) and _norm(reader, block, end):
         return
-    if [n.op for n in block] == ["Split", "Sigmoid", "Mul"]:
-        split, gate, product = block
-        first, second = (*split.outputs, "", "")[:2]
-        axis = split("axis", 0) % reader.rank(split)
-        sizes = {reader.graph.shape(o, split)[axis] for o in split.outputs}
-        if gate.inputs == [second] and len(split.outputs) == 2 and len(sizes) == 1 and axis and (
-            sorted(product.inputs) == sorted([first, gate.outputs[0]])
-        ):  # fmt: skip
-            reader.add(reader.name(product), "GLU", dim=axis)
+    if _is_glu(reader, block):
+        split = block[0]
+        reader.add(reader.name(last), "GLU", dim=split("axis", 0) % reader.rank(split))
+        return
+    users = reader.graph.users.get(end, [])
+    table = reader.graph.known.get(users[0].inputs[0]) if len(users) == 1 else None
+    pointwise = all(n.op in POINTWISE or n.op == "Cast" for n in block)
+    if pointwise and table is not None and users[0].op == "Gather" and np.ndim(table) == 2:
+        # An index that counts from the end where it is negative: nothing to any other.
+        count = np.arange(table.shape[0])
+        if np.array_equal(_evaluated(reader, block, end, count), count):
             return
+    if _wrapped(reader, block, end):
+        return
     names = ", ".join(str(n) for n in block[:4])
     raise refuse(names, f"these {len(block)} operators together are no layer that is known")
 
 
-def _norm(
-    reader: Reader, block: list[Node], end: str, reduces: list[Node], numbers: list[np.ndarray]
-) -> bool:
+def _wrapped(reader: Reader, block: list[Node], end: str) -> bool:
+    """A padding of one axis with what is at its other end."""
+    last, shape = block[-1], reader.shape(block[0])
+    if (
+        last.op != "Concat"
+        or any(n.op != "Slice" for n in block[:-1])
+        or len(shape) not in (3, 4, 5)
+    ):
+        return False
+    axis = last("axis", 0) % len(shape)
+    if axis < 2:
+        return False
+    x = np.arange(math.prod(shape[1:])).reshape(1, *shape[1:])
+    y = _evaluated(reader, block, end, x)
+    more = y.shape[axis] - shape[axis]
+    for before in range(max(more, -1) + 1):
+        pairs = [(0, 0)] * len(shape)
+        pairs[axis] = (before, more - before)
+        if np.array_equal(y, np.pad(x, pairs, mode="wrap")):
+            reader.add(reader.name(last), f"CircularPad{len(shape) - 2}d",
+                       padding=pairs_in("torch", tuple(pairs[2:])))  # fmt: skip
+            return True
+    return False
+
+
+def _means(block: list[Node]) -> int:
+    return sum(n.op in ("ReduceMean", "GlobalAveragePool") for n in block)
+
+
+def _is_glu(reader: Reader, block: list[Node]) -> bool:
+    if [n.op for n in block] != ["Split", "Sigmoid", "Mul"]:
+        return False
+    split, gate, product = block
+    first, second = (*split.outputs, "", "")[:2]
+    sizes = {reader.graph.shape(o, split)[split("axis", 0)] for o in split.outputs}
+    return (
+        gate.inputs == [second]
+        and len(split.outputs) == 2
+        and len(sizes) == 1
+        and split("axis", 0) % reader.rank(split) > 0
+        and sorted(product.inputs) == sorted([first, gate.outputs[0]])
+    )
+
+
+def _numbers(reader: Reader, block: list[Node]) -> tuple[list[float], list[np.ndarray]]:
+    """The small numbers in a block, one of which may be an epsilon, and its arrays."""
+    known = reader.graph.known
+    values = [np.asarray(known[n]) for node in block for n in node.inputs
+              if n in known and known[n] is not ZEROS]  # fmt: skip
+    values = [v for v in values if v.dtype.kind == "f"]
+    small = [float(np.ravel(v)[0]) for v in values if v.size == 1]
+    return [e for e in dict.fromkeys(small) if 0 <= e < 0.1], values
+
+
+def _affine(y: np.ndarray, plain: np.ndarray, arrays: list[np.ndarray]) -> tuple[Any, Any] | None:
+    """The scale and bias, or their absence, with which one is the other."""
+    options: list[tuple[Any, Any]] = [(None, None), *((g, None) for g in arrays)]
+    options += [(None, b) for b in arrays]
+    options += [(g, b) for g in arrays for b in arrays if g is not b]
+    for scale, bias in options:
+        wanted = plain if scale is None else plain * scale
+        wanted = wanted if bias is None else wanted + bias
+        if y.shape == wanted.shape and np.allclose(y, wanted, rtol=1e-5, atol=1e-5):
+            return scale if scale is not None or bias is None else np.ones_like(bias), bias
+    return None
+
+
+def _sample(shape: Any) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(2, *shape[1:])) * 2 + 0.5
+
+
+def _norm(reader: Reader, block: list[Node], end: str) -> bool:
     shape = reader.shape(block[0])
     rank = len(shape)
-    axes = sorted(a % rank for a in axes_of(reader.graph, reduces[0]) or ())
-    if axes != list(range(axes[0] if axes else 0, rank)) or 0 in axes or not axes:
-        return False
-    inner = tuple(shape[a] for a in axes)
-    x = np.random.default_rng(0).normal(size=(2, *shape[1:])) * 2 + 0.5
+    x = _sample(shape)
     try:
         y = _evaluated(reader, block, end, x)
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, IndexError):
         return False
-    each = tuple(axes)
-    small = [float(v.reshape(-1)[0]) for v in numbers if v.size == 1 and v.dtype.kind == "f"]
-    arrays = [v.reshape(inner) for v in numbers
-              if v.dtype.kind == "f" and v.size == math.prod(inner) and v.size > 1]  # fmt: skip
-    for kind in ("LayerNorm", "RMSNorm"):
-        mean = x.mean(each, keepdims=True) if kind == "LayerNorm" else 0.0
-        variance = ((x - mean) ** 2).mean(each, keepdims=True)
-        for epsilon in dict.fromkeys([e for e in small if 0 <= e < 0.1]):
-            plain = (x - mean) / np.sqrt(variance + epsilon)
-            options: list[tuple[Any, Any]] = [(None, None)]
-            options += [(g, None) for g in arrays]
-            if kind == "LayerNorm":
-                options += [(None, b) for b in arrays]
-                options += [(g, b) for g in arrays for b in arrays if g is not b]
-            for scale, bias in options:
-                wanted = plain if scale is None else plain * scale
-                wanted = wanted if bias is None else wanted + bias
-                if y.shape == wanted.shape and np.allclose(y, wanted, rtol=1e-5, atol=1e-5):
-                    if scale is None and bias is not None:
-                        scale = np.ones_like(bias)
-                    add_layer_norm(reader, reader.name(block[-1]), inner, scale, bias, epsilon,
-                                    kind)  # fmt: skip
-                    return True
+    epsilons, values = _numbers(reader, block)
+    for first in range(rank - 1, 0, -1):
+        axes, inner = tuple(range(first, rank)), tuple(shape[first:])
+        arrays = [v.reshape(inner) for v in values if v.size == math.prod(inner)]
+        for kind in ("LayerNorm", "RMSNorm"):
+            mean = x.mean(axes, keepdims=True) if kind == "LayerNorm" else 0.0
+            variance = ((x - mean) ** 2).mean(axes, keepdims=True)
+            for epsilon in epsilons:
+                found = _affine(y, (x - mean) / np.sqrt(variance + epsilon), arrays)
+                if found is None or (kind == "RMSNorm" and found[1] is not None):
+                    continue
+                add_layer_norm(reader, reader.name(block[-1]), inner, *found, epsilon, kind)
+                return True
     return False
+
+
+def grouped(reader: Reader, node: Node, new: tuple[int, ...]) -> str | None:
+    """A GroupNorm of the last axis that is computed in parts; the value after it."""
+    graph, shape = reader.graph, reader.shape(node)
+    if new[:-2] != tuple(shape[1:-1]) or len(new) < 3 or new[-1] * new[-2] != shape[-1]:
+        return None
+    if not graph.users.get(node.outputs[0]):
+        return None
+    block, end = graph.block(node.outputs[0])
+    after = graph.users.get(end, [])
+    if not _means(block) or len(after) != 1 or after[0].op != "Reshape":
+        return None
+    if tuple(graph.shape(after[0].outputs[0], after[0])[1:]) != tuple(shape[1:]):
+        return None
+    x = _sample(shape)
+    try:
+        y = _evaluated(reader, [node, *block], end, x).reshape(x.shape)
+    except (KeyError, ValueError, IndexError):
+        return None
+    epsilons, values = _numbers(reader, block)
+    arrays = [v.reshape(-1) for v in values if v.size == shape[-1]]
+    split = x.reshape(2, *new)
+    axes = (*range(1, len(new) - 1), len(new))
+    mean = split.mean(axes, keepdims=True)
+    variance = split.var(axes, keepdims=True)
+    for epsilon in epsilons:
+        found = _affine(y, ((split - mean) / np.sqrt(variance + epsilon)).reshape(x.shape), arrays)
+        if found is None:
+            continue
+        scale, bias = found
+        scale = np.ones(shape[-1], np.float32) if scale is None else scale
+        bias = np.zeros(shape[-1], np.float32) if bias is None else bias
+        name, end = reader.name(block[-1]), after[0].outputs[0]
+
+        def add(
+            name: str = name, scale: Any = scale, bias: Any = bias, epsilon: float = epsilon
+        ) -> None:
+            add_group_norm(reader, name, new[-2], scale, bias, epsilon)
+
+        reader.with_second(len(shape) - 1, len(shape), name, add)
+        return end
+    return None
 
 
 def _evaluated(reader: Reader, block: list[Node], end: str, x: np.ndarray) -> np.ndarray:
@@ -186,8 +284,16 @@ def _evaluated(reader: Reader, block: list[Node], end: str, x: np.ndarray) -> np
             if node.op == "ReduceMean":
                 axes = tuple(axes_of(graph, node) or ()) or None
                 out = np.mean(given[0], axes, keepdims=bool(node("keepdims", 1)))
+            elif node.op == "GlobalAveragePool":
+                out = np.mean(given[0], tuple(range(2, given[0].ndim)), keepdims=True)
+            elif node.op == "Reshape":
+                out = given[0].reshape(x.shape[0], *graph.shape(node.outputs[0], node)[1:])
             elif node.op == "Cast":
                 out = given[0]
+            elif node.op == "Slice":
+                out = given[0][tuple(slices_of(graph, node, given[0].ndim))]
+            elif node.op == "Concat":
+                out = np.concatenate(given, node("axis"))
             else:
                 out = POINTWISE[node.op](node, *given)
         values[node.outputs[0]] = np.asarray(out)

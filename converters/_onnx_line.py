@@ -72,7 +72,7 @@ class Reader:
 
 
 # Of torch's layers, where a row has no use for a setting unless it is another.
-DEFAULTS = {"groups": 1, "return_indices": False, "recompute_scale_factor": None,
+DEFAULTS = {"groups": 1, "return_indices": False, "recompute_scale_factor": None, "mode": "nearest",
              "size": None, "align_corners": None, "padding_mode": "zeros"}  # fmt: skip
 _LEAVES = ("weight", "kernel", "bias", "scale", "gamma", "embedding", "embeddings", "beta",
            "negative_slope", "running_mean", "mean", "recurrent_kernel", "W", "R")  # fmt: skip

@@ -40,7 +40,7 @@ def recurrent(reader: Reader, node: Node) -> str:
         steps = reader.shape(node)[1]
         if np.any(np.asarray(lengths) != steps):
             raise refuse(str(node), "sequence_lens shortens its input")
-    weight, recurrent, bias = (graph.const(node, i) for i in (1, 2, 3))
+    weight, hidden, bias = (graph.const(node, i) for i in (1, 2, 3))
     names = _activations(node, gates, count)
     # Gates i, o, f, c as i, f, c, o.
     order = {1: (0,), 3: (0, 1, 2), 4: (0, 2, 3, 1)}[gates]
@@ -53,7 +53,7 @@ def recurrent(reader: Reader, node: Node) -> str:
     arrays: dict[str, Any] = {}
     for index, end in enumerate(("", "_reverse")[:count]):
         arrays[f"kernel{end}"] = np.ascontiguousarray(sorted_(weight[index]).T)
-        arrays[f"recurrent_kernel{end}"] = np.ascontiguousarray(sorted_(recurrent[index]).T)
+        arrays[f"recurrent_kernel{end}"] = np.ascontiguousarray(sorted_(hidden[index]).T)
         if bias is not None:
             first, second = (sorted_(b) for b in np.split(bias[index], 2))
             if node.op == "GRU" and after:
@@ -129,14 +129,17 @@ def _given_out(graph: Graph, node: Node, count: int) -> tuple[str, str]:
         users = graph.users.get(at, [])
         if letters == ["t", "n", "h"] and len(users) == 1 and users[0].op in _RECURRENT:
             break  # one after the other
+        if len(users) == 2 and "d" in letters and count == 2:
+            return _halves(graph, at, letters, node)
         if len(users) != 1:
             raise refuse(str(node), f"its output is used by {len(users)} nodes")
         step = users[0]
         if step.op == "Squeeze":
             gone = [a % len(letters) for a in axes_of(graph, step) or ()]
-            if [letters[a] for a in gone] != ["d"] or count != 1:
+            names = {letters[a] for a in gone}
+            if not names <= {"d", "one"} or count != 1:
                 raise refuse(str(step), f"it drops the axes {gone} of {letters}")
-            letters = [x for x in letters if x != "d"]
+            letters = [x for x in letters if x not in names]
         elif step.op == "Transpose":
             letters = [letters[a] for a in step("perm")]
         elif step.op == "Reshape" and letters[-2:] == ["d", "h"]:
@@ -156,15 +159,81 @@ def _given_out(graph: Graph, node: Node, count: int) -> tuple[str, str]:
                 raise refuse(str(step), f"it takes entry {index} of the axis {letters[axis]!r}")
         elif step.op == "Slice" and count == 1:
             cuts = slices_of(graph, step, len(letters))
-            for letter, cut in zip(letters, cuts, strict=True):
-                if cut != slice(None) and not (letter == "d" and cut.start in (0, None)):
-                    raise refuse(str(step), f"it takes {cut} of the axis {letter!r}")
+            for i, cut in enumerate(cuts):
+                if letters[i] == "t" and cut == slice(-1, None, 1):
+                    letters[i], what = "one", "last"
+                elif cut != slice(None) and not (letters[i] == "d" and cut.start in (0, None)):
+                    raise refuse(str(step), f"it takes {cut} of the axis {letters[i]!r}")
         else:
             raise refuse(str(step), f"after {node}: it works on {letters}, the batch not first")
         at = step.outputs[0]
     if letters == ["t", "n", "h"]:
         return "sequence", at
     return _last_step(graph, at, what, count) if letters == ["n", "t", "h"] else (what, at)
+
+
+def _halves(graph: Graph, at: str, letters: list[str], node: Node) -> tuple[str, str]:
+    """Two directions that are taken apart and joined again."""
+    ends: dict[int, tuple[str, list[str], int | None]] = {}
+    for step in graph.users[at]:
+        left, direction, time = list(letters), None, None
+        while True:
+            if step.op == "Slice":
+                for i, cut in enumerate(slices_of(graph, step, len(left))):
+                    if cut == slice(None):
+                        continue
+                    if left[i] == "d" and cut in (slice(0, 1, 1), slice(1, 2, 1),
+                                                  slice(1, None, 1)):  # fmt: skip
+                        direction, left[i] = int(cut.start), "one"
+                    elif left[i] == "t" and cut in (slice(0, 1, 1), slice(-1, None, 1)):
+                        time, left[i] = int(cut.start), "one"
+                    else:
+                        raise refuse(str(step), f"it takes {cut} of the axis {left[i]!r}")
+            elif step.op == "Squeeze":
+                gone = {a % len(left) for a in axes_of(graph, step) or ()}
+                left = [x for i, x in enumerate(left) if not (i in gone and x == "one")]
+            elif step.op == "Gather" and np.shape(graph.const(step, 1)) == ():
+                axis, index = step("axis", 0) % len(left), int(graph.const(step, 1))
+                if left[axis] == "d":
+                    direction = index % 2
+                elif left[axis] == "t" and index in (0, -1):
+                    time = index
+                else:
+                    raise refuse(str(step), f"it takes entry {index} of the axis {left[axis]!r}")
+                left.pop(axis)
+            elif step.op == "Transpose":
+                left = [left[a] for a in step("perm")]
+            else:
+                raise refuse(str(step), f"after {node}: it works on one direction")
+            end = step.outputs[0]
+            after = graph.users.get(end, [])
+            if len(after) != 1:
+                raise refuse(str(node), f"one of its directions is used by {len(after)} nodes")
+            step = after[0]
+            if step.op == "Concat":
+                break
+        if direction is None:
+            raise refuse(str(node), "its directions are joined in a way that is not known")
+        ends[direction] = end, left, time
+    wanted = [ends[d][0] for d in sorted(ends)]
+    (left, first), (other, second) = (ends[d][1:] for d in sorted(ends))
+    if step.inputs != wanted or len(ends) != 2 or left != other or (
+        step("axis", 0) % len(left) != len(left) - 1 or left[-1] != "h"
+    ):  # fmt: skip
+        raise refuse(str(step), "it joins the directions in another order or axis")
+    if (first, second) not in ((None, None), (-1, 0)):
+        raise refuse(str(node), f"the steps {first} and {second} of its directions")
+    what = "sequence" if "t" in left else "last"
+    at = step.outputs[0]
+    if left == ["t", "n", "h"]:
+        after = graph.users.get(at, [])
+        if len(after) == 1 and after[0].op == "Transpose" and after[0]("perm") == [1, 0, 2]:
+            return what, after[0].outputs[0]
+        if len(after) == 1 and after[0].op in _RECURRENT:
+            return what, at
+    elif left in (["n", "t", "h"], ["n", "h"]):
+        return what, at
+    raise refuse(str(node), f"after it are the axes {left}, the batch not first")
 
 
 def _last_step(graph: Graph, at: str, what: str, count: int) -> tuple[str, str]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from fwt.converters import _onnx_recurrent
+from fwt.converters import _onnx_blocks, _onnx_recurrent, _onnx_weights
 from fwt.converters._onnx_graph import Node, axes_of, slices_of
 from fwt.converters._onnx_line import Handler, Reader, array, one_axis, spatial, window_of
 from fwt.converters._padding import pairs_in
@@ -216,9 +216,13 @@ def _reshape(reader: Reader, node: Node) -> str | None:
     shape = reader.shape(node)
     if (found := _grouped(reader, node, shape)) is not None:
         return found
+    if (found := _product(reader, node, shape)) is not None:
+        return found
     new = _new_shape(reader, node, shape)
     if new == shape[1:]:
         return None
+    if (found := _onnx_blocks.grouped(reader, node, new)) is not None:
+        return found
     name = reader.name(node)
     if len(new) == 1:
         reader.add(name, "Flatten", start_dim=1, end_dim=-1)
@@ -280,6 +284,47 @@ def _grouped(reader: Reader, node: Node, shape: Any) -> str | None:
                eps=norm("epsilon", 1e-5), affine=False)  # fmt: skip
     reader.lacks = "scale"
     return after[0].outputs[0]
+
+
+def _product(reader: Reader, node: Node, shape: Any) -> str | None:
+    """A product over the last axis of more than two, which TensorFlow writes between two Reshapes
+    that take the others for the batch."""
+    graph = reader.graph
+    target = graph.known.get(node.inputs[1]) if len(node.inputs) > 1 else None
+    users = graph.users.get(node.outputs[0], [])
+    if len(shape) < 3 or node.op != "Reshape" or not isinstance(target, np.ndarray) or (
+        np.ravel(target).tolist() != [-1, shape[-1]] or len(users) != 1
+        or users[0].op not in ("MatMul", "Gemm") or users[0].inputs[0] != node.outputs[0]
+    ):  # fmt: skip
+        return None
+    after = graph.users.get(users[0].outputs[0], [])
+    if len(after) != 1 or after[0].op != "Reshape":
+        return None
+    if tuple(graph.shape(after[0].outputs[0], after[0])[1:-1]) != tuple(shape[1:-1]):
+        return None
+    reader.at = node.outputs[0]
+    _onnx_weights.OPS[users[0].op](reader, users[0])
+    return after[0].outputs[0]
+
+
+def _tile(reader: Reader, node: Node) -> None:
+    """Copies along axes of size 1."""
+    reader.only(node)
+    shape = reader.shape(node)
+    new = reader.graph.shape(node.outputs[0], node)
+    times = [1, *(m // n for n, m in zip(shape[1:], new[1:]))]
+    wide = [a for a, k in enumerate(times) if k != 1]
+    still = [a for a in range(1, len(shape)) if a not in wide]
+    if any(shape[a] != 1 for a in wide) or not still or (
+        len(shape) not in (3, 4, 5)
+    ):  # fmt: skip
+        raise refuse(str(node), f"it repeats {shape} to {new}: only axes of size 1")
+    if not wide:
+        return
+    name = reader.name(node)
+    scale = tuple(float(times[a]) for a in range(1, len(shape)) if a != still[-1])
+    reader.with_second(still[-1], len(shape), name, lambda: reader.add(
+        name, "Upsample", scale_factor=scale, mode="nearest"))  # fmt: skip
 
 
 def _transpose(reader: Reader, node: Node) -> str | None:
@@ -379,6 +424,11 @@ def _neg(reader: Reader, node: Node) -> None:
     reader.add(reader.name(node), "Rescaling", scale=-1.0, offset=0.0)
 
 
+def _concat(reader: Reader, node: Node) -> None:
+    if len(node.inputs) != 1:
+        raise refuse(str(node), "it joins its input with other values")
+
+
 def _nothing(reader: Reader, node: Node) -> None:
     reader.only(node)
 
@@ -412,5 +462,6 @@ OPS: Mapping[str, Handler] = {
     "ThresholdedRelu": _function("Threshold", threshold=("alpha", 1.0), value=("", 0.0)),
     "HardSigmoid": _hard_sigmoid, "Gelu": _gelu, "Shrink": _shrink, "PRelu": _prelu,
     "Clip": _clip, "Softmax": _softmax("Softmax"), "LogSoftmax": _softmax("LogSoftmax"),
-    "Identity": _nothing, "Dropout": _nothing, "Cast": _cast, "Neg": _neg,
+    "Tile": _tile, "Expand": _tile, "Identity": _nothing, "Dropout": _nothing, "Cast": _cast,
+    "Neg": _neg, "Concat": _concat,
 }  # fmt: skip

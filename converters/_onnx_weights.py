@@ -97,7 +97,7 @@ def _conv_transpose(reader: Reader, node: Node) -> None:
     )  # fmt: skip
 
 
-def _embedding(reader: Reader, node: Node) -> str | None:
+def _embedding(reader: Reader, node: Node) -> None:
     where = [i for i, n in enumerate(node.inputs) if n == reader.at]
     if where == [0]:
         raise refuse(str(node), "it takes a part of its input")
@@ -109,7 +109,6 @@ def _embedding(reader: Reader, node: Node) -> str | None:
         num_embeddings=table.shape[0], embedding_dim=table.shape[1], padding_idx=None,
         max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False,
     )  # fmt: skip
-    return None
 
 
 # -- norms -----------------------------------------------------------------------------------------
@@ -168,10 +167,15 @@ def _group_norm(reader: Reader, node: Node) -> None:
     scale, bias = array(reader, node, 1), array(reader, node, 2)
     if scale.size == groups != size:  # as before opset 21
         scale, bias = (np.repeat(v, size // groups) for v in (scale, bias))
-    reader.add(
-        reader.name(node, node.inputs[1]), "GroupNorm", {"weight": scale, "bias": bias},
-        num_groups=groups, num_channels=size, eps=node("epsilon", 1e-5), affine=True,
-    )  # fmt: skip
+    name = reader.name(node, node.inputs[1])
+    add_group_norm(reader, name, groups, scale, bias, node("epsilon", 1e-5))
+
+
+def add_group_norm(
+    reader: Reader, name: str, groups: int, scale: np.ndarray, bias: np.ndarray, epsilon: float
+) -> None:
+    reader.add(name, "GroupNorm", {"weight": scale, "bias": bias}, num_groups=groups,
+               num_channels=scale.size, eps=epsilon, affine=True)  # fmt: skip
 
 
 def _instance_norm(reader: Reader, node: Node) -> None:
@@ -186,7 +190,7 @@ def _instance_norm(reader: Reader, node: Node) -> None:
     reader.lacks = "scale" if plain else None
 
 
-def _arithmetic(reader: Reader, node: Node) -> None:
+def _arithmetic(reader: Reader, node: Node) -> str | None:
     """Numbers added to or multiplied with the line: a bias, a scale, or a layer of its own."""
     where = node.inputs.index(reader.at)
     value, op = array(reader, node, 1 - where), node.op
@@ -198,21 +202,33 @@ def _arithmetic(reader: Reader, node: Node) -> None:
     value = -value if op == "Sub" else 1 / value if op == "Div" else value
     adds = op in ("Add", "Sub")
     if _joined(reader, value, adds, rank):
-        return
+        return None
     axis = one_axis(node, value, rank)
     name = reader.name(node)
     if axis is None:
         number = float(value.reshape(-1)[0])
         reader.add(name, "Rescaling", scale=1.0 if adds else number, offset=number if adds else 0.0)
-        return
+        return None
     flat = np.ascontiguousarray(value.reshape(-1), np.float32)
     ones, zeros = np.ones_like(flat), np.zeros_like(flat)
     arrays = {"weight": ones if adds else flat, "bias": flat if adds else zeros,
               "running_mean": zeros, "running_var": ones}  # fmt: skip
+    end = None
+    users = reader.graph.users.get(node.outputs[0], [])
+    if not adds and len(users) == 1 and users[0].op in ("Add", "Sub"):
+        # A BatchNorm whose statistics are in its scale and bias already.
+        there = users[0].inputs.index(node.outputs[0])
+        shift = reader.graph.known.get(users[0].inputs[1 - there])
+        if isinstance(shift, np.ndarray) and shift.size == flat.size and not (
+            there and users[0].op == "Sub") and axis_or_none(shift, rank) == axis:  # fmt: skip
+            shift = -shift if users[0].op == "Sub" else shift
+            arrays["bias"] = np.ascontiguousarray(shift.reshape(-1), np.float32)
+            end = users[0].outputs[0]
     # x * 1 / sqrt(1 + 0): exactly the product and the sum.
     reader.with_second(
         axis, rank, name, lambda: add_batch_norm(reader, name, rank, arrays, 0.0, 0.1)
     )
+    return end
 
 
 def _joined(reader: Reader, value: np.ndarray, adds: bool, rank: int) -> bool:

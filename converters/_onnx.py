@@ -242,6 +242,10 @@ def _converted(
         )
         names = _names([w.name for w in taken])
         weights = {n: w.value for n, w in zip(names, taken, strict=True)}
+        for value, weight in zip(proto.graph.input[1:], taken, strict=True):
+            # tf2onnx takes bfloat16 for float16.
+            kind = onnx.helper.np_dtype_to_tensor_dtype(weight.value.dtype)
+            value.type.tensor_type.elem_type = kind
         _finish(proto, names, found[0])
         undo = {n: w.undo for n, w in zip(names, taken, strict=True)}
         _onnx_ours.describe(proto, module, undo, [leaf for w in jax.tree.leaves(tree) for leaf in
@@ -265,8 +269,12 @@ def _weights(variables: Any, make: Any, inside: tuple[str, ...] = ()) -> Any:
         if isinstance(value, Mapping):
             out[name] = _weights(value, make, parts)
         else:
+            array = np.asarray(value)
+            if array.dtype != jax.dtypes.canonicalize_dtype(array.dtype):
+                raise refuse(joined(parts), f"{array.dtype} weights: JAX computes with 32 bits",
+                             "set jax_enable_x64, or cast them")  # fmt: skip
             # Named without the collection: no layer has one name in two of them.
-            out[name] = make(joined(parts[1:]), np.asarray(value), {joined(parts): []})
+            out[name] = make(joined(parts[1:]), array, {joined(parts): []})
     return out
 
 
@@ -327,9 +335,15 @@ def _one(
         raise refuse(place, f"it does not run on {list(aval.shape)} ({why:.300})") from error
     if not hasattr(out, "shape"):
         raise refuse(place, "its output is no array")
-    y = native[type(layer)](tracer, layer, own, x, aval, out) if type(layer) in native else None
-    if y is None:
-        y, _ = tracer.apply(function, own, x, aval)
+    try:
+        y = native[type(layer)](tracer, layer, own, x, aval, out) if type(layer) in native else None
+        if y is None:
+            y, _ = tracer.apply(function, own, x, aval)
+    except ConversionError:
+        raise
+    except Exception as error:  # whatever TensorFlow says about a dtype
+        why = " ".join(str(error).split())
+        raise refuse(place, f"TensorFlow has no such operation ({why:.300})") from error
     return y, out
 
 

@@ -161,6 +161,11 @@ class Tracer:
             all(isinstance(d, int | np.integer) for d in v.aval.shape) for v in eqn.outvars
         ):
             return self._folded(eqn, values)
+        if any(v.aval.dtype == jnp.bfloat16 for v in eqn.outvars) and not all(
+            isinstance(v, Weight) for v in values
+        ):
+            raise refuse(self.place, "it computes in bfloat16, which tf2onnx can't say",
+                         "weights may be bfloat16 where the layer's dtype is float32")  # fmt: skip
         empty = [v.aval.shape for v in eqn.outvars if 0 in v.aval.shape]
         if empty:  # as JAX makes where it pads by nothing: what follows leaves them out
             return [np.zeros([d if isinstance(d, int) else 1 for d in s]) for s in empty]

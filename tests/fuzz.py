@@ -67,6 +67,14 @@ def originals(folder):
         how = {"compression": "gzip", "shuffle": True, "chunks": (4, 3)}
         file.create_dataset("layers/d/vars/0", data=np.ones((9, 7), np.float32), **how)
     out["Keras weights"].append(packed)
+    import onnx
+
+    path = Path(folder) / "net.onnx"
+    converters.save(path, net, variables)
+    proto = onnx.load(path)
+    del proto.metadata_props[:]  # which says what the layers are: the graph must
+    onnx.save(proto, path.with_stem("bare"))
+    out["ONNX"] = [path, path.with_stem("bare")]
     packed = Path(folder) / "packed.npz"
     np.savez_compressed(packed, **{"a/b": np.ones((3, 4)), "c": np.arange(5)})
     out["NumPy"].append(packed)

@@ -236,8 +236,8 @@ def lossless(form, suffix, shards):
         leaf = leaf[:, :2]
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / f"w{suffix}"
-            module = net if form.framework in ("Keras", "PyTorch") else None
-            how = {"architecture": net} if module is not None else {}
+            module = net if form.framework in ("Keras", "PyTorch", "ONNX") else None
+            how = {"architecture": net} if form.framework in ("Keras", "PyTorch") else {}
             try:
                 converters.save(path, module, {"params": {"d": {"kernel": leaf}}}, **shards)
                 found = converters.load(path, **how).variables["params"]["d"]["kernel"]
@@ -271,6 +271,7 @@ def formats():
         names = ", ".join(f"`{s}`" for s in form.suffixes)
         own = {"Keras": "Keras", "PyTorch": "torch"}.get(form.framework)
         needs = f"no {own}" if own else "nothing more"
+        needs = "`fwt[onnx]`" if form.framework == "ONNX" else needs
         lines.append(
             f"| {names} | {form.holds} | yes | yes | {lossless(form, suffix, shards)} | {needs} |"
         )

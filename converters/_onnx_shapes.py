@@ -219,6 +219,7 @@ def _reshape(reader: Reader, node: Node) -> str | None:
     if (found := _product(reader, node, shape)) is not None:
         return found
     new = _new_shape(reader, node, shape)
+    reader.graph.shapes[node.outputs[0]] = (shape[0], *new)
     if new == shape[1:]:
         return None
     if (found := _onnx_blocks.grouped(reader, node, new)) is not None:

@@ -1,0 +1,743 @@
+"""ONNX out, against onnxruntime; ONNX in, as we, torch's exporters and Keras write it."""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import warnings
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import keras
+import layer_cases
+import ml_dtypes
+import numpy as np
+import onnx
+import onnxruntime
+import optax
+import pytest
+import torch
+from fwt.converters import _layers
+from test_cli import fwt_command
+
+import fwt
+from fwt import converters
+from fwt import layers as fl
+
+k, t = keras.layers, torch.nn
+TABLES = {"torch": layer_cases.TORCH, "keras": layer_cases.KERAS}
+
+
+def run(path, x):
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return session.run(None, {session.get_inputs()[0].name: x})[0]
+
+
+def close(found, expected):
+    assert found.shape == expected.shape
+    scale = max(1.0, float(np.max(np.abs(expected[np.isfinite(expected)]), initial=0)))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5 * scale)
+
+
+def drawn(framework, name, seed):
+    """A Flax model of one layer, and a batch of inputs."""
+    case = TABLES[framework][name]
+    rng = np.random.default_rng(seed)
+    shape, layer = case.make(rng)
+    if framework == "torch":
+        net = t.Sequential(*(layer if isinstance(layer, list) else [layer])).eval()
+        model = converters.from_torch(net, shape, layout="source")
+    else:
+        kind = "int32" if case.integers else "float32"
+        net = keras.Sequential([keras.Input(shape, dtype=kind), layer])
+        model = converters.from_keras(net)
+    if case.integers:
+        x = rng.integers(0, case.integers, (3, *shape)).astype(np.int32)
+    else:
+        x = rng.normal(size=(3, *shape)).astype(np.float32)
+    return model, x
+
+
+def same_leaves(a, b):
+    a, b = (dict(jax.tree.leaves_with_path(v)) for v in (a, b))
+    assert list(a) == list(b)
+    for path, value in a.items():
+        value = np.asarray(value)
+        assert value.dtype == b[path].dtype, path
+        assert value.shape == b[path].shape, path
+        assert value.tobytes() == np.asarray(b[path]).tobytes(), path
+
+
+def bare(path):
+    """The file without what it says of its layers."""
+    proto = onnx.load(path)
+    del proto.metadata_props[:]
+    onnx.save(proto, path)
+
+
+# What the reader makes of our own graphs where nothing in the file says what the layers are.
+NOT_READ = ("Adaptive", "LPPool", "Upsampl", "UpSampling2D", "RMSNorm", "LocalResponse", "Resizing",
+            "UnitNorm", "ConvLSTM", "Masking", "Discretization", "CategoryEncoding", "Attention",
+            "Transformer", "Pad", "Conv", "RNN", "LSTM", "GRU", "ReLU", "Softplus", "RepeatVector",
+            "Activation", "Softmax", "Sparse", "ChannelShuffle", "GLU")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("framework", "name"), [(f, name) for f, table in TABLES.items() for name in table]
+)
+def test_every_row_runs_in_onnxruntime_and_comes_back(tmp_path, framework, name):
+    """Two shapes for each Flax class, at two batches each: where both frameworks have the layer,
+    each draws one."""
+    rows = _layers.rows_of(framework, name)
+    shared = any(r.torch and r.keras for r in rows)
+    for seed in range(1 if shared else 2):
+        model, x = drawn(framework, name, seed + 10 * (framework == "keras"))
+        path = tmp_path / "a.onnx"
+        shape = x.shape[1:]
+        converters.to_onnx(*model, path, shape, input_dtype=x.dtype, check=False)
+        for batch in (x[:1], x):
+            close(run(path, batch), np.asarray(model(batch)))
+        back = converters.from_onnx(path)
+        assert back.module == model.module
+        same_leaves(model.variables, back.variables)
+        bare(path)
+        try:
+            read = converters.from_onnx(path)
+        except converters.FileFormatError:
+            assert name == "Normalization" or any(n in name for n in NOT_READ)
+        else:
+            close(np.asarray(read(x)), np.asarray(model(x)))
+
+
+def image_net():
+    layers = [("conv", nn.Conv(5, (3, 2))), ("norm", nn.BatchNorm()), nn.relu,
+              ("pool", fl.MaxPool((2, 2))), ("flat", fl.Flatten()), ("drop", nn.Dropout(0.5)),
+              ("dense", nn.Dense(4)), ("end", fl.Softmax())]  # fmt: skip
+    return fwt.Sequential(layers, (6, 7, 3))
+
+
+@pytest.fixture
+def model():
+    net = image_net()
+    variables = net.init(jax.random.key(0), np.ones((1, 6, 7, 3), np.float32))
+    rng = np.random.default_rng(0)
+
+    def draw(v):
+        return np.abs(rng.normal(size=v.shape)).astype(np.float32) + 0.1
+
+    return fwt.Model(net, jax.tree.map(draw, variables))
+
+
+def test_a_graph_of_onnx_own_operators_under_our_names(model, tmp_path):
+    module, variables = fwt.prune(0.7)(model)
+    path = tmp_path / "net.onnx"
+    converters.to_onnx(module, variables, path)
+    proto = onnx.load(path)
+    ops = [n.op_type for n in proto.graph.node]
+    assert ops == ["Transpose", "Conv", "BatchNormalization", "Relu", "MaxPool", "Transpose",
+                   "Reshape", "MatMul", "Add", "Softmax"]  # fmt: skip
+    held = {i.name: onnx.numpy_helper.to_array(i) for i in proto.graph.initializer}
+    kernel = np.asarray(variables["params"]["conv"]["kernel"])
+    assert (
+        held["conv/kernel"].tobytes()
+        == np.ascontiguousarray(kernel.transpose(3, 2, 0, 1)).tobytes()
+    )
+    for path_, leaf in fwt.select(variables, "**").items():
+        leaf = np.asarray(leaf)
+        assert np.array_equal(np.sort(held[path_].ravel()), np.sort(leaf.ravel())), path_
+        assert np.sum(held[path_] == 0) == np.sum(leaf == 0)
+    (first,), (last,) = proto.graph.input, proto.graph.output
+    assert (first.name, last.name) == ("input", "output")
+    assert [d.dim_param or d.dim_value for d in first.type.tensor_type.shape.dim] == [
+        "batch", 6, 7, 3]  # fmt: skip
+    assert [d.dim_param or d.dim_value for d in last.type.tensor_type.shape.dim] == ["batch", 4]
+    assert {o.domain for o in proto.opset_import} == {""}
+    assert all(n.name.startswith(("conv/", "norm/", "2/", "pool/", "flat/", "dense/", "end/"))
+               for n in proto.graph.node)  # fmt: skip
+
+
+@pytest.mark.parametrize("opset", [15, 16, 17, 18])
+def test_opsets(model, tmp_path, opset):
+    layers = [*((n.name, n.layer) for n in image_net().layers[:5]), ("ln", nn.LayerNorm()),
+              ("gelu", fl.GELU())]  # fmt: skip
+    net = fwt.Sequential(layers, (6, 7, 3))
+    x = np.random.default_rng(0).normal(size=(2, 6, 7, 3)).astype(np.float32)
+    variables = net.init(jax.random.key(0), x)
+    converters.to_onnx(net, variables, tmp_path / "a.onnx", opset=opset)
+    assert onnx.load(tmp_path / "a.onnx").opset_import[0].version == opset
+    close(run(tmp_path / "a.onnx", x), np.asarray(net.apply(variables, x)))
+
+
+def digits():
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    x = (data.images / 16).astype(np.float32)[..., None]
+    order = np.random.default_rng(0).permutation(len(x))
+    return x[order], data.target[order]
+
+
+def test_the_digits_net_pruned_predicts_the_same_in_onnxruntime(tmp_path):
+    x, y = digits()
+    net = fwt.Sequential(
+        [("conv", nn.Conv(12, (3, 3))), nn.relu, ("pool", fl.MaxPool((2, 2))),
+         ("flat", fl.Flatten()), ("hidden", nn.Dense(48)), nn.relu, ("end", nn.Dense(10))],
+        (8, 8, 1))  # fmt: skip
+    variables = net.init(jax.random.key(0), x[:1])
+    tx = fwt.optim.sparsify(optax.adam(3e-3), 0.8, every=20)
+    params, state = variables["params"], tx.init(variables["params"])
+
+    @jax.jit
+    def step(params, state, x, y):
+        def loss(p):
+            logits = net.apply({"params": p}, x)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(25):
+        for i in range(0, 1400, 100):
+            params, state = step(params, state, x[i : i + 100], y[i : i + 100])
+    params = fwt.prune(0.8)(params)
+    path = tmp_path / "digits.onnx"
+    converters.to_onnx(net, {"params": params}, path)
+    logits = np.asarray(net.apply({"params": params}, x))
+    found = run(path, x)
+    close(found, logits)
+    assert np.array_equal(found.argmax(1), logits.argmax(1))
+    assert np.mean(found.argmax(1)[1400:] == y[1400:]) > 0.9
+    held = {i.name: onnx.numpy_helper.to_array(i) for i in onnx.load(path).graph.initializer}
+    for name, leaf in fwt.select(params, fwt.kernels).items():
+        assert np.sum(held[name] == 0) == np.sum(np.asarray(leaf) == 0) >= 0.8 * leaf.size - 1
+    report = converters.verify(fwt.Model(net, {"params": params}), path)
+    assert report.ok, report
+    back = converters.from_onnx(path)
+    same_leaves(jax.tree.map(np.asarray, {"params": params}), back.variables)
+
+
+def test_any_linen_module_goes_out(tmp_path):
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            y = nn.relu(nn.Dense(5, name="one")(x))
+            return nn.Dense(2, name="two")(jnp.concatenate([x, y], -1)) + x.sum(-1, keepdims=True)
+
+    x = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+    variables = Net().init(jax.random.key(0), x)
+    path = tmp_path / "a.onnx"
+    converters.to_onnx(Net(), variables, path, (4,))
+    close(run(path, x), np.asarray(Net().apply(variables, x)))
+    names = {i.name for i in onnx.load(path).graph.initializer}
+    assert {"one/kernel", "one/bias", "two/kernel", "two/bias"} <= names
+    with pytest.raises(converters.FileFormatError, match="do|does not come together|together are"):
+        converters.from_onnx(path)
+    linen = nn.Sequential([nn.Dense(3), nn.tanh])
+    variables = linen.init(jax.random.key(0), x)
+    converters.to_onnx(linen, variables, path, (4,))
+    close(run(path, x), np.asarray(linen.apply(variables, x)))
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_half_weights_stay_half(tmp_path, dtype):
+    net = fwt.Sequential([("conv", nn.Conv(4, (3,))), nn.relu, ("dense", nn.Dense(2))], (5, 3))
+    x = np.random.default_rng(0).normal(size=(2, 5, 3)).astype(np.float32)
+    variables = jax.tree.map(lambda v: np.asarray(v, dtype), net.init(jax.random.key(0), x))
+    path = tmp_path / "a.onnx"
+    converters.to_onnx(net, variables, path)
+    kinds = {i.data_type for i in onnx.load(path).graph.initializer if i.name.endswith("kernel")}
+    assert kinds == {onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))}
+    close(run(path, x), np.asarray(net.apply(variables, x)))
+    same_leaves(variables, converters.from_onnx(path).variables)
+
+
+def test_weights_in_a_file_of_their_own(tmp_path):
+    path = tmp_path / "net.onnx"
+    net = fwt.Sequential([("hidden", nn.Dense(300)), nn.relu, ("end", nn.Dense(3))], (5,))
+    model = fwt.Model(net, net.init(jax.random.key(0), np.ones((1, 5))))
+    converters.to_onnx(*model, path)
+    converters.to_onnx(*model, path, external_data=True)
+    (first,) = tmp_path.glob("*.data")
+    converters.to_onnx(*model, path, external_data=True)
+    (second,) = tmp_path.glob("*.data")  # that of the file before is gone
+    assert first != second
+    x = np.random.default_rng(0).normal(size=(2, 5)).astype(np.float32)
+    close(run(path, x), np.asarray(model(x)))
+    with pytest.raises(converters.FileFormatError, match=r"in another file.*external_data=True"):
+        converters.from_onnx(path)
+    same_leaves(model.variables, converters.from_onnx(path, external_data=True).variables)
+    proto = onnx.load(path, load_external_data=False)
+    held = next(i for i in proto.graph.initializer if i.external_data)
+
+    def told(key, value):
+        changed = onnx.ModelProto()
+        changed.CopyFrom(proto)
+        for i in changed.graph.initializer:
+            for e in i.external_data:
+                if i.name == held.name and e.key == key:
+                    e.value = value
+        (tmp_path / "bad.onnx").write_bytes(changed.SerializeToString())
+        return tmp_path / "bad.onnx"
+
+    (tmp_path / "folder").mkdir()
+    os.symlink(second, tmp_path / "link.data")
+    for key, value, why in (
+        ("location", "../secret", "no file beside it"),
+        ("location", "/etc/passwd", "no file beside it"),
+        ("location", "link.data", "missing beside it, or a link"),
+        ("location", "none.data", "missing beside it"),
+        ("offset", "999999999", "takes"),
+        ("offset", "-1", "takes"),
+        ("length", "4", "takes"),
+    ):
+        with pytest.raises(converters.FileFormatError, match=why):
+            converters.from_onnx(told(key, value), external_data=True)
+    assert not list(tmp_path.glob(".fwt-*"))
+
+
+def test_what_is_wrong_is_said_and_nothing_is_written(model, tmp_path, monkeypatch):
+    path = tmp_path / "net.onnx"
+
+    def refused(match, module=model.module, variables=model.variables, **how):
+        with pytest.raises(converters.ConversionError, match=match):
+            converters.to_onnx(module, variables, path, **how)
+        assert not list(tmp_path.iterdir())
+
+    refused(r"opset=14.*15 to 18", opset=14)
+    refused("give input_shape=", fwt.Sequential([("d", nn.Dense(2))]), {"params": {}})
+    refused(r"conv \(Conv\): it does not run on", input_shape=(6, 7, 4))
+    refused("belongs to no layer", variables={"params": {"x": {"kernel": np.ones(3)}}})
+    refused("expected a linen module", module=3)
+    wide = {"params": {"d": {"kernel": np.ones((3, 2))}}}
+    bare_dense = fwt.Sequential([("d", nn.Dense(2, use_bias=False))], (3,))
+    refused("d/kernel: float64", bare_dense, wide)
+
+    class Odd(nn.Module):
+        def __call__(self, x):
+            return jnp.fft.fft(x).real
+
+    refused("Odd: it computes 'fft'", Odd(), {"params": {}}, input_shape=(3,))
+    from fwt.converters import _onnx_layers
+
+    wrong = {**_onnx_layers.NATIVE, fl.ReLU: _onnx_layers._activation("Sigmoid")}
+    monkeypatch.setattr(_onnx_layers, "NATIVE", wrong)
+    refused("onnxruntime's output differs by")
+    converters.to_onnx(*model, path, check=False)
+    report = converters.verify(model, path)
+    assert not report.ok
+    assert report.first == "2"
+
+
+def test_it_is_quiet_and_needs_no_keras(tmp_path):
+    code = f"""
+    import sys, numpy as np, jax, flax.linen as nn, fwt
+    from fwt import converters
+    net = fwt.Sequential([("d", nn.Dense(2)), nn.relu], (3,))
+    variables = net.init(jax.random.key(0), np.ones((1, 3)))
+    converters.to_onnx(net, variables, {str(tmp_path / "a.onnx")!r})
+    print(converters.load({str(tmp_path / "a.onnx")!r}).module == net)
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False,
+        env={**{n: v for n, v in os.environ.items() if not n.startswith("TF_")},
+             "KERAS_BACKEND": "torch", "PYTHONWARNINGS": "ignore"},
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ("True\n", "")
+
+
+# -- ONNX in --------------------------------------------------------------------------------------
+
+
+def exported(net, x, path, dynamo):
+    with (
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        x = torch.from_numpy(x)
+        if dynamo:
+            torch.onnx.export(net, (x,), str(path), dynamo=True, verbose=False,
+                                  dynamic_shapes=({0: torch.export.Dim("n")},))  # fmt: skip
+        else:
+            torch.onnx.export(net, (x,), str(path), dynamo=False, input_names=["x"],
+                                  dynamic_axes={"x": {0: "n"}}, opset_version=17)  # fmt: skip
+
+
+class Last(t.Module):
+    def forward(self, given):
+        return given[0][:, -1]
+
+
+TORCH_NETS = {
+    "image": ((3, 9, 8), lambda: [
+        t.Conv2d(3, 4, 3, stride=2, padding=1), t.BatchNorm2d(4), t.ReLU(), t.MaxPool2d(2),
+        t.Conv2d(4, 6, (1, 2), groups=2, bias=False), t.GELU(), t.Flatten(), t.Linear(12, 5),
+        t.Dropout(), t.LogSoftmax(1)]),
+    "norms": ((6, 5, 4), lambda: [
+        t.GroupNorm(3, 6), t.SiLU(), t.InstanceNorm2d(6, affine=True), t.LayerNorm((5, 4)),
+        t.Mish(), t.AdaptiveAvgPool2d(1), t.Flatten(), t.Linear(6, 3, bias=False), t.Tanh()]),
+    "up": ((4, 5, 6), lambda: [
+        t.ConvTranspose2d(4, 6, 3, stride=2, padding=1, output_padding=1), t.PReLU(6),
+        t.Upsample(scale_factor=2, mode="bilinear"), t.AvgPool2d(3, 2, 1), t.Hardswish(),
+        t.ReflectionPad2d((1, 2, 0, 1)), t.ReLU6(), t.PixelShuffle(1)]),
+    "sequence": ((6, 4), lambda: [
+        t.Linear(4, 5), t.LeakyReLU(0.2), t.LayerNorm(5), t.LSTM(5, 3, 2, batch_first=True,
+                                                                 bidirectional=True),
+        converters.Select("sequence"), t.Linear(6, 2), t.Softplus(), t.Softmax(-1)]),
+    "gru": ((6, 4), lambda: [t.GRU(4, 5, batch_first=True), Last(), t.Linear(5, 2)]),
+    "conv1d": ((4, 9), lambda: [
+        t.Conv1d(4, 6, 3, dilation=2, padding=2), t.BatchNorm1d(6), t.ELU(0.7), t.MaxPool1d(2),
+        t.CircularPad1d((1, 2)), t.Hardtanh(-0.5, 0.7), t.Unflatten(1, (2, 3)),
+        t.Flatten(), t.Softshrink(0.2)]),
+    "embedding": (11, lambda: [t.Embedding(11, 4), t.Flatten(), t.Linear(24, 3), t.Sigmoid()]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dynamo", [False, True], ids=["script", "dynamo"])
+@pytest.mark.parametrize("name", TORCH_NETS)
+def test_torchs_exporters(tmp_path, name, dynamo):
+    shape, layers = TORCH_NETS[name]
+    torch.manual_seed(0)
+    net = t.Sequential(*layers())
+    for module in net.modules():  # statistics and scales off their defaults
+        for n, p in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            if p.is_floating_point():
+                p.data = torch.rand_like(p) * 0.5 + 0.1 if "var" in n else torch.randn_like(p) * 0.5
+    net.eval()
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, *shape)).astype(np.float32) if isinstance(shape, tuple) else (
+        rng.integers(0, shape, (2, 6)))  # fmt: skip
+    path = tmp_path / "a.onnx"
+    exported(net, x, path, dynamo)
+    model = converters.from_onnx(path, external_data=True)
+    given = x if isinstance(shape, tuple) else x.astype(np.int32)
+    for batch in (slice(0, 2), slice(0, 1)):
+        close(np.asarray(model(given[batch])), run(path, x[batch]))
+    close(np.asarray(model(given)), net(torch.from_numpy(x)).detach().numpy())
+    if name == "image":
+        turned = converters.from_onnx(path, layout="channels_last", external_data=True)
+        close(np.asarray(turned(np.moveaxis(x, 1, -1))), run(path, x))
+        assert turned.module.input_shape == (9, 8, 3)
+        assert converters.verify(net, path).ok
+
+
+KERAS_NETS = {
+    "mlp": ((5,), """L.Dense(4, activation="relu"), L.BatchNormalization(), L.Dense(3),
+            L.LeakyReLU(0.1), L.Dropout(0.5), L.Dense(2, activation="softmax")"""),
+    "cnn": ((9, 8, 3), """L.Conv2D(4, 3, padding="same", strides=2, activation="relu"),
+            L.BatchNormalization(), L.MaxPooling2D(2), L.Flatten(),
+            L.Dense(3, activation="elu")"""),
+    "pools": ((9, 8, 4), """L.DepthwiseConv2D(3, padding="same"), L.Conv2D(6, (1, 2)),
+              L.AveragePooling2D(2, padding="same"), L.GlobalAveragePooling2D(),
+              L.Dense(3, activation="tanh")"""),
+    "up": ((4, 5, 3), """L.Conv2DTranspose(4, 3, strides=2, padding="same", activation="silu"),
+           L.UpSampling2D(2), L.ZeroPadding2D(((1, 2), (0, 1))), L.Cropping2D(1)"""),
+    "norm": ((6, 4), """L.LayerNormalization(), L.Dense(5, activation="selu"),
+             L.Conv1D(4, 3, padding="causal"), L.Softmax(axis=-1)"""),
+    "groups": ((6, 5, 4), """L.GroupNormalization(2), L.Activation("hard_sigmoid"),
+               L.Permute((2, 1, 3)), L.Reshape((30, 4)), L.GlobalMaxPooling1D()"""),
+    "lstm": ((6, 4), "L.LSTM(5, return_sequences=True), L.Dense(2), L.LSTM(3)"),
+    "both ways": ((6, 4), "L.Bidirectional(L.LSTM(5, return_sequences=True))"),
+    "embedding": ((6,), "L.Embedding(11, 4), L.Flatten(), L.Dense(2)"),
+}  # fmt: skip
+
+
+def test_keras_exporter(tmp_path):
+    """Keras exports through tf2onnx, on its TensorFlow backend only."""
+    listed = ",\n".join(f"{n!r}: ({s}, lambda: [{text}])" for n, (s, text) in KERAS_NETS.items())
+    code = f"""
+import sys, keras, numpy as np
+L, rng = keras.layers, np.random.default_rng(0)
+for name, (shape, layers) in {{{listed}}}.items():
+    whole = name == "embedding"
+    net = keras.Sequential([keras.Input(shape, dtype="int32" if whole else "float32"), *layers()])
+    for v in net.variables:
+        value = rng.normal(size=v.shape) * 0.5
+        if "seed" not in v.path:
+            v.assign(np.abs(value) + 0.2 if "variance" in v.path else value)
+    x = rng.integers(0, 11, (3, *shape)).astype(np.int32) if whole else (
+        rng.normal(size=(3, *shape)).astype(np.float32))
+    y = np.asarray(net(x))
+    net.export(f"{tmp_path}/{{name}}.onnx", format="onnx", verbose=False)
+    np.savez(f"{tmp_path}/{{name}}.npz", x=x, y=y)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False,
+        env={**os.environ, "KERAS_BACKEND": "tensorflow"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in KERAS_NETS:
+        held = np.load(tmp_path / f"{name}.npz")
+        path = tmp_path / f"{name}.onnx"
+        model = converters.from_onnx(path)
+        close(run(path, held["x"]), held["y"])
+        close(np.asarray(model(held["x"])), held["y"])
+        close(np.asarray(model(held["x"][:1])), held["y"][:1])
+
+
+def written(path, nodes, arrays=None, shape=("n", 4, 5), out=None, opset=17, **more):
+    make = onnx.helper
+    value = make.make_tensor_value_info
+    graph = make.make_graph(
+        nodes,
+        "g",
+        more.get("inputs") or [value("x", onnx.TensorProto.FLOAT, shape)],
+        more.get("outputs") or [value("y", onnx.TensorProto.FLOAT, out)],
+        [onnx.numpy_helper.from_array(np.asarray(a), n) for n, a in (arrays or {}).items()],
+    )
+    domains = [make.make_opsetid("", opset), *more.get("opsets", [])]
+    proto = make.make_model(graph, opset_imports=domains, ir_version=9)
+    path.write_bytes(proto.SerializeToString())
+    return path
+
+
+node = onnx.helper.make_node
+F32 = np.float32
+RNG = np.random.default_rng(0)
+
+
+def rnn(op, gates, direction, **more):
+    d = 2 if direction == "bidirectional" else 1
+    arrays = {"w": RNG.normal(size=(d, gates * 3, 5)).astype(F32),
+              "r": RNG.normal(size=(d, gates * 3, 3)).astype(F32),
+              "b": RNG.normal(size=(d, 2 * gates * 3)).astype(F32)}  # fmt: skip
+    nodes = [
+        node("Transpose", ["x"], ["t"], perm=[1, 0, 2]),
+        node(op, ["t", "w", "r", "b"], ["q"], hidden_size=3, direction=direction, **more),
+    ]
+    if d == 1:
+        arrays["one"] = np.array([1])
+        nodes.append(node("Squeeze", ["q", "one"], ["s"]))
+    else:
+        arrays["flat"] = np.array([0, 0, -1])
+        nodes += [node("Transpose", ["q"], ["u"], perm=[0, 2, 1, 3]),
+                  node("Reshape", ["u", "flat"], ["s"])]  # fmt: skip
+    return [*nodes, node("Transpose", ["s"], ["y"], perm=[1, 0, 2])], arrays
+
+
+def window(op, **more):
+    return [node(op, ["x"], ["y"], **more)], {}
+
+
+# Graphs by hand, where settings stand off what exporters write; all must be read.
+GRAPHS = {
+    "gru, reset first": (rnn("GRU", 3, "forward", linear_before_reset=0), (4, 5)),
+    "gru, reset after": (rnn("GRU", 3, "bidirectional", linear_before_reset=1), (4, 5)),
+    "rnn, relu": (rnn("RNN", 1, "forward", activations=["Relu"]), (4, 5)),
+    "lstm, other functions": (
+        rnn("LSTM", 4, "forward", activations=["HardSigmoid", "Softsign", "Softsign"],
+            activation_alpha=[1 / 6], activation_beta=[0.5]), (4, 5)),
+    "pool, SAME_UPPER": (window("MaxPool", kernel_shape=[3, 2], strides=[2, 2],
+                                auto_pad="SAME_UPPER"), (2, 6, 5)),
+    "pool, SAME_LOWER": (window("MaxPool", kernel_shape=[3, 2], strides=[2, 2],
+                                auto_pad="SAME_LOWER"), (2, 6, 5)),
+    "mean, uneven pads": (window("AveragePool", kernel_shape=[3, 2], strides=[2, 1],
+                                 pads=[1, 0, 0, 1]), (2, 6, 5)),
+    "mean, pads count": (window("AveragePool", kernel_shape=[3, 2], strides=[2, 1],
+                                pads=[1, 0, 0, 1], count_include_pad=1), (2, 6, 5)),
+    "pool, ceil": (window("MaxPool", kernel_shape=[2, 2], strides=[2, 2], ceil_mode=1), (2, 5, 7)),
+    "conv, uneven pads": (
+        ([node("Conv", ["x", "w"], ["y"], pads=[1, 0, 2, 1], dilations=[1, 2], strides=[2, 1])],
+         {"w": RNG.normal(size=(3, 2, 3, 2)).astype(F32)}), (2, 6, 5)),
+    "conv transposed, uneven pads": (
+        ([node("ConvTranspose", ["x", "w", "b"], ["y"], pads=[1, 0, 0, 1], strides=[2, 3],
+               output_padding=[1, 0])],
+         {"w": RNG.normal(size=(2, 3, 3, 4)).astype(F32), "b": np.ones(3, F32)}), (2, 4, 5)),
+    "conv transposed, a shape": (
+        ([node("ConvTranspose", ["x", "w"], ["y"], strides=[2, 2], output_shape=[8, 10])],
+         {"w": RNG.normal(size=(2, 3, 3, 3)).astype(F32)}), (2, 4, 5)),
+    "gemm, transposed": (
+        ([node("Gemm", ["x", "w", "b"], ["y"], transB=1)],
+         {"w": RNG.normal(size=(3, 4)).astype(F32), "b": np.array([2.0], F32)}), (4,)),
+    "product and sum": (
+        ([node("MatMul", ["x", "w"], ["m"]), node("Add", ["b", "m"], ["y"])],
+         {"w": RNG.normal(size=(5, 3)).astype(F32), "b": RNG.normal(size=3).astype(F32)}), (4, 5)),
+    "scales and shifts": (
+        ([node("Mul", ["x", "s"], ["a"]), node("Sub", ["a", "b"], ["c"]),
+          node("Div", ["c", "two"], ["d"]), node("Add", ["d", "v"], ["y"])],
+         {"s": RNG.normal(size=(4, 1)).astype(F32), "b": RNG.normal(size=(1, 4, 1)).astype(F32),
+          "two": F32(2), "v": RNG.normal(size=5).astype(F32)}), (4, 5)),
+    "an unscaled layer norm": (
+        ([node("LayerNormalization", ["x", "s"], ["y"], axis=1)],
+         {"s": RNG.normal(size=(4, 5)).astype(F32)}), (4, 5)),
+    "pad and cut": (
+        ([node("Pad", ["x", "p", "v"], ["a"]), node("Slice", ["a", "s", "e", "i"], ["y"])],
+         {"p": np.array([0, 1, 0, 0, 2, 0]), "v": F32(0.5), "s": np.array([1]),
+          "e": np.array([-1]), "i": np.array([2])}), (4, 5)),
+    "resize": (
+        ([node("Resize", ["x", "", "f"], ["y"], mode="nearest", nearest_mode="floor",
+               coordinate_transformation_mode="asymmetric")],
+         {"f": np.array([1, 1, 1.5, 2], F32)}), (2, 4, 5)),
+    "means": (
+        ([node("ReduceMean", ["x"], ["a"], axes=[1, 2], keepdims=0)], {}), (4, 5, 3)),
+    "softmax of channels": (window("Softmax", axis=1), (4, 5)),
+    "slopes": (([node("PRelu", ["x", "s"], ["y"])], {"s": RNG.normal(size=5).astype(F32)}), (4, 5)),
+    "clips": (([node("Clip", ["x", "l", "h"], ["y"])], {"l": F32(-0.3), "h": F32(0.4)}), (4, 5)),
+    "batch norm": (
+        ([node("BatchNormalization", ["x", "s", "b", "m", "v"], ["y"], epsilon=0.01)],
+         {n: np.abs(RNG.normal(size=4)).astype(F32) + 0.1 for n in "sbmv"}), (4, 5)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_graphs_by_hand(tmp_path, name):
+    (nodes, arrays), shape = GRAPHS[name]
+    if nodes[-1].output[0] != "y":
+        nodes[-1].output[0] = "y"
+    path = written(tmp_path / "a.onnx", nodes, arrays, ("n", *shape))
+    model = converters.from_onnx(path)
+    x = np.random.default_rng(1).normal(size=(3, *shape)).astype(F32)
+    for batch in (x, x[:1]):
+        close(np.asarray(model(batch)), run(path, batch))
+
+
+def test_what_is_no_straight_line_is_refused_by_the_nodes_name(tmp_path):
+    path = tmp_path / "a.onnx"
+    value = onnx.helper.make_tensor_value_info
+    x = {"w": np.ones((5, 5), F32), "i": np.array([1])}
+
+    def refused(match, nodes, arrays=None, **more):
+        written(path, nodes, arrays, **more)
+        with pytest.raises(converters.FileFormatError, match=match):
+            converters.from_onnx(path)
+
+    refused("the operator 'Det'", [node("Det", ["x"], ["y"], name="odd")])
+    refused(
+        r"odd \(Einsum\)",
+        [node("Einsum", ["x", "w"], ["y"], name="odd", equation="nij,jk->nik")],
+        x,
+    )
+    refused("no standard operator", [node("Gelu", ["x"], ["y"], domain="com.microsoft")],
+            opsets=[onnx.helper.make_opsetid("com.microsoft", 1)])  # fmt: skip
+    refused("together are no layer", [node("MatMul", ["x", "w"], ["a"], name="product"),
+                                      node("Add", ["x", "a"], ["y"])], x)  # fmt: skip
+    refused("only a graph of one input", [node("Add", ["x", "z"], ["y"])],
+            inputs=[value(n, 1, ("n", 4)) for n in "xz"])  # fmt: skip
+    refused("only a graph of one input", [node("Relu", ["x"], ["y"]), node("Tanh", ["x"], ["z"])],
+            outputs=[value(n, 1, None) for n in "yz"])  # fmt: skip
+    refused(r"perm=.*moves the batch", [node("Transpose", ["x"], ["y"], perm=[1, 0, 2])])
+    refused("the batch must stay", [node("Reshape", ["x", "s"], ["y"])], {"s": np.array([-1, 5])})
+    refused("opset 8", [node("Relu", ["x"], ["y"])], opset=8)
+    refused("before opset 13", [node("Softmax", ["x"], ["y"], axis=1)], opset=11)
+    refused("initial_h is not zero", [
+        node("Transpose", ["x"], ["t"], perm=[1, 0, 2]),
+        node("RNN", ["t", "w1", "r1", "", "", "h"], ["q"], hidden_size=1),
+        node("Squeeze", ["q", "i"], ["s"]), node("Transpose", ["s"], ["y"], perm=[1, 0, 2])],
+        {"w1": np.ones((1, 1, 5), F32), "r1": np.ones((1, 1, 1), F32), "i": np.array([1]),
+         "h": np.ones((1, 1, 1), F32)})  # fmt: skip
+    body = onnx.helper.make_graph([node("Relu", ["a"], ["b"])], "b", [value("a", 1, None)],
+                                  [value("b", 1, None)])  # fmt: skip
+    refused("a graph of its own", [node("Scan", ["x"], ["y"], body=body, num_scan_inputs=1)])
+    for data in (b"", b"\x08", b"hello", b"\x08\x08\x12\x07pytorch:\xff\xff\xff\x7f"):
+        path.write_bytes(data)
+        with pytest.raises(converters.FileFormatError):
+            converters.from_onnx(path)
+    with pytest.raises(converters.FileFormatError, match="no such file"):
+        converters.from_onnx(tmp_path / "none.onnx")
+
+
+def test_a_file_lies_about_sizes(tmp_path):
+    path = written(tmp_path / "a.onnx", [node("MatMul", ["x", "w"], ["y"])],
+                   {"w": np.ones((5, 2), F32)})  # fmt: skip
+    for dims, raw in (([5, 2**40], True), ([5, 3], True), ([2**20, 2**20], False), ([-5, 2], True)):
+        proto = onnx.load(path)
+        tensor = proto.graph.initializer[0]
+        del tensor.dims[:]
+        tensor.dims.extend(dims)
+        if not raw:
+            tensor.ClearField("raw_data")
+            tensor.float_data.extend([1.0, 2.0])
+        (tmp_path / "b.onnx").write_bytes(proto.SerializeToString())
+        with pytest.raises(converters.FileFormatError, match="bytes|values|shape"):
+            converters.from_onnx(tmp_path / "b.onnx")
+    grown = [node("Expand", ["w", "s"], ["e"]), node("MatMul", ["x", "e"], ["y"])]
+    written(path, grown, {"w": np.ones((5, 1), F32), "s": np.array([5, 2**40])})
+    with pytest.raises(converters.FileFormatError):
+        converters.from_onnx(path)
+
+
+def test_a_changed_file_of_ours_is_read_as_it_is(model, tmp_path):
+    """New weights come through; a new graph is believed rather than what the file says of it."""
+    path = tmp_path / "net.onnx"
+    converters.to_onnx(*model, path)
+    proto = onnx.load(path)
+    for tensor in proto.graph.initializer:
+        if tensor.name == "dense/kernel":
+            tensor.raw_data = (onnx.numpy_helper.to_array(tensor) * 2).tobytes()
+    onnx.save(proto, path)
+    back = converters.from_onnx(path)
+    assert back.module == model.module
+    kernel = model.variables["params"]["dense"]["kernel"]
+    assert np.array_equal(back.variables["params"]["dense"]["kernel"], kernel * 2)
+    for n in proto.graph.node:
+        if n.op_type == "Relu":
+            n.op_type = "Tanh"
+    onnx.save(proto, path)
+    x = np.random.default_rng(0).normal(size=(2, 6, 7, 3)).astype(F32)
+    changed = converters.from_onnx(path)
+    assert any(isinstance(n.layer, fl.Tanh) for n in changed.module.layers)
+    close(np.asarray(changed(x)), run(path, x))
+    metadata = json.loads(next(p.value for p in proto.metadata_props if p.key == "fwt"))
+    assert len(metadata["graph"]) == 2 * hashlib.sha256().digest_size
+
+
+def test_verify_pins_what_is_broken_in_a_file(model, tmp_path):
+    path = tmp_path / "net.onnx"
+
+    def broken(change):
+        converters.to_onnx(*model, path)
+        proto = onnx.load(path)
+        change(proto)
+        onnx.save(proto, path)
+        return converters.verify(model, path)
+
+    def transposed(proto):
+        for tensor in proto.graph.initializer:
+            if tensor.name == "conv/kernel":
+                value = onnx.numpy_helper.to_array(tensor)
+                tensor.raw_data = value[:, :, ::-1].tobytes()
+
+    def epsilon(proto):
+        for n in proto.graph.node:
+            for a in n.attribute:
+                if a.name == "epsilon":
+                    a.f = 0.1
+
+    def order(proto):
+        (n,) = [n for n in proto.graph.node if n.name.startswith(("pool/", "flat/"))
+                and n.op_type == "Transpose"]  # fmt: skip
+        n.attribute[0].ints[:] = [0, 1, 3, 2]
+        n.attribute[0].ints[:] = [0, 3, 2, 1]
+
+    assert broken(lambda proto: None).ok
+    for change, first in ((transposed, "conv"), (epsilon, "norm")):
+        report = broken(change)
+        assert not report.ok
+        assert report.first == first, report
+    report = broken(order)
+    assert not report.ok
+    assert report.first in ("pool", "flat", "dense"), report
+
+
+def test_files_by_their_names_and_on_the_command_line(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    converters.save("net.onnx", *model)
+    assert converters.load("net.onnx").module == model.module
+
+    assert fwt_command("convert", "net.onnx", "net.keras", "--verify")[0] == 0
+    assert fwt_command("convert", "net.keras", "again.onnx", "--verify")[0] == 0
+    assert fwt_command("verify", "net.onnx", "again.onnx")[0] == 0
+    assert fwt_command("prune", "net.onnx", "pruned.onnx", "--sparsity", "0.8")[0] == 0
+    pruned = converters.load("pruned.onnx").variables["params"]["dense"]["kernel"]
+    assert np.mean(pruned == 0) == pytest.approx(0.8, abs=0.01)
+    code, out = fwt_command("inspect", "pruned.onnx")
+    assert code == 0
+    assert "dense/kernel" in out
+    with pytest.raises(converters.ConversionError, match="give a module"):
+        converters.save("w.onnx", None, model.variables)

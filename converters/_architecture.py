@@ -59,7 +59,8 @@ def module_to_json(module: Any) -> Any:
         except TypeError as error:
             raise refuse(str(layer), f"a setting can't be written ({error})") from error
         layers.append({"name": layer.name, "class": layer.kind, "settings": listed(settings)})
-    return {"layers": layers, "input_shape": listed(module.input_shape)}
+    beside = {"sidecar": module.sidecar} if module.sidecar else {}
+    return {"layers": layers, "input_shape": listed(module.input_shape), **beside}
 
 
 def module_from_json(told: Any, path: Path) -> Sequential | None:
@@ -81,4 +82,7 @@ def module_from_json(told: Any, path: Path) -> Sequential | None:
             raise FileFormatError(f"{path}: {entry['name']} has no setting {unknown[0]!r}")
         settings = {k: fl.tuples(v) for k, v in entry["settings"].items()}
         named.append(Named(entry["name"], cls(**settings)))
-    return Sequential(tuple(named), told["input_shape"])
+    beside = told.get("sidecar", "")
+    if not isinstance(beside, str):
+        raise FileFormatError(f"{path}: its sidecar is no text")
+    return Sequential(tuple(named), told["input_shape"], beside)

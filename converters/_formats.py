@@ -265,6 +265,7 @@ def load(
     fold: bool = True,
     max_bytes: int | None = None,
     shardings: Any = None,
+    sidecar: bool = False,
 ) -> Model:
     """Reads a model or weights from a file or folder, without the framework that wrote it.
 
@@ -286,6 +287,8 @@ def load(
         max_bytes: how much compressed parts may grow to; half of the machine's memory by default.
         shardings: for Orbax, a ``jax.sharding.Sharding`` or a tree of them: the leaves are then
             JAX arrays on those devices, each device reading its own part.
+        sidecar: of a Keras model, as in ``from_keras``: what matters in training only is kept in
+            ``module.sidecar``, and written along by :func:`save`.
 
     Returns:
         ``Model(module, variables)`` with NumPy leaves. A file that holds weights only gives
@@ -309,7 +312,7 @@ def load(
     if not isinstance(path, str | os.PathLike):
         raise FileFormatError(f"expected the path of a file, found {type(path).__name__}")
     path = Path(path)
-    how = Reading(key, fold, max_bytes, shardings)
+    how = Reading(key, fold, max_bytes, shardings, sidecar)
     try:
         found = format_of(path)
         if shardings is not None and found is not _ORBAX:

@@ -13,7 +13,7 @@ from typing import Any
 import h5py
 import ml_dtypes
 import numpy as np
-from fwt.converters import _convert, _flax, _io, _keras_file, _layers
+from fwt.converters import _convert, _flax, _io, _keras_file, _layers, _sidecar
 from fwt.converters._h5_read import (
     array_of,
     attribute,
@@ -44,8 +44,17 @@ def load_keras(path: Path, how: Reading) -> Model:
         raise FileFormatError(f"{path}: key={how.key!r}: it holds one model only")
     with reading(path):
         layers, shape = keras_of(path, how)
-        new, found = _convert.convert(layers, "keras", "flax", shape, "source")
-        return _flax.write_flax(new, found)
+        return _converted(layers, shape, how)
+
+
+def _converted(layers: list[Layer], shape: Any, how: Reading) -> Model:
+    new, found = _convert.convert(layers, "keras", "flax", shape, "source")
+    made = _flax.write_flax(new, found)
+    if not how.sidecar:
+        return made
+    return _sidecar.with_sidecar(
+        made, layers, "keras", lambda m: _keras_file.to_keras_layers(*m, None)[0]
+    )
 
 
 def keras_of(path: Path, how: Reading) -> tuple[list[Layer], Any]:
@@ -260,8 +269,7 @@ def load_legacy(path: Path, how: Reading) -> Model:
             return Model(None, {"params": {}, **_io.nested(flat, "/", path)})
         layers, shape = _keras_file.keras_layers(config, str(path))
         fill_legacy(layers, held, path)
-        new, found = _convert.convert(layers, "keras", "flax", shape, "source")
-        return _flax.write_flax(new, found)
+        return _converted(layers, shape, how)
 
 
 def fill_from_legacy(layers: list[Layer], path: Path, how: Reading) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import keras
 import numpy as np
-from fwt.converters import _convert, _flax, _keras_file, _layers
+from fwt.converters import _convert, _flax, _keras_file, _layers, _sidecar
 from fwt.converters._convert import Layout
 from fwt.converters._row import Layer, LiveLeaf, order, parts_of, refuse
 
@@ -54,7 +54,7 @@ class SelfAttention(keras.layers.MultiHeadAttention):
 _layers.CUSTOM["keras"]["SelfAttention"] = SelfAttention
 
 
-def from_keras(model: Any, layout: Layout = "channels_last") -> Model:
+def from_keras(model: Any, layout: Layout = "channels_last", *, sidecar: bool = False) -> Model:
     """A Keras Sequential as a Flax model with the same predictions.
 
     So too a Functional model that is one straight line of layers; a Sequential inside stays one.
@@ -65,6 +65,9 @@ def from_keras(model: Any, layout: Layout = "channels_last") -> Model:
         model: a built ``keras.Sequential``; the names of its layers are kept.
         layout: what the new model's input and output look like: "channels_last" or
             "channels_first" where a layer proves which axis holds the channels, or "source".
+        sidecar: whether to keep what Flax has no place for (seeds, initializers, regularizers,
+            what is trained) in ``module.sidecar``, so that :func:`to_keras` gives it back; ``save``
+            writes it along.
 
     Returns:
         ``Model(module, variables)`` with NumPy leaves.
@@ -93,7 +96,12 @@ def from_keras(model: Any, layout: Layout = "channels_last") -> Model:
         )
     layers, shape = layers_of(model)
     new, found = _convert.convert(layers, "keras", "flax", shape, layout)
-    return _flax.write_flax(new, found)
+    made = _flax.write_flax(new, found)
+    if not sidecar:
+        return made
+    return _sidecar.with_sidecar(
+        made, layers, "keras", lambda m: _keras_file.to_keras_layers(*m, None)[0]
+    )
 
 
 def layers_of(model: Any) -> tuple[list[Layer], Any]:
@@ -197,7 +205,7 @@ def to_keras(module: Any, variables: Any, input_shape: Sequence[int | None] | No
         >>> [layer.name for layer in to_keras(net, variables).layers]
         ['dense']
     """
-    layers, shape = _keras_file.to_keras_layers(module, variables, input_shape)
+    layers, shape = _keras_file.to_keras_layers(module, variables, input_shape, state=True)
     config = _keras_file.keras_config(layers, shape)["config"]
     try:
         with keras.saving.custom_object_scope(_layers.CUSTOM["keras"]):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from fwt.converters import _convert, _flax, _layers
+from fwt.converters import _convert, _flax, _layers, _sidecar
 from fwt.converters._row import Layer, S, joined, listed, parts_of, refuse
 
 from fwt._types import ConversionError, FileFormatError
@@ -303,7 +303,7 @@ def fold_activations(layers: list[Layer]) -> list[Layer]:
 
 
 def to_keras_layers(
-    module: Any, variables: Any, input_shape: Any, any_dtype: bool = False
+    module: Any, variables: Any, input_shape: Any, any_dtype: bool = False, state: bool = False
 ) -> tuple[list[Layer], tuple[int | None, ...]]:
     """Keras layers of a Flax model, and the input shape that Keras wants to know."""
     module = _flax.sequential_of(module)
@@ -329,7 +329,7 @@ def to_keras_layers(
                     f"dtype {value.dtype}: Keras models are written in float32",
                     "cast the variables first, jax.tree.map(lambda x: x.astype('float32'), ...)",
                 )
-    return fold_activations(new), found
+    return _sidecar.restored(fold_activations(new), module, "keras", state), found
 
 
 def groups(layers: list[Layer]) -> list[str]:

@@ -12,7 +12,15 @@ import numpy as np
 import torch
 import torch.nn.utils.parametrize
 import torch.nn.utils.prune
-from fwt.converters import _convert, _flax, _layers, _torch_file, _torch_layers, _torch_modules
+from fwt.converters import (
+    _convert,
+    _flax,
+    _layers,
+    _sidecar,
+    _torch_file,
+    _torch_layers,
+    _torch_modules,
+)
 from fwt.converters._convert import Layout
 from fwt.converters._row import TRAINING, Layer, LiveLeaf, joined, order, parts_of, refuse
 from torch.nn.utils.parametrizations import _WeightNorm
@@ -236,6 +244,8 @@ def from_torch(
     model: torch.nn.Sequential,
     input_shape: Sequence[int | None] | None = None,
     layout: Layout = "channels_last",
+    *,
+    sidecar: bool = False,
 ) -> Model:
     """A torch Sequential as a Flax model with the same predictions (those in eval mode).
 
@@ -250,6 +260,9 @@ def from_torch(
         layout: what the new model's input and output look like: "channels_last" or
             "channels_first" where a layer proves which axis holds the channels, or "source" to
             keep both ends exactly as the given model has them.
+        sidecar: whether to keep what Flax has no place for (the second bias of an LSTM, counters,
+            what matters in training only) in ``module.sidecar``, so that :func:`to_torch` gives it
+            all back, bit for bit where the weights are the same; ``save`` writes it along.
 
     Returns:
         ``Model(module, variables)`` with NumPy leaves.
@@ -270,9 +283,16 @@ def from_torch(
             f"from_torch takes a torch.nn.Sequential, found {type(model).__name__}; to change the "
             "weights of any torch module in place, use converters.transform(model, t)"
         )
-    layers = _torch_layers.with_selected(_children(model, (), {}))
+    plain = _children(model, (), {})
+    layers = _torch_layers.with_selected(list(plain))
     new, shape = _convert.convert(layers, "torch", "flax", input_shape, layout)
-    return _flax.write_flax(new, shape)
+    made = _flax.write_flax(new, shape)
+    if not sidecar:
+        return made
+    there = "source" if layout == "source" else "channels_first"
+    return _sidecar.with_sidecar(
+        made, plain, "torch", lambda m: _layers_of(m.module, m.variables, None, there)
+    )
 
 
 def to_torch(
@@ -310,11 +330,16 @@ def to_torch(
         )
     """
     module = _flax.sequential_of(module)
+    new = _layers_of(module, variables, input_shape, layout)
+    new = _sidecar.restored(new, module, "torch", state=True)
+    return _sequential([(parts_of(layer.name), layer) for layer in new]).eval()
+
+
+def _layers_of(module: Any, variables: Any, input_shape: Any, layout: str) -> list[Layer]:
     layers = _flax.read_flax(module, variables)
     shape = module.input_shape if input_shape is None else input_shape
     new, _ = _convert.convert(layers, "flax", "torch", shape, layout)
-    new = _torch_layers.fold_torch(new)
-    return _sequential([(parts_of(layer.name), layer) for layer in new]).eval()
+    return _torch_layers.fold_torch(new)
 
 
 def _sequential(entries: list[tuple[list[str], Layer]]) -> torch.nn.Sequential:

@@ -463,7 +463,7 @@ def save_torch(file: Any, module: Any, variables: Any, layout: str | None) -> No
 def torch_state(layer: Layer) -> dict[str, Any]:
     """A torch layer's arrays, with the counter that BatchNorm has beside them."""
     if layer.kind.startswith("BatchNorm"):
-        return {**layer.arrays, "num_batches_tracked": np.zeros((), np.int64)}
+        return {"num_batches_tracked": np.zeros((), np.int64), **layer.arrays}
     return layer.arrays
 
 

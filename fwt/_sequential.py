@@ -48,8 +48,8 @@ def _remake(name: str, cls: type, settings: dict[str, Any]) -> Named:
     return Named(name, cls(**settings))
 
 
-def _remake_sequential(layers: Any, input_shape: Any) -> "Sequential":
-    return Sequential(layers, input_shape)
+def _remake_sequential(layers: Any, input_shape: Any, sidecar: str = "") -> "Sequential":
+    return Sequential(layers, input_shape, sidecar)
 
 
 @functools.cache
@@ -70,6 +70,7 @@ class Sequential(nn.Module):
             ``name`` or their index; a known function such as ``nn.relu`` becomes its layer.
         input_shape: the shape of one input without the batch axis, None for an unknown size, if
             known: what writers of Keras models need.
+        sidecar: what a converter keeps of another framework for the way back, as JSON.
 
     Raises:
         FwtError: for a name that is used twice or is not text, or a layer that is no module.
@@ -86,6 +87,7 @@ class Sequential(nn.Module):
 
     layers: Any
     input_shape: Any = None
+    sidecar: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", _named(self.layers))
@@ -124,7 +126,7 @@ class Sequential(nn.Module):
         return x
 
     def __reduce__(self) -> Any:
-        return _remake_sequential, (self.layers, self.input_shape)
+        return _remake_sequential, (self.layers, self.input_shape, self.sidecar)
 
     def __repr__(self) -> str:
         lines = []

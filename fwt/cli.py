@@ -234,7 +234,7 @@ def convert(
     """Convert a file to another format: exactly, or not at all."""
     model = _load(
         source, architecture=architecture, key=key, rename=rename, match=match,
-        fold=not keep_parts, max_bytes=max_bytes,
+        fold=not keep_parts, max_bytes=max_bytes, sidecar=True,
     )  # fmt: skip
     if model.module is None and _format(source).fill is not None:
         raise FwtError(

@@ -21,8 +21,8 @@ hypothesis.settings.load_profile("fwt")
 # Whose time is mostly XLA's, on programs that run once, and whose results don't hang on the last
 # bits or on what the optimised code does with them.
 QUICK = ("test_convert", "test_formats", "test_initializers", "test_linen", "test_live", "test_nnx",
-         "test_onnx", "test_optim", "test_patterns", "test_reset", "test_scores", "test_sparsegpt",
-         "test_sparsify", "test_verify")  # fmt: skip
+         "test_onnx", "test_optim", "test_patterns", "test_reset", "test_scores", "test_sidecar",
+         "test_sparsegpt", "test_sparsify", "test_verify")  # fmt: skip
 
 
 @pytest.fixture(autouse=True, scope="module")

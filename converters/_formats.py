@@ -139,7 +139,7 @@ def _load_onnx(path: Path, how: Reading) -> Model:
 
     if how.key is not None:
         raise FileFormatError(f"{path}: key={how.key!r}: it holds one model only")
-    return _onnx_read.from_onnx(path)
+    return _onnx_read.from_onnx(path, external_data=how.external)
 
 
 def _save_onnx(file: Any, module: Any, variables: Any, layout: str | None) -> None:
@@ -266,6 +266,7 @@ def load(
     max_bytes: int | None = None,
     shardings: Any = None,
     sidecar: bool = False,
+    external_data: bool = False,
 ) -> Model:
     """Reads a model or weights from a file or folder, without the framework that wrote it.
 
@@ -289,6 +290,7 @@ def load(
             JAX arrays on those devices, each device reading its own part.
         sidecar: of a Keras model, as in ``from_keras``: what matters in training only is kept in
             ``module.sidecar``, and written along by :func:`save`.
+        external_data: of an ONNX file, whether its weights may be in another in its folder.
 
     Returns:
         ``Model(module, variables)`` with NumPy leaves. A file that holds weights only gives
@@ -312,7 +314,7 @@ def load(
     if not isinstance(path, str | os.PathLike):
         raise FileFormatError(f"expected the path of a file, found {type(path).__name__}")
     path = Path(path)
-    how = Reading(key, fold, max_bytes, shardings, sidecar)
+    how = Reading(key, fold, max_bytes, shardings, sidecar, external_data)
     try:
         found = format_of(path)
         if shardings is not None and found is not _ORBAX:

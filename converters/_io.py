@@ -27,14 +27,15 @@ from fwt._types import ConversionError, FileFormatError, FwtError
 @dataclasses.dataclass(frozen=True)
 class Reading:
     """How a file is to be read: which part of it, whether computed weights are folded, how much
-    its compressed parts may grow to, on which devices its arrays shall be, and whether what Flax
-    has no place for is kept."""
+    its compressed parts may grow to, on which devices its arrays shall be, whether what Flax has
+    no place for is kept, and whether arrays may be in another file."""
 
     key: str | None = None
     fold: bool = True
     max_bytes: int | None = None
     shardings: Any = None
     sidecar: bool = False
+    external: bool = False
 
 
 # Called with the number of bytes that were read or written since the last call.

@@ -78,6 +78,8 @@ def to_onnx(
         >>> session.run(None, {"input": np.ones((5, 3), np.float32)})[0].shape
         (5, 2)
     """
+    if not isinstance(path, str | os.PathLike):
+        raise ConversionError(f"expected the path of a file, found {type(path).__name__}")
     path = Path(path)
     given = _Given(module, variables, input_shape, opset, input_dtype)
     proto, weights = given.converted()
@@ -110,13 +112,19 @@ class _Given:
         self.opset = opset
         self.module, self.variables = _checked(module, variables, opset)
         shape = input_shape if input_shape is not None else getattr(module, "input_shape", None)
-        if shape is None or any(type(s) is not int or s < 1 for s in shape):
+        sizes: Any = shape if isinstance(shape, tuple | list) else (None,)
+        if any(type(s) is not int or s < 1 for s in sizes):
             raise ConversionError(
                 f"to_onnx: the input's sizes must be known, found {shape}: give input_shape= "
                 "(without the batch axis)"
             )
-        self.shape = tuple(shape)
-        self.dtype = np.dtype(input_dtype or _input_dtype(self.module))
+        self.shape = tuple(sizes)
+        try:
+            self.dtype = np.dtype(input_dtype or _input_dtype(self.module))
+        except TypeError as error:
+            raise ConversionError(f"input_dtype={input_dtype!r} is no dtype") from error
+        if self.dtype != jax.dtypes.canonicalize_dtype(self.dtype):
+            raise ConversionError(f"input_dtype={self.dtype}: set jax_enable_x64")
 
     def converted(self) -> tuple[Any, dict[str, np.ndarray]]:
         return _converted(self.module, self.variables, self.shape, self.dtype, self.opset)
@@ -156,7 +164,8 @@ def _input_dtype(module: Any) -> Any:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """TensorFlow and tf2onnx without what they print, which native code writes past Python."""
+    """TensorFlow and tf2onnx without what they print, which native code writes past Python: to the
+    process's standard error, which is nobody's meanwhile."""
     loggers = [logging.getLogger(n) for n in ("tensorflow", "tf2onnx", "absl")]
     levels = [x.level for x in loggers]
     for logger in loggers:
@@ -286,7 +295,7 @@ def _names(names: Sequence[str]) -> list[str]:
     out: list[str] = []
     for name in names:
         new, count = name, 1
-        while new in out:
+        while new in out or new in ("input", "output"):
             count += 1
             new = f"{name}:{count}"
         out.append(new)
@@ -398,7 +407,7 @@ def _finish(proto: Any, names: Sequence[str], out: Any) -> None:
             del dims[:]
             for size in shape:
                 dims.add(**({"dim_value": size} if isinstance(size, int) else {}))
-        if len(dims):
+        if len(dims) and (shape is None or str(shape[0]) == "batch"):
             dims[0].Clear()
             dims[0].dim_param = "batch"
     del graph.value_info[:]  # it may be wrong about the batch
@@ -455,7 +464,9 @@ def _write(
     external: bool,
     check: Callable[[bytes, Path], None],
 ) -> None:
-    # A name of its own: a reader of the file that is there now keeps its weights meanwhile.
+    # A name of its own, so that the file that is there now keeps its weights until it is replaced.
+    # Nothing is removed: another file may name the data of the one that is replaced.
+    path = path.resolve()
     outside = _Outside(f"{path.name}.{secrets.token_hex(4)}.data") if external else None
     message, arrays = _message(proto, weights, outside)
 
@@ -481,9 +492,6 @@ def _write(
     except BaseException:
         beside.unlink()
         raise
-    for old in path.parent.iterdir():
-        if re.fullmatch(re.escape(path.name) + r"\.[0-9a-f]{8}\.data", old.name) and old != beside:
-            old.unlink()  # of the file that was there before
 
 
 def _compare(

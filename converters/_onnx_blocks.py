@@ -50,7 +50,16 @@ _FUNCTIONS = (
 )  # fmt: skip
 _POINTS = np.concatenate([np.linspace(-12.0037, 12.0011, 2401), np.linspace(-30, 30, 61),
                           [-1e3, 1e3, 0.0, 1e-3, -1e-3]])  # fmt: skip
+_LARGEST = 1 << 22  # values of one input that a norm is tried with
 _LONGEST = 16  # blocks that make up one function
+
+
+def _points(numbers: list[float]) -> np.ndarray:
+    """Where a function is looked at: everywhere, and on both sides of each of its numbers."""
+    near = [s * c for c in numbers for s in (1, -1, 2, -2, 1 + 1e-6, 1 - 1e-6)]
+    near += [np.nextafter(c, end) for c in numbers for end in (np.inf, -np.inf)]
+    near += [(a + b) / 2 for a in numbers for b in numbers]
+    return np.concatenate([near, [-1e30, 1e30, 1e6, -1e6], _POINTS])
 
 
 def _is_pointwise(graph: Graph, block: list[Node]) -> bool:
@@ -75,26 +84,27 @@ def function_of(reader: Reader, block: list[Node], end: str) -> str | None:
     for nodes, last in reversed(runs):
         if len(nodes) < 2:
             return None
-        y = _evaluated(reader, nodes, last, _POINTS)
         numbers = [float(np.ravel(graph.known[n])[0]) for node in nodes for n in node.inputs
                    if n in graph.known]  # fmt: skip
         numbers += [float(v) for n in nodes for v in n.attributes.values()
                     if isinstance(v, float)]  # fmt: skip
         numbers = [c for c in numbers if math.isfinite(c)]
+        points = _points(numbers)
+        y = _evaluated(reader, nodes, last, points)
         options = list(dict.fromkeys([1.0, *numbers, *(abs(c) for c in numbers)]))
         below = float(y[-5])  # what a very small number becomes
         for kind, function, settings in _FUNCTIONS:
             for c in options if settings(0.5, 0) != settings(0.25, 0) else [1.0]:
                 with np.errstate(all="ignore"):
-                    wanted = function(_POINTS, c, below)
+                    wanted = function(points, c, below)
                 # Far out, a logarithm of a sigmoid is infinite in ONNX and a number here.
-                kept = np.isfinite(y) | (np.abs(_POINTS) < 80)
-                if np.allclose(y[kept], wanted[kept], rtol=3e-6, atol=1e-6):
+                kept = np.isfinite(y) | (np.abs(points) < 80)
+                if np.allclose(y[kept], wanted[kept], rtol=3e-6, atol=1e-9):
                     told = settings(_short(c), _short(below))
                     reader.add(reader.name(nodes[-1]), kind, **told)
                     return last
         above = float(y[-4])
-        if below < above and np.allclose(y, np.clip(_POINTS, below, above), rtol=3e-6, atol=1e-6):
+        if below < above and np.allclose(y, np.clip(points, below, above), rtol=3e-6, atol=1e-9):
             reader.add(reader.name(nodes[-1]), "Hardtanh", min_val=_short(below),
                        max_val=_short(above))  # fmt: skip
             return last
@@ -140,7 +150,7 @@ def _wrapped(reader: Reader, block: list[Node], end: str) -> bool:
     ):
         return False
     axis = last("axis", 0) % len(shape)
-    if axis < 2:
+    if axis < 2 or math.prod(shape[1:]) > _LARGEST:
         return False
     x = np.arange(math.prod(shape[1:])).reshape(1, *shape[1:])
     y = _evaluated(reader, block, end, x)
@@ -204,6 +214,8 @@ def _sample(shape: Any) -> np.ndarray:
 def _norm(reader: Reader, block: list[Node], end: str) -> bool:
     shape = reader.shape(block[0])
     rank = len(shape)
+    if math.prod(shape[1:]) > _LARGEST:
+        return False
     x = _sample(shape)
     try:
         y = _evaluated(reader, block, end, x)
@@ -238,6 +250,8 @@ def grouped(reader: Reader, node: Node, new: tuple[int, ...]) -> str | None:
         return None
     if tuple(graph.shape(after[0].outputs[0], after[0])[1:]) != tuple(shape[1:]):
         return None
+    if math.prod(shape[1:]) > _LARGEST:
+        return None
     x = _sample(shape)
     try:
         y = _evaluated(reader, [node, *block], end, x).reshape(x.shape)
@@ -268,6 +282,16 @@ def grouped(reader: Reader, node: Node, new: tuple[int, ...]) -> str | None:
     return None
 
 
+def _cast(node: Node, x: np.ndarray) -> np.ndarray:
+    import onnx
+
+    node("saturate")
+    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(node("to")))
+    if dtype.kind == "f" and dtype.itemsize >= 4:
+        return x.astype(float)
+    return x.astype(dtype)
+
+
 def _evaluated(reader: Reader, block: list[Node], end: str, x: np.ndarray) -> np.ndarray:
     """The values of a block at some inputs, in double precision."""
     graph, values = reader.graph, {reader.at: x}
@@ -282,6 +306,7 @@ def _evaluated(reader: Reader, block: list[Node], end: str, x: np.ndarray) -> np
             given.append(value)
         with np.errstate(all="ignore"):
             if node.op == "ReduceMean":
+                node("noop_with_empty_axes")
                 axes = tuple(axes_of(graph, node) or ()) or None
                 out = np.mean(given[0], axes, keepdims=bool(node("keepdims", 1)))
             elif node.op == "GlobalAveragePool":
@@ -289,7 +314,7 @@ def _evaluated(reader: Reader, block: list[Node], end: str, x: np.ndarray) -> np
             elif node.op == "Reshape":
                 out = given[0].reshape(x.shape[0], *graph.shape(node.outputs[0], node)[1:])
             elif node.op == "Cast":
-                out = given[0]
+                out = _cast(node, given[0])
             elif node.op == "Slice":
                 out = given[0][tuple(slices_of(graph, node, given[0].ndim))]
             elif node.op == "Concat":

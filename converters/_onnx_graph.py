@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import math
 import mmap
 from collections.abc import Callable, Mapping, Sequence
@@ -31,11 +32,13 @@ class Node:
     inputs: list[str]
     outputs: list[str]
     attributes: dict[str, Any]
+    taken: set[Any] = dataclasses.field(default_factory=set)  # what was asked for, see check
 
     def __str__(self) -> str:
         return f"{self.name or self.outputs[0]} ({self.op})"
 
     def __call__(self, name: str, default: Any = None) -> Any:
+        self.taken.add(name)
         return self.attributes.get(name, default)
 
 
@@ -59,6 +62,8 @@ class Graph:
         if graph.sparse_initializer:
             raise FileFormatError(f"{path}: it has sparse arrays")
         self.known: dict[str, Any] = {}
+        self.of_batch: set[str] = set()  # the numbers in which the batch's size is -1
+        self.left = (64 << 20) + 4 * path.stat().st_size  # bytes that folding may take
         for tensor in graph.initializer:
             self.known[tensor.name] = array_of(tensor, path, external)
         inputs = [v for v in graph.input if v.name not in self.known]
@@ -69,20 +74,29 @@ class Graph:
                 f"{names[0]} and the outputs {names[1]}"
             )
         self.input, self.output = inputs[0].name, graph.output[0].name
-        self.shapes = _shapes(proto, path)
+        self.shapes = _shapes(proto, path, {})
         self.dtype = inputs[0].type.tensor_type.elem_type
         shape = self.shapes.get(self.input)
         if not shape:
             raise FileFormatError(f"{path}: it does not say the rank of its input {self.input!r}")
         self.batch = shape[0]
         self.nodes: list[Node] = []
-        for node in graph.node:
-            self._take(_node(node, path))
-        needed = {self.output}
-        for n in reversed(self.nodes):
-            if needed.intersection(n.outputs):
-                needed.update(n.inputs)
-        self.nodes = [n for n in self.nodes if needed.intersection(n.outputs)]
+        given, extra = set(self.known), 0
+        nodes = _needed([_node(n, path) for n in graph.node], self.output)
+        while True:
+            self.nodes = []
+            for node in nodes:
+                self._take(node)
+            # Shapes may hang on numbers that were computed now.
+            small = {n: v for n, v in self.known.items() if n not in given and v is not ZEROS
+                     and v.dtype == np.int64 and v.size <= 64
+                     and (n not in self.of_batch or _only_reshapes(nodes, n))}  # fmt: skip
+            if len(small) <= extra:
+                break
+            extra = len(small)
+            self.shapes = _shapes(proto, path, small)
+        self.nodes = _needed(self.nodes, self.output)
+        self.place = {id(n): i for i, n in enumerate(self.nodes)}
         self.users: dict[str, list[Node]] = {}
         for n in self.nodes:
             for name in dict.fromkeys(n.inputs):
@@ -102,17 +116,31 @@ class Graph:
         shape = self.shapes.get(node.inputs[0]) if node.inputs else None
         if node.op == "Shape" and shape is not None and shape.count(None) < 2:
             sizes = [-1 if s is None else s for s in shape]
-            self.known[node.outputs[0]] = np.array(sizes[node("start", 0) : node("end")], np.int64)
+            value = np.array(sizes[node("start", 0) : node("end")], np.int64)
+            self._know(node.outputs[0], value, None in shape)
             return
         given = [self.known.get(n) if n else None for n in node.inputs]
         numbers = given and all(g is not None or not n for g, n in zip(given, node.inputs))
-        if numbers and (value := _folded(self, node, given)) is not None:
-            self.known[node.outputs[0]] = value
-            return
+        batch = any(n in self.of_batch for n in node.inputs)
+        if numbers and not (batch and node.op not in _MOVES):
+            value = _folded(self, node, given)
+            if value is not None:
+                self._know(node.outputs[0], value, batch)
+                return
         self.nodes.append(node)
+
+    def _know(self, name: str, value: Any, batch: bool) -> None:
+        if value is not ZEROS:
+            self.left -= value.nbytes
+            if self.left < 0:
+                raise FileFormatError(f"{self.path}: its constants grow beyond what it holds")
+            if batch and np.any(value == -1):
+                self.of_batch.add(name)
+        self.known[name] = value
 
     def const(self, node: Node, index: int, default: Any = None) -> Any:
         """The array that an input is; None where it is left out."""
+        node.taken.add(index)
         if index >= len(node.inputs) or not node.inputs[index]:
             return default
         value = self.known.get(node.inputs[index])
@@ -133,8 +161,10 @@ class Graph:
     def block(self, start: str) -> tuple[list[Node], str]:
         """The nodes from a value to the next one through which everything goes, and that one."""
         inside, inner = {start}, []
-        left = {start: len(self.users.get(start, ()))}
-        for node in self.nodes:
+        users = self.users.get(start, ())
+        left = {start: len(users)}
+        first = min((self.place[id(n)] for n in users), default=0)
+        for node in itertools.islice(self.nodes, first, None):
             taken = [n for n in dict.fromkeys(node.inputs) if n in inside]
             if not taken:
                 continue
@@ -164,7 +194,48 @@ def proto_of(path: Path) -> Any:
     proto = onnx.ModelProto.FromString(path.read_bytes())
     if not proto.HasField("graph") or not (proto.graph.node or proto.graph.output):
         raise FileFormatError(f"{path}: no ONNX file: it has no graph")
-    return onnx.inliner.inline_local_functions(proto) if proto.functions else proto
+    if not proto.functions:
+        return proto
+    _check_functions(proto, path)
+    return onnx.inliner.inline_local_functions(proto)
+
+
+def _check_functions(proto: Any, path: Path) -> None:
+    """Raises if what functions call is more than a graph may have."""
+    bodies = {(f.domain, f.name): f for f in proto.functions}
+    counts: dict[Any, int] = {}
+
+    def count(nodes: Any, inside: tuple[Any, ...]) -> int:
+        total = 0
+        for node in nodes:
+            key = (node.domain, node.op_type)
+            if key not in bodies:
+                total += 1
+                continue
+            if key in inside or len(inside) > 50:
+                raise FileFormatError(f"{path}: the function {node.op_type!r} calls itself")
+            if key not in counts:
+                counts[key] = count(bodies[key].node, (*inside, key))
+            total += counts[key]
+        return total
+
+    if count(proto.graph.node, ()) > MOST_NODES:
+        raise FileFormatError(f"{path}: its functions make more than {MOST_NODES:,} nodes")
+
+
+def _only_reshapes(nodes: list[Node], name: str) -> bool:
+    """Whether numbers are the target of Reshapes alone, where -1 may stand for the batch."""
+    return all(n.op == "Reshape" and n.inputs[1:2] == [name] for n in nodes if name in n.inputs)
+
+
+def _needed(nodes: list[Node], output: str) -> list[Node]:
+    """The nodes that the output hangs on."""
+    names, kept = {output}, []
+    for node in reversed(nodes):
+        if names.intersection(node.outputs):
+            names.update(node.inputs)
+            kept.append(node)
+    return kept[::-1]
 
 
 def _opset(proto: Any, path: Path) -> int:
@@ -206,13 +277,22 @@ def _node(node: Any, path: Path) -> Node:
     return Node(node.op_type, node.name, list(node.input), list(node.output), attributes)
 
 
-def _shapes(proto: Any, path: Path) -> dict[str, tuple[int | None, ...]]:
+def _shapes(
+    proto: Any, path: Path, known: Mapping[str, np.ndarray]
+) -> dict[str, tuple[int | None, ...]]:
     import onnx
 
-    # Without the arrays: only the small ones, which may be shapes, are looked at.
+    # Without the arrays (only small ones, which may be shapes, are looked at) and without what the
+    # file says itself, which may be wrong.
     light = onnx.ModelProto()
     light.CopyFrom(proto) if proto.ByteSize() < 1 << 22 else _copy(proto, light)
-    inferred = onnx.shape_inference.infer_shapes(light, data_prop=True).graph
+    del light.graph.value_info[:]
+    for i in reversed(range(len(light.graph.node))):
+        if any(o in known for o in light.graph.node[i].output):
+            del light.graph.node[i]
+    for name, value in known.items():
+        light.graph.initializer.add().CopyFrom(onnx.numpy_helper.from_array(value, name))
+    inferred = onnx.shape_inference.infer_shapes(light).graph
     out: dict[str, tuple[int | None, ...]] = {}
     for value in (*inferred.value_info, *inferred.input, *inferred.output):
         if value.type.HasField("tensor_type") and value.type.tensor_type.HasField("shape"):
@@ -231,7 +311,6 @@ def _copy(proto: Any, light: Any) -> None:
     light.graph.node.extend(proto.graph.node)
     light.graph.input.extend(proto.graph.input)
     light.graph.output.extend(proto.graph.output)
-    light.graph.value_info.extend(proto.graph.value_info)
     light.graph.name = "g"
     named = {v.name for v in proto.graph.input}
     for tensor in proto.graph.initializer:
@@ -255,11 +334,13 @@ def array_of(tensor: Any, path: Path, external: bool) -> np.ndarray:
     if len(dims) > 32 or any(d < 0 for d in dims):
         raise FileFormatError(f"{place} has the shape {dims}")
     dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
+    if dtype.name.startswith(("int4", "uint4", "float4", "int2", "uint2")):
+        raise FileFormatError(f"{place} holds numbers of less than a byte")
     size = math.prod(dims) * dtype.itemsize
     if tensor.data_location == onnx.TensorProto.EXTERNAL:
         return _outside(tensor, path, external, dtype, dims, size)
     if tensor.HasField("raw_data"):
-        if dtype.itemsize * 8 > 4 and "int4" not in dtype.name and len(tensor.raw_data) != size:
+        if len(tensor.raw_data) != size:
             raise FileFormatError(
                 f"{place} has {len(tensor.raw_data):,} bytes, expected {size:,} for {dims}"
             )
@@ -318,7 +399,8 @@ def slices_of(graph: Graph, node: Node, rank: int) -> list[slice]:
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
         if not -rank <= axis < rank or step == 0:
             raise refuse(str(node), f"it slices axis {axis} by {step}")
-        stop = None if abs(end) >= 10**9 else end  # which exporters write for the end
+        # What exporters write for the end.
+        stop = None if (end >= 10**9 and step > 0) or (end <= -(10**9) and step < 0) else end
         whole = start == 0 and stop is None and step == 1
         out[axis] = slice(None) if whole else slice(start, stop, step)
     return out
@@ -340,9 +422,7 @@ def _folded(graph: Graph, node: Node, given: list[Any]) -> Any:
         return ZEROS if node.op in moves else None
     if node.op == "Expand" and not np.any(x):
         return ZEROS
-    batch = any(isinstance(g, np.ndarray) and g.dtype == np.int64 and np.any(g == -1)
-                for g in given)  # fmt: skip
-    if node.op in POINTWISE and not (batch and node.op not in ("Identity",)):
+    if node.op in POINTWISE and not (node.op == "Erf" and np.size(x) > 1 << 16):
         sizes = [np.shape(g) for g in given]
         if math.prod(np.broadcast_shapes(*sizes)) > max(
             MOST_FOLDED, *(math.prod(s) for s in sizes)
@@ -370,7 +450,7 @@ def _folded(graph: Graph, node: Node, given: list[Any]) -> Any:
     if node.op == "Squeeze":
         axes = axes_of(graph, node)
         return np.squeeze(x, None if axes is None else tuple(axes))
-    if node.op == "Concat":
+    if node.op == "Concat" and sum(g.nbytes for g in given) <= graph.left:
         return np.concatenate(given, node("axis"))
     if node.op == "Gather" and np.size(given[1]) <= 1 << 16:
         axis = node("axis", 0)
@@ -387,6 +467,10 @@ def _folded(graph: Graph, node: Node, given: list[Any]) -> Any:
 def _erf(x: Any) -> Any:
     return np.vectorize(math.erf, otypes=[float])(x)
 
+
+# What may be done with the batch's size: no arithmetic.
+_MOVES = ("Cast", "Gather", "Slice", "Concat", "Unsqueeze", "Squeeze", "Reshape", "Identity",
+          "Expand", "ConstantOfShape")  # fmt: skip
 
 # One value for each value; they tell what a block of such nodes is, and fold numbers.
 POINTWISE: Mapping[str, Callable[..., Any]] = {

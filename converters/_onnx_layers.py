@@ -46,13 +46,30 @@ def _floats(w: Mapping[str, Any], x: Any) -> bool:
 
 def _activation(op: str, **fields: str) -> Native:
     def native(t: Tracer, layer: Any, w: Any, x: Any, aval: Any, out: Any) -> Any:
-        if x.dtype != tf.float32:
-            return None
         values = {k: getattr(layer, v) for k, v in fields.items()}
+        if x.dtype != tf.float32 or any(not isinstance(v, int | float) for v in values.values()):
+            return None
         (y,) = t.mark(op, [x], [aval.shape], **values)
         return y
 
     return native
+
+
+def _mish(t: Tracer, layer: Any, w: Any, x: Any, aval: Any, out: Any) -> Any:
+    if x.dtype != tf.float32:
+        return None
+    return x * tf.tanh(t.mark("Softplus", [x], [aval.shape])[0])
+
+
+def _log_sigmoid(t: Tracer, layer: Any, w: Any, x: Any, aval: Any, out: Any) -> Any:
+    if x.dtype != tf.float32:
+        return None
+    return tf.negative(t.mark("Softplus", [tf.negative(x)], [aval.shape])[0])
+
+
+def _softplus(t: Tracer, layer: Any, w: Any, x: Any, aval: Any, out: Any) -> Any:
+    plain = layer.beta == 1 and layer.threshold is None and x.dtype == tf.float32
+    return t.mark("Softplus", [x], [aval.shape])[0] if plain else None
 
 
 def _hard(op: str) -> Native:
@@ -87,6 +104,8 @@ def _conv(t: Tracer, layer: Any, w: Any, x: Any, aval: Any, out: Any) -> Any:
     """The bias goes in with the convolution."""
     if not layer.use_bias or layer.dtype is not None or not _floats(w, x):
         return None
+    if isinstance(layer, nn.ConvTranspose) and layer.padding == "CIRCULAR":
+        return None  # what comes after it is not the bias
     bare = layer.clone(use_bias=False)
     t.bias = w["params"]["bias"]
     return t.apply(lambda v, y: call(bare, v, y), {"params": {"kernel": w["params"]["kernel"]}}, x,
@@ -331,6 +350,9 @@ NATIVE: Mapping[type, Native] = {
     fl.PReLU: _prelu,
     fl.Discretization: _discretization,
     fl.GELU: _gelu,
+    fl.Softplus: _softplus,
+    fl.Mish: _mish,
+    fl.LogSigmoid: _log_sigmoid,
     fl.ReLU: _activation("Relu"),
     fl.LeakyReLU: _activation("LeakyRelu", alpha="negative_slope"),
     fl.ELU: _activation("Elu", alpha="alpha"),

@@ -88,6 +88,8 @@ def window_of(reader: Reader, node: Node, window: Sequence[int]) -> dict[str, An
     if len(strides) != r or len(dilations) != r or len(flat) != 2 * r:
         raise refuse(str(node), f"strides {strides}, dilations {dilations} and pads {flat} for a "
                      f"window of {window}")  # fmt: skip
+    if auto in ("SAME_UPPER", "SAME_LOWER") and any(d != 1 for d in dilations):
+        raise refuse(str(node), f"auto_pad={auto!r} with dilations, which runtimes refuse")
     if auto in ("SAME_UPPER", "SAME_LOWER"):
         sizes = reader.shape(node)[2:]
         pads = same_pads(sizes, tuple(window), strides, dilations)

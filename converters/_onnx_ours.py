@@ -24,7 +24,8 @@ def describe(
     except ConversionError:
         told = None
     if told is not None and told["module"] is not None:
-        told |= {"weights": undo, "graph": _digest(proto, set(undo))}
+        told["weights"] = undo
+        told["graph"] = _digest(proto, told)
         proto.metadata_props.add(key="fwt", value=json.dumps(told))
 
 
@@ -35,7 +36,7 @@ def described(proto: Any, path: Path, external: bool) -> Model | None:
         return None
     told = json.loads(metadata["fwt"])
     undo = told.get("weights")
-    if not isinstance(undo, dict) or told.get("graph") != _digest(proto, set(undo)):
+    if not isinstance(undo, dict) or told.get("graph") != _digest(proto, told):
         return None
     arrays = {t.name: t for t in proto.graph.initializer if t.name in undo}
     flat: dict[str, np.ndarray] = {}
@@ -44,13 +45,17 @@ def described(proto: Any, path: Path, external: bool) -> Model | None:
         for leaf, steps in leaves.items():
             if (found := _undone(value, steps)) is None:
                 return None
-            flat.setdefault(leaf, found)
+            if leaf in flat and not np.array_equal(flat[leaf], found, equal_nan=True):
+                return None  # changed in one of two places
+            flat[leaf] = found
     return _architecture.described(metadata["fwt"], _io.nested(flat, "/", path), path)
 
 
-def _digest(proto: Any, weights: set[str]) -> str:
-    """Of all but the weights."""
-    digest = hashlib.sha256()
+def _digest(proto: Any, told: Mapping[str, Any]) -> str:
+    """Of all but the weights, and of what is said about them."""
+    weights = set(told["weights"])
+    said = {k: told[k] for k in ("module", "weights")}
+    digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     graph = proto.graph
     kept = [t for t in graph.initializer if t.name not in weights]
     values = [v for v in (*graph.input, *graph.output) if v.name not in weights]
@@ -73,6 +78,8 @@ def _undone(value: np.ndarray, steps: list[Any]) -> np.ndarray | None:
             value = value.reshape(told[0])
         elif name == "blocks":
             parts = np.split(value, told[0], axis=-1)
+            if len(set(told[1])) != len(told[1]):
+                raise ValueError("a part of an array is taken twice")
             if any(np.any(p) for i, p in enumerate(parts) if i not in told[1]):
                 return None
             value = np.concatenate([parts[i] for i in told[1]], axis=-1)

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax
 from fwt.converters import (
     _convert,
     _flax,
@@ -16,12 +17,14 @@ from fwt.converters import (
     _onnx_weights,
     _torch_layers,
 )
-from fwt.converters._onnx_graph import Graph
+from fwt.converters._onnx_graph import Graph, Node
 from fwt.converters._onnx_line import Reader
 from fwt.converters._row import Layer, refuse
 
 from fwt._types import FileFormatError, Model
 
+# Attributes that exporters write at their defaults, whether or not they matter.
+_HARMLESS = {"allowzero": 0, "noop_with_empty_axes": 0, "saturate": 1}
 OPS = {**_onnx_weights.OPS, **_onnx_shapes.OPS, **_onnx_recurrent.OPS}
 
 
@@ -66,6 +69,8 @@ def from_onnx(
           input_shape=(3,)
         )
     """
+    if not isinstance(path, str | os.PathLike):
+        raise FileFormatError(f"expected the path of a file, found {type(path).__name__}")
     path = Path(path)
     if not path.is_file():
         raise FileFormatError(f"{path}: no such file")
@@ -78,6 +83,8 @@ def from_onnx(
             layers, shape = _flax.read_flax(*ours), ours.module.input_shape
         else:
             graph = Graph(proto, path, external_data)
+            if graph.dtype == 11 and not jax.config.read("jax_enable_x64"):
+                raise FileFormatError(f"{path}: it computes in float64: set jax_enable_x64")
             layers = _torch_layers.with_selected(_layers(graph))
             shape = tuple(graph.shapes[graph.input][1:])
         source: Any = "torch" if ours is None else "flax"
@@ -95,10 +102,27 @@ def _layers(graph: Graph) -> list[Layer]:
         elif len(block) > 1:
             _onnx_blocks.several(reader, block, end)
         elif node.op in OPS:
-            end = OPS[node.op](reader, node) or end
+            found = OPS[node.op](reader, node)
+            if found is None:
+                _check(node, reader.at, end)
+            end = found or end
         else:
             raise refuse(str(node), f"the operator {node.op!r} can't be converted")
         reader.at = end
     if reader.at != graph.output:
         raise refuse(str(graph.path), f"the output {graph.output!r} does not come from the input")
+    for node in graph.nodes:
+        unknown = [n for n, v in node.attributes.items()
+                   if n not in node.taken and _HARMLESS.get(n) != v]  # fmt: skip
+        if unknown:
+            raise refuse(str(node), f"its {unknown[0]}={node.attributes[unknown[0]]!r:.60}")
     return reader.layers
+
+
+def _check(node: Node, at: str, end: str) -> None:
+    """Raises for another output than the first, and for an input that the handler left alone."""
+    if end != node.outputs[0]:
+        raise refuse(str(node), f"its output {end!r} is used, expected the first")
+    for index, name in enumerate(node.inputs):
+        if name and name != at and index not in node.taken:
+            raise refuse(str(node), f"its input {name!r} is not known")

@@ -78,10 +78,6 @@ def recurrent(reader: Reader, node: Node) -> str:
     if node.op == "GRU":
         settings["reset_after"] = after
     if direction == "reverse":
-        # torch and Keras give the last step that is computed last; here it stays at its place.
-        if what == "sequence":
-            reader.add(f"{name}__flip", "Flip", dim=1)
-            raise refuse(str(node), "direction='reverse' of a whole sequence")
         settings["reverse"] = True
     reader.add(name, node.op, arrays, **settings)
     users = graph.users.get(end, [])
@@ -120,6 +116,8 @@ def _given_out(graph: Graph, node: Node, count: int) -> tuple[str, str]:
     The axes are followed by letters: time, direction, n for the batch, h.
     """
     used = [i for i, n in enumerate(node.outputs) if n and (n in graph.users or n == graph.output)]
+    if node("direction", "forward") == "reverse" and used == [0]:
+        raise refuse(str(node), "direction='reverse' of a sequence, whose last step is its first")
     if used not in ([0], [1]):
         raise refuse(str(node), f"its outputs {used} are used, expected the first or the second")
     at = node.outputs[used[0]]
@@ -143,10 +141,16 @@ def _given_out(graph: Graph, node: Node, count: int) -> tuple[str, str]:
         elif step.op == "Transpose":
             letters = [letters[a] for a in step("perm")]
         elif step.op == "Reshape" and letters[-2:] == ["d", "h"]:
-            target = np.ravel(graph.const(step, 1))
+            target = np.ravel(graph.const(step, 1)).tolist()
+            shape = graph.shapes.get(node.outputs[used[0]]) or (None,)
+            steps = shape[0] if "t" in letters else None
+            known = {"t": (0, steps), "n": (0, -1, graph.batch)}
             size = count * (node("hidden_size") or 0)
-            if len(target) != len(letters) - 1 or target[-1] not in (-1, size):
-                raise refuse(str(step), f"it reshapes {letters} to {target.tolist()}")
+            rest = zip(letters[:-2], target, strict=False)
+            if len(target) != len(letters) - 1 or target[-1] not in (-1, size) or (
+                target.count(-1) > 1 or any(s not in known[x] for x, s in rest)
+            ):  # fmt: skip
+                raise refuse(str(step), f"it reshapes {letters} to {target}")
             letters = [*letters[:-2], "h"]
         elif step.op == "Gather" and np.shape(graph.const(step, 1)) == ():
             axis, index = step("axis", 0) % len(letters), int(graph.const(step, 1))
@@ -255,4 +259,10 @@ def _last_step(graph: Graph, at: str, what: str, count: int) -> tuple[str, str]:
     return what, at
 
 
-OPS: Mapping[str, Handler] = dict.fromkeys(_RECURRENT, recurrent)
+def _time_first(reader: Reader, node: Node) -> None:
+    raise refuse(str(node), "its input has the time first, or the batch",
+                 "export the layer with batch_first=True")  # fmt: skip
+
+
+# Where the batch is first, a transposition leads to them.
+OPS: Mapping[str, Handler] = dict.fromkeys(_RECURRENT, _time_first)

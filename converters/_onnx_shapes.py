@@ -48,8 +48,10 @@ def _lp_pool(reader: Reader, node: Node) -> None:
     if any(lo or hi for lo, hi in settings["padding"]) or any(d != 1 for d in settings["dilation"]):
         raise refuse(str(node), "a power average with padding or holes")
     r = spatial(node, reader.rank(node))
+    if node("ceil_mode", 0):
+        raise refuse(str(node), "ceil_mode=1")
     reader.add(reader.name(node), f"LPPool{r}d", norm_type=float(node("p", 2)), kernel_size=window,
-               stride=settings["stride"], ceil_mode=bool(node("ceil_mode", 0)))  # fmt: skip
+               stride=settings["stride"])  # fmt: skip
 
 
 def _global_pool(kind: str) -> Callable[[Reader, Node], None]:
@@ -68,6 +70,7 @@ def _reduce(kind: str) -> Callable[[Reader, Node], None]:
     def op(reader: Reader, node: Node) -> None:
         reader.only(node)
         rank = reader.rank(node)
+        node("noop_with_empty_axes")
         axes = sorted(a % rank for a in axes_of(reader.graph, node) or ())
         name = reader.name(node)
         left = [a for a in range(1, rank) if a not in axes]
@@ -138,6 +141,8 @@ def _slice(reader: Reader, node: Node) -> None:
         if axis == 0 or size is None or cut.step not in (None, 1):
             raise refuse(str(node), f"it takes {cut} of axis {axis}")
         start, stop, _ = cut.indices(size)
+        if stop <= start:
+            raise refuse(str(node), f"nothing is left of axis {axis}")
         pairs.append((-start, stop - size))
     _padded(reader, node, pairs, "ZeroPad", {})
 
@@ -152,6 +157,12 @@ def _resize(reader: Reader, node: Node) -> None:
     sizes = None if old else reader.graph.const(node, 3)
     mode = node("mode", "nearest")
     how = node("coordinate_transformation_mode", "asymmetric" if old else "half_pixel")
+    for name in ("cubic_coeff_a", "extrapolation_value", "nearest_mode"):
+        node(name)  # of other modes
+    if node("keep_aspect_ratio_policy", "stretch") != "stretch":
+        raise refuse(str(node), "keep_aspect_ratio_policy")
+    if not old:
+        reader.graph.const(node, 1)  # a region, of another mode
     if node("antialias", 0) or node("axes") is not None or node("exclude_outside", 0):
         raise refuse(str(node), "antialias, axes or exclude_outside")
     settings: dict[str, Any] = {"size": None, "scale_factor": None, "align_corners": None}
@@ -244,8 +255,9 @@ def _new_shape(reader: Reader, node: Node, shape: Any) -> tuple[int, ...]:
             for axis in sorted(a % rank for a in axes or ()):
                 new.insert(axis, 1)
         else:
-            chosen = [a % len(shape) for a in axes] if axes is not None else [
-                i for i, s in enumerate(shape) if s == 1]  # fmt: skip
+            if axes is None:
+                raise refuse(str(node), "without axes it drops a batch of 1 too")
+            chosen = [a % len(shape) for a in axes]
             new = [s for i, s in enumerate(shape) if i not in chosen]
         if not new or new[0] != shape[0] or (axes is not None and 0 in axes):
             raise refuse(str(node), "it moves the batch axis")
@@ -312,11 +324,16 @@ def _tile(reader: Reader, node: Node) -> None:
     """Copies along axes of size 1."""
     reader.only(node)
     shape = reader.shape(node)
-    new = reader.graph.shape(node.outputs[0], node)
-    times = [1, *(m // n for n, m in zip(shape[1:], new[1:]))]
+    given = np.ravel(array(reader, node, 1)).tolist()
+    if node.op == "Tile":
+        times = given
+    else:
+        times = [1 if m in (1, n) else m for n, m in zip(shape, given)]
+        times[:1] = [1 if given[:1] in ([1], [-1], [shape[0]]) else 0]
+    new = given
     wide = [a for a, k in enumerate(times) if k != 1]
     still = [a for a in range(1, len(shape)) if a not in wide]
-    if any(shape[a] != 1 for a in wide) or not still or (
+    if len(given) != len(shape) or 0 in wide or any(shape[a] != 1 for a in wide) or not still or (
         len(shape) not in (3, 4, 5)
     ):  # fmt: skip
         raise refuse(str(node), f"it repeats {shape} to {new}: only axes of size 1")
@@ -434,18 +451,33 @@ def _nothing(reader: Reader, node: Node) -> None:
     reader.only(node)
 
 
+def _dropout(reader: Reader, node: Node) -> None:
+    reader.only(node)
+    node("ratio"), node("seed")
+    reader.graph.const(node, 1)
+    training = reader.graph.const(node, 2)
+    if node("is_test", 1) == 0 or (training is not None and bool(np.any(training))):
+        raise refuse(str(node), "training_mode: it drops at inference too")
+
+
+def _selu(reader: Reader, node: Node) -> None:
+    reader.only(node)
+    alpha, gamma = node("alpha", 1.6732632), node("gamma", 1.050701)
+    if abs(alpha - 1.6732632) > 1e-5 or abs(gamma - 1.050701) > 1e-5:
+        raise refuse(str(node), f"alpha={alpha}, gamma={gamma}: only those of the paper")
+    reader.add(reader.name(node), "SELU")
+
+
 def _cast(reader: Reader, node: Node) -> None:
     reader.only(node)
     import onnx
 
-    to = onnx.helper.tensor_dtype_to_np_dtype(node("to"))
-    if np.dtype(to).kind not in "if" or (np.dtype(to).kind == "f" and to != np.float32):
-        raise refuse(str(node), f"a Cast to {np.dtype(to)}")
-    if np.dtype(to).kind == "f" and reader.layers:
-        return
-    if np.dtype(to).kind == "i" and not reader.layers:
-        return
-    raise refuse(str(node), f"a Cast to {np.dtype(to)}")
+    node("saturate")
+    there = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(node("to")))
+    given = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(reader.graph.dtype))
+    same = there == np.float32 if given.kind == "f" or reader.layers else there.kind == given.kind
+    if not same or there.kind not in "if":
+        raise refuse(str(node), f"a Cast to {there}")
 
 
 OPS: Mapping[str, Handler] = {
@@ -457,12 +489,12 @@ OPS: Mapping[str, Handler] = {
     "Transpose": _transpose, "Relu": _function("ReLU"), "Sigmoid": _function("Sigmoid"),
     "Tanh": _function("Tanh"), "LeakyRelu": _function("LeakyReLU", negative_slope=("alpha", 0.01)),
     "Elu": _function("ELU", alpha=("alpha", 1.0)), "Celu": _function("CELU", alpha=("alpha", 1.0)),
-    "Selu": _function("SELU"), "Softsign": _function("Softsign"), "Mish": _function("Mish"),
+    "Selu": _selu, "Softsign": _function("Softsign"), "Mish": _function("Mish"),
     "Softplus": _function("Softplus", beta=("", 1.0), threshold=("", 20.0)),
     "HardSwish": _function("Hardswish"),
     "ThresholdedRelu": _function("Threshold", threshold=("alpha", 1.0), value=("", 0.0)),
     "HardSigmoid": _hard_sigmoid, "Gelu": _gelu, "Shrink": _shrink, "PRelu": _prelu,
     "Clip": _clip, "Softmax": _softmax("Softmax"), "LogSoftmax": _softmax("LogSoftmax"),
-    "Tile": _tile, "Expand": _tile, "Identity": _nothing, "Dropout": _nothing, "Cast": _cast,
+    "Tile": _tile, "Expand": _tile, "Identity": _nothing, "Dropout": _dropout, "Cast": _cast,
     "Neg": _neg, "Concat": _concat,
 }  # fmt: skip

@@ -139,14 +139,14 @@ class Tracer:
     def run(self, closed: Any, args: Sequence[Any]) -> list[Any]:
         """The values of a jaxpr's outputs."""
         jaxpr = closed.jaxpr if hasattr(closed, "jaxpr") else closed
-        consts = [np.asarray(c) for c in getattr(closed, "consts", ())]
+        consts = [_plain(c) for c in getattr(closed, "consts", ())]
         known: dict[Any, Any] = dict(zip(jaxpr.constvars, consts, strict=True))
         known |= dict(zip(jaxpr.invars, args, strict=True))
 
         def value(atom: Any) -> Any:
-            return np.asarray(atom.val) if isinstance(atom, jex.Literal) else known[atom]
+            return _plain(atom.val) if isinstance(atom, jex.Literal) else known[atom]
 
-        for eqn in jaxpr.eqns:
+        for eqn in _used(jaxpr):
             values = [value(a) for a in eqn.invars]
             for var, out in zip(eqn.outvars, self._equation(eqn, values), strict=True):
                 known[var] = out
@@ -154,6 +154,8 @@ class Tracer:
 
     def _equation(self, eqn: Any, values: list[Any]) -> Sequence[Any]:
         name, params = eqn.primitive.name, eqn.params
+        if all(_is_key(v.aval) for v in eqn.outvars):
+            return [None] * len(eqn.outvars)  # keys, which a start of zeros is given for nothing
         inner = next((params[k] for k in ("jaxpr", "call_jaxpr") if k in params), None)
         if inner is not None and name not in _OPS:
             return self.run(inner, values)
@@ -185,6 +187,25 @@ class Tracer:
         return [np.asarray(v) for v in (out if eqn.primitive.multiple_results else [out])]
 
 
+def _is_key(aval: Any) -> bool:
+    return jnp.issubdtype(aval.dtype, jax.dtypes.prng_key)
+
+
+def _plain(value: Any) -> Any:
+    return None if hasattr(value, "dtype") and _is_key(value) else np.asarray(value)
+
+
+def _used(jaxpr: Any) -> list[Any]:
+    """The equations that the outputs hang on."""
+    wanted = {v for v in jaxpr.outvars if not isinstance(v, jex.Literal)}
+    kept = []
+    for eqn in reversed(jaxpr.eqns):
+        if wanted.intersection(eqn.outvars):
+            wanted.update(v for v in eqn.invars if not isinstance(v, jex.Literal))
+            kept.append(eqn)
+    return kept[::-1]
+
+
 def _times(dimension: Any) -> int | None:
     """How many times the batch a size is."""
     one, two, three = (dimension._evaluate({"batch": n}) for n in (1, 2, 3))
@@ -212,10 +233,21 @@ def _dtype(aval: Any) -> Any:
 
 # -- one function for each primitive ---------------------------------------------------------------
 
+
+def _log1p(x: Any) -> Any:
+    """Also near 0, where 1 + x loses the digits of x."""
+    small = 2.0 * tf.atanh(x / (x + 2.0))
+    return tf.where(tf.abs(x) < 0.1, small, tf.math.log(x + tf.ones((), x.dtype)))
+
+
+def _expm1(x: Any) -> Any:
+    half = tf.tanh(x * 0.5)
+    return tf.where(tf.abs(x) < 0.5, 2.0 * half / (1.0 - half), tf.exp(x) - tf.ones((), x.dtype))
+
+
 _POINTWISE: dict[str, Callable[..., Any]] = {
     "neg": tf.negative, "exp": tf.exp, "log": tf.math.log, "tanh": tf.tanh, "abs": tf.abs,
-    "log1p": lambda x: tf.math.log(x + tf.ones((), x.dtype)),
-    "expm1": lambda x: tf.exp(x) - tf.ones((), x.dtype),
+    "log1p": lambda x: _log1p(x), "expm1": lambda x: _expm1(x),
     "logistic": tf.sigmoid, "erf": tf.math.erf, "sqrt": tf.sqrt, "rsqrt": tf.math.rsqrt,
     "erfc": lambda x: tf.ones((), x.dtype) - tf.math.erf(x), "sign": tf.sign,
     "floor": tf.floor, "ceil": tf.math.ceil, "square": lambda x: x * x, "sin": tf.sin,

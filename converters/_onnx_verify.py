@@ -14,7 +14,7 @@ _SPATIAL = ("Conv", "ConvTranspose", "MaxPool", "AveragePool", "BatchNormalizati
             "GlobalAveragePool", "GlobalMaxPool", "InstanceNormalization")  # fmt: skip
 
 
-def side(path: Path) -> Side:
+def side(path: Path, external: bool) -> Side:
     """The file, run by onnxruntime. Its layers are the scopes of its nodes' names."""
     if importlib.util.find_spec("onnxruntime") is None:
         raise ImportError("verify needs onnxruntime: pip install 'fwt[onnx]'", name="onnxruntime")
@@ -27,8 +27,12 @@ def side(path: Path) -> Side:
         weights = {t.name: t for t in graph.initializer}
         for tensor in weights.values():
             for entry in tensor.external_data:
-                if entry.key == "location":
+                if entry.key == "location" and external:
                     _io.sibling(path, entry.value)
+                elif entry.key == "location":
+                    raise ConversionError(
+                        f"{path}: its weights are in another file: give external_data=True"
+                    )
         inputs = [v for v in graph.input if v.name not in weights]
         if len(inputs) != 1 or len(graph.output) != 1:
             raise ConversionError("verify: only an ONNX graph of one input and one output")
@@ -58,7 +62,7 @@ def side(path: Path) -> Side:
         return values[0], {layer: found[name] for layer, name in scopes.items()}
 
     def model() -> Model:
-        return _onnx_read.from_onnx(path)
+        return _onnx_read.from_onnx(path, external_data=external)
 
     first = next((n for n in graph.node if inputs[0].name in n.input), None)
     channels_first = first is not None and first.op_type in _SPATIAL and len(shape) > 2

@@ -43,6 +43,8 @@ def _gemm(reader: Reader, node: Node) -> None:
         if node(name, value) != value and (name != "beta" or bias is not None):
             raise refuse(str(node), f"{name}={node(name)}: expected {value}")
     weight = array(reader, node, 1)
+    if bias is not None and bias.ndim > 1 and (bias.ndim > 2 or bias.shape[0] != 1):
+        raise refuse(str(node), f"a bias of shape {bias.shape}: one for each example")
     _linear(reader, node, weight if node("transB", 0) else weight.T, bias,
             reader.name(node, node.inputs[1]))  # fmt: skip
 
@@ -57,6 +59,7 @@ def _conv(reader: Reader, node: Node) -> None:
     weight, bias = array(reader, node, 1), reader.graph.const(node, 2)
     r = spatial(node, weight.ndim)
     groups, window = node("group", 1), weight.shape[2:]
+    _check_window(node, window)
     reader.add(
         reader.name(node, node.inputs[1]), f"Conv{r}d", {"weight": weight, "bias": bias},
         in_channels=weight.shape[1] * groups, out_channels=weight.shape[0], kernel_size=window,
@@ -66,15 +69,22 @@ def _conv(reader: Reader, node: Node) -> None:
     reader.lacks = "bias" if bias is None else None
 
 
+def _check_window(node: Node, window: tuple[int, ...]) -> None:
+    said, pads = node("kernel_shape"), node("pads") or ()
+    if tuple(said or window) != window or any(p < 0 for p in pads):
+        raise refuse(str(node), f"kernel_shape={said}, pads={pads} with a kernel of {window}")
+
+
 def _conv_transpose(reader: Reader, node: Node) -> None:
     reader.only(node)
     weight, bias = array(reader, node, 1), reader.graph.const(node, 2)
     r = spatial(node, weight.ndim)
     groups, window = node("group", 1), weight.shape[2:]
+    _check_window(node, window)
     extra = tuple(node("output_padding") or (0,) * r)
     auto, asked = node("auto_pad", "NOTSET"), node("output_shape")
-    given = Node(node.op, node.name, node.inputs, node.outputs,
-                 {k: v for k, v in node.attributes.items() if k != "auto_pad"})  # fmt: skip
+    plain = {k: v for k, v in node.attributes.items() if k != "auto_pad"}
+    given = Node(node.op, node.name, node.inputs, node.outputs, plain, node.taken)
     settings = window_of(reader, given, window)
     if asked is not None or auto in ("SAME_UPPER", "SAME_LOWER"):
         sizes = reader.shape(node)[2:]
@@ -86,8 +96,9 @@ def _conv_transpose(reader: Reader, node: Node) -> None:
             total = s * (n - 1) + e + (k - 1) * d + 1 - wanted
             small = total // 2
             pads.append((small, total - small) if auto == "SAME_UPPER" else (total - small, small))
-        if any(lo < 0 for lo, _ in pads):
-            raise refuse(str(node), f"output_shape={asked} is larger than all that it computes")
+        if any(lo < 0 or hi < 0 for lo, hi in pads):
+            raise refuse(str(node), f"auto_pad={auto}, output_shape={asked}: larger than what it "
+                         "computes")  # fmt: skip
         settings["padding"] = tuple(pads)
     reader.add(
         reader.name(node, node.inputs[1]), f"ConvTranspose{r}d", {"weight": weight, "bias": bias},
@@ -143,6 +154,9 @@ def _layer_norm(reader: Reader, node: Node) -> None:
     rank = reader.rank(node)
     shape = reader.shape(node)[node("axis", -1) % rank :]
     scale, bias = array(reader, node, 1), reader.graph.const(node, 2)
+    node("stash_type")
+    if any(v is not None and v.ndim > len(shape) for v in (scale, bias)):
+        raise refuse(str(node), f"a scale of shape {scale.shape} for the axes {shape}")
     add_layer_norm(reader, reader.name(node, node.inputs[1]), shape, scale, bias,
                     node("epsilon", 1e-5))  # fmt: skip
 
@@ -199,17 +213,21 @@ def _arithmetic(reader: Reader, node: Node) -> str | None:
         raise refuse(str(node), "its input is what is taken away or divided by")
     if value.dtype.kind != "f":
         raise refuse(str(node), f"arithmetic of {value.dtype}")
+    if value.ndim > rank:
+        raise refuse(str(node), f"an array of shape {value.shape} for rank {rank}")
     value = -value if op == "Sub" else 1 / value if op == "Div" else value
     adds = op in ("Add", "Sub")
     if _joined(reader, value, adds, rank):
         return None
     axis = one_axis(node, value, rank)
     name = reader.name(node)
+    if axis is not None and reader.shape(node)[axis] != value.size:
+        raise refuse(str(node), f"{value.size} numbers along an axis of {reader.shape(node)[axis]}")
     if axis is None:
         number = float(value.reshape(-1)[0])
         reader.add(name, "Rescaling", scale=1.0 if adds else number, offset=number if adds else 0.0)
         return None
-    flat = np.ascontiguousarray(value.reshape(-1), np.float32)
+    flat = np.ascontiguousarray(value.reshape(-1))
     ones, zeros = np.ones_like(flat), np.zeros_like(flat)
     arrays = {"weight": ones if adds else flat, "bias": flat if adds else zeros,
               "running_mean": zeros, "running_var": ones}  # fmt: skip
@@ -222,7 +240,7 @@ def _arithmetic(reader: Reader, node: Node) -> str | None:
         if isinstance(shift, np.ndarray) and shift.size == flat.size and not (
             there and users[0].op == "Sub") and axis_or_none(shift, rank) == axis:  # fmt: skip
             shift = -shift if users[0].op == "Sub" else shift
-            arrays["bias"] = np.ascontiguousarray(shift.reshape(-1), np.float32)
+            arrays["bias"] = np.ascontiguousarray(shift.reshape(-1), flat.dtype)
             end = users[0].outputs[0]
     # x * 1 / sqrt(1 + 0): exactly the product and the sum.
     reader.with_second(

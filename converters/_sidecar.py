@@ -78,7 +78,7 @@ def restored(layers: list[Layer], module: Any, framework: Framework, state: bool
     try:
         told = json.loads(text)
         if told["framework"] == framework:
-            _restore(layers, told["layers"], state)
+            _restore(layers, told["layers"], framework, state)
     except (ValueError, KeyError, TypeError, AttributeError, zlib.error) as error:
         raise ConversionError(
             f"the sidecar is none of ours ({error!r:.100}); module.clone(sidecar='') drops it"
@@ -86,17 +86,23 @@ def restored(layers: list[Layer], module: Any, framework: Framework, state: bool
     return layers
 
 
-def _restore(layers: list[Layer], told: dict[str, Any], state: bool) -> None:
+def _restore(layers: list[Layer], told: dict[str, Any], framework: Framework, state: bool) -> None:
     for name, layer in _all(layers):
         entry = told.get(name)
         if entry is None or entry["kind"] != layer.kind:
             continue
         same = "arrays" in entry and entry["of"] == _digest(layer)
-        layer.settings |= entry.get("settings", {})
+        for key, value in entry.get("settings", {}).items():
+            if not (is_training(framework, key) or key in _KEPT[framework]):
+                raise ConversionError(f"the sidecar sets {key!r} of {name}, which is no business "
+                                      "of a sidecar")  # fmt: skip
+            layer.settings[key] = value
         if same:
-            layer.arrays |= {n: _unpacked(v) for n, v in entry["arrays"].items()}
+            layer.arrays |= {
+                n: _unpacked(v, layer.arrays[n].size) for n, v in entry["arrays"].items()
+            }
         if state:
-            layer.arrays |= {n: _unpacked(v) for n, v in entry.get("state", {}).items()}
+            layer.arrays |= {n: _unpacked(v, 64) for n, v in entry.get("state", {}).items()}
 
 
 def _all(layers: Sequence[Layer], inside: str = "") -> Iterator[tuple[str, Layer]]:
@@ -131,10 +137,13 @@ def _packed(value: np.ndarray) -> list[Any]:
     return [value.dtype.name, list(value.shape), data]
 
 
-def _unpacked(told: Any) -> np.ndarray:
+def _unpacked(told: Any, most: int) -> np.ndarray:
     name, shape, data = told
     dtype = dtype_of(name)
-    size = int(np.prod(shape, dtype=object)) * dtype.itemsize
+    count = int(np.prod(shape, dtype=object))
+    if not 0 <= count <= most:
+        raise ConversionError(f"the sidecar holds an array of {count:,} entries, at most {most:,}")
+    size = count * dtype.itemsize
     stream = zlib.decompressobj()
     raw = stream.decompress(base64.b85decode(data), size + 1)
     if len(raw) != size:

@@ -115,6 +115,7 @@ def verify(
     *,
     input_shape: Sequence[int] | None = None,
     tolerance: float = 1e-5,
+    external_data: bool = False,
 ) -> Report:
     """Feeds two models the same inputs and compares the outputs of every layer.
 
@@ -126,6 +127,7 @@ def verify(
             torch model with spatial layers.
         input_shape: of one input of ``a``, where neither model says it.
         tolerance: of an output, times the largest output of ``a`` if that is more than 1.
+        external_data: whether an ONNX file may have its weights in another in its folder.
 
     Returns:
         A report: ``print`` it, or ask it for ``ok``, ``first``, ``to_json()``.
@@ -141,11 +143,19 @@ def verify(
         >>> report.ok, report.first, [line.name for line in report.layers]
         (True, None, ['0', '1'])
     """
-    one, other = _side(a), _side(b)
+    one, other = _side(a, external_data), _side(b, external_data)
     if inputs is None:
         inputs = _inputs(one, other, input_shape)
     x = np.asarray(inputs)
-    first, mine = one.run(x)
+    if x.dtype.kind not in "fiub":
+        raise ConversionError(f"verify: inputs of {x.dtype} are no batch of numbers")
+    try:
+        first, mine = one.run(x)
+    except Exception as error:  # whatever a framework says about a shape
+        why = " ".join(str(error).split())[:300]
+        raise ConversionError(
+            f"verify: the first model takes no input of the shape {list(x.shape)} ({why})"
+        ) from error
     given = _moved(x, one.channels_first, other.channels_first)
     try:
         second, theirs = other.run(given)
@@ -249,7 +259,7 @@ class Side:
     turned: bool = False  # whether channels may come first inside
 
 
-def _side(model: Any) -> Side:
+def _side(model: Any, external: bool = False) -> Side:
     keras, torch = sys.modules.get("keras"), sys.modules.get("torch")
     if isinstance(model, str | os.PathLike):
         from fwt.converters import _formats
@@ -257,7 +267,7 @@ def _side(model: Any) -> Side:
         if _formats.format_of(Path(model)).name == "ONNX":
             from fwt.converters import _onnx_verify
 
-            return _onnx_verify.side(Path(model))
+            return _onnx_verify.side(Path(model), external)
         model = _formats.load(Path(model))
         if model.module is None:
             raise ConversionError("verify: a file of weights alone can't run: load it with "

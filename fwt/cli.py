@@ -244,8 +244,11 @@ def convert(
     if verify:
         if model.module is None:
             raise FwtError("--verify runs the model: --architecture says which one it is")
-        own = _load(target)
-        _report(model, _load(target, architecture=model) if own.module is None else own, as_json)
+        # onnxruntime says what an ONNX file computes, not our reading of it.
+        own: Any = target if _is_onnx(target) else _load(target)
+        if not _is_onnx(target) and own.module is None:
+            own = _load(target, architecture=model)
+        _report(source if _is_onnx(source) else model, own, as_json)
     else:
         (_print_json if as_json else _print_summary)(target, model)
 
@@ -261,7 +264,11 @@ def _both(first: Path, second: Path, architecture: Path | None, **how: Any) -> l
     return out
 
 
-def _report(a: "Model", b: "Model", as_json: bool, tolerance: float = 1e-5) -> None:
+def _is_onnx(path: Path) -> bool:
+    return path.is_file() and _format(path).name == "ONNX"
+
+
+def _report(a: Any, b: Any, as_json: bool, tolerance: float = 1e-5) -> None:
     from fwt import converters
 
     found = converters.verify(a, b, tolerance=tolerance)
@@ -282,7 +289,10 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Compare the predictions of two models, layer by layer; exit code 3 if they differ."""
-    one, other = _both(first, second, architecture, key=key)
+    one, other = (
+        path if _is_onnx(path) else _both(path, path, architecture, key=key)[0]
+        for path in (first, second)
+    )
     _report(one, other, as_json, tolerance)
 
 

@@ -264,8 +264,7 @@ def test_weights_in_a_file_of_their_own(tmp_path):
     converters.to_onnx(*model, path, external_data=True)
     (first,) = tmp_path.glob("*.data")
     converters.to_onnx(*model, path, external_data=True)
-    (second,) = tmp_path.glob("*.data")  # that of the file before is gone
-    assert first != second
+    (second,) = set(tmp_path.glob("*.data")) - {first}  # that of the file before stays
     x = np.random.default_rng(0).normal(size=(2, 5)).astype(np.float32)
     close(run(path, x), np.asarray(model(x)))
     with pytest.raises(converters.FileFormatError, match=r"in another file.*external_data=True"):
@@ -424,7 +423,7 @@ def test_torchs_exporters(tmp_path, name, dynamo):
         turned = converters.from_onnx(path, layout="channels_last", external_data=True)
         close(np.asarray(turned(np.moveaxis(x, 1, -1))), run(path, x))
         assert turned.module.input_shape == (9, 8, 3)
-        assert converters.verify(net, path).ok
+        assert converters.verify(net, path, external_data=True).ok
 
 
 KERAS_NETS = {
@@ -642,6 +641,146 @@ def test_what_is_no_straight_line_is_refused_by_the_nodes_name(tmp_path):
         converters.from_onnx(tmp_path / "none.onnx")
 
 
+def rnn_last(op, gates):
+    nodes, arrays = rnn(op, gates, "reverse")
+    arrays |= {"end": np.array(-1)}
+    return [*nodes[:-1], node("Gather", ["s", "end"], ["y"], axis=0)], arrays
+
+
+def of(*nodes, **arrays):
+    return list(nodes), {n: np.asarray(v) for n, v in arrays.items()}
+
+
+# Graphs that were once read as something else: each is refused, or does what onnxruntime does.
+ONCE_WRONG = {
+    "selu of its own": of(node("Selu", ["x"], ["y"], alpha=2.0, gamma=0.5)),
+    "dropout in training": of(node("Dropout", ["x", "r", "t"], ["y"]), r=F32(0.5), t=True),
+    "mask of a dropout": of(node("Dropout", ["x"], ["d", "m"]),
+                            node("Cast", ["m"], ["y"], to=1)),
+    "mean of a layer norm": of(node("LayerNormalization", ["x", "s"], ["n", "y"]),
+                               s=np.ones(5, F32)),
+    "the end of a reversed lstm": rnn_last("LSTM", 4),
+    "the end of a reversed gru": rnn_last("GRU", 3),
+    "the batch as a number": of(
+        node("Shape", ["x"], ["s"]), node("Cast", ["s"], ["f"], to=1),
+        node("Gather", ["f", "i"], ["k"]), node("Div", ["x", "k"], ["y"]), i=0),
+    "a bias for each example": of(node("MatMul", ["x", "w"], ["m"]), node("Add", ["m", "b"], ["y"]),
+                                  w=np.ones((5, 4), F32), b=np.arange(4).reshape(4, 1).astype(F32)),
+    "a bias of more axes": of(node("MatMul", ["x", "w"], ["m"]), node("Add", ["b", "m"], ["y"]),
+                              w=np.ones((5, 3), F32), b=np.ones((1, 1, 1, 3), F32)),
+    "the batch repeated": of(node("Tile", ["x", "r"], ["y"]), r=np.array([2, 1, 1])),
+    "more axes": of(node("Expand", ["x", "s"], ["y"]), s=np.array([2, 1, 4, 5])),
+    "a relu with an end": of(
+        node("Relu", ["x"], ["a"]), node("Min", ["a", "c"], ["y"]), c=F32(2000)),
+    "a function with a hole": of(
+        node("Equal", ["x", "c"], ["q"]), node("Relu", ["x"], ["a"]),
+        node("Where", ["q", "s", "a"], ["y"]), c=F32(0.25), s=F32(7)),
+    "a step far out": of(
+        node("Less", ["x", "c"], ["q"]), node("Relu", ["x"], ["a"]),
+        node("Where", ["q", "s", "a"], ["y"]), c=F32(-1500), s=F32(7)),
+    "almost a relu": of(
+        node("LeakyRelu", ["x"], ["a"], alpha=5e-10), node("Identity", ["a"], ["y"])),
+    "nothing left": of(node("Slice", ["x", "s", "e", "i"], ["y"]), s=np.array([0]),
+                       e=np.array([-(2**31)]), i=np.array([2])),
+    "whole numbers": of(node("Cast", ["x"], ["i"], to=6), node("Cast", ["i"], ["y"], to=1)),
+    "whole numbers, long": of(node("Cast", ["x"], ["i"], to=7), node("Cast", ["i"], ["f"], to=1),
+                              node("Relu", ["f"], ["y"])),
+    "half": of(node("Cast", ["x"], ["i"], to=10), node("Cast", ["i"], ["y"], to=1)),
+    "a pool with holes, SAME": of(node("MaxPool", ["x"], ["y"], kernel_shape=[3], dilations=[2],
+                                       auto_pad="SAME_UPPER")),
+    "the ratio kept": of(node("Resize", ["x", "", "", "z"], ["y"], mode="nearest",
+                              nearest_mode="floor", coordinate_transformation_mode="asymmetric",
+                              keep_aspect_ratio_policy="not_larger"), z=np.array([3, 4, 9])),
+    "a numbered bias": of(node("Gemm", ["f", "w", "b"], ["y"]), node("Flatten", ["x"], ["f"]),
+                          w=np.ones((20, 3), F32), b=np.ones((3, 1), F32)),
+    "time first": of(node("LSTM", ["x", "w", "r"], ["", "h"], hidden_size=2),
+                     node("Squeeze", ["h", "z"], ["y"]), w=np.ones((1, 8, 5), F32) / 9,
+                     r=np.ones((1, 8, 2), F32) / 9, z=np.array([0])),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ONCE_WRONG)
+def test_graphs_that_were_once_read_wrong(tmp_path, name):
+    nodes, arrays = ONCE_WRONG[name]
+    nodes = sorted(nodes, key=lambda n: n.op_type == "Gemm")
+    opset = 18 if name == "the ratio kept" else 17
+    path = written(tmp_path / "a.onnx", nodes, arrays, (3, 4, 5), opset=opset)
+    try:
+        model = converters.from_onnx(path)
+    except converters.FileFormatError:
+        return
+    for x in (np.random.default_rng(0).normal(size=(3, 4, 5)) * 3, np.full((3, 4, 5), 3000.0),
+              np.full((3, 4, 5), -2000.0), np.full((3, 4, 5), 0.25)):  # fmt: skip
+        x = x.astype(F32)
+        close(np.asarray(model(x)), run(path, x))
+
+
+def test_hostile_graphs_are_held_to_their_size(tmp_path):
+    path = tmp_path / "a.onnx"
+    end = [node("Add", ["x", "c"], ["y"])]
+
+    def refused(nodes, arrays, shape=("n", 4)):
+        written(path, [*nodes, *end], arrays, shape)
+        with pytest.raises(converters.FileFormatError):
+            converters.from_onnx(path)
+
+    doubled = [node("Concat", [f"a{i}", f"a{i}"], [f"a{i + 1}"], axis=0) for i in range(40)]
+    refused([*doubled, node("ReduceMax", ["a40"], ["c"])], {"a0": np.ones(4, F32)})
+    wide = [node("Add", ["p", "q"], [f"w{i}"]) for i in range(40)]
+    joined = node("Concat", [f"w{i}" for i in range(40)], ["c"], axis=0)
+    refused([*wide, joined], {"p": np.ones((2048, 1), F32), "q": np.ones((1, 2048), F32)})
+    mean = [node("ReduceMean", ["x"], ["m"], axes=[1, 2]), node("Sub", ["x", "m"], ["s"])]
+    written(path, [*mean, node("Relu", ["s"], ["y"])], {}, ("n", 8192, 8192))
+    with pytest.raises(converters.FileFormatError):
+        converters.from_onnx(path)
+    functions = []
+    for i in range(30):
+        called = f"f{i + 1}" if i < 29 else "Relu"
+        domain = "own" if i < 29 else ""
+        body = [
+            node(called, ["a"], ["b"], domain=domain),
+            node(called, ["b"], ["c"], domain=domain),
+        ]
+        functions.append(onnx.helper.make_function(
+            "own", f"f{i}", ["a"], ["c"], body,
+            [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("own", 1)]))  # fmt: skip
+    written(path, [node("f0", ["x"], ["y"], domain="own")], {}, opsets=[
+        onnx.helper.make_opsetid("own", 1)])  # fmt: skip
+    proto = onnx.load(path)
+    proto.functions.extend(functions)
+    path.write_bytes(proto.SerializeToString())
+    with pytest.raises(converters.FileFormatError, match="functions make more than"):
+        converters.from_onnx(path)
+
+
+def test_linen_recurrent_layers_go_out(tmp_path):
+    x = np.random.default_rng(0).normal(size=(2, 6, 3)).astype(F32)
+    both = nn.Bidirectional(nn.RNN(nn.SimpleCell(4)), nn.RNN(nn.SimpleCell(4)))
+    for layer in (nn.RNN(nn.LSTMCell(4)), nn.RNN(nn.GRUCell(4), reverse=True), both):
+        variables = layer.init(jax.random.key(0), x)
+        converters.to_onnx(layer, variables, tmp_path / "a.onnx", (6, 3))
+        close(run(tmp_path / "a.onnx", x), np.asarray(layer.apply(variables, x)))
+
+
+def test_the_command_line_asks_onnxruntime(tmp_path):
+    """Not our reading of the file."""
+    from fwt.converters import _verify
+
+    net = fwt.Sequential([("d", nn.Dense(3)), ("act", fl.Tanh())], (4,))
+    model = fwt.Model(net, net.init(jax.random.key(0), np.ones((1, 4))))
+    converters.save(tmp_path / "a.onnx", *model)
+    converters.save(tmp_path / "a.npz", *model)
+    proto = onnx.load(tmp_path / "a.onnx")
+    for n in proto.graph.node:
+        if n.op_type == "Tanh":
+            n.op_type = "Sin"
+    onnx.save(proto, tmp_path / "b.onnx")
+    assert fwt_command("verify", tmp_path / "a.onnx", tmp_path / "a.npz")[0] == 0
+    assert fwt_command("verify", tmp_path / "b.onnx", tmp_path / "a.npz")[0] == 3
+    with pytest.raises(converters.ConversionError, match="takes no input"):
+        _verify.verify(tmp_path / "a.onnx", tmp_path / "a.onnx", np.ones((2, 9)))
+
+
 def test_a_file_lies_about_sizes(tmp_path):
     path = written(tmp_path / "a.onnx", [node("MatMul", ["x", "w"], ["y"])],
                    {"w": np.ones((5, 2), F32)})  # fmt: skip
@@ -712,7 +851,6 @@ def test_verify_pins_what_is_broken_in_a_file(model, tmp_path):
     def order(proto):
         (n,) = [n for n in proto.graph.node if n.name.startswith(("pool/", "flat/"))
                 and n.op_type == "Transpose"]  # fmt: skip
-        n.attribute[0].ints[:] = [0, 1, 3, 2]
         n.attribute[0].ints[:] = [0, 3, 2, 1]
 
     assert broken(lambda proto: None).ok

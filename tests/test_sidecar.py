@@ -142,6 +142,10 @@ def test_a_sidecar_that_lies(tmp_path):
     wrong = model.module.clone(sidecar=json.dumps(told))
     with pytest.raises(converters.ConversionError, match="the sidecar holds"):
         converters.to_torch(wrong, model.variables)
+    entry["settings"] = {"eps": 10}
+    wrong = model.module.clone(sidecar=json.dumps(told))
+    with pytest.raises(converters.ConversionError, match="no business of a sidecar"):
+        converters.to_torch(wrong, model.variables)
     for text in ("[]", "{", '{"framework": "torch"}'):
         with pytest.raises(converters.ConversionError, match="sidecar"):
             converters.to_torch(model.module.clone(sidecar=text), model.variables)

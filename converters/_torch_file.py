@@ -463,7 +463,8 @@ def save_torch(file: Any, module: Any, variables: Any, layout: str | None) -> No
 def torch_state(layer: Layer) -> dict[str, Any]:
     """A torch layer's arrays, with the counter that BatchNorm has beside them."""
     if layer.kind.startswith("BatchNorm"):
-        return {"num_batches_tracked": np.zeros((), np.int64), **layer.arrays}
+        counter = {"num_batches_tracked": np.zeros((), np.int64)}
+        return {**layer.arrays, **(counter if "num_batches_tracked" not in layer.arrays else {})}
     return layer.arrays
 
 

@@ -12,7 +12,7 @@ import jax
 import pytest
 
 hypothesis.settings.register_profile(
-    "fwt", deadline=None, max_examples=40, derandomize=True, print_blob=True
+    "fwt", deadline=None, max_examples=30, derandomize=True, print_blob=True
 )
 hypothesis.settings.register_profile("thorough", deadline=None, max_examples=1000, print_blob=True)
 hypothesis.settings.load_profile("fwt")

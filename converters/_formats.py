@@ -311,9 +311,7 @@ def load(
         >>> fwt.paths(variables)
         ['d/kernel']
     """
-    if not isinstance(path, str | os.PathLike):
-        raise FileFormatError(f"expected the path of a file, found {type(path).__name__}")
-    path = Path(path)
+    path = _io.given_path(path)
     how = Reading(key, fold, max_bytes, shardings, sidecar, external_data)
     try:
         found = format_of(path)

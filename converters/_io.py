@@ -49,6 +49,13 @@ def progress(count: int) -> None:
         watcher(count)
 
 
+def given_path(path: Any) -> Path:
+    """What a user gave as the path of a file."""
+    if not isinstance(path, str | os.PathLike):
+        raise FileFormatError(f"expected the path of a file, found {type(path).__name__}")
+    return Path(path)
+
+
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Whatever is said about a broken file becomes one line of ours."""
@@ -59,7 +66,7 @@ def reading(path: Path) -> Iterator[None]:
     except ConversionError as error:
         text = str(error)
         raise FileFormatError(text if str(path) in text else f"{path}: {text}") from error
-    except Exception as error:  # any failure of a parser means a broken file
+    except Exception as error:  # parsers fail with any class of error: the file is broken
         why = " ".join(str(error).split()) or type(error).__name__
         raise FileFormatError(f"{path}: not a readable {path.suffix} file ({why:.300})") from error
 

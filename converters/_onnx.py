@@ -78,9 +78,7 @@ def to_onnx(
         >>> session.run(None, {"input": np.ones((5, 3), np.float32)})[0].shape
         (5, 2)
     """
-    if not isinstance(path, str | os.PathLike):
-        raise ConversionError(f"expected the path of a file, found {type(path).__name__}")
-    path = Path(path)
+    path = _io.given_path(path)
     given = _Given(module, variables, input_shape, opset, input_dtype)
     proto, weights = given.converted()
     total = sum(w.nbytes for w in weights.values())
@@ -209,7 +207,8 @@ def _converted(
         tf = _needed()
         import onnx
         import tf2onnx
-        from fwt.converters._onnx_trace import Tracer, Weight
+        from fwt.converters._onnx_primitives import Weight
+        from fwt.converters._onnx_trace import MARK, Tracer
 
         tree = _weights(variables, Weight)
         symbol = jax.ShapeDtypeStruct((*export.symbolic_shape("batch"), *shape), dtype)
@@ -240,8 +239,6 @@ def _converted(
         def function(x: Any, *given: Any) -> Any:
             each = iter(given)
             return traced(x, lambda weight: next(each))
-
-        from fwt.converters._onnx_trace import MARK
 
         proto, _ = tf2onnx.convert.from_function(
             tf.function(function, autograph=False),
@@ -337,22 +334,14 @@ def _one(
         return call(layer, variables, y)
 
     structs = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.value.shape, w.value.dtype), own)
-    try:
+    with refused(f"{place}: it does not run on {list(aval.shape)}"):
         out = jax.eval_shape(function, structs, aval)
-    except Exception as error:  # whatever linen says about a shape
-        why = " ".join(str(error).split())
-        raise refuse(place, f"it does not run on {list(aval.shape)} ({why:.300})") from error
     if not hasattr(out, "shape"):
         raise refuse(place, "its output is no array")
-    try:
+    with refused(f"{place}: TensorFlow has no such operation"):
         y = native[type(layer)](tracer, layer, own, x, aval, out) if type(layer) in native else None
         if y is None:
             y, _ = tracer.apply(function, own, x, aval)
-    except ConversionError:
-        raise
-    except Exception as error:  # whatever TensorFlow says about a dtype
-        why = " ".join(str(error).split())
-        raise refuse(place, f"TensorFlow has no such operation ({why:.300})") from error
     return y, out
 
 
@@ -505,7 +494,7 @@ def _compare(
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(folder.resolve())
     )
-    with refused("onnxruntime can't run it"):
+    with refused("to_onnx: onnxruntime can't run it"):
         session = onnxruntime.InferenceSession(message, options, ["CPUExecutionProvider"])
     kind = session.get_outputs()[0].type + session.get_inputs()[0].type
     if "bfloat16" in kind:
@@ -517,7 +506,7 @@ def _compare(
         else:
             x = rng.integers(0, _count(module), (batch, *shape)).astype(dtype)
         wanted = np.asarray(call(module, variables, x))
-        with refused("onnxruntime can't run it"):
+        with refused("to_onnx: onnxruntime can't run it"):
             (found,) = session.run(None, {"input": x})
         half = wanted.dtype.itemsize < 4 or any(
             leaf.dtype.itemsize == 2 for leaf in jax.tree.leaves(variables)
@@ -539,11 +528,14 @@ def _compare(
 
 @contextlib.contextmanager
 def refused(what: str) -> Iterator[None]:
+    """Turns whatever another library says into one line of ours."""
     try:
         yield
-    except Exception as error:  # whatever a runtime says
+    except ConversionError:
+        raise
+    except Exception as error:  # linen, TensorFlow and onnxruntime raise classes of their own
         why = " ".join(str(error).split())
-        raise ConversionError(f"to_onnx: {what} ({why:.300})") from error
+        raise ConversionError(f"{what} ({why:.300})") from error
 
 
 def _count(module: Any) -> int:

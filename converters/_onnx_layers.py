@@ -8,8 +8,9 @@ import flax.linen as nn
 import jax
 import numpy as np
 import tensorflow as tf
-from fwt.converters._onnx_trace import Tracer, Weight, reversed_, transposed
-from fwt.converters._onnx_trace import windows as windows_of
+from fwt.converters._onnx_primitives import Weight, reversed_, transposed
+from fwt.converters._onnx_primitives import windows as windows_of
+from fwt.converters._onnx_trace import Tracer
 from jax import lax
 
 from fwt import _recurrent

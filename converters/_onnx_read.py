@@ -1,7 +1,6 @@
 """ONNX in: a straight line of operators as layers in torch's terms, from which the walk goes on."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -57,21 +56,14 @@ def from_onnx(
 
     Example:
         >>> import os, tempfile
-        >>> import fwt, jax, flax.linen as nn
-        >>> net = fwt.Sequential([("dense", nn.Dense(2)), nn.relu], input_shape=(3,))
-        >>> variables = net.init(jax.random.key(0), jax.numpy.ones((1, 3)))
+        >>> import fwt, torch
         >>> path = os.path.join(tempfile.mkdtemp(), "net.onnx")
-        >>> fwt.converters.to_onnx(net, variables, path)
-        >>> fwt.converters.from_onnx(path).module
-        Sequential(
-          dense: Dense(features=2)
-          1: ReLU()
-          input_shape=(3,)
-        )
+        >>> fwt.converters.save(path, *fwt.converters.from_torch(torch.nn.Sequential(
+        ...     torch.nn.Conv1d(3, 2, 5), torch.nn.ReLU()), (3, 9)))
+        >>> [type(named.layer).__name__ for named in from_onnx(path).module.layers]
+        ['Conv', 'ReLU']
     """
-    if not isinstance(path, str | os.PathLike):
-        raise FileFormatError(f"expected the path of a file, found {type(path).__name__}")
-    path = Path(path)
+    path = _io.given_path(path)
     if not path.is_file():
         raise FileFormatError(f"{path}: no such file")
     with _io.reading(path):

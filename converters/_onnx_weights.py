@@ -55,11 +55,7 @@ def _matmul(reader: Reader, node: Node) -> None:
 
 
 def _conv(reader: Reader, node: Node) -> None:
-    reader.only(node)
-    weight, bias = array(reader, node, 1), reader.graph.const(node, 2)
-    r = spatial(node, weight.ndim)
-    groups, window = node("group", 1), weight.shape[2:]
-    _check_window(node, window)
+    weight, bias, groups, window, r = _kernel(reader, node)
     reader.add(
         reader.name(node, node.inputs[1]), f"Conv{r}d", {"weight": weight, "bias": bias},
         in_channels=weight.shape[1] * groups, out_channels=weight.shape[0], kernel_size=window,
@@ -69,18 +65,19 @@ def _conv(reader: Reader, node: Node) -> None:
     reader.lacks = "bias" if bias is None else None
 
 
-def _check_window(node: Node, window: tuple[int, ...]) -> None:
+def _kernel(reader: Reader, node: Node) -> tuple[np.ndarray, Any, int, tuple[int, ...], int]:
+    """The kernel, bias, groups, window and number of spatial axes of a convolution."""
+    reader.only(node)
+    weight, bias = array(reader, node, 1), reader.graph.const(node, 2)
+    window = weight.shape[2:]
     said, pads = node("kernel_shape"), node("pads") or ()
     if tuple(said or window) != window or any(p < 0 for p in pads):
         raise refuse(str(node), f"kernel_shape={said}, pads={pads} with a kernel of {window}")
+    return weight, bias, node("group", 1), window, spatial(node, weight.ndim)
 
 
 def _conv_transpose(reader: Reader, node: Node) -> None:
-    reader.only(node)
-    weight, bias = array(reader, node, 1), reader.graph.const(node, 2)
-    r = spatial(node, weight.ndim)
-    groups, window = node("group", 1), weight.shape[2:]
-    _check_window(node, window)
+    weight, bias, groups, window, r = _kernel(reader, node)
     extra = tuple(node("output_padding") or (0,) * r)
     auto, asked = node("auto_pad", "NOTSET"), node("output_shape")
     plain = {k: v for k, v in node.attributes.items() if k != "auto_pad"}

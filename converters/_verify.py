@@ -149,21 +149,8 @@ def verify(
     x = np.asarray(inputs)
     if x.dtype.kind not in "fiub":
         raise ConversionError(f"verify: inputs of {x.dtype} are no batch of numbers")
-    try:
-        first, mine = one.run(x)
-    except Exception as error:  # whatever a framework says about a shape
-        why = " ".join(str(error).split())[:300]
-        raise ConversionError(
-            f"verify: the first model takes no input of the shape {list(x.shape)} ({why})"
-        ) from error
-    given = _moved(x, one.channels_first, other.channels_first)
-    try:
-        second, theirs = other.run(given)
-    except Exception as error:  # whatever a framework says about a shape
-        why = " ".join(str(error).split())[:300]
-        raise ConversionError(
-            f"verify: the second model takes no input of the shape {list(given.shape)} ({why})"
-        ) from error
+    first, mine = _ran(one, x, "first")
+    second, theirs = _ran(other, _moved(x, one.channels_first, other.channels_first), "second")
     lines = []
     for name in [*mine, *(n for n in theirs if n not in mine)]:
         if name not in mine or name not in theirs:
@@ -185,6 +172,16 @@ def verify(
         weights = ()
         notes.append(f"the weights are not compared: {error}")
     return Report(ok, departed, tuple(lines), weights, output, tuple(notes))
+
+
+def _ran(side: "Side", x: np.ndarray, which: str) -> tuple[np.ndarray, Taps]:
+    try:
+        return side.run(x)
+    except Exception as error:  # each framework has its own errors for a shape
+        why = " ".join(str(error).split())[:300]
+        raise ConversionError(
+            f"verify: the {which} model takes no input of the shape {list(x.shape)} ({why})"
+        ) from error
 
 
 def compared(name: str, a: np.ndarray, others: Sequence[np.ndarray], tolerance: float) -> Line:

@@ -613,6 +613,9 @@ def test_what_is_no_straight_line_is_refused_by_the_nodes_name(tmp_path):
         with pytest.raises(converters.FileFormatError, match=match):
             converters.from_onnx(path)
 
+    refused(r"odd \(Relu\): its extra=3", [node("Relu", ["x"], ["y"], name="odd", extra=3)])
+    more = node("Flatten", ["x", "w"], ["y"], name="odd")
+    refused(r"odd \(Flatten\): its input 'w' is not known", [more], x)
     refused("the operator 'Det'", [node("Det", ["x"], ["y"], name="odd")])
     refused(
         r"odd \(Einsum\)",

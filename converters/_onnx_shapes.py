@@ -249,18 +249,17 @@ def _new_shape(reader: Reader, node: Node, shape: Any) -> tuple[int, ...]:
     """The sizes after a Reshape, Squeeze or Unsqueeze, which must leave the batch alone."""
     if node.op != "Reshape":
         axes = axes_of(reader.graph, node)
-        new = list(shape)
-        if node.op == "Unsqueeze":
-            rank = len(shape) + len(axes or ())
-            for axis in sorted(a % rank for a in axes or ()):
-                new.insert(axis, 1)
-        else:
-            if axes is None:
-                raise refuse(str(node), "without axes it drops a batch of 1 too")
-            chosen = [a % len(shape) for a in axes]
-            new = [s for i, s in enumerate(shape) if i not in chosen]
-        if not new or new[0] != shape[0] or (axes is not None and 0 in axes):
+        if axes is None:
+            raise refuse(str(node), "without axes it drops a batch of 1 too")
+        rank = len(shape) + (len(axes) if node.op == "Unsqueeze" else 0)
+        chosen = sorted(a % rank for a in axes)
+        if 0 in chosen:
             raise refuse(str(node), "it moves the batch axis")
+        if node.op == "Squeeze":
+            return tuple(s for i, s in enumerate(shape) if i and i not in chosen)
+        new = list(shape)
+        for axis in chosen:
+            new.insert(axis, 1)
         return tuple(new[1:])
     target = [int(s) for s in np.ravel(array(reader, node, 1))]
     if not node("allowzero", 0):

@@ -631,6 +631,11 @@ def test_what_is_no_straight_line_is_refused_by_the_nodes_name(tmp_path):
     refused("only a graph of one input", [node("Relu", ["x"], ["y"]), node("Tanh", ["x"], ["z"])],
             outputs=[value(n, 1, None) for n in "yz"])  # fmt: skip
     refused(r"perm=.*moves the batch", [node("Transpose", ["x"], ["y"], perm=[1, 0, 2])])
+    for axis in (0, -3):
+        ones = {"i": np.array([axis])}
+        squeezed = [node("Squeeze", ["x", "i"], ["y"])]
+        refused("moves the batch", squeezed, ones, shape=(1, 1, 5))
+        refused("moves the batch", [node("Unsqueeze", ["x", "i"], ["y"])], ones, shape=(1, 1))
     refused("the batch must stay", [node("Reshape", ["x", "s"], ["y"])], {"s": np.array([-1, 5])})
     refused("opset 8", [node("Relu", ["x"], ["y"])], opset=8)
     refused("before opset 13", [node("Softmax", ["x"], ["y"], axis=1)], opset=11)

@@ -61,7 +61,7 @@ def reading(path: Path) -> Iterator[None]:
     """Whatever is said about a broken file becomes one line of ours."""
     try:
         yield
-    except FileFormatError:
+    except (FileFormatError, ImportError):  # of a package that is not installed
         raise
     except ConversionError as error:
         text = str(error)

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import importlib.util
 import io
 import json
 import os
@@ -728,6 +729,17 @@ def test_graphs_that_were_once_read_wrong(tmp_path, name):
               np.full((3, 4, 5), -2000.0), np.full((3, 4, 5), 0.25)):  # fmt: skip
         x = x.astype(F32)
         close(np.asarray(model(x)), run(path, x))
+
+
+def test_without_onnx_the_reader_says_what_to_install(tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda n, *a: find(n, *a) if n != "onnx" else None
+    )
+    (tmp_path / "net.onnx").write_bytes(b"\x08\x08")
+    for read in (converters.load, converters.from_onnx):
+        with pytest.raises(ImportError, match=r"pip install 'fwt\[onnx\]'"):
+            read(tmp_path / "net.onnx")
 
 
 def test_hostile_graphs_are_held_to_their_size(tmp_path):

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from fwt import _axes, _plan, _tree, constraints, patterns, scores
+from fwt import _again, _axes, _plan, _tree, constraints, patterns, scores
 from fwt._scope import Like, Scope
 from fwt._types import FwtError, Masks, Params, Score, Transform, Where, resolve
 
@@ -266,20 +266,36 @@ def sparsify(
         old = _full(state.masks, params)
         weights = state.dense if straight_through else params
 
-        moments = _reset(state.inner, state.masks) if rule.resets else state.inner
+        before = _reset(state.inner, state.masks) if rule.resets else state.inner
         grads = updates if straight_through else _zeroed(updates, old)
-        steps, moments = inner.update(grads, moments, weights, **extra)
+
+        def step() -> tuple[dict[str, Any], Any, Any]:
+            steps, new = inner.update(grads, before, weights, **extra)
+            moved = _tree.Tree(steps).leaves
+            return {p: moved[p] for p in old}, new, steps
+
+        value, due = rule.due(number, state.sparsity)
+        remade = isinstance(due, jax.core.Tracer) and not straight_through
+        if remade:  # no step is stored for the sake of masks that are rarely drawn
+            moments, steps, again = _again.twice(step, jax.tree.leaves(params))
+        else:
+            _, moments, steps = step()
         # Each place that adds steps to weights may round the sum in its own way, unless the step is
         # selected first: the dense weights are summed once, the others' steps are selected.
         dense = optax.apply_updates(weights, steps) if straight_through else ()
         if not straight_through:
             steps = _stepped(weights, steps, old)
         total = rule.accumulate(state.accumulated, weights, updates)
-        value, due = rule.due(number, state.sparsity)
 
         def change(masks: Masks) -> Masks:
-            at, by = (dense, None) if straight_through else (weights, steps)
-            return rule.masks(at, by, masks, value, number, updates, total)
+            if straight_through:
+                return rule.masks(dense, None, masks, value, number, updates, total)
+            by = steps
+            if remade:
+                made, masks = again(masks)
+                alive = {p: m for p, m in _full(masks, params).items() if p in made}
+                by = _stepped(weights, _tree.Tree(steps).replace(made), alive)
+            return rule.masks(weights, by, masks, value, number, updates, total)
 
         masks = _once(due, change, state.masks)
         after, saved = _full(masks, params), state.saved

@@ -100,7 +100,7 @@ def test_nothing_else_at_the_top_level():
 
 def test_imports_point_downwards():
     levels = [
-        {"_types", "_base"},
+        {"_types", "_base", "_again"},
         {"_tree", "_windows", "_recurrent", "_attention", "_preprocessing"},
         {"_axes", "_keys", "_counts"},
         {"_select"},

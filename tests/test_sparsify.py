@@ -75,6 +75,51 @@ def test_pruned_weights_are_zero_whatever_the_optimizer(name):
     assert seen[-1][0]["a"]["bias"].any()
 
 
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [(n, {}) for n in OPTIMIZERS]
+    + [("adamw", {"regrow": "rigl"}), ("adamw", {"score": S.gradient})],
+)
+def test_steps_made_again_in_the_loop_draw_the_same_masks_as_stored_ones(name, settings):
+    tx = sparsify(OPTIMIZERS[name](), ramp, every=3, **settings)
+    compiled, plain = (run(tx, 7, compiled=c)[-1] for c in (True, False))
+    for a, b in zip(*map(jax.tree.leaves, (compiled, plain)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_what_is_made_again_and_what_is_stored():
+    rate, w, g, m = jnp.float32(0.1), *(jnp.arange(6.0) + i for i in range(3))
+
+    def step():
+        new = 0.9 * m + g
+        part = {
+            "moment": -rate * new + w,  # from what is stored
+            "clipped": jnp.where(new > 1, jnp.clip(new, 1, 2), 0),  # which JAX puts in a jit
+            "gradient": -rate * g,  # from what isn't
+            "old": m * new,  # from what the new moments are written over
+            "normed": new + 1,  # read by a sum, so it is stored
+            "dear": jnp.cumsum(new),
+        }
+        return part, {"m": new}, (part, jnp.sum(part["normed"]))
+
+    def loop(carry):
+        kept, rest, again = fwt.optim._again.twice(step, [w])
+        made, carry = again(carry)
+        return kept, rest, made, carry
+
+    kept, rest, made, carry = jax.jit(loop)(jnp.float32(3))
+    part, expected, total = step()
+    assert list(made) == ["clipped", "moment"]
+    assert carry == 3
+    for name, value in made.items():
+        np.testing.assert_allclose(value, part[name], rtol=1e-6)
+    np.testing.assert_allclose(kept["m"], expected["m"], rtol=1e-6)
+    np.testing.assert_allclose(rest[1], total[1], rtol=1e-6)
+    # The loop reads the weights, the new moments and the rate, and nothing else of step().
+    barrier = next(e for e in jax.make_jaxpr(loop)(0.0).eqns if "barrier" in e.primitive.name)
+    assert len(barrier.invars) == 4
+
+
 @pytest.mark.parametrize("every", [1, 3, 4, 100])
 def test_after_update_n_the_sparsity_is_that_of_the_last_due_update(every):
     seen = run(sparsify(optax.adam(0.05), ramp, every=every), 14)

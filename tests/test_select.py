@@ -18,9 +18,10 @@ from hypothesis.extra import numpy as hnp
 
 import fwt
 from fwt import _counts, _keys, _plan, _select
+from fwt._counts import Wide
 
 DTYPES = ["float32", "float16", "bfloat16", "float8_e4m3fn", "int8", "uint8", "int32", "uint32"]
-PATHS = ["concrete", "traced"]
+PATHS = ["concrete", "traced", "batched"]
 
 
 def dtype_of(name):
@@ -50,13 +51,17 @@ def compiled(signed):
             _select.kept(s, c) for s, c in zip(found, _select.smallest([found], [k]), strict=True)
         ]
 
-    return select
+    return select, jax.jit(jax.vmap(select, (None, 0)))
 
 
 def select(leaves, k, signed=False, path="traced"):
     """The masks of one selection over all leaves."""
+    one, several = compiled(signed)
     if path == "traced":
-        return [np.asarray(m) for m in compiled(signed)(leaves, _counts.wide(jnp.uint32(k)))]
+        return [np.asarray(m) for m in one(leaves, _counts.wide(jnp.uint32(k)))]
+    if path == "batched":
+        ks = jnp.array([0, k, sum(np.size(x) for x in leaves) - k], jnp.uint32)
+        return [np.asarray(m[1]) for m in several(leaves, jax.vmap(_counts.wide)(ks))]
     found = _keys.sources([jnp.asarray(x) for x in leaves], signed)
     cuts = _select.smallest([found], [int(k)])
     return [np.asarray(_select.kept(s, c)) for s, c in zip(found, cuts, strict=True)]
@@ -98,7 +103,7 @@ def test_specials_against_a_stable_sort(path, x, k, signed):
 
 @pytest.mark.parametrize("path", PATHS)
 @given(
-    st.sampled_from([(1,), (12,), (0, 5), (3, 0, 7, 1), (9, 9, 2, 4, 5000)]),
+    st.sampled_from([(1,), (12,), (0, 5), (3, 0, 7, 1), (9, 9, 2, 4, 5000), (20_011, 9, 6144)]),
     st.floats(0, 1),
     st.integers(0, 2**32 - 1),
     st.sampled_from(["ties", "normal", "scales", "equal", "half zeros"]),
@@ -150,7 +155,7 @@ def test_float64_under_x64(path):
         assert np.array_equal(np.concatenate(masks), expected_mask(joined, 30))
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", PATHS[:2])
 def test_one_selection_for_each_leaf(path):
     rng = np.random.default_rng(0)
     leaves = [rng.normal(size=s).astype(np.float32) for s in ((70, 90), (9, 2), (1,), (0, 3))]
@@ -170,7 +175,7 @@ def test_one_selection_for_each_leaf(path):
         assert np.array_equal(mask, expected_mask(x, k))
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", PATHS[:2])
 def test_all_ties_may_stay(path):
     x = np.array([3, 1, 1, 2, 1, 0], np.float32)
 
@@ -182,6 +187,70 @@ def test_all_ties_may_stay(path):
     for k, keep in ((0, 6), (1, 5), (2, 5), (3, 5), (4, 2), (5, 1), (6, 0)):
         mask = run(x, k) if path == "concrete" else jax.jit(run)(x, _counts.wide(jnp.uint32(k)))
         assert int(mask.sum()) == keep
+
+
+@pytest.mark.parametrize("count", [1, 2, 8, 11])
+@pytest.mark.parametrize("apart", [False, True])
+def test_several_counts_of_the_same_leaves(count, apart):
+    rng = np.random.default_rng(0)
+    leaves = [rng.normal(size=(70, 93)), rng.integers(-2, 3, size=(3, 45, 100)), rng.normal(size=8)]
+    leaves = [x.astype(np.float32) for x in leaves]
+    leaves[0][3] = np.nan
+
+    def masks(leaves, ks):
+        found = _keys.sources(leaves, False)
+        groups = [[s] for s in found] if apart else [found]
+        cuts = _select.smallest(groups, [Wide(*each) for each in zip(ks.high, ks.low, strict=True)])
+        return [_select.kept(s, c) for s, c in zip(found, cuts, strict=True)]
+
+    sizes = [x.size for x in leaves] if apart else [sum(x.size for x in leaves)]
+    ks = np.stack([rng.integers(0, n + 1, size=count) for n in sizes], 1)
+    ks[0], ks[-1] = 0, sizes
+    wide = jax.vmap(jax.vmap(_counts.wide))(jnp.asarray(ks, jnp.uint32))
+    many = jax.vmap(masks, (None, 0))
+    found = jax.jit(many)(leaves, wide)
+    for row, k in enumerate(ks):
+        if apart:
+            expected = [expected_mask(x, n) for x, n in zip(leaves, k, strict=True)]
+        else:
+            flat = expected_mask(np.concatenate([x.ravel() for x in leaves]), k[0])
+            parts = np.split(flat, np.cumsum([x.size for x in leaves])[:-1])
+            expected = [m.reshape(x.shape) for m, x in zip(parts, leaves, strict=True)]
+        for mask, m in zip(found, expected, strict=True):
+            assert np.array_equal(mask[row], m)
+    if count == 2:  # of several nets, and the other way round
+        nets = [np.stack([x, x[::-1]]) for x in leaves]
+        inner = jax.jit(jax.vmap(many, (0, None)))(nets, wide)
+        outer = jax.jit(jax.vmap(jax.vmap(masks, (0, None)), (None, 0)))(nets, wide)
+        for a, b, mask in zip(inner, outer, found, strict=True):
+            assert np.array_equal(a, np.swapaxes(b, 0, 1))
+            assert np.array_equal(a[0], mask)
+        each = jax.jit(jax.vmap(masks))(nets, wide)
+        for a, b in zip(each, inner, strict=True):
+            assert np.array_equal(a, np.stack([b[0, 0], b[1, 1]]))
+
+
+def test_several_counts_share_their_passes():
+    x, passes = np.random.default_rng(0).normal(size=40_000).astype(np.float32), []
+
+    def key(x):
+        jax.debug.callback(lambda: passes.append(1))
+        return _keys.magnitude_key(x)
+
+    def value(x, k):
+        return _select.smallest([[_keys.Source(key, (x,))]], [k])[0].value
+
+    ks = jax.vmap(_counts.wide)(jnp.arange(100, 40_000, 5000, dtype=jnp.uint32))
+    jax.block_until_ready(jax.jit(value)(x, jax.tree.map(lambda k: k[3], ks)))
+    jax.effects_barrier()
+    one = len(passes)
+    passes.clear()
+    found = jax.block_until_ready(jax.jit(jax.vmap(value, (None, 0)))(x, ks))
+    jax.effects_barrier()
+    order = np.sort(np.abs(x)).view(np.uint32)
+    assert found.shape == (8,)
+    assert all(order[k - 1] <= v <= order[k] for k, v in zip(range(100, 40_000, 5000), found))
+    assert len(passes) < 4 * one
 
 
 def test_without_jit():
@@ -411,6 +480,16 @@ for kind in (AxisType.Auto, AxisType.Explicit):
                     for p, z in zero.items():
                         if z.any() and not z.all():
                             assert np.abs(host[p][z]).max() <= np.abs(host[p][~z]).min()
+        some = {p: params[p] for p in ("d0", "d1", "d3")}
+        shares = jnp.array([0.2, 0.9])
+        t = jax.vmap(lambda p, s: fwt.prune(s, scope="global")(p), (None, 0))
+        compiled = jax.jit(t).lower(some, shares).compile()
+        assert not re.search(moves, compiled.as_text())
+        many = compiled(some, shares)
+        for i, s in enumerate((0.2, 0.9)):
+            one = fwt.select(fwt.prune(jnp.float32(s), scope="global")(some))
+            for path, x in fwt.select(many).items():
+                assert np.array_equal(x[i], one[path])
         ties = {"d": {"kernel": put(np.ones((1000, 8)), P("x", None))}}
         flat = np.asarray(jax.jit(fwt.prune(0.3))(ties)["d"]["kernel"]).ravel()
         assert flat[:5600].all() and not flat[5600:].any()

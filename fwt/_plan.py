@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fwt import _axes, _scope, _select, _tree, patterns, scores
+from fwt import _axes, _passes, _scope, _select, _tree, patterns, scores
 from fwt._counts import Wide, count, minus, plus, wide
 from fwt._keys import Source, key_function, magnitude_key, signed_key, sources
 from fwt._types import FwtError, LeafError, Params, Score, Where, resolve
@@ -443,7 +443,7 @@ def _worth(plain: bool, worth: Any, scope: Any) -> Any:
     return jnp.abs(worth.astype(jnp.promote_types(worth.dtype, jnp.float32)))
 
 
-_zeros = jax.jit(_select.zeros)
+_zeros = jax.jit(_passes.zeros)
 
 
 def _gone(living: Any) -> Any:

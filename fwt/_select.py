@@ -7,8 +7,7 @@ stay where they are.
 
 import functools
 import math
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -16,12 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from fwt import _passes
 from fwt._counts import Wide, difference, less, minus, total, wide
 from fwt._keys import Source
 from fwt._types import Array, FwtError
 
-_SLICES = 8
-_PACKED = 6
 _SAMPLE = 1 << 16
 
 Ties = Literal["first", "all"]
@@ -34,142 +32,10 @@ class Cut(NamedTuple):
     index: Any
 
 
-def _cut_axis(x: Any) -> int | None:
-    """The axis of a leaf that may be sharded along which slices can be cut without moving data:
-    one that is known to be whole, or whose shards, whichever they are, still divide. A reshape of
-    anything else makes XLA gather."""
-    sharding = getattr(jax.typeof(x), "sharding", None)
-    spec = tuple(getattr(sharding, "spec", ()))
-    kinds = getattr(getattr(sharding, "mesh", None), "axis_types", ())
-    explicit = bool(kinds) and all(k == jax.sharding.AxisType.Explicit for k in kinds)
-    for axis in sorted(range(x.ndim), key=lambda a: (a == x.ndim - 1, a)):
-        split = axis < len(spec) and spec[axis] is not None
-        shards = 1 if explicit else jax.device_count()
-        if not split and x.shape[axis] and x.shape[axis] % (_SLICES * shards) == 0:
-            return axis
-    return None
-
-
-def _map(source: Source, function: Callable[[Any], Any]) -> Source:
-    return Source(source.key, tuple(map(function, source.arrays)))
-
-
-def _slices(source: Source) -> tuple[list[Source], Source | None]:
-    """Slices of equal shape, and what is left over, if anything."""
-    n = math.prod(source.shape)
-    if n < 4096:
-        return [], source
-    if jax.device_count() == 1:
-        # Slices that start on a multiple of 64 are up to 4 times as fast.
-        flat, w = _map(source, lambda x: x.reshape(-1)), n // (64 * _SLICES) * 64
-        cuts = [slice(i * w, (i + 1) * w) for i in range(_SLICES)]
-        parts = [_map(flat, operator.itemgetter(c)) for c in cuts]
-        left = _map(flat, operator.itemgetter(slice(_SLICES * w, None)))
-        return parts, left if n > _SLICES * w else None
-    axis = _cut_axis(source.arrays[0])
-    if axis is None:
-        return [], source
-    shape = source.shape
-    split = (*shape[:axis], shape[axis] // _SLICES, _SLICES, *shape[axis + 1 :])
-    tall = _map(source, lambda x: x.reshape(split))
-    place = (slice(None),) * (axis + 1)
-    return [_map(tall, operator.itemgetter((*place, i))) for i in range(_SLICES)], None
-
-
-def _count(source: Source, test: Callable[[Array], Array]) -> Array:
-    """How many keys pass a test, in uint32. Slices are added up as int8 first: XLA's CPU backend
-    does that in vector code, 20 times as fast as a plain sum."""
-    parts, rest = _slices(source)
-    found = jnp.uint32(0) if rest is None else jnp.sum(test(rest.keys()), dtype=jnp.uint32)
-    if parts:
-        hits = [test(p.keys()).astype(jnp.int8) for p in parts]
-        found = found + jnp.sum(sum(hits[1:], hits[0]), dtype=jnp.uint32)
-    return found
-
-
-def _below(source: Source, trial: Array) -> Array:
-    return _count(source, lambda keys: keys < trial)
-
-
-def _below_each(source: Source, trials: Array, active: Array) -> Array:
-    """For each of up to 8 trials how many keys are below it, in one pass (seen: 7 ms where 8
-    passes take 27); anything, if not active.
-
-    A uint32 holds 8 counts of 4 bits, added over slices, then 4 of 8 bits, added over rows. The
-    conditionals make XLA store them in between; otherwise it computes each of them many times.
-    """
-    rows, many = 16, len(trials)
-    width = math.prod(source.shape) // (_PACKED * rows * 64) * 64 * rows
-    if jax.device_count() > 1 or not width:
-        return jax.vmap(lambda trial: _below(source, trial))(trials)
-    flat = _map(source, lambda x: x.reshape(-1))
-
-    def nibbles(arrays: Any, trials: Array) -> Array:
-        hits = []
-        for i in range(_PACKED):
-            keys = source.key(*(x[i * width : (i + 1) * width] for x in arrays))
-            for place in range(many):
-                one = np.uint32(1 << 4 * place)
-                hits.append(jnp.where(keys < trials[place], one, np.uint32(0)))
-        return sum(hits[1:], hits[0])
-
-    def bytes_(found: Array) -> list[Array]:
-        tall = found.reshape(rows, -1)
-        both = [[tall[i] >> shift & np.uint32(0x0F0F0F0F) for i in range(rows)] for shift in (0, 4)]
-        return [sum(b[1:], b[0]) for b in both]
-
-    nothing = jnp.zeros(width, jnp.uint32)
-    found = lax.cond(active, nibbles, lambda *_: nothing, flat.arrays, trials)
-    none = [nothing[: width // rows]] * 2
-    shifts = np.arange(0, 32, 8, dtype=np.uint32)[:, None]
-    sums = [
-        jnp.sum(x >> shifts & np.uint32(255), -1, dtype=jnp.uint32)
-        for x in lax.cond(active, bytes_, lambda _: none, found)
-    ]
-    left = _map(flat, operator.itemgetter(slice(_PACKED * width, None))).keys()
-    rest = jnp.sum(left < trials[:, None], -1, dtype=jnp.uint32)
-    return jnp.stack(sums, -1).reshape(-1)[:many] + rest
-
-
-def zeros(mask: Array) -> Array:
-    """How many bools are False, in uint32."""
-    return _count(Source(jnp.asarray, (mask,)), jnp.logical_not)
-
-
-def before(shape: tuple[int, ...], index: Array) -> Array:
-    """Whether the flat index of an element is below ``index``; no reshape, so nothing moves, and
-    no array of indices, which XLA would store outside of a loop."""
-    found = jnp.zeros((), bool)
-    stride = 1
-    for axis in reversed(range(len(shape))):
-        digit = index // np.uint32(stride)
-        digit = digit % np.uint32(shape[axis]) if axis else digit
-        place = lax.broadcasted_iota(jnp.uint32, shape, axis)
-        found = (place < digit) | (place == digit) & found
-        stride *= shape[axis]
-    return found if shape else index > 0
-
-
-def _ties_below(source: Source, value: Array, index: Array) -> Array:
-    parts, rest = _slices(source)
-    if jax.device_count() > 1 or not parts:
-        hits = (source.keys() == value) & before(source.shape, index)
-        return jnp.sum(hits, dtype=jnp.uint32)
-
-    def among(part: Source, start: int) -> Array:
-        left = jnp.where(index > start, index - np.uint32(start), 0)
-        return (part.keys() == value) & before(part.shape, left)
-
-    w = parts[0].shape[0]
-    each = [among(p, i * w).astype(jnp.int8) for i, p in enumerate(parts)]
-    found = jnp.sum(sum(each[1:], each[0]), dtype=jnp.uint32)
-    return found if rest is None else found + jnp.sum(among(rest, _SLICES * w), dtype=jnp.uint32)
-
-
 def kept(source: Source, cut: Cut) -> Array:
     """The mask of one leaf."""
     keys = source.keys()
-    return (keys > cut.value) | (keys == cut.value) & before(source.shape, cut.index)
+    return (keys > cut.value) | (keys == cut.value) & _passes.before(source.shape, cut.index)
 
 
 def row_kept(keys: Array, k: Array) -> Array:
@@ -283,7 +149,7 @@ def _tie_cuts(found: Sequence[Source], values: Array, stay: Array, tied: Array) 
             counts.append(
                 lax.cond(
                     active[i],
-                    lambda value, place, arrays, key=source.key: _ties_below(
+                    lambda value, place, arrays, key=source.key: _passes.ties_below(
                         Source(key, arrays), value, place
                     ),
                     _nothing,
@@ -329,8 +195,8 @@ def _strided(source: Source, stride: int) -> Array:
 
 def _thin(source: Source) -> Source | None:
     """One slice of a leaf that may be sharded."""
-    parts, _ = _slices(source)
-    return parts[_SLICES // 2] if parts else None
+    parts, _ = _passes.slices(source)
+    return parts[_passes.SLICES // 2] if parts else None
 
 
 def _stride(group: Sequence[Source], groups: int) -> int:
@@ -416,19 +282,14 @@ def _cuts(groups: list[list[Source]], ks: Wide, ties: Ties) -> Cut:
         arrays, trials = lax.optimization_barrier(([s.arrays for s in flat], trials))
         counts = []
         for source, given, g in zip(flat, arrays, group_of, strict=True):
-
-            def below(arrays: Any, trial: Array, key: Any = source.key) -> Array:
-                return _below_jit(key, arrays, trial[0])[None]
-
-            open_ = jnp.any(~done[:, g])
+            below = functools.partial(_below_jit, source.key)
+            active = jnp.any(~done[:, g])
             if problems > 1:
-                counts.append(_below_each_jit(source.key, given, trials[:, g], open_))
+                counts.append(_below_each_jit(source.key, given, trials[:, g], active))
             elif len(groups) == 1:
-                counts.append(below(given, trials[:, g]))
+                counts.append(below(given, trials[0, g])[None])
             else:  # a leaf that is found already is not read again
-                nothing = jnp.zeros(1, jnp.uint32)
-                skip = functools.partial(lambda x, *_: x, nothing)
-                counts.append(lax.cond(open_, below, skip, given, trials[:, g]))
+                counts.append(lax.cond(active, below, _nothing, given, trials[0, g])[None])
         return jnp.stack(counts, 1)
 
     guess, span = jax.vmap(lambda ks: _quantiles(groups, ks))(ks)
@@ -518,10 +379,10 @@ _strided_jit = functools.partial(jax.jit, static_argnums=(0, 2))(
     lambda key, arrays, stride: _strided(Source(key, arrays), stride)
 )
 _below_jit = functools.partial(jax.jit, static_argnums=0)(
-    lambda key, arrays, trial: _below(Source(key, arrays), trial)
+    lambda key, arrays, trial: _passes.below(Source(key, arrays), trial)
 )
 _below_each_jit = functools.partial(jax.jit, static_argnums=0)(
-    lambda key, arrays, trials, active: _below_each(Source(key, arrays), trials, active)
+    lambda key, arrays, trials, active: _passes.below_each(Source(key, arrays), trials, active)
 )
 _tie_cut_jit = functools.partial(jax.jit, static_argnums=0)(
     lambda key, arrays, *rest: _tie_cuts([Source(key, arrays)], *(x[None] for x in rest))[0]

@@ -103,6 +103,7 @@ def test_imports_point_downwards():
         {"_types", "_base", "_again"},
         {"_tree", "_windows", "_recurrent", "_attention", "_preprocessing"},
         {"_axes", "_keys", "_counts"},
+        {"_passes"},
         {"_select"},
         {"initializers", "scores", "patterns", "constraints", "layers", "_scope"},
         {"_draw", "_sequential", "_plan"},

@@ -125,6 +125,8 @@ def zeros(mask: Array) -> Array:
 def before(shape: tuple[int, ...], index: Array) -> Array:
     """Whether the flat index of an element is below ``index``; no reshape, so nothing moves, and
     no array of indices, which XLA would store outside of a loop."""
+    if jax.device_count() == 1:
+        return (lax.iota(jnp.uint32, math.prod(shape)) < index).reshape(shape)
     found = jnp.zeros((), bool)
     stride = 1
     for axis in reversed(range(len(shape))):

@@ -143,21 +143,12 @@ def _tie_cuts(found: Sequence[Source], values: Array, stay: Array, tied: Array) 
         guess = jnp.where(passes % 3 == 2, gap // 2, guess)
         index = lo + jnp.clip(guess, 1, jnp.maximum(gap, 2) - 1)
         counts = []
-        for i, source in enumerate(found):
+        each = zip(found, *map(jnp.unstack, (active, values, index)), strict=True)
+        for source, open_, value, place in each:
             # The barrier keeps XLA from comparing once and storing the ties.
-            place, arrays = lax.optimization_barrier((index[i], source.arrays))
-            counts.append(
-                lax.cond(
-                    active[i],
-                    lambda value, place, arrays, key=source.key: _passes.ties_below(
-                        Source(key, arrays), value, place
-                    ),
-                    _nothing,
-                    values[i],
-                    place,
-                    arrays,
-                )
-            )
+            place, arrays = lax.optimization_barrier((place, source.arrays))
+            ties_below = functools.partial(_ties_below_jit, source.key)
+            counts.append(lax.cond(open_, ties_below, _nothing, arrays, value, place))
         at = jnp.stack(counts)
         low, high = active & (at < stay), active & (at >= stay)
         return (
@@ -384,6 +375,9 @@ _below_jit = functools.partial(jax.jit, static_argnums=0)(
 _below_each_jit = functools.partial(jax.jit, static_argnums=0)(
     lambda key, arrays, trials, active: _passes.below_each(Source(key, arrays), trials, active)
 )
+_ties_below_jit = functools.partial(jax.jit, static_argnums=0)(
+    lambda key, arrays, value, place: _passes.ties_below(Source(key, arrays), value, place)
+)
 _tie_cut_jit = functools.partial(jax.jit, static_argnums=0)(
     lambda key, arrays, *rest: _tie_cuts([Source(key, arrays)], *(x[None] for x in rest))[0]
 )
@@ -460,4 +454,4 @@ def _search(keys: Any, ties: Ties, arrays: Any, ks: Wide) -> list[Cut]:
         return Cut(*(x.reshape(-1, x.shape[-1])[:size] for x in found)), Cut(True, True)
 
     cut = search(arrays, ks)
-    return [Cut(cut.value[i], cut.index[i]) for i in range(len(cut.value))]
+    return [Cut(*each) for each in zip(*map(jnp.unstack, cut), strict=True)]

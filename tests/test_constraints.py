@@ -453,14 +453,19 @@ weights = {
 }
 
 
-@functools.cache
 def compiled(name, path, shape):
     """One compiled constraint for each row and place: operation by operation is slow."""
+    return _compiled(name, path, shape, jax.config.jax_disable_most_optimizations)
+
+
+@functools.cache
+def _compiled(name, path, shape, quick):
     row = next(row for row in TABLE if row.name == name)
     axes = _axes.axes_of(path, shape)
     return jax.jit(lambda w: row.constraint(w, axes))
 
 
+@pytest.mark.optimised
 @every
 @settings(max_examples=30)
 @given(**weights)
@@ -874,6 +879,7 @@ def test_what_the_hostile_found():
             fwt.project(wrong)
 
 
+@pytest.mark.optimised
 def test_pruned_weights_are_zero_beside_a_nan():
     w = np.array([[np.nan, 1.0], [2.0, 3.0], [4.0, 5.0]], np.float32)
     mask = np.array([[True, True], [False, True], [True, False]])

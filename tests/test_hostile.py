@@ -26,7 +26,7 @@ from test_files import DENSE, image_net, kernel, pt, random_model, tensor_pickle
 import fwt
 from fwt import converters
 
-MUTANTS = int(os.environ.get("MUTANTS", "2000"))
+MUTANTS = int(os.environ.get("MUTANTS", "1000"))
 
 
 @pytest.fixture(scope="module")

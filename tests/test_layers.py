@@ -349,6 +349,7 @@ def test_a_straight_functional_model_is_a_sequence(tmp_path):
         converters.from_keras(branched)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("name", ["VGG16", "VGG19"])
 def test_vgg_goes_round(name):
     net = getattr(keras.applications, name)(weights=None, input_shape=(32, 32, 3), classes=7)
@@ -487,6 +488,7 @@ def test_the_readmes_table_is_that_of_the_rows():
         _layers.rows_of.cache_clear()
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("seed", range(60))
 def test_random_stacks(seed):
     import stacks
@@ -510,6 +512,7 @@ def flax_step(model, x, rate=0.1):
     return {"params": params, **new}
 
 
+@pytest.mark.optimised
 def test_a_training_step_agrees_with_keras():
     k = keras.layers
     net = keras.Sequential([

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax import lax
 from jax.extend import core
 
@@ -19,6 +20,10 @@ def _cheap(eqn: Any) -> bool:
     if eqn.primitive.name in ("jit", "pjit"):
         return all(map(_cheap, eqn.params["jaxpr"].jaxpr.eqns))
     return eqn.primitive.name in _CHEAP
+
+
+def _traced(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray | np.generic)
 
 
 def twice(
@@ -40,7 +45,23 @@ def twice(
         the loop's carry and gives those of the part that take only cheap operations on what is
         stored and on numbers of rank 0, and the carry.
     """
-    closed, shapes = jax.make_jaxpr(function, return_shape=True)()
+    frames: list[Any] = []  # what is no array goes around the trace
+
+    def arrays() -> tuple[Any, ...]:
+        part, *trees = function()
+        found = []
+        for tree in trees:
+            leaves, structure = jax.tree.flatten(tree)
+            found.append([x for x in leaves if _traced(x)])
+            frames.append((structure, [None if _traced(x) else (x,) for x in leaves]))
+        return part, *found
+
+    def framed(frame: Any, values: Sequence[Any]) -> Any:
+        left = iter(values)
+        leaves = [next(left) if other is None else other[0] for other in frame[1]]
+        return jax.tree.unflatten(frame[0], leaves)
+
+    closed, shapes = jax.make_jaxpr(arrays, return_shape=True)()
     jaxpr, theirs = closed.jaxpr, {id(x) for x in at_hand}
     counts = [len(jax.tree.leaves(s)) for s in shapes]
     part = dict(zip(sorted(shapes[0]), jaxpr.outvars[: counts[0]], strict=True))
@@ -74,7 +95,8 @@ def twice(
     make = {v for s in found.values() for v in s[1]}
     eqns = [e for e in jaxpr.eqns if not make.isdisjoint(e.outvars)]
     values = jax.core.eval_jaxpr(jaxpr.replace(outvars=[*outs, *read]), closed.consts)
-    kept, rest = jax.tree.unflatten(jax.tree.structure(shapes[1:]), values[: len(outs)])
+    kept = framed(frames[0], values[: counts[1]])
+    rest = framed(frames[1], values[counts[1] : len(outs)])
 
     def again(carry: Any) -> tuple[dict[str, Any], Any]:
         # The barriers keep XLA from making it before the loop, or in two ways that round apart.
@@ -85,6 +107,7 @@ def twice(
             return v.val if isinstance(v, core.Literal) else known[v]
 
         for eqn in eqns:
+            # All of _CHEAP bind their params as they are.
             out = eqn.primitive.bind(*map(value, eqn.invars), **eqn.params)
             made = out if eqn.primitive.multiple_results else [out]
             known.update(zip(eqn.outvars, made, strict=True))

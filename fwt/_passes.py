@@ -17,7 +17,8 @@ from fwt._keys import Source
 from fwt._types import Array
 
 SLICES = 8
-_PACKED = 6
+TOGETHER = 8  # trials in a pass: fields of 4 bits in 32
+_PACKED, _ROWS = 6, 16  # 6 fit into 4 bits, and 6 * 16 into 8
 
 
 def _cut_axis(x: Any) -> int | None:
@@ -78,16 +79,21 @@ def below(source: Source, trial: Array) -> Array:
 
 
 def below_each(source: Source, trials: Array, active: Array) -> Array:
-    """For each of up to 8 trials how many keys are below it, in one pass (seen: 7 ms where 8
-    passes take 27); anything, if not active.
+    """For each of up to ``TOGETHER`` trials how many keys are below it, in one pass (seen: 7 ms
+    where 8 passes take 27); anything, if not active.
 
-    A uint32 holds 8 counts of 4 bits, added over slices, then 4 of 8 bits, added over rows. The
-    conditionals make XLA store them in between; otherwise it computes each of them many times.
+    On a CPU a uint32 holds 8 counts of 4 bits, added over slices, then 4 of 8 bits, added over
+    rows. The conditionals make XLA store them in between; otherwise it computes each many times.
     """
-    rows, many = 16, len(trials)
+    rows, many = _ROWS, len(trials)
     width = math.prod(source.shape) // (_PACKED * rows * 64) * 64 * rows
-    if jax.device_count() > 1 or not width:
-        return jax.vmap(lambda trial: below(source, trial))(trials)
+    if jax.device_count() > 1 or jax.default_backend() != "cpu" or not width:
+
+        def plain(arrays: Any, trials: Array) -> Array:
+            return jax.vmap(lambda trial: below(Source(source.key, arrays), trial))(trials)
+
+        nothing = jnp.zeros(many, jnp.uint32)
+        return lax.cond(active, plain, lambda *_: nothing, source.arrays, trials)
     flat = _map(source, lambda x: x.reshape(-1))
 
     def nibbles(arrays: Any, trials: Array) -> Array:
@@ -123,8 +129,9 @@ def zeros(mask: Array) -> Array:
 
 
 def before(shape: tuple[int, ...], index: Array) -> Array:
-    """Whether the flat index of an element is below ``index``; no reshape, so nothing moves, and
-    no array of indices, which XLA would store outside of a loop."""
+    """Whether the flat index of an element is below ``index``. On several devices without a
+    reshape, so that nothing moves, and without an array of indices, which XLA would store outside
+    of a loop."""
     if jax.device_count() == 1:
         return (lax.iota(jnp.uint32, math.prod(shape)) < index).reshape(shape)
     found = jnp.zeros((), bool)

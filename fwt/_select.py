@@ -440,17 +440,17 @@ def _search(keys: Any, ties: Ties, arrays: Any, ks: Wide) -> list[Cut]:
 
     @search.def_vmap
     def under_vmap(size: int, batched: Any, arrays: Any, ks: Wide) -> tuple[Cut, Cut]:
-        """Several counts of the same leaves share their passes; other leaves take turns, each
-        with its own number of passes."""
-        if any(jax.tree.leaves(batched[0])):
+        """Some counts of the same leaves share their passes. A few, which that doesn't make
+        faster, and other leaves take turns, each with its own number of passes."""
+        if any(jax.tree.leaves(batched[0])) or size < 4:
             axes = jax.tree.map(lambda b: 0 if b else None, batched)
             return jax.vmap(one, axes)(arrays, ks), Cut(True, True)
         rows = [x if b else jnp.broadcast_to(x, (size, *x.shape)) for x, b in zip(ks, batched[1])]
-        if size <= 8:
-            return several(arrays, Wide(*rows)), Cut(True, True)
-        eights = Wide(*(jnp.pad(x, ((0, -size % 8), (0, 0)), "edge") for x in rows))
-        eights = jax.tree.map(lambda x: x.reshape(-1, 8, x.shape[1]), eights)
-        found = lax.map(lambda ks: several(arrays, ks), eights)
+        rounds = -(-size // _passes.TOGETHER)
+        each = -(-size // rounds)
+        padded = [jnp.pad(x, ((0, rounds * each - size), (0, 0)), "edge") for x in rows]
+        parts = Wide(*(x.reshape(rounds, each, -1) for x in padded))
+        found = lax.map(lambda ks: several(arrays, ks), parts)
         return Cut(*(x.reshape(-1, x.shape[-1])[:size] for x in found)), Cut(True, True)
 
     cut = search(arrays, ks)

@@ -48,9 +48,10 @@ QUICK = (
 def _quick_compilation(request):
     name = request.module.__name__.rpartition(".")[2]
     marked = request.node.get_closest_marker("optimised")
-    jax.config.update("jax_disable_most_optimizations", name in QUICK and not marked)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    quick = name in QUICK and not marked
+    if quick != jax.config.read("jax_disable_most_optimizations"):
+        jax.config.update("jax_disable_most_optimizations", quick)
+        jax.clear_caches()  # which don't know of this setting
 
 
 @pytest.fixture

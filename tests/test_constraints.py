@@ -453,13 +453,9 @@ weights = {
 }
 
 
+@functools.cache
 def compiled(name, path, shape):
     """One compiled constraint for each row and place: operation by operation is slow."""
-    return _compiled(name, path, shape, jax.config.jax_disable_most_optimizations)
-
-
-@functools.cache
-def _compiled(name, path, shape, quick):
     row = next(row for row in TABLE if row.name == name)
     axes = _axes.axes_of(path, shape)
     return jax.jit(lambda w: row.constraint(w, axes))

@@ -87,6 +87,31 @@ def test_steps_made_again_in_the_loop_draw_the_same_masks_as_stored_ones(name, s
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_an_optimizer_whose_state_holds_more_than_arrays():
+    adam = optax.adam(0.05)
+    named = optax.GradientTransformation(
+        lambda params: {"name": "adam", "inner": adam.init(params), "rate": 0.5},
+        lambda g, s, p=None: (lambda u, i: (u, {**s, "inner": i}))(*adam.update(g, s["inner"], p)),
+    )
+    params, seen = weights(), []
+    tx = sparsify(named, ramp, every=3)
+    state = tx.init(params)
+
+    @jax.jit
+    def step(count, inner):
+        mine = state._replace(count=count, inner={**state.inner, "inner": inner})
+        updates, new = tx.update(weights(5), mine, params)
+        seen.append((new.inner["name"], new.inner["rate"]))
+        return updates, new.inner["inner"]
+
+    updates, inner = step(state.count, state.inner["inner"])
+    expected, there = tx.update(weights(5), state, params)
+    assert seen == [("adam", 0.5)]
+    pairs = zip(*map(jax.tree.leaves, ((updates, inner), (expected, there.inner["inner"]))))
+    for a, b in pairs:
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
 def test_what_is_made_again_and_what_is_stored():
     rate, w, g, m = jnp.float32(0.1), *(jnp.arange(6.0) + i for i in range(3))
 

@@ -9,17 +9,19 @@ os.environ["KERAS_BACKEND"] = "jax"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
 
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+
+import hypothesis
+import jax
+import pytest
+
 # What one process has compiled, the others of this run need not compile again: in a folder of this
 # run, unless the environment names one that outlives it.
 _OURS = None
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _OURS = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="fwt-compiled-")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
-
-import hypothesis  # noqa: E402 - JAX reads the environment when it is imported
-import jax  # noqa: E402
-import pytest  # noqa: E402
+    jax.config.update("jax_compilation_cache_dir", _OURS)
 
 
 def pytest_unconfigure():

@@ -75,14 +75,14 @@ def select(leaves, k, signed=False, path="traced"):
 def test_against_a_stable_sort_on_random_bits(name, signed, path):
     rng = np.random.default_rng(0)
     dtype = dtype_of(name)
-    bits = rng.integers(0, 1 << (8 * dtype.itemsize), size=4650, dtype=np.uint64)
+    bits = rng.integers(0, 1 << (8 * dtype.itemsize), size=6510, dtype=np.uint64)
     x = bits.astype(f"u{dtype.itemsize}").view(dtype)
     x[:100] = x[100]
     x[200:260] = np.zeros((), dtype)
     if dtype.kind in "iu":
         x[300:310], x[310:315] = np.iinfo(dtype).max, np.iinfo(dtype).min
-    x = x.reshape(50, 93)
-    for k in (0, 1, 57, 2325, 4185, 4642, 4649, 4650):
+    x = x.reshape(70, 93)
+    for k in (0, 1, 57, 3255, 5859, 6502, 6509, 6510):
         (mask,) = select([x], k, signed, path)
         assert np.array_equal(mask, expected_mask(x, k, signed)), k
 
@@ -145,6 +145,9 @@ def test_mixed_float_dtypes_share_one_scale(path):
 @pytest.mark.parametrize("path", PATHS)
 def test_float64_under_x64(path):
     with jax.enable_x64(True):
+        big = np.random.default_rng(1).normal(size=(93, 70))
+        (mask,) = select([big], 6000, False, path)
+        assert np.array_equal(mask, expected_mask(big, 6000))
         x = np.random.default_rng(0).normal(size=101) * 10.0 ** np.arange(-300, 302, 6)[:101]
         x[3], x[4] = 5e-324, np.nan
         for k in (1, 50, 100):

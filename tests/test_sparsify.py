@@ -87,6 +87,19 @@ def test_steps_made_again_in_the_loop_draw_the_same_masks_as_stored_ones(name, s
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
 
 
+def test_steps_made_again_in_half_precision():
+    start = weights(dtype=ml_dtypes.bfloat16)
+    tx = sparsify(optax.adamw(0.05, weight_decay=0.1), ramp, every=3)
+    ends = [
+        run(tx, 7, start, lambda n: weights(n, ml_dtypes.bfloat16), compiled)[-1]
+        for compiled in (True, False)
+    ]
+    (a, mine), (b, theirs) = ends
+    assert gone(mine.masks) == gone(theirs.masks) == {"a/kernel": 30, "b/kernel": 20}
+    for x, y in zip(*map(jax.tree.leaves, ((a, mine.masks), (b, theirs.masks))), strict=True):
+        np.testing.assert_allclose(x.astype("f"), y.astype("f"), rtol=0.02, atol=0.02)
+
+
 def test_an_optimizer_whose_state_holds_more_than_arrays():
     adam = optax.adam(0.05)
     named = optax.GradientTransformation(

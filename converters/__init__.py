@@ -10,54 +10,53 @@ if __name__ != "fwt.converters":
 _HOME = {
     "ConversionError": "fwt._types",
     "FileFormatError": "fwt._types",
-    "AxesSetting": "fwt.converters._row",
-    "AxisSetting": "fwt.converters._row",
-    "P": "fwt.converters._row",
-    "Row": "fwt.converters._row",
-    "S": "fwt.converters._row",
-    "Size": "fwt.converters._row",
-    "Special": "fwt.converters._row",
-    "Select": "fwt.converters._torch_modules",
-    "register": "fwt.converters._layers",
-    "from_keras": "fwt.converters._keras",
-    "from_nnx": "fwt.converters._nnx",
-    "from_onnx": "fwt.converters._onnx_read",
-    "from_torch": "fwt.converters._torch",
-    "load": "fwt.converters._formats",
-    "save": "fwt.converters._formats",
-    "to_keras": "fwt.converters._keras",
-    "to_nnx": "fwt.converters._nnx",
-    "to_onnx": "fwt.converters._onnx",
-    "to_torch": "fwt.converters._torch",
-    "transform": "fwt.converters._live",
-    "verify": "fwt.converters._verify",
+    "AxesSetting": "fwt.converters.rows.row",
+    "AxisSetting": "fwt.converters.rows.row",
+    "P": "fwt.converters.rows.row",
+    "Row": "fwt.converters.rows.row",
+    "S": "fwt.converters.rows.row",
+    "Size": "fwt.converters.rows.row",
+    "Special": "fwt.converters.rows.row",
+    "Select": "fwt.converters.frameworks.torch_modules",
+    "register": "fwt.converters.rows.table",
+    "from_keras": "fwt.converters.frameworks.keras",
+    "from_nnx": "fwt.converters.frameworks.nnx",
+    "from_onnx": "fwt.converters.onnx.read",
+    "from_torch": "fwt.converters.frameworks.torch",
+    "load": "fwt.converters.files.formats",
+    "save": "fwt.converters.files.formats",
+    "to_keras": "fwt.converters.frameworks.keras",
+    "to_nnx": "fwt.converters.frameworks.nnx",
+    "to_onnx": "fwt.converters.onnx.write",
+    "to_torch": "fwt.converters.frameworks.torch",
+    "transform": "fwt.converters.frameworks.live",
+    "verify": "fwt.converters.verification.verify",
 }
 
 if TYPE_CHECKING:
-    from fwt.converters._formats import load as load
-    from fwt.converters._formats import save as save
-    from fwt.converters._keras import from_keras as from_keras
-    from fwt.converters._keras import to_keras as to_keras
-    from fwt.converters._layers import register as register
-    from fwt.converters._live import transform as transform
-    from fwt.converters._nnx import from_nnx as from_nnx
-    from fwt.converters._nnx import to_nnx as to_nnx
-    from fwt.converters._onnx import to_onnx as to_onnx
-    from fwt.converters._onnx_read import from_onnx as from_onnx
-    from fwt.converters._row import AxesSetting as AxesSetting
-    from fwt.converters._row import AxisSetting as AxisSetting
-    from fwt.converters._row import P as P
-    from fwt.converters._row import Row as Row
-    from fwt.converters._row import S as S
-    from fwt.converters._row import Size as Size
-    from fwt.converters._row import Special as Special
-    from fwt.converters._torch import from_torch as from_torch
-    from fwt.converters._torch import to_torch as to_torch
-    from fwt.converters._torch_modules import Select as Select
-    from fwt.converters._verify import verify as verify
-
     from fwt._types import ConversionError as ConversionError
     from fwt._types import FileFormatError as FileFormatError
+    from fwt.converters.files.formats import load as load
+    from fwt.converters.files.formats import save as save
+    from fwt.converters.frameworks.keras import from_keras as from_keras
+    from fwt.converters.frameworks.keras import to_keras as to_keras
+    from fwt.converters.frameworks.live import transform as transform
+    from fwt.converters.frameworks.nnx import from_nnx as from_nnx
+    from fwt.converters.frameworks.nnx import to_nnx as to_nnx
+    from fwt.converters.frameworks.torch import from_torch as from_torch
+    from fwt.converters.frameworks.torch import to_torch as to_torch
+    from fwt.converters.frameworks.torch_modules import Select as Select
+    from fwt.converters.onnx.read import from_onnx as from_onnx
+    from fwt.converters.onnx.write import to_onnx as to_onnx
+    from fwt.converters.rows.row import AxesSetting as AxesSetting
+    from fwt.converters.rows.row import AxisSetting as AxisSetting
+    from fwt.converters.rows.row import P as P
+    from fwt.converters.rows.row import Row as Row
+    from fwt.converters.rows.row import S as S
+    from fwt.converters.rows.row import Size as Size
+    from fwt.converters.rows.row import Special as Special
+    from fwt.converters.rows.table import register as register
+    from fwt.converters.verification.verify import verify as verify
 
 __all__ = sorted(_HOME)
 

@@ -4,6 +4,10 @@ carry it between Flax, Keras and PyTorch."""
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from fwt import _moved
+
+_moved.install()
+
 __version__ = "0.1.0"
 
 # name -> where it lives; loaded on first use, because Flax and Orbax cost most of a second.
@@ -16,7 +20,7 @@ _HOME = {
     "Model": "_types",
     "Sequential": "_sequential",
     "WhereError": "_types",
-    "apply_masks": "_prune",
+    "apply_masks": "pruning.prune",
     "assign": "_initialize",
     "at": "_compose",
     "biases": "_axes",
@@ -24,14 +28,14 @@ _HOME = {
     "initialize": "_initialize",
     "kernels": "_axes",
     "lsuv": "_lsuv",
-    "masks": "_prune",
-    "masks_of": "_prune",
+    "masks": "pruning.prune",
+    "masks_of": "pruning.prune",
     "paths": "_tree",
     "project": "_project",
-    "prune": "_prune",
+    "prune": "pruning.prune",
     "reset": "_reset",
     "select": "_tree",
-    "sparsegpt": "_sparsegpt",
+    "sparsegpt": "pruning.sparsegpt",
     "straight_through": "_compose",
     "summary": "_summary",
 }
@@ -54,13 +58,8 @@ if TYPE_CHECKING:
     from fwt._initialize import initialize as initialize
     from fwt._lsuv import lsuv as lsuv
     from fwt._project import project as project
-    from fwt._prune import apply_masks as apply_masks
-    from fwt._prune import masks as masks
-    from fwt._prune import masks_of as masks_of
-    from fwt._prune import prune as prune
     from fwt._reset import reset as reset
     from fwt._sequential import Sequential as Sequential
-    from fwt._sparsegpt import sparsegpt as sparsegpt
     from fwt._summary import summary as summary
     from fwt._tree import paths as paths
     from fwt._tree import select as select
@@ -71,6 +70,11 @@ if TYPE_CHECKING:
     from fwt._types import LeafError as LeafError
     from fwt._types import Model as Model
     from fwt._types import WhereError as WhereError
+    from fwt.pruning.prune import apply_masks as apply_masks
+    from fwt.pruning.prune import masks as masks
+    from fwt.pruning.prune import masks_of as masks_of
+    from fwt.pruning.prune import prune as prune
+    from fwt.pruning.sparsegpt import sparsegpt as sparsegpt
 
 __all__ = [*sorted(_HOME), *_MODULES]
 

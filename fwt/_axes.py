@@ -231,13 +231,13 @@ def known(path: str, rank: int, module: Any = None) -> Known:
     if module is None:
         return Known()
     from fwt import Sequential
-    from fwt.converters import _layers
+    from fwt.converters.rows import table
 
     if not isinstance(module, Sequential):
         return Known()
     parts = _tree.split(path) or [""]
     layer = next((n.layer for n in module.layers if n.name == _tree.unescape(parts[0])), None)
-    return Known() if layer is None else _layers.known(layer, "/".join(parts[1:]), rank)
+    return Known() if layer is None else table.known(layer, "/".join(parts[1:]), rank)
 
 
 def flattened(module: Any) -> dict[str, tuple[int, ...]]:

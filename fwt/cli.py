@@ -135,7 +135,7 @@ def _progress(what: str, total: int) -> Iterator[None]:
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-    from fwt.converters._io import PROGRESS
+    from fwt.converters.io import PROGRESS
 
     columns = (TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     bar = Progress(*columns, console=Console(stderr=True), transient=True)
@@ -172,15 +172,15 @@ def _print_summary(path: Path, model: "Model") -> None:
 
 
 def _format(path: Path) -> Any:
-    from fwt.converters import _formats
+    from fwt.converters.files import formats
 
-    return _formats.format_of(path)
+    return formats.format_of(path)
 
 
 def _print_json(path: Path, model: "Model") -> None:
     """The file, its format, its layers and its leaves."""
     import fwt
-    from fwt.converters import _architecture
+    from fwt.converters.frameworks import architecture as _architecture
 
     told = fwt.summary(model)
     leaves = [{**dataclasses.asdict(line), "shape": list(line.shape)} for line in told.lines]

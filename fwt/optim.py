@@ -9,9 +9,10 @@ import numpy as np
 import optax
 from jax import lax
 
-from fwt import _again, _axes, _plan, _tree, constraints, patterns, scores
-from fwt._scope import Like, Scope
+from fwt import _again, _axes, _tree, constraints, patterns, scores
 from fwt._types import FwtError, Masks, Params, Score, Transform, Where, resolve
+from fwt.pruning import plan as _plan
+from fwt.pruning.scope import Like, Scope
 
 __all__ = ["SparsifyState", "constrain", "sparsify"]
 

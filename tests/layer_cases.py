@@ -687,7 +687,7 @@ add_recurrent()
 
 @case(TORCH, "MultiheadAttention")
 def _(rng):
-    from fwt.converters._torch_modules import SelfAttention
+    from fwt.converters.frameworks.torch_modules import SelfAttention
 
     heads = int(rng.integers(1, 4))
     layer = SelfAttention(heads * 2, heads, bias=yes(rng), batch_first=True)

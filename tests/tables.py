@@ -153,20 +153,20 @@ def classes(framework):
 
 def layer_line(framework, name):
     """What a class is elsewhere, whether it crosses, and a note or the reason."""
-    from fwt.converters import _layers
+    from fwt.converters.rows import table as _table
 
     if (framework, name) in HELD:
         return "", True, HELD[framework, name]
     if name.startswith("Lazy"):
         return "", True, "once it has seen an input"
-    rows = _layers.rows_of(framework, name)
+    rows = _table.rows_of(framework, name)
     if not rows:
-        return "", False, _layers.REFUSED[framework][name]
+        return "", False, _table.REFUSED[framework][name]
     other = "torch" if framework == "keras" else "keras"
     notes = list(dict.fromkeys(r.note for r in rows if r.note))
     ours = sorted({r.flax.__name__ for r in rows if r.flax})
     twins = [
-        t for name in ours for t in _layers.rows_of("flax", name) if set(t.ranks) & _ranks(rows)
+        t for name in ours for t in _table.rows_of("flax", name) if set(t.ranks) & _ranks(rows)
     ]
     there = {r.class_in(other) for r in [*rows, *twins] if r.class_in(other)}
     if not there and other == "keras":
@@ -256,7 +256,7 @@ def lossless(form, suffix, shards):
 
 
 def formats():
-    from fwt.converters import _formats
+    from fwt.converters.files import formats as _formats
 
     lines = [
         "| file | what it holds | read | written | bit for bit | needs |",

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from flax import serialization
-from fwt.converters import _io
 from test_files import image_net, random_model
 from typer.testing import CliRunner
 
 import fwt
 from fwt import cli, converters
+from fwt.converters import io as _io
 
 
 def fwt_command(*words):

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.utils.prune
-from fwt.converters import _layers
 
 import fwt
 from fwt import converters
 from fwt import layers as fl
+from fwt.converters.rows import table as _table
 
 TOLERANCE = 1e-5
 
@@ -354,8 +354,8 @@ def test_a_registered_row_serves_every_direction(monkeypatch):
         params=(converters.P("shift: c", "by: c", "by: c"),),
         special=SizeOfAxis(),
     )
-    monkeypatch.setattr(_layers, "LAYERS", list(_layers.LAYERS))
-    monkeypatch.setattr(_layers, "CUSTOM", {k: dict(v) for k, v in _layers.CUSTOM.items()})
+    monkeypatch.setattr(_table, "LAYERS", list(_table.LAYERS))
+    monkeypatch.setattr(_table, "CUSTOM", {k: dict(v) for k, v in _table.CUSTOM.items()})
     before = converters._layers.rows_of.cache_clear
     try:
         converters.register(row)

@@ -408,7 +408,7 @@ def test_a_refused_save_leaves_the_old_file(model, tmp_path):
 
 
 def test_a_write_that_fails_midway_leaves_the_old_file(tmp_path, monkeypatch):
-    from fwt.converters import _io
+    from fwt.converters import io as _io
 
     path = tmp_path / "net.pt"
     converters.save(path, *SMALL)

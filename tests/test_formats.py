@@ -20,11 +20,11 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 from flax import serialization
-from fwt.converters import _formats
 from test_files import image_net, random_model
 
 import fwt
 from fwt import converters
+from fwt.converters.files import formats
 
 k = keras.layers
 WITH_MODEL = (".keras", ".h5", ".safetensors", ".npz", ".orbax")
@@ -864,13 +864,13 @@ def test_an_orbax_checkpoint_onto_shardings(tmp_path):
 
 
 def test_a_suffix_says_where_to_and_the_content_where_from(model, tmp_path):
-    for suffix, form in _formats.SUFFIXES.items():
+    for suffix, form in formats.SUFFIXES.items():
         if form.save is None and form.save_folder is None:
             with pytest.raises(converters.FileFormatError, match="shard_bytes="):
                 converters.save(tmp_path / f"net{suffix}", *model)
             continue
         converters.save(tmp_path / f"net{suffix}", *model)
-        assert _formats.by_content(tmp_path / f"net{suffix}") is form
+        assert formats.by_content(tmp_path / f"net{suffix}") is form
     shutil.copy(tmp_path / "net.keras", tmp_path / "net2.pt")
     same(converters.load(tmp_path / "net2.pt").variables, model.variables)
     (tmp_path / "x").write_bytes(b"hello world")
@@ -905,7 +905,7 @@ def test_the_readmes_table_of_formats_is_that_of_the_code():
 
 
 @pytest.mark.parametrize(
-    "form", [f for f in _formats.FORMATS if f.name != "ONNX"], ids=lambda f: f.name
+    "form", [f for f in formats.FORMATS if f.name != "ONNX"], ids=lambda f: f.name
 )
 def test_no_framework_is_imported(form, tmp_path):
     """Neither to read nor to write."""

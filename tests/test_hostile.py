@@ -60,10 +60,10 @@ def test_mutants_load_or_are_refused(originals, name):
 
 
 def test_every_format_has_mutants(originals):
-    from fwt.converters import _formats
+    from fwt.converters.files import formats
 
     assert set(json.loads((originals / "originals.json").read_text())) == {
-        f.name for f in _formats.FORMATS
+        f.name for f in formats.FORMATS
     }
 
 

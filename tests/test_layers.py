@@ -452,17 +452,18 @@ def test_keras_attention_of_a_tensor_with_itself(tmp_path):
 
 def test_every_class_has_a_row_and_a_case_or_a_reason():
     import tables
-    from fwt.converters import _layers
+
+    from fwt.converters.rows import table as _table
 
     for framework, made in (("keras", layer_cases.KERAS), ("torch", layer_cases.TORCH)):
         drawn = {name.split("_")[0] for name in made} | {name.partition("_")[2] for name in made}
         for name in tables.classes(framework):
             held = (framework, name) in tables.HELD or name.startswith("Lazy")
-            known = bool(_layers.rows_of(framework, name))
-            assert known + held + (name in _layers.REFUSED[framework]) == 1, name
+            known = bool(_table.rows_of(framework, name))
+            assert known + held + (name in _table.REFUSED[framework]) == 1, name
             if known:
                 assert name in drawn or name in ("MultiHeadAttention", "FeatureAlphaDropout"), name
-        for name in _layers.REFUSED[framework]:
+        for name in _table.REFUSED[framework]:
             assert name in [*tables.classes(framework), "GroupedQueryAttention", "Select"], name
 
 
@@ -473,9 +474,9 @@ def test_the_readmes_table_is_that_of_the_rows():
     assert tables.layer_block() in text
     ours = text.split("A layer of your own is one more row:")[1]
     code = re.search(r"```python\n(.*?)```", ours, re.DOTALL)[1]
-    from fwt.converters import _layers
+    from fwt.converters.rows import table as _table
 
-    rows, custom = list(_layers.LAYERS), dict(_layers.CUSTOM["torch"])
+    rows, custom = list(_table.LAYERS), dict(_table.CUSTOM["torch"])
     names = {"converters": converters}
     try:
         exec(code, names)
@@ -483,9 +484,9 @@ def test_the_readmes_table_is_that_of_the_rows():
         x = inputs(generator("scale"), (3,), None, 2)
         close(in_flax(converters.from_torch(net), x), in_torch(net, x))
     finally:
-        _layers.LAYERS[:] = rows
-        _layers.CUSTOM["torch"] = custom
-        _layers.rows_of.cache_clear()
+        _table.LAYERS[:] = rows
+        _table.CUSTOM["torch"] = custom
+        _table.rows_of.cache_clear()
 
 
 @pytest.mark.optimised
@@ -720,10 +721,10 @@ def test_numbers_that_are_not_float32():
 
 
 def test_every_recurrent_activation_is_that_of_keras():
-    from fwt import _recurrent
+    from fwt.layers import recurrent
 
     x = np.linspace(-4, 4, 23, dtype=np.float32)
-    for name, function in _recurrent.ACTIVATIONS.items():
+    for name, function in recurrent.ACTIVATIONS.items():
         close(function(x), getattr(keras.activations, name)(x), name)
 
 
@@ -815,9 +816,9 @@ def test_a_mask_is_refused_before_a_layer_that_uses_it(tmp_path):
 
 
 def test_the_layers_that_end_a_mask_are_keras_own():
-    from fwt.converters import _convert
+    from fwt.converters.walk import convert
 
     for name, made in layer_cases.KERAS.items():
-        ends = any(x in name for x in _convert._END_MASKS)
-        if ends and not any(x in name for x in _convert._USE_MASKS):
+        ends = any(x in name for x in convert._END_MASKS)
+        if ends and not any(x in name for x in convert._USE_MASKS):
             assert not made.make(generator(name))[1].supports_masking, name

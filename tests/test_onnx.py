@@ -23,12 +23,12 @@ import onnxruntime
 import optax
 import pytest
 import torch
-from fwt.converters import _layers
 from test_cli import fwt_command
 
 import fwt
 from fwt import converters
 from fwt import layers as fl
+from fwt.converters.rows import table as _table
 
 k, t = keras.layers, torch.nn
 TABLES = {"torch": layer_cases.TORCH, "keras": layer_cases.KERAS}
@@ -90,7 +90,7 @@ NOT_READ = ("Adaptive", "LPPool", "Upsampl", "UpSampling2D", "RMSNorm", "LocalRe
 
 def rows():
     """Every case, and of those that act in training only, one Flax class, one a framework."""
-    from fwt.converters._special import INERT
+    from fwt.converters.rows.special import INERT
 
     for framework, table in TABLES.items():
         inert = [n for n in table if n in INERT[framework]]
@@ -101,7 +101,7 @@ def rows():
 def test_every_row_runs_in_onnxruntime_and_comes_back(tmp_path, framework, name):
     """Two shapes for each Flax class, at two batches each: where both frameworks have the layer,
     each draws one."""
-    rows = _layers.rows_of(framework, name)
+    rows = _table.rows_of(framework, name)
     shared = any(r.torch and r.keras for r in rows)
     for seed in range(1 if shared else 2):
         model, x = drawn(framework, name, seed + 10 * (framework == "keras"))
@@ -329,10 +329,10 @@ def test_what_is_wrong_is_said_and_nothing_is_written(model, tmp_path, monkeypat
             return jnp.fft.fft(x).real
 
     refused("Odd: it computes 'fft'", Odd(), {"params": {}}, input_shape=(3,))
-    from fwt.converters import _onnx_layers
+    from fwt.converters.onnx import operators
 
-    wrong = {**_onnx_layers.NATIVE, fl.ReLU: _onnx_layers._activation("Sigmoid")}
-    monkeypatch.setattr(_onnx_layers, "NATIVE", wrong)
+    wrong = {**operators.NATIVE, fl.ReLU: operators._activation("Sigmoid")}
+    monkeypatch.setattr(operators, "NATIVE", wrong)
     refused("onnxruntime's output differs by")
     converters.to_onnx(*model, path, check=False)
     report = converters.verify(model, path)
@@ -791,7 +791,7 @@ def test_linen_recurrent_layers_go_out(tmp_path):
 
 def test_the_command_line_asks_onnxruntime(tmp_path):
     """Not our reading of the file."""
-    from fwt.converters import _verify
+    from fwt.converters.verification import verify
 
     net = fwt.Sequential([("d", nn.Dense(3)), ("act", fl.Tanh())], (4,))
     model = fwt.Model(net, net.init(jax.random.key(0), np.ones((1, 4))))
@@ -805,7 +805,7 @@ def test_the_command_line_asks_onnxruntime(tmp_path):
     assert fwt_command("verify", tmp_path / "a.onnx", tmp_path / "a.npz")[0] == 0
     assert fwt_command("verify", tmp_path / "b.onnx", tmp_path / "a.npz")[0] == 3
     with pytest.raises(converters.ConversionError, match="takes no input"):
-        _verify.verify(tmp_path / "a.onnx", tmp_path / "a.onnx", np.ones((2, 9)))
+        verify.verify(tmp_path / "a.onnx", tmp_path / "a.onnx", np.ones((2, 9)))
 
 
 def test_a_file_lies_about_sizes(tmp_path):

@@ -17,8 +17,11 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import fwt
-from fwt import _counts, _keys, _plan, _select
-from fwt._counts import Wide
+from fwt.pruning import plan
+from fwt.selection import counts as _counts
+from fwt.selection import keys
+from fwt.selection import select as _select
+from fwt.selection.counts import Wide
 
 DTYPES = ["float32", "float16", "bfloat16", "float8_e4m3fn", "int8", "uint8", "int32", "uint32"]
 PATHS = ["concrete", "traced", "batched"]
@@ -46,7 +49,7 @@ def expected_mask(x, k, signed=False):
 def compiled(signed):
     @jax.jit
     def select(leaves, k):
-        found = _keys.sources(leaves, signed)
+        found = keys.sources(leaves, signed)
         return [
             _select.kept(s, c) for s, c in zip(found, _select.smallest([found], [k]), strict=True)
         ]
@@ -63,7 +66,7 @@ def select(leaves, k, signed=False, path="traced"):
         n = sum(np.size(x) for x in leaves)
         ks = jnp.array([0, k, n - k, n // 2], jnp.uint32)
         return [np.asarray(m[1]) for m in several(leaves, jax.vmap(_counts.wide)(ks))]
-    found = _keys.sources([jnp.asarray(x) for x in leaves], signed)
+    found = keys.sources([jnp.asarray(x) for x in leaves], signed)
     cuts = _select.smallest([found], [int(k)])
     return [np.asarray(_select.kept(s, c)) for s, c in zip(found, cuts, strict=True)]
 
@@ -139,7 +142,7 @@ def test_mixed_float_dtypes_share_one_scale(path):
         masks = select(leaves, k, False, path)
         assert np.array_equal(np.concatenate(masks), expected_mask(joined, k))
     with pytest.raises(fwt.FwtError, match="common exact scale"):
-        _keys.sources([np.ones(2, np.int32), np.ones(2, np.float32)], False)
+        keys.sources([np.ones(2, np.int32), np.ones(2, np.float32)], False)
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -167,7 +170,7 @@ def test_one_selection_for_each_leaf(path):
     ks = [630, 17, 1, 0, 6000]
 
     def run(leaves, ks):
-        found = _keys.sources(leaves, False)
+        found = keys.sources(leaves, False)
         cuts = _select.smallest([[s] for s in found], ks)
         return [_select.kept(s, c) for s, c in zip(found, cuts, strict=True)]
 
@@ -184,7 +187,7 @@ def test_all_ties_may_stay(path):
     x = np.array([3, 1, 1, 2, 1, 0], np.float32)
 
     def run(x, k):
-        found = _keys.sources([x], False)
+        found = keys.sources([x], False)
         (cut,) = _select.smallest([found], [k], "all")
         return _select.kept(found[0], cut)
 
@@ -202,7 +205,7 @@ def test_several_counts_of_the_same_leaves(count, apart):
     leaves[0][3] = np.nan
 
     def masks(leaves, ks):
-        found = _keys.sources(leaves, False)
+        found = keys.sources(leaves, False)
         groups = [[s] for s in found] if apart else [found]
         cuts = _select.smallest(groups, [Wide(*each) for each in zip(ks.high, ks.low, strict=True)])
         return [_select.kept(s, c) for s, c in zip(found, cuts, strict=True)]
@@ -240,10 +243,10 @@ def test_several_counts_share_their_passes():
 
     def key(x):
         jax.debug.callback(lambda: passes.append(1))
-        return _keys.magnitude_key(x)
+        return keys.magnitude_key(x)
 
     def value(x, k):
-        return _select.smallest([[_keys.Source(key, (x,))]], [k])[0].value
+        return _select.smallest([[keys.Source(key, (x,))]], [k])[0].value
 
     ks = jax.vmap(_counts.wide)(jnp.arange(100, 40_000, 5000, dtype=jnp.uint32))
     jax.block_until_ready(jax.jit(value)(x, jax.tree.map(lambda k: k[3], ks)))
@@ -261,7 +264,7 @@ def test_several_counts_share_their_passes():
 def test_without_jit():
     x = np.random.default_rng(0).normal(size=(40, 110)).astype(np.float32)
     with jax.disable_jit():
-        found = _keys.sources([x], False)
+        found = keys.sources([x], False)
         (cut,) = _select.smallest([found], [1000])
         assert np.array_equal(_select.kept(found[0], cut), expected_mask(x, 1000))
 
@@ -270,7 +273,7 @@ def test_without_jit():
 def test_rows_of_a_batch(name):
     x = np.random.default_rng(0).integers(-4, 5, size=(30, 17)).astype(name)
     for k in range(18):
-        each = jax.vmap(lambda row, k=k: _select.row_kept(_keys.magnitude_key(row), jnp.uint32(k)))
+        each = jax.vmap(lambda row, k=k: _select.row_kept(keys.magnitude_key(row), jnp.uint32(k)))
         masks = each(x)
         assert all(np.array_equal(m, expected_mask(row, k)) for m, row in zip(masks, x))
 
@@ -386,7 +389,7 @@ def test_nothing_is_sorted_joined_or_stored():
 
 @pytest.mark.parametrize("settings", [{}, {"scope": "global"}, {"scope": "erk"}])
 def test_outside_a_jit_it_compiles_once_for_each_shape(settings):
-    cached = (_select._below_jit, _select._strided_jit, _plan._pruned)
+    cached = (_select._below_jit, _select._strided_jit, plan._pruned)
     shape = {"layer": (67, 91), "global": (69, 91), "erk": (71, 91)}[settings.get("scope", "layer")]
     jax.clear_caches()  # JAX holds so many functions in all, and drops the oldest of a full cache
     before = [f._cache_size() for f in cached]
@@ -423,11 +426,11 @@ def test_few_passes(monkeypatch):
         x = jnp.asarray(draw(size=1_000_000).astype(np.float32))
         for k in (500_000, 900_000, 990_000):
             passes.clear()
-            _select.smallest([_keys.sources([x], False)], [k])
+            _select.smallest([keys.sources([x], False)], [k])
             assert len(passes) <= 20
     for atoms in (jnp.ones(1_000_000), jnp.round(x * 4)):
         passes.clear()
-        _select.smallest([_keys.sources([atoms], False)], [900_000])
+        _select.smallest([keys.sources([atoms], False)], [900_000])
         assert len(passes) <= 60
 
 

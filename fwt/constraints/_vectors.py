@@ -15,9 +15,9 @@ import numpy as np
 from jax import lax
 from optax import projections as optax_projections
 
-from fwt import _keys, _select
 from fwt._axes import Axes
 from fwt._types import Array, AxesError, LeafError
+from fwt.selection import keys, select
 
 Axis = int | Sequence[int] | Literal["all"] | None
 
@@ -294,10 +294,10 @@ def weight_standardization(leaf: Any, axes: Axes, epsilon: Any, axis: Axis) -> A
 def k_sparse(leaf: Any, axes: Axes, k: Any, axis: Axis) -> Array:
     def project(row: Array, _: Array, key: Array) -> Array:
         drop = jnp.clip(row.size - jnp.asarray(k, jnp.int32), 0, row.size).astype(jnp.uint32)
-        return jnp.where(_select.row_kept(key, drop), row, 0)
+        return jnp.where(select.row_kept(key, drop), row, 0)
 
     wide(leaf, axes.path)  # refuses what has no magnitudes to order
-    key = _keys.magnitude_key(jnp.asarray(leaf))
+    key = keys.magnitude_key(jnp.asarray(leaf))
     return _rows(project, leaf, axes, axis, None, key)
 
 

@@ -1,0 +1,419 @@
+"""Weights from a file into an architecture from elsewhere, every name and shape checked."""
+
+import contextlib
+import itertools
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from fwt import _tree
+from fwt._sequential import Sequential
+from fwt._types import ConversionError, FileFormatError, Model
+from fwt.converters import io as _io
+from fwt.converters.files import h5
+from fwt.converters.frameworks import architecture as _architecture
+from fwt.converters.frameworks import flax as _flax
+from fwt.converters.frameworks import keras_config, torch_layers
+from fwt.converters.rows.row import Layer, parts_of
+from fwt.converters.walk import convert
+
+_FIRST = 1 << 20
+# What an array is called, with the numbers of its weights; and these with its values.
+Candidate = tuple[str, dict[str, np.ndarray]]
+Pair = tuple[np.ndarray, np.ndarray, str]
+_STATS = ("running_mean", "running_var", "mean", "var", "moving_mean", "moving_variance")
+
+
+def _known(architecture: Any, load: Callable[[Path], Model]) -> tuple[Model | None, Any]:
+    """An architecture as a model, and as Keras's own layers and input shape where it has some."""
+    if isinstance(architecture, Model):
+        return architecture, None
+    if isinstance(architecture, Sequential):
+        return Model(architecture, _shapes(architecture)), None
+    keras, torch = sys.modules.get("keras"), sys.modules.get("torch")
+    if keras is not None and isinstance(architecture, keras.Model):
+        from fwt.converters.frameworks import keras as _keras
+
+        return _keras.from_keras(architecture), _keras.layers_of(architecture)
+    if torch is not None and isinstance(architecture, torch.nn.Module):
+        from fwt.converters.frameworks import torch as _torch
+
+        try:
+            return _torch.from_torch(architecture), None
+        except ConversionError as error:
+            raise ConversionError(
+                f"architecture= as a torch module: {error}; such a one is given as "
+                "architecture=converters.from_torch(net, input_shape=...)"
+            ) from error
+    if not isinstance(architecture, str | os.PathLike):
+        raise ConversionError(
+            f"architecture= takes a file, a fwt.Sequential, a fwt.Model, a Keras model or a torch "
+            f"Sequential, found {type(architecture).__name__}"
+        )
+    path = Path(architecture)
+    if path.suffix == ".json":
+        with _io.reading(path):
+            config = _io.read_json(path)
+            config = h5.modern(config, str(config.get("keras_version", "3")))
+            return None, keras_config.keras_layers(config, str(path))
+    model = load(path)
+    if model.module is None:
+        raise FileFormatError(f"{path}: it holds weights only, so it is no architecture")
+    with _io.reading(path):
+        with open(path, "rb") if path.is_file() else contextlib.nullcontext() as file:
+            head = file.read(4) if file is not None else b""
+        own = head == b"\x89HDF" or (head == b"PK\3\4" and h5.is_keras(path))
+        return model, h5.keras_of(path, _io.Reading()) if own else None
+
+
+def _shapes(module: Sequential) -> Any:
+    if module.input_shape is None or None in module.input_shape:
+        raise ConversionError(
+            "an architecture without variables needs all its sizes: Sequential(layers, "
+            "input_shape=(6, 5, 3))"
+        )
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    x = jax.ShapeDtypeStruct((1, *module.input_shape), np.float32)
+    shapes = jax.eval_shape(module.init, key, x)
+    # Zeros that take no memory.
+    return jax.tree.map(lambda s: np.broadcast_to(np.zeros((), s.dtype), s.shape), shapes)
+
+
+def filled(
+    model: Model,
+    architecture: Any,
+    path: Path,
+    fill_keras: Callable[[list[Layer]], None] | None,
+    load: Callable[[Path], Model],
+    rename: Mapping[str, str] | None,
+    match: str,
+    ordered: bool,
+) -> Model:
+    """The architecture with the weights of a file that has names only."""
+    known, native = _known(architecture, load)
+    with _io.reading(path):
+        if fill_keras is not None:
+            return _filled_keras(known, native, path, fill_keras)
+        if known is None:
+            raise FileFormatError(
+                f"{architecture}: a config alone has no shapes: give a .keras file, or build the "
+                "model"
+            )
+        found = _found(model.variables, rename or {}, path)
+        pairs = (
+            _in_order(found, known, path, ordered)
+            if match == "order"
+            else _by_name(found, known, path, ordered)
+        )
+        return _put(_summed(pairs), known, path)
+
+
+def _filled_keras(
+    known: Model | None, native: Any, path: Path, fill: Callable[[list[Layer]], None]
+) -> Model:
+    if native is None:
+        assert known is not None
+        layers, shape = keras_config.to_keras_layers(*_numbered(known), None, any_dtype=True)
+    else:
+        layers, shape = native
+    places: dict[str, Any] = {}
+    for part in _every(layers):
+        places |= {f"{part.name}/{n}": v for n, v in part.arrays.items()}
+        part.arrays = {}
+    fill(layers)
+    held = {f"{part.name}/{n}": v for part in _every(layers) for n, v in part.arrays.items()}
+    # That each layer has all of its arrays was checked when they were put there.
+    shapes = {n: np.shape(v) for n, v in places.items() if n in held}
+    _compare(shapes, {n: held[n].shape for n in shapes}, path, "its places", "")
+    if native is None and known is not None:
+        return _put([(places[n], v, n) for n, v in held.items()], known, path)
+    new, found = convert.convert(layers, "keras", "flax", shape, "source")
+    return _flax.write_flax(new, found)
+
+
+def _every(layers: list[Layer]) -> list[Layer]:
+    return [part for layer in layers for part in (layer, *layer.inner)]
+
+
+Shape = tuple[int, ...]
+
+
+def _compare(
+    wanted: Mapping[str, Shape], found: Mapping[str, Shape], path: Path, by: str, hint: str
+) -> None:
+    """Raises with all names that are missing, unexpected or of another shape."""
+    told = {
+        "missing": [n for n in wanted if n not in found],
+        "unexpected": [n for n in found if n not in wanted],
+        "of another shape": [
+            f"{n} is {list(found[n])}, expected {list(shape)}"
+            for n, shape in wanted.items()
+            if n in found and found[n] != shape
+        ],
+    }
+    if any(told.values()):
+        said = "; ".join(f"{what}: {_some(names)}" for what, names in told.items() if names)
+        raise FileFormatError(f"{path}: it does not fit the architecture by {by}: {said}{hint}")
+
+
+def _numbered(known: Model) -> Model:
+    """The model with the numbers from _FIRST on instead of its weights: what a conversion does
+    with them tells where each weight goes; smaller ones are constants of the conversion's own."""
+    total = sum(int(np.prod(np.shape(x))) for x in jax.tree.leaves(known.variables))
+    dtype = np.int32 if total < 2**31 - _FIRST else np.int64
+    count = _FIRST
+
+    def number(x: Any) -> np.ndarray:
+        nonlocal count
+        shape = np.shape(x)
+        size = int(np.prod(shape))
+        out = np.arange(count, count + size, dtype=dtype).reshape(shape)
+        count += size
+        return out
+
+    return Model(known.module, jax.tree.map(number, dict(known.variables)))
+
+
+def _put(pairs: list[Pair], known: Model, path: Path) -> Model:
+    """The weights at the places that the numbers say."""
+    shapes, tree = jax.tree.flatten(
+        jax.tree.map(np.shape, dict(known.variables)), is_leaf=_is_shape
+    )
+    sizes = [int(np.prod(shape)) for shape in shapes]
+    ends = np.cumsum([0, *sizes])
+    filled: list[np.ndarray | None] = [None] * len(shapes)
+    done = [np.zeros(size, bool) for size in sizes]
+    for places, value, name in pairs:
+        where, values = np.asarray(places).reshape(-1), value.reshape(-1)
+        ours = where >= _FIRST
+        if not ours.all():
+            if np.any(values[~ours] != where[~ours]):  # such as zeros beside the blocks of groups
+                raise FileFormatError(
+                    f"{path}: {name} holds other numbers than {np.unique(where[~ours])[:3]}, which "
+                    "the architecture has fixed there"
+                )
+            where, values = where[ours], values[ours]
+        while where.size:  # mostly once: an array is mostly one leaf
+            owner = int(np.searchsorted(ends, where.min() - _FIRST, side="right")) - 1
+            mine = where < _FIRST + ends[owner + 1]
+            index, own = where[mine] - (_FIRST + ends[owner]), values[mine]
+            there = filled[owner]
+            if there is None:
+                there = filled[owner] = np.zeros(sizes[owner], value.dtype)
+            if there.dtype != value.dtype:
+                raise FileFormatError(f"{path}: {name} is {value.dtype}, beside {there.dtype}")
+            if done[owner][index].any() or np.unique(index).size < index.size:
+                raise _unfillable(path)
+            there[index], done[owner][index] = own, True
+            where, values = where[~mine], values[~mine]
+    if not all(d.all() for d in done):
+        raise _unfillable(path)
+    leaves = [
+        np.zeros(shape, np.float32) if v is None else v.reshape(shape)
+        for shape, v in zip(shapes, filled, strict=True)
+    ]
+    return _architecture.checked(known.module, jax.tree.unflatten(tree, leaves))
+
+
+def _is_shape(node: Any) -> bool:
+    return isinstance(node, tuple) and all(isinstance(n, int) for n in node)
+
+
+def _unfillable(path: Path) -> FileFormatError:
+    return FileFormatError(
+        f"{path}: this architecture can't be filled by names: build it in its framework, load the "
+        "weights there, and convert it"
+    )
+
+
+def _by_name(
+    found: Mapping[str, np.ndarray], known: Model, path: Path, ordered: bool
+) -> list[Pair]:
+    """The arrays under the names that fit best: torch's, Flax's or Keras's."""
+    shapes = {n: v.shape for n, v in found.items()}
+    sketch = Model(known.module, jax.tree.map(_sketched, dict(known.variables)))
+    candidates = _candidates(sketch, path)
+
+    def fitting(candidate: Candidate) -> tuple[int, int]:
+        slots = candidate[1]
+        same = [n for n in slots if n in shapes]
+        return sum(np.shape(slots[n]) == shapes[n] for n in same), len(same)
+
+    kind, slots = max(candidates, key=fitting)
+    hint = "; rename={'old': 'new'} changes the start of names"
+    wanted = {n: np.shape(v) for n, v in slots.items()}
+    if wanted != shapes and _orders(found, candidates, ordered):
+        hint += ", and match='order' takes them in the file's order, whose shapes fit"
+    _compare(wanted, shapes, path, f"{kind}'s names", hint)
+    # Only the names that fit are worth the numbers.
+    numbered = dict(_candidates(_numbered(known), path, kind))[kind]
+    return [(numbered[n], found[n], n) for n in numbered]
+
+
+def _sketched(x: Any) -> np.ndarray:
+    """An array of a shape, which takes no memory."""
+    return np.broadcast_to(np.zeros((), np.int8), np.shape(x))
+
+
+def _summed(pairs: list[Pair]) -> list[Pair]:
+    """The second bias of torch's recurrent layers added to the first, where they only ever appear
+    as their sum."""
+    held = {name: (places, value) for places, value, name in pairs}
+    for name, (places, value) in list(held.items()):
+        if ".bias_hh_" not in name:
+            continue
+        first = name.replace(".bias_hh_", ".bias_ih_")
+        there, other = held[first]
+        apart = np.asarray(places) < _FIRST
+        held[first] = there, np.where(apart, other + value, other).astype(other.dtype)
+        held[name] = places, np.where(apart, 0, value).astype(value.dtype)
+    return [(places, value, name) for name, (places, value) in held.items()]
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return ", ".join(names[:8]) + more
+
+
+def _found(variables: Any, rename: Mapping[str, str], path: Path) -> dict[str, np.ndarray]:
+    out: dict[str, np.ndarray] = {}
+    used: set[str] = set()
+    for name, value in _in_file_order(variables):
+        if name.endswith("num_batches_tracked") and not np.shape(value):
+            continue
+        for old, new in rename.items():
+            if name == old or name.startswith(f"{old}."):
+                name = (new + name[len(old) :]).lstrip(".")
+                used.add(old)
+                break
+        if name in out:
+            raise FileFormatError(f"{path}: two arrays are named {name!r}")
+        out[name] = value
+    if left := [old for old in rename if old not in used]:
+        near = _tree.near(left[0], list(out))
+        raise FileFormatError(f"{path}: rename: no name starts with {left[0]!r}{near}")
+    return out
+
+
+def _in_file_order(variables: Any) -> list[tuple[str, np.ndarray]]:
+    def under(node: Any, name: tuple[str, ...]) -> Any:
+        for key, value in node.items():
+            if isinstance(value, Mapping):
+                yield from under(value, (*name, key))
+            else:
+                yield ".".join((*name, key)), value
+
+    return [pair for tree in variables.values() for pair in under(tree, ())]
+
+
+def _candidates(model: Model, path: Path, only: str | None = None) -> list[Candidate]:
+    """The names that the architecture's arrays have in each framework, as far as it says so."""
+    out: list[Candidate] = []
+    told: list[str] = []
+    for kind, make in (("torch", _torch), ("Flax", _native), ("Keras", _keras)):
+        if only not in (None, kind):
+            continue
+        try:
+            layers = make(model)
+        except ConversionError as error:
+            told.append(str(error))
+            continue
+        parts = [p for layer in layers for p in (layer, *layer.inner)]
+        slots = {
+            ".".join([*parts_of(part.name), *key.split("/")]): np.asarray(value)
+            for part in parts
+            for key, value in part.arrays.items()
+        }
+        out.append((kind, slots))
+    if not out:
+        raise FileFormatError(f"{path}: {told[0]}")
+    return out
+
+
+def _torch(model: Model) -> list[Layer]:
+    layers = _flax.read_flax(*model)
+    new, _ = convert.convert(layers, "flax", "torch", model.module.input_shape, "channels_first")
+    return torch_layers.fold_torch(new)
+
+
+def _native(model: Model) -> list[Layer]:
+    return _flax.read_flax(*model)
+
+
+def _keras(model: Model) -> list[Layer]:
+    return keras_config.to_keras_layers(*model, None, any_dtype=True)[0]
+
+
+def _split(names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """Weights and running statistics, each in order: files list them apart or together."""
+    every = list(names)
+    stats = {n for n in every if n.rpartition(".")[2] in _STATS}
+    return [n for n in every if n not in stats], [n for n in every if n in stats]
+
+
+def _orders(
+    found: Mapping[str, np.ndarray], candidates: list[Candidate], ordered: bool
+) -> list[tuple[str, list[Pair]]]:
+    """The frameworks whose order of arrays has the shapes of the file's."""
+    names = list(found)
+    if not ordered:
+        # A format that sorts names has an order only if they are numbers within one frame.
+        if len({re.sub(r"\d+", "#", n.rpartition(".")[0]) for n in names}) > 1:
+            return []
+        names.sort(key=_tree.natural)
+    fitting: list[tuple[str, list[Pair]]] = []
+    for kind, slots in candidates:
+        pairs: list[Pair] = []
+        for mine, theirs in zip(_split(slots), _split(names), strict=True):
+            ours, others = _by_layer(mine), _by_layer(theirs)
+            if len(others) == 1:  # names without layers, such as those of a list
+                rest = iter(others[0] if len(theirs) == len(mine) else ())
+                others = [list(itertools.islice(rest, len(g))) for g in ours]
+            if [len(g) for g in ours] != [len(g) for g in others]:
+                break
+            for group, held in zip(ours, others, strict=True):
+                # Within a layer the names tell, as far as they are the same.
+                ends = {n.rpartition(".")[2]: n for n in held}
+                same = set(ends) == {n.rpartition(".")[2] for n in group}
+                order = [ends[n.rpartition(".")[2]] for n in group] if same else held
+                pairs += [(slots[m], found[t], f".{m}") for m, t in zip(group, order, strict=True)]
+        else:
+            if all(np.shape(places) == value.shape for places, value, _ in pairs):
+                fitting.append((kind, pairs))
+    return fitting
+
+
+def _by_layer(names: Iterable[str]) -> list[list[str]]:
+    return [list(g) for _, g in itertools.groupby(names, key=lambda n: n.rpartition(".")[0])]
+
+
+def _in_order(
+    found: Mapping[str, np.ndarray], known: Model, path: Path, ordered: bool
+) -> list[Pair]:
+    fitting = _orders(found, _candidates(_numbered(known), path), ordered)
+    ends = {name.rpartition(".")[2] for name in found}
+    # The names of arrays tell whose they are, where those of layers do not.
+    own = [f for f in fitting if ends <= {p[2].rpartition(".")[2] for p in f[1]}]
+    fitting = own or fitting
+    if fitting and all(_same_places(f[1], fitting[0][1]) for f in fitting):
+        return fitting[0][1]
+    shapes = [list(v.shape) for v in list(found.values())[:6]]
+    said = f"the orders of {' and of '.join(f[0] for f in fitting)} fit, and they differ"
+    if not fitting:
+        said = f"no framework's order of the architecture's arrays has these shapes: {shapes}, ..."
+        if not ordered:
+            said += "; this format sorts names, which are in order only if they are numbered"
+    raise FileFormatError(f"{path}: match='order': {said}; rename= tells which is which")
+
+
+def _same_places(one: list[Pair], other: list[Pair]) -> bool:
+    """Whether two orders put the same arrays at the same places."""
+    return len(one) == len(other) and all(
+        a[1] is b[1] and np.array_equal(a[0], b[0]) for a, b in zip(one, other, strict=True)
+    )

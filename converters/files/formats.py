@@ -1,0 +1,428 @@
+"""FORMATS: what each format is called, how it is told by its content, its load and its save.
+
+Files are data: no reader imports the framework that owns the format, runs code from the file, or
+allocates before it has checked sizes. A save appears whole or not at all.
+"""
+
+import dataclasses
+import os
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fwt._types import ConversionError, FileFormatError, Model
+from fwt.converters import io as _io
+from fwt.converters.files import fill as _fill
+from fwt.converters.files import h5, orbax, plain, safetensors, torch_file
+from fwt.converters.frameworks import flax as _flax
+from fwt.converters.io import Reading, write_atomically, write_folder_atomically
+from fwt.converters.rows.row import Layer
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """One format. ``fill`` gives Keras layers their arrays where the file's own names don't say
+    what they are; ``save_shards`` writes a folder of several files."""
+
+    name: str
+    suffixes: tuple[str, ...]
+    load: Callable[[Path, Reading], Model]
+    save: Callable[[Any, Any, Any, str | None], None] | None = None
+    save_folder: Callable[[Path, Any, Any], None] | None = None
+    save_shards: Callable[[Path, Any, Any, int], None] | None = None
+    fill: Callable[[list[Layer], Path, Reading], None] | None = None
+    framework: str = ""  # whose format it is
+    needs_module: bool = False  # to write it
+    ordered: bool = False  # whether arrays stand in the order of the model's layers
+    holds: str = ""  # what of a model, for the README
+
+
+def _fill_weights(layers: list[Layer], path: Path, how: Reading) -> None:
+    h5.fill_groups(layers, h5.load_weights(path, how).variables["params"], path)
+
+
+def _fill_shards(layers: list[Layer], path: Path, how: Reading) -> None:
+    h5.fill_groups(layers, h5.load_weight_shards(path, how).variables["params"], path)
+
+
+_KERAS = Format(
+    "keras",
+    (".keras",),
+    h5.load_keras,
+    h5.save_keras,
+    framework="Keras",
+    needs_module=True,
+    holds="a model",
+)
+_WEIGHTS = Format(
+    "Keras weights",
+    (".weights.h5",),
+    h5.load_weights,
+    h5.save_weights,
+    save_shards=h5.save_weight_shards,
+    fill=_fill_weights,
+    framework="Keras",
+    needs_module=True,
+    holds="weights; `architecture=` says what they are",
+)
+_WEIGHT_SHARDS = Format(
+    "Keras weights in shards",
+    (".weights.json",),
+    h5.load_weight_shards,
+    fill=_fill_shards,
+    framework="Keras",
+    needs_module=True,
+    holds="the same; written with `.weights.h5` and `shard_bytes=`",
+)
+_LEGACY = Format(
+    "Keras HDF5",
+    (".h5", ".hdf5"),
+    h5.load_legacy,
+    h5.save_legacy,
+    fill=h5.fill_from_legacy,
+    framework="Keras",
+    needs_module=True,
+    holds="a model of Keras 3 or 2, or weights only",
+)
+_TORCH = Format(
+    "torch",
+    (".pt", ".pth", ".bin"),
+    torch_file.load_torch,
+    torch_file.save_torch,
+    framework="PyTorch",
+    ordered=True,
+    holds="weights: a state dict, or a checkpoint with one (`key=`)",
+)
+_SAFETENSORS = Format(
+    "safetensors",
+    (".safetensors",),
+    safetensors.load_safetensors,
+    safetensors.save_safetensors,
+    save_shards=safetensors.save_sharded,
+    framework="safetensors",
+    holds="ours: a model, in the metadata; others: weights",
+)
+_SHARDED = Format(
+    "safetensors in shards",
+    (".safetensors.index.json",),
+    safetensors.load_sharded,
+    framework="safetensors",
+    holds="the same; written with `.safetensors` and `shard_bytes=`",
+)
+_NPZ = Format(
+    "NumPy",
+    (".npz",),
+    plain.load_npz,
+    plain.save_npz,
+    framework="NumPy",
+    holds="ours: a model, in a member; others: weights",
+)
+_MSGPACK = Format(
+    "msgpack",
+    (".msgpack",),
+    plain.load_msgpack,
+    plain.save_msgpack,
+    framework="Flax",
+    holds="weights: variables, or a state with them (`key=`)",
+)
+_ORBAX = Format(
+    "Orbax",
+    (".orbax",),
+    orbax.load_orbax,
+    save_folder=orbax.save_orbax,
+    framework="Orbax",
+    holds="a folder; ours: a model; others: weights (`key=`, `shardings=`)",
+)
+
+
+def _load_onnx(path: Path, how: Reading) -> Model:
+    from fwt.converters.onnx import read
+
+    if how.key is not None:
+        raise FileFormatError(f"{path}: key={how.key!r}: it holds one model only")
+    return read.from_onnx(path, external_data=how.external)
+
+
+def _save_onnx(file: Any, module: Any, variables: Any, layout: str | None) -> None:
+    from fwt.converters.onnx import write
+
+    write.save_onnx(file, module, variables, layout)
+
+
+_ONNX = Format(
+    "ONNX",
+    (".onnx",),
+    _load_onnx,
+    _save_onnx,
+    framework="ONNX",
+    needs_module=True,
+    holds="a model: see `to_onnx`, `from_onnx`",
+)
+
+FORMATS = (_KERAS, _WEIGHTS, _WEIGHT_SHARDS, _LEGACY, _TORCH, _SAFETENSORS, _SHARDED, _NPZ,
+           _MSGPACK, _ORBAX, _ONNX)  # fmt: skip
+SUFFIXES = {suffix: f for f in FORMATS for suffix in f.suffixes}
+
+
+def by_suffix(path: Path) -> Format | None:
+    """The format that a name says; the longest suffix counts."""
+    fitting = [s for s in SUFFIXES if path.name.lower().endswith(s)]
+    return SUFFIXES[max(fitting, key=len)] if fitting else None
+
+
+def by_content(path: Path) -> Format | None:
+    """The format that a file or folder is, whatever its name."""
+    if path.is_dir():
+        return _of_folder(path)
+    with open(path, "rb") as file:
+        head = file.read(512)
+    if head[:4] == b"PK\x03\x04" and zipfile.is_zipfile(path):
+        with _io.reading(path), _io.opened(path) as archive:
+            names = archive.namelist()
+        if "config.json" in names and any(n.endswith(".weights.h5") for n in names):
+            return _KERAS
+        if any(n.endswith("/data.pkl") for n in names):
+            return _TORCH
+        return _NPZ if any(n.endswith(".npy") for n in names) else None
+    if head[:8] == b"\x89HDF\r\n\x1a\n":
+        return _WEIGHTS if h5.is_weights(path) else _LEGACY
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32:
+        return _SAFETENSORS
+    if (
+        head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+        or head[257:262] == b"ustar"
+    ):
+        return _TORCH  # an older format, which it refuses by name
+    if head[:1] == b"{":
+        return _WEIGHT_SHARDS if path.name.endswith(".weights.json") else _SHARDED
+    if head[:1] == b"\x08" and head[2:3] in (b"\x12", b"\x1a", b"\x22", b"\x3a", b"\x42"):
+        return _ONNX
+    if head == b"\x80" or (head and (0x81 <= head[0] <= 0x8F or head[0] in (0xDE, 0xDF))):
+        return _MSGPACK
+    return None
+
+
+def _of_folder(path: Path) -> Format | None:
+    if any(path.glob("*.safetensors.index.json")):
+        return _SHARDED
+    if any(path.glob("*.weights.json")):
+        return _WEIGHT_SHARDS
+    if orbax.is_orbax(path) or any(orbax.is_orbax(p) for p in path.iterdir() if p.is_dir()):
+        return _ORBAX
+    return None
+
+
+def _may_be_replaced(path: Path) -> bool:
+    """Whether a folder is sharded weights or one checkpoint, and holds nothing else."""
+    names = {p.name for p in path.iterdir()}
+    index = [n for n in names if n.endswith((".safetensors.index.json", ".weights.json"))]
+    if len(index) != 1:
+        return orbax.is_whole(path)
+    try:
+        where = _io.read_json(path / index[0])["weight_map"].values()
+        held = {s for w in where for s in ([w] if isinstance(w, str) else w)}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return names == held | set(index)
+
+
+def format_of(path: Path) -> Format:
+    """The format to read a path with: by content, else by name, whose reader then says what is
+    wrong with it."""
+    if not path.exists():
+        raise FileFormatError(f"{path}: no such file")
+    found = by_content(path) or (by_suffix(path) if path.is_file() else None)
+    if found is None:
+        known = ", ".join(SUFFIXES)
+        what = "folder" if path.is_dir() else "file"
+        raise FileFormatError(f"{path}: a {what} of no known format; known are {known}")
+    return found
+
+
+def _whole(form: Format, path: Path, how: Reading) -> Model:
+    """What a file holds; a folder that another save replaces meanwhile is read again."""
+    folder = path if path.is_dir() else path.parent
+    several = path.is_dir() or form.suffixes[0].endswith(".json")
+    for _ in range(10):
+        before = folder.stat().st_ino
+        try:
+            model = form.load(path, how)
+        except FileFormatError:
+            if not several or not folder.exists() or folder.stat().st_ino == before:
+                raise
+            continue
+        if not several or folder.stat().st_ino == before:
+            return model
+    raise FileFormatError(f"{path}: it is being replaced all the time")
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    architecture: Any = None,
+    key: str | None = None,
+    rename: Mapping[str, str] | None = None,
+    match: str = "name",
+    fold: bool = True,
+    max_bytes: int | None = None,
+    shardings: Any = None,
+    sidecar: bool = False,
+    external_data: bool = False,
+) -> Model:
+    """Reads a model or weights from a file or folder, without the framework that wrote it.
+
+    The format is told by the content: ``.keras``, ``.weights.h5`` and its shards, ``.h5`` of Keras
+    2 and 3, torch state dicts, safetensors and their shards, ``.npz``, Flax's msgpack, Orbax.
+
+    Args:
+        path: the file; of sharded weights the index or the folder, of Orbax the folder.
+        architecture: the model whose weights these are: a file with one (``.keras``, ``.h5``, one
+            of :func:`save`, or the ``.json`` of Keras's ``to_json``), a :class:`fwt.Sequential`,
+            a ``fwt.Model``, a Keras model or a torch Sequential.
+        key: which part of a file that holds several, such as "model" or "state/params".
+        rename: with ``architecture``, what names start with there and what they shall start with
+            instead: ``{"features.0": "conv"}``.
+        match: with ``architecture``, "name", or "order" to take arrays in the file's order, each
+            of which must have the right shape.
+        fold: whether the parts that torch's prune, weight_norm, spectral_norm and parametrize keep
+            become the weight that they compute.
+        max_bytes: how much compressed parts may grow to; half of the machine's memory by default.
+        shardings: for Orbax, a ``jax.sharding.Sharding`` or a tree of them: the leaves are then
+            JAX arrays on those devices, each device reading its own part.
+        sidecar: of a Keras model, as in ``from_keras``: what matters in training only is kept in
+            ``module.sidecar``, and written along by :func:`save`.
+        external_data: of an ONNX file, whether its weights may be in another in its folder.
+
+    Returns:
+        ``Model(module, variables)`` with NumPy leaves. A file that holds weights only gives
+        ``Model(None, variables)``, the leaves under the file's own names and in its layout, unless
+        ``architecture`` says what they are.
+
+    Raises:
+        FileFormatError: for a file that is missing, truncated, malformed or hostile, or that holds
+            what can't be converted exactly; with ``architecture`` it lists every array that is
+            missing, unexpected or of another shape. It is a ``ConversionError``.
+
+    Example:
+        >>> import tempfile, os, numpy as np
+        >>> import fwt
+        >>> path = os.path.join(tempfile.mkdtemp(), "w.safetensors")
+        >>> fwt.converters.save(path, None, {"params": {"d": {"kernel": np.ones((2, 3))}}})
+        >>> module, variables = fwt.converters.load(path)
+        >>> fwt.paths(variables)
+        ['d/kernel']
+    """
+    path = _io.given_path(path)
+    how = Reading(key, fold, max_bytes, shardings, sidecar, external_data)
+    try:
+        found = format_of(path)
+        if shardings is not None and found is not _ORBAX:
+            raise FileFormatError(f"{path}: shardings= is for Orbax; use jax.device_put")
+        if match not in ("name", "order"):
+            raise FileFormatError(f"match must be 'name' or 'order', found {match!r}")
+        if max_bytes is not None and (not isinstance(max_bytes, int) or max_bytes < 1):
+            raise FileFormatError(f"max_bytes={max_bytes!r}: expected a number of bytes")
+        if architecture is None:
+            if rename or match != "name":
+                raise FileFormatError(f"{path}: rename= and match= need architecture=")
+            return _whole(found, path, how)
+        fill = None
+        model = Model(None, {})
+        if found.fill is not None and (rename or match != "name"):
+            raise FileFormatError(
+                f"{path}: Keras tells its arrays by their places: rename= and match= are for files "
+                "with names"
+            )
+        if found.fill is None:
+            model = _whole(found, path, how)
+        else:
+            own = found.fill
+
+            def fill(layers: list[Layer]) -> None:
+                own(layers, path, how)
+
+        return _fill.filled(model, architecture, path, fill, load, rename, match, found.ordered)
+    except OSError as error:
+        raise FileFormatError(f"{path}: can't read it ({error.strerror or error})") from error
+
+
+def save(
+    path: str | os.PathLike[str],
+    module: Any,
+    variables: Any,
+    *,
+    layout: str | None = None,
+    shard_bytes: int | None = None,
+) -> None:
+    """Writes a model or weights to a file or folder, whole or not at all.
+
+    Args:
+        path: where to; its suffix is the format. With the architecture: ``.keras`` and ``.h5``
+            (real Keras opens them), ``.safetensors``, ``.npz`` and ``.orbax`` (a folder). Weights
+            only: ``.weights.h5``, ``.pt``, ``.pth`` or ``.bin`` (a state dict for
+            ``torch.load(weights_only=True)`` and the module that ``to_torch`` gives), ``.msgpack``.
+            ``.weights.h5`` is for the model that ``to_keras`` gives.
+        module: a :class:`fwt.Sequential`, or None to write the variables as they are
+            (not to Keras's formats).
+        variables: ``{"params": ..., "batch_stats": ...}``.
+        layout: for torch, the layout of the model's ends, as in ``to_torch``: "channels_first"
+            unless told otherwise, or "source".
+        shard_bytes: for ``.safetensors`` and ``.weights.h5``: the path becomes a folder of shards
+            of at most so many bytes each (or of one array) and their index.
+
+    Raises:
+        ConversionError: for what the target can't say exactly; nothing is written then.
+        FileFormatError: if it can't be written there.
+
+    Example:
+        >>> import tempfile, os, jax, flax.linen as nn
+        >>> import fwt
+        >>> net = fwt.Sequential([("dense", nn.Dense(2))])
+        >>> variables = net.init(jax.random.key(0), jax.numpy.ones((1, 3)))
+        >>> path = os.path.join(tempfile.mkdtemp(), "net.keras")
+        >>> fwt.converters.save(path, net, variables)
+        >>> fwt.converters.load(path).module == fwt.Sequential([("dense", nn.Dense(2))], (3,))
+        True
+    """
+    path = Path(path)
+    found = by_suffix(path)
+    if found is None or (found.save is None and found.save_folder is None):
+        known = ", ".join(s for s, f in SUFFIXES.items() if f.save or f.save_folder)
+        said = f"the format {path.suffix or 'without a suffix'!r} is not known"
+        if found is not None:
+            said = f"{path.name} is written with shard_bytes= and the suffix of one file"
+        raise FileFormatError(f"{path}: {said}; known to be written are {known}")
+    if layout is not None and (module is None or found is not _TORCH):
+        raise ConversionError(
+            f"{path}: layout={layout!r} is for a torch file of a module; other files keep the "
+            "model's own ends"
+        )
+    module = _flax.sequential_of(module)
+    if not isinstance(variables, Mapping):
+        raise ConversionError(f"expected a variables dict, found {type(variables).__name__}")
+    if "params" not in variables:
+        variables = {"params": variables}
+    if module is None and found.needs_module:
+        raise ConversionError(
+            f"{path}: weights without an architecture can't be written for {found.framework}; give "
+            "a module"
+        )
+    if shard_bytes is not None:
+        if found.save_shards is None:
+            raise ConversionError(f"{path}: only .safetensors and .weights.h5 have shards")
+        if not isinstance(shard_bytes, int) or shard_bytes < 1:
+            raise ConversionError(f"shard_bytes={shard_bytes!r}: expected a number of bytes")
+        shards, size = found.save_shards, shard_bytes
+        write_folder_atomically(
+            path, lambda folder: shards(folder, module, variables, size), _may_be_replaced
+        )
+    elif found.save_folder is not None:
+        whole = found.save_folder
+        write_folder_atomically(
+            path, lambda folder: whole(folder, module, variables), _may_be_replaced
+        )
+    else:
+        one = found.save
+        assert one is not None
+        write_atomically(path, lambda file: one(file, module, variables, layout))

@@ -1,0 +1,492 @@
+"""Files of Keras: .keras, .weights.h5, single and sharded, and the older .h5 of Keras 2 and 3."""
+
+import contextlib
+import datetime
+import io
+import json
+import re
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import h5py
+import ml_dtypes
+import numpy as np
+
+from fwt._types import ConversionError, FileFormatError, Model
+from fwt.converters import io as _io
+from fwt.converters.files.h5_read import (
+    array_of,
+    attribute,
+    names_in,
+    node_at,
+    opened_h5,
+    text_of,
+    tree_of,
+)
+from fwt.converters.frameworks import flax as _flax
+from fwt.converters.frameworks import keras_config, sidecar
+from fwt.converters.io import Budget, Reading, member, opened, progress, reading
+from fwt.converters.rows import table
+from fwt.converters.rows.row import Layer, parts_of, refuse
+from fwt.converters.walk import convert
+
+
+def _pruned(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Without groups that hold no array."""
+    held = {k: _pruned(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
+    return {k: v for k, v in held.items() if not isinstance(v, Mapping) or v}
+
+
+# -- .keras -----------------------------------------------------------------------------------
+
+
+def load_keras(path: Path, how: Reading) -> Model:
+    """A .keras archive."""
+    if how.key is not None:
+        raise FileFormatError(f"{path}: key={how.key!r}: it holds one model only")
+    with reading(path):
+        layers, shape = keras_of(path, how)
+        return _converted(layers, shape, how)
+
+
+def _converted(layers: list[Layer], shape: Any, how: Reading) -> Model:
+    new, found = convert.convert(layers, "keras", "flax", shape, "source")
+    made = _flax.write_flax(new, found)
+    if not how.sidecar:
+        return made
+    return sidecar.with_sidecar(
+        made, layers, "keras", lambda m: keras_config.to_keras_layers(*m, None)[0]
+    )
+
+
+def keras_of(path: Path, how: Reading) -> tuple[list[Layer], Any]:
+    """The Keras layers of a .keras or .h5 file with their arrays, and the input shape."""
+    budget = Budget(path, how.max_bytes)
+    if zipfile.is_zipfile(path):
+        with opened(path) as archive:
+            config = budget.parsed(member(archive, "config.json", budget), "config.json")
+            layers, shape = keras_config.keras_layers(config, str(path))
+            weights = member(archive, "model.weights.h5", budget)
+            with opened_h5(weights, budget) as file:
+                fill_groups(layers, _weights_of(file, budget), path)
+        return layers, shape
+    with opened_h5(path, budget) as file:
+        layers, shape = keras_config.keras_layers(legacy_config(file, budget), str(path))
+        fill_legacy(layers, _legacy_arrays(file, budget), path)
+    return layers, shape
+
+
+def save_keras(file: Any, module: Any, variables: Any, layout: str | None) -> None:
+    """A .keras archive that real Keras opens."""
+    layers, shape = keras_config.to_keras_layers(module, variables, None)
+    _check_own(layers)
+    weights = io.BytesIO()
+    with h5py.File(weights, "w") as h5:
+        write_weights(h5, layers)
+    saved = datetime.datetime.now().strftime("%Y-%m-%d@%H:%M:%S")
+    with zipfile.ZipFile(file, "w") as archive:
+        metadata = {"keras_version": keras_config.KERAS_VERSION, "date_saved": saved}
+        archive.writestr("metadata.json", json.dumps(metadata))
+        archive.writestr("config.json", json.dumps(keras_config.keras_config(layers, shape)))
+        archive.writestr("model.weights.h5", weights.getvalue())
+
+
+def _check_own(layers: list[Layer]) -> None:
+    for layer in layers:
+        if layer.kind in table.CUSTOM["keras"] or layer.kind == "SelfAttention":
+            raise refuse(
+                str(layer),
+                "only Keras itself can write a class of the user's own to a file",
+                "use to_keras, and save what it gives",
+            )
+
+
+def fill_groups(layers: list[Layer], tree: Mapping[str, Any], path: Path) -> None:
+    """Gives each layer its arrays, told by its place in the file."""
+    own = keras_config.opened_up(layers)
+    wrong: list[str] = []
+    for layer, group in zip(own, keras_config.groups(own), strict=True):
+        for part, place in keras_config.places(layer, group):
+            node: Any = tree
+            for name in [*place.split("/"), "vars"]:
+                node = node.get(name, {}) if isinstance(node, Mapping) else {}
+            names = keras_config.keras_names(part)
+            found = [node.get(str(i)) for i in range(len(node))]
+            if len(found) != len(names) or not all(isinstance(v, np.ndarray) for v in found):
+                wrong.append(f"{place} of {layer} holds {len(found)} arrays, expected "
+                             f"{len(names)} {names}")  # fmt: skip
+                continue
+            part.arrays = dict(zip(names, found, strict=True))
+    if wrong:
+        raise FileFormatError(f"{path}: {'; '.join(wrong)[:2000]}")
+    keras_config.gathered(own)
+
+
+# -- .weights.h5 ------------------------------------------------------------------------------
+
+
+def load_weights(path: Path, how: Reading) -> Model:
+    """A .weights.h5 file: weights under the file's own paths, since only an architecture says
+    what each of them is."""
+    budget = Budget(path, how.max_bytes)
+    with reading(path), opened_h5(path, budget) as file:
+        tree = _weights_of(file, budget)
+        return Model(None, {"params": _pruned(_io.under(tree, how.key, path))})
+
+
+def is_keras(path: Path) -> bool:
+    """Whether an archive is a .keras one."""
+    with opened(path) as archive:
+        return "config.json" in archive.namelist()
+
+
+def is_weights(path: Path) -> bool:
+    """Whether an HDF5 file is of the newer kind, which has no list of layers."""
+    with reading(path), opened_h5(path, Budget(path)) as file:
+        older = ("layer_names", "layer_names0", "model_config", "keras_version")
+        return "model_weights" not in file and not any(name in file.attrs for name in older)
+
+
+def _weights_of(file: Any, budget: Budget) -> dict[str, Any]:
+    """The arrays of a model, without its optimizer's."""
+    return tree_of(file, budget, without="optimizer")
+
+
+def load_weight_shards(path: Path, how: Reading) -> Model:
+    """The .weights.json of sharded weights, or the folder that holds one."""
+    path = _io.index_in(path, ".weights.json")
+    with reading(path), contextlib.ExitStack() as stack:
+        where = _io.read_json(path)["weight_map"]
+        out: dict[str, Any] = {}
+        files: dict[str, tuple[Any, Budget]] = {}
+        for place, shards in where.items():
+            parts = place.strip("/").split("/")
+            if parts[0] == "optimizer":
+                continue
+            held: dict[str, np.ndarray] = {}
+            for shard in [shards] if isinstance(shards, str) else shards:
+                if shard not in files:
+                    there = _io.sibling(path, shard)
+                    own = Budget(there, how.max_bytes)
+                    files[shard] = stack.enter_context(opened_h5(there, own)), own
+                file, budget = files[shard]
+                group = node_at(file, "/".join(parts), budget.path)
+                if not isinstance(group, h5py.Group):
+                    raise FileFormatError(f"{budget.path}: there is no group {place}")
+                arrays = tree_of(group, budget, place)
+                if set(held) & set(arrays):
+                    raise FileFormatError(f"{path}: {place} stands in two shards")
+                held |= arrays
+            node = out
+            for part in parts:
+                node = node.setdefault(part, {})
+            node |= held
+        return Model(None, {"params": _pruned(_io.under(out, how.key, path))})
+
+
+def _stores(layers: list[Layer]) -> Iterator[tuple[str, str, dict[str, np.ndarray]]]:
+    """Group, name and arrays of each layer and of what is in it."""
+    for layer, group in zip(layers, keras_config.groups(layers), strict=True):
+        for part, where in keras_config.places(layer, group):
+            names = keras_config.keras_names(part)
+            held = {str(i): part.arrays[name] for i, name in enumerate(names)}
+            yield f"{where}/vars", parts_of(part.name)[-1], held
+
+
+def write_weights(h5: Any, layers: list[Layer], name: str = "sequential") -> None:
+    """The layers of a .weights.h5 file."""
+    for where, own, held in _stores(layers):
+        group = h5.create_group(where)
+        group.attrs["name"] = own
+        for index, value in held.items():
+            _put(group, index, value)
+    h5.create_group("vars").attrs["name"] = name
+
+
+def _put(group: Any, name: str, value: np.ndarray) -> None:
+    if value.dtype.name == "bfloat16":
+        dataset = group.create_dataset(name, data=value.view("V2"))
+        dataset.attrs["dtype"] = value.dtype.name
+    elif hasattr(ml_dtypes, value.dtype.name):
+        raise refuse(f"{group.name}/{name}", f"dtype {value.dtype}: Keras has no way to write it")
+    else:
+        group.create_dataset(name, data=value)
+
+
+def save_weights(file: Any, module: Any, variables: Any, layout: str | None) -> None:
+    """A .weights.h5 file for ``model.load_weights``."""
+    layers, _ = keras_config.to_keras_layers(module, variables, None, any_dtype=True)
+    _check_own(layers)
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as h5:
+        write_weights(h5, layers)
+    file.write(buffer.getbuffer())
+
+
+def save_weight_shards(folder: Path, module: Any, variables: Any, shard_bytes: int) -> None:
+    """A folder of .weights.h5 shards and their .weights.json, for ``model.load_weights``."""
+    layers, _ = keras_config.to_keras_layers(module, variables, None, any_dtype=True)
+    _check_own(layers)
+    where: dict[str, list[str]] = {}
+    number, room, h5 = -1, 0, None
+    try:
+        for group, own, held in _stores(layers):
+            size = sum(v.nbytes for v in held.values())
+            if h5 is None or (size > room and room < shard_bytes):
+                if h5 is not None:
+                    h5.close()
+                number, room = number + 1, shard_bytes
+                name = f"model_{number:05}.weights.h5"
+                h5 = h5py.File(folder / name, "w")
+                h5.create_group("vars").attrs["name"] = "sequential"
+            made = h5.create_group(group)
+            made.attrs["name"] = own
+            for index, value in held.items():
+                _put(made, index, value)
+            room -= size
+            progress(size)
+            if held:
+                where[f"/{group}"] = [name]
+    finally:
+        if h5 is not None:
+            h5.close()
+    total = sum(v.nbytes for _, _, held in _stores(layers) for v in held.values())
+    told = {"metadata": {"total_size": total}, "weight_map": where}
+    (folder / "model.weights.json").write_text(json.dumps(told, indent=4))
+
+
+# -- the older .h5 ----------------------------------------------------------------------------
+
+
+def load_legacy(path: Path, how: Reading) -> Model:
+    """An .h5 file of Keras 2 or 3: a model, or weights only under the file's own names."""
+    budget = Budget(path, how.max_bytes)
+    if how.key is not None:
+        raise FileFormatError(f"{path}: key={how.key!r}: it holds one model only")
+    with reading(path), opened_h5(path, budget) as file:
+        config = legacy_config(file, budget)
+        held = _legacy_arrays(file, budget)
+        if config is None:
+            flat = {f"params/{name}/{n}": v for name, own in held.items() for n, v in own}
+            return Model(None, {"params": {}, **_io.nested(flat, "/", path)})
+        layers, shape = keras_config.keras_layers(config, str(path))
+        fill_legacy(layers, held, path)
+        return _converted(layers, shape, how)
+
+
+def fill_from_legacy(layers: list[Layer], path: Path, how: Reading) -> None:
+    """Fills layers from an .h5 file."""
+    budget = Budget(path, how.max_bytes)
+    with reading(path), opened_h5(path, budget) as file:
+        fill_legacy(layers, _legacy_arrays(file, budget), path)
+
+
+def legacy_config(file: Any, budget: Budget) -> Any:
+    """The config of the model in an .h5 file as Keras 3 has it, or None."""
+    text = attribute(file, "model_config", budget)
+    if text is None:
+        return None
+    version = text_of(attribute(file, "keras_version", budget)) or "2"
+    return modern(budget.parsed(text_of(text), "model_config"), version)
+
+
+def _legacy_arrays(file: Any, budget: Budget) -> dict[str, list[tuple[str, np.ndarray]]]:
+    """Of each layer, in the file's order, the names and values of its arrays."""
+    path = budget.path
+    root = file["model_weights"] if node_at(file, "model_weights", path) is not None else file
+    layers = names_in(root, "layer_names", budget)
+    if layers is None:
+        raise FileFormatError(f"{path}: it has no layer_names, so it is no file of Keras weights")
+    out: dict[str, list[tuple[str, np.ndarray]]] = {}
+    for layer in layers:
+        group = node_at(root, layer, path)
+        names = None if group is None else names_in(group, "weight_names", budget)
+        if names is None:
+            raise FileFormatError(f"{path}: the layer {layer!r} has no weight_names")
+        if layer in out or len(set(names)) < len(names):
+            raise FileFormatError(f"{path}: {layer!r} or one of its weights stands there twice")
+        out[layer] = [(n, array_of(node_at(group, n, path), f"{layer}/{n}", budget)) for n in names]
+    return out
+
+
+def fill_legacy(
+    layers: list[Layer], held: Mapping[str, list[tuple[str, np.ndarray]]], path: Path
+) -> None:
+    """Gives each layer its arrays, told by the names of layer and variable."""
+    own = keras_config.opened_up(layers)
+    wanted: dict[str, list[tuple[Layer, Layer]]] = {}
+    for layer in own:
+        parts = keras_config.places(layer, "")
+        wanted.setdefault(parts_of(layer.name)[0], []).extend((layer, part) for part, _ in parts)
+    for top, found in held.items():
+        expected = [
+            (outer, part, name)
+            for outer, part in wanted.pop(top, [])
+            for name in keras_config.keras_names(part)
+        ]
+        if len(found) != len(expected):
+            names = [name for _, _, name in expected]
+            raise FileFormatError(
+                f"{path}: {top} holds {len(found)} arrays {[n for n, _ in found]}, expected "
+                f"{len(names)} {names}"
+            )
+        nested = any(len(parts_of(outer.name)) > 1 for outer, _, _ in expected)
+        for index, (place, value) in enumerate(found):
+            names = place.split("/")
+            last = re.sub(r":\d+$", "", names[-1])
+            if nested:  # its weights are in an order of their own: the names tell
+                fits = [
+                    e for e in expected if parts_of(e[0].name)[-1] in names and _ends(e[2], last)
+                ]
+            else:
+                fits = [e for e in expected[index : index + 1] if _ends(e[2], last)]
+            if len(fits) != 1 or fits[0][2] in fits[0][1].arrays:
+                raise FileFormatError(f"{path}: {top}: {place} belongs to no layer, or to several")
+            fits[0][1].arrays[fits[0][2]] = value
+    for top, left in wanted.items():
+        if any(keras_config.keras_names(part) for _, part in left):
+            raise FileFormatError(f"{path}: the layer {top!r} has no weights in the file")
+    keras_config.gathered(own)
+
+
+def _ends(name: str, last: str) -> bool:
+    return name.split("/")[-1] == last
+
+
+def modern(config: Any, version: str) -> Any:
+    """A config of Keras 2 as Keras 3 would write it; one of Keras 3 stays."""
+    if int(version.split(".")[0]) >= 3:
+        return config
+    if isinstance(config, list):
+        return [modern(v, version) for v in config]
+    if not isinstance(config, dict):
+        return config
+    kind, own = config.get("class_name"), config.get("config")
+    if kind == "Sequential" and isinstance(own, list):  # before 2.2.3
+        own = {"name": "sequential", "layers": own}
+        config = {**config, "config": own}
+    out = {k: modern(v, version) for k, v in config.items()}
+    if kind == "Model":
+        out["class_name"] = "Functional"
+    if isinstance(kind, str) and isinstance(own, dict):
+        out["config"] = _modern_settings(kind, out["config"])
+    if "inbound_nodes" in config:
+        out["inbound_nodes"] = _modern_nodes(config["inbound_nodes"])
+    return out
+
+
+def _modern_settings(kind: str, own: dict[str, Any]) -> dict[str, Any]:
+    own = dict(own)
+    place = f"{own.get('name')} ({kind})"
+    for name in ("activation", "recurrent_activation"):
+        if own.get(name) == "hard_sigmoid":
+            raise refuse(
+                place,
+                f"{name}='hard_sigmoid' of Keras 2 is 0.2 x + 0.5 cut to 0 and 1, which Keras 3 "
+                "and the others have as another function",
+            )
+    for name, default in (("time_major", False), ("ragged", False), ("implementation", 2)):
+        if own.get(name) in (default, 1 if name == "implementation" else default):
+            own.pop(name)
+    shape = own.pop("batch_input_shape", None)
+    if kind == "InputLayer":
+        own["batch_shape"] = shape
+    if kind == "Sequential":
+        layers = own.get("layers") or []
+        given = [x["config"].pop("__shape__", None) for x in layers if "config" in x]
+        if given and given[0] is not None:
+            start = {
+                "class_name": "InputLayer",
+                "config": {"batch_shape": given[0], "name": "input"},
+            }
+            own["layers"] = [start, *layers]
+    elif shape is not None and kind != "InputLayer":
+        own["__shape__"] = shape
+    if kind == "BatchNormalization" and isinstance(own.get("axis"), list) and len(own["axis"]) == 1:
+        own["axis"] = own["axis"][0]
+    for older in ("fused", "renorm", "virtual_batch_size", "adjustment"):
+        if kind == "BatchNormalization" and not own.get(older, True):
+            own.pop(older)
+    if kind == "LeakyReLU" and "alpha" in own:
+        own["negative_slope"] = own.pop("alpha")
+    if kind == "GRU" and "reset_after" not in own:
+        raise refuse(place, "it does not say reset_after, whose default differed between versions")
+    return own
+
+
+def _modern_nodes(nodes: Any) -> Any:
+    """[[["layer", 0, 0, {}]]] as Keras 3 has it."""
+    out = []
+    for node in nodes if isinstance(nodes, list) else []:
+        args = [
+            {"class_name": "__keras_tensor__", "config": {"keras_history": list(call[:3])}}
+            for call in node
+        ]
+        kwargs = {k: v for call in node if len(call) > 3 for k, v in (call[3] or {}).items()}
+        out.append({"args": args if len(args) == 1 else [args], "kwargs": kwargs})
+    return out
+
+
+def save_legacy(file: Any, module: Any, variables: Any, layout: str | None) -> None:
+    """An .h5 file of a whole model, as Keras 3 writes it."""
+    layers, shape = keras_config.to_keras_layers(module, variables, None)
+    _check_own(layers)
+    config = keras_config.keras_config(layers, shape)
+    told = {"class_name": config["class_name"], "config": _plain_config(config["config"])}
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as h5:
+        version = {"keras_version": keras_config.KERAS_VERSION, "backend": "jax"}
+        h5.attrs.update({**version, "model_config": json.dumps(told)})
+        root = h5.create_group("model_weights")
+        root.attrs.update(version)
+        tops: dict[str, list[Layer]] = {}
+        for layer in layers:
+            tops.setdefault(parts_of(layer.name)[0], []).append(layer)
+        _put_names(root, "layer_names", list(tops))
+        for top, inside in tops.items():
+            entries = [
+                e for layer in inside for e in _legacy_entries(layer, config["config"]["name"])
+            ]
+            # Keras lists the weights of a model within a model with those that it trains first.
+            entries.sort(key=lambda e: e[2])
+            group = root.create_group(top)
+            _put_names(group, "weight_names", [name for name, _, _ in entries])
+            for name, value, _ in entries:
+                group.create_dataset(name, data=value)
+        _put_names(root.create_group("top_level_model_weights"), "weight_names", [])
+    file.write(buffer.getbuffer())
+
+
+def _legacy_entries(layer: Layer, model: str) -> Iterator[tuple[str, np.ndarray, bool]]:
+    rests = ("moving_mean", "moving_variance", "mean", "variance", "count")
+    for part, where in keras_config.places(layer, "/".join(parts_of(layer.name))):
+        for name in keras_config.keras_names(part):
+            yield f"{model}/{where}/{name}", part.arrays[name], name in rests
+
+
+def _plain_config(body: Any) -> Any:
+    """Layers as the older format has them: their class and config alone."""
+    entries = [
+        {
+            "class_name": e["class_name"],
+            "config": _plain_config(e["config"]) if "layers" in e["config"] else e["config"],
+        }
+        for e in body["layers"]
+    ]
+    return {**body, "layers": entries}
+
+
+def _put_names(group: Any, name: str, names: list[str]) -> None:
+    """HDF5 holds attributes of up to 64 kB: a longer list is cut in pieces."""
+    raw = [n.encode() for n in names]
+    long = max((len(n) for n in raw), default=1)
+    if long > 60_000:
+        raise ConversionError(f"{names[0]:.60}...: a name of more than 60,000 bytes")
+    each = max(60_000 // long, 1)
+    if len(raw) <= each:
+        group.attrs[name] = np.array(raw, dtype=f"S{long}") if raw else np.zeros(0)
+        return
+    for index, start in enumerate(range(0, len(raw), each)):
+        group.attrs[f"{name}{index}"] = np.array(raw[start : start + each], dtype=f"S{long}")

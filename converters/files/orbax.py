@@ -1,0 +1,194 @@
+"""Orbax checkpoints: folders, read as NumPy arrays or onto given shardings."""
+
+import contextlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from fwt import _tree
+from fwt._types import ConversionError, FileFormatError, Model
+from fwt.converters import io as _io
+from fwt.converters.frameworks import architecture
+from fwt.converters.io import Budget, Reading, progress, reading
+from fwt.converters.rows.row import refuse
+
+_OURS = "fwt.json"  # the architecture, and the arrays of size zero, which Orbax can't hold
+MARKERS = ("_METADATA", "manifest.ocdbt", "_CHECKPOINT_METADATA")
+
+
+def is_orbax(path: Path) -> bool:
+    """Whether a folder is a checkpoint, or one of items such as ``default`` or ``state``."""
+    return any((path / name).exists() for name in MARKERS)
+
+
+def is_whole(path: Path) -> bool:
+    """Whether a folder is one checkpoint and holds nothing else."""
+    own = {*MARKERS, _OURS, "commit_success.txt", "_sharding", "array_metadatas", "d"}
+    names = {p.name for p in path.iterdir()}
+    return {"_METADATA", "manifest.ocdbt"} <= names and all(
+        n in own or n.startswith("ocdbt.process_") for n in names
+    )
+
+
+def load_orbax(path: Path, how: Reading) -> Model:
+    """A checkpoint of arrays; of several items, ``key`` names one first."""
+    with reading(path), _quietly():
+        files = _io.folder_files(path)
+        size = sum(f.stat().st_size for f in files)
+        budget = Budget(path, how.max_bytes, size)
+        key, folder = how.key, path
+        if not (path / "_METADATA").exists():
+            folder, key = _item(path, key)
+        told = folder / _OURS
+        ours = _io.read_json(told) if told.exists() else None
+        tree = _restored(folder, budget, key, path, how.shardings)
+        progress(size)
+        if ours is None:
+            return Model(None, _io.as_variables(tree, path))
+        for name, (shape, dtype) in ours["empty"].items():
+            *parents, last = _io.parts_of_path(name)
+            node = tree
+            for part in parents:
+                node = node.setdefault(part, {})
+            kind = _io.dtype_of(dtype)
+            if 0 not in shape or not _io.is_numeric(kind):
+                raise FileFormatError(f"{path}: {name}, {dtype}{shape}, is said to be empty")
+            node[last] = np.zeros(shape, kind)
+        variables = _io.as_variables(tree, path)
+        if ours["module"] is None:
+            return Model(None, variables)
+        return architecture.described(json.dumps(ours), variables, path)
+
+
+def _item(path: Path, key: str | None) -> tuple[Path, str | None]:
+    items = sorted(p.name for p in path.iterdir() if p.is_dir() and (p / "_METADATA").exists())
+    first, _, rest = (key or "").partition("/")
+    if first in items:
+        return path / first, rest or None
+    if len(items) == 1:
+        return path / items[0], key
+    steps = sorted(
+        (p.name for p in path.iterdir() if p.is_dir() and is_orbax(p)), key=_tree.natural
+    )
+    if first in steps and not items:
+        inner = path / first
+        return (
+            (inner, rest or None) if (inner / "_METADATA").exists() else _item(inner, rest or None)
+        )
+    found = f"the items {', '.join(items)}: key= names one" if items else "no item with arrays"
+    if steps and not items:
+        found = f"the steps {', '.join(steps)}: give the folder of one, or key="
+    raise FileFormatError(f"{path}: {found}")
+
+
+def _restored(folder: Path, budget: Budget, key: str | None, path: Path, shardings: Any) -> Any:
+    import orbax.checkpoint as ocp
+
+    handler = ocp.PyTreeCheckpointHandler()
+    whole = handler.metadata(folder.absolute()).tree
+
+    def array(leaf: Any) -> bool:
+        return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+    tree = _io.under(whole, key, path)
+    for keys, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)[0]:
+        place = "/".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in keys)
+        if not array(leaf) or leaf.shape is None or leaf.dtype is None:
+            kind = type(leaf).__name__.removesuffix("Metadata").lower()
+            raise FileFormatError(f"{path}: {place} is a {kind}, no array; key= picks a part of it")
+        if min((*leaf.shape, 0)) < 0:
+            raise FileFormatError(f"{path}: {place} has the shape {leaf.shape}")
+        size = int(np.prod(leaf.shape, dtype=object)) * np.dtype(leaf.dtype).itemsize
+        budget.expand(place, None, size)
+        # A piece is decompressed whole, however little of it is wanted.
+        piece = getattr(getattr(leaf, "storage", None), "chunk_shape", None) or ()
+        width = np.dtype(leaf.dtype).itemsize
+        budget.expand(f"a piece of {place}", None, int(np.prod(piece, dtype=object)) * width)
+    if shardings is None:
+        kinds = jax.tree.map(
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree, is_leaf=_is_leaf
+        )
+    else:
+        for keys, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)[0]:
+            if np.dtype(leaf.dtype) != jax.dtypes.canonicalize_dtype(leaf.dtype):
+                raise FileFormatError(
+                    f"{path}: {jax.tree_util.keystr(keys)} is {leaf.dtype}, which JAX would cut to "
+                    "32 bits: jax.enable_x64, or leave out shardings="
+                )
+        one = isinstance(shardings, jax.sharding.Sharding)
+        each = jax.tree.map(lambda _: shardings, tree, is_leaf=_is_leaf) if one else shardings
+        kinds = jax.tree.map(
+            lambda _, s: ocp.ArrayRestoreArgs(sharding=s), tree, each, is_leaf=_is_leaf
+        )
+    wanted: Any = tree
+    for part in reversed([] if key is None else key.split("/")):
+        wanted, kinds = {part: wanted}, {part: kinds}
+    # Only what is under the key is read.
+    restored = handler.restore(
+        folder.absolute(),
+        args=ocp.args.PyTreeRestore(wanted, restore_args=kinds, partial_restore=True),
+    )
+    return _plain(_io.under(restored, key, path))
+
+
+def _is_leaf(node: Any) -> bool:
+    return hasattr(node, "shape") or node is None
+
+
+def _plain(node: Any) -> Any:
+    if isinstance(node, list | tuple):
+        node = {str(i): v for i, v in enumerate(node)}
+    if isinstance(node, Mapping):
+        return {str(k): _plain(v) for k, v in node.items()}
+    return node if isinstance(node, jax.Array) else np.asarray(node)
+
+
+def save_orbax(folder: Path, module: Any, variables: Any) -> None:
+    """A checkpoint that ``orbax.checkpoint.PyTreeCheckpointer().restore`` takes."""
+    import orbax.checkpoint as ocp
+
+    flat = _io.slashed(variables)
+    for name, value in flat.items():
+        if value.dtype.hasobject or value.dtype.names:
+            raise refuse(name, f"dtype {value.dtype} can't be written to Orbax")
+    empty = {n: [list(v.shape), v.dtype.name] for n, v in flat.items() if v.size == 0}
+    joined = [".".join(_io.parts_of_path(n)) for n in flat]
+    if len(set(joined)) < len(joined):
+        twice = next(n for n in joined if joined.count(n) > 1)
+        raise ConversionError(f"two arrays would be named {twice!r} in Orbax: rename one of them")
+    if len(empty) == len(flat):
+        raise ConversionError("Orbax holds no tree without values: save it as .npz or .safetensors")
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        if name not in empty:
+            *parents, last = _io.parts_of_path(name)
+            node = tree
+            for part in parents:
+                node = node.setdefault(part, {})
+            node[last] = value
+    with _quietly():
+        handler = ocp.PyTreeCheckpointHandler()
+        handler.save(folder.absolute(), args=ocp.args.PyTreeSave(tree))
+        handler.finalize(folder.absolute())
+    progress(sum(v.nbytes for v in flat.values()))
+    told = {**json.loads(architecture.description(module)), "empty": empty}
+    (folder / _OURS).write_text(json.dumps(told))
+
+
+@contextlib.contextmanager
+def _quietly() -> Iterator[None]:
+    """Without Orbax's remarks on its own doings."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio", "orbax")]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,217 @@
+"""Plain trees of arrays: NumPy's .npz and Flax's msgpack."""
+
+import io
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import msgpack
+import numpy as np
+from numpy.lib import format as npy
+
+from fwt._types import FileFormatError, Model
+from fwt.converters import io as _io
+from fwt.converters.frameworks import architecture
+from fwt.converters.io import (
+    Budget,
+    Reading,
+    dtype_of,
+    member,
+    nested,
+    opened,
+    progress,
+    reading,
+)
+from fwt.converters.rows.row import refuse
+
+_OURS = "fwt.json"  # a member that says what .npy can't: bfloat16 and the like, and the module
+
+
+def load_npz(path: Path, how: Reading) -> Model:
+    """A .npz archive; one of ours with its architecture."""
+    with reading(path), opened(path) as archive:
+        budget = Budget(path, how.max_bytes)
+        names = archive.namelist()
+        told = budget.parsed(member(archive, _OURS, budget), _OURS) if _OURS in names else None
+        dtypes = told["dtypes"] if told else {}
+        flat = {}
+        for name in names:
+            if name == _OURS:
+                continue
+            if not name.endswith(".npy"):
+                raise FileFormatError(f"{path}: {name} is no array")
+            stem = name.removesuffix(".npy")
+            flat[stem] = _npy(member(archive, name, budget), stem, dtypes.get(stem), path)
+        if told:
+            if how.key is not None:
+                raise FileFormatError(f"{path}: key={how.key!r}: it holds one model only")
+            variables = nested(flat, "/", path)
+            if told["module"] is not None:
+                return architecture.described(json.dumps(told), variables, path)
+            return Model(None, {"params": {}, **variables})
+        slashes = any("/" in name for name in flat)
+        first = {name.split("/")[0] for name in flat}
+        if slashes and "params" not in first:
+            flat = {f"params/{name}": value for name, value in flat.items()}
+        tree = _io.under(nested(flat, "/" if slashes else ".", path), how.key, path)
+        return Model(None, _io.as_variables(tree, path))
+
+
+def _npy(data: bytearray, name: str, told: str | None, path: Path) -> np.ndarray:
+    stream = io.BytesIO(data[:70_000])  # the header, which is at most 64 kB
+    version = npy.read_magic(stream)
+    read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
+    if read is None:
+        raise FileFormatError(f"{path}: {name} is of .npy version {version}")
+    shape, fortran, dtype = read(stream)
+    if told is not None:
+        dtype = _extended(told, dtype, name, path)
+    if dtype.kind not in "biufc" and told is None:
+        raise FileFormatError(
+            f"{path}: {name} has dtype {dtype}, which holds objects, text or bytes whose meaning "
+            "the file does not say"
+        )
+    start = stream.tell()
+    count = int(np.prod(shape, dtype=object)) if shape else 1
+    if min((*shape, 0)) < 0 or count * dtype.itemsize != len(data) - start:
+        raise FileFormatError(
+            f"{path}: {name} of {dtype}{list(shape)} has {len(data) - start:,} bytes"
+        )
+    flat = np.frombuffer(data, dtype, count, start)
+    value = flat.reshape(shape[::-1]).T if fortran else flat.reshape(shape)
+    return _io.native(np.ascontiguousarray(value).reshape(shape))
+
+
+def _extended(told: str, dtype: np.dtype, name: str, path: Path) -> np.dtype:
+    if not hasattr(ml_dtypes, told) or dtype_of(told).itemsize != dtype.itemsize:
+        raise FileFormatError(f"{path}: {name} of {dtype} is said to be {told!r}")
+    return dtype_of(told)
+
+
+def save_npz(file: Any, module: Any, variables: Any, layout: str | None) -> None:
+    """An archive for ``numpy.load``, stored without compression.
+
+    NumPy has no bfloat16 and no 8-bit floats: their bytes are there as ``V2`` and ``V1``, and a
+    member ``fwt.json`` says what they are.
+    """
+    flat = _io.slashed(variables)
+    dtypes = {n: v.dtype.name for n, v in flat.items() if hasattr(ml_dtypes, v.dtype.name)}
+    told = {**json.loads(architecture.description(module)), "dtypes": dtypes}
+    with zipfile.ZipFile(file, "w") as archive:
+        for name, value in flat.items():
+            if "\0" in name:
+                raise refuse(name, "a name with a zero byte, which no archive holds")
+            if name in dtypes:
+                value = value.view(f"V{value.dtype.itemsize}")
+            header = io.BytesIO()
+            npy.write_array_header_1_0(header, npy.header_data_from_array_1_0(value))
+            _io.add_member(archive, f"{name}.npy", value, header.getvalue())
+        archive.writestr(_OURS, json.dumps(told))
+
+
+# -- msgpack ----------------------------------------------------------------------------------
+
+
+def load_msgpack(path: Path, how: Reading) -> Model:
+    """What ``flax.serialization.to_bytes`` gives."""
+    with reading(path):
+        budget = Budget(path, how.max_bytes)
+        budget.spend("the file", path.stat().st_size)
+        data = path.read_bytes()
+        progress(len(data))
+        tree = _io.under(_tree_of(_unpacked(data, path, budget), path), how.key, path)
+        return Model(None, _io.as_variables(tree, path))
+
+
+def _unpacked(data: bytes, path: Path, budget: Budget) -> Any:
+    budget.spend("its entries", 128 * _check_msgpack(data, path))
+
+    def extension(code: int, inside: bytes) -> Any:
+        if code not in (1, 3):  # an array, a NumPy scalar
+            raise FileFormatError(f"{path}: the msgpack extension {code} is no array")
+        _check_msgpack(inside, path)
+        shape, name, buffer = msgpack.unpackb(inside, raw=True)
+        if not all(isinstance(n, int) and n >= 0 for n in shape):
+            raise FileFormatError(f"{path}: an array of the shape {shape!r:.60}")
+        value = np.frombuffer(buffer, dtype_of(name.decode())).reshape(tuple(shape))
+        if not _io.is_numeric(value.dtype):
+            raise FileFormatError(f"{path}: an array of dtype {value.dtype}")
+        return _io.native(np.array(value))
+
+    return msgpack.unpackb(data, ext_hook=extension, raw=False, strict_map_key=True)
+
+
+def _tree_of(node: Any, path: Path) -> Any:
+    """Lists as dicts of numbers, as Flax's own state dicts have them; large arrays whole."""
+    if isinstance(node, list):
+        node = {str(i): v for i, v in enumerate(node)}
+    if not isinstance(node, dict):
+        return node
+    if "__msgpack_chunked_array__" not in node:
+        return {k: _tree_of(v, path) for k, v in node.items()}
+    shape, chunks = (list(node[k].values()) for k in ("shape", "chunks"))
+    if not all(isinstance(c, np.ndarray) for c in chunks):
+        raise FileFormatError(f"{path}: a piece of a large array is no array")
+    return np.concatenate([np.ravel(c) for c in chunks]).reshape(shape)
+
+
+# How many bytes follow a code: so many; a length and more; a length in entries.
+_FIXED = {0xC0: 0, 0xC2: 0, 0xC3: 0, 0xCA: 4, 0xCB: 8,
+          **{start + i: 1 << i for start in (0xCC, 0xD0) for i in range(4)},
+          **{0xD4 + i: 1 + (1 << i) for i in range(5)}}  # fmt: skip
+_SIZED = {0xC4: (1, 0), 0xC5: (2, 0), 0xC6: (4, 0), 0xC7: (1, 1), 0xC8: (2, 1), 0xC9: (4, 1),
+          0xD9: (1, 0), 0xDA: (2, 0), 0xDB: (4, 0)}  # fmt: skip
+_MANY = {0xDC: (2, 1), 0xDD: (4, 1), 0xDE: (2, 2), 0xDF: (4, 2)}
+
+
+def _check_msgpack(data: bytes, path: Path) -> int:
+    """Goes over the headers, so that no declared length is more than the file can hold, and counts
+    the entries."""
+    at, wanted, depth, entries = 0, [1], 0, 0
+    while wanted:
+        if wanted[-1] == 0:
+            wanted.pop()
+            continue
+        wanted[-1] -= 1
+        entries += 1
+        if at >= len(data):
+            raise FileFormatError(f"{path}: it is truncated")
+        code, at = data[at], at + 1
+        count = 0
+        if code <= 0x7F or code >= 0xE0 or code in _FIXED:
+            at += _FIXED.get(code, 0)
+        elif 0xA0 <= code <= 0xBF:
+            at += code & 0x1F
+        elif code in _SIZED:
+            width, more = _SIZED[code]
+            at += width + more + int.from_bytes(data[at : at + width], "big")
+        elif code in _MANY:
+            width, each = _MANY[code]
+            count, at = each * int.from_bytes(data[at : at + width], "big"), at + width
+        elif code <= 0x9F:
+            count = (code & 0x0F) * (2 if code <= 0x8F else 1)
+        else:
+            raise FileFormatError(f"{path}: the byte {code:#x} at {at - 1} is no msgpack")
+        depth = len(wanted)
+        if at > len(data) or count > len(data) - at or depth > 100:
+            raise FileFormatError(f"{path}: it is truncated, or declares more than it holds")
+        if count:
+            wanted.append(count)
+    if at != len(data):
+        raise FileFormatError(f"{path}: {len(data) - at} bytes stand behind its end")
+    return entries
+
+
+def save_msgpack(file: Any, module: Any, variables: Any, layout: str | None) -> None:
+    """Bytes for ``flax.serialization.from_bytes`` and ``msgpack_restore``: the variables alone."""
+    from flax import serialization
+
+    flat = _io.slashed(variables)
+    for name, value in flat.items():
+        if value.dtype.name != "bfloat16" and hasattr(ml_dtypes, value.dtype.name):
+            raise refuse(name, f"dtype {value.dtype}: Flax itself can't read it from msgpack")
+    # An empty collection stays.
+    tree = {**{c: {} for c in variables}, **nested(flat, "/", Path())}
+    file.write(serialization.msgpack_serialize(tree))

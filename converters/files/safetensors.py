@@ -1,0 +1,175 @@
+"""safetensors, single and sharded: read and written a tensor at a time.
+
+The package checks the file; the tensors are then read at the offsets that it found right, since
+its NumPy side lacks the 8-bit floats.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fwt._types import ConversionError, FileFormatError, Model
+from fwt.converters import io as _io
+from fwt.converters.frameworks import architecture
+from fwt.converters.io import Budget, Reading, dtype_of, nested, reading
+from fwt.converters.rows.row import refuse
+
+DTYPES = {
+    "BOOL": "bool",
+    **{f"{k}{bits}": f"{name}{bits}" for k, name in (("U", "uint"), ("I", "int"))
+       for bits in (8, 16, 32, 64)},
+    "F16": "float16",
+    "F32": "float32",
+    "F64": "float64",
+    "C64": "complex64",
+    "BF16": "bfloat16",
+    "F8_E4M3": "float8_e4m3fn",
+    "F8_E5M2": "float8_e5m2",
+    "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}  # fmt: skip
+_NAMES = {name: code for code, name in DTYPES.items()}
+INDEX = "model.safetensors.index.json"
+
+
+def load_safetensors(path: Path, how: Reading) -> Model:
+    """A .safetensors file: ours with its architecture, any other as weights only."""
+    with reading(path):
+        budget = Budget(path, how.max_bytes)
+        flat, metadata = _read(path, budget)
+        return _model(flat, metadata, path, how)
+
+
+def load_sharded(path: Path, how: Reading) -> Model:
+    """The index of a sharded file, or the folder that holds one."""
+    path = _io.index_in(path, ".safetensors.index.json")
+    with reading(path):
+        index = _io.read_json(path)
+        where, metadata = index["weight_map"], index.get("metadata") or {}
+        flat: dict[str, np.ndarray] = {}
+        for shard in sorted(set(where.values())):
+            held, _ = _read(_io.sibling(path, shard), None)
+            wanted = {name for name, place in where.items() if place == shard}
+            if wanted != set(held):
+                name = sorted(wanted ^ set(held))[0]
+                raise FileFormatError(f"{path}: {name} stands in one of the index and {shard} only")
+            flat |= held
+        return _model({name: flat[name] for name in where}, metadata, path, how)
+
+
+def _read(path: Path, budget: Budget | None) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    from safetensors import safe_open
+
+    budget = budget or Budget(path)
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > min(path.stat().st_size, 100_000_000):
+            raise FileFormatError(f"{path}: its header declares {size:,} bytes")
+        text = file.read(size)
+        budget.parsed(text, "its header")
+    with safe_open(path, framework="numpy") as checked, open(path, "rb") as file:
+        metadata = checked.metadata() or {}
+        header = json.loads(text, object_pairs_hook=_once)
+        out = {}
+        names = checked.keys()  # it is no mapping, which could be iterated over
+        for name in names:
+            entry = header[name]
+            if entry["dtype"] not in DTYPES:
+                raise FileFormatError(
+                    f"{path}: {name} has dtype {entry['dtype']}, which NumPy lacks"
+                )
+            dtype = dtype_of(DTYPES[entry["dtype"]])
+            start, end = entry["data_offsets"]
+            budget.spend(name, end - start)
+            value = np.empty(entry["shape"], dtype)
+            if value.nbytes != end - start:
+                raise FileFormatError(f"{path}: {name} has {end - start} bytes")
+            file.seek(8 + size + start)
+            _io.read_into(file, value)
+            out[name] = value
+    return out, metadata
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        raise ValueError("a name stands twice in the header")
+    return out
+
+
+def _model(
+    flat: dict[str, np.ndarray], metadata: Mapping[str, str], path: Path, how: Reading
+) -> Model:
+    if how.key is not None:
+        raise FileFormatError(f"{path}: key={how.key!r}: it holds one set of weights only")
+    if "fwt" not in metadata:
+        return Model(None, nested(flat, ".", path))
+    Budget(path).parsed(metadata["fwt"], "its architecture")
+    return architecture.described(metadata["fwt"], nested(flat, "/", path), path)
+
+
+def _named(module: Any, variables: Any) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The tensors and metadata of a file: with the architecture, or under the names that the
+    weights came with."""
+    tensors = _io.same_names(variables, Path()) if module is None else None
+    metadata = {"format": "np"}
+    if tensors is None:
+        metadata["fwt"] = architecture.description(module)
+        tensors = _io.slashed(variables)
+    for name, leaf in tensors.items():
+        if leaf.dtype.name not in _NAMES:
+            raise refuse(name, f"dtype {leaf.dtype} can't be written to .safetensors")
+    return tensors, metadata
+
+
+def save_safetensors(file: Any, module: Any, variables: Any, layout: str | None) -> None:
+    """A .safetensors file."""
+    tensors, metadata = _named(module, variables)
+    _write(file, tensors, metadata)
+
+
+def save_sharded(folder: Path, module: Any, variables: Any, shard_bytes: int) -> None:
+    """A folder of shards of at most so many bytes each, and their index."""
+    tensors, metadata = _named(module, variables)
+    shards: list[dict[str, np.ndarray]] = [{}]
+    room = shard_bytes
+    for name, leaf in tensors.items():
+        if leaf.nbytes > room and shards[-1]:
+            shards.append({})
+            room = shard_bytes
+        shards[-1][name] = leaf
+        room -= leaf.nbytes
+    where: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        with open(folder / name, "wb") as file:
+            _write(_io.Counted(file), shard, {"format": "np"})
+        where |= dict.fromkeys(shard, name)
+    total = {"total_size": sum(leaf.nbytes for leaf in tensors.values())}
+    index = {"metadata": {**total, **metadata}, "weight_map": where}
+    (folder / INDEX).write_text(json.dumps(index, indent=2))
+
+
+def _write(file: Any, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    start = 0
+    # The widest first, so that each is aligned to its own width.
+    ordered = sorted(tensors, key=lambda n: (-tensors[n].dtype.itemsize, n))
+    for name in ordered:
+        leaf = tensors[name]
+        if name == "__metadata__":
+            raise ConversionError("a tensor can't be named '__metadata__'")
+        code, end = _NAMES[leaf.dtype.name], start + leaf.nbytes
+        header[name] = {"dtype": code, "shape": list(leaf.shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > 100_000_000:
+        raise ConversionError(f"the header of {len(tensors)} names is larger than 100 MB")
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name in ordered:
+        _io.write_array(file, tensors[name])

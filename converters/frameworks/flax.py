@@ -1,0 +1,163 @@
+"""Flax, the hub: a Sequential as layers, and layers as a Model."""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import numpy as np
+
+from fwt._sequential import Named, Sequential
+from fwt._types import ConversionError, Model
+from fwt.converters.rows import table
+from fwt.converters.rows.row import Layer, Row, joined, parts_of, refuse, same
+
+
+def sequential_of(module: Any) -> Any:
+    """A linen ``nn.Sequential`` as a :class:`fwt.Sequential`; anything else as it is."""
+    if type(module) is not nn.Sequential:
+        return module
+    # linen names its children so, whatever their own names; functions count too.
+    named = [(f"layers_{i}", sequential_of(layer)) for i, layer in enumerate(module.layers)]
+    return Sequential(named)
+
+
+def read_flax(module: Any, variables: Any, inside: tuple[str, ...] = ()) -> list[Layer]:
+    """The layers of a Sequential with their arrays, those of Sequentials in it among them."""
+    if not isinstance(module, Sequential):
+        raise ConversionError(
+            f"expected a fwt.Sequential or a linen nn.Sequential, found {type(module).__name__}; "
+            "rebuild it as fwt.Sequential([(name, layer), ...])"
+        )
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        variables = {"params": variables if isinstance(variables, Mapping) else {}}
+    out = []
+    names = {n.name for n in module.layers}
+    for collection, tree in variables.items():
+        if collection not in ("params", "batch_stats"):
+            raise ConversionError(f"variables: the collection {collection!r} can't be converted")
+        for name in tree:
+            if name not in names:
+                place = "/".join([collection, *inside, name])
+                raise ConversionError(
+                    f"variables: {place} belongs to no layer of the module, which has "
+                    f"{sorted(names)}"
+                )
+    for named in module.layers:
+        parts = (*inside, named.name)
+        if isinstance(named.layer, Sequential):
+            own = {c: tree.get(named.name, {}) for c, tree in variables.items()}
+            out += read_flax(named.layer, own, parts)
+            continue
+        arrays: dict[str, Any] = {}
+        for tree in variables.values():
+            arrays |= _flat(tree.get(named.name, {}))
+        out.append(_layer(joined(parts), named.layer, arrays))
+    return out
+
+
+def _flat(tree: Mapping[str, Any], inside: str = "") -> dict[str, Any]:
+    """The arrays of a layer, those of layers in it as ``query/kernel``."""
+    out: dict[str, Any] = {}
+    for name, value in tree.items():
+        nested = isinstance(value, Mapping)
+        out |= _flat(value, f"{inside}{name}/") if nested else {inside + name: np.asarray(value)}
+    return out
+
+
+def _layer(name: str, layer: Any, arrays: dict[str, Any]) -> Layer:
+    cls = type(layer)
+    kind = cls.__name__
+    if any(r.flax is not cls for r in table.rows_of("flax", kind)):
+        raise refuse(name, f"{cls.__module__}.{kind} is not the class that fwt knows")
+    known = [f for f in dataclasses.fields(layer) if f.name not in ("parent", "name")]
+    fields = {f.name: getattr(layer, f.name) for f in known if f.init}
+    defaults = {f.name: f.default for f in known if f.default is not dataclasses.MISSING}
+    return Layer(name, kind, fields, arrays, defaults)
+
+
+def write_flax(layers: Sequence[Layer], input_shape: Any) -> Model:
+    """A Model of the layers, with the pairs that another framework needed folded into one."""
+    entries = [(parts_of(layer.name), layer) for layer in fold(list(layers))]
+    named, trees = _nested(entries)
+    variables = {"params": trees["params"]}
+    if trees["batch_stats"]:
+        variables["batch_stats"] = trees["batch_stats"]
+    return Model(Sequential(named, input_shape), variables)
+
+
+def _nested(
+    entries: list[tuple[list[str], Layer]],
+) -> tuple[tuple[Named, ...], dict[str, dict[str, Any]]]:
+    named: list[Named] = []
+    trees: dict[str, dict[str, Any]] = {"params": {}, "batch_stats": {}}
+    for first, together in itertools.groupby(entries, key=lambda e: e[0][0]):
+        group = list(together)
+        if len(group[0][0]) > 1:
+            inner, theirs = _nested([(parts[1:], layer) for parts, layer in group])
+            named.append(Named(first, Sequential(inner)))
+            for collection, tree in theirs.items():
+                if tree:
+                    trees[collection][first] = tree
+            continue
+        for _, layer in group:
+            row = table.rows_of("flax", layer.kind)[0]
+            named.append(Named(first, _module(row, layer)))
+            where = {p.of("flax")[0]: p.collection for p in row.params}
+            for name, value in layer.arrays.items():
+                *inside, leaf = name.split("/")
+                node = trees[where[name]].setdefault(first, {})
+                for part in inside:
+                    node = node.setdefault(part, {})
+                node[leaf] = value
+    return tuple(named), trees
+
+
+def _module(row: Row, layer: Layer) -> Any:
+    cls: Any = row.flax
+    fields = cls.__dataclass_fields__
+    # What says no more than the default is left out, so that equal models are equal.
+    settings = {k: v for k, v in layer.settings.items() if not same(v, fields[k].default)}
+    if settings.get("strides") is not None and settings["strides"] == settings.get("window_shape"):
+        del settings["strides"]
+    return cls(**settings)
+
+
+def fold(layers: list[Layer]) -> list[Layer]:
+    """Undoes what a target needed two layers for: a pad named for the layer after it, a Flatten
+    named for the pool before it."""
+    out: list[Layer] = []
+    for layer in layers:
+        last = out[-1] if out else None
+        if last is not None and last.name == f"{layer.name}__pad":
+            padding, pads = layer.settings.get("padding"), last.settings["padding"]
+            zero = last.kind == "ZeroPad"
+            if padding == "VALID" and (
+                (zero and layer.kind in ("Conv", "AvgPool"))
+                or (layer.kind == "MaxPool" and last.settings.get("value") == float("-inf"))
+            ):
+                settings = {**layer.settings, "padding": pads}
+                if layer.kind == "AvgPool":
+                    settings["count_include_pad"] = True
+                out[-1] = dataclasses.replace(layer, settings=settings)
+                continue
+        if (
+            last is not None
+            and (last.kind, layer.kind) == ("ConvTranspose", "Crop")
+            and layer.name == f"{last.name}__crop"
+        ):
+            pairs = zip(last.settings["padding"], layer.settings["cropping"], strict=True)
+            pads = tuple((lo - first, hi - second) for (lo, hi), (first, second) in pairs)
+            out[-1] = dataclasses.replace(last, settings={**last.settings, "padding": pads})
+            continue
+        if (
+            last is not None
+            and layer.kind == "Flatten"
+            and layer.name == f"{last.name}__flatten"
+            and last.kind in ("GlobalAvgPool", "GlobalMaxPool")
+        ):
+            out[-1] = dataclasses.replace(last, settings={**last.settings, "keepdims": False})
+            continue
+        out.append(layer)
+    return out

@@ -1,0 +1,297 @@
+"""Live Keras models, on any backend."""
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from fwt import _tree
+from fwt._types import ConversionError, Model
+from fwt.converters.frameworks import flax as _flax
+from fwt.converters.frameworks import keras_config
+from fwt.converters.frameworks import sidecar as _sidecar
+from fwt.converters.rows import table
+from fwt.converters.rows.row import Layer, LiveLeaf, order, parts_of, refuse
+from fwt.converters.walk import convert
+from fwt.converters.walk.convert import Layout
+
+
+def _arrays(layer: Any, place: str) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, variable in _named(layer):
+        if name in out and name != "seed_generator_state":
+            raise refuse(place, f"two variables are named {name!r}")
+        out[name] = keras.ops.convert_to_numpy(variable)
+    return out
+
+
+def _named(layer: Any) -> list[tuple[str, Any]]:
+    """The variables of a layer, those of attention as ``query/kernel``."""
+    count = 2 if isinstance(layer, keras.layers.MultiHeadAttention) else 1
+    seed = "seed_generator_state"
+    return [
+        (v.name if v.name == seed else "/".join(v.path.split("/")[-count:]), v)
+        for v in layer.variables
+    ]
+
+
+class SelfAttention(keras.layers.MultiHeadAttention):
+    """``keras.layers.MultiHeadAttention`` of one tensor with itself, which fits a Sequential."""
+
+    def build(self, shape: Any) -> None:
+        super().build(shape, shape)
+
+    def call(self, x: Any, training: bool | None = None) -> Any:
+        return super().call(x, x, training=training)
+
+    def compute_output_shape(self, shape: Any) -> Any:
+        return super().compute_output_shape(shape, shape)
+
+    def compute_output_spec(self, x: Any, training: bool | None = None) -> Any:
+        return keras.KerasTensor(self.compute_output_shape(x.shape), dtype=self.compute_dtype)
+
+
+table.CUSTOM["keras"]["SelfAttention"] = SelfAttention
+
+
+def from_keras(model: Any, layout: Layout = "channels_last", *, sidecar: bool = False) -> Model:
+    """A Keras Sequential as a Flax model with the same predictions.
+
+    So too a Functional model that is one straight line of layers; a Sequential inside stays one.
+    An ``activation=`` inside a layer becomes a layer named ``<layer>__activation``;
+    :func:`to_keras` puts it back.
+
+    Args:
+        model: a built ``keras.Sequential``; the names of its layers are kept.
+        layout: what the new model's input and output look like: "channels_last" or
+            "channels_first" where a layer proves which axis holds the channels, or "source".
+        sidecar: whether to keep what Flax has no place for (seeds, initializers, regularizers,
+            what is trained) in ``module.sidecar``, so that :func:`to_keras` gives it back; ``save``
+            writes it along.
+
+    Returns:
+        ``Model(module, variables)`` with NumPy leaves.
+
+    Raises:
+        ConversionError: for any layer, setting or array that can't be converted exactly, by name.
+
+    Example:
+        >>> import keras, numpy as np
+        >>> net = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, name="dense")])
+        >>> module, variables = from_keras(net)
+        >>> bool((variables["params"]["dense"]["kernel"] == net.layers[0].kernel).all())
+        True
+    """
+    if not isinstance(model, keras.Sequential | keras.Model) or type(model).__name__ not in (
+        keras_config.CONTAINERS
+    ):
+        raise ConversionError(
+            f"from_keras takes a keras.Sequential, found {type(model).__name__}; to change the "
+            "weights of any Keras model in place, use converters.transform(model, t)"
+        )
+    if not model.built:
+        raise ConversionError(
+            f"{model.name} has no weights yet: build it, model.build((None, ...)), or give it a "
+            "keras.Input"
+        )
+    layers, shape = layers_of(model)
+    new, found = convert.convert(layers, "keras", "flax", shape, layout)
+    made = _flax.write_flax(new, found)
+    if not sidecar:
+        return made
+    return _sidecar.with_sidecar(
+        made, layers, "keras", lambda m: keras_config.to_keras_layers(*m, None)[0]
+    )
+
+
+def layers_of(model: Any) -> tuple[list[Layer], Any]:
+    """The layers of a live model with their arrays, and its input shape."""
+    layers, shape = keras_config.keras_layers(_config(model), model.name)
+    for layer in layers:
+        if layer.fused:
+            continue
+        live = model
+        for part in parts_of(layer.name):
+            live = live.get_layer(part)
+        _fill(layer, live)
+    return layers, shape
+
+
+def _fill(layer: Layer, live: Any) -> None:
+    """The arrays of a live layer, and of what it wraps."""
+    if not layer.inner:
+        layer.arrays = _arrays(live, str(layer))
+        return
+    roles: tuple[str, ...] = ("layer",)
+    if layer.kind == "Bidirectional":
+        roles = ("forward_layer", "backward_layer")
+    elif layer.kind == "RNN":
+        roles = ("cell",)
+    for part, role in zip(layer.inner, roles, strict=True):
+        _fill(part, getattr(live, role))
+
+
+def _config(model: Any) -> dict[str, Any]:
+    """As ``keras.saving.serialize_keras_object`` has it, but for known classes only."""
+    if not isinstance(model, keras.Sequential):
+        for layer in model.layers:
+            _check_known(layer)
+        return {"class_name": "Functional", "config": model.get_config()}
+    entries = []
+    for layer in model.layers:
+        _check_known(layer)
+        inside = isinstance(layer, keras.Sequential)
+        entry = _config(layer) if inside else keras.saving.serialize_keras_object(layer)
+        if inside:
+            entry["config"]["name"] = layer.name
+        entries.append(entry)
+    shape = [None, *model.input_shape[1:]]
+    return {"class_name": "Sequential", "config": {"layers": entries, "build_input_shape": shape}}
+
+
+def _check_known(layer: Any) -> None:
+    cls = type(layer)
+    if isinstance(layer, keras.Model) and cls.__name__ in keras_config.CONTAINERS:
+        for inner in layer.layers:
+            _check_known(inner)
+        return
+    custom = table.CUSTOM["keras"].get(cls.__name__)
+    if cls is not (custom or getattr(keras.layers, cls.__name__, None)):
+        raise refuse(
+            layer.name,
+            f"{cls.__module__}.{cls.__name__} is a custom layer, which can't be converted",
+            "converters.register(row) makes it known",
+        )
+    if "call" in vars(layer):
+        raise refuse(layer.name, "its call is a function of the user's own")
+    activation = getattr(layer, "activation", None)
+    if inspect.isfunction(activation):
+        # Keras writes any function down by its name alone.
+        known = getattr(keras.activations, activation.__name__, None)
+        if known is not activation:
+            raise refuse(
+                f"{layer.name} ({cls.__name__})",
+                f"activation={activation.__name__!r} is a function of the user's own",
+            )
+    for role in ("layer", "forward_layer", "backward_layer", "cell"):
+        if role == "cell" and cls is not keras.layers.RNN:
+            continue
+        wrapped = getattr(layer, role, None)
+        if isinstance(wrapped, keras.layers.Layer):
+            name = type(wrapped).__name__
+            if getattr(keras.layers, name, None) is not type(wrapped):
+                raise refuse(layer.name, f"it wraps {name}, which is a custom layer")
+
+
+def to_keras(module: Any, variables: Any, input_shape: Sequence[int | None] | None = None) -> Any:
+    """A Flax model as a Keras Sequential with the same predictions.
+
+    Args:
+        module: a :class:`fwt.Sequential`.
+        variables: its variables, float32.
+        input_shape: the shape of its input without the batch axis; None takes the module's own,
+            or what follows from the first layers.
+
+    Returns:
+        A built ``keras.Sequential`` on the active backend, whose layers keep their names.
+
+    Raises:
+        ConversionError: for any layer or setting that Keras can't say exactly, by name.
+
+    Example:
+        >>> import fwt, jax, flax.linen as nn
+        >>> net = fwt.Sequential([("dense", nn.Dense(2))])
+        >>> variables = net.init(jax.random.key(0), jax.numpy.ones((1, 3)))
+        >>> [layer.name for layer in to_keras(net, variables).layers]
+        ['dense']
+    """
+    layers, shape = keras_config.to_keras_layers(module, variables, input_shape, state=True)
+    config = keras_config.keras_config(layers, shape)["config"]
+    try:
+        with keras.saving.custom_object_scope(table.CUSTOM["keras"]):
+            model = keras.Sequential.from_config(config)
+    except (TypeError, ValueError) as error:
+        raise ConversionError(
+            f"Keras can't build this model: {' '.join(str(error).split())}"
+        ) from error
+    for layer in layers:
+        live: Any = model
+        for part in parts_of(layer.name):
+            live = live.get_layer(part)
+        _assign(layer, live)
+    return model
+
+
+def _assign(layer: Layer, live: Any) -> None:
+    if layer.inner:
+        roles = ("forward_layer", "backward_layer") if len(layer.inner) > 1 else ("layer",)
+        for part, role in zip(layer.inner, roles, strict=True):
+            _assign(part, getattr(live, role))
+    variables = dict(_named(live))
+    for name, value in layer.arrays.items():
+        variables[name].assign(value)
+
+
+def leaves(model: Any) -> list[LiveLeaf]:
+    """The floating weights in Flax's names and axes; a tied one under its first path."""
+    out: list[LiveLeaf] = []
+    seen: set[int] = set()
+
+    def visit(layer: Any, parts: list[str]) -> None:
+        children = list(layer._flatten_layers(include_self=False, recursive=False))
+        theirs = {id(v) for child in children for v in child.variables}
+        kind = _public_name(layer)
+        names = table.leaf_names("keras", kind)
+        own = [v for v in layer.variables if id(v) not in theirs | seen and _is_weight(v, kind)]
+        seen.update(id(v) for v in own)
+        for variable, label in zip(own, _unique([v.name for v in own]), strict=True):
+            value = np.asarray(keras.ops.convert_to_numpy(variable))
+            name, letters, flax_letters, _ = names.get(label, (label, [], [], "params"))
+            there = order(letters, flax_letters, value.ndim) if letters else None
+            known = table.live("keras", layer, kind, letters, flax_letters, value.ndim)
+            if kind == "EinsumDense" and label == "kernel":
+                names_of = table.einsum_names(layer.equation)
+                known = dataclasses.replace(known, names=names_of)
+            if there is not None:
+                value = value.transpose(there)
+            path = "/".join(_tree.escape(p) for p in [*parts, name])
+            out.append(LiveLeaf(path, value, known, functools.partial(_write, variable, there)))
+        for child, label in zip(children, _unique([c.name for c in children]), strict=True):
+            visit(child, [*parts, label])
+
+    visit(model, [])
+    return out
+
+
+def _unique(names: list[str]) -> list[str]:
+    """Names with a number after a repeated one, which is nobody else's name."""
+    out: list[str] = []
+    for name in names:
+        unique, number = name, 1
+        while unique in out or (unique != name and unique in names):
+            unique, number = f"{name}_{number}", number + 1
+        out.append(unique)
+    return out
+
+
+def _public_name(layer: Any) -> str:
+    """The class in keras.layers that a layer is or derives from."""
+    for cls in type(layer).__mro__:
+        if getattr(keras.layers, cls.__name__, None) is cls:
+            return cls.__name__
+    return type(layer).__name__
+
+
+def _is_weight(variable: Any, kind: str) -> bool:
+    """A floating weight; no seed, counter, metric or statistic of the data."""
+    floating = keras.backend.is_float_dtype(keras.backend.standardize_dtype(variable.dtype))
+    statistic = variable.name in ("moving_mean", "moving_variance") or kind == "Normalization"
+    return floating and not statistic
+
+
+def _write(variable: Any, there: tuple[int, ...] | None, value: np.ndarray) -> None:
+    variable.assign(value if there is None else value.transpose(np.argsort(there)))

@@ -1,0 +1,127 @@
+"""``transform``: any transform on a live model of any framework, in place."""
+
+import sys
+from typing import Any
+
+import numpy as np
+
+from fwt import _axes, _tree
+from fwt._types import ConversionError, LeafError, Model, Transform
+
+
+def transform(model: Any, t: Transform) -> Any:
+    """Runs a transform on a live Keras or torch model of any shape, in place.
+
+    The transform sees the weights in Flax's names and axes, under the same paths as ``from_keras``
+    and ``from_torch`` give, without BatchNorm statistics; nothing is permuted for a Flatten. Only
+    weights that it changed are written, all of them after it ended: integer, seed and tied
+    variables, dtype, device, ``requires_grad`` and the storage itself survive. A tied weight
+    stands under its first path.
+
+    Args:
+        model: a built Keras model, a torch module, or a :class:`fwt.Model`.
+        t: any transform.
+
+    Returns:
+        The same model; for a :class:`fwt.Model`, a new one.
+
+    Raises:
+        FwtError: whatever the transform says; the model is as it was then.
+        LeafError: if it changed a path, shape or dtype.
+
+    Example:
+        >>> import torch, fwt
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 2))
+        >>> _ = transform(net, fwt.prune(0.5))
+        >>> int((net[0].weight == 0).sum())
+        4
+    """
+    if isinstance(model, Model):
+        return t(model)
+    leaves = _backend(model).leaves(model)
+    if not leaves:
+        unbuilt = getattr(model, "built", True) is False
+        raise ConversionError(
+            f"{type(model).__name__} has no floating weights"
+            + ("; build it first, model.build((None, ...))" if unbuilt else "")
+        )
+    paths = [leaf.path for leaf in leaves]
+    if len(set(paths)) < len(paths):
+        twice = next(p for p in paths if paths.count(p) > 1)
+        raise ConversionError(f"{twice}: two weights have this name; rename one of them")
+    # Copies that can't be written to: what a transform keeps or swaps must not change later.
+    before = {leaf.path: np.array(leaf.value) for leaf in leaves}
+    for value in before.values():
+        value.flags.writeable = False
+    known = {leaf.path: leaf.known for leaf in leaves}
+    # Under "params", so that a layer that is itself named params is no collection.
+    tree = {"params": _nested(before)}
+    token = _axes.KNOWN.set(known)
+    try:
+        after = _tree.Tree(t(tree)).leaves
+    finally:
+        _axes.KNOWN.reset(token)
+    if set(after) != set(before):
+        path = sorted(set(after) ^ set(before))[0]
+        raise LeafError(f"the transform must keep the tree as it is, but {path!r} is not in both")
+    changed = {}
+    for path, old in before.items():
+        new = after[path]
+        if new is old:
+            continue
+        value = np.asarray(new)
+        if value.shape != old.shape or value.dtype != old.dtype:
+            raise LeafError(
+                f"{path}: expected {old.dtype}{list(old.shape)} from the transform, found "
+                f"{value.dtype}{list(value.shape)}"
+            )
+        # Bytes, so that NaN equals itself and -0.0 is not +0.0.
+        if value.tobytes() != old.tobytes():
+            changed[path] = value
+    written = []
+    try:
+        for leaf in leaves:
+            if leaf.path in changed:
+                written.append(leaf)
+                leaf.write(changed[leaf.path])
+    except Exception as error:  # whatever a framework says, what is written is undone
+        for leaf in written[:-1]:
+            leaf.write(before[leaf.path])
+        raise ConversionError(
+            f"{written[-1].path} can't be written ({error}); the model is as it was"
+        ) from error
+    return model
+
+
+def _nested(flat: dict[str, Any]) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for path, value in flat.items():
+        *parents, last = [_tree.unescape(p) for p in _tree.split(path)]
+        node = out
+        for part in parents:
+            node = node.setdefault(part, {})
+            if not isinstance(node, dict):
+                break
+        if not isinstance(node, dict) or last in node:
+            raise ConversionError(
+                f"{path}: a weight and a layer have the same name there; rename one of them"
+            )
+        node[last] = value
+    return out
+
+
+def _backend(model: Any) -> Any:
+    """The module for a live model, which touches a framework only if it is imported already."""
+    torch, keras = sys.modules.get("torch"), sys.modules.get("keras")
+    if keras is not None and isinstance(model, keras.layers.Layer):
+        from fwt.converters.frameworks import keras as _keras
+
+        return _keras
+    if torch is not None and isinstance(model, torch.nn.Module):
+        from fwt.converters.frameworks import torch as _torch
+
+        return _torch
+    raise ConversionError(
+        f"transform takes a Keras model, a torch module or a fwt.Model, found "
+        f"{type(model).__name__}; for a tree of arrays, call the transform on it"
+    )

@@ -1,0 +1,151 @@
+"""What a Flax model has no place for, kept as text beside it for the way back.
+
+torch's second bias of a recurrent layer, counters, seeds, and what matters only in training. Files
+that say what the layers are hold it too. Weights that were changed since are not overruled: arrays
+come back only where those that they stand for are the same bits.
+"""
+
+import base64
+import hashlib
+import json
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from fwt._types import ConversionError, Model
+from fwt.converters.io import dtype_of
+from fwt.converters.rows.row import STATE, Framework, Layer, is_training
+
+# Settings that change nothing that a model computes.
+_KEPT = {
+    "torch": ("padding_idx", "norm_type", "scale_grad_by_freq", "sparse", "dropout"),
+    "keras": (*("dropout", "recurrent_dropout", "implementation", "unroll", "use_cudnn"),
+              *("unit_forget_bias", "synchronized", "renorm", "zero_output_for_mask")),
+    "flax": (),
+}  # fmt: skip
+
+
+def with_sidecar(
+    model: Model,
+    layers: Sequence[Layer],
+    framework: Framework,
+    back: Callable[[Model], list[Layer]],
+) -> Model:
+    """The model with a sidecar: what its layers lose on the way there and ``back``."""
+    try:
+        returned = dict(_all(back(model)))
+    except ConversionError:
+        return model  # there is no way back
+    kept: dict[str, Any] = {}
+    for name, layer in _all(layers):
+        there = returned.get(name)
+        if there is None or there.kind != layer.kind:
+            continue
+        entry: dict[str, Any] = {}
+        settings = {
+            key: value
+            for key, value in layer.settings.items()
+            if (is_training(framework, key) or key in _KEPT[framework])
+            and key != "name"
+            and _differs(there.settings.get(key), value)
+        }
+        if settings:
+            entry["settings"] = settings
+        arrays = {n: v for n, v in layer.arrays.items() if n not in STATE[framework]
+                  and not _same(v, there.arrays.get(n))}  # fmt: skip
+        # Where the layer comes back as another of the same class, so do its arrays.
+        theirs: Any = there.arrays
+        if arrays and all(v.shape == np.shape(theirs.get(n)) for n, v in arrays.items()):
+            entry |= {"arrays": {n: _packed(v) for n, v in arrays.items()}, "of": _digest(there)}
+        state = {n: _packed(v) for n, v in layer.arrays.items() if n in STATE[framework]}
+        if state:
+            entry["state"] = state
+        if entry:
+            kept[name] = {"kind": layer.kind, **entry}
+    if not kept:
+        return model
+    text = json.dumps({"framework": framework, "layers": kept}, sort_keys=True)
+    return Model(model.module.clone(sidecar=text), model.variables)
+
+
+def restored(layers: list[Layer], module: Any, framework: Framework, state: bool) -> list[Layer]:
+    """The layers of the way back with what the module's sidecar holds of them."""
+    text = getattr(module, "sidecar", "")
+    if not text:
+        return layers
+    try:
+        told = json.loads(text)
+        if told["framework"] == framework:
+            _restore(layers, told["layers"], framework, state)
+    except (ValueError, KeyError, TypeError, AttributeError, zlib.error) as error:
+        raise ConversionError(
+            f"the sidecar is none of ours ({error!r:.100}); module.clone(sidecar='') drops it"
+        ) from error
+    return layers
+
+
+def _restore(layers: list[Layer], told: dict[str, Any], framework: Framework, state: bool) -> None:
+    for name, layer in _all(layers):
+        entry = told.get(name)
+        if entry is None or entry["kind"] != layer.kind:
+            continue
+        same = "arrays" in entry and entry["of"] == _digest(layer)
+        for key, value in entry.get("settings", {}).items():
+            if not (is_training(framework, key) or key in _KEPT[framework]):
+                raise ConversionError(f"the sidecar sets {key!r} of {name}, which is no business "
+                                      "of a sidecar")  # fmt: skip
+            layer.settings[key] = value
+        if same:
+            layer.arrays |= {
+                n: _unpacked(v, layer.arrays[n].size) for n, v in entry["arrays"].items()
+            }
+        if state:
+            layer.arrays |= {n: _unpacked(v, 64) for n, v in entry.get("state", {}).items()}
+
+
+def _all(layers: Sequence[Layer], inside: str = "") -> Iterator[tuple[str, Layer]]:
+    for index, layer in enumerate(layers):
+        name = f"{inside}{index if inside else layer.name}"
+        yield name, layer
+        yield from _all(layer.inner, f"{name}>")
+
+
+def _differs(there: Any, value: Any) -> bool:
+    try:
+        return json.dumps(there) != json.dumps(value)
+    except TypeError:
+        return False  # what JSON can't hold is left
+
+
+def _same(a: np.ndarray, b: Any) -> bool:
+    return b is not None and a.dtype == b.dtype and a.shape == b.shape and (
+        a.tobytes() == b.tobytes()
+    )  # fmt: skip
+
+
+def _digest(layer: Layer) -> str:
+    digest = hashlib.sha256()
+    for name, value in sorted(layer.arrays.items()):
+        digest.update(f"{name} {value.dtype} {value.shape} ".encode() + value.tobytes())
+    return digest.hexdigest()
+
+
+def _packed(value: np.ndarray) -> list[Any]:
+    data = base64.b85encode(zlib.compress(np.ascontiguousarray(value).tobytes())).decode()
+    return [value.dtype.name, list(value.shape), data]
+
+
+def _unpacked(told: Any, most: int) -> np.ndarray:
+    name, shape, data = told
+    dtype = dtype_of(name)
+    count = int(np.prod(shape, dtype=object))
+    if not 0 <= count <= most:
+        raise ConversionError(f"the sidecar holds an array of {count:,} entries, at most {most:,}")
+    size = count * dtype.itemsize
+    stream = zlib.decompressobj()
+    raw = stream.decompress(base64.b85decode(data), size + 1)
+    if len(raw) != size:
+        raise ConversionError(f"the sidecar holds {len(raw)} bytes of an array, expected {size}")
+    return np.frombuffer(raw, dtype).reshape(shape)

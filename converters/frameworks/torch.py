@@ -1,0 +1,530 @@
+"""Live PyTorch models."""
+
+import functools
+import inspect
+import itertools
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import torch
+import torch.nn.utils.parametrize
+import torch.nn.utils.prune
+from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from fwt import _tree
+from fwt._types import ConversionError, Model
+from fwt.converters.files import torch_file
+from fwt.converters.frameworks import flax as _flax
+from fwt.converters.frameworks import sidecar as _sidecar
+from fwt.converters.frameworks import torch_layers, torch_modules
+from fwt.converters.rows import table
+from fwt.converters.rows.row import TRAINING, Layer, LiveLeaf, joined, order, parts_of, refuse
+from fwt.converters.walk import convert
+from fwt.converters.walk.convert import Layout
+
+# NumPy has no such dtypes: they cross as integers of the same width.
+_AS_INTEGER = {
+    torch.bfloat16: (torch.int16, ml_dtypes.bfloat16),
+    torch.float8_e4m3fn: (torch.int8, ml_dtypes.float8_e4m3fn),
+    torch.float8_e5m2: (torch.int8, ml_dtypes.float8_e5m2),
+}
+
+
+def _class(kind: str) -> type | None:
+    custom = table.CUSTOM["torch"].get(kind)
+    return custom or torch_modules.OURS.get(kind) or getattr(torch.nn, kind, None)
+
+
+@functools.cache
+def _defaults(cls: Any) -> dict[str, Any]:
+    if issubclass(cls, torch.nn.RNNBase):  # whose signature tells nothing
+        empty = inspect.Parameter.empty
+        names: dict[str, Any] = {"input_size": empty, "hidden_size": empty, "num_layers": 1}
+        names |= {"bias": True, "batch_first": False, "dropout": 0.0, "bidirectional": False}
+        if cls is torch.nn.LSTM:
+            names["proj_size"] = 0
+        return names | ({"nonlinearity": "tanh"} if cls is torch.nn.RNN else {})
+    parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
+    return {p.name: p.default for p in parameters}
+
+
+def to_numpy(tensor: torch.Tensor, place: str) -> np.ndarray:
+    """A tensor's values, whatever its dtype, device and layout in memory."""
+    if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
+        raise refuse(place, "a meta, sparse or quantised tensor has no plain values")
+    tensor = tensor.detach().cpu()
+    if tensor.dtype in _AS_INTEGER:
+        integer, dtype = _AS_INTEGER[tensor.dtype]
+        return tensor.contiguous().view(integer).numpy().view(dtype)
+    return tensor.numpy()
+
+
+def to_tensor(value: Any) -> torch.Tensor:
+    """An array as a tensor of its own memory."""
+    value = np.array(value, order="C")
+    for dtype, (integer, numpy_dtype) in _AS_INTEGER.items():
+        if value.dtype == numpy_dtype:
+            width = np.int16 if integer is torch.int16 else np.int8
+            return torch.from_numpy(value.view(width)).view(dtype)
+    return torch.from_numpy(value)
+
+
+def _layer(name: str, module: torch.nn.Module) -> Layer:
+    parametrized = torch.nn.utils.parametrize.is_parametrized(module)
+    cls: Any = type(module).__bases__[0] if parametrized else type(module)
+    kind = cls.__name__
+    place = f"{name} ({kind})"
+    found: Any = _class(kind)
+    if cls is not found:
+        raise refuse(
+            place,
+            f"{cls.__module__}.{kind} is a custom module, which can't be converted",
+            "converters.register(row) makes it known",
+        )
+    for key, parameter in module.named_parameters():
+        _check_initialised(parameter, f"{name}.{key}")
+    whole = _is_composite(cls)
+    parameters = dict(module.named_parameters(recurse=whole))
+    buffers = dict(module.named_buffers(recurse=whole))
+    arrays: dict[str, Any] = {**parameters, **buffers, **_folded(module, place)}
+    arrays = {k: v for k, v in arrays.items() if v is not None}
+    defaults = _defaults(cls)
+    settings = _composite(module, place)
+    for key in defaults:
+        if key in TRAINING["torch"] or key in settings:
+            continue
+        if key == "bias" and isinstance(getattr(module, key, None), torch.Tensor | None):
+            settings[key] = module.bias is not None
+        elif hasattr(module, key):
+            settings[key] = getattr(module, key)
+    arrays = {k: to_numpy(v, f"{name}.{k}") for k, v in arrays.items()}
+    known = {k: v for k, v in defaults.items() if v is not inspect.Parameter.empty}
+    return Layer(name, kind, settings, arrays, known)
+
+
+def _is_composite(cls: type) -> bool:
+    return issubclass(cls, torch.nn.MultiheadAttention | torch.nn.TransformerEncoderLayer)
+
+
+def _composite(module: Any, place: str) -> dict[str, Any]:
+    """The settings of a module that holds others, which it keeps under other names."""
+    for name, part in module.named_modules() if _is_composite(type(module)) else ():
+        changed = part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part)
+        if part is not module and (changed or torch.nn.utils.parametrize.is_parametrized(part)):
+            raise refuse(place, f"a hook or parametrization of its {name!r} changes what it does",
+                         "remove it")  # fmt: skip
+    if isinstance(module, torch.nn.MultiheadAttention):
+        if not module._qkv_same_embed_dim:
+            raise refuse(place, f"kdim={module.kdim}, vdim={module.vdim}: not that of embed_dim")
+        return {
+            "bias": module.in_proj_bias is not None,
+            "add_bias_kv": module.bias_k is not None,
+        }
+    if isinstance(module, torch.nn.TransformerEncoderLayer):
+        stock = {"self_attn": torch.nn.MultiheadAttention, "linear1": torch.nn.Linear,
+                 "linear2": torch.nn.Linear, "norm1": torch.nn.LayerNorm,
+                 "norm2": torch.nn.LayerNorm}  # fmt: skip
+        for part, cls in stock.items():
+            if type(getattr(module, part)) is not cls:
+                raise refuse(place, f"its {part} is no {cls.__name__}")
+        if module.norm1.eps != module.norm2.eps or module.self_attn.add_zero_attn:
+            raise refuse(place, "its parts have settings that the layer can't say")
+        names = {torch.nn.functional.relu: "relu", torch.nn.functional.gelu: "gelu"}
+        act: Any = module.activation
+        name = names.get(act)
+        if isinstance(act, torch.nn.ReLU):
+            name = "relu"
+        elif isinstance(act, torch.nn.GELU) and act.approximate == "none":
+            name = "gelu"
+        if name is None:
+            raise refuse(place, f"activation={act!r}: only relu and gelu")
+        return {
+            "d_model": module.linear1.in_features,
+            "nhead": module.self_attn.num_heads,
+            "dim_feedforward": module.linear1.out_features,
+            "dropout": module.dropout.p,
+            "activation": name,
+            "layer_norm_eps": module.norm1.eps,
+            "batch_first": module.self_attn.batch_first,
+            "bias": module.linear1.bias is not None,
+        }
+    return {}
+
+
+def _folded(module: torch.nn.Module, place: str, only: Any = None) -> dict[str, Any]:
+    """The weights that ``torch.nn.utils.prune``, ``parametrize``, ``weight_norm`` and
+    ``spectral_norm`` compute, and None for what they compute it from. ``only`` is the one kind of
+    hook to look at; without it, a hook that isn't known raises."""
+    out: dict[str, Any] = {}
+    with torch.no_grad():
+        if torch.nn.utils.parametrize.is_parametrized(module):
+            how: Any = module.parametrizations
+            before = {m: m.training for m in how.modules()}
+            how.eval()
+            try:
+                out |= {name: getattr(module, name) for name in how}
+            finally:
+                for part, training in before.items():
+                    part.training = training
+        for hook in module._forward_pre_hooks.values():
+            name = str(getattr(hook, "name", None) or getattr(hook, "_tensor_name", ""))
+            made: Any
+            parts: tuple[str, ...]
+            if only is not None and not isinstance(hook, only):
+                continue
+            if isinstance(hook, torch.nn.utils.prune.BasePruningMethod):
+                made = hook.apply_mask(module)
+                parts = ("orig", "mask")
+            elif isinstance(hook, WeightNorm):
+                made, parts = hook.compute_weight(module), ("g", "v")
+            elif isinstance(hook, SpectralNorm):
+                made = hook.compute_weight(module, do_power_iteration=False)
+                parts = ("orig", "u", "v")
+            else:
+                raise refuse(place, "a forward hook can change what it does", "remove it")
+            out[name] = made
+            out.update({f"{name}_{p}": None for p in parts})
+    if only is None and (module._forward_hooks or "forward" in vars(module)):
+        raise refuse(place, "a forward hook or a forward of its own changes what it does")
+    return out
+
+
+def _is_container(module: torch.nn.Module) -> bool:
+    """A Sequential, whatever its class, or a list of modules, which is used in order."""
+    if isinstance(module, torch.nn.Sequential):
+        return type(module).forward is torch.nn.Sequential.forward
+    return type(module) is torch.nn.ModuleList
+
+
+def _check_holder(model: torch.nn.Module, where: str) -> None:
+    if model._forward_hooks or model._forward_pre_hooks or "forward" in vars(model):
+        raise ConversionError(f"{where} has forward hooks, which can change what it does")
+    if own := [*model._parameters, *model._buffers]:
+        raise ConversionError(f"{where} itself has an array {own[0]!r}; only layers may")
+
+
+def _children(model: torch.nn.Module, inside: tuple[str, ...], seen: dict[int, str]) -> list[Layer]:
+    _check_holder(model, "the model" if not inside else joined(inside))
+    layers = []
+    for name, module in model._modules.items():  # named_children skips one that stands there twice
+        assert module is not None
+        place = joined((*inside, name))
+        if _is_container(module):
+            layers += _children(module, (*inside, name), seen)
+            continue
+        if type(module) is torch.nn.TransformerEncoder:  # its layers keep their paths in it
+            _check_holder(module, joined((*inside, name)))
+            if set(module._modules) - {"layers", "norm"}:
+                raise refuse(joined((*inside, name)), "it has modules of the user's own")
+            within = {"layers": module.layers, **({"norm": module.norm} if module.norm else {})}
+            held = torch.nn.Sequential(OrderedDict(within))
+            layers += _children(held, (*inside, name), seen)
+            continue
+        layers.append(_layer(place, module))
+        for parameter in module.parameters():
+            if id(parameter) in seen:
+                same = "are one module" if id(module) in seen else "share a parameter"
+                raise ConversionError(
+                    f"{place} and {seen[id(parameter)]} {same}; a Sequential keeps weights for "
+                    "each: give them their own, copy.deepcopy(layer)"
+                )
+        seen |= {id(p): place for p in (module, *module.parameters())}
+    return layers
+
+
+def from_torch(
+    model: torch.nn.Sequential,
+    input_shape: Sequence[int | None] | None = None,
+    layout: Layout = "channels_last",
+    *,
+    sidecar: bool = False,
+) -> Model:
+    """A torch Sequential as a Flax model with the same predictions (those in eval mode).
+
+    A Sequential inside another stays one, a ModuleList is used in order, and weights that
+    ``torch.nn.utils.prune``, ``parametrize``, ``weight_norm`` or ``spectral_norm`` compute are
+    taken as they are computed.
+
+    Args:
+        model: a ``torch.nn.Sequential``; the names of its layers are kept.
+        input_shape: the shape of its input without the batch axis, such as (3, 32, 48). None works
+            where the rank follows from the first layers.
+        layout: what the new model's input and output look like: "channels_last" or
+            "channels_first" where a layer proves which axis holds the channels, or "source" to
+            keep both ends exactly as the given model has them.
+        sidecar: whether to keep what Flax has no place for (the second bias of an LSTM, counters,
+            what matters in training only) in ``module.sidecar``, so that :func:`to_torch` gives it
+            all back, bit for bit where the weights are the same; ``save`` writes it along.
+
+    Returns:
+        ``Model(module, variables)`` with NumPy leaves.
+
+    Raises:
+        ConversionError: for any layer, setting or array that can't be converted exactly, by name.
+
+    Example:
+        >>> import torch, numpy as np
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.ReLU())
+        >>> model = from_torch(net)
+        >>> x = np.ones((4, 3), np.float32)
+        >>> bool(np.allclose(model(x), net(torch.from_numpy(x)).detach(), atol=1e-6))
+        True
+    """
+    if not _is_container(model):
+        raise ConversionError(
+            f"from_torch takes a torch.nn.Sequential, found {type(model).__name__}; to change the "
+            "weights of any torch module in place, use converters.transform(model, t)"
+        )
+    plain = _children(model, (), {})
+    layers = torch_layers.with_selected(list(plain))
+    new, shape = convert.convert(layers, "torch", "flax", input_shape, layout)
+    made = _flax.write_flax(new, shape)
+    if not sidecar:
+        return made
+    there = "source" if layout == "source" else "channels_first"
+    return _sidecar.with_sidecar(
+        made, plain, "torch", lambda m: _layers_of(m.module, m.variables, None, there)
+    )
+
+
+def to_torch(
+    module: Any,
+    variables: Any,
+    input_shape: Sequence[int | None] | None = None,
+    layout: Layout = "channels_first",
+) -> torch.nn.Sequential:
+    """A Flax model as a torch Sequential in eval mode, with the same predictions.
+
+    Strided SAME padding becomes the padding that it is at ``input_shape``. What torch.nn lacks is
+    a small module of ours (``Permute``), so that a pickle of the model needs fwt; its state dict
+    does not.
+
+    Args:
+        module: a :class:`fwt.Sequential`, or a linen ``nn.Sequential``.
+        variables: its variables.
+        input_shape: the shape of its input without the batch axis, in Flax's order; None takes
+            the module's own, or works where nothing depends on it.
+        layout: as in :func:`from_torch`.
+
+    Returns:
+        A ``torch.nn.Sequential`` whose layers keep their names.
+
+    Raises:
+        ConversionError: for any layer or setting that torch can't say exactly, by name.
+
+    Example:
+        >>> import fwt, jax, flax.linen as nn
+        >>> net = fwt.Sequential([("dense", nn.Dense(2))])
+        >>> variables = net.init(jax.random.key(0), jax.numpy.ones((1, 3)))
+        >>> to_torch(net, variables)
+        Sequential(
+          (dense): Linear(in_features=3, out_features=2, bias=True)
+        )
+    """
+    module = _flax.sequential_of(module)
+    new = _layers_of(module, variables, input_shape, layout)
+    new = _sidecar.restored(new, module, "torch", state=True)
+    return _sequential([(parts_of(layer.name), layer) for layer in new]).eval()
+
+
+def _layers_of(module: Any, variables: Any, input_shape: Any, layout: str) -> list[Layer]:
+    layers = _flax.read_flax(module, variables)
+    shape = module.input_shape if input_shape is None else input_shape
+    new, _ = convert.convert(layers, "flax", "torch", shape, layout)
+    return torch_layers.fold_torch(new)
+
+
+def _sequential(entries: list[tuple[list[str], Layer]]) -> torch.nn.Sequential:
+    modules: OrderedDict[str, torch.nn.Module] = OrderedDict()
+    for first, together in itertools.groupby(entries, key=lambda e: e[0][0]):
+        group = list(together)
+        if not first or "." in first or first in dir(torch.nn.Sequential):
+            raise ConversionError(f"{first!r} can't be the name of a torch module")
+        if len(group[0][0]) > 1:
+            modules[first] = _sequential([(parts[1:], layer) for parts, layer in group])
+            continue
+        for _, layer in group:
+            modules[first] = _built(layer)
+    return torch.nn.Sequential(modules)
+
+
+def _built(layer: Layer) -> torch.nn.Module:
+    cls: Any = _class(layer.kind)
+    assert cls is not None
+    state = {k: to_tensor(v) for k, v in torch_file.torch_state(layer).items()}
+    # Made without memory: the arrays become its parameters.
+    built: torch.nn.Module = cls(**layer.settings, **({"device": "meta"} if state else {}))
+    if state:
+        built.load_state_dict(state, assign=True)
+        for parameter in built.parameters():
+            parameter.requires_grad_(parameter.is_floating_point())
+    return built
+
+
+def leaves(model: torch.nn.Module) -> list[LiveLeaf]:
+    """The floating parameters in Flax's names and axes; a tied one under its first path.
+
+    What ``parametrize`` or ``weight_norm`` compute stands as the weight that they compute.
+    """
+    out: list[LiveLeaf] = []
+    seen: set[int] = set()
+    spans: list[tuple[str, Any, int, int]] = []
+    inside: list[str] = []  # what parametrize computes with
+    for prefix, module in model.named_modules():
+        if isinstance(module, torch.nn.utils.parametrize.ParametrizationList):
+            inside.append(f"{prefix}.")
+        if prefix.startswith(tuple(inside)) or f"{prefix}." in inside:
+            continue
+        kind = _public_name(module)
+        names = table.leaf_names("torch", kind)
+        computed, parts_of_it = _computed(module)
+        plain_ones = module.named_parameters(recurse=False)
+        for name, parameter in itertools.chain(plain_ones, computed.items()):
+            place = f"{prefix}.{name}" if prefix else name
+            _check_initialised(parameter, place)
+            if id(parameter) in seen or id(parameter) in parts_of_it:
+                continue
+            if not parameter.is_floating_point():
+                continue
+            seen.add(id(parameter))
+            if name not in computed and _tied(parameter, place, spans):
+                continue
+            value = to_numpy(parameter, place)
+            # torch.nn.utils.prune keeps the weight under weight_orig.
+            plain = name.removesuffix("_orig")
+            suffix = name[len(plain) :]
+            flax_name, letters, flax_letters, _ = names.get(plain, (plain, [], [], "params"))
+            there = order(letters, flax_letters, value.ndim) if letters else None
+            known = table.live("torch", module, kind, letters, flax_letters, value.ndim)
+            if there is not None:
+                value = value.transpose(there)
+            parts = [*filter(None, prefix.split(".")), flax_name + suffix]
+            path = "/".join(_tree.escape(p) for p in parts)
+            write = (
+                _written_back(module, name, parameter, place)
+                if name in computed
+                else functools.partial(_copy, parameter)
+            )
+            out.append(LiveLeaf(path, value, known, functools.partial(_write, write, there)))
+    return out
+
+
+def _computed(module: torch.nn.Module) -> tuple[dict[str, torch.Tensor], set[int]]:
+    """The weights that a module computes from others, and the ids of these others."""
+    if not torch.nn.utils.parametrize.is_parametrized(module) and not any(
+        isinstance(hook, WeightNorm) for hook in module._forward_pre_hooks.values()
+    ):
+        return {}, set()
+    folded = _folded(module, type(module).__name__, WeightNorm)
+    held = dict(module.named_parameters(recurse=False))
+    parts = [p for name, p in held.items() if folded.get(name, p) is None]
+    return {k: v for k, v in folded.items() if v is not None}, {id(p) for p in parts}
+
+
+def _written_back(
+    module: torch.nn.Module, name: str, before: torch.Tensor, place: str
+) -> Callable[[torch.Tensor], None]:
+    """Writes a computed weight into what it is computed from, and checks that it comes out."""
+    hooks = [h for h in module._forward_pre_hooks.values() if isinstance(h, WeightNorm)]
+    hook = next((h for h in hooks if h.name == name), None)
+    lists: Any = getattr(module, "parametrizations", {})
+    how = lists[name] if hook is None else None
+    owner = module if how is None else how
+    stems = (f"{name}_g", f"{name}_v") if hook else ("original",)
+    saved = {n: v.clone() for n, v in owner.state_dict().items() if how is not None or n in stems}
+    names = [n for n in saved if n.startswith(stems) and "." not in n]
+
+    def put(values: Mapping[str, torch.Tensor]) -> None:
+        now = owner.state_dict()
+        for n, value in values.items():
+            now[n].copy_(value)
+
+    def inverse(value: torch.Tensor) -> dict[str, torch.Tensor]:
+        norm: Any = hook
+        if how is not None and len(how) == 1 and isinstance(how[0], _WeightNorm):
+            norm = how[0]
+        if norm is not None:
+            size = torch.norm_except_dim(value, 2, norm.dim)
+            # A direction of zeros has no length to divide by: it keeps the one that it had.
+            old = saved[names[1]]
+            return dict(zip(names, (size, torch.where(size == 0, old, value)), strict=True))
+        for part in reversed(how or []):
+            value = part.right_inverse(value)
+        many = [value] if isinstance(value, torch.Tensor) else list(value)
+        return dict(zip(names, many, strict=True))
+
+    def write(value: torch.Tensor) -> None:
+        with torch.no_grad():
+            if torch.equal(value, before.detach().cpu()):
+                return put(saved)
+            why = "it comes out of it as another"
+            try:
+                put(inverse(value.to(before.device)))
+                found = _folded(module, place, WeightNorm)[name].cpu()
+                tolerance = 16 * torch.finfo(value.dtype).eps
+                if torch.equal(found == 0, value == 0) and torch.allclose(
+                    found, value, rtol=tolerance, atol=0
+                ):
+                    return None
+            except (NotImplementedError, RuntimeError, ValueError, AttributeError) as error:
+                why = str(error) or type(error).__name__
+            put(saved)
+        raise refuse(
+            place,
+            f"the parametrization that computes it can't hold this value ({why})",
+            f"torch.nn.utils.parametrize.remove_parametrizations(layer, {name!r}) first",
+        )
+
+    return write
+
+
+def _tied(parameter: Any, place: str, spans: list[tuple[str, Any, int, int]]) -> bool:
+    """Whether another parameter is the same view of the same memory; a partial overlap raises."""
+    if parameter.is_meta or not parameter.numel():
+        return False
+    strides = zip(parameter.shape, parameter.stride(), strict=True)
+    start = parameter.data_ptr()
+    end = start + (1 + sum((n - 1) * s for n, s in strides)) * parameter.element_size()
+    view = (parameter.device, parameter.dtype, parameter.shape, parameter.stride())
+    for other, its_view, its_start, its_end in spans:
+        if view[0] == its_view[0] and start < its_end and its_start < end:
+            if start == its_start and view == its_view:
+                return True
+            raise ConversionError(
+                f"{place} and {other} share memory without being the same weight: give each its "
+                "own, parameter.clone()"
+            )
+    spans.append((place, view, start, end))
+    return False
+
+
+def _check_initialised(parameter: Any, place: str) -> None:
+    if isinstance(parameter, torch.nn.UninitializedParameter):
+        raise refuse(place, "a lazy module has no weights yet", "call the model once")
+
+
+def _public_name(module: torch.nn.Module) -> str:
+    """The class in torch.nn that a module is or derives from."""
+    if isinstance(module, torch.jit.ScriptModule):  # its class is torch.jit's
+        return str(module.original_name)
+    for cls in type(module).__mro__:
+        if _class(cls.__name__) is cls:
+            return cls.__name__
+    return type(module).__name__
+
+
+def _write(
+    put: Callable[[torch.Tensor], object], there: tuple[int, ...] | None, value: np.ndarray
+) -> None:
+    put(to_tensor(value if there is None else value.transpose(np.argsort(there))))
+
+
+def _copy(parameter: Any, value: torch.Tensor) -> None:
+    # In place: storage, device, requires_grad and every reference to it survive.
+    with torch.no_grad():
+        parameter.copy_(value)

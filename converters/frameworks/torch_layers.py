@@ -1,0 +1,86 @@
+"""torch's layers that stand for several, put together again."""
+
+import dataclasses
+
+from fwt.converters.rows.row import Layer, refuse
+
+RECURRENT = ("RNN", "LSTM", "GRU")
+
+
+def with_selected(layers: list[Layer]) -> list[Layer]:
+    """Recurrent layers with the Select after them and the Flip before them as settings."""
+    out: list[Layer] = []
+    for layer in layers:
+        last = out[-1] if out else None
+        if layer.kind == "Select" and last is not None and last.kind in RECURRENT:
+            select = {"what": layer.settings["what"], "merge": layer.settings["merge"]}
+            if layer.settings.get("batch_first", True) != last.settings["batch_first"]:
+                raise refuse(str(layer), "its batch_first must be that of the layer before it")
+            out[-1] = dataclasses.replace(last, settings={**last.settings, "select": select})
+            continue
+        turned = last if last is not None and last.kind == "Flip" else None
+        own = turned is not None and turned.name == f"{layer.name}__flip"
+        if own and turned is not None and turned.settings["dim"] == 1 and layer.kind in RECURRENT:
+            if not layer.settings["batch_first"]:
+                raise refuse(str(layer), "a Flip before it takes the batch first")
+            out.pop()
+            layer = dataclasses.replace(layer, settings={**layer.settings, "reverse": True})
+        out.append(layer)
+    return out
+
+
+_MODES = {"ReflectionPad": "reflect", "ReplicationPad": "replicate", "CircularPad": "circular"}
+
+
+def fold_torch(layers: list[Layer]) -> list[Layer]:
+    """What was lowered in one layer again: a pad that is a padding_mode, a stack of recurrent
+    layers."""
+    out: list[Layer] = []
+    for layer in layers:
+        last = out[-1] if out else None
+        if last is not None and last.name == f"{layer.name}__pad" and layer.kind[:4] == "Conv":
+            flat = last.settings["padding"]
+            even = flat[::2] == flat[1::2] and not any(layer.settings["padding"])
+            mode = _MODES.get(last.kind[:-2])
+            if mode and even and "Transpose" not in layer.kind:
+                settings = {**layer.settings, "padding": flat[::2][::-1], "padding_mode": mode}
+                out[-1] = dataclasses.replace(layer, settings=settings)
+                continue
+        if layer.kind == "Select" and len(out) > 2:
+            stacked = _stacked(out[-3], out[-2], out[-1])
+            if stacked is not None:
+                stem = stacked.name.rpartition("__l")[0]
+                out[-3:] = [stacked]
+                layer = dataclasses.replace(layer, name=f"{stem}__output")
+        out.append(layer)
+    return [_renamed(x) for x in out]
+
+
+def _stacked(below: Layer, select: Layer, top: Layer) -> Layer | None:
+    """Two recurrent layers, the first of which gives its sequence, as one of more layers."""
+    stem, _, number = top.name.rpartition("__l")
+    count = below.settings.get("num_layers", 1)
+    if (
+        below.kind != top.kind
+        or top.kind not in RECURRENT
+        or not number.isdigit()
+        or below.name != f"{stem}__l{int(number) - 1}"
+        or (int(number) != count)
+        or select.settings != {"what": "sequence", "merge": None}
+    ):
+        return None
+    skip = ("input_size", "num_layers")
+    mine, theirs = ({k: v for k, v in x.settings.items() if k not in skip} for x in (below, top))
+    if mine != theirs:
+        return None
+    arrays = dict(below.arrays)
+    for name, value in top.arrays.items():
+        arrays[name.replace("_l0", f"_l{count}")] = value
+    settings = {**below.settings, "num_layers": count + 1}
+    return Layer(top.name, top.kind, settings, arrays)
+
+
+def _renamed(layer: Layer) -> Layer:
+    if layer.settings.get("num_layers", 1) > 1:
+        return dataclasses.replace(layer, name=layer.name.rpartition("__l")[0])
+    return layer

@@ -1,0 +1,326 @@
+"""Several of ONNX's nodes that are one layer: told by their values."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from fwt.converters.onnx.graph import POINTWISE, ZEROS, Graph, Node, axes_of, slices_of
+from fwt.converters.onnx.line import Reader
+from fwt.converters.onnx.weights import add_group_norm, add_layer_norm
+from fwt.converters.rows.padding import pairs_in
+from fwt.converters.rows.row import refuse
+
+
+def _sigmoid(x: Any) -> Any:
+    return POINTWISE["Sigmoid"](None, x)
+
+
+# Functions of one number, told by their values; ``c`` is one of the numbers in the block,
+# ``v`` what very small numbers become.
+_FUNCTIONS: tuple[tuple[str, Callable[..., Any], Callable[..., dict[str, Any]]], ...]
+_FUNCTIONS = (
+    ("GELU", lambda x, c, v: x * 0.5 * (1 + np.vectorize(math.erf)(x / math.sqrt(2))),
+     lambda c, v: {"approximate": "none"}),
+    ("GELU", lambda x, c, v: 0.5 * x * (1 + np.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x**3))),
+     lambda c, v: {"approximate": "tanh"}),
+    ("SiLU", lambda x, c, v: x * _sigmoid(x), lambda c, v: {}),
+    ("Mish", lambda x, c, v: x * np.tanh(np.logaddexp(x, 0)), lambda c, v: {}),
+    ("Hardswish", lambda x, c, v: x * np.clip(x + 3, 0, 6) / 6, lambda c, v: {}),
+    ("Hardsigmoid", lambda x, c, v: np.clip(x + 3, 0, 6) / 6, lambda c, v: {}),
+    ("LogSigmoid", lambda x, c, v: -np.logaddexp(-x, 0), lambda c, v: {}),
+    ("Tanhshrink", lambda x, c, v: x - np.tanh(x), lambda c, v: {}),
+    ("Softsign", lambda x, c, v: x / (1 + np.abs(x)), lambda c, v: {}),
+    ("ReLU", lambda x, c, v: np.maximum(x, 0), lambda c, v: {}),
+    ("ReLU6", lambda x, c, v: np.clip(x, 0, 6), lambda c, v: {}),
+    ("SELU", lambda x, c, v: 1.0507009873554805 * np.where(
+        x > 0, x, 1.6732632423543772 * np.expm1(np.minimum(x, 0))), lambda c, v: {}),
+    ("Softplus", lambda x, c, v: np.logaddexp(c * x, 0) / c,
+     lambda c, v: {"beta": c, "threshold": 20.0}),
+    ("ELU", lambda x, c, v: np.where(x > 0, x, c * np.expm1(np.minimum(x, 0))),
+     lambda c, v: {"alpha": c}),
+    ("CELU", lambda x, c, v: np.where(x > 0, x, c * np.expm1(np.minimum(x, 0) / c)),
+     lambda c, v: {"alpha": c}),
+    ("Hardshrink", lambda x, c, v: np.where(np.abs(x) <= c, 0, x), lambda c, v: {"lambd": c}),
+    ("Softshrink", lambda x, c, v: np.sign(x) * np.maximum(np.abs(x) - c, 0),
+     lambda c, v: {"lambd": c}),
+    ("Threshold", lambda x, c, v: np.where(x <= c, v, x),
+     lambda c, v: {"threshold": c, "value": v}),
+    ("LeakyReLU", lambda x, c, v: np.where(x >= 0, x, c * x), lambda c, v: {"negative_slope": c}),
+)  # fmt: skip
+_POINTS = np.concatenate([np.linspace(-12.0037, 12.0011, 2401), np.linspace(-30, 30, 61),
+                          [-1e3, 1e3, 0.0, 1e-3, -1e-3]])  # fmt: skip
+_LARGEST = 1 << 22  # values of one input that a norm is tried with
+_LONGEST = 16  # blocks that make up one function
+
+
+def _points(numbers: list[float]) -> np.ndarray:
+    """Where a function is looked at: everywhere, and on both sides of each of its numbers."""
+    near = [s * c for c in numbers for s in (1, -1, 2, -2, 1 + 1e-6, 1 - 1e-6)]
+    near += [np.nextafter(c, end) for c in numbers for end in (np.inf, -np.inf)]
+    near += [(a + b) / 2 for a in numbers for b in numbers]
+    return np.concatenate([near, [-1e30, 1e30, 1e6, -1e6], _POINTS])
+
+
+def _is_pointwise(graph: Graph, block: list[Node]) -> bool:
+    numbers = [graph.known[n] for node in block for n in node.inputs if n in graph.known]
+    return all(n.op in POINTWISE or n.op == "Cast" for n in block) and all(
+        v is not ZEROS and np.size(v) == 1 for v in numbers
+    )
+
+
+def function_of(reader: Reader, block: list[Node], end: str) -> str | None:
+    """The end of the nodes that together are one activation, the longest such run; None if there
+    is no such run of more than one node."""
+    graph = reader.graph
+    if not _is_pointwise(graph, block):
+        return None
+    runs = [(block, end)]
+    while len(runs) < _LONGEST and graph.users.get(runs[-1][1]):
+        more, after = graph.block(runs[-1][1])
+        if not _is_pointwise(graph, more):
+            break
+        runs.append(([*runs[-1][0], *more], after))
+    for nodes, last in reversed(runs):
+        if len(nodes) < 2:
+            return None
+        numbers = [float(np.ravel(graph.known[n])[0]) for node in nodes for n in node.inputs
+                   if n in graph.known]  # fmt: skip
+        numbers += [float(v) for n in nodes for v in n.attributes.values()
+                    if isinstance(v, float)]  # fmt: skip
+        numbers = [c for c in numbers if math.isfinite(c)]
+        points = _points(numbers)
+        y = _evaluated(reader, nodes, last, points)
+        options = list(dict.fromkeys([1.0, *numbers, *(abs(c) for c in numbers)]))
+        below = float(y[-5])  # what a very small number becomes
+        for kind, function, settings in _FUNCTIONS:
+            for c in options if settings(0.5, 0) != settings(0.25, 0) else [1.0]:
+                with np.errstate(all="ignore"):
+                    wanted = function(points, c, below)
+                # Far out, a logarithm of a sigmoid is infinite in ONNX and a number here.
+                kept = np.isfinite(y) | (np.abs(points) < 80)
+                if np.allclose(y[kept], wanted[kept], rtol=3e-6, atol=1e-9):
+                    told = settings(_short(c), _short(below))
+                    reader.add(reader.name(nodes[-1]), kind, **told)
+                    return last
+        above = float(y[-4])
+        if below < above and np.allclose(y, np.clip(points, below, above), rtol=3e-6, atol=1e-9):
+            reader.add(reader.name(nodes[-1]), "Hardtanh", min_val=_short(below),
+                       max_val=_short(above))  # fmt: skip
+            return last
+    return None
+
+
+def _short(c: float) -> float:
+    """A float32 as the shortest number that rounds to it."""
+    return float(str(np.float32(c)))
+
+
+def several(reader: Reader, block: list[Node], end: str) -> None:
+    """A block of nodes that come together again: a norm told by its values, or one of a few forms
+    that exporters write."""
+    last = block[-1]
+    if _means(block) and _norm(reader, block, end):
+        return
+    if _is_glu(reader, block):
+        split = block[0]
+        reader.add(reader.name(last), "GLU", dim=split("axis", 0) % reader.rank(split))
+        return
+    users = reader.graph.users.get(end, [])
+    table = reader.graph.known.get(users[0].inputs[0]) if len(users) == 1 else None
+    pointwise = all(n.op in POINTWISE or n.op == "Cast" for n in block)
+    if pointwise and table is not None and users[0].op == "Gather" and np.ndim(table) == 2:
+        # An index that counts from the end where it is negative: nothing to any other.
+        count = np.arange(table.shape[0])
+        if np.array_equal(_evaluated(reader, block, end, count), count):
+            return
+    if _wrapped(reader, block, end):
+        return
+    names = ", ".join(str(n) for n in block[:4])
+    raise refuse(names, f"these {len(block)} operators together are no layer that is known")
+
+
+def _wrapped(reader: Reader, block: list[Node], end: str) -> bool:
+    """A padding of one axis with what is at its other end."""
+    last, shape = block[-1], reader.shape(block[0])
+    if (
+        last.op != "Concat"
+        or any(n.op != "Slice" for n in block[:-1])
+        or len(shape) not in (3, 4, 5)
+    ):
+        return False
+    axis = last("axis", 0) % len(shape)
+    if axis < 2 or math.prod(shape[1:]) > _LARGEST:
+        return False
+    x = np.arange(math.prod(shape[1:])).reshape(1, *shape[1:])
+    y = _evaluated(reader, block, end, x)
+    more = y.shape[axis] - shape[axis]
+    for before in range(max(more, -1) + 1):
+        pairs = [(0, 0)] * len(shape)
+        pairs[axis] = (before, more - before)
+        if np.array_equal(y, np.pad(x, pairs, mode="wrap")):
+            reader.add(reader.name(last), f"CircularPad{len(shape) - 2}d",
+                       padding=pairs_in("torch", tuple(pairs[2:])))  # fmt: skip
+            return True
+    return False
+
+
+def _means(block: list[Node]) -> int:
+    return sum(n.op in ("ReduceMean", "GlobalAveragePool") for n in block)
+
+
+def _is_glu(reader: Reader, block: list[Node]) -> bool:
+    if [n.op for n in block] != ["Split", "Sigmoid", "Mul"]:
+        return False
+    split, gate, product = block
+    first, second = (*split.outputs, "", "")[:2]
+    sizes = {reader.graph.shape(o, split)[split("axis", 0)] for o in split.outputs}
+    return (
+        gate.inputs == [second]
+        and len(split.outputs) == 2
+        and len(sizes) == 1
+        and split("axis", 0) % reader.rank(split) > 0
+        and sorted(product.inputs) == sorted([first, gate.outputs[0]])
+    )
+
+
+def _numbers(reader: Reader, block: list[Node]) -> tuple[list[float], list[np.ndarray]]:
+    """The small numbers in a block, one of which may be an epsilon, and its arrays."""
+    known = reader.graph.known
+    values = [np.asarray(known[n]) for node in block for n in node.inputs
+              if n in known and known[n] is not ZEROS]  # fmt: skip
+    values = [v for v in values if v.dtype.kind == "f"]
+    small = [float(np.ravel(v)[0]) for v in values if v.size == 1]
+    return [e for e in dict.fromkeys(small) if 0 <= e < 0.1], values
+
+
+def _affine(y: np.ndarray, plain: np.ndarray, arrays: list[np.ndarray]) -> tuple[Any, Any] | None:
+    """The scale and bias, or their absence, with which one is the other."""
+    options: list[tuple[Any, Any]] = [(None, None), *((g, None) for g in arrays)]
+    options += [(None, b) for b in arrays]
+    options += [(g, b) for g in arrays for b in arrays if g is not b]
+    for scale, bias in options:
+        wanted = plain if scale is None else plain * scale
+        wanted = wanted if bias is None else wanted + bias
+        if y.shape == wanted.shape and np.allclose(y, wanted, rtol=1e-5, atol=1e-5):
+            return scale if scale is not None or bias is None else np.ones_like(bias), bias
+    return None
+
+
+def _sample(shape: Any) -> np.ndarray:
+    return np.random.default_rng(0).normal(size=(2, *shape[1:])) * 2 + 0.5
+
+
+def _norm(reader: Reader, block: list[Node], end: str) -> bool:
+    shape = reader.shape(block[0])
+    rank = len(shape)
+    if math.prod(shape[1:]) > _LARGEST:
+        return False
+    x = _sample(shape)
+    try:
+        y = _evaluated(reader, block, end, x)
+    except (KeyError, ValueError, IndexError):
+        return False
+    epsilons, values = _numbers(reader, block)
+    for first in range(rank - 1, 0, -1):
+        axes, inner = tuple(range(first, rank)), tuple(shape[first:])
+        arrays = [v.reshape(inner) for v in values if v.size == math.prod(inner)]
+        for kind in ("LayerNorm", "RMSNorm"):
+            mean = x.mean(axes, keepdims=True) if kind == "LayerNorm" else 0.0
+            variance = ((x - mean) ** 2).mean(axes, keepdims=True)
+            for epsilon in epsilons:
+                found = _affine(y, (x - mean) / np.sqrt(variance + epsilon), arrays)
+                if found is None or (kind == "RMSNorm" and found[1] is not None):
+                    continue
+                add_layer_norm(reader, reader.name(block[-1]), inner, *found, epsilon, kind)
+                return True
+    return False
+
+
+def grouped(reader: Reader, node: Node, new: tuple[int, ...]) -> str | None:
+    """A GroupNorm of the last axis that is computed in parts; the value after it."""
+    graph, shape = reader.graph, reader.shape(node)
+    if new[:-2] != tuple(shape[1:-1]) or len(new) < 3 or new[-1] * new[-2] != shape[-1]:
+        return None
+    if not graph.users.get(node.outputs[0]):
+        return None
+    block, end = graph.block(node.outputs[0])
+    after = graph.users.get(end, [])
+    if not _means(block) or len(after) != 1 or after[0].op != "Reshape":
+        return None
+    if tuple(graph.shape(after[0].outputs[0], after[0])[1:]) != tuple(shape[1:]):
+        return None
+    if math.prod(shape[1:]) > _LARGEST:
+        return None
+    x = _sample(shape)
+    try:
+        y = _evaluated(reader, [node, *block], end, x).reshape(x.shape)
+    except (KeyError, ValueError, IndexError):
+        return None
+    epsilons, values = _numbers(reader, block)
+    arrays = [v.reshape(-1) for v in values if v.size == shape[-1]]
+    split = x.reshape(2, *new)
+    axes = (*range(1, len(new) - 1), len(new))
+    mean = split.mean(axes, keepdims=True)
+    variance = split.var(axes, keepdims=True)
+    for epsilon in epsilons:
+        found = _affine(y, ((split - mean) / np.sqrt(variance + epsilon)).reshape(x.shape), arrays)
+        if found is None:
+            continue
+        scale, bias = found
+        scale = np.ones(shape[-1], np.float32) if scale is None else scale
+        bias = np.zeros(shape[-1], np.float32) if bias is None else bias
+        name, end = reader.name(block[-1]), after[0].outputs[0]
+
+        def add(
+            name: str = name, scale: Any = scale, bias: Any = bias, epsilon: float = epsilon
+        ) -> None:
+            add_group_norm(reader, name, new[-2], scale, bias, epsilon)
+
+        reader.with_second(len(shape) - 1, len(shape), name, add)
+        return end
+    return None
+
+
+def _cast(node: Node, x: np.ndarray) -> np.ndarray:
+    import onnx
+
+    node("saturate")
+    dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(node("to")))
+    if dtype.kind == "f" and dtype.itemsize >= 4:
+        return x.astype(float)
+    return x.astype(dtype)
+
+
+def _evaluated(reader: Reader, block: list[Node], end: str, x: np.ndarray) -> np.ndarray:
+    """The values of a block at some inputs, in double precision."""
+    graph, values = reader.graph, {reader.at: x}
+    for node in block:
+        given = []
+        for name in node.inputs:
+            value: Any = values[name] if name in values else graph.known[name] if name else None
+            if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+                value = value.astype(float)
+            if x.ndim == 1 and np.size(value) == 1 and value is not None:
+                value = np.reshape(value, ())
+            given.append(value)
+        with np.errstate(all="ignore"):
+            if node.op == "ReduceMean":
+                node("noop_with_empty_axes")
+                axes = tuple(axes_of(graph, node) or ()) or None
+                out = np.mean(given[0], axes, keepdims=bool(node("keepdims", 1)))
+            elif node.op == "GlobalAveragePool":
+                out = np.mean(given[0], tuple(range(2, given[0].ndim)), keepdims=True)
+            elif node.op == "Reshape":
+                out = given[0].reshape(x.shape[0], *graph.shape(node.outputs[0], node)[1:])
+            elif node.op == "Cast":
+                out = _cast(node, given[0])
+            elif node.op == "Slice":
+                out = given[0][tuple(slices_of(graph, node, given[0].ndim))]
+            elif node.op == "Concat":
+                out = np.concatenate(given, node("axis"))
+            else:
+                out = POINTWISE[node.op](node, *given)
+        values[node.outputs[0]] = np.asarray(out)
+    return values[end]

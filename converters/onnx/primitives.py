@@ -1,0 +1,447 @@
+"""One function for each of JAX's primitives: the TensorFlow operation, or ONNX's own, that it is.
+
+``t`` is the tracer, ``eqn`` the equation of the jaxpr.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tensorflow as tf
+
+from fwt.converters.rows.row import refuse
+
+if TYPE_CHECKING:
+    from fwt.converters.onnx.trace import Tracer
+
+
+class Weight:
+    """An array of the model on its way to an initializer: what only moves its numbers is done here,
+    so that they cross bit for bit. ``undo`` says how the leaves come back from it."""
+
+    def __init__(self, name: str, value: np.ndarray, undo: Mapping[str, list[Any]]):
+        self.name, self.value, self.undo = name, np.asarray(value, order="C"), undo
+
+    def moved(self, value: np.ndarray, *step: Any) -> "Weight":
+        """With its numbers at other places, from which the step brings them back."""
+        undo = {leaf: [list(step), *steps] for leaf, steps in self.undo.items()}
+        return Weight(self.name, value, undo)
+
+    def __repr__(self) -> str:
+        return f"Weight({self.name}, {self.value.shape})"
+
+
+def _from_end(place: Any, size: Any) -> int:
+    return int((place - size) if not hasattr(place - size, "_evaluate") else 0)
+
+
+def shape_of(value: Any) -> tuple[Any, ...]:
+    if isinstance(value, Weight):
+        return value.value.shape
+    return tuple(value.shape)
+
+
+def known_sizes(shape: Sequence[Any]) -> list[int | None]:
+    """A shape for TensorFlow, which knows no names for sizes."""
+    return [int(d) if isinstance(d, int | np.integer) else None for d in shape]
+
+
+def dtype_of(aval: Any) -> Any:
+    return tf.as_dtype(np.dtype(aval.dtype))
+
+
+def _log1p(x: Any) -> Any:
+    """Also near 0, where 1 + x loses the digits of x."""
+    small = 2.0 * tf.atanh(x / (x + 2.0))
+    return tf.where(tf.abs(x) < 0.1, small, tf.math.log(x + tf.ones((), x.dtype)))
+
+
+def _expm1(x: Any) -> Any:
+    half = tf.tanh(x * 0.5)
+    return tf.where(tf.abs(x) < 0.5, 2.0 * half / (1.0 - half), tf.exp(x) - tf.ones((), x.dtype))
+
+
+POINTWISE: dict[str, Callable[..., Any]] = {
+    "neg": tf.negative, "exp": tf.exp, "log": tf.math.log, "tanh": tf.tanh, "abs": tf.abs,
+    "log1p": lambda x: _log1p(x), "expm1": lambda x: _expm1(x),
+    "logistic": tf.sigmoid, "erf": tf.math.erf, "sqrt": tf.sqrt, "rsqrt": tf.math.rsqrt,
+    "erfc": lambda x: tf.ones((), x.dtype) - tf.math.erf(x), "sign": tf.sign,
+    "floor": tf.floor, "ceil": tf.math.ceil, "square": lambda x: x * x, "sin": tf.sin,
+    "cos": tf.cos, "not": tf.logical_not, "copy": tf.identity, "copy_p": tf.identity,
+    "stop_gradient": tf.identity, "optimization_barrier": tf.identity,
+    "add": tf.add, "add_any": tf.add, "sub": tf.subtract, "mul": tf.multiply,
+    "max": tf.maximum, "min": tf.minimum, "pow": lambda x, y: tf.pow(x, tf.cast(y, x.dtype)),
+    "eq": tf.equal, "ne": tf.not_equal,
+    "lt": tf.less, "le": tf.less_equal, "gt": tf.greater, "ge": tf.greater_equal,
+    "and": tf.logical_and, "or": tf.logical_or,
+    "xor": lambda a, b: tf.not_equal(a, b),
+    "clamp": lambda low, x, high: tf.minimum(tf.maximum(x, low), high),
+}  # fmt: skip
+
+
+def _integer(v: Any) -> bool:
+    return np.issubdtype(v.aval.dtype, np.integer)
+
+
+def _div(t: "Tracer", eqn: Any, a: Any, b: Any) -> Any:
+    if _integer(eqn.outvars[0]):
+        raise refuse(t.place, "it divides whole numbers")
+    return tf.divide(t.tensor(a), t.tensor(b))
+
+
+def _integer_pow(t: "Tracer", eqn: Any, x: Any) -> Any:
+    y = eqn.params["y"]
+    x = t.tensor(x)
+    if y in (2, 3):
+        return x * x if y == 2 else x * x * x
+    return tf.pow(x, tf.constant(y, x.dtype))
+
+
+def _select(t: "Tracer", eqn: Any, which: Any, *cases: Any) -> Any:
+    if len(cases) != 2 or eqn.invars[0].aval.dtype != bool:
+        raise refuse(t.place, "it selects among more than two")
+    return tf.where(t.tensor(which), t.tensor(cases[1]), t.tensor(cases[0]))
+
+
+def _convert(t: "Tracer", eqn: Any, x: Any) -> Any:
+    dtype = eqn.params["new_dtype"]
+    if eqn.invars[0].aval.dtype == dtype:
+        return x
+    return tf.cast(t.tensor(x), tf.as_dtype(np.dtype(dtype)))
+
+
+def _broadcast(t: "Tracer", eqn: Any, x: Any, *more: Any) -> Any:
+    rank, where = len(eqn.params["shape"]), eqn.params["broadcast_dimensions"]
+    have = shape_of(x)
+    if len(have) == 0 or tuple(where)[-len(have) :] == tuple(range(rank - len(have), rank)):
+        return x  # what follows broadcasts it
+    missing = len(where) - len(have)
+    spread: list[Any] = [1] * rank
+    aval = eqn.invars[0].aval
+    for index, axis in enumerate(where):
+        if index >= missing and have[index - missing] != 1:
+            spread[axis] = aval.shape[index]
+    return t.shaped(x, spread)
+
+
+def _reshape(t: "Tracer", eqn: Any, x: Any) -> Any:
+    new, old = eqn.params["new_sizes"], eqn.invars[0].aval.shape
+    extra = len(new) - len(old)
+    if extra > 0 and tuple(new[:extra]) == (1,) * extra and tuple(new[extra:]) == tuple(old):
+        return x
+    return t.shaped(t.full(x, eqn.invars[0].aval), new)
+
+
+def _transpose(t: "Tracer", eqn: Any, x: Any) -> Any:
+    return transposed(t.full(x, eqn.invars[0].aval), eqn.params["permutation"])
+
+
+def transposed(x: Any, order: Sequence[int]) -> Any:
+    """A value with its axes in another order."""
+    if tuple(order) == tuple(range(len(order))):
+        return x
+    if isinstance(x, Weight):
+        back = [list(order).index(a) for a in range(len(order))]
+        return x.moved(np.transpose(x.value, order), "transpose", back)
+    return tf.transpose(x, list(order))
+
+
+def _squeeze(t: "Tracer", eqn: Any, x: Any) -> Any:
+    return t.shaped(t.full(x, eqn.invars[0].aval), eqn.outvars[0].aval.shape)
+
+
+def _rev(t: "Tracer", eqn: Any, x: Any) -> Any:
+    x = t.full(x, eqn.invars[0].aval)
+    axes = eqn.params["dimensions"]
+    if isinstance(x, Weight):
+        return x.moved(np.flip(x.value, axes), "flip", list(axes))
+    return reversed_(t.tensor(x), axes)
+
+
+def reversed_(x: Any, axes: Sequence[int]) -> Any:
+    """A tensor from its end to its start along axes."""
+    return x[tuple(slice(None, None, -1 if a in axes else 1) for a in range(x.shape.rank))]
+
+
+def _slice(t: "Tracer", eqn: Any, x: Any) -> Any:
+    aval, p = eqn.invars[0].aval, eqn.params
+    x = t.full(x, aval)
+    steps = p["strides"] or (1,) * len(aval.shape)
+    cuts = []
+    for size, start, stop, step in zip(aval.shape, p["start_indices"], p["limit_indices"], steps):
+        # A place in the batch is told from its end.
+        ends = [e if isinstance(e, int | np.integer) else _from_end(e, size) for e in (start, stop)]
+        cuts.append(slice(int(ends[0]), None if stop == size else int(ends[1]), int(step)))
+    if isinstance(x, Weight):
+        return Weight(x.name, x.value[tuple(cuts)], {})
+    return t.tensor(x)[tuple(cuts)]
+
+
+def _concatenate(t: "Tracer", eqn: Any, *parts: Any) -> Any:
+    axis = eqn.params["dimension"]
+    wide = [
+        t.tensor(t.full(p, v.aval))
+        for p, v in zip(parts, eqn.invars, strict=True)
+        if v.aval.shape[axis] != 0
+    ]
+    return tf.concat(wide, axis) if len(wide) > 1 else wide[0]
+
+
+def _stack(t: "Tracer", eqn: Any, *parts: Any) -> Any:
+    wide = [t.tensor(t.full(p, v.aval)) for p, v in zip(parts, eqn.invars, strict=True)]
+    return tf.stack(wide, eqn.params.get("axis", eqn.params.get("dimension", 0)))
+
+
+def _split(t: "Tracer", eqn: Any, x: Any) -> list[Any]:
+    sizes = [int(s) for s in eqn.params["sizes"]]
+    return list(tf.split(t.tensor(t.full(x, eqn.invars[0].aval)), sizes, eqn.params["axis"]))
+
+
+def _pad(t: "Tracer", eqn: Any, x: Any, fill: Any) -> Any:
+    config = eqn.params["padding_config"]
+    if any(inside for *_, inside in config) or not isinstance(fill, np.ndarray):
+        raise refuse(t.place, "it pads between the entries of its input")
+    x = t.tensor(t.full(x, eqn.invars[0].aval))
+    return padded(x, [(low, high) for low, high, _ in config], float(fill))
+
+
+def padded(x: Any, pairs: Sequence[tuple[int, int]], fill: float = 0.0) -> Any:
+    """A tensor with a number before and after each axis; a negative count crops."""
+    cuts = tuple(slice(max(-lo, 0), -max(-hi, 0) or None) for lo, hi in pairs)
+    if any(lo < 0 or hi < 0 for lo, hi in pairs):
+        x = x[cuts]
+    wide = [[max(lo, 0), max(hi, 0)] for lo, hi in pairs]
+    if any(lo or hi for lo, hi in wide):
+        x = tf.pad(x, wide, constant_values=tf.constant(fill, x.dtype))
+    return x
+
+
+def _reduce(function: Callable[..., Any]) -> Callable[..., Any]:
+    def op(t: "Tracer", eqn: Any, x: Any) -> Any:
+        return function(t.tensor(t.full(x, eqn.invars[0].aval)), axis=list(eqn.params["axes"]))
+
+    return op
+
+
+def _argmax(t: "Tracer", eqn: Any, x: Any) -> Any:
+    (axis,) = eqn.params["axes"]
+    x = t.tensor(t.full(x, eqn.invars[0].aval))
+    return tf.cast(tf.argmax(x, axis), dtype_of(eqn.outvars[0].aval))
+
+
+def _cumsum(t: "Tracer", eqn: Any, x: Any) -> Any:
+    x = t.tensor(t.full(x, eqn.invars[0].aval))
+    return tf.cumsum(x, eqn.params["axis"], reverse=eqn.params["reverse"])
+
+
+def _sort(t: "Tracer", eqn: Any, *xs: Any) -> Any:
+    if len(xs) != 1:
+        raise refuse(t.place, "it sorts by another array")
+    x = t.tensor(t.full(xs[0], eqn.invars[0].aval))
+    last = x.shape.rank - 1
+    order = [a for a in range(x.shape.rank) if a != eqn.params["dimension"]]
+    order.append(eqn.params["dimension"])
+    back = [order.index(a) for a in range(last + 1)]
+    return transposed(tf.sort(transposed(x, order)), back)
+
+
+def _gather(t: "Tracer", eqn: Any, x: Any, index: Any) -> Any:
+    """``jnp.take`` along one axis, or a slice at a known place."""
+    aval, numbers = eqn.invars[0].aval, eqn.params["dimension_numbers"]
+    axes, sizes = numbers.start_index_map, eqn.params["slice_sizes"]
+    rank = len(aval.shape)
+    if isinstance(index, np.ndarray) and len(eqn.invars[1].aval.shape) == 1:
+        places = np.broadcast_to(index, eqn.invars[1].aval.shape)
+        starts = {a: int(i) for a, i in zip(axes, places, strict=True)}
+        cuts = tuple(slice(starts[a], starts[a] + int(sizes[a])) if a in starts else slice(None)
+                     for a in range(rank))  # fmt: skip
+        x = t.tensor(t.full(x, aval))[cuts]
+        dropped = list(numbers.collapsed_slice_dims)
+        return tf.squeeze(x, dropped) if dropped else x
+    plain = len(axes) == 1 and numbers.collapsed_slice_dims == axes
+    plain = plain and not numbers.operand_batching_dims and sizes[axes[0]] == 1
+    plain = plain and all(sizes[a] == aval.shape[a] for a in range(rank) if a != axes[0])
+    if not plain:
+        raise refuse(t.place, "it gathers along more than one axis")
+    (axis,) = axes
+    index = t.full(index, eqn.invars[1].aval)
+    index = t.shaped(index, eqn.invars[1].aval.shape[:-1])
+    out = tf.gather(t.tensor(t.full(x, aval)), t.tensor(index), axis=axis)
+    count = len(eqn.invars[1].aval.shape) - 1
+    # Where the axes of x stand in JAX's output, and those of the index.
+    total = rank - 1 + count
+    mine = [a for a in range(total) if a not in numbers.offset_dims]
+    now = [*numbers.offset_dims[:axis], *mine, *numbers.offset_dims[axis:]]
+    return transposed(out, [now.index(a) for a in range(total)])
+
+
+def _dot(t: "Tracer", eqn: Any, a: Any, b: Any) -> Any:
+    (mine, theirs), (batch, other) = eqn.params["dimension_numbers"]
+    first, second = (v.aval for v in eqn.invars)
+    a, b = t.full(a, first), t.full(b, second)
+    dtype = dtype_of(eqn.outvars[0].aval)
+    n, m = len(first.shape), len(second.shape)
+    if not batch and m - len(theirs) >= 1 and tuple(mine) == tuple(range(n - len(mine), n)) and (
+        tuple(theirs) == tuple(range(len(theirs)))
+    ):  # fmt: skip
+        # The last axes of one with the first of the other: a MatMul, whatever their number.
+        inner = math.prod(first.shape[i] for i in mine)
+        kept, new = first.shape[: n - len(mine)], second.shape[len(theirs) :]
+        left = a if len(mine) == 1 else t.shaped(a, (*kept, inner))
+        right = b if m == 2 else t.shaped(b, (inner, math.prod(new)))
+        left, right = (tf.cast(t.tensor(v), dtype) for v in (left, right))
+        out = tf.matmul(left, right) if len(kept) > 0 else tf.linalg.matvec(right, left, True)
+        return out if len(new) == 1 else t.shaped(out, (*kept, *new))
+    letters = iter("abcdefghijklmnopqrstuvwxyz")
+    names = [next(letters) for _ in range(n)]
+    others: list[str] = [""] * m
+    for i, j in (*zip(mine, theirs), *zip(batch, other)):
+        others[j] = names[i]
+    others = [x or next(letters) for x in others]
+    out = [names[i] for i in batch]
+    out += [names[i] for i in range(n) if i not in mine and i not in batch]
+    out += [others[j] for j in range(m) if j not in theirs and j not in other]
+    formula = f"{''.join(names)},{''.join(others)}->{''.join(out)}"
+    return tf.einsum(formula, tf.cast(t.tensor(a), dtype), tf.cast(t.tensor(b), dtype))
+
+
+def _conv(t: "Tracer", eqn: Any, x: Any, kernel: Any) -> Any:
+    p, numbers = eqn.params, eqn.params["dimension_numbers"]
+    bias, t.bias = t.bias, None
+    if p["batch_group_count"] != 1:
+        raise refuse(t.place, "a convolution with groups of the batch")
+    kernel = transposed(kernel, numbers.rhs_spec)
+    x = transposed(t.tensor(t.full(x, eqn.invars[0].aval)), numbers.lhs_spec)
+    out = [eqn.outvars[0].aval.shape[a] for a in numbers.out_spec]
+    sizes = [eqn.invars[0].aval.shape[a] for a in numbers.lhs_spec[2:]]
+    window = shape_of(kernel)[2:]
+    pads, spread = [tuple(map(int, q)) for q in p["padding"]], p["rhs_dilation"]
+    groups = p["feature_group_count"]
+    if all(d == 1 for d in p["lhs_dilation"]):
+        if any(lo < 0 or hi < 0 for lo, hi in pads):
+            x = padded(x, [(0, 0), (0, 0), *((min(lo, 0), min(hi, 0)) for lo, hi in pads)])
+            pads = [(max(lo, 0), max(hi, 0)) for lo, hi in pads]
+        (y,) = t.mark(
+            "Conv", [x, kernel, bias] if bias is not None else [x, kernel], [out],
+            **windows(window, p["window_strides"], pads, spread), group=groups,
+        )  # fmt: skip
+        return transposed(y, [numbers.out_spec.index(a) for a in range(len(out))])
+    if any(s != 1 for s in p["window_strides"]) or groups != 1:
+        raise refuse(t.place, "a convolution with steps and holes, or a transposed one with groups")
+    # JAX fills holes into the input and correlates; ONNX says it from the other end.
+    axes = (1, 0, *range(2, len(out)))
+    if isinstance(kernel, Weight):
+        turned = list(range(2, len(out)))
+        flipped = kernel.moved(np.flip(kernel.value, tuple(turned)), "flip", turned)
+        kernel = transposed(flipped, axes)
+    else:
+        kernel = transposed(reversed_(kernel, range(2, len(out))), axes)
+    steps = p["lhs_dilation"]
+    own = [(d * (k - 1) - lo, d * (k - 1) - hi)
+           for d, k, (lo, hi) in zip(spread, window, pads)]  # fmt: skip
+    extra = [(max(-lo, 0), max(-hi, 0)) for lo, hi in own]
+    own = [(max(lo, 0), max(hi, 0)) for lo, hi in own]
+    bare = [s * (n - 1) + d * (k - 1) + 1 - lo - hi
+            for s, n, d, k, (lo, hi) in zip(steps, sizes, spread, window, own)]  # fmt: skip
+    late = any(lo or hi for lo, hi in extra)
+    inputs = [x, kernel] if bias is None or late else [x, kernel, bias]
+    attributes = windows(window, steps, own, spread)
+    (y,) = t.mark("ConvTranspose", inputs, [[*out[:2], *bare]], **attributes, group=1)
+    y = padded(y, [(0, 0), (0, 0), *extra])
+    y = transposed(y, [numbers.out_spec.index(a) for a in range(len(out))])
+    return y if bias is None or not late else tf.add(y, t.tensor(bias))
+
+
+def windows(window: Any, steps: Any, pads: Any, spread: Any) -> dict[str, list[int]]:
+    """The attributes that ONNX's operators over windows share."""
+    return {
+        "kernel_shape": [int(k) for k in window],
+        "strides": [int(s) for s in steps],
+        "pads": [int(q[i]) for i in (0, 1) for q in pads],
+        "dilations": [int(d) for d in spread],
+    }
+
+
+def _reduce_window(average: bool) -> Callable[..., Any]:
+    def op(t: "Tracer", eqn: Any, x: Any, *start: Any) -> Any:
+        p = eqn.params
+        window, steps, pads = p["window_dimensions"], p["window_strides"], p["padding"]
+        spread, rank = p["window_dilation"], len(window)
+        if p.get("jaxpr") is not None:
+            names = [e.primitive.name for e in p["jaxpr"].eqns]
+            if names != ["max"]:
+                raise refuse(t.place, f"it reduces windows by {names}")
+        edges = [window[a] != 1 or steps[a] != 1 or tuple(pads[a]) != (0, 0) for a in (0, rank - 1)]
+        if any(edges) or rank < 3 or any(d != 1 for d in p["base_dilation"]):
+            raise refuse(t.place, "windows over other axes than the spatial ones")
+        if average and any(d != 1 for d in spread):
+            raise refuse(t.place, "sums of windows with holes")
+        x = t.tensor(t.full(x, eqn.invars[0].aval))
+        first = (0, rank - 1, *range(1, rank - 1))
+        x = transposed(x, first)
+        inner = [(int(lo), int(hi)) for lo, hi in pads[1:-1]]
+        wide = [(k - 1) * d for k, d in zip(window[1:-1], spread[1:-1])]
+        if any(max(q) > w or min(q) < 0 for q, w in zip(inner, wide)):
+            # More than ONNX allows.
+            x = padded(x, [(0, 0), (0, 0), *inner], 0.0 if average else -math.inf)
+            inner = [(0, 0)] * len(inner)
+        shape = [eqn.outvars[0].aval.shape[a] for a in first]
+        attributes: dict[str, Any] = windows(window[1:-1], steps[1:-1], inner, spread[1:-1])
+        if average:
+            del attributes["dilations"]
+            (y,) = t.mark("AveragePool", [x], [shape], **attributes, count_include_pad=1)
+            y = y * tf.constant(math.prod(window), y.dtype)
+        else:
+            (y,) = t.mark("MaxPool", [x], [shape], **attributes)
+        return transposed(y, (0, *range(2, rank), 1))
+
+    return op
+
+
+def _scan(t: "Tracer", eqn: Any, *values: Any) -> list[Any]:
+    """A loop over the first axis of what is scanned."""
+    p = eqn.params
+    fixed, carried = p["num_consts"], p["num_carry"]
+    wide = [t.tensor(t.full(v, a.aval)) for v, a in zip(values, eqn.invars, strict=True)]
+    consts, start, steps = wide[:fixed], wide[fixed : fixed + carried], wide[fixed + carried :]
+    length, inner = p["length"], p["jaxpr"]
+    outs = inner.out_avals[carried:]
+    shapes = [
+        tf.TensorShape(known_sizes(v.aval.shape)) for v in eqn.invars[fixed : fixed + carried]
+    ]
+    held = [tf.TensorArray(dtype_of(a), length, element_shape=known_sizes(a.shape)) for a in outs]
+
+    def body(i: Any, state: Any, arrays: Any) -> Any:
+        at = length - 1 - i if p["reverse"] else i
+        given = [tf.gather(s, at) for s in steps]
+        new = t.run(inner, [*consts, *state, *given])
+        new = [t.tensor(t.full(v, a)) for v, a in zip(new, inner.out_avals, strict=True)]
+        written = [a.write(at, v) for a, v in zip(arrays, new[carried:], strict=True)]
+        return i + 1, new[:carried], written
+
+    _, last, arrays = tf.while_loop(
+        lambda i, *_: i < length, body, (tf.constant(0), start, held),
+        shape_invariants=(tf.TensorShape([]), shapes, [tf.TensorShape(None)] * len(held)),
+    )  # fmt: skip
+    stacked = [
+        tf.ensure_shape(a.stack(), known_sizes(v.aval.shape))
+        for a, v in zip(arrays, eqn.outvars[carried:], strict=True)
+    ]
+    return [*last, *stacked]
+
+
+OPS: Mapping[str, Callable[..., Any]] = {
+    "div": _div, "integer_pow": _integer_pow, "select_n": _select,
+    "convert_element_type": _convert, "broadcast_in_dim": _broadcast, "reshape": _reshape,
+    "transpose": _transpose, "squeeze": _squeeze, "rev": _rev, "slice": _slice,
+    "concatenate": _concatenate, "stack": _stack, "split": _split, "pad": _pad,
+    "reduce_sum": _reduce(tf.reduce_sum), "reduce_max": _reduce(tf.reduce_max),
+    "reduce_min": _reduce(tf.reduce_min), "reduce_prod": _reduce(tf.reduce_prod),
+    "reduce_and": _reduce(tf.reduce_all), "reduce_or": _reduce(tf.reduce_any),
+    "argmax": _argmax, "cumsum": _cumsum, "sort": _sort, "gather": _gather,
+    "dot_general": _dot, "conv_general_dilated": _conv,
+    "reduce_window_sum": _reduce_window(average=True),
+    "reduce_window_max": _reduce_window(average=False),
+    "reduce_window": _reduce_window(average=False), "scan": _scan,
+}  # fmt: skip

@@ -1,0 +1,115 @@
+"""ONNX in: a straight line of operators as layers in torch's terms, from which the walk goes on."""
+
+import os
+from typing import Any
+
+import jax
+
+from fwt._types import FileFormatError, Model
+from fwt.converters import io as _io
+from fwt.converters.frameworks import flax as _flax
+from fwt.converters.frameworks import torch_layers
+from fwt.converters.onnx import blocks, recurrent, shapes, weights
+from fwt.converters.onnx import graph as _graph
+from fwt.converters.onnx import ours as _ours
+from fwt.converters.onnx.graph import Graph, Node
+from fwt.converters.onnx.line import Reader
+from fwt.converters.rows.row import Layer, refuse
+from fwt.converters.walk import convert
+
+# Attributes that exporters write at their defaults, whether or not they matter.
+_HARMLESS = {"allowzero": 0, "noop_with_empty_axes": 0, "saturate": 1}
+OPS = {**weights.OPS, **shapes.OPS, **recurrent.OPS}
+
+
+def from_onnx(
+    path: str | os.PathLike[str],
+    *,
+    layout: str = "source",
+    external_data: bool = False,
+) -> Model:
+    """An ONNX file as a Flax model of this library, with the same outputs.
+
+    A file of :func:`to_onnx` gives back the model that it was written from, bit for bit. Any other
+    graph must be a straight line: one input, one output, each operator after the other, as
+    ``torch.onnx.export`` (both exporters), tf2onnx, Keras and :func:`to_onnx` write models of
+    layers. Needs onnx: ``pip install 'fwt[onnx]'``.
+
+    Args:
+        path: the file.
+        layout: "source", by default: the input and output are those of the file. "channels_last"
+            or "channels_first" moves an end's axes where a layer proves which holds the channels.
+        external_data: whether arrays may be read from another file in the same folder.
+
+    Returns:
+        ``Model(module, variables)`` with NumPy leaves. Layers take the names of their weights
+        where these tell one.
+
+    Raises:
+        FileFormatError: for a file that is missing, broken or hostile, and for an operator that
+            can't be converted exactly, by the node's name. It is a ``ConversionError``.
+
+    Example:
+        >>> import os, tempfile
+        >>> import fwt, torch
+        >>> path = os.path.join(tempfile.mkdtemp(), "net.onnx")
+        >>> fwt.converters.save(path, *fwt.converters.from_torch(torch.nn.Sequential(
+        ...     torch.nn.Conv1d(3, 2, 5), torch.nn.ReLU()), (3, 9)))
+        >>> [type(named.layer).__name__ for named in from_onnx(path).module.layers]
+        ['Conv', 'ReLU']
+    """
+    path = _io.given_path(path)
+    if not path.is_file():
+        raise FileFormatError(f"{path}: no such file")
+    with _io.reading(path):
+        proto = _graph.proto_of(path)
+        ours = _ours.described(proto, path, external_data)
+        if ours is not None and layout == "source":
+            return ours
+        if ours is not None:
+            layers, shape = _flax.read_flax(*ours), ours.module.input_shape
+        else:
+            graph = Graph(proto, path, external_data)
+            if graph.dtype == 11 and not jax.config.read("jax_enable_x64"):
+                raise FileFormatError(f"{path}: it computes in float64: set jax_enable_x64")
+            layers = torch_layers.with_selected(_layers(graph))
+            shape = tuple(graph.shapes[graph.input][1:])
+        source: Any = "torch" if ours is None else "flax"
+        new, found = convert.convert(layers, source, "flax", shape, layout)
+        return _flax.write_flax(new, found)
+
+
+def _layers(graph: Graph) -> list[Layer]:
+    reader = Reader(graph)
+    while graph.users.get(reader.at):
+        block, end = graph.block(reader.at)
+        node = block[0]
+        if (found := blocks.function_of(reader, block, end)) is not None:
+            end = found
+        elif len(block) > 1:
+            blocks.several(reader, block, end)
+        elif node.op in OPS:
+            found = OPS[node.op](reader, node)
+            if found is None:
+                _check(node, reader.at, end)
+            end = found or end
+        else:
+            raise refuse(str(node), f"the operator {node.op!r} can't be converted")
+        reader.at = end
+    if reader.at != graph.output:
+        raise refuse(str(graph.path), f"the output {graph.output!r} does not come from the input")
+    for node in graph.nodes:
+        unknown = [n for n, v in node.attributes.items()
+                   if n not in node.taken and _HARMLESS.get(n) != v]  # fmt: skip
+        if unknown:
+            raise refuse(str(node), f"its {unknown[0]}={node.attributes[unknown[0]]!r:.60}")
+    return reader.layers
+
+
+def _check(node: Node, at: str, end: str) -> None:
+    """Raises for another output than the first, and for an input that the handler left alone."""
+    if end != node.outputs[0]:
+        raise refuse(str(node), f"its output {end!r} is used, expected the first")
+    for index, name in enumerate(node.inputs):
+        if name and name != at and index not in node.taken:
+            raise refuse(str(node), f"its input {name!r} is not known")

@@ -1,0 +1,549 @@
+"""ONNX out: a Flax model as a file for onnxruntime and whatever else reads ONNX."""
+
+import contextlib
+import importlib.util
+import json
+import logging
+import os
+import re
+import secrets
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax import export
+
+from fwt import layers as fl
+from fwt._sequential import Sequential, call
+from fwt._types import ConversionError
+from fwt.converters import io as _io
+from fwt.converters.frameworks import flax as _flax
+from fwt.converters.onnx import ours
+from fwt.converters.rows.row import joined, refuse
+
+OPSETS = range(15, 19)  # tf2onnx knows no newer one
+LIMIT = 2**31 - 2**20  # of a protobuf message, less what is around the weights
+
+
+def to_onnx(
+    module: Any,
+    variables: Any,
+    path: str | os.PathLike[str],
+    input_shape: Sequence[int] | None = None,
+    opset: int = 17,
+    *,
+    input_dtype: Any = None,
+    external_data: bool | None = None,
+    check: bool = True,
+) -> None:
+    """Writes a Flax model as an ONNX file with the same outputs, whole or not at all.
+
+    The input and output have the layout of the module, and any batch size. The weights are
+    initializers under the paths that :func:`fwt.paths` gives, their values bit for bit (of a
+    recurrent layer in ONNX's order of gates), so that zeros stay zeros. It needs TensorFlow,
+    tf2onnx and onnx: ``pip install 'fwt[onnx]'``.
+
+    Args:
+        module: a :class:`fwt.Sequential`, a linen ``nn.Sequential``, or any linen module of one
+            array.
+        variables: its variables, or its params.
+        path: where to, such as ``"net.onnx"``.
+        input_shape: the shape of one input without the batch axis; that of the module by default.
+        opset: the version of ONNX's operators, 15 to 18.
+        input_dtype: of the input: float32, or int32 where the first layer takes whole numbers, by
+            default.
+        external_data: whether the weights go into a file of their own beside it, as ONNX wants for
+            more than 2 GB; by default where they must.
+        check: whether onnxruntime, if it is installed, must give the same outputs before anything
+            is written.
+
+    Raises:
+        ConversionError: for what can't be said in ONNX exactly, by the layer's name; nothing is
+            written then.
+        FileFormatError: if it can't be written there.
+
+    Source: ONNX operators, https://onnx.ai/onnx/operators.
+
+    Example:
+        >>> import os, tempfile
+        >>> import fwt, jax, flax.linen as nn
+        >>> net = fwt.Sequential([("dense", nn.Dense(2)), nn.relu], input_shape=(3,))
+        >>> variables = net.init(jax.random.key(0), jax.numpy.ones((1, 3)))
+        >>> path = os.path.join(tempfile.mkdtemp(), "net.onnx")
+        >>> to_onnx(net, variables, path)
+        >>> import onnxruntime
+        >>> session = onnxruntime.InferenceSession(path)
+        >>> session.run(None, {"input": np.ones((5, 3), np.float32)})[0].shape
+        (5, 2)
+    """
+    path = _io.given_path(path)
+    given = _Given(module, variables, input_shape, opset, input_dtype)
+    proto, weights = given.converted()
+    total = sum(w.nbytes for w in weights.values())
+    if external_data is None:
+        external_data = total > LIMIT
+    elif not external_data and total > LIMIT:
+        raise ConversionError(f"to_onnx: {total:,} bytes need external_data=True")
+    _write(path, proto, weights, external_data, given.check if check else lambda *_: None)
+
+
+def save_onnx(file: Any, module: Any, variables: Any, layout: str | None) -> None:
+    """An .onnx file whose weights are inside."""
+    given = _Given(module, variables)
+    proto, weights = given.converted()
+    if (total := sum(w.nbytes for w in weights.values())) > LIMIT:
+        raise ConversionError(f"{total:,} bytes are too many for one .onnx file; use to_onnx")
+    message, _ = _message(proto, weights, None)
+    given.check(message, Path())
+    file.write(message)
+
+
+class _Given:
+    """What is to be written, checked."""
+
+    def __init__(
+        self, module: Any, variables: Any, input_shape: Any = None, opset: int = 17,
+        input_dtype: Any = None,
+    ):  # fmt: skip
+        self.opset = opset
+        self.module, self.variables = _checked(module, variables, opset)
+        shape = input_shape if input_shape is not None else getattr(module, "input_shape", None)
+        sizes: Any = shape if isinstance(shape, tuple | list) else (None,)
+        if any(type(s) is not int or s < 1 for s in sizes):
+            raise ConversionError(
+                f"to_onnx: the input's sizes must be known, found {shape}: give input_shape= "
+                "(without the batch axis)"
+            )
+        self.shape = tuple(sizes)
+        try:
+            self.dtype = np.dtype(input_dtype or _input_dtype(self.module))
+        except TypeError as error:
+            raise ConversionError(f"input_dtype={input_dtype!r} is no dtype") from error
+        if self.dtype != jax.dtypes.canonicalize_dtype(self.dtype):
+            raise ConversionError(f"input_dtype={self.dtype}: set jax_enable_x64")
+
+    def converted(self) -> tuple[Any, dict[str, np.ndarray]]:
+        return _converted(self.module, self.variables, self.shape, self.dtype, self.opset)
+
+    def check(self, message: bytes, folder: Path) -> None:
+        if importlib.util.find_spec("onnxruntime") is not None:
+            _compare(message, folder, self.module, self.variables, self.shape, self.dtype)
+
+
+def _checked(module: Any, variables: Any, opset: int) -> tuple[Any, Any]:
+    if type(opset) is not int or opset not in OPSETS:
+        raise ConversionError(
+            f"opset={opset!r}: tf2onnx writes {OPSETS.start} to {OPSETS.stop - 1} well"
+        )
+    module = _flax.sequential_of(module)
+    if not isinstance(variables, Mapping):
+        raise ConversionError(f"expected a variables dict, found {type(variables).__name__}")
+    if "params" not in variables:
+        variables = {"params": variables}
+    if isinstance(module, Sequential):
+        _flax.read_flax(module, variables)  # which checks the names
+    elif not hasattr(module, "apply"):
+        raise ConversionError(f"expected a linen module, found {type(module).__name__}")
+    return module, variables
+
+
+def _input_dtype(module: Any) -> Any:
+    layer = module
+    while isinstance(layer, Sequential) and layer.layers:
+        layer = layer.layers[0].layer
+    whole = hasattr(layer, "num_embeddings") or isinstance(layer, fl.CategoryEncoding)
+    return np.int32 if whole else np.float32
+
+
+# -- TensorFlow, quietly ---------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """TensorFlow and tf2onnx without what they print, which native code writes past Python: to the
+    process's standard error, which is nobody's meanwhile."""
+    loggers = [logging.getLogger(n) for n in ("tensorflow", "tf2onnx", "absl")]
+    levels = [x.level for x in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    before = os.environ.get("TF_CPP_MIN_LOG_LEVEL")
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    sys.stderr.flush()
+    try:
+        saved = os.dup(2)
+        with tempfile.TemporaryFile() as sink:
+            os.dup2(sink.fileno(), 2)
+            try:
+                yield
+            finally:
+                sys.stderr.flush()
+                os.dup2(saved, 2)
+                os.close(saved)
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        if before is None:
+            del os.environ["TF_CPP_MIN_LOG_LEVEL"]
+        else:
+            os.environ["TF_CPP_MIN_LOG_LEVEL"] = before
+
+
+def _needed() -> Any:
+    for name in ("tensorflow", "tf2onnx", "onnx"):
+        if importlib.util.find_spec(name) is None:
+            raise ImportError(f"to_onnx needs {name}: pip install 'fwt[onnx]'", name=name)
+    import tensorflow as tf
+
+    return tf
+
+
+def _converted(
+    module: Any, variables: Any, shape: tuple[int, ...], dtype: np.dtype, opset: int
+) -> tuple[Any, dict[str, np.ndarray]]:
+    """The graph as a protobuf message whose weights are still inputs, and the weights."""
+    with quiet():
+        tf = _needed()
+        import onnx
+        import tf2onnx
+
+        from fwt.converters.onnx.primitives import Weight
+        from fwt.converters.onnx.trace import MARK, Tracer
+
+        tree = _weights(variables, Weight)
+        symbol = jax.ShapeDtypeStruct((*export.symbolic_shape("batch"), *shape), dtype)
+        found: list[Any] = []
+        specs = tf.TensorSpec((None, *shape), tf.as_dtype(dtype), "input")
+
+        def traced(x: Any, take: Any) -> Any:
+            tracer = Tracer(tf.shape(x)[0], take, opset)
+            y, out = _through(tracer, module, tree, x, symbol, ())
+            found[:] = [out]
+            return tf.identity(y)
+
+        # Once to learn which arrays it takes, then as a function of them: so they never go
+        # through TensorFlow, whatever their size.
+        taken: list[Any] = []
+
+        def ask(weight: Any) -> Any:
+            taken.append(weight)
+            return tf.compat.v1.placeholder(_tf_dtype(tf, weight), weight.value.shape)
+
+        with tf.Graph().as_default():
+            traced(tf.compat.v1.placeholder(specs.dtype, specs.shape), ask)
+        signature = [
+            tf.TensorSpec(w.value.shape, _tf_dtype(tf, w), f"weight_{i}")
+            for i, w in enumerate(taken)
+        ]
+
+        def function(x: Any, *given: Any) -> Any:
+            each = iter(given)
+            return traced(x, lambda weight: next(each))
+
+        proto, _ = tf2onnx.convert.from_function(
+            tf.function(function, autograph=False),
+            input_signature=[specs, *signature],
+            opset=opset,
+            custom_op_handlers={MARK: (_marked, [])},
+        )
+        names = _names([w.name for w in taken])
+        weights = {n: w.value for n, w in zip(names, taken, strict=True)}
+        for value, weight in zip(proto.graph.input[1:], taken, strict=True):
+            # tf2onnx takes bfloat16 for float16.
+            kind = onnx.helper.np_dtype_to_tensor_dtype(weight.value.dtype)
+            value.type.tensor_type.elem_type = kind
+        _finish(proto, names, found[0])
+        undo = {n: w.undo for n, w in zip(names, taken, strict=True)}
+        ours.describe(proto, module, undo, [leaf for w in jax.tree.leaves(tree) for leaf in
+                                                   w.undo])  # fmt: skip
+        try:
+            onnx.checker.check_model(proto, full_check=False)
+        except onnx.checker.ValidationError as error:
+            why = " ".join(str(error).split())
+            raise ConversionError(f"to_onnx: {why:.300}") from error
+    for node in _nodes(proto.graph):
+        if node.domain not in ("", "ai.onnx"):
+            raise refuse(node.name, f"{node.domain}.{node.op_type} is no operator of standard ONNX")
+    return proto, weights
+
+
+def _weights(variables: Any, make: Any, inside: tuple[str, ...] = ()) -> Any:
+    """The tree of arrays as a tree of weights with their paths."""
+    out = {}
+    for name, value in variables.items():
+        parts = (*inside, str(name))
+        if isinstance(value, Mapping):
+            out[name] = _weights(value, make, parts)
+        else:
+            array = np.asarray(value)
+            if array.dtype != jax.dtypes.canonicalize_dtype(array.dtype):
+                raise refuse(joined(parts), f"{array.dtype} weights: JAX computes with 32 bits",
+                             "set jax_enable_x64, or cast them")  # fmt: skip
+            # Named without the collection: no layer has one name in two of them.
+            out[name] = make(joined(parts[1:]), array, {joined(parts): []})
+    return out
+
+
+def _tf_dtype(tf: Any, weight: Any) -> Any:
+    return tf.as_dtype(weight.value.dtype)
+
+
+def _names(names: Sequence[str]) -> list[str]:
+    out: list[str] = []
+    for name in names:
+        new, count = name, 1
+        while new in out or new in ("input", "output"):
+            count += 1
+            new = f"{name}:{count}"
+        out.append(new)
+    return out
+
+
+def _through(
+    tracer: Any, module: Any, tree: Any, x: Any, aval: Any, inside: tuple[str, ...]
+) -> tuple[Any, Any]:
+    """The output of a module, layer by layer, and its shape."""
+    import tensorflow as tf
+
+    from fwt.converters.onnx.operators import NATIVE
+
+    if not isinstance(module, Sequential):
+        return _one(tracer, module, tree, x, aval, type(module).__name__, NATIVE)
+    for named in module.layers:
+        own = {c: t[named.name] for c, t in tree.items() if named.name in t}
+        parts = (*inside, named.name)
+        with tf.name_scope(_scope(named.name)):
+            if isinstance(named.layer, Sequential):
+                x, aval = _through(tracer, named.layer, own, x, aval, parts)
+            else:
+                place = f"{joined(parts)} ({type(named.layer).__name__})"
+                x, aval = _one(tracer, named.layer, own, x, aval, place, NATIVE)
+    return x, aval
+
+
+def _scope(name: str) -> str:
+    text = re.sub(r"[^A-Za-z0-9_.\-/]", "_", name)
+    return text if re.match(r"[A-Za-z0-9.]", text) else f"x{text}"
+
+
+def _one(
+    tracer: Any, layer: Any, own: Any, x: Any, aval: Any, place: str, native: Any
+) -> tuple[Any, Any]:
+    tracer.place = place
+
+    def function(variables: Any, y: Any) -> Any:
+        return call(layer, variables, y)
+
+    structs = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.value.shape, w.value.dtype), own)
+    with refused(f"{place}: it does not run on {list(aval.shape)}"):
+        out = jax.eval_shape(function, structs, aval)
+    if not hasattr(out, "shape"):
+        raise refuse(place, "its output is no array")
+    with refused(f"{place}: TensorFlow has no such operation"):
+        y = native[type(layer)](tracer, layer, own, x, aval, out) if type(layer) in native else None
+        if y is None:
+            y, _ = tracer.apply(function, own, x, aval)
+    return y, out
+
+
+def _marked(graph: Any, node: Any, name: str, _: Any) -> None:
+    """Puts the operator that a mark stands for in its place."""
+    told = json.loads(node.get_attr("token").s)
+    inputs = [node.input[i] if i is not None else "" for i in told["inputs"]]
+    outputs, dtypes = list(node.output), node.output_dtypes
+    skip = told["skip"]
+    spare = [f"{name}__{i}" for i in range(skip)]
+    graph.remove_node(name)
+    graph.make_node(
+        told["op"],
+        inputs,
+        attr=told["attributes"],
+        outputs=[*spare, *outputs],
+        shapes=[*([None] * skip), *told["shapes"]],
+        dtypes=[*(dtypes[:1] * skip), *dtypes],
+        name=name,
+    )
+
+
+def _nodes(graph: Any) -> Iterator[Any]:
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _nodes(attribute.g)
+
+
+def _finish(proto: Any, names: Sequence[str], out: Any) -> None:
+    """Gives inputs, outputs and weights their names, and the batch axis its own."""
+    from fwt.converters.onnx.trace import MARK
+
+    graph = proto.graph
+    renamed = {f"weight_{i}": name for i, name in enumerate(names)}
+    renamed[graph.output[0].name] = "output"
+    for node in _nodes(graph):
+        node.name = node.name.replace(MARK, node.op_type)
+        for name in node.output:
+            if MARK in name:
+                renamed.setdefault(name, name.replace(MARK, node.op_type))
+    for node in _nodes(graph):
+        for listed in (node.input, node.output):
+            for i, name in enumerate(listed):
+                listed[i] = renamed.get(name, name)
+    for value in (*graph.input, *graph.output):
+        value.name = renamed.get(value.name, value.name)
+    for value, shape in ((graph.input[0], None), (graph.output[0], out.shape)):
+        dims = value.type.tensor_type.shape.dim
+        if shape is not None:
+            del dims[:]
+            for size in shape:
+                dims.add(**({"dim_value": size} if isinstance(size, int) else {}))
+        if len(dims) and (shape is None or str(shape[0]) == "batch"):
+            dims[0].Clear()
+            dims[0].dim_param = "batch"
+    del graph.value_info[:]  # it may be wrong about the batch
+    kept = [o for o in proto.opset_import if o.domain in ("", "ai.onnx")]
+    del proto.opset_import[:]
+    proto.opset_import.extend(kept)
+    graph.name = "fwt"
+    proto.producer_name, proto.producer_version = "fwt", ""
+
+
+# -- the file --------------------------------------------------------------------------------------
+
+
+def _message(
+    proto: Any, weights: Mapping[str, np.ndarray], outside: "_Outside | None"
+) -> tuple[bytes, list[np.ndarray]]:
+    """The message with its weights, and those that are to be written into another file."""
+    import onnx
+
+    kept: list[np.ndarray] = []
+    inputs = list(proto.graph.input)
+    del proto.graph.input[1:]
+    for value in inputs[1:]:
+        array = np.ascontiguousarray(weights[value.name])
+        tensor = proto.graph.initializer.add(
+            name=value.name, dims=array.shape, data_type=value.type.tensor_type.elem_type
+        )
+        if outside is None or array.nbytes < 1024:
+            tensor.raw_data = _io.native(array).tobytes()
+            continue
+        tensor.data_location = onnx.TensorProto.EXTERNAL
+        for key, told in outside.place(array.nbytes):
+            tensor.external_data.add(key=key, value=str(told))
+        kept.append(array)
+    return proto.SerializeToString(), kept
+
+
+class _Outside:
+    """Where arrays stand in a file of their own: aligned, so that it can be mapped."""
+
+    def __init__(self, name: str):
+        self.name, self.end = name, 0
+
+    def place(self, size: int) -> list[tuple[str, Any]]:
+        start = -(-self.end // 4096) * 4096
+        self.end = start + size
+        return [("location", self.name), ("offset", start), ("length", size)]
+
+
+def _write(
+    path: Path,
+    proto: Any,
+    weights: Mapping[str, np.ndarray],
+    external: bool,
+    check: Callable[[bytes, Path], None],
+) -> None:
+    # A name of its own, so that the file that is there now keeps its weights until it is replaced.
+    # Nothing is removed: another file may name the data of the one that is replaced.
+    path = path.resolve()
+    outside = _Outside(f"{path.name}.{secrets.token_hex(4)}.data") if external else None
+    message, arrays = _message(proto, weights, outside)
+
+    def write(file: Any) -> None:
+        check(message, path.parent)
+        file.write(message)
+
+    if outside is None:
+        _io.write_atomically(path, write)
+        return
+
+    def write_data(file: Any) -> None:
+        at = 0
+        for array in arrays:
+            file.write(bytes(-at % 4096))
+            _io.write_array(file, array)
+            at += -at % 4096 + array.nbytes
+
+    beside = path.parent / outside.name
+    _io.write_atomically(beside, write_data)
+    try:
+        _io.write_atomically(path, write)
+    except BaseException:
+        beside.unlink()
+        raise
+
+
+def _compare(
+    message: bytes, folder: Path, module: Any, variables: Any, shape: Any, dtype: np.dtype
+) -> None:
+    """Raises unless onnxruntime computes what the module does."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(folder.resolve())
+    )
+    with refused("to_onnx: onnxruntime can't run it"):
+        session = onnxruntime.InferenceSession(message, options, ["CPUExecutionProvider"])
+    kind = session.get_outputs()[0].type + session.get_inputs()[0].type
+    if "bfloat16" in kind:
+        return  # which NumPy can't hand over
+    rng = np.random.default_rng(0)
+    for batch in (1, 3):
+        if np.issubdtype(dtype, np.floating):
+            x = rng.normal(size=(batch, *shape)).astype(dtype)
+        else:
+            x = rng.integers(0, _count(module), (batch, *shape)).astype(dtype)
+        wanted = np.asarray(call(module, variables, x))
+        with refused("to_onnx: onnxruntime can't run it"):
+            (found,) = session.run(None, {"input": x})
+        half = wanted.dtype.itemsize < 4 or any(
+            leaf.dtype.itemsize == 2 for leaf in jax.tree.leaves(variables)
+        )
+        if found.shape != wanted.shape:
+            raise ConversionError(
+                f"to_onnx: onnxruntime gives {list(found.shape)}, expected {list(wanted.shape)}"
+            )
+        with np.errstate(invalid="ignore"):
+            same = (found == wanted) | (np.isnan(found) & np.isnan(wanted))
+            gap = np.where(same, 0.0, np.abs(found.astype(float) - wanted.astype(float)))
+        scale = max(1.0, float(np.max(np.abs(wanted[np.isfinite(wanted)]), initial=0.0)))
+        if not np.max(gap, initial=0.0) <= (2e-2 if half else 1e-4) * scale:
+            raise ConversionError(
+                f"to_onnx: onnxruntime's output differs by {np.max(gap):.3g}; nothing is written. "
+                "verify(model, file) after check=False says from which layer on"
+            )
+
+
+@contextlib.contextmanager
+def refused(what: str) -> Iterator[None]:
+    """Turns whatever another library says into one line of ours."""
+    try:
+        yield
+    except ConversionError:
+        raise
+    except Exception as error:  # linen, TensorFlow and onnxruntime raise classes of their own
+        why = " ".join(str(error).split())
+        raise ConversionError(f"{what} ({why:.300})") from error
+
+
+def _count(module: Any) -> int:
+    layer = module
+    while isinstance(layer, Sequential) and layer.layers:
+        layer = layer.layers[0].layer
+    return getattr(layer, "num_embeddings", None) or getattr(layer, "num_tokens", None) or 2

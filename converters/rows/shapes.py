@@ -1,0 +1,484 @@
+"""Rows of layers without weights: pools, pads, resizing, shapes, and what acts in training only."""
+
+from typing import Any
+
+import flax.linen as nn
+
+from fwt import layers as fl
+from fwt.converters.rows import lower
+from fwt.converters.rows.padding import PadAmounts, PoolPadding
+from fwt.converters.rows.row import (
+    AxesSetting,
+    Framework,
+    Layer,
+    P,
+    Row,
+    S,
+    Special,
+    each,
+    flag,
+    number,
+    whole,
+)
+from fwt.converters.rows.special import (
+    INERT,
+    Adaptive,
+    Centred,
+    FlattenAxes,
+    GlobalPool,
+    Inert,
+    InferenceFlag,
+    OneNumber,
+    PermuteDims,
+    ResizeSettings,
+    Statistics,
+    UnflattenDim,
+)
+
+LETTERS = {1: "w", 2: "h w", 3: "d h w"}
+NO_LAYER = {"keras": "keras.layers has no such layer", "torch": "torch.nn has no such layer"}
+
+
+def _same_axes(r: int) -> dict[str, Any]:
+    s = LETTERS[r]
+    return {
+        "axes": f"n {s} c -> n {s} c",
+        "torch_axes": f"n c {s} -> n c {s}",
+        "ranks": (r + 2,),
+        "channel": "c",
+    }
+
+
+def _unset(r: int) -> Any:
+    def normal(x: Any) -> Any:
+        many = each(r)(x)
+        return None if many is None or all(v == 1 for v in many) else many
+
+    return normal
+
+
+def _pool(r: int, average: bool) -> Row:
+    settings: tuple[S, ...] = (
+        S("window_shape", "kernel_size", "pool_size", normal=each(r)),
+        S("strides", "stride", "strides", None, normal=each(r)),
+    )
+    if not average:
+        one = (lambda x: x, lambda x: (1,) * r if x is None else x)
+        settings += (S("dilation", "dilation", None, normal=_unset(r), torch_io=one),)
+    elif r > 1:
+        settings += (S("divisor", "divisor_override", None),)
+    return Row(
+        fl.AvgPool if average else fl.MaxPool,
+        f"{'Avg' if average else 'Max'}Pool{r}d",
+        f"{'Average' if average else 'Max'}Pooling{r}D",
+        **_same_axes(r),
+        rank_of="window_shape",
+        settings=settings,
+        keras_defaults={"padding": "valid", "data_format": "channels_last"},
+        special=PoolPadding(average),
+        note="paddings that the target can't say are refused",
+        lower=lower.channels_first(),
+    )
+
+
+def _lp_pool(r: int) -> Row:
+    # torch's of one axis takes no tuple
+    single = (lambda x: x, lambda x: x[0] if x is not None and r == 1 else x)
+    return Row(
+        fl.LPPool,
+        f"LPPool{r}d",
+        None,
+        **_same_axes(r),
+        rank_of="window_shape",
+        settings=(
+            S("p", "norm_type", None, normal=number),
+            S("window_shape", "kernel_size", None, normal=each(r), torch_io=single),
+            S("strides", "stride", None, normal=each(r), torch_io=single),
+        ),
+        lacks=NO_LAYER,
+    )
+
+
+def _ones(framework: Framework, layer: Layer) -> bool:
+    if framework != "torch":
+        return True
+    size = layer.settings.get("output_size")
+    return size == 1 or (isinstance(size, list | tuple) and all(n == 1 for n in size))
+
+
+def _not_ones(framework: Framework, layer: Layer) -> bool:
+    return framework != "torch" or not _ones(framework, layer)
+
+
+def _global_pool(r: int, average: bool) -> Row:
+    s = LETTERS[r]
+    return Row(
+        fl.GlobalAvgPool if average else fl.GlobalMaxPool,
+        f"Adaptive{'Avg' if average else 'Max'}Pool{r}d",
+        f"Global{'Average' if average else 'Max'}Pooling{r}D",
+        axes=f"n {s} c -> n c",
+        torch_axes=f"n c {s} -> n c",
+        ranks=(r + 2,),
+        channel="c",
+        keras_defaults={"keepdims": False, "data_format": "channels_last"},
+        special=GlobalPool(),
+        fits=_ones,
+        lower=lower.channels_first(back=False),
+    )
+
+
+def _adaptive_pool(r: int, average: bool) -> Row:
+    def sizes(x: Any) -> Any:
+        many = tuple(x) if isinstance(x, list | tuple) else (x,) * r
+        if len(many) != r:
+            raise ValueError(f"expected {r} numbers")
+        return tuple(None if n is None else whole(n) for n in many)
+
+    return Row(
+        fl.AdaptiveAvgPool if average else fl.AdaptiveMaxPool,
+        f"Adaptive{'Avg' if average else 'Max'}Pool{r}d",
+        f"Adaptive{'Average' if average else 'Max'}Pooling{r}D",
+        **_same_axes(r),
+        rank_of="output_size",
+        settings=(S("output_size", "output_size", "output_size", normal=sizes),),
+        keras_defaults={"data_format": "channels_last"},
+        special=Adaptive(),
+        fits=_not_ones,
+        lower=lower.channels_first(),
+    )
+
+
+def _pad(r: int, flax: type, torch: str, keras: str | None = None, *settings: S) -> Row:
+    return Row(
+        flax,
+        f"{torch}{r}d",
+        f"{keras}{r}D" if keras else None,
+        **_same_axes(r),
+        rank_of="padding",
+        settings=settings,
+        keras_defaults={"padding": (1,) * r if r > 1 else 1, "data_format": "channels_last"},
+        special=PadAmounts(r),
+        lower=lower.channels_first(),
+        lacks={"keras": "its pads are of zeros only"},
+    )
+
+
+def _crop(r: int) -> Row:
+    return Row(
+        fl.Crop,
+        None,
+        f"Cropping{r}D",
+        **_same_axes(r),
+        rank_of="cropping",
+        keras_defaults={"data_format": "channels_last"} if r > 1 else {},
+        special=PadAmounts(r, "cropping"),
+        note="in torch a ZeroPad of negative amounts",
+        lower=lower.channels_first(),
+    )
+
+
+def _repeats(r: int) -> Any:
+    """Nearest, a whole number of times."""
+
+    def fits(framework: Framework, layer: Layer) -> bool:
+        if framework == "keras":
+            return layer.settings.get("interpolation", "nearest") == "nearest"
+        if framework == "torch":
+            scale = layer.settings.get("scale_factor")
+            scales = scale if isinstance(scale, list | tuple) else (scale,)
+            whole_ones = all(s is not None and s == int(s) for s in scales)
+            return whole_ones and layer.settings.get("mode", "nearest") == "nearest"
+        return True
+
+    return fits
+
+
+def _upsample(r: int) -> Row:
+    io = (lambda x: tuple(int(v) for v in x) if isinstance(x, list | tuple) else int(x),
+          lambda x: tuple(float(v) for v in x))  # fmt: skip
+    fits = _repeats(r)
+    return Row(
+        fl.UpSample,
+        "Upsample",
+        f"UpSampling{r}D",
+        **_same_axes(r),
+        rank_of="size",
+        settings=(S("size", "scale_factor", "size", 2, normal=each(r), torch_io=io),),
+        keras_defaults={"data_format": "channels_last", "interpolation": "nearest"}
+        if r > 1
+        else {},
+        special=OneNumber() if r == 1 else Special(),
+        fits=fits,
+        lower=lower.channels_first(),
+    )
+
+
+def _resize(r: int) -> Row:
+    modes = {"linear": 1, "bilinear": 2, "trilinear": 3}
+    fits_repeat = _repeats(r)
+
+    def fits(framework: Framework, layer: Layer) -> bool:
+        if framework == "torch":
+            mode = layer.settings.get("mode", "nearest")
+            return modes.get(mode, r) == r and not fits_repeat(framework, layer)
+        if framework == "keras" and layer.kind.startswith("UpSampling"):
+            return not fits_repeat(framework, layer)
+        return True
+
+    return Row(
+        fl.Resize,
+        "Upsample",
+        "UpSampling2D" if r == 2 else None,
+        **_same_axes(r),
+        rank_of="shape",
+        keras_defaults={"data_format": "channels_last", **_RESIZING},
+        special=ResizeSettings(r),
+        note="nearest and linear; bicubic and area are refused",
+        fits=fits,
+        lower=lower.channels_first(),
+    )
+
+
+_RESIZING = {
+    "crop_to_aspect_ratio": False,
+    "pad_to_aspect_ratio": False,
+    "fill_mode": "constant",
+    "fill_value": 0.0,
+    "antialias": False,
+}
+RESIZING = Row(
+    fl.Resize,
+    None,
+    "Resizing",
+    **_same_axes(2),
+    keras_defaults={"data_format": "channels_last", "interpolation": "bilinear", **_RESIZING},
+    special=ResizeSettings(2),
+    note="nearest and bilinear, without antialiasing",
+    lower=lower.channels_first(),
+    fits=lambda framework, layer: framework == "keras",
+)
+CENTER_CROP = Row(
+    fl.CenterCrop,
+    None,
+    "CenterCrop",
+    **_same_axes(2),
+    settings=(),
+    keras_defaults={"data_format": "channels_last"},
+    special=Centred(),
+    note="where the input is not smaller; in torch a ZeroPad of negative amounts",
+    lower=lower.channels_first(),
+)
+
+
+def _pixels(flax: type, torch: str, field: str) -> Row:
+    return Row(
+        flax,
+        torch,
+        None,
+        axes="n h w c -> n h w o",
+        torch_axes="n c h w -> n o h w",
+        ranks=(4,),
+        channel="c",
+        settings=(S("factor", field, None, normal=whole),),
+        ordered=True,
+        lacks=NO_LAYER,
+    )
+
+
+def _numbers(x: Any) -> Any:
+    """A number, or one for each channel."""
+    return tuple(number(v) for v in x) if isinstance(x, list | tuple) else number(x)
+
+
+def _mode(x: Any) -> str:
+    if x not in ("multi_hot", "one_hot", "count"):
+        raise ValueError("expected multi_hot, one_hot or count")
+    return str(x)
+
+
+def _shape(x: Any) -> Any:
+    many = tuple(x) if isinstance(x, list | tuple) else (x,)
+    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= -1 and n for n in many):
+        raise ValueError("expected whole numbers, one of them -1 perhaps")
+    if many.count(-1) > 1:
+        raise ValueError("expected -1 once at most")
+    return many
+
+
+FLATTEN = Row(
+    fl.Flatten,
+    "Flatten",
+    "Flatten",
+    kind="flatten",
+    keras_defaults={"data_format": "channels_last"},
+    special=FlattenAxes(),
+    lower=lower.channels_first(back=False),
+)
+RESHAPE = Row(
+    fl.Reshape,
+    "Unflatten",
+    "Reshape",
+    kind="reshape",
+    settings=(S("shape", "unflattened_size", "target_shape", normal=_shape),),
+    special=UnflattenDim(),
+)
+PERMUTE = Row(fl.Permute, "Permute", "Permute", kind="permute", special=PermuteDims())
+REPEAT = Row(
+    fl.RepeatVector,
+    "RepeatVector",
+    "RepeatVector",
+    axes="n c -> n t c",
+    ranks=(2,),
+    settings=(S("times", "times", "n", normal=whole),),
+    lacks=NO_LAYER,
+)
+CHANNEL_SHUFFLE = Row(
+    fl.ChannelShuffle,
+    "ChannelShuffle",
+    None,
+    axes="n *s c -> n *s c",
+    torch_axes="n c *s -> n c *s",
+    channel="c",
+    settings=(S("groups", "groups", None, normal=whole),),
+    ordered=True,
+    lacks=NO_LAYER,
+)
+LOCAL_RESPONSE_NORM = Row(
+    fl.LocalResponseNorm,
+    "LocalResponseNorm",
+    None,
+    axes="n *s c -> n *s c",
+    torch_axes="n c *s -> n c *s",
+    channel="c",
+    settings=(
+        S("size", "size", None, normal=whole),
+        S("alpha", "alpha", None, normal=number),
+        S("beta", "beta", None, normal=number),
+        S("k", "k", None, normal=number),
+    ),
+    ordered=True,
+    lacks=NO_LAYER,
+)
+
+
+def _keeps_noise_shape(framework: Framework, layer: Layer) -> bool:
+    return framework != "keras" or layer.settings.get("noise_shape") is None
+
+
+DROPOUT = Row(
+    nn.Dropout,
+    "Dropout",
+    "Dropout",
+    settings=(S("rate", "p", "rate", normal=number),),
+    keras_defaults={"noise_shape": None},
+    special=InferenceFlag(),
+    fits=_keeps_noise_shape,
+)
+RESCALING = Row(
+    fl.Rescaling,
+    "Rescaling",
+    "Rescaling",
+    axes="n *s c -> n *s c",
+    torch_axes="n c *s -> n c *s",
+    settings=(
+        S("scale", "scale", "scale", normal=_numbers),
+        S("offset", "offset", "offset", 0.0, normal=_numbers),
+    ),
+    ordered=True,
+)
+MASKING = Row(
+    fl.Masking,
+    "Masking",
+    "Masking",
+    axes="n *s c -> n *s c",
+    torch_axes="n c *s -> n c *s",
+    settings=(S("mask_value", "mask_value", "mask_value", 0.0, normal=number),),
+    note="refused before a layer that uses the mask",
+)
+NORMALIZATION = Row(
+    fl.Normalization,
+    "Normalization",
+    "Normalization",
+    settings=(
+        AxesSetting("axes", "axis", torch_second=True),
+        S("invert", "invert", "invert", False, normal=flag),
+    ),
+    params=tuple(P.alike(f"{name}: *a", collection="batch_stats") for name in ("mean", "variance")),
+    keras_defaults={"mean": None, "variance": None},
+    special=Statistics(),
+    note="its statistics become settings on the way back",
+    lower=lower.own_statistics,
+)
+_NUMBERS = {"torch": "torch.nn has no layer from numbers to categories"}
+DISCRETIZATION = Row(
+    fl.Discretization,
+    None,
+    "Discretization",
+    settings=(S("bin_boundaries", None, "bin_boundaries", normal=_numbers),),
+    keras_defaults={"num_bins": None, "epsilon": 0.01, "output_mode": "int", "sparse": False},
+    lacks=_NUMBERS,
+)
+CATEGORY_ENCODING = Row(
+    fl.CategoryEncoding,
+    None,
+    "CategoryEncoding",
+    axes="n k -> n o",
+    ranks=(2,),
+    settings=(
+        S("num_tokens", None, "num_tokens", normal=whole),
+        S("output_mode", None, "output_mode", "multi_hot", normal=_mode),
+    ),
+    keras_defaults={"sparse": False},
+    lacks=_NUMBERS,
+    sizes=lambda fields: {"o": fields["num_tokens"]},
+    ordered=True,
+)
+_PAIRS: tuple[tuple[Any, ...], ...] = (
+    (fl.ZeroPad, "ZeroPad", "ZeroPadding"),
+    (fl.ConstantPad, "ConstantPad", None, S("value", "value", None)),
+    (fl.ReflectPad, "ReflectionPad"),
+    (fl.ReplicatePad, "ReplicationPad"),
+    (fl.CircularPad, "CircularPad"),
+)
+
+ROWS: tuple[Row, ...] = (
+    *(_pool(r, average) for average in (False, True) for r in (1, 2, 3)),
+    *(_lp_pool(r) for r in (1, 2, 3)),
+    *(_global_pool(r, average) for average in (True, False) for r in (1, 2, 3)),
+    *(_adaptive_pool(r, average) for average in (True, False) for r in (1, 2, 3)),
+    FLATTEN,
+    RESHAPE,
+    PERMUTE,
+    REPEAT,
+    *(_pad(r, *pair) for pair in _PAIRS for r in (1, 2, 3)),
+    *(_crop(r) for r in (1, 2, 3)),
+    *(_upsample(r) for r in (1, 2, 3)),
+    *(_resize(r) for r in (1, 2, 3)),
+    RESIZING,
+    *(
+        Row(None, name, None, lower=lower.upsample_kind, note="an Upsample")
+        for name in ("UpsamplingNearest2d", "UpsamplingBilinear2d")
+    ),
+    CENTER_CROP,
+    _pixels(fl.PixelShuffle, "PixelShuffle", "upscale_factor"),
+    _pixels(fl.PixelUnshuffle, "PixelUnshuffle", "downscale_factor"),
+    CHANNEL_SHUFFLE,
+    LOCAL_RESPONSE_NORM,
+    RESCALING,
+    MASKING,
+    NORMALIZATION,
+    DISCRETIZATION,
+    CATEGORY_ENCODING,
+    DROPOUT,
+    *(
+        Row(
+            fl.TrainingOnly,
+            kind if framework == "torch" else None,
+            kind if framework == "keras" else None,
+            special=Inert(framework, kind),
+            note="the identity at inference, kept for the way back",
+        )
+        for framework, kinds in INERT.items()
+        for kind in kinds
+    ),
+)

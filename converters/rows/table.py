@@ -1,0 +1,178 @@
+"""LAYERS: one declarative row per layer, which says the same thing in each framework.
+
+A row names the layer's class in Flax, torch and Keras, the axes that it maps, its settings and
+its arrays. Everything else follows: :mod:`fwt.converters.walk.walk` reads a layer's settings into
+Flax names and writes them out for another framework, and permutes its arrays by comparing axes.
+A setting that no row takes and that is off its default, and an array that no row claims, raise,
+so a row can't forget one.
+
+To add a layer, add its row to one of the three tables, or ``register`` it.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+
+from fwt._axes import Known
+from fwt.converters.rows import attention, functions, recurrent, refused, shapes, weights
+from fwt.converters.rows.row import Framework, P, Row
+from fwt.converters.rows.shapes import PERMUTE as PERMUTE
+from fwt.converters.rows.shapes import RESHAPE as RESHAPE
+
+LAYERS: list[Row] = [
+    *weights.ROWS,
+    *recurrent.ROWS,
+    *attention.ROWS,
+    *shapes.ROWS,
+    *functions.ROWS,
+]
+
+# Classes of the user's own, by name.
+CUSTOM: dict[Framework, dict[str, Any]] = {"flax": {}, "keras": {}, "torch": {}}
+
+# Why a class has no row.
+REFUSED: dict[Framework, dict[str, str]] = {
+    "flax": {},
+    "keras": refused.KERAS,
+    "torch": refused.TORCH,
+}
+
+# Names of arrays in live models, for layers that have no row of their own.
+NAMES: tuple[Row, ...] = (
+    Row(None, "EmbeddingBag", None, params=(P("embedding: v f", "weight: v f", "-"),)),
+)
+# keras.activations under another name
+ALIASES = {"swish": "silu", "hard_swish": "hard_silu"}
+
+
+def register(row: Row) -> None:
+    """Makes a layer known to every converter: a class of your own, or one that has no row.
+
+    ``torch`` and ``keras`` of the row may be classes. A row for a class that is known already
+    takes its place.
+
+    Args:
+        row: see :class:`Row`.
+
+    Raises:
+        TypeError: for anything else than a row.
+
+    Example:
+        >>> import flax.linen as nn, jax.numpy as jnp, numpy as np, torch
+        >>> from fwt import converters
+        >>> class Scale(nn.Module):  # the layer in Flax
+        ...     features: int
+        ...     @nn.compact
+        ...     def __call__(self, x):
+        ...         return x * self.param("scale", nn.initializers.ones, (self.features,))
+        >>> class TorchScale(torch.nn.Module):  # and the user's own in torch
+        ...     def __init__(self, size, device=None):
+        ...         super().__init__()
+        ...         self.size, self.weight = size, torch.nn.Parameter(torch.ones(size))
+        ...     def forward(self, x):
+        ...         return x * self.weight
+        >>> converters.register(converters.Row(
+        ...     Scale, torch=TorchScale, axes="*b c -> *b c",
+        ...     settings=(converters.S("features", "size", None),),
+        ...     params=(converters.P("scale: c", "weight: c", "-"),)))
+        >>> model = converters.from_torch(torch.nn.Sequential(TorchScale(3)))
+        >>> model(np.ones((1, 3), np.float32)).tolist()
+        [[1.0, 1.0, 1.0]]
+    """
+    if not isinstance(row, Row):
+        raise TypeError(f"register takes a converters.Row, found {row!r}")
+    named: dict[str, Any] = {}
+    framework: Framework
+    for framework in ("torch", "keras"):
+        cls = getattr(row, framework)
+        if isinstance(cls, type):
+            CUSTOM[framework][cls.__name__] = cls
+            named[framework] = cls.__name__
+    LAYERS.insert(0, dataclasses.replace(row, **named))
+    rows_of.cache_clear()
+    row_of_function.cache_clear()
+
+
+@functools.cache
+def rows_of(framework: Framework, kind: str) -> tuple[Row, ...]:
+    """The rows of a class; several where its rank or its settings decide."""
+    return tuple(row for row in LAYERS if row.class_in(framework) == kind)
+
+
+@functools.cache
+def row_of_function(name: str) -> Row | None:
+    """The row of a function in keras.activations."""
+    name = ALIASES.get(name, name)
+    return next((r for r in LAYERS if r.function and r.function[0] == name), None)
+
+
+def axis_names(letters: list[str], rank: int) -> tuple[str, ...] | None:
+    """The letters of one Flax array as names of axes; None where none is an input or output."""
+    fill = rank - sum(not x.startswith("*") for x in letters)
+    full = [y for x in letters for y in ([x[1:]] * fill if x.startswith("*") else [x])]
+    words = {"i": "in", "j": "in", "o": "out", "c": "out", "g": "group", "m": "out"}
+    names = tuple(words.get(x, x) for x in full)
+    return names if {"in", "out"} & set(names) else None
+
+
+def is_transposed(framework: Framework, letters: list[str]) -> bool:
+    """Whether these are the axes of a transposed convolution's kernel in a framework."""
+    if not {"i", "o"} <= set(letters) or len(letters) < 3:
+        return False
+    return (letters.index("i") < letters.index("o")) == (framework == "torch")
+
+
+def einsum_names(equation: str) -> tuple[str, ...] | None:
+    """The axes of an einsum's second operand; None where one is neither input nor output."""
+    operands, _, output = equation.replace(" ", "").replace("...", "").partition("->")
+    inputs, _, kernel = operands.partition(",")
+    sides = {(True, False): "in", (False, True): "out"}
+    names = [sides.get((letter in inputs, letter in output)) for letter in kernel]
+    return None if None in names else tuple(n for n in names if n)
+
+
+def known(layer: Any, leaf: str, rank: int) -> Known:
+    """What a Flax layer tells of its leaf."""
+    kind = type(layer).__name__
+    if type(layer) is nn.DenseGeneral and leaf == "kernel" and not layer.batch_dims:
+        outs = 1 if isinstance(layer.features, int) else len(layer.features)
+        return Known((*["in"] * (rank - outs), *["out"] * outs), False, kind, layer)
+    for row in (*rows_of("flax", kind), *(r for r in NAMES if r.flax is type(layer))):
+        for p in row.params:
+            name, letters = p.of("flax")
+            if name == leaf and row.flax is type(layer) and "/" not in name:
+                # The row has a transposed kernel as Keras does, which Flax's is only if told so.
+                if not getattr(layer, "transpose_kernel", True) and leaf == "kernel":
+                    letters = ["*k", "i", "o"]
+                transposed = is_transposed("keras", p.of("keras")[1])
+                return Known(axis_names(letters, rank), transposed, kind, layer)
+    return Known(None, False, kind, layer)
+
+
+def live(
+    framework: Framework,
+    layer: Any,
+    kind: str,
+    letters: list[str],
+    flax_letters: list[str],
+    rank: int,
+) -> Known:
+    """What a live layer tells of an array that has these axes there and in Flax."""
+    names = axis_names(flax_letters, rank) if letters else None
+    if kind in ("Layer", "Model", "Module"):  # a class of the user's own, of which nothing is known
+        kind = ""
+    return Known(names, is_transposed(framework, letters), kind, layer)
+
+
+def leaf_names(framework: Framework, kind: str) -> dict[str, tuple[str, list[str], list[str], str]]:
+    """For arrays of a live layer: name -> (Flax name, its axes there, axes in Flax, collection)."""
+    for row in (*rows_of(framework, kind), *(r for r in NAMES if r.class_in(framework) == kind)):
+        out = {}
+        for p in row.params:
+            name, letters = p.of(framework)
+            flax_name, flax_letters = p.of("flax")
+            out[name] = (flax_name, letters, flax_letters, p.collection)
+        return out
+    return {}

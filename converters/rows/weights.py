@@ -1,0 +1,343 @@
+"""Rows of layers with weights: dense, convolution, normalisation, embedding."""
+
+from typing import Any
+
+import flax.linen as nn
+
+from fwt import layers as fl
+from fwt.converters.rows import lower
+from fwt.converters.rows.padding import ConvPadding, Transposed
+from fwt.converters.rows.row import (
+    AxesSetting,
+    AxisSetting,
+    Framework,
+    Layer,
+    P,
+    Row,
+    S,
+    Size,
+    each,
+    flag,
+    number,
+    whole,
+)
+from fwt.converters.rows.special import (
+    AxesNorm,
+    BatchNormAffine,
+    ChannelNorm,
+    EmbeddingSettings,
+    Slopes,
+)
+
+LETTERS = {1: "w", 2: "h w", 3: "d h w"}
+
+DENSE = Row(
+    nn.Dense,
+    "Linear",
+    "Dense",
+    axes="*b i -> *b o",
+    settings=(
+        S("features", "out_features", "units", normal=whole),
+        S("use_bias", "bias", "use_bias", True, normal=flag),
+        Size("in_features", "i"),
+    ),
+    params=(
+        P("kernel: i o", "weight: o i", "kernel: i o"),
+        P("bias: o", "bias: o", "bias: o", when="use_bias"),
+    ),
+    keras_defaults={"quantization_config": None, "lora_rank": None, "lora_alpha": None},
+    fused_activation=True,
+)
+
+
+_CONV_DEFAULTS = {
+    "padding": "valid",
+    "data_format": "channels_last",
+    "lora_rank": None,
+    "lora_alpha": None,
+    "quantization_config": None,
+}
+
+
+def _axes(r: int) -> dict[str, Any]:
+    s = LETTERS[r]
+    return {
+        "axes": f"n {s} i -> n {s} o",
+        "torch_axes": f"n i {s} -> n o {s}",
+        "ranks": (r + 2,),
+        "rank_of": "kernel_size",
+        "channel": "i",
+    }
+
+
+def _window(r: int) -> tuple[S | Size, ...]:
+    """The settings that a convolution and a transposed one share."""
+    return (
+        S("features", "out_channels", "filters", normal=whole),
+        S("kernel_size", "kernel_size", "kernel_size", normal=each(r)),
+        S("strides", "stride", "strides", (1,) * r, normal=each(r)),
+        S("kernel_dilation", "dilation", "dilation_rate", (1,) * r, normal=each(r)),
+        S("use_bias", "bias", "use_bias", True, normal=flag),
+        Size("in_channels", "i"),
+    )
+
+
+def _conv(r: int) -> Row:
+    return Row(
+        nn.Conv,
+        f"Conv{r}d",
+        f"Conv{r}D",
+        **_axes(r),
+        settings=(
+            *_window(r),
+            S("feature_group_count", "groups", "groups", 1, normal=whole),
+        ),
+        params=(
+            P("kernel: *k j o", "weight: o j *k", "kernel: *k j o"),
+            P("bias: o", "bias: o", "bias: o", when="use_bias"),
+        ),
+        keras_defaults=_CONV_DEFAULTS,
+        special=ConvPadding(),
+        fused_activation=True,
+        lower=lower.either(lower.channels_first(), lower.padding_mode),
+    )
+
+
+def _conv_transpose(r: int) -> Row:
+    return Row(
+        nn.ConvTranspose,
+        f"ConvTranspose{r}d",
+        f"Conv{r}DTranspose",
+        **_axes(r),
+        settings=_window(r),
+        params=(
+            P("kernel: *k o i", "weight: i o *k", "kernel: *k o i"),
+            P("bias: o", "bias: o", "bias: o", when="use_bias"),
+        ),
+        keras_defaults={**_CONV_DEFAULTS, "output_padding": None},
+        special=Transposed(r),
+        note="torch's groups become blocks of one kernel",
+        fused_activation=True,
+        lower=lower.either(lower.channels_first(), lower.transposed),
+    )
+
+
+def _depthwise(r: int) -> Row:
+    # Not (..., in, out): under Keras 2's name, so that nothing takes it for that.
+    return Row(
+        None,
+        None,
+        f"DepthwiseConv{r}D",
+        params=(
+            P("depthwise_kernel: *k g m", "-", "kernel: *k g m"),
+            P("bias: o", "-", "bias: o", when="use_bias"),
+        ),
+        settings=(S("use_bias", None, "use_bias", True),),
+        keras_defaults={"data_format": "channels_last"},
+        fused_activation=True,
+        lower=lower.either(lower.channels_first(), lower.depthwise),
+        note="a Conv with as many groups as inputs, and back",
+    )
+
+
+def _separable(r: int) -> Row:
+    return Row(
+        None,
+        None,
+        f"SeparableConv{r}D",
+        params=(
+            P("depthwise_kernel: *k g m", "-", "depthwise_kernel: *k g m"),
+            P("pointwise_kernel: *k i o", "-", "pointwise_kernel: *k i o"),
+            P("bias: o", "-", "bias: o", when="use_bias"),
+        ),
+        settings=(S("use_bias", None, "use_bias", True),),
+        fused_activation=True,
+        lower=lower.either(lower.channels_first(), lower.separable),
+        note="two convolutions, and back",
+    )
+
+
+def _complement(momentum: Any) -> Any:
+    return None if momentum is None else round(1.0 - momentum, 12)  # 0.1 comes back as 0.1
+
+
+def _batch_norm(torch: str, ranks: tuple[int, ...], channel: str | None) -> Row:
+    return Row(
+        nn.BatchNorm,
+        torch,
+        "BatchNormalization",
+        torch_axes="n c *s -> n c *s",
+        ranks=ranks,
+        channel=channel,
+        settings=(
+            AxisSetting("axis", None, "axis", torch_fixed=1, letter="c"),
+            S("epsilon", "eps", "epsilon", 1e-3, normal=number),
+            S("momentum", "momentum", "momentum", 0.99, torch_io=(_complement, _complement)),
+            S("use_scale", "affine", "scale", True, normal=flag),
+            S("use_bias", "affine", "center", True, normal=flag),
+            Size("num_features", "c"),
+        ),
+        params=(
+            P("scale: c", "weight: c", "gamma: c", when="use_scale", fill=1.0),
+            P("bias: c", "bias: c", "beta: c", when="use_bias", fill=0.0),
+            P("mean: c", "running_mean: c", "moving_mean: c", collection="batch_stats"),
+            P("var: c", "running_var: c", "moving_variance: c", collection="batch_stats"),
+        ),
+        keras_defaults={
+            "synchronized": False,
+            "renorm": False,
+            "renorm_clipping": None,
+            "renorm_momentum": 0.99,
+        },
+        special=BatchNormAffine(),
+        note="torch's running variance is unbiased, so further training differs there",
+    )
+
+
+LAYER_NORM = Row(
+    nn.LayerNorm,
+    "LayerNorm",
+    "LayerNormalization",
+    settings=(
+        AxesSetting("reduction_axes", "axis"),
+        S("epsilon", "eps", "epsilon", 1e-3, normal=number),
+        S("use_scale", "", "scale", True, normal=flag),
+        S("use_bias", "", "center", True, normal=flag),
+    ),
+    params=(
+        P("scale: *a", "weight: *a", "gamma: *a", when="use_scale", fill=1.0),
+        P("bias: *a", "bias: *a", "beta: *a", when="use_bias"),
+    ),
+    keras_defaults={"rms_scaling": False},
+    special=AxesNorm(),
+)
+RMS_NORM = Row(
+    nn.RMSNorm,
+    "RMSNorm",
+    "RMSNormalization",
+    settings=(
+        AxesSetting("reduction_axes", "axis", keras_last=True),
+        S("epsilon", "eps", "epsilon", 1e-6),
+        S("use_scale", "", None),
+    ),
+    params=(P("scale: *a", "weight: *a", "scale: *a", when="use_scale", fill=1.0),),
+    special=AxesNorm(bias=False),
+    lacks={"keras": "its RMSNormalization always has a scale"},
+)
+
+
+def _all_groups(framework: Framework, layer: Layer) -> bool:
+    return framework != "keras" or layer.settings.get("groups") == -1
+
+
+def _some_groups(framework: Framework, layer: Layer) -> bool:
+    return framework != "keras" or layer.settings.get("groups") != -1
+
+
+_CHANNEL_SETTINGS = (
+    S("epsilon", "eps", "epsilon", 1e-3, normal=number),
+    S("use_scale", "affine", "scale", True, normal=flag),
+    S("use_bias", "affine", "center", True, normal=flag),
+)
+_CHANNEL_PARAMS = (
+    P("scale: c", "weight: c", "gamma: c", when="use_scale", fill=1.0),
+    P("bias: c", "bias: c", "beta: c", when="use_bias", fill=0.0),
+)
+GROUP_NORM = Row(
+    nn.GroupNorm,
+    "GroupNorm",
+    "GroupNormalization",
+    axes="n *s c -> n *s c",
+    torch_axes="n c *s -> n c *s",
+    channel="c",
+    settings=(
+        S("num_groups", "num_groups", "groups", 32, normal=whole),
+        *_CHANNEL_SETTINGS,
+        Size("num_channels", "c"),
+    ),
+    params=_CHANNEL_PARAMS,
+    keras_defaults={"axis": -1},
+    special=ChannelNorm(groups=True),
+    ordered=True,
+    fits=_some_groups,
+)
+
+
+def _instance_norm(r: int) -> Row:
+    return Row(
+        nn.InstanceNorm,
+        f"InstanceNorm{r}d",
+        "GroupNormalization",
+        axes="n *s c -> n *s c",
+        torch_axes="n c *s -> n c *s",
+        ranks=(r + 2,),
+        channel="c",
+        settings=(*_CHANNEL_SETTINGS, Size("num_features", "c")),
+        params=_CHANNEL_PARAMS,
+        keras_defaults={"axis": -1},
+        special=ChannelNorm(groups=False),
+        fits=_all_groups,
+    )
+
+
+EMBED = Row(
+    nn.Embed,
+    "Embedding",
+    "Embedding",
+    axes="*b -> *b f",
+    settings=(
+        S("num_embeddings", "num_embeddings", "input_dim", normal=whole),
+        S("features", "embedding_dim", "output_dim", normal=whole),
+    ),
+    params=(P("embedding: v f", "weight: v f", "embeddings: v f"),),
+    keras_defaults={
+        "quantization_config": None,
+        "lora_rank": None,
+        "lora_alpha": None,
+        "input_length": None,
+    },
+    special=EmbeddingSettings(),
+    ordered=True,
+    note="padding_idx, which is for training, is dropped, and so is mask_zero, which is refused "
+    "before a layer that uses the mask; max_norm is refused",
+)
+PRELU = Row(
+    fl.PReLU,
+    "PReLU",
+    "PReLU",
+    settings=(AxesSetting("axes", None, torch_second=True),),
+    params=(P("negative_slope: *a", "weight: *a", "alpha: *a"),),
+    keras_defaults={"shared_axes": None},
+    special=Slopes(),
+    lower=lower.own_slopes,
+)
+EINSUM_DENSE = Row(
+    None,
+    None,
+    "EinsumDense",
+    params=(
+        P("kernel: *k", "-", "kernel: *k"),
+        P("bias: *o", "-", "bias: *o", when="bias_axes"),
+    ),
+    fused_activation=True,
+    lower=lower.einsum,
+    note="over the last axis: a Dense",
+)
+
+ROWS: tuple[Row, ...] = (
+    DENSE,
+    *(_conv(r) for r in (1, 2, 3)),
+    *(_conv_transpose(r) for r in (1, 2, 3)),
+    *(_depthwise(r) for r in (1, 2)),
+    *(_separable(r) for r in (1, 2)),
+    _batch_norm("BatchNorm1d", (2, 3), None),
+    _batch_norm("BatchNorm2d", (4,), "c"),
+    _batch_norm("BatchNorm3d", (5,), "c"),
+    LAYER_NORM,
+    GROUP_NORM,
+    *(_instance_norm(r) for r in (1, 2, 3)),
+    RMS_NORM,
+    EMBED,
+    PRELU,
+    EINSUM_DENSE,
+)

@@ -1,0 +1,128 @@
+"""Layers in the target's terms, with what they need around them."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from fwt._types import ConversionError
+from fwt.converters.rows import table
+from fwt.converters.rows.row import (
+    Around,
+    At,
+    AxesSetting,
+    AxisSetting,
+    Framework,
+    Layer,
+    Row,
+    Size,
+    flax_default,
+    refuse,
+    same,
+)
+from fwt.converters.walk.axis import Axis
+
+
+class Writer:
+    """What is written so far, and the axes of the tensor at its end."""
+
+    def __init__(self, target: Framework):
+        self.target = target
+        self.out: list[Layer] = []
+        self.taken: set[str] = set()
+        self.want: list[Axis] | None = None
+
+    def _fresh(self, name: str) -> str:
+        while name in self.taken:
+            name += "_"
+        self.taken.add(name)
+        return name
+
+    def _emit(
+        self,
+        row: Row,
+        name: str,
+        fields: dict[str, Any],
+        at: At,
+        arrays: dict[str, Any] | None = None,
+        sizes: Mapping[str, int] | None = None,
+    ) -> None:
+        """Appends the layer in the target's terms, with what it needs around it."""
+        settings: dict[str, Any] = {}
+        fields = dict(fields)
+        for setting in row.settings:
+            if isinstance(setting, Size):
+                if self.target == "torch":
+                    if sizes is None or setting.letter not in sizes:
+                        raise refuse(at.place, f"{setting.torch} is not known", "give input_shape=")
+                    settings[setting.torch] = sizes[setting.letter]
+                continue
+            value, key = fields.get(setting.flax), setting.name(self.target)
+            if isinstance(setting, AxesSetting):
+                shape = next((v.shape for v in (arrays or {}).values()), (None,))
+                at = dataclasses.replace(at, numbered=shape)
+                if self.want is not None:
+                    rank = len(self.want)
+                    axes = sorted(self.want.index(a) for a in fields[setting.flax])
+                    value = tuple(-1 if i == rank - 1 and len(axes) == 1 else i for i in axes)
+                    at = dataclasses.replace(at, numbered=tuple(self.want[i].size for i in axes))
+                fields[setting.flax] = value
+            elif isinstance(setting, AxisSetting):
+                if isinstance(value, Axis):
+                    assert self.want is not None
+                    value = self.want.index(value)
+                    value = -1 if value == len(self.want) - 1 else value
+                fields[setting.flax] = value
+                if self.target == "torch" and setting.torch_fixed is not None:
+                    if self.want is None and value != setting.torch_fixed:
+                        raise refuse(
+                            at.place,
+                            f"{setting.flax}={value} on an input of unknown rank",
+                            "give input_shape= (without the batch axis)",
+                        )
+                    continue
+            elif key == "":
+                continue
+            elif key is None:
+                if not same(value, flax_default(row, setting.flax)):
+                    raise self._lacking(row, at, f"{setting.flax}={value!r}")
+                continue
+            elif self.target == "torch" and setting.torch_io:
+                value = setting.torch_io[1](value)
+            if key is not None:
+                settings[key] = value
+        kind = row.class_in(self.target)
+        around = row.special.write(self.target, fields, settings, at)
+        if self.target == "keras" and row.function is not None:
+            function, stands_for = row.function
+            if all(same(fields[k], v) for k, v in stands_for.items()):
+                kind, settings = "Activation", {"activation": function}
+        layer = Layer(name, kind or "", settings, arrays or {})
+        if self.target == "keras" and "data_format" in row.keras_defaults:
+            layer.settings["data_format"] = "channels_last"  # whatever the user's keras.json says
+        found = row.special.finish(self.target, layer, fields, sizes or {}, at)
+        made = found if isinstance(found, list) else [found]
+        if not all(x.kind for x in made):
+            said = {k: v for k, v in fields.items() if not isinstance(v, Axis)}
+            raise self._lacking(row, at, str(said) if said else "")
+        for extra in around:
+            if extra.before:
+                self._emit_around(extra, name, at)
+        self.out += made
+        for extra in around:
+            if not extra.before:
+                self._emit_around(extra, name, at)
+
+    def _lacking(self, row: Row, at: At, said: str) -> ConversionError:
+        reason = row.lacks.get(self.target)
+        what = row.flax.__name__ if row.flax else "such layer"
+        return refuse(
+            at.place,
+            f"{self.target} has no {what}" + (f" with {said}" if said else ""),
+            reason or "",
+        )
+
+    def _emit_around(self, extra: Around, name: str, at: At) -> None:
+        row = table.rows_of("flax", extra.flax.__name__)
+        rank = {len(v) + 2 for v in extra.fields.values() if isinstance(v, tuple)}
+        fitting = [r for r in row if not r.ranks or rank & set(r.ranks)]
+        self._emit(fitting[0], self._fresh(name + extra.suffix), dict(extra.fields), at)

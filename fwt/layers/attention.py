@@ -1,0 +1,54 @@
+"""A layer of self-attention and feed-forward, as torch has it."""
+
+import functools
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+
+from fwt._types import Array
+from fwt.layers.base import Layer
+
+__all__ = ["TransformerEncoderLayer"]
+
+
+class TransformerEncoderLayer(Layer):
+    """Self-attention and two dense layers, each added to its input and normalised; (n, time, c).
+
+    As in Vaswani et al. (2017), or with ``norm_first`` normalised before instead of after.
+    ``activation`` is "relu" or "gelu" (the exact one).
+    """
+
+    num_heads: int
+    mlp_features: int
+    norm_first: bool = False
+    activation: str = "relu"
+    epsilon: float = 1e-5
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        gelu = functools.partial(jax.nn.gelu, approximate=False)
+        acts: dict[str, Callable[[Array], Array]] = {"relu": jax.nn.relu, "gelu": gelu}
+        act = acts[self.activation]
+        bias = self.use_bias
+
+        def norm(name: str, v: Array) -> Array:
+            layer = nn.LayerNorm(self.epsilon, use_bias=bias, use_fast_variance=False, name=name)
+            return layer(v)
+
+        def attend(v: Array) -> Array:
+            layer = nn.MultiHeadDotProductAttention(
+                self.num_heads, use_bias=bias, name="self_attention"
+            )
+            return layer(v)
+
+        def feed(v: Array) -> Array:
+            hidden = act(nn.Dense(self.mlp_features, use_bias=bias, name="linear1")(v))
+            return nn.Dense(x.shape[-1], use_bias=bias, name="linear2")(hidden)
+
+        if self.norm_first:
+            x = x + attend(norm("norm1", x))
+            return x + feed(norm("norm2", x))
+        x = norm("norm1", x + attend(x))
+        return norm("norm2", x + feed(x))

@@ -1,0 +1,453 @@
+"""What is kept of each leaf: the plan behind ``prune``, ``masks`` and ``optim.sparsify``."""
+
+import dataclasses
+import functools
+import inspect
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fwt import _axes, _tree, patterns, scores
+from fwt._types import FwtError, LeafError, Params, Score, Where, resolve
+from fwt.pruning import scope as _scope
+from fwt.selection import passes, select
+from fwt.selection.counts import Wide, count, minus, plus, wide
+from fwt.selection.keys import Source, key_function, magnitude_key, signed_key, sources
+
+
+class Chosen(NamedTuple):
+    """What is kept of one leaf."""
+
+    leaf: Any
+    source: Source
+    cut: select.Cut
+    windows: patterns.Windows | None
+
+    def mask(self) -> Any:
+        return _mask(self.source.key, self.windows, self.source.arrays, self.cut)
+
+    def pruned(self) -> Any:
+        return _pruned(self.source.key, self.windows, self.source.arrays, self.cut, self.leaf)
+
+
+class Plan:
+    """The arguments of prune and masks, checked once."""
+
+    def __init__(
+        self,
+        sparsity: Any,
+        score: Score,
+        threshold: Any,
+        scope: Any,
+        pattern: Any,
+        where: Where,
+        like: Any,
+        context: Mapping[str, Any],
+        axes: Any,
+        dtype: Any = None,
+    ):
+        self.pattern = pattern = resolve(pattern)
+        if not isinstance(pattern, patterns.Pattern):
+            raise FwtError(
+                f"pattern must be one of fwt.patterns, such as n_m(2, 4), found {pattern!r}"
+            )
+        groups = pattern.name == "n_m"
+        if like not in (None, "torch", "jaxpruner", "tfmot"):
+            raise FwtError(f"like must be 'torch', 'jaxpruner', 'tfmot' or None, found {like!r}")
+        _scope.check(scope)
+        given = sparsity is not None or isinstance(scope, Mapping) or groups
+        if given == (threshold is not None):
+            raise FwtError(
+                "prune needs a sparsity or a threshold, one of the two: prune(0.8) prunes 80 %, "
+                "prune(threshold=0.1) keeps |w| > 0.1 (n_m and a dict as scope give a sparsity)"
+            )
+        if threshold is not None and (like is not None or scope in ("erk", "lamp")):
+            raise FwtError(
+                "a threshold counts nothing, so like= and erk and lamp say nothing to it"
+            )
+        if groups and scope in ("erk", "lamp"):
+            raise FwtError(
+                f"scope={scope!r} gives some leaves more zeros than {pattern!r} lets go: take "
+                "'layer', 'global', 'normalized' or a dict"
+            )
+        whole = like == "torch" and isinstance(sparsity, int) and not isinstance(sparsity, bool)
+        self.sparsity = sparsity if whole else _number("sparsity", sparsity)
+        if whole and sparsity < 0:
+            raise FwtError(f"sparsity={sparsity} is a number of weights with like='torch'")
+        self.threshold = _number("threshold", threshold)
+        if whole and isinstance(scope, Mapping):
+            raise FwtError(
+                f"sparsity={sparsity} is a number of weights with like='torch', and a dict as "
+                "scope gives shares"
+            )
+        if groups and not whole:
+            shares = scope.values() if isinstance(scope, Mapping) else [self.sparsity]
+            _refuse_more_than(pattern, shares)
+        self.score = resolve(score)
+        if not callable(self.score) or isinstance(self.score, type):
+            raise FwtError(
+                f"score must be a function such as fwt.scores.magnitude, found {score!r:.80}"
+            )
+        if self.score in scores.FACTORIES:
+            raise FwtError(f"fwt.scores.{_name(self.score)} needs arguments: call it first")
+        self.context = context_of(self.score, context)
+        self.scope, self.where, self.like, self.axes, self.dtype = scope, where, like, axes, dtype
+
+    def choose(
+        self,
+        params: Params,
+        alive: Mapping[str, Any] | None = None,
+        grow: tuple[Score, Any] | None = None,
+        more: Mapping[str, Any] = MappingProxyType({}),
+        steps: Any = None,
+    ) -> tuple[Any, dict[str, Chosen]]:
+        """The tree, and what is kept of each selected leaf.
+
+        Args:
+            params: any pytree of arrays.
+            alive: by path, masks of what is not pruned yet; the rest goes first.
+            grow: a score and a share: so many of the kept give way to others, by that score.
+            more: context for the scores, beside that of the plan.
+            steps: updates to add to the params first, the same tree.
+        """
+        # Bare magnitudes of what is moved are summed in each pass, so that no sum is stored.
+        lazy = self.score is scores.magnitude and self.pattern == patterns.unstructured
+        lazy = lazy and self.scope in ("layer", "global", "erk") and self.like != "torch"
+        lazy = lazy and (grow is None or grow[0] in (scores.random, scores.gradient))
+        if steps is not None and not lazy:
+            import optax
+
+            params, steps = optax.apply_updates(params, steps), None
+        tree = _tree.Tree(params)
+        names = tree.select(self.where)
+        leaves = [_tree.computable(p, tree.leaves[p], self.dtype) for p in names]
+        for path, leaf in zip(names, leaves, strict=True):
+            if leaf.dtype.kind == "c":
+                raise LeafError(f"{path} is {leaf.dtype}: pruning needs real weights")
+        leaves = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in leaves]
+        fits = self._fits(tree, names, leaves)
+        windows = [f if isinstance(f, patterns.Windows) else None for f in fits]
+
+        def worths(score: Any) -> tuple[bool, list[Any]]:
+            """Whether it is the magnitudes that count, and of what."""
+            plain, found = self._worths(score, params, names, leaves, more)
+            if self.scope == "normalized":
+                found = [_normalized(plain, x) for x in found]
+            pairs = zip(windows, found, strict=True)
+            return plain, [x if w is None else _pooled(w, plain, x) for w, x in pairs]
+
+        plain, values = worths(self.score)
+        if self.threshold is not None:
+            cuts = [self._above(x, plain) for x in values]
+            found = [Source(key_function(not plain), (x,)) for x in values]
+        else:
+            moved = {} if steps is None else _tree.Tree(steps).leaves
+            added = [moved[p] for p in names] if moved else []
+            found, groups, ks = self._groups(names, leaves, values, fits, plain, alive, added)
+            if grow is not None:
+                found, groups = _regrown(found, groups, ks, *worths(grow[0]), grow[1])
+            ties: select.Ties = "all" if self.like == "tfmot" else "first"
+            cuts = select.smallest(groups, ks, ties) if ks else [_ALL] * len(found)
+        rows = zip(leaves, found, cuts, windows, strict=True)
+        return tree, {p: Chosen(*row) for p, row in zip(names, rows, strict=True)}
+
+    def _fits(self, tree: Any, names: list[str], leaves: list[Any]) -> list[Any]:
+        """The pattern on each leaf."""
+        if self.pattern == patterns.unstructured:
+            return [None] * len(names)
+        _axes.check_used(self.axes, names)
+        settings = dict(self.pattern.settings)
+        told = {}
+        for glob, _ in settings.get("flattened", ()):
+            if not any(_tree.matches(glob, p) for p in names):
+                raise LeafError(
+                    f"flattened={{{glob!r}: ...}} matches no selected leaf{_tree.near(glob, names)}"
+                )
+        if settings.get("order") == "chw":
+            told = _axes.flattened(tree.module)
+            if not told and not settings["flattened"]:
+                raise FwtError(
+                    f"{self.pattern!r} needs to know which kernels are behind a Flatten, and of "
+                    "what: give a Model of a Sequential with input_shape=, or "
+                    "n_m(..., flattened={'dense/kernel': (h, w, c)})"
+                )
+        places = [
+            _axes.axes_of(path, leaf.shape, tree.module, self.axes)
+            for path, leaf in zip(names, leaves, strict=True)
+        ]
+        return self.pattern.fits(places, told)
+
+    def _worths(
+        self, score: Any, params: Params, names: list[str], leaves: list[Any], more: Any
+    ) -> tuple[bool, list[Any]]:
+        if score is scores.magnitude:
+            return True, leaves
+        wanted = named(score)
+        context = {k: v for k, v in {**self.context, **more}.items() if k in wanted}
+        # The magnitude of a gradient needs no array of its own.
+        bare = score is scores.gradient and "grads" in context
+        tree = _tree.Tree(params)
+        found = _tree.Tree(context["grads"] if bare else score(params, **context)).leaves
+        worths = []
+        for path, leaf in zip(names, leaves, strict=True):
+            if path not in found:
+                raise LeafError(
+                    f"the score {_name(score)} returned no leaf {path!r}: a score returns "
+                    f"the same tree{_tree.near(path, found)}"
+                )
+            worth = found[path]
+            ours = getattr(getattr(score, "func", score), "__module__", "") == scores.__name__
+            if ours and not jnp.issubdtype(leaf.dtype, jnp.floating) and worth is tree.leaves[path]:
+                raise LeafError(
+                    f"{path} is {leaf.dtype}: the score {_name(score)} needs floating weights"
+                )
+            if tuple(worth.shape) != tuple(leaf.shape) or worth.dtype.kind == "c":
+                raise LeafError(
+                    f"the score {_name(score)} returned {worth.dtype}{list(worth.shape)} for "
+                    f"{path}, expected real numbers of shape {list(leaf.shape)}"
+                )
+            worths.append(jnp.asarray(_tree.computable(f"the score of {path}", worth)))
+        return bare, worths
+
+    def _above(self, worth: Any, plain: bool) -> select.Cut:
+        value, everything = _cast(self.threshold, worth.dtype, not plain)
+        key = (magnitude_key if plain else signed_key)(value)
+        size = np.uint32(math.prod(worth.shape))
+        return select.Cut(
+            jnp.where(everything, jnp.zeros((), key.dtype), key), jnp.where(everything, size, 0)
+        )
+
+    def _groups(
+        self,
+        names: list[str],
+        leaves: list[Any],
+        worths: list[Any],
+        fits: list[Any],
+        plain: bool,
+        alive: Mapping[str, Any] | None,
+        added: list[Any],
+    ) -> tuple[list[Source], list[list[Source]], list[Any]]:
+        """The keys of each leaf, in the groups that are counted as one, and how many go of each;
+        none where the pattern alone says it."""
+        living: list[Any] = []
+        if alive is not None:
+            living = [alive[p] for p in names]
+        elif self.like == "torch":
+            living = [nonzero(x) for x in leaves]
+        if living:
+            living = [
+                _any(f, m) if isinstance(f, patterns.Windows) else m
+                for f, m in zip(fits, living, strict=True)
+            ]
+        joint = self.scope in ("global", "normalized")
+        rule = "first" if living else ""
+        if joint:
+            found = sources(worths, not plain, rule, living, added)
+        else:
+            found = [
+                sources(worths[i : i + 1], not plain, rule, living[i : i + 1], added[i : i + 1])[0]
+                for i in range(len(worths))
+            ]
+        most = [math.prod(s.shape) for s in found]
+        if self.pattern.name == "n_m":
+            pairs = [
+                _grouped(f, s.key, self.like == "jaxpruner", s.arrays)
+                for f, s in zip(fits, found, strict=True)
+            ]
+            if self.sparsity is None and not isinstance(self.scope, Mapping):
+                return [Source(key_function(False), (~may_go,)) for _, may_go in pairs], [], []
+            most = [n // f.m * (f.m - f.n) for n, f in zip(most, fits, strict=True)]
+            found = [Source(key_function(False, None, "only"), pair) for pair in pairs]
+        dead: list[Any] = [None] * len(found)
+        if self.like == "torch" or (living and self.scope == "erk"):
+            dead = [_gone(m) for m in living]
+        rows = zip(names, leaves, found, most, worths, dead, living or dead, strict=True)
+        parts = [
+            _scope.Leaf(
+                p,
+                tuple(x.shape),
+                math.prod(s.shape),
+                m,
+                _worth(plain, w, self.scope),
+                d,
+                a if living else None,
+            )
+            for p, x, s, m, w, d, a in rows
+        ]
+        joint, ks = _scope.allocate(parts, self.scope, self.sparsity, self.like)
+        return found, [found] if joint else [[s] for s in found], ks
+
+
+_ALL = select.Cut(np.uint32(0), np.uint32(0))  # keeps the Trues of a mask
+
+
+def _regrown(
+    found: list[Source],
+    groups: list[list[Source]],
+    ks: list[Any],
+    plain: bool,
+    worths: list[Any],
+    share: Any,
+) -> tuple[list[Source], list[list[Source]]]:
+    """The keys after a share of those that would be kept is dropped: what is left is above all,
+    and the rest is ordered by ``worths``."""
+    sizes = [sum(math.prod(s.shape) for s in group) for group in groups]
+    left = [minus(wide(n), wide(k)) for n, k in zip(sizes, ks, strict=True)]
+    dropped = jax.vmap(count, (None, 0))(jnp.float32(share), _scope.stacked(left))
+    more = [
+        plus(wide(k), Wide(high, low))
+        for k, high, low in zip(ks, dropped.high, dropped.low, strict=True)
+    ]
+    cuts = select.smallest(groups, more)
+    open_ = [~_mask(s.key, None, s.arrays, c) for s, c in zip(found, cuts, strict=True)]
+    if len(groups) == 1:
+        new = sources(worths, not plain, "only", open_)
+        return new, [new]
+    new = [sources([x], not plain, "only", [m])[0] for x, m in zip(worths, open_, strict=True)]
+    return new, [[s] for s in new]
+
+
+def _number(name: str, value: Any) -> Any:
+    """A sparsity or a threshold: a Python float, or a scalar array as it is."""
+    if value is None:
+        return None
+    if isinstance(value, jax.core.Tracer):
+        if value.ndim:
+            raise FwtError(f"{name} must be a scalar, found shape {value.shape}; use jax.vmap")
+        return value
+    found = value
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        if value.ndim:
+            raise FwtError(
+                f"{name} must be a scalar, found shape {value.shape}; use jax.vmap for several"
+            )
+        found = value.item()
+    if isinstance(found, bool) or not isinstance(found, int | float) or found != found:
+        raise FwtError(f"{name} must be a number or a scalar array, found {found!r:.80}")
+    if name == "sparsity" and not 0 <= found <= 1:
+        raise FwtError(f"sparsity is the share of weights to prune, 0 to 1; found {found}")
+    return value if isinstance(value, jax.Array) else float(found)  # an array counts as float32
+
+
+def _refuse_more_than(pattern: patterns.Pattern, shares: Any) -> None:
+    settings = dict(pattern.settings)
+    most = 1 - settings["n"] / settings["m"]
+    for s in shares:
+        if isinstance(s, int | float) and s > most + 1e-9:
+            raise FwtError(
+                f"{pattern!r} prunes {most:g} of the weights, so a sparsity of {s:g} can't be "
+                "had: leave it out, or give a lower one"
+            )
+
+
+def _cast(threshold: Any, dtype: Any, signed: bool) -> tuple[Any, Any]:
+    """A threshold in the leaf's dtype, floored for integers, and whether all is above it."""
+    if jnp.issubdtype(dtype, jnp.floating):
+        return jnp.asarray(threshold, dtype), (jnp.asarray(threshold) < 0) & (not signed)
+    # A magnitude is as wide as an unsigned integer, so that |-128| of an int8 has its place.
+    dtype = np.dtype(dtype) if signed else np.dtype(f"uint{dtype.itemsize * 8}")
+    low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
+    if isinstance(threshold, float):
+        return jnp.asarray(math.floor(min(max(threshold, low), high)), dtype), threshold < low
+    floored = jnp.asarray(jnp.clip(jnp.floor(threshold), low, high))
+    return floored.astype(dtype), jnp.asarray(threshold) < low
+
+
+def _name(function: Any) -> str:
+    return getattr(function, "__name__", repr(function))
+
+
+def named(score: Any) -> dict[str, bool]:
+    """The context that a score names, and whether it can't do without."""
+    try:
+        parameters = inspect.signature(score).parameters.values()
+    except (TypeError, ValueError):  # builtins have no signature: the call itself will tell
+        return {}
+    bound = getattr(score, "keywords", {})  # what a partial holds is not given once more
+    return {
+        p.name: p.default is p.empty
+        for i, p in enumerate(parameters)
+        if (p.kind is p.KEYWORD_ONLY or (i and p.kind is p.POSITIONAL_OR_KEYWORD))
+        and p.name not in bound
+    }
+
+
+def context_of(score: Any, context: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the context at hand what the score names; a value of ``...`` comes later."""
+    found = {}
+    for name, needed in named(score).items():
+        if context.get(name) is not None:
+            if context[name] is not ...:
+                found[name] = context[name]
+        elif needed:
+            way = f"give {name}=" if name in context else "bind it"
+            raise FwtError(
+                f"the score {_name(score)} needs {name}=: {way}, or functools.partial("
+                f"{_name(score)}, {name}=...)"
+            )
+    return found
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _mask(key: Any, windows: Any, arrays: Any, cut: Any) -> Any:
+    mask = select.kept(Source(key, arrays), cut)
+    return mask if windows is None else windows.spread(mask)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _pruned(key: Any, windows: Any, arrays: Any, cut: Any, leaf: Any) -> Any:
+    return _where(leaf, _mask(key, windows, arrays, cut))
+
+
+def _where(leaf: Any, mask: Any) -> Any:
+    return jnp.where(mask, leaf, jnp.zeros((), leaf.dtype))
+
+
+masked = jax.jit(_where)
+nonzero = jax.jit(lambda leaf: magnitude_key(leaf) != 0)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _grouped(fit: patterns.Groups, key: Any, last: bool, arrays: Any) -> tuple[Any, Any]:
+    keys = Source(key, arrays).keys()
+    return keys, fit.candidates(keys, last)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _pooled(windows: patterns.Windows, plain: bool, worth: Any) -> Any:
+    worth = worth.astype(jnp.promote_types(worth.dtype, jnp.float32))
+    return windows.pooled(jnp.abs(worth) if plain else worth)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _any(windows: patterns.Windows, mask: Any) -> Any:
+    return dataclasses.replace(windows, pool="max").pooled(mask) > 0
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _normalized(plain: bool, worth: Any) -> Any:
+    x = worth.astype(jnp.promote_types(worth.dtype, jnp.float32))
+    x = jnp.abs(x) if plain else x
+    size = jnp.max(jnp.where(jnp.isfinite(x), jnp.abs(x), 0), initial=0)
+    scaled = x / jnp.where(size > 0, size, 1)  # so that no square overflows
+    norm = jnp.sqrt(jnp.sum(jnp.where(jnp.isfinite(x), scaled * scaled, 0)))
+    return scaled / jnp.where(norm > 0, norm, 1)
+
+
+def _worth(plain: bool, worth: Any, scope: Any) -> Any:
+    if not plain or scope != "lamp":
+        return worth
+    return jnp.abs(worth.astype(jnp.promote_types(worth.dtype, jnp.float32)))
+
+
+_zeros = jax.jit(passes.zeros)
+
+
+def _gone(living: Any) -> Any:
+    found = _zeros(living)
+    return wide(found) if isinstance(found, jax.core.Tracer) else int(found)

@@ -1,0 +1,182 @@
+"""Pruning that mends what is left: SparseGPT."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from fwt import _axes, _tree, patterns
+from fwt._sequential import Sequential
+from fwt._types import FwtError, LeafError, Model, Where, resolve
+from fwt.selection import select
+from fwt.selection.keys import sources
+
+
+def sparsegpt(
+    module: Sequential,
+    variables: Any,
+    batch: Any,
+    sparsity: float | None = None,
+    *,
+    pattern: patterns.Pattern = patterns.unstructured,
+    where: Where = _axes.kernels,
+    damping: float = 0.01,
+    block: int = 128,
+) -> Any:
+    """Prunes each layer and moves its other weights so that its outputs on a batch stay as near
+    as they can.
+
+    Layer after layer, each on what the layers before it, pruned already, give. Inputs are taken
+    in turn: the error of a pruned weight is made good by those of later inputs, by the inverse of
+    the inputs' second moments. Source: Frantar and Alistarh, "SparseGPT: Massive Language Models
+    Can be Accurately Pruned in One-Shot", 2023.
+
+    Args:
+        module: a :class:`fwt.Sequential`.
+        variables: its variables, ``{"params": ...}``, or a Model's.
+        batch: calibration inputs; more samples than a layer has inputs, if it can be.
+        sparsity: the share to prune in each layer, 0 to 1; None with ``n_m``.
+        pattern: ``fwt.patterns.unstructured`` or ``n_m``.
+        where: which kernels: of Dense, and of Conv without groups.
+        damping: what is added to the second moments, as a share of their mean.
+        block: how many inputs are decided on at once; a multiple of m.
+
+    Returns:
+        New variables. Of n weights of a layer exactly ``round(sparsity * n)`` are zero.
+
+    Raises:
+        LeafError: for a kernel of another layer, or inputs that are not finite.
+        FwtError: for another pattern, or a sparsity that does not go with it.
+
+    Example:
+        >>> import fwt, flax.linen as nn, jax, jax.numpy as jnp
+        >>> net = fwt.Sequential([("d", nn.Dense(8))])
+        >>> x = jax.random.normal(jax.random.key(0), (99, 16)) @ jnp.tri(16)
+        >>> variables = net.init(jax.random.key(1), x)
+        >>> def error(v):
+        ...     return float(jnp.mean((net.apply(v, x) - net.apply(variables, x)) ** 2))
+        >>> error(sparsegpt(net, variables, x, 0.5)) < error(fwt.prune(0.5)(variables)) / 2
+        True
+    """
+    pattern = resolve(pattern)
+    settings: dict[str, Any] = dict(getattr(pattern, "settings", ()))
+    groups = getattr(pattern, "name", "") == "n_m"
+    if (not groups and pattern != patterns.unstructured) or settings.get("order"):
+        raise FwtError(f"sparsegpt takes fwt.patterns.unstructured or n_m(n, m), found {pattern!r}")
+    if groups == (sparsity is not None):
+        raise FwtError("sparsegpt takes a sparsity, or n_m without one")
+    if not groups and not (isinstance(sparsity, int | float) and 0 <= sparsity <= 1):
+        raise FwtError(f"sparsity is the share of weights to prune, 0 to 1; found {sparsity!r}")
+    if not isinstance(module, Sequential):
+        raise FwtError(f"sparsegpt takes a fwt.Sequential, found {type(module).__name__}")
+    if isinstance(variables, Model):
+        variables = variables.variables
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        raise LeafError("sparsegpt takes variables as module.init gives them, {'params': ...}")
+    m = settings.get("m", 1)
+    if block < 1 or block % m:
+        raise FwtError(f"block must be a multiple of {m}, found {block}")
+    tree = _tree.Tree(variables)
+    chosen = tree.select(where)
+    leaves = [_tree.computable(path, tree.leaves[path]) for path in chosen]
+    pattern.fits(
+        [_axes.axes_of(p, x.shape, module) for p, x in zip(chosen, leaves, strict=True)], {}
+    )
+    new: dict[str, Any] = {}
+    x: Any = jnp.asarray(batch)
+    for named in module.layers:
+        path = f"{_tree.escape(named.name)}/kernel"
+        now = tree.replace(new)
+        if path in chosen:
+            inputs = _inputs(path, named.layer, x)
+            kernel = jnp.asarray(tree.leaves[path])
+            count = None if groups else float(sparsity or 0)
+            flat = kernel.reshape(-1, kernel.shape[-1]).astype(jnp.float32)
+            cut = settings.get("n", 1), m
+            found = _mended(flat, inputs, damping, count, cut, block)
+            if not isinstance(found, jax.core.Tracer) and not jnp.isfinite(found).all():
+                raise LeafError(f"{path}: its inputs on the batch, or it itself, are not finite")
+            new[path] = found.reshape(kernel.shape).astype(kernel.dtype)
+            now = tree.replace(new)
+        mine = {k: {named.name: v[named.name]} for k, v in now.items() if named.name in v}
+        x = Sequential([named]).apply(mine, x)
+    missed = [p for p in chosen if p not in new]
+    if missed:
+        raise LeafError(
+            f"{missed[0]} is no kernel of a layer of the Sequential itself: leave it "
+            "out with where="
+        )
+    return tree.replace(new)
+
+
+def _inputs(path: str, layer: Any, x: Any) -> Any:
+    """What each weight of one output meets: (samples, inputs), in the order of the kernel."""
+    if type(layer) is nn.Dense:
+        return x.reshape(-1, x.shape[-1]).astype(jnp.float32)
+    if type(layer) is not nn.Conv or layer.feature_group_count != 1:
+        raise LeafError(
+            f"sparsegpt: {path} is of a {type(layer).__name__}, and only Dense and "
+            "Conv without groups can be mended: leave it out with where="
+        )
+    # A convolution with one output for each weight reads its inputs out.
+    size = (
+        tuple(layer.kernel_size) if not isinstance(layer.kernel_size, int) else (layer.kernel_size,)
+    )
+    n = int(np.prod(size)) * x.shape[-1]
+    reader = layer.clone(features=n, use_bias=False, parent=None, name=None)
+    eye = jnp.eye(n, dtype=x.dtype).reshape(*size, x.shape[-1], n)
+    read: Any = reader.apply({"params": {"kernel": eye}}, x)
+    return read.reshape(-1, n).astype(jnp.float32)
+
+
+@functools.partial(jax.jit, static_argnums=(2, 3, 4, 5))
+def _mended(
+    w: Any, x: Any, damping: float, sparsity: float | None, cut: tuple[int, int], block: int
+) -> Any:
+    """The weights (inputs, outputs) after pruning; ``cut`` is n:m where there is no sparsity."""
+    size, outputs = w.shape
+    moments = x.T @ x
+    silent = jnp.diag(moments) == 0  # its weights do nothing, and are the first to go
+    moments = moments + jnp.eye(size) * jnp.maximum(damping * jnp.mean(jnp.diag(moments)), 1e-20)
+    inverse = jnp.linalg.inv(moments)
+    upper = jnp.linalg.cholesky((inverse + inverse.T) / 2).T
+    n, m = cut
+    for start in range(0, size, block):
+        stop = min(start + block, size)
+        here, part = upper[start:stop, start:stop], w[start:stop]
+        scale = jnp.diag(here)[:, None] ** 2
+        keep = jnp.ones(part.shape, bool)
+        if sparsity is not None:
+            k = round(sparsity * stop * outputs) - round(sparsity * start * outputs)
+            worth = jnp.where(silent[start:stop, None], 0, part**2 / scale)
+            (source,) = sources([worth], True)
+            keep = select.kept(source, select.smallest([[source]], [k])[0])
+
+        # Of a group too: what is silent is worth nothing.
+        scale = jnp.where(silent[start:stop, None], jnp.inf, scale)
+
+        def step(i: Any, state: Any, here: Any = here, scale: Any = scale) -> Any:
+            part, keep, errors = state
+            if sparsity is None:
+                group = i - i % m
+                worth = lax.dynamic_slice_in_dim(part, group, m) ** 2 / lax.dynamic_slice_in_dim(
+                    scale, group, m
+                )
+                (source,) = sources([worth], True)
+                may_go = patterns.Groups(n, m, (0,)).candidates(source.keys())
+                fresh = lax.dynamic_update_slice_in_dim(keep, ~may_go, group, 0)
+                keep = jnp.where(i % m == 0, fresh, keep)
+            error = jnp.where(keep[i], 0, part[i]) / here[i, i]
+            later = jnp.where(jnp.arange(here.shape[0]) >= i, here[i], 0)
+            return part - later[:, None] * error, keep, errors.at[i].set(error)
+
+        state = (part, keep, jnp.zeros_like(part))
+        part, keep, errors = lax.fori_loop(0, stop - start, step, state)
+        w = w.at[start:stop].set(jnp.where(keep, part, 0))
+        w = w.at[stop:].add(-upper[start:stop, stop:].T @ errors)
+    return w

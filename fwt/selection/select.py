@@ -1,0 +1,457 @@
+"""The exact k-th smallest over many leaves, without sorting and without joining them.
+
+A sample says where the answer should be; passes over the data count how many keys are below a
+trial until the count is right. All that a pass hands on is one number a leaf, so sharded leaves
+stay where they are.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from fwt._types import Array, FwtError
+from fwt.selection import passes as _passes
+from fwt.selection.counts import Wide, difference, less, minus, total, wide
+from fwt.selection.keys import Source
+
+_SAMPLE = 1 << 16
+
+Ties = Literal["first", "all"]
+
+
+class Cut(NamedTuple):
+    """A selection: kept are the keys above ``value``, and those equal to it before ``index``."""
+
+    value: Any
+    index: Any
+
+
+def kept(source: Source, cut: Cut) -> Array:
+    """The mask of one leaf."""
+    keys = source.keys()
+    return (keys > cut.value) | (keys == cut.value) & _passes.before(source.shape, cut.index)
+
+
+def row_kept(keys: Array, k: Array) -> Array:
+    """The mask of one row of keys without the ``k`` smallest: bit by bit, for many rows under
+    vmap, where each pass is one for all of them."""
+    dtype = keys.dtype
+    bits = dtype.itemsize * 8
+
+    def bit(i: Any, found: Array) -> Array:
+        place = jnp.asarray(bits - 1 - i).astype(dtype)  # i is a plain int without jit
+        trial = found | (dtype.type(1) << place)
+        return jnp.where(jnp.sum(keys < trial, dtype=jnp.uint32) <= k, trial, found)
+
+    value = lax.fori_loop(0, bits, bit, jnp.zeros((), dtype))
+    ties = keys == value
+    stay = jnp.sum(keys <= value, dtype=jnp.uint32) - k
+    split = (stay != 0) & (stay != jnp.sum(ties, dtype=jnp.uint32))
+    places = jnp.arange(keys.size, dtype=jnp.uint32)
+    top = max(keys.size - 1, 1).bit_length()
+
+    def cut_bit(i: Any, found: Array) -> Array:
+        trial = found | (jnp.uint32(1) << jnp.asarray(top - 1 - i).astype(jnp.uint32))
+        below = jnp.sum(ties & (places < trial), dtype=jnp.uint32)
+        return jnp.where(below < stay, trial, found)
+
+    # Where no row splits its ties there is nothing to search: a loop of no trips.
+    last = lax.fori_loop(0, jnp.where(split, top, 0), cut_bit, jnp.uint32(0))
+    return (keys > value) | ties & (stay != 0) & ((places <= last) | ~split)
+
+
+class _State(NamedTuple):
+    """A bracket ``lo < trial < hi``: fewer than k keys are below lo, at least k below hi."""
+
+    lo: Array
+    hi: Array
+    trial: Array
+    slope: Array  # keys a rank, as float32
+    before: Array  # the trial before this one, and how many ranks it was off
+    off: Array
+    width: Array  # of the bracket, up to three passes ago
+    passes: Array
+    done: Array
+
+
+def _step(s: _State, count: Wide, k: Wide) -> _State:
+    """One pass later: ``count`` keys are below ``s.trial``.
+
+    The secant through the last two trials, within the bracket; where that doesn't halve the
+    bracket in three passes (many equal keys), or takes many passes, its middle.
+    """
+    below = less(count, k)
+    exact = (count.high == k.high) & (count.low == k.low)
+    lo, hi = jnp.where(below, s.trial, s.lo), jnp.where(below, s.hi, s.trial)
+    gap = hi - lo
+    off = difference(k, count)
+    distance = jnp.maximum(s.trial, s.before) - jnp.minimum(s.trial, s.before)
+    ranks = jnp.abs(off - s.off)
+    secant = distance.astype(jnp.float32) / jnp.maximum(ranks, 1)
+    slope = jnp.where(ranks > 0, secant, 4 * s.slope)
+    slope = jnp.where(s.passes == 0, s.slope, slope)
+    most = 2.0 ** (lo.dtype.itemsize * 8 - 1)
+    jump = jnp.clip(jnp.abs(off) * slope, 1, most).astype(lo.dtype)
+    jump = jnp.minimum(jump, jnp.maximum(gap, 2) - 1)
+    third = s.passes % 3 == 2
+    slow = (third & (gap > s.width // 2)) | ((s.passes > 12) & (s.passes % 2 == 0))
+    trial = jnp.where(below, lo + jump, hi - jump)
+    trial = jnp.where(slow, lo + gap // 2, trial)
+    width = jnp.where(third, gap, s.width)
+    done = s.done | exact | (gap == 1)
+    return _State(lo, hi, trial, slope, s.trial, off, width, s.passes + 1, done)
+
+
+def _start(guess: Array, span: Array, k: Wide, at_top: Wide) -> _State:
+    """From three keys of the sample, how many ranks the outer two span, and how many keys are
+    below the largest number of their dtype (for floats all are)."""
+    zero, top = jnp.zeros((), guess.dtype), jnp.asarray(np.iinfo(guess.dtype).max, guess.dtype)
+    ties_at_top = less(at_top, k)
+    found = (k.high == at_top.high) & (k.low == at_top.low) | (k.high == 0) & (k.low == 0)
+    return _State(
+        lo=jnp.where(ties_at_top, top, zero),
+        hi=jnp.where(ties_at_top, zero, top),  # zero: one above the top, wrapped around
+        trial=jnp.clip(guess[1], 1, top - 1),
+        slope=(guess[2] - guess[0]).astype(jnp.float32) / span,
+        before=zero,
+        off=jnp.float32(0),
+        width=top,
+        passes=jnp.int32(0),
+        done=found | ties_at_top,
+    )
+
+
+def _tie_cuts(found: Sequence[Source], values: Array, stay: Array, tied: Array) -> Array:
+    """By leaf, the index before which exactly ``stay`` of its ``tied`` keys equal its value."""
+    sizes = jnp.asarray([math.prod(s.shape) for s in found], jnp.uint32)
+
+    def searching(at_hi: Array) -> Array:
+        return (at_hi != stay) & (stay != 0)
+
+    def body(state: Any) -> Any:
+        lo, hi, at_lo, at_hi, passes = state
+        active = searching(at_hi)
+        gap = hi - lo
+        share = (stay - at_lo).astype(jnp.float32) / (at_hi - at_lo).astype(jnp.float32)
+        guess = (gap.astype(jnp.float32) * share).astype(jnp.uint32)
+        guess = jnp.where(passes % 3 == 2, gap // 2, guess)
+        index = lo + jnp.clip(guess, 1, jnp.maximum(gap, 2) - 1)
+        counts = []
+        each = zip(found, *map(jnp.unstack, (active, values, index)), strict=True)
+        for source, open_, value, place in each:
+            # The barrier keeps XLA from comparing once and storing the ties.
+            place, arrays = lax.optimization_barrier((place, source.arrays))
+            ties_below = functools.partial(_ties_below_jit, source.key)
+            counts.append(lax.cond(open_, ties_below, _nothing, arrays, value, place))
+        at = jnp.stack(counts)
+        low, high = active & (at < stay), active & (at >= stay)
+        return (
+            jnp.where(low, index, lo),
+            jnp.where(high, index, hi),
+            jnp.where(low, at, at_lo),
+            jnp.where(high, at, at_hi),
+            passes + 1,
+        )
+
+    # Before index 0 there is none of them; where all or none stay there is nothing to search.
+    nothing = jnp.zeros(len(found), jnp.uint32)
+    start = (nothing, sizes, nothing, tied, jnp.int32(0))
+    hi = lax.while_loop(lambda s: jnp.any(searching(s[3])), body, start)[1]
+    return jnp.where(stay == 0, 0, hi)
+
+
+def _stays(kept: Wide, tied: Array) -> Array:
+    """How many ties stay in each leaf, if the first ``kept`` of all leaves together do."""
+
+    def leaf(rest: Wide, tied: Array) -> tuple[Wide, Array]:
+        some = jnp.where(rest.high < 1 << 16, rest.high << 16 | rest.low, jnp.uint32(0xFFFFFFFF))
+        take = jnp.minimum(some, tied)
+        return minus(rest, wide(take)), take
+
+    return lax.scan(leaf, kept, tied)[1]
+
+
+def _strided(source: Source, stride: int) -> Array:
+    """Every ``stride``-th key or so, in step with no axis of the leaf."""
+    while stride > 1 and math.gcd(stride, math.prod(source.shape[1:])) > 1:
+        stride -= 1
+    return source.key(*(x.reshape(-1)[::stride] for x in source.arrays)).reshape(-1)
+
+
+def _thin(source: Source) -> Source | None:
+    """One slice of a leaf that may be sharded."""
+    parts, _ = _passes.slices(source)
+    return parts[_passes.SLICES // 2] if parts else None
+
+
+def _stride(group: Sequence[Source], groups: int) -> int:
+    size = sum(math.prod(s.shape) for s in group)
+    return max(1, size // max(_SAMPLE // groups, _SAMPLE // 16))
+
+
+def _targets(k: Any, n: int, m: int, xp: Any) -> tuple[Any, Any]:
+    """Three ranks in a sample of ``m``, and the ranks of the whole that the outer two span."""
+    share = k / max(n, 1)
+    spread = 2 * xp.sqrt(m * share * (1 - share)) + 1
+    ranks = xp.clip(share * m + xp.stack([-spread, 0 * spread, spread]), 0, max(m - 1, 0))
+    ranks = xp.floor(ranks).astype(xp.uint32)
+    return ranks, xp.maximum((ranks[2] - ranks[0]).astype(xp.float32) * (n / max(m, 1)), 1)
+
+
+def _quantiles(groups: list[list[Source]], ks: Wide) -> tuple[Array, Array]:
+    """The keys (groups, 3) of the sample around the k-th, and the ranks between them."""
+    sizes = [sum(math.prod(s.shape) for s in group) for group in groups]
+    if jax.device_count() == 1:
+        rows = [
+            jnp.concatenate([_strided(s, _stride(group, len(groups))) for s in group])
+            for group in groups
+        ]
+        m = [r.shape[0] for r in rows]
+        width = -(-max(1, *m) // 32)
+        top = rows[0].dtype.type(np.iinfo(rows[0].dtype).max)
+        padded = [jnp.pad(r, (0, width * 32 - r.shape[0]), constant_values=top) for r in rows]
+        sample = jnp.stack(padded).reshape(len(groups), 1, 32, width)
+
+        def below(trials: Array) -> Array:
+            parts = jnp.sum(sample < trials[:, :, None, None], 2, dtype=jnp.int8)
+            return jnp.sum(parts, -1, dtype=jnp.uint32)
+
+    else:
+        thin = [[t for t in map(_thin, group) if t is not None] for group in groups]
+        m = [sum(math.prod(t.shape) for t in group) for group in thin]
+
+        def below(trials: Array) -> Array:
+            found = []
+            for group, row in zip(thin, trials, strict=True):
+                hits = [t.keys()[..., None] < row for t in group]
+                counts = [jnp.sum(h, range(h.ndim - 1), dtype=jnp.uint32) for h in hits]
+                found.append(sum(counts, jnp.zeros(3, jnp.uint32)))
+            return jnp.stack(found)
+
+    exact = ks.high.astype(jnp.float32) * 65536.0 + ks.low.astype(jnp.float32)
+    pairs = [_targets(k, n, size, jnp) for k, n, size in zip(exact, sizes, m, strict=True)]
+    ranks = jnp.stack([p[0] for p in pairs])
+    dtype = groups[0][0].keys().dtype
+    bits = dtype.itemsize * 8
+
+    def bit(i: Any, found: Array) -> Array:
+        place = jnp.asarray(bits - 1 - i).astype(dtype)  # i is a plain int without jit
+        trial = found | (dtype.type(1) << place)
+        return jnp.where(below(trial) <= ranks, trial, found)
+
+    found = lax.fori_loop(0, bits, bit, jnp.zeros((len(groups), 3), dtype))
+    return found, jnp.stack([p[1] for p in pairs])
+
+
+def _nothing(*_: Any) -> Array:
+    return jnp.uint32(0)
+
+
+def _cuts(groups: list[list[Source]], ks: Wide, ties: Ties) -> Cut:
+    """The cuts (problems, leaves) for several counts (problems, groups) of the same keys, under a
+    trace: each pass counts for all problems at once."""
+    flat = [s for group in groups for s in group]
+    sizes = [math.prod(s.shape) for s in flat]
+    n = jnp.asarray(sizes, jnp.uint32)
+    group_of = np.repeat(np.arange(len(groups)), [len(g) for g in groups])
+    problems = len(ks.low)
+
+    @jax.vmap
+    def totals(counts: Array) -> Wide:
+        if len(groups) == 1:
+            return Wide(*(x[None] for x in total(counts)))
+        return wide(counts)  # one leaf a group
+
+    def count(trials: Array, done: Array) -> Array:
+        # The barrier keeps XLA from computing the keys once and storing them.
+        arrays, trials = lax.optimization_barrier(([s.arrays for s in flat], trials))
+        counts = []
+        for source, given, g in zip(flat, arrays, group_of, strict=True):
+            below = functools.partial(_below_jit, source.key)
+            active = jnp.any(~done[:, g])
+            if problems > 1:
+                counts.append(_below_each_jit(source.key, given, trials[:, g], active))
+            elif len(groups) == 1:
+                counts.append(below(given, trials[0, g])[None])
+            else:  # a leaf that is found already is not read again
+                counts.append(lax.cond(active, below, _nothing, given, trials[0, g])[None])
+        return jnp.stack(counts, 1)
+
+    guess, span = jax.vmap(lambda ks: _quantiles(groups, ks))(ks)
+    top = jnp.full(ks.low.shape, np.iinfo(guess.dtype).max, guess.dtype)
+    at_top = jnp.broadcast_to(n, (problems, len(flat)))
+    if not _below_top(flat):
+        at_top = count(top, jnp.zeros(top.shape, bool))
+    state = jax.vmap(jax.vmap(_start))(guess, span, ks, totals(at_top))
+    full = (state.hi == 0)[:, group_of]
+    at_lo = jnp.where(full, at_top, 0)
+    at_hi = jnp.where(full, n, at_top)
+
+    def body(carry: Any) -> Any:
+        state, at_lo, at_hi = carry
+        counts = count(state.trial, state.done)
+        new = jax.vmap(jax.vmap(_step))(state, totals(counts), ks)
+        new = jax.tree.map(lambda a, b: jnp.where(state.done, a, b), state, new)
+        at_lo = jnp.where((new.lo != state.lo)[:, group_of], counts, at_lo)
+        at_hi = jnp.where((new.hi != state.hi)[:, group_of], counts, at_hi)
+        return new, at_lo, at_hi
+
+    state, at_lo, at_hi = lax.while_loop(lambda c: jnp.any(~c[0].done), body, (state, at_lo, at_hi))
+    value = (state.hi - 1)[:, group_of]
+    kept = jax.vmap(minus)(totals(at_hi), ks)
+    tied = at_hi - at_lo
+    if ties == "all":
+        some = (kept.high | kept.low) > 0
+        stay = jnp.where(some[:, group_of], tied, 0)
+    elif len(groups) == 1:
+        stay = jax.vmap(_stays)(Wide(kept.high[:, 0], kept.low[:, 0]), tied)
+    else:
+        stay = kept.high << 16 | kept.low
+    # Where none goes, everything from zero on is kept.
+    none = ((ks.high == 0) & (ks.low == 0))[:, group_of]
+    stay = jnp.where(none, 0, stay)
+    if problems == 1:
+        index = _tie_cuts(flat, value[0], stay[0], tied[0])[None]
+    else:
+        index = lax.map(lambda each: _tie_cuts(flat, *each), (value, stay, tied))
+    return Cut(jnp.where(none, 0, value), jnp.where(none, n, index))
+
+
+def _concrete_cuts(group: list[Source], k: int, groups: int, ties: Ties) -> list[Cut]:
+    """The cut of each leaf of one group, driven from Python: compiled once for each shape."""
+    sizes = [math.prod(s.shape) for s in group]
+    dtype = jax.eval_shape(group[0].keys).dtype
+    if k == 0:
+        return [Cut(dtype.type(0), np.uint32(n)) for n in sizes]
+    stride = _stride(group, groups)
+    sample = np.concatenate([np.asarray(_strided_jit(s.key, s.arrays, stride)) for s in group])
+    sample.sort()
+    ranks, span = _targets(np.float64(k), sum(sizes), len(sample), np)
+    top = dtype.type(np.iinfo(dtype).max)
+
+    def below(trial: Any) -> list[int]:
+        return list(map(int, [_below_jit(s.key, s.arrays, trial) for s in group]))
+
+    at_lo, at_hi = [0] * len(group), sizes if _below_top(group) else below(top)
+    state = _start_jit(sample[ranks], np.float32(span), wide(k), wide(sum(at_hi)))
+    if state.hi == 0:
+        at_lo, at_hi = at_hi, sizes
+    while not state.done:
+        counts = below(state.trial)
+        state = _step_jit(state, wide(sum(counts)), wide(k))
+        if sum(counts) < k:
+            at_lo = counts
+        else:
+            at_hi = counts
+    value, rest = np.asarray(state.hi - 1), sum(at_hi) - k
+    cuts = []
+    for source, size, low, high in zip(group, sizes, at_lo, at_hi, strict=True):
+        stay = min(rest, high - low) if ties == "first" or rest == 0 else high - low
+        rest -= stay if ties == "first" else 0
+        index: Any = np.uint32(size if stay else 0)
+        if 0 < stay < high - low:
+            index = _tie_cut_jit(
+                source.key, source.arrays, value, np.uint32(stay), np.uint32(high - low)
+            )
+        cuts.append(Cut(value, index))
+    return cuts
+
+
+count_gone = functools.partial(jax.jit, static_argnums=0)(
+    lambda key, arrays, cut: jnp.sum(~kept(Source(key, arrays), cut), dtype=jnp.uint32)
+)
+_strided_jit = functools.partial(jax.jit, static_argnums=(0, 2))(
+    lambda key, arrays, stride: _strided(Source(key, arrays), stride)
+)
+_below_jit = functools.partial(jax.jit, static_argnums=0)(
+    lambda key, arrays, trial: _passes.below(Source(key, arrays), trial)
+)
+_below_each_jit = functools.partial(jax.jit, static_argnums=0)(
+    lambda key, arrays, trials, active: _passes.below_each(Source(key, arrays), trials, active)
+)
+_ties_below_jit = functools.partial(jax.jit, static_argnums=0)(
+    lambda key, arrays, value, place: _passes.ties_below(Source(key, arrays), value, place)
+)
+_tie_cut_jit = functools.partial(jax.jit, static_argnums=0)(
+    lambda key, arrays, *rest: _tie_cuts([Source(key, arrays)], *(x[None] for x in rest))[0]
+)
+_start_jit, _step_jit = jax.jit(_start), jax.jit(_step)
+
+
+def _below_top(flat: Sequence[Source]) -> bool:
+    """Whether no key can be the largest number of its dtype: only integers' can."""
+    return all(jnp.issubdtype(s.arrays[0].dtype, jnp.floating) for s in flat)
+
+
+def smallest(groups: list[list[Source]], ks: list[Any], ties: Ties = "first") -> list[Cut]:
+    """Where to cut, so that exactly ``ks[g]`` keys of each group fall below.
+
+    Among equal keys the first in order of leaf and flat index are kept.
+
+    Args:
+        groups: one group of all leaves, or one group a leaf; keys of one dtype, empty leaves too.
+        ks: how many to drop of each group, 0 to its size: ints, or :class:`Wide` counts that may
+            be traced.
+        ties: of equal keys at the cut the "first" stay, as many as is right, or "all".
+
+    Returns:
+        One :class:`Cut` for each leaf, for :func:`kept`.
+
+    Raises:
+        FwtError: for a leaf of 2**32 elements or more.
+    """
+    for group in groups:
+        for s in group:
+            if math.prod(s.shape) >= 1 << 32:
+                raise FwtError(f"a leaf of shape {s.shape} is too large: 2**32 - 1 at most")
+    arrays = [[s.arrays for s in group] for group in groups]
+    leaves = jax.tree.leaves((arrays, ks))
+    if not any(isinstance(x, jax.core.Tracer) for x in leaves) and all(
+        not isinstance(x, jax.Array) or len(x.devices()) == 1 for x in leaves
+    ):
+        whole = [k if isinstance(k, int) else (int(k.high) << 16) + int(k.low) for k in ks]
+        pairs = zip(groups, whole, strict=True)
+        return [c for group, k in pairs for c in _concrete_cuts(group, k, len(groups), ties)]
+    keys = tuple(tuple(s.key for s in group) for group in groups)
+    stacked = Wide(*(jnp.stack([jnp.asarray(x) for x in xs]) for xs in zip(*map(wide, ks))))
+    return _search(keys, ties, lax.stop_gradient(arrays), stacked)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _search(keys: Any, ties: Ties, arrays: Any, ks: Wide) -> list[Cut]:
+    @jax.custom_batching.sequential_vmap
+    def several(arrays: Any, ks: Wide) -> Cut:
+        found = [
+            [Source(f, a) for f, a in zip(fs, group, strict=True)]
+            for fs, group in zip(keys, arrays, strict=True)
+        ]
+        return _cuts(found, ks, ties)
+
+    def one(arrays: Any, ks: Wide) -> Cut:
+        return Cut(*(x[0] for x in several(arrays, Wide(ks.high[None], ks.low[None]))))
+
+    search = jax.custom_batching.custom_vmap(one)
+
+    @search.def_vmap
+    def under_vmap(size: int, batched: Any, arrays: Any, ks: Wide) -> tuple[Cut, Cut]:
+        """Some counts of the same leaves share their passes. A few, which that doesn't make
+        faster, and other leaves take turns, each with its own number of passes."""
+        if any(jax.tree.leaves(batched[0])) or size < 4:
+            axes = jax.tree.map(lambda b: 0 if b else None, batched)
+            return jax.vmap(one, axes)(arrays, ks), Cut(True, True)
+        rows = [x if b else jnp.broadcast_to(x, (size, *x.shape)) for x, b in zip(ks, batched[1])]
+        rounds = -(-size // _passes.TOGETHER)
+        each = -(-size // rounds)
+        padded = [jnp.pad(x, ((0, rounds * each - size), (0, 0)), "edge") for x in rows]
+        parts = Wide(*(x.reshape(rounds, each, -1) for x in padded))
+        found = lax.map(lambda ks: several(arrays, ks), parts)
+        return Cut(*(x.reshape(-1, x.shape[-1])[:size] for x in found)), Cut(True, True)
+
+    cut = search(arrays, ks)
+    return [Cut(*each) for each in zip(*map(jnp.unstack, cut), strict=True)]

@@ -9,21 +9,13 @@ import jax
 import numpy as np
 import pytest
 import torch
+from command import fwt_command
+from file_cases import image_net, random_model
 from flax import serialization
-from test_files import image_net, random_model
-from typer.testing import CliRunner
 
 import fwt
 from fwt import cli, converters
 from fwt.converters import io as _io
-
-
-def fwt_command(*words):
-    """Exit code and output; an error of ours is raised as such."""
-    done = CliRunner().invoke(cli.app, [str(w) for w in words])
-    if done.exception is not None and not isinstance(done.exception, SystemExit):
-        raise done.exception
-    return done.exit_code, done.stdout
 
 
 @pytest.fixture(scope="module")

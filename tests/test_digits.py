@@ -3,7 +3,6 @@
 import numpy as np
 import optax
 import pytest
-from test_sparsify import kernels
 
 import fwt
 from fwt import _demo
@@ -26,7 +25,7 @@ def digits_net(wrapped):
 def test_the_digits_at_90_percent(dense):
     schedule = _demo.gradual(0.9, _demo.steps_of(8), _demo.steps_of(20))
     model, accuracy = digits_net(lambda adam: sparsify(adam, schedule, scope="global", every=10))
-    weights = kernels(model)
+    weights = fwt.select(model, fwt.kernels)
     total = sum(x.size for x in weights.values())
     assert sum(int((x == 0).sum()) for x in weights.values()) == round(
         float(np.float32(0.9)) * total
@@ -46,8 +45,8 @@ def test_the_digits_at_2_of_4(dense):
         lambda adam: sparsify(adam, schedule, pattern=two_of_four, where=where, every=10)
     )
     for path in where:
-        groups = np.moveaxis(kernels(model)[path], -2, -1).reshape(-1, 4)
+        groups = np.moveaxis(fwt.select(model, fwt.kernels)[path], -2, -1).reshape(-1, 4)
         assert (np.count_nonzero(groups, axis=1) <= 2).all()
         assert (groups == 0).mean() == 0.5
-    assert kernels(model)["conv_1/kernel"].all()
+    assert fwt.select(model, fwt.kernels)["conv_1/kernel"].all()
     assert accuracy > dense[1] - 0.01

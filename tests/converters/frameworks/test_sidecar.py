@@ -7,7 +7,7 @@ import layer_cases
 import numpy as np
 import pytest
 import torch
-from test_cli import fwt_command
+from command import fwt_command
 
 import fwt
 from fwt import converters

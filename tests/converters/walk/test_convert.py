@@ -416,8 +416,11 @@ assert not np.allclose(net.predict(x, verbose=0), expected)
 def test_keras_on_other_backends(backend):
     import os
 
-    root = os.path.dirname(os.path.abspath(__file__))
-    environment = {**os.environ, "KERAS_BACKEND": backend, "PYTHONPATH": root}
+    environment = {
+        **os.environ,
+        "KERAS_BACKEND": backend,
+        "PYTHONPATH": os.path.dirname(cases.__file__),
+    }
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, backend], env=environment, capture_output=True, text=True
     )

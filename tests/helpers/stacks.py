@@ -1,4 +1,6 @@
-"""Random stacks of layers against the real frameworks: ``python tests/stacks.py --count 2000``.
+"""Random stacks of layers against the real frameworks.
+
+``python tests/helpers/stacks.py --count 2000`` tries that many.
 
 It goes on where it stopped (``--state``, a JSON file) and prints what it found. Each stack is 2 to
 8 layers drawn from the generators of ``layer_cases``, built in the real framework with random
@@ -120,23 +122,23 @@ def refit(source, layer, shape):
 
 def run(source, seed):
     """None if all is equal, else what was refused; anything wrong raises."""
-    import test_layers
+    import compare
 
     shape, model, refused = build(source, seed)
     if model is None:
         return "not run"
     x = np.random.default_rng(seed).normal(size=(1 + 2 * (seed % 2), *shape)).astype(np.float32)
-    expected = test_layers.run(source, model, x)
+    expected = compare.run(source, model, x)
     if not np.isfinite(expected).all() or np.abs(expected).max(initial=0) > 1e4:
         return "not run"
-    said = test_layers.check(source, model, shape, x, refused, canonical=True,
+    said = compare.check(source, model, shape, x, refused, canonical=True,
                              own_refusals="the input is smaller")  # fmt: skip
     return said or layouts(source, model, x, expected, refused)
 
 
 def layouts(source, model, x, expected, refused):
     """The default layout, which moves an end where a layer proves which axis is the channels."""
-    import test_layers
+    import compare
 
     from fwt import converters
 
@@ -152,11 +154,11 @@ def layouts(source, model, x, expected, refused):
     proven = flax.module.input_shape != x.shape[1:]
     if proven:
         start = np.moveaxis(x, 1, -1)
-    found = test_layers.in_flax(flax, start)
+    found = compare.in_flax(flax, start)
     if found.shape != end.shape:
         end = np.moveaxis(end, 1, -1)
     ours = [found, end] if np.allclose(found, end, atol=1e-3) else [found, np.moveaxis(end, 1, -1)]
-    test_layers.close(ours[0], ours[1], "default layout")
+    compare.close(ours[0], ours[1], "default layout")
     return None
 
 

@@ -19,8 +19,8 @@ import pytest
 import safetensors.numpy
 import safetensors.torch
 import torch
+from file_cases import image_net, random_model
 from flax import serialization
-from test_files import image_net, random_model
 
 import fwt
 from fwt import converters

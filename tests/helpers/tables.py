@@ -1,4 +1,4 @@
-"""The README's table of initializers and constraints: ``python tests/tables.py`` writes it.
+"""The README's table of initializers and constraints: ``python tests/helpers/tables.py`` writes it.
 
 Names, arguments, kinds and what a set is come from the code; only which name means the same
 elsewhere is written here, and tested against the libraries.
@@ -13,7 +13,7 @@ import numpy as np
 
 import fwt
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+README = Path(__file__).resolve().parents[2] / "README.md"
 
 # name -> Keras's, torch's and optax's name
 CONSTRAINTS = {
@@ -138,7 +138,7 @@ HELD = {
     ("torch", "ModuleList"): "used in order",
     ("torch", "TransformerEncoder"): "its layers, under their paths",
 }
-LAYERS_START = "<!-- the layers: python tests/tables.py -->"
+LAYERS_START = "<!-- the layers: python tests/helpers/tables.py -->"
 
 
 def classes(framework):
@@ -278,7 +278,7 @@ def formats():
     return "\n".join(lines)
 
 
-FORMATS_START = "<!-- the formats: python tests/tables.py -->"
+FORMATS_START = "<!-- the formats: python tests/helpers/tables.py -->"
 
 
 def format_block():
@@ -286,11 +286,11 @@ def format_block():
 
 
 def block():
-    return f"<!-- the table: python tests/tables.py -->\n{table()}\n<!-- end -->"
+    return f"<!-- the table: python tests/helpers/tables.py -->\n{table()}\n<!-- end -->"
 
 
 def replaced(text):
-    pattern = "<!-- the table: python tests/tables.py -->.*?<!-- end -->"
+    pattern = "<!-- the table: python tests/helpers/tables.py -->.*?<!-- end -->"
     text = re.sub(pattern, lambda _: block(), text, count=1, flags=re.DOTALL)
     pattern = f"{LAYERS_START}.*?<!-- end -->"
     text = re.sub(pattern, lambda _: layer_block(), text, count=1, flags=re.DOTALL)

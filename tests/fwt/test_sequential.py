@@ -10,6 +10,7 @@ import pytest
 
 import fwt
 from fwt import layers as fl
+from fwt.layers import functions
 
 
 def net(width=4):
@@ -116,7 +117,9 @@ def test_grad_through_a_model():
     assert jax.tree.structure(grads) == jax.tree.structure(model.variables["params"])
 
 
-@pytest.mark.parametrize("function", [f for f, _, _ in fl._FUNCTIONS], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "function", [f for f, _, _ in functions._FUNCTIONS], ids=lambda f: f.__name__
+)
 def test_functions_become_layers_with_the_same_values(function):
     layer = fwt.Sequential([function])
     np.testing.assert_allclose(layer.apply({}, X), function(X), rtol=1e-6, atol=1e-6)

@@ -23,7 +23,7 @@ import onnxruntime
 import optax
 import pytest
 import torch
-from test_cli import fwt_command
+from command import fwt_command
 
 import fwt
 from fwt import converters

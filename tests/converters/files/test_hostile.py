@@ -21,7 +21,7 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from test_files import DENSE, image_net, kernel, pt, random_model, tensor_pickle, write_keras
+from file_cases import DENSE, image_net, kernel, pt, random_model, tensor_pickle, write_keras
 
 import fwt
 from fwt import converters

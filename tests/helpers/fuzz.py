@@ -1,4 +1,6 @@
-"""Mutants of files of every format against the readers: ``python tests/fuzz.py --count 100000``.
+"""Mutants of files of every format against the readers.
+
+``python tests/helpers/fuzz.py --count 100000`` tries that many of each.
 
 Each mutant is read in a child process whose address space may grow by the budget and little more,
 so that a crash of a C library, a hang or an allocation too large is seen as such. A reader may load

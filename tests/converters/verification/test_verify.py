@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import pytest
 import torch
-from test_cli import fwt_command
+from command import fwt_command
 
 import fwt
 from fwt import converters

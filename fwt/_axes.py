@@ -1,4 +1,7 @@
-"""What each axis of a leaf means: nothing else in fwt guesses."""
+"""What each axis of a leaf means: nothing else in fwt guesses.
+
+A module of ours tells what it knows by two methods, ``_known_axes`` and ``_flattened``.
+"""
 
 import dataclasses
 import math
@@ -7,8 +10,6 @@ import types
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, Literal
-
-import jax
 
 from fwt import _tree
 from fwt._types import AxesError, FwtError
@@ -228,41 +229,15 @@ def known(path: str, rank: int, module: Any = None) -> Known:
     """What the live model's classes say of a leaf, or the layers of a Sequential."""
     if path in KNOWN.get():
         return KNOWN.get()[path]
-    if module is None:
-        return Known()
-    from fwt import Sequential
-    from fwt.converters.rows import table
-
-    if not isinstance(module, Sequential):
-        return Known()
-    parts = _tree.split(path) or [""]
-    layer = next((n.layer for n in module.layers if n.name == _tree.unescape(parts[0])), None)
-    return Known() if layer is None else table.known(layer, "/".join(parts[1:]), rank)
+    tell = getattr(type(module), "_known_axes", None)
+    return Known() if tell is None else tell(module, path, rank)
 
 
 def flattened(module: Any) -> dict[str, tuple[int, ...]]:
     """By path of a kernel, the sizes that a Flatten made its inputs of, where a Sequential with an
     ``input_shape`` tells."""
-    import flax.linen as nn
-
-    from fwt import Sequential, layers
-
-    shape = getattr(module, "input_shape", None)
-    if not isinstance(module, Sequential) or shape is None or None in shape:
-        return {}
-    found: dict[str, tuple[int, ...]] = {}
-    x: Any = jax.ShapeDtypeStruct((1, *shape), "float32")
-    factors: tuple[int, ...] = ()
-    for named in module.layers:
-        if isinstance(named.layer, nn.Dense) and factors:
-            found[f"{_tree.escape(named.name)}/kernel"] = factors
-        before, step = x.shape[1:], Sequential([named], x.shape[1:])
-        x = jax.eval_shape(lambda x, step=step: step.init_with_output(jax.random.key(0), x)[0], x)
-        if isinstance(named.layer, layers.Flatten) and len(before) > 1:
-            factors = before
-        elif x.shape[1:] != before or isinstance(named.layer, nn.Dense):
-            factors = ()
-    return found
+    tell = getattr(type(module), "_flattened", None)
+    return {} if tell is None else tell(module)
 
 
 @dataclasses.dataclass(frozen=True)

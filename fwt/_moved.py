@@ -20,7 +20,7 @@ MOVED = {
     "fwt.converters._keras": "fwt.converters.frameworks.keras",
     "fwt.converters._nnx": "fwt.converters.frameworks.nnx",
     "fwt.converters._torch_modules": "fwt.converters.frameworks.torch_modules",
-    "fwt.converters._verify": "fwt.converters.verification.verify",
+    "fwt.converters._verify": "fwt.converters.verification.report",
 }
 
 

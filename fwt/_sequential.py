@@ -8,8 +8,11 @@ from typing import Any
 
 import flax.errors
 import flax.linen as nn
+import jax
 
+from fwt import _tree
 from fwt import layers as _layers
+from fwt._axes import Known
 from fwt._types import Array, FwtError
 
 # Where a layer says whether it trains: set from `train` if the layer's own attribute is None.
@@ -124,6 +127,36 @@ class Sequential(nn.Module):
                     f"put them, last unless told otherwise ({error})"
                 ) from error
         return x
+
+    @nn.nowrap
+    def _known_axes(self, path: str, rank: int) -> Known:
+        """What the class of a layer tells of the axes of its leaf."""
+        from fwt.converters.rows import table
+
+        parts = _tree.split(path) or [""]
+        layer = next((n.layer for n in self.layers if n.name == _tree.unescape(parts[0])), None)
+        return Known() if layer is None else table.known(layer, "/".join(parts[1:]), rank)
+
+    @nn.nowrap
+    def _flattened(self) -> dict[str, tuple[int, ...]]:
+        """By path of a kernel, the sizes that a Flatten made its inputs of."""
+        if self.input_shape is None or None in self.input_shape:
+            return {}
+        found: dict[str, tuple[int, ...]] = {}
+        x: Any = jax.ShapeDtypeStruct((1, *self.input_shape), "float32")
+        factors: tuple[int, ...] = ()
+        for named in self.layers:
+            if isinstance(named.layer, nn.Dense) and factors:
+                found[f"{_tree.escape(named.name)}/kernel"] = factors
+            before, step = x.shape[1:], Sequential([named], x.shape[1:])
+            x = jax.eval_shape(
+                lambda x, step=step: step.init_with_output(jax.random.key(0), x)[0], x
+            )
+            if isinstance(named.layer, _layers.Flatten) and len(before) > 1:
+                factors = before
+            elif x.shape[1:] != before or isinstance(named.layer, nn.Dense):
+                factors = ()
+        return found
 
     def __reduce__(self) -> Any:
         return _remake_sequential, (self.layers, self.input_shape, self.sidecar)

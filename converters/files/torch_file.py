@@ -16,9 +16,9 @@ import numpy as np
 from fwt._types import ConversionError, FileFormatError, Model
 from fwt.converters import io as _io
 from fwt.converters.frameworks import flax as _flax
-from fwt.converters.frameworks.torch_layers import fold_torch
+from fwt.converters.frameworks.torch_layers import fold_torch, torch_state
 from fwt.converters.io import Budget, Reading, dtype_of, member, nested, opened, reading
-from fwt.converters.rows.row import Layer, parts_of, refuse
+from fwt.converters.rows.row import parts_of, refuse
 from fwt.converters.walk import convert
 
 _STORAGES = {
@@ -460,14 +460,6 @@ def save_torch(file: Any, module: Any, variables: Any, layout: str | None) -> No
         for index, value in enumerate(state.values()):
             _io.add_member(archive, f"archive/data/{index}", value)
         archive.writestr("archive/version", "3\n")
-
-
-def torch_state(layer: Layer) -> dict[str, Any]:
-    """A torch layer's arrays, with the counter that BatchNorm has beside them."""
-    if layer.kind.startswith("BatchNorm"):
-        counter = {"num_batches_tracked": np.zeros((), np.int64)}
-        return {**layer.arrays, **(counter if "num_batches_tracked" not in layer.arrays else {})}
-    return layer.arrays
 
 
 def _pickled(state: Mapping[str, np.ndarray]) -> bytes:

@@ -18,7 +18,6 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from fwt import _tree
 from fwt._types import ConversionError, Model
-from fwt.converters.files import torch_file
 from fwt.converters.frameworks import flax as _flax
 from fwt.converters.frameworks import sidecar as _sidecar
 from fwt.converters.frameworks import torch_layers, torch_modules
@@ -356,7 +355,7 @@ def _sequential(entries: list[tuple[list[str], Layer]]) -> torch.nn.Sequential:
 def _built(layer: Layer) -> torch.nn.Module:
     cls: Any = _class(layer.kind)
     assert cls is not None
-    state = {k: to_tensor(v) for k, v in torch_file.torch_state(layer).items()}
+    state = {k: to_tensor(v) for k, v in torch_layers.torch_state(layer).items()}
     # Made without memory: the arrays become its parameters.
     built: torch.nn.Module = cls(**layer.settings, **({"device": "meta"} if state else {}))
     if state:

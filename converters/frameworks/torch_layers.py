@@ -1,6 +1,9 @@
 """torch's layers that stand for several, put together again."""
 
 import dataclasses
+from typing import Any
+
+import numpy as np
 
 from fwt.converters.rows.row import Layer, refuse
 
@@ -84,3 +87,11 @@ def _renamed(layer: Layer) -> Layer:
     if layer.settings.get("num_layers", 1) > 1:
         return dataclasses.replace(layer, name=layer.name.rpartition("__l")[0])
     return layer
+
+
+def torch_state(layer: Layer) -> dict[str, Any]:
+    """A torch layer's arrays, with the counter that BatchNorm has beside them."""
+    if layer.kind.startswith("BatchNorm"):
+        counter = {"num_batches_tracked": np.zeros((), np.int64)}
+        return {**layer.arrays, **(counter if "num_batches_tracked" not in layer.arrays else {})}
+    return layer.arrays

@@ -10,7 +10,7 @@ from fwt._types import ConversionError, Model
 from fwt.converters import io as _io
 from fwt.converters.onnx import graph as _graph
 from fwt.converters.onnx import read
-from fwt.converters.verification.verify import Side, Taps, base
+from fwt.converters.verification.sides import Side, Taps, layer_name
 
 _SPATIAL = ("Conv", "ConvTranspose", "MaxPool", "AveragePool", "BatchNormalization", "PRelu",
             "GlobalAveragePool", "GlobalMaxPool", "InstanceNormalization")  # fmt: skip
@@ -42,7 +42,7 @@ def side(path: Path, external: bool) -> Side:
         for node in graph.node:
             scope = node.name.strip("/").rpartition("/")[0]
             if scope and node.output and node.output[0]:
-                scopes[base(scope.split("/"))] = node.output[0]
+                scopes[layer_name(scope.split("/"))] = node.output[0]
         for name in scopes.values():
             if name != graph.output[0].name:
                 graph.output.add(name=name)

@@ -98,46 +98,6 @@ def test_nothing_else_at_the_top_level():
     assert {t for t in top if not t.startswith(".")} <= allowed | {"LICENSE", "CHANGELOG.md"}
 
 
-def test_imports_point_downwards():
-    levels = [
-        {"_types", "_base", "_again"},
-        {"_tree", "_windows", "_recurrent", "_attention", "_preprocessing"},
-        {"_axes", "_keys", "_counts"},
-        {"_passes"},
-        {"_select"},
-        {"initializers", "scores", "patterns", "constraints", "layers", "_scope"},
-        {"_draw", "_sequential", "_plan"},
-        {
-            "_initialize",
-            "_reset",
-            "_lsuv",
-            "_prune",
-            "_project",
-            "_compose",
-            "_summary",
-            "_diff",
-            "_sparsegpt",
-        },
-        {"optim"},
-        {"__init__"},
-        {"_demo"},
-        {"cli"},
-    ]
-    level = {name: i for i, names in enumerate(levels) for name in names}
-    for path in [*(ROOT / "fwt").glob("*.py"), *(ROOT / "fwt").glob("*/*.py")]:
-        home = path.parent.name
-        mine = level[path.stem if home == "fwt" else home]
-        # Only what is imported when the module is: lines that are not indented.
-        for line in re.findall(r"^(?:from|import) fwt.*", path.read_text(), re.M):
-            assert "converters" not in line or path.stem == "_demo", (path, line)
-            names = re.findall(r"fwt\.(\w+)", line) or re.findall(
-                r"\b(\w+)\b", line.split("import")[1]
-            )
-            for name in names:
-                if name in level and name != home:
-                    assert level[name] < mine, (path.name, line)
-
-
 @pytest.mark.parametrize(
     ("code", "forbidden"),
     [

@@ -1,0 +1,197 @@
+"""Where things live: imports point down, modules stay short, every room says what it is."""
+
+import ast
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# From the top to the bottom. An import may name a line further down, or its own line, as long as
+# no circle arises. A room stands for all its modules.
+HOUSE = """
+fwt.cli
+fwt._demo
+fwt
+fwt.converters
+fwt.converters.verification
+fwt.converters.files
+fwt.converters.onnx
+fwt.converters.frameworks
+fwt.converters.walk
+fwt.converters.rows
+fwt.converters.io
+fwt._diff
+fwt.optim
+fwt._again
+fwt._initialize fwt._reset fwt._lsuv fwt._draw fwt._project
+fwt.pruning
+fwt.initializers fwt.constraints fwt.scores fwt.patterns
+fwt.selection
+fwt._sequential
+fwt.layers
+fwt._compose fwt._summary fwt._axes
+fwt._tree
+fwt._types
+fwt._moved
+"""
+LEVEL = {name: i for i, line in enumerate(HOUSE.split("\n")) for name in line.split()}
+
+# Imports that point up, and why: each stands inside a function, so that it runs only when asked.
+UP = {
+    ("fwt._sequential", "fwt.converters.rows.table"): (
+        "the layer table says what the axes of a layer's leaves mean; fwt works without it"
+    ),
+}
+# Other imports inside functions, and why they may not stand at the top of their module.
+TOP_LEVEL_IS_TOO_SLOW = "start-up: the command line and `import fwt` load only what a task needs"
+LAZY = {
+    "fwt.cli": TOP_LEVEL_IS_TOO_SLOW,
+    "fwt._demo": TOP_LEVEL_IS_TOO_SLOW,
+    "fwt.converters.files.fill": "imports Keras or torch, for a live architecture only",
+    "fwt.converters.files.formats": "imports onnx, for ONNX files only",
+    "fwt.converters.frameworks.live": "imports Keras or torch, whichever the model is of",
+    "fwt.converters.onnx.write": "imports TensorFlow, when a file is written",
+    "fwt.converters.verification.verify": "imports onnx, for ONNX files only",
+    "fwt.converters.verification.sides": "imports Keras or torch, whichever the model is of",
+}
+
+
+def sources():
+    """Dotted name -> path, of both packages."""
+    found = {}
+    for folder, name in (("fwt", "fwt"), ("converters", "fwt.converters")):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            found[".".join([name, *(p for p in parts if p != "__init__")])] = path
+    return found
+
+
+MODULES = sources()
+
+
+def home(name):
+    """The line of HOUSE that a module stands in."""
+    while name not in LEVEL:
+        name = name.rpartition(".")[0]
+    return name
+
+
+def for_types_only(node):
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+def imports(tree, inside=False):
+    """(module, whether inside a function) of each import but those for types alone."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield alias.name, inside
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield (full if full in MODULES else node.module), inside
+        elif not for_types_only(node):
+            deeper = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+            yield from imports(node, inside or deeper)
+
+
+def arrows(modules):
+    """(from, to, inside a function) for each import between modules of ours."""
+    for name, path in modules.items():
+        for target, inside in imports(ast.parse(path.read_text())):
+            if target == "fwt" or target.startswith("fwt."):
+                yield name, target, inside
+
+
+def upward(modules):
+    """The imports that point up and are not on the list."""
+    return [
+        f"{name} imports {target}"
+        for name, target, inside in arrows(modules)
+        if LEVEL[home(target)] < LEVEL[home(name)] and not (inside and (name, target) in UP)
+    ]
+
+
+def circle(modules):
+    """A circle among the imports, or None; what points up by the list is left out."""
+    below = {}
+    for name, target, _ in arrows(modules):
+        if target != name and (name, target) not in UP:
+            below.setdefault(name, set()).add(target)
+    done = set()
+
+    def visit(name, trail):
+        if name in trail:
+            return [*trail[trail.index(name) :], name]
+        if name in done:
+            return None
+        for target in sorted(below.get(name, ())):
+            if found := visit(target, [*trail, name]):
+                return found
+        done.add(name)
+        return None
+
+    return next((c for name in sorted(below) if (c := visit(name, []))), None)
+
+
+def test_every_module_has_a_place():
+    for name in MODULES:
+        assert home(name) in LEVEL, name
+    packages = {n for n, p in MODULES.items() if p.name == "__init__.py"}
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert packages == set(listed), "pyproject.toml lists the packages that are installed"
+
+
+def test_imports_point_down():
+    assert not upward(MODULES)
+    assert circle(MODULES) is None
+
+
+def test_exceptions_are_still_needed():
+    found = {(name, target) for name, target, inside in arrows(MODULES) if inside}
+    assert set(UP) <= found
+    assert {name for name, _ in found - set(UP)} == set(LAZY), "each has its reason on the list"
+
+
+@pytest.mark.parametrize(
+    ("room", "line"),
+    [
+        ("fwt._tree", "from fwt.pruning import plan"),
+        ("fwt.converters.rows.row", "def f():\n    from fwt.converters import walk"),
+        ("fwt.converters.io", "import fwt.converters.files.h5"),
+        ("fwt.layers.base", "import fwt"),
+    ],
+)
+def test_a_planted_import_is_found(tmp_path, room, line):
+    planted = tmp_path / "planted.py"
+    planted.write_text(f"{MODULES[room].read_text()}\n{line}\n")
+    assert len(upward({**MODULES, room: planted})) == 1
+
+
+def test_a_planted_circle_is_found(tmp_path):
+    planted = tmp_path / "planted.py"
+    text = MODULES["fwt.converters.rows.row"].read_text()
+    planted.write_text(f"{text}\ndef f():\n    from fwt.converters.rows import table\n")
+    assert circle({**MODULES, "fwt.converters.rows.row": planted}) is not None
+
+
+def test_modules_are_short():
+    for path in [*MODULES.values(), *(ROOT / "examples").rglob("*.py")]:
+        assert len(path.read_text().splitlines()) <= 600, path
+
+
+def test_every_room_says_what_it_is():
+    for name, path in MODULES.items():
+        if path.name == "__init__.py" and name not in ("fwt", "fwt.converters"):
+            lines = ast.get_docstring(ast.parse(path.read_text())).splitlines()
+            assert len(lines) >= 3, name
+
+
+def test_tests_mirror_the_rooms():
+    rooms = {p.parent.relative_to(ROOT) for p in MODULES.values() if p.parent.parent != ROOT}
+    for folder in (ROOT / "tests").rglob("*/"):
+        place = folder.relative_to(ROOT / "tests")
+        if place.parts[0] in ("fwt", "converters") and len(place.parts) > 1:
+            assert place in rooms or place.name == "__pycache__", place

@@ -16,7 +16,7 @@ MOVED = {
     "fwt._attention": "fwt.layers.attention",
     "fwt._preprocessing": "fwt.layers.preprocessing",
     "fwt._recurrent": "fwt.layers.recurrent",
-    "fwt._windows": "fwt.layers.windows",
+    "fwt._windows": "fwt.layers",  # in windows and in shapes
     "fwt.converters._keras": "fwt.converters.frameworks.keras",
     "fwt.converters._nnx": "fwt.converters.frameworks.nnx",
     "fwt.converters._torch_modules": "fwt.converters.frameworks.torch_modules",

@@ -72,6 +72,11 @@ def test_layers_and_nouns_unpickle():
     assert masks["dense"]["kernel"].sum() == 4
 
 
+def test_layers_in_another_module_than_before_unpickle():
+    pickled = b"cfwt._windows\nPixelShuffle\n."
+    assert pickle.loads(pickled) is fwt.layers.PixelShuffle
+
+
 def test_what_was_looked_at_unpickles():
     assert unpickled("report").ok
     assert "conv" in str(unpickled("summary"))

@@ -1,13 +1,13 @@
 """The layers that Flax lacks: pools, shapes, activations and recurrent layers as frozen modules.
 
 They compare and hash by their settings, and take channels-last input. Windows move by their own
-size unless ``strides`` says otherwise, as in Keras and torch. Open ``functions`` first for the
-form that a layer has; ``windows`` has pads and pools.
+size unless ``strides`` says otherwise, as in Keras and torch. Open ``activations`` first for the
+form that a layer has. ``norms`` has softmax and its like, ``shapes`` what only moves entries,
+``windows`` pads and pools, ``preprocessing`` what prepares the input; ``recurrent`` and
+``attention`` say what they have. ``functions`` finds the layer of a plain function.
 """
 
-from fwt.layers.attention import TransformerEncoderLayer as TransformerEncoderLayer
-from fwt.layers.base import tuples as tuples
-from fwt.layers.functions import (
+from fwt.layers.activations import (
     CELU,
     ELU,
     GELU,
@@ -15,41 +15,39 @@ from fwt.layers.functions import (
     SELU,
     ClippedReLU,
     Exponential,
-    Flatten,
     HardShrink,
     HardSigmoid,
     HardSwish,
     HardTanh,
-    Identity,
     LeakyReLU,
-    LocalResponseNorm,
     LogSigmoid,
-    LogSoftmax,
     Mish,
-    Permute,
     PReLU,
     ReLU,
     ReLU6,
-    RepeatVector,
-    Reshape,
     Sigmoid,
     SiLU,
-    Softmax,
-    Softmin,
     Softplus,
     SoftShrink,
     Softsign,
-    Sparsemax,
     SparsePlus,
     SparseSigmoid,
     SquarePlus,
     Tanh,
     TanhShrink,
     Threshold,
-    TrainingOnly,
+)
+from fwt.layers.attention import TransformerEncoderLayer
+from fwt.layers.base import tuples as tuples
+from fwt.layers.functions import from_function as from_function
+from fwt.layers.norms import (
+    LocalResponseNorm,
+    LogSoftmax,
+    Softmax,
+    Softmin,
+    Sparsemax,
     UnitNorm,
 )
-from fwt.layers.functions import from_function as from_function
 from fwt.layers.preprocessing import (
     CategoryEncoding,
     Discretization,
@@ -57,16 +55,28 @@ from fwt.layers.preprocessing import (
     Normalization,
     Rescaling,
 )
-from fwt.layers.recurrent import GRU as GRU
-from fwt.layers.recurrent import LSTM as LSTM
-from fwt.layers.recurrent import ConvLSTM as ConvLSTM
-from fwt.layers.recurrent import SimpleRNN as SimpleRNN
+from fwt.layers.recurrent import (
+    GRU,
+    LSTM,
+    ConvLSTM,
+    SimpleRNN,
+)
+from fwt.layers.shapes import (
+    ChannelShuffle,
+    Flatten,
+    Identity,
+    Permute,
+    PixelShuffle,
+    PixelUnshuffle,
+    RepeatVector,
+    Reshape,
+    TrainingOnly,
+)
 from fwt.layers.windows import (
     AdaptiveAvgPool,
     AdaptiveMaxPool,
     AvgPool,
     CenterCrop,
-    ChannelShuffle,
     CircularPad,
     ConstantPad,
     Crop,
@@ -74,8 +84,6 @@ from fwt.layers.windows import (
     GlobalMaxPool,
     LPPool,
     MaxPool,
-    PixelShuffle,
-    PixelUnshuffle,
     ReflectPad,
     ReplicatePad,
     Resize,

@@ -16,7 +16,28 @@ class TransformerEncoderLayer(Layer):
     """Self-attention and two dense layers, each added to its input and normalised; (n, time, c).
 
     As in Vaswani et al. (2017), or with ``norm_first`` normalised before instead of after.
-    ``activation`` is "relu" or "gelu" (the exact one).
+    The output has the shape of the input.
+
+    Args:
+        num_heads: how many heads the attention has. It divides the number of channels c.
+        mlp_features: the size between the two dense layers.
+        norm_first: whether each part normalises its input instead of its output; False by default.
+        activation: what is between the dense layers: "relu", the default, or the exact "gelu".
+        epsilon: what the normalisations add to the variance, 1e-5 by default.
+        use_bias: whether all parts have biases; True by default.
+
+    Raises:
+        KeyError: if ``activation`` is neither of the two.
+
+    Example:
+        >>> import jax
+        >>> import numpy as np
+        >>> from fwt import layers
+        >>> x = np.zeros((2, 5, 6), np.float32)
+        >>> layer = layers.TransformerEncoderLayer(num_heads=3, mlp_features=16)
+        >>> y, variables = jax.eval_shape(layer.init_with_output, jax.random.key(0), x)
+        >>> y.shape, variables["params"]["linear1"]["kernel"].shape
+        ((2, 5, 6), (6, 16))
     """
 
     num_heads: int

@@ -108,7 +108,33 @@ class Recurrent(Layer):
 
 
 class SimpleRNN(Recurrent):
-    """h' = activation(x W + h U + b) (Elman, 1990)."""
+    """h' = activation(x W + h U + b) (Elman, 1990).
+
+    (n, time, channels) -> (n, time, features), or (n, features). The first state is zero.
+
+    Args:
+        features: the size of the state.
+        use_bias: whether there are biases; True by default.
+        return_sequences: whether to give all steps, the default, or the last only.
+        reverse: whether to go from the last step to the first; the outputs stay in that order.
+            False by default.
+        merge: how a second layer that runs the other way joins in: "concat", "sum", "mul", "ave",
+            or None, the default, for no second layer. Its weights have names that end in
+            ``_reverse``. "concat" doubles the size of the output.
+        activation: the name of a function in ``fwt.layers.recurrent.ACTIVATIONS``; "tanh" by
+            default.
+
+    Raises:
+        KeyError: if ``activation`` or ``merge`` is a name that is not known.
+
+    Example:
+        >>> import numpy as np
+        >>> from fwt import layers
+        >>> weights = {"kernel": np.float32([[1]]), "recurrent_kernel": np.float32([[0.5]])}
+        >>> rnn = layers.SimpleRNN(features=1, use_bias=False, activation="linear")
+        >>> rnn.apply({"params": weights}, np.array([[[1], [2], [4]]], np.float32)).tolist()
+        [[[1.0], [2.5], [5.25]]]
+    """
 
     activation: str = "tanh"
 
@@ -120,7 +146,35 @@ class SimpleRNN(Recurrent):
 class LSTM(Recurrent):
     """Long short-term memory (Hochreiter and Schmidhuber, 1997), gates i, f, g, o.
 
-    With ``projection`` the output and the state that returns are (n, projection).
+    (n, time, channels) -> (n, time, features), or (n, features). With ``projection`` the output and
+    the state that returns are (n, projection).
+
+    Args:
+        features: the size of the state.
+        use_bias: whether there are biases; True by default.
+        return_sequences: whether to give all steps, the default, or the last only.
+        reverse: whether to go from the last step to the first; the outputs stay in that order.
+            False by default.
+        merge: how a second layer that runs the other way joins in: "concat", "sum", "mul", "ave",
+            or None, the default, for no second layer. Its weights have names that end in
+            ``_reverse``. "concat" doubles the size of the output.
+        activation: the function of g and of the cell, by its name in
+            ``fwt.layers.recurrent.ACTIVATIONS``; "tanh" by default.
+        recurrent_activation: that of the gates i, f and o, likewise; "sigmoid" by default.
+        projection: the size of the output where it is a product of the state (Sak et al., 2014), or
+            None, the default, where it is the state.
+
+    Raises:
+        KeyError: if an activation or ``merge`` is a name that is not known.
+
+    Example:
+        >>> import jax
+        >>> import numpy as np
+        >>> from fwt import layers
+        >>> x = np.zeros((2, 5, 3), np.float32)
+        >>> y, variables = jax.eval_shape(layers.LSTM(4).init_with_output, jax.random.key(0), x)
+        >>> y.shape, variables["params"]["kernel"].shape  # the four gates side by side
+        ((2, 5, 4), (3, 16))
     """
 
     activation: str = "tanh"
@@ -161,8 +215,36 @@ class LSTM(Recurrent):
 class GRU(Recurrent):
     """Gated recurrent unit (Cho et al., 2014), gates z, r, h.
 
-    With ``reset_after`` the reset gate comes after the product with the recurrent kernel, as in
-    cuDNN and torch, and the bias is (2, 3 features): of the input and of the state.
+    (n, time, channels) -> (n, time, features), or (n, features). With ``reset_after`` the reset
+    gate comes after the product with the recurrent kernel, as in cuDNN and torch, and the bias is
+    (2, 3 features): of the input and of the state.
+
+    Args:
+        features: the size of the state.
+        use_bias: whether there are biases; True by default.
+        return_sequences: whether to give all steps, the default, or the last only.
+        reverse: whether to go from the last step to the first; the outputs stay in that order.
+            False by default.
+        merge: how a second layer that runs the other way joins in: "concat", "sum", "mul", "ave",
+            or None, the default, for no second layer. Its weights have names that end in
+            ``_reverse``. "concat" doubles the size of the output.
+        activation: the function of the new state, by its name in
+            ``fwt.layers.recurrent.ACTIVATIONS``; "tanh" by default.
+        recurrent_activation: that of the gates z and r, likewise; "sigmoid" by default.
+        reset_after: whether the reset gate comes after that product; True by default.
+
+    Raises:
+        KeyError: if an activation or ``merge`` is a name that is not known.
+
+    Example:
+        >>> import jax
+        >>> import numpy as np
+        >>> from fwt import layers
+        >>> x = np.zeros((2, 5, 3), np.float32)
+        >>> gru = layers.GRU(4, return_sequences=False, merge="concat")
+        >>> y, _ = jax.eval_shape(gru.init_with_output, jax.random.key(0), x)
+        >>> y.shape
+        (2, 8)
     """
 
     activation: str = "tanh"
@@ -201,7 +283,37 @@ class GRU(Recurrent):
 class ConvLSTM(Layer):
     """An LSTM whose products are convolutions (Shi et al., 2015): (n, time, *spatial, channels).
 
-    ``padding`` and ``strides`` are those of the input's convolution; that of the state is SAME.
+    The output is (n, time, *spatial', features), or (n, *spatial', features), where spatial' are
+    the sizes that the input's convolution gives. That of the state is SAME, with strides 1.
+
+    Args:
+        features: the number of channels of the state and of the output.
+        kernel_size: the size of both kernels along each of the one to three spatial axes.
+        strides: how far the input's kernel moves along each spatial axis; None, the default, is 1
+            for all.
+        padding: that of the input's convolution: "VALID", the default, or "SAME".
+        kernel_dilation: the distance between the entries of the input's kernel along each spatial
+            axis; None, the default, is 1 for all.
+        use_bias: whether there is a bias; True by default.
+        return_sequences: whether to give all steps, the default, or the last only.
+        reverse: whether to go from the last step to the first; the outputs stay in that order.
+            False by default.
+        activation: the function of g and of the cell, by its name in
+            ``fwt.layers.recurrent.ACTIVATIONS``; "tanh" by default.
+        recurrent_activation: that of the gates i, f and o, likewise; "sigmoid" by default.
+
+    Raises:
+        KeyError: if an activation is a name that is not known.
+
+    Example:
+        >>> import jax
+        >>> import numpy as np
+        >>> from fwt import layers
+        >>> x = np.zeros((2, 5, 6, 7, 3), np.float32)
+        >>> layer = layers.ConvLSTM(features=4, kernel_size=(3, 3))
+        >>> y, _ = jax.eval_shape(layer.init_with_output, jax.random.key(0), x)
+        >>> y.shape
+        (2, 5, 4, 5, 4)
     """
 
     features: int

@@ -16,7 +16,6 @@ __all__ = [
     "AdaptiveMaxPool",
     "AvgPool",
     "CenterCrop",
-    "ChannelShuffle",
     "CircularPad",
     "ConstantPad",
     "Crop",
@@ -24,8 +23,6 @@ __all__ = [
     "GlobalMaxPool",
     "LPPool",
     "MaxPool",
-    "PixelShuffle",
-    "PixelUnshuffle",
     "ReflectPad",
     "ReplicatePad",
     "Resize",
@@ -55,6 +52,16 @@ class ZeroPad(Layer):
     """(n, *spatial, c) with ``padding[i] = (before, after)`` zeros on spatial axis i.
 
     A negative amount crops.
+
+    Args:
+        padding: a pair (before, after) for each spatial axis, in entries.
+
+    Example:
+        >>> import numpy as np
+        >>> from fwt import layers
+        >>> x = np.array([[[1], [2], [4]]], np.float32)
+        >>> layers.ZeroPad(padding=((1, 2),)).apply({}, x).tolist()
+        [[[0.0], [1.0], [2.0], [4.0], [0.0], [0.0]]]
     """
 
     padding: Pairs
@@ -67,6 +74,17 @@ class ConstantPad(Layer):
     """(n, *spatial, c) with ``padding[i] = (before, after)`` of ``value`` on spatial axis i.
 
     A negative amount crops.
+
+    Args:
+        padding: a pair (before, after) for each spatial axis, in entries.
+        value: what the new entries hold.
+
+    Example:
+        >>> import numpy as np
+        >>> from fwt import layers
+        >>> x = np.array([[[1], [2], [4]]], np.float32)
+        >>> layers.ConstantPad(padding=((2, -1),), value=-1.5).apply({}, x).tolist()
+        [[[-1.5], [-1.5], [1.0], [2.0]]]
     """
 
     padding: Pairs
@@ -77,7 +95,18 @@ class ConstantPad(Layer):
 
 
 class ReflectPad(Layer):
-    """(n, *spatial, c) with ``padding[i] = (before, after)`` mirrored, the edge not repeated."""
+    """(n, *spatial, c) with ``padding[i] = (before, after)`` mirrored, the edge not repeated.
+
+    Args:
+        padding: a pair (before, after) for each spatial axis, in entries. A negative amount crops.
+
+    Example:
+        >>> import numpy as np
+        >>> from fwt import layers
+        >>> x = np.array([[[1], [2], [4]]], np.float32)
+        >>> layers.ReflectPad(padding=((2, 1),)).apply({}, x).tolist()
+        [[[4.0], [2.0], [1.0], [2.0], [4.0], [2.0]]]
+    """
 
     padding: Pairs
 
@@ -86,7 +115,18 @@ class ReflectPad(Layer):
 
 
 class ReplicatePad(Layer):
-    """(n, *spatial, c) with ``padding[i] = (before, after)`` copies of the edge."""
+    """(n, *spatial, c) with ``padding[i] = (before, after)`` copies of the edge.
+
+    Args:
+        padding: a pair (before, after) for each spatial axis, in entries. A negative amount crops.
+
+    Example:
+        >>> import numpy as np
+        >>> from fwt import layers
+        >>> x = np.array([[[1], [2], [4]]], np.float32)
+        >>> layers.ReplicatePad(padding=((2, 1),)).apply({}, x).tolist()
+        [[[1.0], [1.0], [1.0], [2.0], [4.0], [4.0]]]
+    """
 
     padding: Pairs
 
@@ -95,7 +135,19 @@ class ReplicatePad(Layer):
 
 
 class CircularPad(Layer):
-    """(n, *spatial, c) with ``padding[i] = (before, after)`` from the other end of axis i."""
+    """(n, *spatial, c) with ``padding[i] = (before, after)`` from the other end of axis i.
+
+    Args:
+        padding: a pair (before, after) for each spatial axis, in entries. A negative amount crops,
+            before the rest is padded.
+
+    Example:
+        >>> import numpy as np
+        >>> from fwt import layers
+        >>> x = np.array([[[1], [2], [4]]], np.float32)
+        >>> layers.CircularPad(padding=((1, 2),)).apply({}, x).tolist()
+        [[[4.0], [1.0], [2.0], [4.0], [1.0], [2.0]]]
+    """
 
     padding: Pairs
 
@@ -104,7 +156,18 @@ class CircularPad(Layer):
 
 
 class Crop(Layer):
-    """(n, *spatial, c) without ``cropping[i] = (before, after)`` on spatial axis i."""
+    """(n, *spatial, c) without ``cropping[i] = (before, after)`` on spatial axis i.
+
+    Args:
+        cropping: a pair (before, after) for each spatial axis: how many entries are left out.
+
+    Example:
+        >>> import numpy as np
+        >>> from fwt import layers
+        >>> x = np.array([[[1], [2], [4], [8]]], np.float32)
+        >>> layers.Crop(cropping=((1, 2),)).apply({}, x).tolist()
+        [[[2.0]]]
+    """
 
     cropping: Pairs
 
@@ -113,7 +176,23 @@ class Crop(Layer):
 
 
 class CenterCrop(Layer):
-    """The middle of (n, h, w, c), ``size = (height, width)``, which must fit in."""
+    """The middle of (n, h, w, c), ``size = (height, width)``, which must fit in.
+
+    Where the rest is odd, one more row or column is left out after than before.
+
+    Args:
+        size: the height and the width of the output, in pixels.
+
+    Raises:
+        ValueError: if the input is smaller than ``size``.
+
+    Example:
+        >>> import numpy as np
+        >>> from fwt import layers
+        >>> x = np.arange(12, dtype=np.float32).reshape(1, 3, 4, 1)
+        >>> layers.CenterCrop(size=(1, 2)).apply({}, x).tolist()
+        [[[[5.0], [6.0]]]]
+    """
 
     size: tuple[int, int]
 
@@ -129,7 +208,19 @@ class CenterCrop(Layer):
 class MaxPool(Layer):
     """The largest of each window of (n, *spatial, c); the padding never wins.
 
-    ``padding`` is "VALID", "SAME" or a pair (before, after) for each spatial axis.
+    Args:
+        window_shape: the size of a window along each spatial axis.
+        strides: how far a window moves along each spatial axis; None, the default, is its own size.
+        padding: "VALID", the default, "SAME" or a pair (before, after) for each spatial axis.
+        dilation: the distance between the entries of a window along each spatial axis; None, the
+            default, is 1 for all.
+
+    Example:
+        >>> import numpy as np
+        >>> from fwt import layers
+        >>> x = np.array([[[1], [5], [2], [3], [4]]], np.float32)
+        >>> layers.MaxPool(window_shape=(2,)).apply({}, x).tolist()
+        [[[5.0], [3.0]]]
     """
 
     window_shape: tuple[int, ...]
@@ -156,6 +247,21 @@ class AvgPool(Layer):
     """The mean of each window of (n, *spatial, c); the padding counts only if told so.
 
     With ``divisor`` the sum of each window is divided by that number.
+
+    Args:
+        window_shape: the size of a window along each spatial axis.
+        strides: how far a window moves along each spatial axis; None, the default, is its own size.
+        padding: "VALID", the default, "SAME" or a pair (before, after) for each spatial axis.
+        count_include_pad: whether the mean counts the padding as zeros; False by default.
+        divisor: what the sum of each window is divided by, or None, the default, for the number of
+            its entries.
+
+    Example:
+        >>> import numpy as np
+        >>> from fwt import layers
+        >>> x = np.array([[[1], [5], [2], [3], [4]]], np.float32)
+        >>> layers.AvgPool(window_shape=(2,)).apply({}, x).tolist()
+        [[[3.0], [2.5]]]
     """
 
     window_shape: tuple[int, ...]
@@ -175,6 +281,19 @@ class LPPool(Layer):
     """The power average of each window of (n, *spatial, c): (sum x^p)^(1/p), without padding.
 
     A sum below zero, which an odd p can have, gives NaN, as in torch.
+
+    Args:
+        p: the exponent; 1 gives sums, 2 gives Euclidean norms.
+        window_shape: the size of a window along each spatial axis.
+        strides: how far a window moves along each spatial axis; None, the default, is its own size.
+
+    Example:
+        >>> import numpy as np
+        >>> from fwt import layers
+        >>> x = np.array([[[3], [4], [6], [8]]], np.float32)
+        >>> pooled = layers.LPPool(p=2.0, window_shape=(2,)).apply({}, x)
+        >>> np.asarray(pooled).round(3).tolist()
+        [[[5.0], [10.0]]]
     """
 
     p: float
@@ -208,7 +327,21 @@ def _adaptive(x: Array, sizes: tuple[int | None, ...], reduce: Any) -> Array:
 
 
 class AdaptiveAvgPool(Layer):
-    """Means that make (n, *spatial, c) into (n, *output_size, c); None keeps an axis."""
+    """Means that make (n, *spatial, c) into (n, *output_size, c); None keeps an axis.
+
+    Windows overlap where the sizes do not divide: window i of o over n entries goes from
+    floor(i n / o) to ceil((i + 1) n / o), as in torch.
+
+    Args:
+        output_size: the size of each spatial axis of the output; None keeps that of the input.
+
+    Example:
+        >>> import numpy as np
+        >>> from fwt import layers
+        >>> x = np.array([[[2], [4], [3], [7], [5]]], np.float32)
+        >>> layers.AdaptiveAvgPool(output_size=(2,)).apply({}, x).tolist()
+        [[[3.0], [5.0]]]
+    """
 
     output_size: tuple[int | None, ...]
 
@@ -217,7 +350,20 @@ class AdaptiveAvgPool(Layer):
 
 
 class AdaptiveMaxPool(Layer):
-    """Maxima that make (n, *spatial, c) into (n, *output_size, c); None keeps an axis."""
+    """Maxima that make (n, *spatial, c) into (n, *output_size, c); None keeps an axis.
+
+    The windows are those of :class:`AdaptiveAvgPool`.
+
+    Args:
+        output_size: the size of each spatial axis of the output; None keeps that of the input.
+
+    Example:
+        >>> import numpy as np
+        >>> from fwt import layers
+        >>> x = np.array([[[1], [5], [2], [3]]], np.float32)
+        >>> layers.AdaptiveMaxPool(output_size=(2,)).apply({}, x).tolist()
+        [[[5.0], [3.0]]]
+    """
 
     output_size: tuple[int | None, ...]
 
@@ -226,7 +372,18 @@ class AdaptiveMaxPool(Layer):
 
 
 class GlobalAvgPool(Layer):
-    """The mean over the spatial axes: (n, *spatial, c) -> (n, c), or (n, 1, ..., c)."""
+    """The mean over the spatial axes: (n, *spatial, c) -> (n, c), or (n, 1, ..., c).
+
+    Args:
+        keepdims: whether the spatial axes stay, with size 1; False by default.
+
+    Example:
+        >>> import numpy as np
+        >>> from fwt import layers
+        >>> x = np.array([[[1, 10], [2, 20], [6, 60]]], np.float32)
+        >>> layers.GlobalAvgPool().apply({}, x).tolist()
+        [[3.0, 30.0]]
+    """
 
     keepdims: bool = False
 
@@ -235,7 +392,18 @@ class GlobalAvgPool(Layer):
 
 
 class GlobalMaxPool(Layer):
-    """The largest over the spatial axes: (n, *spatial, c) -> (n, c), or (n, 1, ..., c)."""
+    """The largest over the spatial axes: (n, *spatial, c) -> (n, c), or (n, 1, ..., c).
+
+    Args:
+        keepdims: whether the spatial axes stay, with size 1; False by default.
+
+    Example:
+        >>> import numpy as np
+        >>> from fwt import layers
+        >>> x = np.array([[[1, 60], [6, 20], [2, 10]]], np.float32)
+        >>> layers.GlobalMaxPool(keepdims=True).apply({}, x).tolist()
+        [[[6.0, 60.0]]]
+    """
 
     keepdims: bool = False
 
@@ -244,7 +412,20 @@ class GlobalMaxPool(Layer):
 
 
 class UpSample(Layer):
-    """Each pixel of (n, *spatial, c) repeated ``size[i]`` times along spatial axis i."""
+    """Each pixel of (n, *spatial, c) repeated ``size[i]`` times along spatial axis i.
+
+    Spatial axis i of the output is ``size[i]`` times as long as that of the input.
+
+    Args:
+        size: how many copies of a pixel there are along each spatial axis.
+
+    Example:
+        >>> import numpy as np
+        >>> from fwt import layers
+        >>> x = np.array([[[1], [3]]], np.float32)
+        >>> layers.UpSample(size=(3,)).apply({}, x).tolist()
+        [[[1.0], [1.0], [1.0], [3.0], [3.0], [3.0]]]
+    """
 
     size: tuple[int, ...]
 
@@ -261,6 +442,22 @@ class Resize(Layer):
     ``i / (n - 1)``. "linear" interpolates between the two nearest along each axis, without
     antialiasing. "nearest" takes the pixel at ``floor(i / scale)``; "nearest-exact" that under
     the sample's centre.
+
+    Args:
+        shape: the sizes of the output's spatial axes, in pixels, or None, the default, where
+            ``scale`` gives them.
+        scale: by how much each spatial axis grows, where ``shape`` is None; sizes are rounded down.
+            None, the default, is 1.0 for all.
+        method: "nearest", the default, "nearest-exact" or "linear".
+        align_corners: whether "linear" puts the first and the last sample on the first and the last
+            pixel; False by default.
+
+    Example:
+        >>> import numpy as np
+        >>> from fwt import layers
+        >>> x = np.array([[[2], [6]]], np.float32)
+        >>> layers.Resize(shape=(4,), method="linear").apply({}, x).tolist()
+        [[[2.0], [3.0], [5.0], [6.0]]]
     """
 
     shape: tuple[int, ...] | None = None
@@ -302,40 +499,3 @@ class Resize(Layer):
         )
         below, above = jnp.take(x, low, axis=axis), jnp.take(x, high, axis=axis)
         return (below * (1 - weight) + above * weight).astype(x.dtype)
-
-
-class PixelShuffle(Layer):
-    """(n, h, w, c r²) -> (n, h r, w r, c); channel c r² + i r + j goes to row i, column j.
-
-    The channels are ordered as in torch, so that ``space_to_depth`` of TensorFlow is another one.
-    """
-
-    factor: int
-
-    def __call__(self, x: Array) -> Array:
-        n, h, w, c = x.shape
-        r = self.factor
-        x = x.reshape(n, h, w, c // r**2, r, r).transpose(0, 1, 4, 2, 5, 3)
-        return x.reshape(n, h * r, w * r, c // r**2)
-
-
-class PixelUnshuffle(Layer):
-    """The inverse of :class:`PixelShuffle`: (n, h r, w r, c) -> (n, h, w, c r²)."""
-
-    factor: int
-
-    def __call__(self, x: Array) -> Array:
-        n, h, w, c = x.shape
-        r = self.factor
-        x = x.reshape(n, h // r, r, w // r, r, c).transpose(0, 1, 3, 5, 2, 4)
-        return x.reshape(n, h // r, w // r, c * r**2)
-
-
-class ChannelShuffle(Layer):
-    """The channels of (n, *spatial, c) as (groups, c / groups), transposed."""
-
-    groups: int
-
-    def __call__(self, x: Array) -> Array:
-        split = x.reshape(*x.shape[:-1], self.groups, x.shape[-1] // self.groups)
-        return jnp.swapaxes(split, -1, -2).reshape(x.shape)

@@ -1,7 +1,9 @@
 """The package as a whole: docs, examples, command line, layout, laziness."""
 
+import dataclasses
 import doctest
 import importlib
+import inspect
 import os
 import pkgutil
 import re
@@ -17,10 +19,11 @@ import fwt
 from fwt import converters
 
 ROOT = Path(__file__).resolve().parent.parent
-MODULES = ["fwt"] + [
-    f"{package.__name__}.{m.name}"
-    for package in (fwt, fwt.constraints, fwt.initializers, converters)
-    for m in pkgutil.iter_modules(package.__path__)
+# Under the name fwt.converters, for by its folder it would be imported a second time.
+MODULES = ["fwt", "fwt.converters"] + [
+    m.name
+    for package in (fwt, converters)
+    for m in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
 ]
 
 
@@ -42,6 +45,14 @@ def test_every_public_name_has_a_docstring_with_an_example():
             function = callable(thing) and not isinstance(thing, type | type(fwt.kernels))
             if function and module in (fwt, converters):
                 assert ">>>" in thing.__doc__, name
+    for name in fwt.layers.__all__:
+        layer = getattr(fwt.layers, name)
+        assert ">>>" in layer.__doc__, name
+        fields = {f.name for f in dataclasses.fields(layer)} - {"parent", "name"}
+        text = inspect.cleandoc(layer.__doc__)
+        arguments = re.search(r"^Args:\n(.*?)^\w", text, re.M | re.S)
+        named = re.findall(r"^    (\w+): ", arguments[1], re.M) if arguments else []
+        assert sorted(named) == sorted(fields), name
 
 
 def run(*arguments, cwd=None, code=0, **environment):

@@ -3,11 +3,19 @@
 import os
 import shutil
 import tempfile
+from importlib.metadata import version
 
-# Keras is imported on its JAX backend; the other backends are tested in processes of their own.
-os.environ["KERAS_BACKEND"] = "jax"
+# Keras is imported on its TensorFlow backend: an oracle of its own, whose operations are compiled
+# already. The other backends are tested in processes of their own.
+os.environ["KERAS_BACKEND"] = "tensorflow"
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+
+# XLA's older emitters of loops compile small programs in half the time. A jaxlib that does not know
+# the flag would abort.
+if tuple(map(int, version("jaxlib").split(".")[:2])) >= (0, 10):
+    flags = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false".strip()
 
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
@@ -29,28 +37,39 @@ def pytest_unconfigure():
         shutil.rmtree(_OURS, ignore_errors=True)
 
 
-hypothesis.settings.register_profile(
-    "fwt", deadline=None, max_examples=30, derandomize=True, print_blob=True
-)
-hypothesis.settings.register_profile("thorough", deadline=None, max_examples=1000, print_blob=True)
+# How many examples a property draws: in the suite, in the thorough run of CI, and by hand.
+for profile, examples, fixed in (
+    ("fwt", 10, True),
+    ("thorough", 50, True),
+    ("search", 1000, False),
+):
+    hypothesis.settings.register_profile(
+        profile, deadline=None, max_examples=examples, derandomize=fixed, print_blob=True
+    )
 hypothesis.settings.load_profile("fwt")
 
 
-# Whose time is mostly XLA's, on programs that run once, and whose results don't hang on the last
-# bits or on what the optimised code does with them. What does, or computes much, is marked
+def pytest_configure(config):
+    """``pytest -m thorough`` draws more examples of each property too."""
+    if config.option.markexpr == "thorough" and not config.getoption("--hypothesis-profile"):
+        hypothesis.settings.load_profile("thorough")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    """Properties are part of both runs."""
+    if config.option.markexpr == "thorough":
+        for item in items:
+            if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
+                item.add_marker(pytest.mark.thorough)
+
+
+# Most of the suite's time is XLA's, on programs that run once, and whose results don't hang on the
+# last bits or on what the optimised code does with them. What does, or computes much, is marked
 # "optimised".
-QUICK = (
-    "test_constraints", "test_convert", "test_formats", "test_initializers", "test_layers",
-    "test_linen", "test_live", "test_nnx", "test_onnx", "test_optim", "test_patterns", "test_reset",
-    "test_scores", "test_sidecar", "test_sparsegpt", "test_sparsify", "test_verify",
-)  # fmt: skip
-
-
 @pytest.fixture(autouse=True)
 def _quick_compilation(request):
-    name = request.module.__name__.rpartition(".")[2]
-    marked = request.node.get_closest_marker("optimised")
-    quick = name in QUICK and not marked
+    quick = not request.node.get_closest_marker("optimised")
     if quick != jax.config.read("jax_disable_most_optimizations"):
         jax.config.update("jax_disable_most_optimizations", quick)
         jax.clear_caches()  # which don't know of this setting

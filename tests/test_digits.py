@@ -8,6 +8,8 @@ import fwt
 from fwt import _demo
 from fwt.optim import sparsify
 
+pytestmark = [pytest.mark.optimised, pytest.mark.thorough]
+
 
 @pytest.fixture(scope="module")
 def dense():

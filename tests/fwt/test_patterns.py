@@ -49,9 +49,21 @@ PATTERNS = {
 }
 
 
-@pytest.mark.parametrize("scope", SCOPES, ids=lambda s: s if isinstance(s, str) else "dict")
-@pytest.mark.parametrize("pattern", PATTERNS)
-@pytest.mark.parametrize("score", SCORES)
+# Each pair of a score, a scope and a pattern stands in some case; the whole product is thorough.
+PRODUCT = list(itertools.product(enumerate(SCORES), enumerate(PATTERNS), enumerate(SCOPES)))
+
+
+@pytest.mark.parametrize(
+    ("score", "pattern", "scope"),
+    [
+        pytest.param(
+            score, pattern, scope,
+            id=f"{score}-{pattern}-{scope if isinstance(scope, str) else 'dict'}",
+            marks=[] if (i + j + 2 * k) % 5 in (0, 1) else pytest.mark.thorough,
+        )
+        for (i, score), (j, pattern), (k, scope) in PRODUCT
+    ],
+)  # fmt: skip
 def test_each_score_goes_with_each_scope_and_pattern(score, pattern, scope):
     params, s = tree(), None if isinstance(scope, dict) else 0.5
     kind, units = PATTERNS[pattern]

@@ -1,5 +1,6 @@
 """A model of one framework in every other: the outputs compared with the real ones."""
 
+import functools
 import re
 import tempfile
 import zlib
@@ -43,8 +44,14 @@ def in_keras(model, x):
     return np.asarray(model(x, training=False))
 
 
+@functools.cache
+def applied(module):
+    """One compiled program for all models of a module."""
+    return jax.jit(module.apply)
+
+
 def in_flax(model, x):
-    return np.asarray(jax.jit(model.module.apply)(model.variables, x))
+    return np.asarray(applied(model.module)(model.variables, x))
 
 
 def run(kind, model, x):

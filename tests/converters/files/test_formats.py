@@ -904,23 +904,25 @@ def test_the_readmes_table_of_formats_is_that_of_the_code():
     assert tables.format_block() in tables.README.read_text()
 
 
-@pytest.mark.parametrize(
-    "form", [f for f in formats.FORMATS if f.name != "ONNX"], ids=lambda f: f.name
-)
-def test_no_framework_is_imported(form, tmp_path):
+def test_no_framework_is_imported(tmp_path):
     """Neither to read nor to write."""
-    suffix, more = form.suffixes[0], ""
-    if form.save is None and form.save_folder is None:
-        suffix = {"Keras": ".weights.h5", "safetensors": ".safetensors"}[form.framework]
-        more = ", shard_bytes=9"
+    saves = []
+    for form in formats.FORMATS:
+        suffix, more = form.suffixes[0], {}
+        if form.save is None and form.save_folder is None:
+            suffix = {"Keras": ".weights.h5", "safetensors": ".safetensors"}[form.framework]
+            more = {"shard_bytes": 9}
+        if form.name != "ONNX":
+            saves.append((form.name, str(tmp_path / f"{len(saves)}{suffix}"), more))
     code = f"""
 import sys, fwt, jax, numpy as np, flax.linen as nn
 from fwt import converters
 net = fwt.Sequential([("d", nn.Dense(2)), nn.relu], (3,))
 variables = net.init(jax.random.key(0), np.ones((1, 3)))
-converters.save({str(tmp_path / f"w{suffix}")!r}, net, variables{more})
-converters.load({str(tmp_path / f"w{suffix}")!r}, architecture=net)
-print([m for m in ("keras", "torch", "tensorflow") if m in sys.modules])
+for name, path, more in {saves!r}:
+    converters.save(path, net, variables, **more)
+    converters.load(path, architecture=net)
+    print(name, [m for m in ("keras", "torch", "tensorflow") if m in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout == "[]\n", done.stderr[-2000:]
+    assert done.stdout.splitlines() == [f"{name} []" for name, _, _ in saves], done.stderr[-2000:]

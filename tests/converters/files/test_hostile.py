@@ -22,11 +22,14 @@ import numpy as np
 import pytest
 import torch
 from file_cases import DENSE, image_net, kernel, pt, random_model, tensor_pickle, write_keras
+from marks import thorough_but
 
 import fwt
 from fwt import converters
 
 MUTANTS = int(os.environ.get("MUTANTS", "1000"))
+FORMATS = ("keras", "Keras weights", "Keras HDF5", "torch", "safetensors", "NumPy", "msgpack", "Orbax",
+           "safetensors in shards", "Keras weights in shards")  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -36,27 +39,14 @@ def originals(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "keras",
-        "Keras weights",
-        "Keras HDF5",
-        "torch",
-        "safetensors",
-        "NumPy",
-        "msgpack",
-        "Orbax",
-        "safetensors in shards",
-        "Keras weights in shards",
-    ],
-)
-def test_mutants_load_or_are_refused(originals, name):
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("count", thorough_but(1, [150, MUTANTS]))
+def test_mutants_load_or_are_refused(originals, name, count):
     """What crashes, hangs, takes too much memory or raises anything else is listed."""
-    counts, failures = fuzz.run(name, 0, MUTANTS, str(originals))
+    counts, failures = fuzz.run(name, 0, count, str(originals))
     assert failures == []
-    assert counts["loaded"] + counts["refused"] == MUTANTS
-    assert min(counts["loaded"], counts["refused"]) > MUTANTS // 100
+    assert counts["loaded"] + counts["refused"] == count
+    assert min(counts["loaded"], counts["refused"]) > count // 100
 
 
 def test_every_format_has_mutants(originals):
@@ -653,15 +643,19 @@ def only(path):
 
 @pytest.mark.parametrize(
     ("name", "kills", "longest"),
-    [
-        ("w.pt", 60, 0.03),
-        ("w.safetensors", 60, 0.03),
-        ("shards.safetensors", 40, 0.05),
-        ("w.orbax", 40, 0.3),
-    ],
+    thorough_but(
+        1,
+        [
+            ("w.safetensors", 20, 0.03),
+            ("w.pt", 60, 0.03),
+            ("w.safetensors", 60, 0.03),
+            ("shards.safetensors", 40, 0.05),
+            ("w.orbax", 40, 0.3),
+        ],
+    ),
 )
 def test_a_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path, name, kills, longest):
-    """200 kills in all, of writers that replace what the one before them wrote."""
+    """220 kills in all, of writers that replace what the one before them wrote."""
     path = tmp_path / name
     tree = {"params": {f"a{i}": np.full(300_000, 3, np.float32) for i in range(6)}}
     more = {"shard_bytes": 2_000_000} if "shards" in name else {}
@@ -691,48 +685,54 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path, name, kills, l
     assert left > kills // 10  # some were killed midway
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "w.pt",
-        "w.safetensors",
-        "w.npz",
-        "w.msgpack",
-        "w.orbax",
-        "net.keras",
-        "net.h5",
-        "net.weights.h5",
-        "shards.safetensors",
-    ],
-)
-def test_a_full_disk_is_one_clear_line(tmp_path, name):
-    """A limit on the size of files stands for the disk's."""
-    code = f"""
+FULL_DISK = """
 import resource, signal, sys, numpy as np, jax
 import fwt, flax.linen as nn
 from fwt import converters
-net = fwt.Sequential([("d", nn.Dense(512))], (512,)) if "net" in {name!r} else None
 leaf = np.random.default_rng(0).normal(size=(512, 512)).astype(np.float32)
 leaf[0, 0] = 1
-tree = {{"params": {{"d": {{"kernel": leaf * 2, "bias": leaf[0]}}}}}}
-more = {{"shard_bytes": 10**9}} if "shards" in {name!r} else {{}}
-old = {{"params": {{"d": {{"kernel": leaf, "bias": leaf[0]}}}}}}
-converters.save({str(tmp_path / name)!r}, net, old, **more)
+trees = [{"params": {"d": {"kernel": x, "bias": leaf[0]}}} for x in (leaf, leaf * 2)]
+
+def save(name, tree):
+    net = fwt.Sequential([("d", nn.Dense(512))], (512,)) if "net" in name else None
+    converters.save(name, net, tree, **({"shard_bytes": 10**9} if "shards" in name else {}))
+
+for name in sys.argv[1:]:
+    save(name, trees[0])
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))
-try:
-    converters.save({str(tmp_path / name)!r}, net, tree, **more)
-except converters.FileFormatError as error:
-    print(error)
+for name in sys.argv[1:]:
+    try:
+        save(name, trees[1])
+        print("saved")
+    except converters.FileFormatError as error:
+        print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert len(done.stdout.strip().splitlines()) == 1, done.stdout + done.stderr[-2000:]
-    assert "can't write it" in done.stdout
+
+
+def test_a_full_disk_is_one_clear_line(tmp_path):
+    """A limit on the size of files stands for the disk's."""
+    names = ["w.pt", "w.safetensors", "w.npz", "w.msgpack", "w.orbax", "net.keras", "net.h5",
+             "net.weights.h5", "shards.safetensors"]  # fmt: skip
+    paths = [tmp_path / str(i) / name for i, name in enumerate(names)]
+    for path in paths:
+        path.parent.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, *map(str, paths)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = done.stdout.strip().splitlines()
+    assert len(lines) == len(names), done.stdout + done.stderr[-2000:]
     module = fwt.Sequential([("d", nn.Dense(512))], (512,))
-    how = {"architecture": module} if name == "net.weights.h5" else {}
-    model = converters.load(tmp_path / name, **how)
-    assert float(model.variables["params"]["d"]["kernel"][0, 0]) == 1.0
-    assert sorted(p.name for p in tmp_path.iterdir()) == [name]  # nothing is left beside it
+    for path, line in zip(paths, lines, strict=True):
+        assert path.name in line
+        assert "can't write it" in line
+        how = {"architecture": module} if path.name == "net.weights.h5" else {}
+        model = converters.load(path, **how)
+        assert float(model.variables["params"]["d"]["kernel"][0, 0]) == 1.0
+        assert [p.name for p in path.parent.iterdir()] == [path.name]  # nothing is left beside it
 
 
 def test_places_that_can_not_be_written(tmp_path):

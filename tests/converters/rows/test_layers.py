@@ -1,6 +1,5 @@
 """Every class of the tables, alone and in stacks, in every direction against the real one."""
 
-import os
 import re
 from collections import OrderedDict
 
@@ -25,11 +24,12 @@ from compare import (
     without_shape,
 )
 from hypothesis import strategies as st
+from marks import thorough_but
 
 import fwt
 from fwt import converters
 
-EXAMPLES = 2
+EXAMPLES = {"fwt": 2, "thorough": 4, "search": 100}
 
 
 # Whose arrays have another form on the way back, and how it is called.
@@ -47,8 +47,8 @@ CANONICAL: dict[str, str] = {
 
 
 def given_layers(table):
-    """A test of each class of a table, with settings that hypothesis draws: two in the suite, 100
-    with ``--hypothesis-profile=thorough``. Their first is the simplest, and goes through files."""
+    """A test of each class of a table, with settings that hypothesis draws. Their first is the
+    simplest, and goes through files."""
 
     def around(test):
         drawn = hypothesis.given(st.data())(test)
@@ -58,9 +58,8 @@ def given_layers(table):
 
 
 def few(test):
-    profile = hypothesis.settings.get_current_profile_name()
     return hypothesis.settings(
-        max_examples=EXAMPLES if profile == "fwt" else int(os.environ.get("EXAMPLES", "100")),
+        max_examples=EXAMPLES[hypothesis.settings.get_current_profile_name()],
         phases=[hypothesis.Phase.generate, hypothesis.Phase.shrink],
         suppress_health_check=list(hypothesis.HealthCheck),
     )(test)
@@ -214,6 +213,7 @@ def test_a_straight_functional_model_is_a_sequence(tmp_path):
 
 
 @pytest.mark.optimised
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["VGG16", "VGG19"])
 def test_vgg_goes_round(name):
     net = getattr(keras.applications, name)(weights=None, input_shape=(32, 32, 3), classes=7)
@@ -353,8 +353,7 @@ def test_the_readmes_table_is_that_of_the_rows():
         _table.rows_of.cache_clear()
 
 
-@pytest.mark.optimised
-@pytest.mark.parametrize("seed", range(60))
+@pytest.mark.parametrize("seed", thorough_but(8, range(60)))
 def test_random_stacks(seed):
     import stacks
 

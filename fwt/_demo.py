@@ -168,31 +168,55 @@ def reopened(model: fwt.Model, folder: Path) -> dict[str, np.ndarray]:
 
 
 def picture(dense: fwt.Model, sparse: fwt.Model, path: Path) -> None:
-    """The weights before and after, black where they are zero."""
+    """The weights before and after, one cell a weight, black where it is exactly zero."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.patches import Patch
 
-    names = ["conv_1/kernel", "conv_2/kernel", "dense_1/kernel", "dense_2/kernel"]
-    figure, axes = plt.subplots(2, len(names), figsize=(13, 6.2), layout="constrained")
-    for row, (title, model) in enumerate((("dense", dense), (f"{SPARSITY:.0%} pruned", sparse))):
-        leaves = fwt.select(model, fwt.kernels)
-        for column, name in enumerate(names):
-            weights = np.asarray(leaves[name]).reshape(-1, leaves[name].shape[-1])
-            shown = np.ma.masked_equal(weights, 0.0)
-            limit = float(np.abs(leaves[name]).max())
-            colours = plt.get_cmap("RdBu").with_extremes(bad="black")
-            image = axes[row, column].imshow(
-                shown, cmap=colours, vmin=-limit, vmax=limit, aspect="auto", interpolation="nearest"
-            )
-            zeros = float(np.mean(weights == 0))
-            axes[row, column].set_title(f"{name}, {title}\n{zeros:.0%} zeros", fontsize=10)
-            axes[row, column].set_xlabel("output unit")
-            axes[row, column].set_ylabel("input" if column == 0 else "")
-            figure.colorbar(image, ax=axes[row, column], shrink=0.85)
-    figure.suptitle("Weights before and after pruning (black is exactly zero)")
-    figure.savefig(path, dpi=110)
+    shown = {"conv_1": "convolution 1", "conv_2": "convolution 2",
+             "dense_1": "dense 1", "dense_2": "dense 2 (output)"}  # fmt: skip
+    limits: dict[str, float] = {}
+    rows = (("Before pruning", dense), (f"Pruned to {SPARSITY:.0%} zeros", sparse))
+    figure, axes = plt.subplots(2, len(shown), figsize=(10.5, 6.2), layout="constrained")
+    # Few colours, so that the file stays small.
+    colours = plt.get_cmap("RdBu", 9).with_extremes(bad="black")
+    for row, (title, model) in enumerate(rows):
+        kernels = {n: np.asarray(x) for n, x in fwt.select(model, fwt.kernels).items()}
+        for column, (layer, name) in enumerate(shown.items()):
+            kernel, panel = kernels[f"{layer}/kernel"], axes[row, column]
+            weights = kernel.reshape(-1, kernel.shape[-1])
+            if row == 0:  # one scale for both rows: the same colour is the same value
+                limits[layer] = float(np.quantile(np.abs(weights), 0.99))
+            limit = limits[layer]
+            panel.imshow(
+                np.ma.masked_equal(weights, 0.0), cmap=colours, vmin=-limit, vmax=limit,
+                aspect="auto", interpolation="nearest",
+            )  # fmt: skip
+            share = f"{np.mean(weights == 0):.0%} of {weights.size:,} are zero"
+            panel.set_title(share if row else f"{name}\n{share}", fontsize=10)
+            panel.set_xticks([0, weights.shape[1] - 1], ["1", str(weights.shape[1])])
+            panel.set_yticks([0, len(weights) - 1], ["1", str(len(weights))])
+            panel.set_xlabel("output unit", labelpad=-6)
+            panel.set_ylabel("input", labelpad=-8)
+        zeros = sum(int((x == 0).sum()) for x in kernels.values())
+        total = sum(x.size for x in kernels.values())
+        said = (
+            f"{title}\naccuracy {accuracy(model):.1%} on test digits\n"
+            f"{zeros:,} of {total:,} weights are zero"
+        )
+        axes[row, 0].annotate(said, (-0.4, 0.5), xycoords="axes fraction", rotation=90,
+                              ha="center", va="center", fontsize=10)  # fmt: skip
+    figure.suptitle("The weights of a digit classifier, before and after pruning", fontsize=13)
+    keys = (("black", "exactly zero"), (colours(0.2), "negative"),
+            (colours(0.5), "near zero"), (colours(0.8), "positive"))  # fmt: skip
+    figure.legend(
+        handles=[Patch(facecolor=c, edgecolor="grey", label=label) for c, label in keys],
+        loc="outside lower center", ncols=len(keys), frameon=False,
+        title="Each cell is one weight.",
+    )  # fmt: skip
+    figure.savefig(path, dpi=90)
     plt.close(figure)
 
 

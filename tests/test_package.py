@@ -79,27 +79,6 @@ def test_the_second_copy_is_refused():
         assert not re.search(r"^\s*(import|from) converters\b", path.read_text(), re.M), path
 
 
-def test_the_readmes_python_on_pruning_runs(monkeypatch):
-    import jax
-    import optax
-
-    made, sparsify = [], fwt.optim.sparsify
-    monkeypatch.setattr(
-        fwt.optim, "sparsify", lambda *a, **k: made.append(sparsify(*a, key=0, **k)) or made[-1]
-    )
-    text = (ROOT / "README.md").read_text().split("### Pruning")[1].split("### Init")[0]
-    shapes = {"conv_2": (3, 3, 4, 8), "dense": (8, 4)}
-    params = {n: {"kernel": np.full(s, 0.5, np.float32)} for n, s in shapes.items()}
-    names = {"fwt": fwt, "jax": jax, "optax": optax, "params": params, "grads": params}
-    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
-        exec(code, names)
-    assert names["masks"]["dense"]["kernel"].sum() == 16
-    assert len(made) == 5
-    for tx in made:
-        _, state = tx.update(params, tx.init(params), params)
-        assert state.masks["dense"]["kernel"].shape == (8, 4)
-
-
 def test_nothing_else_at_the_top_level():
     tracked = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
@@ -283,14 +262,14 @@ def test_versions_agree():
         assert pinned in wanted or "fwt[demo]" in wanted
 
 
-def test_the_readmes_table_is_that_of_the_code():
+def test_the_guides_table_of_nouns_is_that_of_the_code():
     import jax
     import keras
     import optax
     import tables
     import torch
 
-    assert tables.block() in tables.README.read_text(), "run python tests/helpers/tables.py"
+    assert tables.stands("initializers.md"), "run python tests/helpers/tables.py"
     assert set(tables.CONSTRAINTS) == set(fwt.constraints.__all__)
     whats = [line.split(" | ")[0] for line in tables.table().splitlines()[2:]]
     assert len(set(whats)) == len(whats), "two rows say the same"

@@ -35,7 +35,7 @@ class Format:
     framework: str = ""  # whose format it is
     needs_module: bool = False  # to write it
     ordered: bool = False  # whether arrays stand in the order of the model's layers
-    holds: str = ""  # what of a model, for the README
+    holds: str = ""  # what of a model, for the table of formats
 
 
 def _fill_weights(layers: list[Layer], path: Path, how: Reading) -> None:
@@ -64,7 +64,7 @@ _WEIGHTS = Format(
     fill=_fill_weights,
     framework="Keras",
     needs_module=True,
-    holds="weights; `architecture=` says what they are",
+    holds="weights; `architecture=` gives their model",
 )
 _WEIGHT_SHARDS = Format(
     "Keras weights in shards",
@@ -73,7 +73,7 @@ _WEIGHT_SHARDS = Format(
     fill=_fill_shards,
     framework="Keras",
     needs_module=True,
-    holds="the same; written with `.weights.h5` and `shard_bytes=`",
+    holds="the same in shards; written with `.weights.h5` and `shard_bytes=`",
 )
 _LEGACY = Format(
     "Keras HDF5",
@@ -101,14 +101,14 @@ _SAFETENSORS = Format(
     safetensors.save_safetensors,
     save_shards=safetensors.save_sharded,
     framework="safetensors",
-    holds="ours: a model, in the metadata; others: weights",
+    holds="a model if fwt wrote it (in the metadata), else weights",
 )
 _SHARDED = Format(
     "safetensors in shards",
     (".safetensors.index.json",),
     safetensors.load_sharded,
     framework="safetensors",
-    holds="the same; written with `.safetensors` and `shard_bytes=`",
+    holds="the same in shards; written with `.safetensors` and `shard_bytes=`",
 )
 _NPZ = Format(
     "NumPy",
@@ -116,7 +116,7 @@ _NPZ = Format(
     plain.load_npz,
     plain.save_npz,
     framework="NumPy",
-    holds="ours: a model, in a member; others: weights",
+    holds="a model if fwt wrote it (in a member), else weights",
 )
 _MSGPACK = Format(
     "msgpack",
@@ -124,7 +124,7 @@ _MSGPACK = Format(
     plain.load_msgpack,
     plain.save_msgpack,
     framework="Flax",
-    holds="weights: variables, or a state with them (`key=`)",
+    holds="weights: variables, or a state that has them (`key=`)",
 )
 _ORBAX = Format(
     "Orbax",
@@ -132,7 +132,7 @@ _ORBAX = Format(
     orbax.load_orbax,
     save_folder=orbax.save_orbax,
     framework="Orbax",
-    holds="a folder; ours: a model; others: weights (`key=`, `shardings=`)",
+    holds="a folder: a model if fwt wrote it, else weights (`key=`, `shardings=`)",
 )
 
 
@@ -157,7 +157,7 @@ _ONNX = Format(
     _save_onnx,
     framework="ONNX",
     needs_module=True,
-    holds="a model: see `to_onnx`, `from_onnx`",
+    holds="a model; `to_onnx` and `from_onnx` say more",
 )
 
 FORMATS = (_KERAS, _WEIGHTS, _WEIGHT_SHARDS, _LEGACY, _TORCH, _SAFETENSORS, _SHARDED, _NPZ,

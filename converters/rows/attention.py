@@ -269,7 +269,7 @@ ROWS: tuple[Row, ...] = (
         "MultiheadAttention",
         "MultiHeadAttention",
         lower=_lower_attention,
-        note="of one tensor with itself; a Sequential holds a small subclass of ours",
+        note="of one tensor with itself; a Sequential holds a small subclass that fwt defines",
     ),
     ENCODER,
 )

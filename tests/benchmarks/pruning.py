@@ -1,5 +1,5 @@
 """Pruning against what else there is, side by side in one run: ``python
-tests/benchmarks/pruning.py`` prints the table, with ``--write`` into the README, with ``--small``
+tests/benchmarks/pruning.py`` prints the table, with ``--write`` into the guide, with ``--small``
 at a tenth of the size.
 
 No figure here is an assertion: seconds belong to a machine. Each is the median of interleaved
@@ -24,7 +24,7 @@ import torch.nn.utils.prune as torch_prune
 
 import fwt
 
-README = Path(__file__).resolve().parent.parent.parent / "README.md"
+PAGE = Path(__file__).resolve().parents[2] / "examples" / "guide" / "speed.md"
 
 
 def clock(rounds, **functions):
@@ -219,12 +219,12 @@ def table(small):
 
 def write(found):
     start = "<!-- pruning: python tests/benchmarks/pruning.py --write -->\n"
-    text = README.read_text()
+    text = PAGE.read_text()
     block = re.search(re.escape(start) + r"(?:\|.*\n)*<!-- end -->", text)
     if block is None:
-        raise SystemExit("README.md has no place for the table")
+        raise SystemExit("speed.md has no place for the table")
     text = text.replace(block[0], f"{start}{found}\n<!-- end -->")
-    README.write_text(text)
+    PAGE.write_text(text)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""The README's table of initializers and constraints: ``python tests/helpers/tables.py`` writes it.
+"""The tables of the guide that are made from the code: ``python tests/helpers/tables.py`` writes
+them.
 
 Names, arguments, kinds and what a set is come from the code; only which name means the same
 elsewhere is written here, and tested against the libraries.
@@ -13,7 +14,7 @@ import numpy as np
 
 import fwt
 
-README = Path(__file__).resolve().parents[2] / "README.md"
+GUIDE = Path(__file__).resolve().parents[2] / "examples" / "guide"
 
 # name -> Keras's, torch's and optax's name
 CONSTRAINTS = {
@@ -138,7 +139,6 @@ HELD = {
     ("torch", "ModuleList"): "used in order",
     ("torch", "TransformerEncoder"): "its layers, under their paths",
 }
-LAYERS_START = "<!-- the layers: python tests/helpers/tables.py -->"
 
 
 def classes(framework):
@@ -208,10 +208,6 @@ def layers():
     return "\n".join(lines[1:])
 
 
-def layer_block():
-    return f"{LAYERS_START}\n{layers()}\n<!-- end -->"
-
-
 DTYPES = (
     *("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8"),
     *("uint64", "uint32", "uint16", "uint8", "bool", "complex128", "complex64"),
@@ -278,25 +274,37 @@ def formats():
     return "\n".join(lines)
 
 
-FORMATS_START = "<!-- the formats: python tests/helpers/tables.py -->"
+# page -> the name of its table and what makes it
+PAGES = {
+    "initializers.md": ("the table", table),
+    "layers.md": ("the layers", layers),
+    "files.md": ("the formats", formats),
+}
 
 
-def format_block():
-    return f"{FORMATS_START}\n{formats()}\n<!-- end -->"
+def start(page):
+    return f"<!-- {PAGES[page][0]}: python tests/helpers/tables.py -->"
 
 
-def block():
-    return f"<!-- the table: python tests/helpers/tables.py -->\n{table()}\n<!-- end -->"
+def block(page):
+    """The table of a page, between its two comments."""
+    return f"{start(page)}\n{PAGES[page][1]()}\n<!-- end -->"
 
 
-def replaced(text):
-    pattern = "<!-- the table: python tests/helpers/tables.py -->.*?<!-- end -->"
-    text = re.sub(pattern, lambda _: block(), text, count=1, flags=re.DOTALL)
-    pattern = f"{LAYERS_START}.*?<!-- end -->"
-    text = re.sub(pattern, lambda _: layer_block(), text, count=1, flags=re.DOTALL)
-    pattern = f"{FORMATS_START}.*?<!-- end -->"
-    return re.sub(pattern, lambda _: format_block(), text, count=1, flags=re.DOTALL)
+def stands(page):
+    """Whether the table of a page is that of the code."""
+    return block(page) in (GUIDE / page).read_text()
+
+
+def write(page):
+    text = (GUIDE / page).read_text()
+    pattern = f"{re.escape(start(page))}.*?<!-- end -->"
+    new, count = re.subn(pattern, lambda _: block(page), text, flags=re.DOTALL)
+    if count != 1:
+        raise SystemExit(f"{page} has no place for its table")
+    (GUIDE / page).write_text(new)
 
 
 if __name__ == "__main__":
-    README.write_text(replaced(README.read_text()))
+    for page in PAGES:
+        write(page)

@@ -898,10 +898,10 @@ def test_sequential_weights_in_shards_are_those_of_linen(tmp_path):
     same(again.variables, jax.tree.map(np.asarray, variables))
 
 
-def test_the_readmes_table_of_formats_is_that_of_the_code():
+def test_the_guides_table_of_formats_is_that_of_the_code():
     import tables
 
-    assert tables.format_block() in tables.README.read_text()
+    assert tables.stands("files.md"), "run python tests/helpers/tables.py"
 
 
 def test_no_framework_is_imported(tmp_path):

@@ -1,6 +1,5 @@
 """Every class of the tables, alone and in stacks, in every direction against the real one."""
 
-import re
 from collections import OrderedDict
 
 import cases
@@ -331,26 +330,10 @@ def test_every_class_has_a_row_and_a_case_or_a_reason():
             assert name in [*tables.classes(framework), "GroupedQueryAttention", "Select"], name
 
 
-def test_the_readmes_table_is_that_of_the_rows():
+def test_the_guides_table_is_that_of_the_rows():
     import tables
 
-    text = tables.README.read_text()
-    assert tables.layer_block() in text
-    ours = text.split("A layer of your own is one more row:")[1]
-    code = re.search(r"```python\n(.*?)```", ours, re.DOTALL)[1]
-    from fwt.converters.rows import table as _table
-
-    rows, custom = list(_table.LAYERS), dict(_table.CUSTOM["torch"])
-    names = {"converters": converters}
-    try:
-        exec(code, names)
-        net = torch.nn.Sequential(cases.randomise_torch(names["TorchScale"](3)))
-        x = inputs(generator("scale"), (3,), None, 2)
-        close(in_flax(converters.from_torch(net), x), in_torch(net, x))
-    finally:
-        _table.LAYERS[:] = rows
-        _table.CUSTOM["torch"] = custom
-        _table.rows_of.cache_clear()
+    assert tables.stands("layers.md"), "run python tests/helpers/tables.py"
 
 
 @pytest.mark.parametrize("seed", thorough_but(8, range(60)))
@@ -426,7 +409,7 @@ def test_a_training_step_agrees_with_torch_but_for_the_unbiased_variance():
     n = 5 * 4 * 3  # values behind each statistic
     before = model.variables["batch_stats"]["1"]["var"]
     for path, value in theirs.items():
-        if path.endswith("1/var"):  # the README says so: torch's is n / (n - 1) of it
+        if path.endswith("1/var"):  # the guide says so: torch's is n / (n - 1) of it
             batch = (ours[path] - 0.8 * before) / 0.2
             np.testing.assert_allclose(0.8 * before + 0.2 * batch * n / (n - 1), value, atol=1e-5)
         else:

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command import cli
 
 import fwt
 from fwt import converters
@@ -115,7 +116,8 @@ def files(tmp_path_factory):
     return folder
 
 
-def cli(*arguments, cwd, code=0):
+def real(*arguments, cwd, code=0):
+    """A process of its own, which imports no framework."""
     main = (
         "import sys; from fwt.cli import main\n"
         "try: main()\n"
@@ -125,16 +127,16 @@ def cli(*arguments, cwd, code=0):
 
 
 def test_the_command_line(files):
-    out = cli("inspect", "net.keras", cwd=files).stdout
+    out = real("inspect", "net.keras", cwd=files).stdout
     assert "conv/kernel" in out
     assert "3 x 3 x 1 x 4" in out
     assert "input 5 x 4 x 1" in out
-    cli("convert", "net.keras", "net.safetensors", cwd=files)
+    real("convert", "net.keras", "net.safetensors", cwd=files)
     cli("convert", "net.safetensors", "net.pt", cwd=files)
     assert (
         converters.load(files / "net.safetensors").module == converters.load(files / "net.keras")[0]
     )
-    out = cli("prune", "net.pt", "sparse.pt", "--sparsity", "0.8", cwd=files).stdout
+    out = real("prune", "net.pt", "sparse.pt", "--sparsity", "0.8", cwd=files).stdout
     assert "( 80.0%)" in out or "( 80.6%)" in out
     cli(
         "prune",
@@ -152,7 +154,7 @@ def test_the_command_line(files):
     assert ((kernel == 0) | (np.abs(kernel) > 0.1)).all()
     cli("initialize", "net.keras", "o.keras", "--initializer", "constant(0.5)", cwd=files)
     assert (converters.load(files / "o.keras").variables["params"]["d"]["kernel"] == 0.5).all()
-    cli("initialize", "net.keras", "k.keras", "--initializer", "keras.he_normal", cwd=files)
+    real("initialize", "net.keras", "k.keras", "--initializer", "keras.he_normal", cwd=files)
     cli("initialize", "net.keras", "t.keras", "--like", "torch", cwd=files)
     assert converters.load(files / "t.keras").variables["params"]["d"]["bias"].any()
     cli(

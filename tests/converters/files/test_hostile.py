@@ -28,8 +28,10 @@ import fwt
 from fwt import converters
 
 MUTANTS = int(os.environ.get("MUTANTS", "1000"))
-FORMATS = ("keras", "Keras weights", "Keras HDF5", "torch", "safetensors", "NumPy", "msgpack", "Orbax",
-           "safetensors in shards", "Keras weights in shards")  # fmt: skip
+FORMATS = (
+    *("keras", "Keras weights", "Keras HDF5", "torch", "safetensors", "NumPy", "msgpack", "Orbax"),
+    *("safetensors in shards", "Keras weights in shards"),
+)
 
 
 @pytest.fixture(scope="module")

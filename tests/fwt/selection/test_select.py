@@ -509,12 +509,12 @@ print("fine")
 
 
 def test_on_a_mesh_only_counts_cross_devices(tmp_path):
+    flags = os.environ.get("XLA_FLAGS", "")
     done = subprocess.run(
         [sys.executable, "-c", SHARDED],
         env={
             **os.environ,
-            "XLA_FLAGS": os.environ.get("XLA_FLAGS", "")
-            + " --xla_force_host_platform_device_count=8",
+            "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=8",
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "0",
         },
         capture_output=True,

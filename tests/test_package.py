@@ -239,6 +239,7 @@ def test_a_truncated_file_is_one_line_and_leaves_the_output(files):
     assert (files / "old.pt").read_bytes() == b"old"
 
 
+@pytest.mark.optimised
 def test_the_demo(tmp_path):
     from fwt import _demo
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import keras
 import numpy as np
+import tensorflow as tf
 import torch
 
 from fwt import converters
@@ -41,7 +42,11 @@ def in_torch(model, x):
 
 
 def in_keras(model, x):
-    return np.asarray(model(x, training=False))
+    try:
+        return np.asarray(model(x, training=False))
+    except tf.errors.InvalidArgumentError:  # dilated transposed convolutions have no CPU kernel
+        compiled = tf.function(lambda x: model(x, training=False), jit_compile=True)
+        return np.asarray(compiled(x))
 
 
 @functools.cache

@@ -447,7 +447,7 @@ def test_weights_only_of_the_older_kind(tmp_path):
 
 
 def test_long_lists_of_names_are_cut_in_pieces(tmp_path):
-    layers = [k.Dense(1, name=f"{'long' * 60}_{i}") for i in range(300)]
+    layers = [k.Dense(1, name=f"{'long' * 250}_{i}") for i in range(70)]
     net = keras.Sequential([keras.Input((1,)), *layers])
     net.save(tmp_path / "long.h5")
     with h5py.File(tmp_path / "long.h5") as file:

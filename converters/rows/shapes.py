@@ -1,4 +1,4 @@
-"""Rows of layers without weights: pools, pads, resizing, shapes, and what acts in training only."""
+"""Rows of layers without weights but pools: pads, resizing, shapes, training only."""
 
 from typing import Any
 
@@ -6,7 +6,8 @@ import flax.linen as nn
 
 from fwt import layers as fl
 from fwt.converters.rows import lower
-from fwt.converters.rows.padding import PadAmounts, PoolPadding
+from fwt.converters.rows.padding import PadAmounts
+from fwt.converters.rows.pooling import NO_LAYER, same_axes
 from fwt.converters.rows.row import (
     AxesSetting,
     Framework,
@@ -22,10 +23,8 @@ from fwt.converters.rows.row import (
 )
 from fwt.converters.rows.special import (
     INERT,
-    Adaptive,
     Centred,
     FlattenAxes,
-    GlobalPool,
     Inert,
     InferenceFlag,
     OneNumber,
@@ -35,125 +34,13 @@ from fwt.converters.rows.special import (
     UnflattenDim,
 )
 
-LETTERS = {1: "w", 2: "h w", 3: "d h w"}
-NO_LAYER = {"keras": "keras.layers has no such layer", "torch": "torch.nn has no such layer"}
-
-
-def _same_axes(r: int) -> dict[str, Any]:
-    s = LETTERS[r]
-    return {
-        "axes": f"n {s} c -> n {s} c",
-        "torch_axes": f"n c {s} -> n c {s}",
-        "ranks": (r + 2,),
-        "channel": "c",
-    }
-
-
-def _unset(r: int) -> Any:
-    def normal(x: Any) -> Any:
-        many = each(r)(x)
-        return None if many is None or all(v == 1 for v in many) else many
-
-    return normal
-
-
-def _pool(r: int, average: bool) -> Row:
-    settings: tuple[S, ...] = (
-        S("window_shape", "kernel_size", "pool_size", normal=each(r)),
-        S("strides", "stride", "strides", None, normal=each(r)),
-    )
-    if not average:
-        one = (lambda x: x, lambda x: (1,) * r if x is None else x)
-        settings += (S("dilation", "dilation", None, normal=_unset(r), torch_io=one),)
-    elif r > 1:
-        settings += (S("divisor", "divisor_override", None),)
-    return Row(
-        fl.AvgPool if average else fl.MaxPool,
-        f"{'Avg' if average else 'Max'}Pool{r}d",
-        f"{'Average' if average else 'Max'}Pooling{r}D",
-        **_same_axes(r),
-        rank_of="window_shape",
-        settings=settings,
-        keras_defaults={"padding": "valid", "data_format": "channels_last"},
-        special=PoolPadding(average),
-        note="paddings that the target can't say are refused",
-        lower=lower.channels_first(),
-    )
-
-
-def _lp_pool(r: int) -> Row:
-    # torch's of one axis takes no tuple
-    single = (lambda x: x, lambda x: x[0] if x is not None and r == 1 else x)
-    return Row(
-        fl.LPPool,
-        f"LPPool{r}d",
-        None,
-        **_same_axes(r),
-        rank_of="window_shape",
-        settings=(
-            S("p", "norm_type", None, normal=number),
-            S("window_shape", "kernel_size", None, normal=each(r), torch_io=single),
-            S("strides", "stride", None, normal=each(r), torch_io=single),
-        ),
-        lacks=NO_LAYER,
-    )
-
-
-def _ones(framework: Framework, layer: Layer) -> bool:
-    if framework != "torch":
-        return True
-    size = layer.settings.get("output_size")
-    return size == 1 or (isinstance(size, list | tuple) and all(n == 1 for n in size))
-
-
-def _not_ones(framework: Framework, layer: Layer) -> bool:
-    return framework != "torch" or not _ones(framework, layer)
-
-
-def _global_pool(r: int, average: bool) -> Row:
-    s = LETTERS[r]
-    return Row(
-        fl.GlobalAvgPool if average else fl.GlobalMaxPool,
-        f"Adaptive{'Avg' if average else 'Max'}Pool{r}d",
-        f"Global{'Average' if average else 'Max'}Pooling{r}D",
-        axes=f"n {s} c -> n c",
-        torch_axes=f"n c {s} -> n c",
-        ranks=(r + 2,),
-        channel="c",
-        keras_defaults={"keepdims": False, "data_format": "channels_last"},
-        special=GlobalPool(),
-        fits=_ones,
-        lower=lower.channels_first(back=False),
-    )
-
-
-def _adaptive_pool(r: int, average: bool) -> Row:
-    def sizes(x: Any) -> Any:
-        many = tuple(x) if isinstance(x, list | tuple) else (x,) * r
-        if len(many) != r:
-            raise ValueError(f"expected {r} numbers")
-        return tuple(None if n is None else whole(n) for n in many)
-
-    return Row(
-        fl.AdaptiveAvgPool if average else fl.AdaptiveMaxPool,
-        f"Adaptive{'Avg' if average else 'Max'}Pool{r}d",
-        f"Adaptive{'Average' if average else 'Max'}Pooling{r}D",
-        **_same_axes(r),
-        rank_of="output_size",
-        settings=(S("output_size", "output_size", "output_size", normal=sizes),),
-        keras_defaults={"data_format": "channels_last"},
-        special=Adaptive(),
-        fits=_not_ones,
-        lower=lower.channels_first(),
-    )
-
 
 def _pad(r: int, flax: type, torch: str, keras: str | None = None, *settings: S) -> Row:
     return Row(
         flax,
         f"{torch}{r}d",
         f"{keras}{r}D" if keras else None,
-        **_same_axes(r),
+        **same_axes(r),
         rank_of="padding",
         settings=settings,
         keras_defaults={"padding": (1,) * r if r > 1 else 1, "data_format": "channels_last"},
@@ -168,7 +55,7 @@ def _crop(r: int) -> Row:
         fl.Crop,
         None,
         f"Cropping{r}D",
-        **_same_axes(r),
+        **same_axes(r),
         rank_of="cropping",
         keras_defaults={"data_format": "channels_last"} if r > 1 else {},
         special=PadAmounts(r, "cropping"),
@@ -201,7 +88,7 @@ def _upsample(r: int) -> Row:
         fl.UpSample,
         "Upsample",
         f"UpSampling{r}D",
-        **_same_axes(r),
+        **same_axes(r),
         rank_of="size",
         settings=(S("size", "scale_factor", "size", 2, normal=each(r), torch_io=io),),
         keras_defaults={"data_format": "channels_last", "interpolation": "nearest"}
@@ -229,7 +116,7 @@ def _resize(r: int) -> Row:
         fl.Resize,
         "Upsample",
         "UpSampling2D" if r == 2 else None,
-        **_same_axes(r),
+        **same_axes(r),
         rank_of="shape",
         keras_defaults={"data_format": "channels_last", **_RESIZING},
         special=ResizeSettings(r),
@@ -250,7 +137,7 @@ RESIZING = Row(
     fl.Resize,
     None,
     "Resizing",
-    **_same_axes(2),
+    **same_axes(2),
     keras_defaults={"data_format": "channels_last", "interpolation": "bilinear", **_RESIZING},
     special=ResizeSettings(2),
     note="nearest and bilinear, without antialiasing",
@@ -261,7 +148,7 @@ CENTER_CROP = Row(
     fl.CenterCrop,
     None,
     "CenterCrop",
-    **_same_axes(2),
+    **same_axes(2),
     settings=(),
     keras_defaults={"data_format": "channels_last"},
     special=Centred(),
@@ -442,10 +329,6 @@ _PAIRS: tuple[tuple[Any, ...], ...] = (
 )
 
 ROWS: tuple[Row, ...] = (
-    *(_pool(r, average) for average in (False, True) for r in (1, 2, 3)),
-    *(_lp_pool(r) for r in (1, 2, 3)),
-    *(_global_pool(r, average) for average in (True, False) for r in (1, 2, 3)),
-    *(_adaptive_pool(r, average) for average in (True, False) for r in (1, 2, 3)),
     FLATTEN,
     RESHAPE,
     PERMUTE,

@@ -16,7 +16,15 @@ from typing import Any
 import flax.linen as nn
 
 from fwt._axes import Known
-from fwt.converters.rows import attention, functions, recurrent, refused, shapes, weights
+from fwt.converters.rows import (
+    attention,
+    functions,
+    pooling,
+    recurrent,
+    refused,
+    shapes,
+    weights,
+)
 from fwt.converters.rows.row import Framework, P, Row
 from fwt.converters.rows.shapes import PERMUTE as PERMUTE
 from fwt.converters.rows.shapes import RESHAPE as RESHAPE
@@ -25,6 +33,7 @@ LAYERS: list[Row] = [
     *weights.ROWS,
     *recurrent.ROWS,
     *attention.ROWS,
+    *pooling.ROWS,
     *shapes.ROWS,
     *functions.ROWS,
 ]

@@ -90,38 +90,41 @@ NOT_READ = ("Adaptive", "LPPool", "Upsampl", "UpSampling2D", "RMSNorm", "LocalRe
 
 
 def rows():
-    """Every case, and of those that act in training only, one Flax class, one a framework."""
+    """Every case, and of those that act in training only, one Flax class, one a framework.
+
+    Each in
+    two shapes: where both frameworks have it, each draws one; else the second is thorough."""
     from fwt.converters.rows.special import INERT
 
     for framework, table in TABLES.items():
         inert = [n for n in table if n in INERT[framework]]
-        yield from ((framework, n) for n in table if n not in inert[1:])
+        for name in table:
+            if name not in inert[1:]:
+                yield framework, name, 0
+                if not any(r.torch and r.keras for r in _table.rows_of(framework, name)):
+                    yield pytest.param(framework, name, 1, marks=pytest.mark.thorough)
 
 
-@pytest.mark.parametrize(("framework", "name"), list(rows()))
-def test_every_row_runs_in_onnxruntime_and_comes_back(tmp_path, framework, name):
-    """Two shapes for each Flax class, at two batches each: where both frameworks have the layer,
-    each draws one."""
-    rows = _table.rows_of(framework, name)
-    shared = any(r.torch and r.keras for r in rows)
-    for seed in range(1 if shared else 2):
-        model, x = drawn(framework, name, seed + 10 * (framework == "keras"))
-        path = tmp_path / "a.onnx"
-        shape = x.shape[1:]
-        converters.to_onnx(*model, path, shape, input_dtype=x.dtype, check=False)
-        expected = in_flax(model, x)
-        for batch in (slice(1), slice(None)):
-            close(run(path, x[batch]), expected[batch])
-        back = converters.from_onnx(path)
-        assert back.module == model.module
-        same_leaves(model.variables, back.variables)
-        bare(path)
-        try:
-            read = converters.from_onnx(path)
-        except converters.FileFormatError:
-            assert name == "Normalization" or any(n in name for n in NOT_READ)
-        else:
-            close(in_flax(read, x), expected)
+@pytest.mark.parametrize(("framework", "name", "seed"), list(rows()))
+def test_every_row_runs_in_onnxruntime_and_comes_back(tmp_path, framework, name, seed):
+    """At two batches."""
+    model, x = drawn(framework, name, seed + 10 * (framework == "keras"))
+    path = tmp_path / "a.onnx"
+    shape = x.shape[1:]
+    converters.to_onnx(*model, path, shape, input_dtype=x.dtype, check=False)
+    expected = in_flax(model, x)
+    for batch in (slice(1), slice(None)):
+        close(run(path, x[batch]), expected[batch])
+    back = converters.from_onnx(path)
+    assert back.module == model.module
+    same_leaves(model.variables, back.variables)
+    bare(path)
+    try:
+        read = converters.from_onnx(path)
+    except converters.FileFormatError:
+        assert name == "Normalization" or any(n in name for n in NOT_READ)
+    else:
+        close(in_flax(read, x), expected)
 
 
 def image_net():
@@ -408,8 +411,11 @@ TORCH_NETS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dynamo", [False, True], ids=["script", "dynamo"])
-@pytest.mark.parametrize("name", TORCH_NETS)
+@pytest.mark.parametrize(
+    ("dynamo", "name"),
+    [(True, "image"), *((False, n) for n in TORCH_NETS)]
+    + [pytest.param(True, n, marks=pytest.mark.thorough) for n in TORCH_NETS if n != "image"],
+)
 def test_torchs_exporters(tmp_path, name, dynamo):
     shape, layers = TORCH_NETS[name]
     torch.manual_seed(0)

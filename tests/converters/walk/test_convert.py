@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.utils.prune
+from marks import thorough_but
 
 import fwt
 from fwt import converters
@@ -433,7 +434,7 @@ for found in (
 """
 
 
-@pytest.mark.parametrize("backend", ["torch", "jax"])
+@pytest.mark.parametrize("backend", thorough_but(1, ["jax", "torch"]))
 def test_keras_on_other_backends(backend):
     import os
 

@@ -438,7 +438,7 @@ def test_few_passes(monkeypatch):
 
 
 SHARDED = """
-import re
+import re, sys
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import fwt
@@ -467,7 +467,7 @@ for kind in (AxisType.Auto, AxisType.Explicit):
         }
         host = {p: np.asarray(x) for p, x in fwt.select(params).items()}
         n = sum(x.size for x in host.values())
-        for scope in ("global", "layer", "erk"):
+        for scope in sys.argv[1:]:
             t = fwt.prune(0.9, scope=scope)
             compiled = jax.jit(t).lower(params).compile()
             text = compiled.as_text()
@@ -508,10 +508,11 @@ print("fine")
 """
 
 
-def test_on_a_mesh_only_counts_cross_devices(tmp_path):
+@pytest.mark.parametrize("scopes", thorough_but(1, [["global"], ["layer", "erk"]]))
+def test_on_a_mesh_only_counts_cross_devices(tmp_path, scopes):
     flags = os.environ.get("XLA_FLAGS", "")
     done = subprocess.run(
-        [sys.executable, "-c", SHARDED],
+        [sys.executable, "-c", SHARDED, *scopes],
         env={
             **os.environ,
             "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=8",

@@ -82,3 +82,19 @@ def test_one_layer_in_two_places_is_refused():
     variables = net.init(jax.random.key(0), jnp.ones((1, 3)))
     with pytest.raises(converters.ConversionError):
         converters.to_torch(net, variables, (3,))
+
+
+def test_how_the_weights_were_drawn_does_not_matter():
+    ones = nn.initializers.ones
+    drawn = {"out_kernel_init": ones, "out_bias_init": ones}
+    rng = np.random.default_rng(0)
+    for layer, x in (
+        (nn.Embed(5, 4, embedding_init=ones), rng.integers(0, 5, (3, 6)).astype(np.int32)),
+        (nn.MultiHeadDotProductAttention(2, **drawn), rng.normal(size=(3, 6, 4)).astype("f")),
+    ):
+        module = fwt.Sequential([("a", layer)], x.shape[1:])
+        variables = jax.tree.map(np.asarray, module.init(jax.random.key(0), x))
+        there = converters.to_torch(module, variables, layout="source")
+        with torch.no_grad():
+            found = there(torch.from_numpy(x)).numpy()
+        np.testing.assert_allclose(found, module.apply(variables, x), atol=1e-5)

@@ -7,6 +7,7 @@ tests/fixtures/0.1.0 holds one of each: a small image model (``net.*``), an LSTM
 import pickle
 from pathlib import Path
 
+import flax.typing
 import numpy as np
 import pytest
 
@@ -53,6 +54,10 @@ def test_torch_modules_with_layers_of_ours_unpickle(name, x, y):
     np.testing.assert_allclose(found, EXPECTED[y], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.skipif(
+    not hasattr(flax.typing, "HashableMapping"),
+    reason="flax 0.12.8 wrote it, with a class of its own",
+)
 def test_nnx_modules_unpickle():
     assert_gives(unpickled("nnx"), "x", "y")
 

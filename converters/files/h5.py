@@ -420,7 +420,7 @@ def _modern_nodes(nodes: Any) -> Any:
     """[[["layer", 0, 0, {}]]] as Keras 3 has it."""
     out = []
     for node in nodes if isinstance(nodes, list) else []:
-        args = [
+        args: list[Any] = [
             {"class_name": "__keras_tensor__", "config": {"keras_history": list(call[:3])}}
             for call in node
         ]

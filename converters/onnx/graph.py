@@ -294,10 +294,10 @@ def _shapes(
         light.graph.initializer.add().CopyFrom(onnx.numpy_helper.from_array(value, name))
     inferred = onnx.shape_inference.infer_shapes(light).graph
     out: dict[str, tuple[int | None, ...]] = {}
-    for value in (*inferred.value_info, *inferred.input, *inferred.output):
-        if value.type.HasField("tensor_type") and value.type.tensor_type.HasField("shape"):
-            dims = value.type.tensor_type.shape.dim
-            out[value.name] = tuple(
+    for told in (*inferred.value_info, *inferred.input, *inferred.output):
+        if told.type.HasField("tensor_type") and told.type.tensor_type.HasField("shape"):
+            dims = told.type.tensor_type.shape.dim
+            out[told.name] = tuple(
                 int(d.dim_value) if d.HasField("dim_value") and d.dim_value > 0 else None
                 for d in dims
             )

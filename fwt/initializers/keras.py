@@ -227,7 +227,7 @@ def variance_scaling(
     """
     return bound(
         _variance_scaling,
-        scale=number("scale", scale, np.finfo(np.float64).tiny),
+        scale=number("scale", scale, float(np.finfo(np.float64).tiny)),
         mode=choice("mode", mode, ("fan_in", "fan_out", "fan_avg")),
         distribution=choice(
             "distribution",

@@ -1,5 +1,6 @@
 """How many weights go in which leaf: the scopes of pruning, and how other libraries count."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -209,7 +210,7 @@ def _erk(leaves: Sequence[Leaf], sparsity: Any, k: Any, like: Any) -> list[Any]:
     traced = not isinstance(k, int) or any(isinstance(x.dead, Wide) for x in leaves)
     xp: Any = jnp if traced else np
     sizes = np.array([x.size for x in leaves], np.float64)
-    raw = np.array([sum(x.shape) / max(np.prod(x.shape, dtype=np.float64), 1) for x in leaves])
+    raw = np.array([sum(x.shape) / max(math.prod(x.shape), 1) for x in leaves])
     # Which leaves are dense can only be the first ones by falling density.
     dense = np.array([raw > level for level in [np.inf, *sorted(set(raw), reverse=True)]])
     dense = np.concatenate([dense[1:], np.ones((1, len(raw)), bool)])

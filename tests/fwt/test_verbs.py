@@ -32,9 +32,11 @@ def test_initializers_equal_jaxs(name, shape):
     from fwt._tree import fold_path
 
     expected = theirs(fold_path(jax.random.key(5), "dense/kernel"), shape, jnp.float32)
+    # An older jaxlib (0.8.1) rounds a decomposition another way once it is compiled.
+    atol = 2e-7 if "orthogonal" in name else 1e-9
     for written in [noun(*arguments)] + ([noun] if not arguments else []):
         found = fwt.initialize(written, 5)(tree)["dense"]["kernel"]
-        np.testing.assert_allclose(found, expected, rtol=3e-7, atol=1e-9)
+        np.testing.assert_allclose(found, expected, rtol=3e-7, atol=atol)
     assert noun(*arguments) == noun(*arguments)
     assert hash(noun(*arguments)) == hash(noun(*arguments))
 

@@ -2,18 +2,19 @@
 
 import os
 import shutil
+import sys
 import tempfile
 from importlib.metadata import version
 
-# Keras is imported on its TensorFlow backend: an oracle of its own, whose operations are compiled
-# already. The other backends are tested in processes of their own.
-os.environ["KERAS_BACKEND"] = "tensorflow"
+# The thorough run computes as users do: Keras on JAX, and XLA as it comes. The suite has Keras on
+# TensorFlow, an oracle of its own whose operations are compiled already, and XLA's older emitters
+# of loops without optimisation, which compile small programs in half the time.
+if any(word.removeprefix("-m") == "thorough" for word in sys.argv):
+    os.environ["FWT_THOROUGH"] = "1"  # which the workers inherit
+os.environ.setdefault("KERAS_BACKEND", "jax" if "FWT_THOROUGH" in os.environ else "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-
-# XLA's older emitters of loops compile small programs in half the time. A jaxlib that does not know
-# the flag would abort.
-if tuple(map(int, version("jaxlib").split(".")[:2])) >= (0, 10):
+if "FWT_THOROUGH" not in os.environ and tuple(map(int, version("jaxlib").split(".")[:2])) > (0, 8):
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false".strip()
 
@@ -23,6 +24,8 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 import hypothesis
 import jax
 import pytest
+
+THOROUGH = "FWT_THOROUGH" in os.environ
 
 # What one process has compiled, the others of this run need not compile again: in a folder of this
 # run, unless the environment names one that outlives it.
@@ -51,16 +54,21 @@ hypothesis.settings.load_profile("fwt")
 
 def pytest_configure(config):
     """``pytest -m thorough`` draws more examples of each property too."""
-    if config.option.markexpr == "thorough" and not config.getoption("--hypothesis-profile"):
+    if THOROUGH and not config.getoption("--hypothesis-profile"):
         hypothesis.settings.load_profile("thorough")
 
 
+# What may hang on how XLA optimises: both runs have it, the thorough one with the optimised code.
+BOTH = ("test_select", "test_prune", "test_tree", "test_verbs")
+
+
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config, items):
+def pytest_collection_modifyitems(items):
     """Properties are part of both runs."""
-    if config.option.markexpr == "thorough":
+    if THOROUGH:
         for item in items:
-            if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
+            prop = getattr(getattr(item, "obj", None), "is_hypothesis_test", False)
+            if prop or item.path.stem in BOTH:
                 item.add_marker(pytest.mark.thorough)
 
 
@@ -69,7 +77,7 @@ def pytest_collection_modifyitems(config, items):
 # "optimised".
 @pytest.fixture(autouse=True)
 def _quick_compilation(request):
-    quick = not request.node.get_closest_marker("optimised")
+    quick = not THOROUGH and not request.node.get_closest_marker("optimised")
     if quick != jax.config.read("jax_disable_most_optimizations"):
         jax.config.update("jax_disable_most_optimizations", quick)
         jax.clear_caches()  # which don't know of this setting

@@ -23,6 +23,9 @@ FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 def blocks(page):
     """Line number, language and text of each fenced block of a page."""
     text = page.read_text()
+    fences = re.findall(r"^\s*(?:```|~~~)", text, re.MULTILINE)
+    found = re.findall(r"^```(?:.*)\n(?:(?:.*\n)*?)```$", text, re.MULTILINE)
+    assert len(fences) == 2 * len(found), f"{page}: a fence that no test sees"
     for found in re.finditer(r"^```(.*)\n((?:.*\n)*?)```$", text, re.MULTILINE):
         yield text[: found.start()].count("\n") + 2, found[1], found[2]
 

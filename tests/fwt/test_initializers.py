@@ -1,9 +1,7 @@
 """fwt.initializers.keras and .torch against the real frameworks, and the fans of every layer."""
 
 import functools
-import os
 
-os.environ.setdefault("KERAS_BACKEND", "jax")
 import flax.linen as nn
 import jax
 import jax.numpy as jnp

@@ -33,7 +33,7 @@ def test_initializers_equal_jaxs(name, shape):
 
     expected = theirs(fold_path(jax.random.key(5), "dense/kernel"), shape, jnp.float32)
     # An older jaxlib (0.8.1) rounds a decomposition another way once it is compiled.
-    atol = 2e-7 if "orthogonal" in name else 1e-9
+    atol = 2e-7 if "orthogonal" in name and jax.__version_info__ < (0, 10) else 1e-9
     for written in [noun(*arguments)] + ([noun] if not arguments else []):
         found = fwt.initialize(written, 5)(tree)["dense"]["kernel"]
         np.testing.assert_allclose(found, expected, rtol=3e-7, atol=atol)

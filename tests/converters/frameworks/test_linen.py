@@ -33,7 +33,6 @@ def net():
 
 
 def test_it_goes_to_keras_torch_and_files(tmp_path):
-
     module = net()
     x = np.random.default_rng(0).normal(size=(3, 11, 9, 3)).astype(np.float32)
     variables = jax.tree.map(np.asarray, module.init(jax.random.key(0), x))

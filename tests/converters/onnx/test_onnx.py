@@ -92,8 +92,9 @@ NOT_READ = ("Adaptive", "LPPool", "Upsampl", "UpSampling2D", "RMSNorm", "LocalRe
 def rows():
     """Every case, and of those that act in training only, one Flax class, one a framework.
 
-    Each in
-    two shapes: where both frameworks have it, each draws one; else the second is thorough."""
+    Each is in two shapes: where both frameworks have it, each draws one; else the second is
+    thorough.
+    """
     from fwt.converters.rows.special import INERT
 
     for framework, table in TABLES.items():

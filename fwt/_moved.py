@@ -11,16 +11,26 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
-# Only those whose classes and functions a pickle of 0.1.0 can name.
+# Those whose public classes and functions a pickle of 0.1.0 can name.
 MOVED = {
     "fwt._attention": "fwt.layers.attention",
+    "fwt._base": "fwt.layers.base",
     "fwt._preprocessing": "fwt.layers.preprocessing",
+    "fwt._prune": "fwt.pruning.prune",
     "fwt._recurrent": "fwt.layers.recurrent",
-    "fwt._windows": "fwt.layers",  # in windows and in shapes
+    "fwt._sparsegpt": "fwt.pruning.sparsegpt",
+    "fwt._windows": "fwt.layers",
+    "fwt.converters._formats": "fwt.converters.files.formats",
     "fwt.converters._keras": "fwt.converters.frameworks.keras",
+    "fwt.converters._layers": "fwt.converters.rows.table",
+    "fwt.converters._live": "fwt.converters.frameworks.live",
     "fwt.converters._nnx": "fwt.converters.frameworks.nnx",
+    "fwt.converters._onnx": "fwt.converters.onnx.write",
+    "fwt.converters._onnx_read": "fwt.converters.onnx.read",
+    "fwt.converters._row": "fwt.converters.rows.row",
+    "fwt.converters._torch": "fwt.converters.frameworks.torch",
     "fwt.converters._torch_modules": "fwt.converters.frameworks.torch_modules",
-    "fwt.converters._verify": "fwt.converters.verification.report",
+    "fwt.converters._verify": "fwt.converters.verification.verify",
 }
 
 
@@ -45,4 +55,8 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 def install() -> None:
     """Once, when fwt is imported."""
-    sys.meta_path.append(Finder())
+    if not any(
+        type(finder).__name__ == Finder.__name__ and type(finder).__module__ == __name__
+        for finder in sys.meta_path
+    ):
+        sys.meta_path.append(Finder())

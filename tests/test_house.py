@@ -58,6 +58,10 @@ LAZY = {
 }
 
 
+# The modules that import by a name from a table: the lazy public names, and what has moved.
+BY_NAME = ("fwt", "fwt.converters", "fwt._moved")
+
+
 def sources():
     """Dotted name -> path, of both packages."""
     found = {}
@@ -72,35 +76,37 @@ MODULES = sources()
 
 
 def home(name):
-    """The line of HOUSE that a module stands in."""
-    while name not in LEVEL:
-        name = name.rpartition(".")[0]
-    return name
+    """The entry of HOUSE that a module belongs to: itself, or its room."""
+    room = name.rpartition(".")[0]
+    return name if name in LEVEL or room in ("", "fwt", "fwt.converters") else home(room)
 
 
-def for_types_only(node):
-    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-
-
-def imports(tree, inside=False):
+def imports(name, nodes, inside=False):
     """(module, whether inside a function) of each import but those for types alone."""
-    for node in ast.iter_child_nodes(tree):
+    for node in nodes:
         if isinstance(node, ast.Import):
             for alias in node.names:
                 yield alias.name, inside
         elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name}: write the whole name of what is imported"
             for alias in node.names:
                 full = f"{node.module}.{alias.name}"
                 yield (full if full in MODULES else node.module), inside
-        elif not for_types_only(node):
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
+            assert name in BY_NAME, f"{name}: import_module hides what it imports"
+            yield from imports(name, ast.iter_child_nodes(node), inside)
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            yield from imports(name, node.orelse, inside)
+        else:
             deeper = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
-            yield from imports(node, inside or deeper)
+            yield from imports(name, ast.iter_child_nodes(node), inside or deeper)
 
 
 def arrows(modules):
     """(from, to, inside a function) for each import between modules of ours."""
     for name, path in modules.items():
-        for target, inside in imports(ast.parse(path.read_text())):
+        for target, inside in imports(name, ast.parse(path.read_text()).body):
+            assert target.partition(".")[0] != "converters", f"{name}: it is fwt.converters"
             if target == "fwt" or target.startswith("fwt."):
                 yield name, target, inside
 
@@ -149,6 +155,13 @@ def test_imports_point_down():
     assert circle(MODULES) is None
 
 
+def test_fwt_works_without_its_converters():
+    """Nothing of fwt imports them when it is imported, but for the demo."""
+    for name, target, inside in arrows(MODULES):
+        if not name.startswith("fwt.converters") and name != "fwt._demo" and not inside:
+            assert not target.startswith("fwt.converters"), (name, target)
+
+
 def test_exceptions_are_still_needed():
     found = {(name, target) for name, target, inside in arrows(MODULES) if inside}
     assert set(UP) <= found
@@ -159,6 +172,9 @@ def test_exceptions_are_still_needed():
     ("room", "line"),
     [
         ("fwt._tree", "from fwt.pruning import plan"),
+        ("fwt._tree", "class A:\n    import fwt.optim as o"),
+        ("fwt._tree", "if TYPE_CHECKING:\n    pass\nelse:\n    import fwt.pruning.plan"),
+        ("fwt._tree", "if TYPE_CHECKING or True:\n    import fwt.pruning.plan"),
         ("fwt.converters.rows.row", "def f():\n    from fwt.converters import walk"),
         ("fwt.converters.io", "import fwt.converters.files.h5"),
         ("fwt.layers.base", "import fwt"),
@@ -168,6 +184,28 @@ def test_a_planted_import_is_found(tmp_path, room, line):
     planted = tmp_path / "planted.py"
     planted.write_text(f"{MODULES[room].read_text()}\n{line}\n")
     assert len(upward({**MODULES, room: planted})) == 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from .pruning import plan",
+        "from . import pruning",
+        "import converters.io",
+        'importlib.import_module("fwt.pruning.plan")',
+    ],
+)
+def test_an_import_that_hides_what_it_imports_is_refused(tmp_path, line):
+    planted = tmp_path / "planted.py"
+    planted.write_text(line)
+    with pytest.raises(AssertionError, match=r"fwt\._tree: "):
+        upward({**MODULES, "fwt._tree": planted})
+
+
+def test_a_new_module_needs_a_place(tmp_path):
+    assert home("fwt._new") not in LEVEL
+    assert home("fwt.converters.new") not in LEVEL
+    assert home("fwt.pruning.new") in LEVEL
 
 
 def test_a_planted_circle_is_found(tmp_path):
@@ -189,9 +227,17 @@ def test_every_room_says_what_it_is():
             assert len(lines) >= 3, name
 
 
+# Where the tests of a room stand that has no folder of its own.
+ELSEWHERE = {
+    "fwt/constraints": "fwt/test_constraints.py",
+    "fwt/initializers": "fwt/test_initializers.py",
+    "fwt/layers": "converters/rows/test_layers.py",
+}
+
+
 def test_tests_mirror_the_rooms():
-    rooms = {p.parent.relative_to(ROOT) for p in MODULES.values() if p.parent.parent != ROOT}
-    for folder in (ROOT / "tests").rglob("*/"):
-        place = folder.relative_to(ROOT / "tests")
-        if place.parts[0] in ("fwt", "converters") and len(place.parts) > 1:
-            assert place in rooms or place.name == "__pycache__", place
+    rooms = {str(p.parent.relative_to(ROOT)) for p in MODULES.values() if p.parent.parent != ROOT}
+    folders = {str(p.parent.relative_to(ROOT / "tests"))
+               for p in (ROOT / "tests").glob("*/*/test_*.py")}  # fmt: skip
+    assert rooms == folders | set(ELSEWHERE)
+    assert all((ROOT / "tests" / path).exists() for path in ELSEWHERE.values())

@@ -4,6 +4,8 @@ tests/fixtures/0.1.0 holds one of each: a small image model (``net.*``), an LSTM
 ``torch_module``) and an attention model, with inputs and outputs in ``expected.npz``.
 """
 
+import importlib
+import json
 import pickle
 from pathlib import Path
 
@@ -88,3 +90,10 @@ def test_what_was_looked_at_unpickles():
     kernels = fwt.select(unpickled("masks"), "**/kernel")
     assert {k: int(m.sum()) for k, m in kernels.items()} == {"conv/kernel": 18, "dense/kernel": 72}
     assert unpickled("state").masks["conv"]["kernel"].shape == (2, 3, 2, 3)
+
+
+@pytest.mark.parametrize("name", json.loads((HOME / "names.json").read_text()))
+def test_a_public_name_is_where_0_1_0_had_it(name):
+    """Which is what a pickle says of a function or a class."""
+    module, _, attribute = name.partition(":")
+    assert callable(getattr(importlib.import_module(module), attribute))

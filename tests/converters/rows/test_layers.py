@@ -319,7 +319,7 @@ def test_the_guides_table_is_that_of_the_rows():
 
 
 @pytest.mark.optimised
-@pytest.mark.parametrize("seed", thorough_but(30, range(70)))
+@pytest.mark.parametrize("seed", thorough_but(16, range(60)))
 def test_random_stacks(seed):
     import stacks
 

@@ -1,7 +1,4 @@
-"""What each axis of a leaf means: nothing else in fwt guesses.
-
-A module of ours tells what it knows by two methods, ``_known_axes`` and ``_flattened``.
-"""
+"""What each axis of a leaf means: nothing else in fwt guesses."""
 
 import dataclasses
 import math
@@ -139,6 +136,16 @@ class Known:
     owner: Any = None  # the layer itself, where there is a module
 
 
+class KnowsAxes:
+    """A module that tells what it knows of its leaves, such as ``fwt.Sequential``."""
+
+    def _known_axes(self, path: str, rank: int) -> Known:
+        raise NotImplementedError
+
+    def _flattened_sizes(self) -> dict[str, tuple[int, ...]]:
+        raise NotImplementedError
+
+
 # By path, what a live model's classes tell, set while converters.transform runs.
 KNOWN: ContextVar[Mapping[str, Known]] = ContextVar(
     "known axes", default=types.MappingProxyType({})
@@ -229,15 +236,13 @@ def known(path: str, rank: int, module: Any = None) -> Known:
     """What the live model's classes say of a leaf, or the layers of a Sequential."""
     if path in KNOWN.get():
         return KNOWN.get()[path]
-    tell = getattr(type(module), "_known_axes", None)
-    return Known() if tell is None else tell(module, path, rank)
+    return module._known_axes(path, rank) if isinstance(module, KnowsAxes) else Known()
 
 
 def flattened(module: Any) -> dict[str, tuple[int, ...]]:
     """By path of a kernel, the sizes that a Flatten made its inputs of, where a Sequential with an
     ``input_shape`` tells."""
-    tell = getattr(type(module), "_flattened", None)
-    return {} if tell is None else tell(module)
+    return module._flattened_sizes() if isinstance(module, KnowsAxes) else {}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,7 @@ import jax
 
 from fwt import _tree
 from fwt import layers as _layers
-from fwt._axes import Known
+from fwt._axes import Known, KnowsAxes
 from fwt._types import Array, FwtError
 
 # Where a layer says whether it trains: set from `train` if the layer's own attribute is None.
@@ -61,7 +61,7 @@ def _flag(cls: Any) -> str | None:
     return next((f for f in _FLAGS if f in parameters), None)
 
 
-class Sequential(nn.Module):
+class Sequential(nn.Module, KnowsAxes):
     """Layers applied one after the other, each under its own name.
 
     Unlike ``nn.Sequential``, which renames its children ``layers_0``, it keeps names: the params
@@ -138,7 +138,7 @@ class Sequential(nn.Module):
         return Known() if layer is None else table.known(layer, "/".join(parts[1:]), rank)
 
     @nn.nowrap
-    def _flattened(self) -> dict[str, tuple[int, ...]]:
+    def _flattened_sizes(self) -> dict[str, tuple[int, ...]]:
         """By path of a kernel, the sizes that a Flatten made its inputs of."""
         if self.input_shape is None or None in self.input_shape:
             return {}

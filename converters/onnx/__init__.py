@@ -1,5 +1,6 @@
 """ONNX files, written from what a Flax model computes and read back as layers.
 
-Out: ``write``, ``trace``, ``primitives`` and ``operators`` (Conv, LSTM and others as one operator).
-In: ``read`` first, then ``graph``, ``line``, ``weights``, ``shapes``, ``recurrent`` and ``blocks``.
+Enters a Flax model; leaves a file: ``write`` first, then ``trace``, ``primitives`` (a Conv is
+written here) and ``operators`` (layers that ONNX has whole, such as LSTM). Enters a file; leaves
+a model: ``read`` first, then ``graph``, ``line``, ``weights``, ``shapes``, ``recurrent`` and ``blocks``.
 """

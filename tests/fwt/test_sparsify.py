@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from marks import thorough_but
 
 import fwt
 
@@ -68,7 +69,7 @@ def ramp(n):
     return 0.6 * jnp.clip(n / 10, 0, 1)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", thorough_but(4, OPTIMIZERS))
 def test_pruned_weights_are_zero_whatever_the_optimizer(name):
     seen = run(sparsify(OPTIMIZERS[name](), ramp, every=3), 12)  # run() asserts it at each step
     assert gone(seen[-1][1].masks) == {"a/kernel": round(0.6 * 84), "b/kernel": round(0.6 * 56)}
@@ -77,8 +78,11 @@ def test_pruned_weights_are_zero_whatever_the_optimizer(name):
 
 @pytest.mark.parametrize(
     ("name", "settings"),
-    [(n, {}) for n in OPTIMIZERS]
-    + [("adamw", {"regrow": "rigl"}), ("adamw", {"score": S.gradient})],
+    [
+        *thorough_but(4, [(n, {}) for n in OPTIMIZERS]),
+        ("adamw", {"regrow": "rigl"}),
+        ("adamw", {"score": S.gradient}),
+    ],
 )
 def test_steps_made_again_in_the_loop_draw_the_same_masks_as_stored_ones(name, settings):
     tx = sparsify(OPTIMIZERS[name](), ramp, every=3, **settings)
@@ -206,7 +210,7 @@ def smallest_first(params):
 
 
 @pytest.mark.parametrize("regrow", ["set", "rigl", S.gradient, smallest_first])
-@pytest.mark.parametrize("scope", ["layer", "global", "erk"])
+@pytest.mark.parametrize("scope", thorough_but(1, ["global", "layer", "erk"]))
 def test_regrowth_keeps_the_count_and_grows_from_zero(regrow, scope):
     tx = sparsify(
         optax.adam(0.05), 0.5, regrow=regrow, regrow_fraction=0.3, key=0, every=4, scope=scope
@@ -248,7 +252,7 @@ def test_rigl_grows_where_the_gradient_is_largest():
     assert g[grown].min() >= g[others].max()
 
 
-@pytest.mark.parametrize("name", [n for n in OPTIMIZERS if n != "adafactor"])
+@pytest.mark.parametrize("name", thorough_but(3, [n for n in OPTIMIZERS if n != "adafactor"]))
 def test_moments_start_at_zero_where_weights_grow(name):
     tx = sparsify(OPTIMIZERS[name](), 0.5, regrow="rigl", regrow_fraction=0.5, every=4)
     seen = run(tx, 8)

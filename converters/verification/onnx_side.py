@@ -66,7 +66,8 @@ def side(path: Path, external: bool) -> Side:
     def model() -> Model:
         return read.from_onnx(path, external_data=external)
 
-    first = next((n for n in graph.node if inputs[0].name in n.input), None)
+    takers = (n for n in graph.node if inputs[0].name in n.input and n.op_type != "Shape")
+    first = next(takers, None)
     channels_first = first is not None and first.op_type in _SPATIAL and len(shape) > 2
     table: Any = next((weights[n.input[0]] for n in graph.node if n.op_type == "Gather"
                        and n.input[0] in weights), None)  # fmt: skip

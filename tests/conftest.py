@@ -4,7 +4,6 @@ import os
 import shutil
 import sys
 import tempfile
-from importlib.metadata import version
 
 # The thorough run computes as users do: Keras on JAX, and XLA as it comes. The suite has Keras on
 # TensorFlow, an oracle of its own whose operations are compiled already, and XLA's older emitters
@@ -14,7 +13,7 @@ if any(word.removeprefix("-m") == "thorough" for word in sys.argv):
 os.environ.setdefault("KERAS_BACKEND", "jax" if "FWT_THOROUGH" in os.environ else "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-if "FWT_THOROUGH" not in os.environ and tuple(map(int, version("jaxlib").split(".")[:2])) > (0, 8):
+if "FWT_THOROUGH" not in os.environ:
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false".strip()
 

@@ -2,5 +2,6 @@
 
 Enters a Flax model; leaves a file: ``write`` first, then ``trace``, ``primitives`` (a Conv is
 written here) and ``operators`` (layers that ONNX has whole, such as LSTM). Enters a file; leaves
-a model: ``read`` first, ``graph``, ``line``, ``weights``, ``shapes``, ``recurrent``, ``blocks``.
+a model: ``read`` first, then ``graph``, ``line``, ``weights``, ``shapes``
+and others.
 """

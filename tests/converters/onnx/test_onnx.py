@@ -441,6 +441,12 @@ def test_torchs_exporters(tmp_path, name, dynamo):
         close(np.asarray(turned(np.moveaxis(x, 1, -1))), run(path, x))
         assert turned.module.input_shape == (9, 8, 3)
         assert converters.verify(net, path, external_data=True).ok
+        # Some of torch's exporters ask for the input's shape before anything is done with it.
+        proto = onnx.load(path)
+        shape_of = onnx.helper.make_node("Shape", [proto.graph.input[0].name], ["shape of it"])
+        proto.graph.node.insert(0, shape_of)
+        onnx.save(proto, path)
+        assert converters.verify(net, path).ok
 
 
 KERAS_NETS = {

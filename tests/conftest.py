@@ -1,5 +1,6 @@
 """Settings of the whole suite."""
 
+import gc
 import os
 import shutil
 import sys
@@ -25,6 +26,10 @@ import jax
 import pytest
 
 THOROUGH = "FWT_THOROUGH" in os.environ
+
+# Of the many objects that tracing makes, few are in circles: looking for these at each 700th costs
+# a twentieth of the time.
+gc.set_threshold(100_000, 20, 20)
 
 # What one process has compiled, the others of this run need not compile again: in a folder of this
 # run, unless the environment names one that outlives it.

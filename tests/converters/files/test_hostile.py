@@ -518,6 +518,7 @@ def test_orbax_that_grows_or_lies_is_refused(tmp_path):
     refused(tmp_path / "z", "a piece of .* max_bytes", max_bytes=1 << 24)
 
 
+@pytest.mark.thorough
 def test_many_small_things_are_held_to_the_budget(tmp_path):
     many = 3_000_000
     for name, data in {

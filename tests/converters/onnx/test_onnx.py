@@ -470,6 +470,7 @@ KERAS_NETS = {
 }  # fmt: skip
 
 
+@pytest.mark.thorough
 def test_keras_exporter(tmp_path):
     """Keras exports through tf2onnx, on its TensorFlow backend only."""
     listed = ",\n".join(f"{n!r}: ({s}, lambda: [{text}])" for n, (s, text) in KERAS_NETS.items())

@@ -35,7 +35,7 @@ _NON_NEGATIVE = (fl.ReLU, fl.ReLU6, fl.Sigmoid, fl.HardSigmoid, fl.Softmax, fl.E
 _KEEPS_SIGN = (fl.MaxPool, fl.AvgPool, fl.GlobalAvgPool, fl.GlobalMaxPool, fl.Identity, fl.ZeroPad)
 
 
-class Restart(Exception):  # noqa: N818 - no error
+class Restart(Exception):  # noqa: N818 - it is no error, but how the walk starts again
     """The walk learned how the input looks, and starts again with that."""
 
     def __init__(

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import random
 import shutil
 import sys
 import tempfile
@@ -74,6 +75,17 @@ def pytest_collection_modifyitems(items):
             prop = getattr(getattr(item, "obj", None), "is_hypothesis_test", False)
             if prop or item.path.stem in BOTH:
                 item.add_marker(pytest.mark.thorough)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """What draws without a seed of its own draws the same in any order of the tests."""
+    import numpy as np
+
+    random.seed(0)  # which Keras takes its seeds from
+    np.random.seed(0)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)  # a new process draws this seed too
 
 
 # Most of the suite's time is XLA's, on programs that run once, and whose results don't hang on the

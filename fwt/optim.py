@@ -118,7 +118,7 @@ def _difference(old: Any, step: Any, moved: Any, wanted: Any) -> Any:
         )
     if not jnp.issubdtype(old.dtype, jnp.floating):
         return wanted - old
-    wide = jnp.promote_types(old.dtype, jnp.float32)
+    wide = _tree.wide_dtype(old.dtype)
     return wanted.astype(wide) - old.astype(wide)
 
 
@@ -437,7 +437,7 @@ class _Rule:
                 "masks= without a sparsity never change, so regrow, straight_through "
                 "and rewind say nothing: give a sparsity too"
             )
-        self.key = None if key is None else _tree.as_key(key)
+        self.key = None if key is None else _tree.as_key(key, "sparsify")
         self.sparsity, self.where, self.every, self.begin_with = sparsity, where, int(every), masks
         self.straight_through, self.like, self.fraction = straight_through, like, fraction
         self.settings = (scope, pattern, where, like)
@@ -470,6 +470,8 @@ class _Rule:
         given = self.begin_with(params) if callable(self.begin_with) else self.begin_with
         found = {} if given is None else _full(given, params)
         names = list(found) if self.fixed else tree.select(self.where)
+        for path in names:
+            _tree.refuse_scales(path, tree.leaves[path].dtype)
         full = {p: jnp.ones_like(tree.leaves[p], bool) for p in names}
         masks = full | {p: jnp.array(m) for p, m in found.items()}
         return tree.map_all(masks, lambda leaf: jnp.ones((), bool))
@@ -528,7 +530,7 @@ def _inner(score: Any) -> Any:
 
 
 def _sum_dtype(leaf: Any) -> Any:
-    return jnp.promote_types(leaf.dtype, jnp.float32)
+    return _tree.wide_dtype(leaf.dtype)
 
 
 def _hidden(tree: Any, keep: Mapping[str, Any]) -> Any:

@@ -117,7 +117,8 @@ def lsuv(
         return new
     run(new, measured)
     for path, variance in variances.items():
-        if not abs(variance - 1) < 0.02:
+        rounding = float(jnp.finfo(leaves[path].dtype).eps)  # of an 8-bit float, an eighth
+        if not abs(variance - 1) < max(0.02, rounding):
             raise LeafError(
                 f"{path}: its output has variance {float(variance):.3g} after scaling, so it is "
                 "not affine in the kernel (a WeightNorm?): leave it out with where="

@@ -46,7 +46,8 @@ def _noun(function: Callable[..., Any]) -> Score:
 
 
 def _map(function: Callable[..., Any], params: Params, **others: Any) -> Scores:
-    """``function(path, leaf, other leaves...)`` on every floating leaf; the rest stay."""
+    """``function(path, leaf, other leaves...)`` on every floating leaf, in float32 at least, for a
+    product of two small numbers is 0 in half precision; the rest stay."""
     tree = _tree.Tree(params)
     trees = {name: _tree.Tree(other).leaves for name, other in others.items()}
     new = {}
@@ -57,9 +58,14 @@ def _map(function: Callable[..., Any], params: Params, **others: Any) -> Scores:
         for name, leaves in trees.items():
             if path not in leaves:
                 raise LeafError(f"{name}: nothing for {path!r}{_tree.near(path, leaves)}")
-            found.append(jnp.asarray(leaves[path]))
-        new[path] = function(path, jnp.asarray(leaf), *found)
+            found.append(leaves[path])
+        new[path] = function(path, *map(_wide, (leaf, *found)))
     return tree.replace(new)
+
+
+def _wide(x: Any) -> Any:
+    x = jnp.asarray(x)
+    return x.astype(_tree.wide_dtype(x.dtype)) if _tree.is_narrow(x.dtype) else x
 
 
 def _same(path: str, leaf: Any, other: Any, name: str) -> None:

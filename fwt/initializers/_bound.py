@@ -43,8 +43,11 @@ class Bound:
             axes = plain_axes(self.name, tuple(shape))
         dtype = jnp.dtype(dtype)
         _tree.refuse_scales(axes.path, dtype)
+        settings = dict(self.settings)
+        for name in {"value", "val"} & set(settings):
+            _check_holds(dtype, settings[name])
         drawn = jnp.dtype(jnp.float32) if _tree.is_narrow(dtype) else dtype
-        value = self.function(key, tuple(shape), drawn, axes, **dict(self.settings))
+        value = self.function(key, tuple(shape), drawn, axes, **settings)
         return value if drawn == dtype else _tree.rounded(value, dtype)
 
     def at(self, axes: Axes) -> "Bound":
@@ -53,6 +56,24 @@ class Bound:
 
     def __repr__(self) -> str:
         return f"{self.name}({', '.join(f'{n}={v!r}' for n, v in self.settings)})"
+
+
+def _check_holds(dtype: Any, value: Any) -> None:
+    """Raises for a constant that would become another number, but by rounding."""
+    if any(map(is_traced, jax.tree.leaves(value))):
+        return
+    x = np.asarray(value)
+    fits = np.bool_(True)
+    if jnp.issubdtype(dtype, jnp.integer) and x.dtype.kind != "c":
+        info = jnp.iinfo(dtype)
+        fits = (x == np.floor(x)) & (x >= info.min) & (x <= info.max)
+    elif jnp.issubdtype(dtype, jnp.floating) and x.dtype.kind != "c":
+        with np.errstate(over="ignore", invalid="ignore"):
+            there = x.astype(dtype).astype(float)
+        fits = np.isfinite(x) == np.isfinite(there)
+        fits &= np.isnan(x) == np.isnan(there)
+    if not fits.all():
+        raise ValueError(f"{value} is out of what {dtype} can hold")
 
 
 def plain_axes(name: str, shape: tuple[int, ...]) -> Axes:

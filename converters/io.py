@@ -501,11 +501,14 @@ def is_numeric(dtype: np.dtype) -> bool:
 
 
 def as_variables(tree: Any, path: Path) -> dict[str, Any]:
-    """A tree of dicts and arrays as variables: as it is if it has params, else as params."""
+    """A tree of dicts and arrays as variables: as it is if it is one of collections, else as
+    params."""
     _check_leaves(tree, path, (), 0)
     if not isinstance(tree, Mapping):
         raise FileFormatError(f"{path}: expected a tree of arrays, found one array: give it a name")
-    return dict(tree) if isinstance(tree.get("params"), Mapping) else {"params": dict(tree)}
+    told = tree.get("params", tree.get("batch_stats"))
+    named = _tree.is_variables(tree) and isinstance(told, Mapping)
+    return dict(_tree.as_variables(tree)) if named else {"params": dict(tree)}
 
 
 def _check_leaves(node: Any, path: Path, place: tuple[str, ...], depth: int) -> None:

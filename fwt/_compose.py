@@ -6,7 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from fwt import _tree
-from fwt._types import LeafError, Params, Transform, Where
+from fwt._types import (
+    LeafError,
+    Params,
+    Transform,
+    Where,
+    wants_statistics,
+    with_statistics,
+)
 
 
 def chain(*transforms: Transform) -> Transform:
@@ -35,7 +42,7 @@ def chain(*transforms: Transform) -> Transform:
             params = t(params)
         return params
 
-    return apply
+    return with_statistics(apply, transforms)
 
 
 def at(where: Where, transform: Transform) -> Transform:
@@ -64,12 +71,12 @@ def at(where: Where, transform: Transform) -> Transform:
     """
 
     def apply(params: Params) -> Params:
-        tree = _tree.Tree(params)
+        tree = _tree.Tree(params, wants_statistics(transform))
         kept = tree.select(where)
         hide = {
             p: _tree.Unselected(x.shape, x.dtype) for p, x in tree.leaves.items() if p not in kept
         }
-        new = _tree.Tree(transform(tree.replace(hide))).leaves
+        new = _tree.Tree(transform(tree.replace(hide)), wants_statistics(transform)).leaves
         if set(new) != set(kept):
             changed = sorted(set(new) ^ set(kept))[0]
             raise LeafError(
@@ -78,7 +85,7 @@ def at(where: Where, transform: Transform) -> Transform:
             )
         return tree.replace(new)
 
-    return apply
+    return with_statistics(apply, [transform])
 
 
 def straight_through(transform: Transform) -> Transform:
@@ -106,8 +113,8 @@ def straight_through(transform: Transform) -> Transform:
     """
 
     def apply(params: Params) -> Params:
-        tree = _tree.Tree(params)
-        new = _tree.Tree(transform(params)).leaves
+        tree = _tree.Tree(params, wants_statistics(transform))
+        new = _tree.Tree(transform(params), wants_statistics(transform)).leaves
         if set(new) != set(tree.leaves):
             raise LeafError("straight_through: the transform must keep the tree as it is")
         through = {}
@@ -123,7 +130,7 @@ def straight_through(transform: Transform) -> Transform:
             through[path] = value
         return tree.replace(through)
 
-    return apply
+    return with_statistics(apply, [transform])
 
 
 @jax.custom_jvp

@@ -16,7 +16,7 @@ class Change:
     path: str
     what: str
     count: int | None = None
-    largest: float | None = None
+    largest: float | None = None  # of integers an int, which holds it exactly
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +61,18 @@ def _change(path: str, a: Any, b: Any) -> Change | None:
     differs = np.any(np.not_equal(*bits), axis=1)
     if not differs.any():
         return None
-    wide = complex if a.dtype.kind == "c" else float
+    return Change(path, "other values", int(differs.sum()), _largest(x[differs], y[differs]))
+
+
+def _largest(x: np.ndarray, y: np.ndarray) -> float:
+    """The largest gap between two arrays."""
+    if x.dtype.kind in "iu":  # a gap may need one bit more than they have
+        high, low = (f(x, y).astype(np.uint64) for f in (np.maximum, np.minimum))
+        return int(np.max(high - low))
+    wide = complex if x.dtype.kind == "c" else float
     with np.errstate(invalid="ignore", over="ignore"):
-        gaps = np.abs(x[differs].astype(wide) - y[differs].astype(wide))
-    largest = float("nan") if np.isnan(gaps).all() else float(np.nanmax(gaps))
-    return Change(path, "other values", int(differs.sum()), largest)
+        gaps = np.abs(x.astype(wide) - y.astype(wide))
+    return float("nan") if np.isnan(gaps).all() else float(np.nanmax(gaps))
 
 
 def _layers(a: Any, b: Any, inside: str = "") -> list[str]:

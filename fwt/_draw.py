@@ -15,6 +15,7 @@ def drawn(
     tree: _tree.Tree,
     names: list[str],
     key: Any,
+    purpose: _tree.Purpose,
     dtype: Any,
     choose: Callable[[str, tuple[int, ...]], tuple[Any, str]],
 ) -> Params:
@@ -24,16 +25,17 @@ def drawn(
         tree: the tree.
         names: the paths of the leaves.
         key: a JAX key, or an int seed.
+        purpose: what the verb is, so that another one draws other numbers from the same key.
         dtype: of the new values, or None.
         choose: gives the initializer of a leaf, and the path that its key is folded from.
     """
-    base = _tree.as_key(key)
-    specs, keys = [], []
+    specs, roots = [], []
     for path in names:
         leaf = _target(path, tree.leaves[path], dtype)
         initializer, root = choose(path, tuple(leaf.shape))
         specs.append((initializer, leaf.shape, leaf.dtype, path))
-        keys.append(_tree.fold_path(base, root))
+        roots.append(root)
+    keys = _tree.leaf_keys(key, purpose, roots)
     # A user's own function may depend on more than its arguments: it is not compiled by us.
     ours = all(isinstance(s[0], initializers.Bound) and hashes(s[0]) for s in specs)
     new = (_draw_compiled if ours else _draw)(tuple(specs), keys)
@@ -43,6 +45,7 @@ def drawn(
 def _target(path: str, leaf: Any, dtype: Any) -> jax.ShapeDtypeStruct:
     wanted = jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(dtype) if dtype is not None else leaf.dtype)
     _tree.refuse_64(path, wanted)
+    _tree.refuse_scales(path, wanted.dtype)
     return wanted
 
 
@@ -64,8 +67,11 @@ def fitted(chosen: Any, axes: _axes.Axes) -> Any:
 def _draw(specs: Any, keys: Any) -> list[Any]:
     new = []
     for (init, shape, dtype, path), key in zip(specs, keys, strict=True):
+        # JAX's own, drawn in half precision, have few distinct values and many exact zeros.
+        jaxs = initializers.is_jaxs(init) and _tree.is_narrow(dtype)
+        asked = jnp.dtype(jnp.float32) if jaxs else dtype
         try:
-            value = init(key, shape, dtype)
+            value = init(key, shape, asked)
         except (ArithmeticError, TypeError, ValueError) as error:
             if isinstance(error, FwtError):
                 raise
@@ -75,12 +81,12 @@ def _draw(specs: Any, keys: Any) -> list[Any]:
                 f"{path}: the initializer returned {value!r} instead of an array; a factory must "
                 "be called first, such as jax.nn.initializers.he_normal()"
             )
-        if value.shape != shape or value.dtype != dtype:
+        if value.shape != shape or value.dtype != asked:
             raise LeafError(
-                f"{path}: expected {dtype}{list(shape)} from the initializer, found "
+                f"{path}: expected {asked}{list(shape)} from the initializer, found "
                 f"{value.dtype}{list(value.shape)}"
             )
-        new.append(value)
+        new.append(_tree.rounded(value, dtype) if jaxs else value)
     return new
 
 

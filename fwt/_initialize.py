@@ -21,7 +21,9 @@ def initialize(
 ) -> Transform:
     """Gives leaves new values from an initializer.
 
-    Each leaf's key is folded from its path, so that adding a layer changes no other.
+    Each leaf's key is folded from its path, so that adding a layer changes no other, and from what
+    the verb is, so that one seed serves all verbs. Values are drawn in float32 at least and rounded
+    to the leaf's dtype.
 
     Args:
         initializer: one of ``fwt.initializers``, or any ``(key, shape, dtype) -> array``. Ours
@@ -62,7 +64,7 @@ def initialize(
         def choose(path: str, shape: tuple[int, ...]) -> tuple[Any, str]:
             return _draw.fitted(chosen, _axes.axes_of(path, shape, tree.module, axes)), path
 
-        return _draw.drawn(tree, names, key, dtype, choose)
+        return _draw.drawn(tree, names, key, "initialize", dtype, choose)
 
     return apply
 

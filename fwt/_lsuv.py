@@ -67,7 +67,7 @@ def lsuv(
     def choose(path: str, shape: tuple[int, ...]) -> tuple[Any, str]:
         return initializers.orthogonal().at(_axes.axes_of(path, shape, module, axes)), path
 
-    start = _draw.drawn(tree, names, key, None, choose)
+    start = _draw.drawn(tree, names, key, "lsuv", None, choose)
     traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((variables, batch, key)))
     scales: dict[str, Any] = {}
     variances: dict[str, Any] = {}
@@ -87,7 +87,7 @@ def lsuv(
     def scaled(path: str, layer: Any, out: Any) -> Any:
         bias = layer.get_variable("params", "bias")
         shift = 0.0 if bias is None else jnp.asarray(bias, out.dtype)
-        signal = (out - shift).astype(jnp.promote_types(out.dtype, jnp.float32))
+        signal = (out - shift).astype(_tree.wide_dtype(out.dtype))
         if path not in scales:
             if isinstance(out, jax.core.Tracer) and not traced:
                 raise LeafError(
@@ -98,7 +98,7 @@ def lsuv(
         return (signal * scales[path] + shift).astype(out.dtype)
 
     def measured(path: str, layer: Any, out: Any) -> Any:
-        variances.setdefault(path, jnp.var(out.astype(jnp.promote_types(out.dtype, jnp.float32))))
+        variances.setdefault(path, jnp.var(out.astype(_tree.wide_dtype(out.dtype))))
         return out
 
     run(start, scaled)
@@ -108,13 +108,17 @@ def lsuv(
             f"{missing[0]}: no layer with this kernel ran on the batch; leave it out with where="
         )
     leaves = _tree.Tree(start).leaves
-    changed = {p: (leaves[p] * s).astype(leaves[p].dtype) for p, s in scales.items()}
+    changed = {
+        p: _tree.rounded(leaves[p].astype(_tree.wide_dtype(leaves[p].dtype)) * s, leaves[p].dtype)
+        for p, s in scales.items()
+    }
     new = _tree.Tree(start).replace(changed)
     if traced:
         return new
     run(new, measured)
     for path, variance in variances.items():
-        if not abs(variance - 1) < 0.02:
+        rounding = float(jnp.finfo(leaves[path].dtype).eps)  # of an 8-bit float, an eighth
+        if not abs(variance - 1) < max(0.02, rounding):
             raise LeafError(
                 f"{path}: its output has variance {float(variance):.3g} after scaling, so it is "
                 "not affine in the kernel (a WeightNorm?): leave it out with where="

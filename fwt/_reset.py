@@ -9,10 +9,11 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fwt import _axes, _draw, _tree, initializers
 from fwt._sequential import Sequential
-from fwt._types import FwtError, LeafError, Params, Transform, Where, hashes
+from fwt._types import FwtError, LeafError, Params, Transform, Where, hashes, with_statistics
 from fwt.initializers import keras, torch
 from fwt.initializers._bound import Bound, as_matrix, bound
 
@@ -42,6 +43,13 @@ _CELLS = {
     "simple": ("", {"i", "h"}),
 }
 _ATTENTION = {"query", "key", "value"}
+# What a norm starts its running statistics at, by the names of each framework. Those of Flax are
+# told by where they stand alone, for params may be named so too.
+_STATISTICS = {
+    **dict.fromkeys(("running_mean", "moving_mean", "num_batches_tracked"), 0.0),
+    **dict.fromkeys(("running_var", "moving_variance"), 1.0),
+}
+_FLAX_STATISTICS = {"mean": 0.0, "var": 1.0}
 
 
 def reset(
@@ -61,16 +69,23 @@ def reset(
     are known; any other leaf is refused. The values are those of the class by default, whatever
     initializers a live layer was given. Where torch holds two biases and the leaf is their sum,
     it gets the sum of two draws; where Keras draws one orthogonal matrix for all gates of a cell,
-    each gate gets its part of it. Statistics (``batch_stats``) are not touched.
+    each gate gets its part of it. Values are drawn in float32 at least and rounded to the leaf's
+    dtype.
+
+    The running statistics of norms (the ``batch_stats`` of a Model or a variables dict, those of a
+    live model) start anew as well: means and counters are 0, variances 1. Of the statistics of a
+    Normalization, which are of the data and no training step changes, nothing is touched.
 
     Args:
-        key: a JAX key, or an int seed; each leaf's is folded from its path.
+        key: a JAX key, or an int seed; each leaf's is folded from its path, and from what the
+            verb is, so that one seed serves all verbs.
         like: "keras", "torch" or "flax".
-        where: which leaves; all unless told otherwise.
+        where: which leaves; all unless told otherwise. A statistic stands under the path of its
+            layer, such as ``norm/mean``.
         module: a :class:`fwt.Sequential`, whose layers tell more than names; with "flax" their
             own initializers (``kernel_init``) are used. A Model brings its own.
         axes: ``{glob: names}`` for leaves whose axes nothing else tells.
-        dtype: the dtype of the new values; None keeps each leaf's own.
+        dtype: the dtype of the new values; None keeps each leaf's own. Statistics keep theirs.
 
     Returns:
         A transform that keeps every shape.
@@ -98,10 +113,12 @@ def reset(
         )
 
     def apply(params: Params) -> Params:
-        tree = _tree.Tree(params)
+        tree = _tree.Tree(params, statistics=True)
         names = tree.select(where)
         _axes.check_used(axes, names)
         view = _View(tree, module if module is not None else tree.module, axes)
+        start = {p: view.leaf(p, tuple(tree.leaves[p].shape)).statistic for p in names}
+        known = {p: _filled(tree.leaves[p], s) for p, s in start.items() if s is not None}
 
         def choose(path: str, shape: tuple[int, ...]) -> tuple[Any, str]:
             leaf = view.leaf(path, shape)
@@ -115,9 +132,18 @@ def reset(
                 made = bound(_padded, make=made, index=index)
             return made, root
 
-        return _draw.drawn(tree, names, key, dtype, choose)
+        drawn = [p for p, s in start.items() if s is None and not view.is_of_data(p)]
+        done = _draw.drawn(tree, drawn, key, "reset", dtype, choose)
+        return _tree.Tree(done, statistics=True).replace(known) if known else done
 
-    return apply
+    return with_statistics(apply)
+
+
+def _filled(leaf: Any, value: float) -> Any:
+    """A statistic at its start; a counter of 64 bits stays one."""
+    new = np.full(leaf.shape, value, leaf.dtype)
+    numpys = isinstance(leaf, np.ndarray | np.generic) or _tree.cut_by_jax(leaf.dtype)
+    return new if numpys else jnp.asarray(new)
 
 
 @dataclasses.dataclass
@@ -186,6 +212,14 @@ class _Leaf:
         return ""
 
     @property
+    def statistic(self) -> float | None:
+        """What a norm starts it at, if it is a running statistic of one."""
+        if not {"var", "running_var", "moving_variance"} & set(self.beside):
+            return None
+        apart = _FLAX_STATISTICS if self.path in self.view.statistics else {}
+        return (_STATISTICS | apart).get(self.name)
+
+    @property
     def is_norm(self) -> bool:
         if self.known.layer:
             return "Norm" in self.known.layer
@@ -223,7 +257,7 @@ class _View:
 
     def __init__(self, tree: _tree.Tree, module: Any, axes: Mapping[str, str] | None):
         self.shapes = {p: tuple(x.shape) for p, x in (tree.leaves | tree.hidden).items()}
-        self.module, self.axes = module, axes
+        self.module, self.axes, self.statistics = module, axes, tree.statistics
         self._below: dict[str, dict[str, tuple[int, ...]]] = {}
         self._layers: dict[str, set[str]] = {}
         for path, shape in self.shapes.items():
@@ -237,6 +271,10 @@ class _View:
 
     def raw(self, path: str) -> set[str]:
         return self.names("/".join(_tree.split(path)[:-1]))
+
+    def is_of_data(self, path: str) -> bool:
+        """Whether it is a statistic of the data that a Normalization holds."""
+        return path in self.statistics and {"mean", "variance"} <= self.raw(path)
 
     def axes_of(self, path: str, shape: tuple[int, ...]) -> _axes.Axes:
         return _axes.axes_of(path, shape, self.module, self.axes)

@@ -121,7 +121,7 @@ def summary(params: Params) -> Summary:
         }
     lines = [_line(path, leaf, layers, "") for path, leaf in tree.leaves.items()]
     variables = params.variables if isinstance(params, Model) else params
-    if isinstance(variables, Mapping) and "params" in variables:
+    if _tree.is_variables(variables):
         for collection in variables:
             if collection != "params":
                 found = _tree.Tree({"params": variables[collection]}).leaves

@@ -6,13 +6,16 @@ import hashlib
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fwt._types import Array, FwtError, LeafError, Model, Params, Where, WhereError
+
+Purpose = Literal["initialize", "lsuv", "prune", "random", "regrow", "reset", "sparsify"]
+"""What a key is used for: draws for two purposes are independent, be their seeds the same."""
 
 
 @jax.tree_util.register_pytree_node_class
@@ -83,10 +86,11 @@ class Tree:
     """The array leaves of ``params`` in path order, and the way back.
 
     A Model stands for its variables and a variables dict for its ``params``; nnx's ``.value`` is
-    no part of a path.
+    no part of a path. With ``statistics`` the ``batch_stats`` of a variables dict are leaves too,
+    under the paths of their layers, and ``statistics`` says which leaves they are.
     """
 
-    def __init__(self, params: Params):
+    def __init__(self, params: Params, statistics: bool = False):
         self.module = params.module if isinstance(params, Model) else None
         keyed, self._treedef = jax.tree_util.tree_flatten_with_path(
             params, is_leaf=lambda x: isinstance(x, Unselected)
@@ -96,25 +100,31 @@ class Tree:
         root = params
         if isinstance(params, Model):
             root, strip = params.variables, 1
-        scoped = isinstance(params, Model) or (isinstance(root, Mapping) and "params" in root)
+        scoped = isinstance(params, Model) or is_variables(root)
+        shown = ("params", "batch_stats") if statistics else ("params",)
         variables = _nnx_variables(params)
         places: dict[str, int] = {}
+        self.statistics: set[str] = set()
         for index, (keys, leaf) in enumerate(keyed):
             if not (is_array(leaf) or isinstance(leaf, Unselected)):
                 continue
-            rest = keys[strip:]
+            collection, rest = "params", keys[strip:]
             if scoped:
-                if not rest or _part(rest[0]) != "params":
+                if not rest or _part(rest[0]) not in shown:
                     continue
-                rest = rest[1:]
+                collection, rest = _part(rest[0]), rest[1:]
             depth = next((d for d in range(len(keys)) if keys[:d] in variables), None)
             if depth is not None:
                 cut = depth - (len(keys) - len(rest))
                 rest = rest[:cut] + rest[cut + 1 :]
+                if statistics and variables[keys[:depth]]:
+                    collection = "batch_stats"
             path = "/".join(escape(_part(k)) for k in rest)
             if path in places:
                 raise LeafError(f"two leaves have the same path {path!r}: rename one of the keys")
             places[path] = index
+            if collection == "batch_stats":
+                self.statistics.add(path)
         self._places = places
         order = sorted(places, key=natural)
         seen = {p: self._all[places[p]] for p in order}
@@ -147,7 +157,7 @@ class Tree:
             p: jax.ShapeDtypeStruct(x.shape, x.dtype)
             for p, x in (self.leaves | self.hidden).items()
         }
-        chosen = _resolve(where, shapes, self.module)
+        chosen = _resolve(where, shapes, self.module, self.statistics)
         found = [p for p in self.leaves if p in chosen]
         if not found:
             raise WhereError(_nothing(where, self.leaves, self.hidden, chosen))
@@ -176,15 +186,32 @@ class Tree:
         return chosen
 
 
-def _nnx_variables(params: Params) -> set[tuple[Any, ...]]:
-    """The key paths of nnx Variables, known only if somebody imported nnx."""
+def is_variables(tree: Any) -> bool:
+    """Whether a tree is a variables dict: one of collections, params or statistics alone."""
+    return isinstance(tree, Mapping) and ("params" in tree or set(tree) == {"batch_stats"})
+
+
+def as_variables(tree: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A variables dict with params, from one or from the tree of its params."""
+    if not is_variables(tree):
+        return {"params": tree}
+    return tree if "params" in tree else {"params": {}, **tree}
+
+
+def _nnx_variables(params: Params) -> dict[tuple[Any, ...], bool]:
+    """The key paths of nnx Variables, known only if somebody imported nnx; and whether each is a
+    statistic."""
     nnx = sys.modules.get("flax.nnx")
     if nnx is None:
-        return set()
+        return {}
     keyed, _ = jax.tree_util.tree_flatten_with_path(
         params, is_leaf=lambda x: isinstance(x, nnx.Variable)
     )
-    return {tuple(keys) for keys, leaf in keyed if isinstance(leaf, nnx.Variable)}
+    return {
+        tuple(keys): isinstance(leaf, nnx.BatchStat)
+        for keys, leaf in keyed
+        if isinstance(leaf, nnx.Variable)
+    }
 
 
 _ANY = r"\\[\s\S]|[^\\/]"  # one character of a part, which may be escaped
@@ -236,7 +263,9 @@ def matches(pattern: str, path: str) -> bool:
     return _glob(pattern).fullmatch(path + "/") is not None
 
 
-def _resolve(where: Where, shapes: Mapping[str, jax.ShapeDtypeStruct], module: Any) -> set[str]:
+def _resolve(
+    where: Where, shapes: Mapping[str, jax.ShapeDtypeStruct], module: Any, statistics: set[str]
+) -> set[str]:
     if isinstance(where, str):
         return {p for p in shapes if matches(where, p)}
     if isinstance(where, list | tuple | set | frozenset) and all(isinstance(w, str) for w in where):
@@ -259,10 +288,10 @@ def _resolve(where: Where, shapes: Mapping[str, jax.ShapeDtypeStruct], module: A
                     f"(path, ShapeDtypeStruct), but returned {answer!r} for {path!r}"
                 )
         return {p for p, answer in answers.items() if answer}
-    return _from_bools(where, shapes)
+    return _from_bools(where, shapes, statistics)
 
 
-def _from_bools(where: Any, shapes: Mapping[str, Any]) -> set[str]:
+def _from_bools(where: Any, shapes: Mapping[str, Any], statistics: set[str]) -> set[str]:
     def as_array(leaf: Any) -> np.ndarray:
         if isinstance(leaf, jax.core.Tracer) or np.shape(leaf) != ():
             raise WhereError(
@@ -279,14 +308,22 @@ def _from_bools(where: Any, shapes: Mapping[str, Any]) -> set[str]:
         return np.asarray(leaf)
 
     # An entry speaks for its leaf or for all leaves below it.
-    wanted = {p: bool(x) for p, x in Tree(jax.tree.map(as_array, where)).leaves.items()}
+    bools = jax.tree.map(as_array, where)
+    wanted = Tree(bools).leaves
+    collections = bools.variables if isinstance(bools, Model) else bools
+    apart = wanted  # what speaks for statistics
+    if statistics and is_variables(collections):
+        apart = Tree({"params": collections.get("batch_stats", {})}).leaves
 
     def answer(path: str) -> bool:
+        told = apart if path in statistics else wanted
         parts = split(path)
         for depth in range(len(parts), -1, -1):
             prefix = "/".join(parts[:depth])
-            if prefix in wanted:
-                return wanted[prefix]
+            if prefix in told:
+                return bool(told[prefix])
+        if path in statistics:
+            return False
         raise WhereError(f"the tree of bools given as where= says nothing of {path!r}")
 
     return {p for p in shapes if answer(p)}
@@ -336,13 +373,15 @@ def computable(path: str, leaf: Any, dtype: Any = None) -> Any:
     """The leaf as something that JAX computes on without changing its dtype.
 
     Raises:
-        LeafError: for a 64-bit leaf without x64, which JAX would silently make 32-bit.
+        LeafError: for a 64-bit leaf without x64, which JAX would silently make 32-bit, and for
+            scales, which are no weights.
     """
     if dtype is not None:
         leaf = leaf.astype(jnp.dtype(dtype))
     if isinstance(leaf, jax.ShapeDtypeStruct):
         raise LeafError(f"{path} is a shape without values: use jax.eval_shape for a dry run")
     refuse_64(path, leaf)
+    refuse_scales(path, leaf.dtype)
     return leaf
 
 
@@ -361,8 +400,51 @@ def refuse_64(path: str, leaf: Any) -> None:
         )
 
 
-def as_key(key: Any) -> Any:
-    """One JAX key, from a key or an int seed."""
+def refuse_scales(path: str, dtype: Any) -> None:
+    """Raises for the one float that has neither zero nor sign: a new value would be a NaN there."""
+    if np.dtype(dtype).name == "float8_e8m0fnu":
+        raise LeafError(
+            f"{path} is float8_e8m0fnu, which holds powers of two alone, no zero and no sign: it "
+            "is the scale of other weights; leave it out with where=, or, on a tree, give "
+            "dtype='float32'"
+        )
+
+
+def wide_dtype(dtype: Any) -> Any:
+    """The dtype to compute in: float32 at least."""
+    narrow = np.dtype(dtype).itemsize < 4  # of which not all promote by themselves
+    return jnp.dtype(jnp.float32 if narrow else jnp.promote_types(dtype, jnp.float32))
+
+
+def is_narrow(dtype: Any) -> bool:
+    """Whether it is a float of fewer than 32 bits."""
+    return jnp.issubdtype(dtype, jnp.floating) and np.dtype(dtype).itemsize < 4
+
+
+def rounded(x: Any, dtype: Any) -> Any:
+    """``x`` in another dtype. A finite number that is too large for an 8-bit float becomes its
+    largest, for most of them have a NaN in the place of infinity."""
+    if jnp.issubdtype(dtype, jnp.floating) and np.dtype(dtype).itemsize == 1:
+        info = jnp.finfo(dtype)
+        most, least = float(info.max), float(info.smallest_subnormal)
+        x = jnp.where(jnp.isfinite(x), jnp.clip(x, -most, most), x)
+        if np.dtype(dtype).name.endswith("fnuz"):  # some XLA makes the NaN of "-0" of -least / 4
+            x = jnp.where(jnp.abs(x) <= least / 2, 0, x)
+    return x.astype(dtype)
+
+
+def as_key(key: Any, purpose: Purpose) -> Any:
+    """A key for one purpose, from a JAX key or an int seed."""
+    return _folded(_one_key(key), f"purpose {purpose}")
+
+
+def leaf_keys(key: Any, purpose: Purpose, paths: Iterable[str]) -> list[Any]:
+    """A key for each leaf, from its path: other leaves don't matter."""
+    base = as_key(key, purpose)
+    return [_folded(base, path) for path in paths]
+
+
+def _one_key(key: Any) -> Any:
     if isinstance(key, int | np.integer) and not isinstance(key, bool):
         if not -(1 << 31) <= key < 1 << 32:
             raise FwtError(f"an int seed has 32 bits, found {key}; make a jax.random.key of it")
@@ -374,9 +456,9 @@ def as_key(key: Any) -> Any:
     raise FwtError(f"key must be one JAX key or an int seed, found {key!r:.80}")
 
 
-def fold_path(key: Array, path: str) -> Array:
-    """A key for one leaf, from 64 bits of the SHA-256 of its path: other leaves don't matter."""
-    digest = hashlib.sha256(path.encode()).digest()
+def _folded(key: Array, text: str) -> Array:
+    """The key with 64 bits of the SHA-256 of a text in it."""
+    digest = hashlib.sha256(text.encode()).digest()
     for start in (0, 4):
         key = jax.random.fold_in(key, int.from_bytes(digest[start : start + 4], "big"))
     return key

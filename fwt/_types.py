@@ -57,6 +57,18 @@ def noun(factory: Callable[..., Any]) -> Callable[..., Any]:
     return factory
 
 
+def with_statistics(transform: Transform, of: Sequence[Any] | None = None) -> Transform:
+    """Marks a transform that gives statistics new values too; one made of others, if one of them
+    does. Who runs a transform hides statistics from those that are not marked."""
+    if of is None or any(map(wants_statistics, of)):
+        transform.__dict__["__fwt_statistics__"] = True
+    return transform
+
+
+def wants_statistics(transform: Any) -> bool:
+    return getattr(transform, "__fwt_statistics__", False) is True
+
+
 def resolve(x: Any) -> Any:
     """A noun that was written bare, called."""
     return x() if getattr(x, "__fwt_noun__", False) else x

@@ -10,7 +10,7 @@ import optax
 from jax import lax
 
 from fwt import _again, _axes, _tree, constraints, patterns, scores
-from fwt._types import FwtError, Masks, Params, Score, Transform, Where, resolve
+from fwt._types import FwtError, LeafError, Masks, Params, Score, Transform, Where, resolve
 from fwt.pruning import plan as _plan
 from fwt.pruning.scope import Like, Scope
 
@@ -90,6 +90,7 @@ def constrain(
         if params is None:
             raise FwtError("constrain needs the weights: call tx.update(grads, state, params)")
         steps, state = inner.update(updates, state, params, **extra)
+        _check_addable(params, steps)
         moved = optax.apply_updates(params, steps)
         wanted = transform(moved)
         found: Any = jax.tree.structure(wanted)
@@ -107,10 +108,27 @@ def constrain(
 constrain.__dict__["static_args"] = ("tx", "transform")
 
 
+def _check_addable(params: Any, steps: Any) -> None:
+    """JAX adds to an 8-bit float nothing but its own dtype, in which no step is exact."""
+    moved = _tree.Tree(steps).leaves
+    for path, leaf in _tree.Tree(params).leaves.items():
+        tiny = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize == 1
+        if tiny and path in moved and moved[path].dtype != leaf.dtype:
+            raise LeafError(
+                f"{path} is {leaf.dtype}, to which optax can't add an update of "
+                f"{moved[path].dtype}: train in float32 or bfloat16, and round afterwards"
+            )
+
+
 def _difference(old: Any, step: Any, moved: Any, wanted: Any) -> Any:
     if wanted is moved:
         return step
     old, wanted = jnp.asarray(old), jnp.asarray(wanted)
+    if jnp.issubdtype(old.dtype, jnp.floating) and old.dtype.itemsize == 1:
+        raise FwtError(
+            f"no update of {old.dtype} lands where it should: train in float32 or bfloat16, and "
+            "round afterwards"
+        )
     if wanted.shape != old.shape or wanted.dtype != old.dtype:
         raise FwtError(
             f"constrain: the transform must keep shape and dtype, expected "
@@ -118,7 +136,7 @@ def _difference(old: Any, step: Any, moved: Any, wanted: Any) -> Any:
         )
     if not jnp.issubdtype(old.dtype, jnp.floating):
         return wanted - old
-    wide = jnp.promote_types(old.dtype, jnp.float32)
+    wide = _tree.wide_dtype(old.dtype)
     return wanted.astype(wide) - old.astype(wide)
 
 
@@ -272,6 +290,7 @@ def sparsify(
 
         def step() -> tuple[dict[str, Any], Any, Any]:
             steps, new = inner.update(grads, before, weights, **extra)
+            _check_addable(weights, steps)
             moved = _tree.Tree(steps).leaves
             return {p: moved[p] for p in old}, new, steps
 
@@ -437,7 +456,7 @@ class _Rule:
                 "masks= without a sparsity never change, so regrow, straight_through "
                 "and rewind say nothing: give a sparsity too"
             )
-        self.key = None if key is None else _tree.as_key(key)
+        self.key = None if key is None else _tree.as_key(key, "sparsify")
         self.sparsity, self.where, self.every, self.begin_with = sparsity, where, int(every), masks
         self.straight_through, self.like, self.fraction = straight_through, like, fraction
         self.settings = (scope, pattern, where, like)
@@ -470,6 +489,8 @@ class _Rule:
         given = self.begin_with(params) if callable(self.begin_with) else self.begin_with
         found = {} if given is None else _full(given, params)
         names = list(found) if self.fixed else tree.select(self.where)
+        for path in names:
+            _tree.refuse_scales(path, tree.leaves[path].dtype)
         full = {p: jnp.ones_like(tree.leaves[p], bool) for p in names}
         masks = full | {p: jnp.array(m) for p, m in found.items()}
         return tree.map_all(masks, lambda leaf: jnp.ones((), bool))
@@ -528,7 +549,7 @@ def _inner(score: Any) -> Any:
 
 
 def _sum_dtype(leaf: Any) -> Any:
-    return jnp.promote_types(leaf.dtype, jnp.float32)
+    return _tree.wide_dtype(leaf.dtype)
 
 
 def _hidden(tree: Any, keep: Mapping[str, Any]) -> Any:

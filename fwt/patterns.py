@@ -30,7 +30,7 @@ class Windows:
     def pooled(self, worth: Array) -> Array:
         """One worth a window, in float32 or wider; a NaN makes its window NaN."""
         shape, inner = self._split(worth)
-        x = worth.astype(jnp.promote_types(worth.dtype, jnp.float32)).reshape(shape)
+        x = worth.astype(_tree.wide_dtype(worth.dtype)).reshape(shape)
         if self.pool == "max":
             return jnp.max(x, inner)
         if self.pool == "l2":

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from fwt import _tree
 from fwt._types import FwtError, LeafError, Model, Params, Score, Scores
+from fwt.selection.keys import magnitude_key
 
 __all__ = [
     "fisher",
@@ -45,7 +46,8 @@ def _noun(function: Callable[..., Any]) -> Score:
 
 
 def _map(function: Callable[..., Any], params: Params, **others: Any) -> Scores:
-    """``function(path, leaf, other leaves...)`` on every floating leaf; the rest stay."""
+    """``function(path, leaf, other leaves...)`` on every floating leaf, in float32 at least, for a
+    product of two small numbers is 0 in half precision; the rest stay."""
     tree = _tree.Tree(params)
     trees = {name: _tree.Tree(other).leaves for name, other in others.items()}
     new = {}
@@ -56,9 +58,14 @@ def _map(function: Callable[..., Any], params: Params, **others: Any) -> Scores:
         for name, leaves in trees.items():
             if path not in leaves:
                 raise LeafError(f"{name}: nothing for {path!r}{_tree.near(path, leaves)}")
-            found.append(jnp.asarray(leaves[path]))
-        new[path] = function(path, jnp.asarray(leaf), *found)
+            found.append(leaves[path])
+        new[path] = function(path, *map(_wide, (leaf, *found)))
     return tree.replace(new)
+
+
+def _wide(x: Any) -> Any:
+    x = jnp.asarray(x)
+    return x.astype(_tree.wide_dtype(x.dtype)) if _tree.is_narrow(x.dtype) else x
 
 
 def _same(path: str, leaf: Any, other: Any, name: str) -> None:
@@ -84,7 +91,7 @@ def magnitude(params: Params) -> Scores:
             or called.
 
     Returns:
-        The same tree of absolute values.
+        The same tree of absolute values; those of signed integers are unsigned.
 
     Example:
         >>> import numpy as np
@@ -93,12 +100,20 @@ def magnitude(params: Params) -> Scores:
     """
     tree = _tree.Tree(params)
     kept = {p: x for p, x in tree.leaves.items() if not _tree.cut_by_jax(x.dtype)}
-    return tree.replace({p: jnp.abs(x) for p, x in kept.items()})
+    return tree.replace({p: _absolute(x) for p, x in kept.items()})
+
+
+def _absolute(x: Any) -> Any:
+    """``|x|``; that of a signed integer is unsigned, for ``|-128|`` is no int8."""
+    if not jnp.issubdtype(x.dtype, jnp.signedinteger):
+        return jnp.abs(x)
+    return magnitude_key(x).astype(f"u{x.dtype.name}")
 
 
 @_noun
 def random(params: Params, *, key: Any) -> Scores:
-    """Uniform random numbers, from a key folded for each leaf from its path.
+    """Uniform random numbers, from a key folded for each leaf from its path, which are those of no
+    other function of fwt: one seed may serve for the weights and for what is pruned of them.
 
     Args:
         params: any pytree of arrays.
@@ -113,13 +128,10 @@ def random(params: Params, *, key: Any) -> Scores:
         >>> float(fwt.prune(0.3, random, key=0)(params)["dense"]["kernel"].sum())
         70.0
     """
-    base, tree = _tree.as_key(key), _tree.Tree(params)
-    return tree.replace(
-        {
-            path: jax.random.uniform(_tree.fold_path(base, path), leaf.shape, jnp.float32)
-            for path, leaf in tree.leaves.items()
-        }
-    )
+    tree = _tree.Tree(params)
+    keys = _tree.leaf_keys(key, "random", tree.leaves)
+    pairs = zip(keys, tree.leaves.items(), strict=True)
+    return tree.replace({p: jax.random.uniform(k, x.shape, jnp.float32) for k, (p, x) in pairs})
 
 
 @_noun
@@ -356,7 +368,7 @@ def _variables(name: str, module: Any, params: Params, collections: Mapping[str,
         raise FwtError(f"{name} takes a Flax module, found {module!r}")
     if isinstance(params, Model):
         params = params.variables
-    if isinstance(params, Mapping) and "params" in params:
+    if _tree.is_variables(params):
         return {**params, **collections}
     return {"params": params, **collections}
 
@@ -397,7 +409,7 @@ def synflow(module: Any, input_shape: Any = None, **collections: Any) -> Score:
     def score(params: Params) -> Scores:
         variables = _variables("synflow", module, params, collections)
         tree = _tree.Tree(params)
-        positive = jax.tree.map(jnp.abs, variables)
+        positive = jax.tree.map(_absolute, variables)
         weights = _tree.Tree(positive)
         moving = {p: x for p, x in weights.leaves.items() if _differentiable(x)}
 
@@ -490,7 +502,7 @@ def _squared_inputs(layer: Any, x: Any, shape: Any) -> Any:
     """For each weight of a linear layer, the sum of the squares of the inputs that it meets: the
     derivative of the summed outputs by the kernel, at inputs squared."""
     x = jnp.asarray(x)
-    squared = (x * x).astype(jnp.promote_types(x.dtype, jnp.float32))
+    squared = (x * x).astype(_tree.wide_dtype(x.dtype))
     # In float32, whatever the layer computes in: squares of half precision overflow.
     bare = layer.clone(parent=None, name=None, dtype=squared.dtype)
 

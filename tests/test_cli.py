@@ -14,7 +14,7 @@ from file_cases import image_net, random_model
 from flax import serialization
 
 import fwt
-from fwt import cli, converters
+from fwt import _diff, cli, converters
 from fwt.converters import io as _io
 
 
@@ -130,6 +130,26 @@ def test_what_differs_is_told(there, tmp_path):
     converters.save(tmp_path / "n.npz", None, nan)
     converters.save(tmp_path / "n.msgpack", None, nan)
     assert fwt_command("diff", tmp_path / "n.npz", tmp_path / "n.msgpack")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "a", "b", "largest"),
+    [
+        (np.int64, [2**63 - 1, 0], [-(2**63), 0], 2**64 - 1),
+        (np.int64, [2**63 - 1], [2**63 - 2], 1),
+        (np.uint64, [2**64 - 1, 3], [0, 4], 2**64 - 1),
+        (np.uint64, [2**64 - 1], [2**64 - 2], 1),
+        (np.int8, [-128, 5], [127, 6], 255),
+        (np.bool_, [True], [False], 1.0),
+        (np.float16, [6e4], [-6e4], 119936.0),
+        (np.float32, [1.0, np.nan], [2.5, 1.0], 1.5),
+    ],
+)
+def test_the_largest_gap_is_exact(dtype, a, b, largest):
+    one, other = (fwt.Model(None, {"params": {"w": np.array(x, dtype)}}) for x in (a, b))
+    (change,) = _diff.diff(one, other).changes
+    assert change.largest == largest
+    assert not isinstance(change.largest, np.generic)
 
 
 def test_options_of_reading(there, tmp_path):

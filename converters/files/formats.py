@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fwt import _tree
 from fwt._types import ConversionError, FileFormatError, Model
 from fwt.converters import io as _io
 from fwt.converters.files import fill as _fill
@@ -401,8 +402,7 @@ def save(
     module = _flax.sequential_of(module)
     if not isinstance(variables, Mapping):
         raise ConversionError(f"expected a variables dict, found {type(variables).__name__}")
-    if "params" not in variables:
-        variables = {"params": variables}
+    variables = _tree.as_variables(variables)
     if module is None and found.needs_module:
         raise ConversionError(
             f"{path}: weights without an architecture can't be written for {found.framework}; give "

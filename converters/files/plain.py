@@ -11,6 +11,7 @@ import msgpack
 import numpy as np
 from numpy.lib import format as npy
 
+from fwt import _tree
 from fwt._types import FileFormatError, Model
 from fwt.converters import io as _io
 from fwt.converters.frameworks import architecture
@@ -52,8 +53,8 @@ def load_npz(path: Path, how: Reading) -> Model:
                 return architecture.described(json.dumps(told), variables, path)
             return Model(None, {"params": {}, **variables})
         slashes = any("/" in name for name in flat)
-        first = {name.split("/")[0] for name in flat}
-        if slashes and "params" not in first:
+        first = {name.split("/")[0]: None for name in flat}
+        if slashes and not _tree.is_variables(first):
             flat = {f"params/{name}": value for name, value in flat.items()}
         tree = _io.under(nested(flat, "/" if slashes else ".", path), how.key, path)
         return Model(None, _io.as_variables(tree, path))

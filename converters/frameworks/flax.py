@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import numpy as np
 
+from fwt import _tree
 from fwt._sequential import Named, Sequential
 from fwt._types import ConversionError, Model
 from fwt.converters.rows import table
@@ -30,8 +31,7 @@ def read_flax(module: Any, variables: Any, inside: tuple[str, ...] = ()) -> list
             f"expected a fwt.Sequential or a linen nn.Sequential, found {type(module).__name__}; "
             "rebuild it as fwt.Sequential([(name, layer), ...])"
         )
-    if not isinstance(variables, Mapping) or "params" not in variables:
-        variables = {"params": variables if isinstance(variables, Mapping) else {}}
+    variables = _tree.as_variables(variables if isinstance(variables, Mapping) else {})
     out = []
     names = {n.name for n in module.layers}
     for collection, tree in variables.items():

@@ -237,7 +237,8 @@ def _assign(layer: Layer, live: Any) -> None:
 
 
 def leaves(model: Any) -> list[LiveLeaf]:
-    """The floating weights in Flax's names and axes; a tied one under its first path."""
+    """The floating weights and the running statistics in Flax's names and axes; a tied one under
+    its first path."""
     out: list[LiveLeaf] = []
     seen: set[int] = set()
 
@@ -259,7 +260,9 @@ def leaves(model: Any) -> list[LiveLeaf]:
             if there is not None:
                 value = value.transpose(there)
             path = "/".join(_tree.escape(p) for p in [*parts, name])
-            out.append(LiveLeaf(path, value, known, functools.partial(_write, variable, there)))
+            write = functools.partial(_write, variable, there)
+            collection = "batch_stats" if variable.name in _STATISTICS else "params"
+            out.append(LiveLeaf(path, value, known, write, collection))
         for child, label in zip(children, _unique([c.name for c in children]), strict=True):
             visit(child, [*parts, label])
 
@@ -286,11 +289,13 @@ def _public_name(layer: Any) -> str:
     return type(layer).__name__
 
 
+_STATISTICS = ("moving_mean", "moving_variance")
+
+
 def _is_weight(variable: Any, kind: str) -> bool:
-    """A floating weight; no seed, counter, metric or statistic of the data."""
+    """A floating weight or running statistic; no seed, counter, metric or statistic of the data."""
     floating = keras.backend.is_float_dtype(keras.backend.standardize_dtype(variable.dtype))
-    statistic = variable.name in ("moving_mean", "moving_variance") or kind == "Normalization"
-    return floating and not statistic
+    return floating and kind != "Normalization"
 
 
 def _write(variable: Any, there: tuple[int, ...] | None, value: np.ndarray) -> None:

@@ -6,14 +6,15 @@ from typing import Any
 import numpy as np
 
 from fwt import _axes, _tree
-from fwt._types import ConversionError, LeafError, Model, Transform
+from fwt._types import ConversionError, LeafError, Model, Transform, wants_statistics
 
 
 def transform(model: Any, t: Transform) -> Any:
     """Runs a transform on a live Keras or torch model of any shape, in place.
 
     The transform sees the weights in Flax's names and axes, under the same paths as ``from_keras``
-    and ``from_torch`` give, without BatchNorm statistics; nothing is permuted for a Flatten. Only
+    and ``from_torch`` give, without the running statistics of norms, which only :func:`fwt.reset`
+    (alone, or in ``chain`` and ``at``) gives new values; nothing is permuted for a Flatten. Only
     weights that it changed are written, all of them after it ended: integer, seed and tied
     variables, dtype, device, ``requires_grad`` and the storage itself survive. A tied weight
     stands under its first path.
@@ -38,7 +39,8 @@ def transform(model: Any, t: Transform) -> Any:
     """
     if isinstance(model, Model):
         return t(model)
-    leaves = _backend(model).leaves(model)
+    statistics = wants_statistics(t)
+    leaves = [x for x in _backend(model).leaves(model) if statistics or x.collection == "params"]
     if not leaves:
         unbuilt = getattr(model, "built", True) is False
         raise ConversionError(
@@ -55,10 +57,15 @@ def transform(model: Any, t: Transform) -> Any:
         value.flags.writeable = False
     known = {leaf.path: leaf.known for leaf in leaves}
     # Under "params", so that a layer that is itself named params is no collection.
-    tree = {"params": _nested(before)}
+    where = {leaf.path: leaf.collection for leaf in leaves}
+    tree = {
+        name: _nested({p: x for p, x in before.items() if where[p] == name})
+        for name in ("params", "batch_stats")
+        if name == "params" or name in where.values()
+    }
     token = _axes.KNOWN.set(known)
     try:
-        after = _tree.Tree(t(tree)).leaves
+        after = _tree.Tree(t(tree), statistics).leaves
     finally:
         _axes.KNOWN.reset(token)
     if set(after) != set(before):

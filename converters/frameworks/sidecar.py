@@ -62,6 +62,8 @@ def with_sidecar(
         state = {n: _packed(v) for n, v in layer.arrays.items() if n in STATE[framework]}
         if state:
             entry["state"] = state
+            if _fresh(layer):
+                entry["fresh"] = True
         if entry:
             kept[name] = {"kind": layer.kind, **entry}
     if not kept:
@@ -102,7 +104,16 @@ def _restore(layers: list[Layer], told: dict[str, Any], framework: Framework, st
                 n: _unpacked(v, layer.arrays[n].size) for n, v in entry["arrays"].items()
             }
         if state:
-            layer.arrays |= {n: _unpacked(v, 64) for n, v in entry.get("state", {}).items()}
+            held = {n: _unpacked(v, 64) for n, v in entry.get("state", {}).items()}
+            if _fresh(layer) and not entry.get("fresh"):  # it was reset, and so is what it counts
+                held.pop("num_batches_tracked", None)
+            layer.arrays |= held
+
+
+def _fresh(layer: Layer) -> bool:
+    """Whether a norm of torch has the running statistics of a new one."""
+    mean, var = (layer.arrays.get(f"running_{n}") for n in ("mean", "var"))
+    return mean is not None and var is not None and bool((mean == 0).all() and (var == 1).all())
 
 
 def _all(layers: Sequence[Layer], inside: str = "") -> Iterator[tuple[str, Layer]]:

@@ -18,6 +18,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from fwt import _tree
 from fwt._types import ConversionError, Model
+from fwt.converters import io as _io
 from fwt.converters.frameworks import flax as _flax
 from fwt.converters.frameworks import sidecar as _sidecar
 from fwt.converters.frameworks import torch_layers, torch_modules
@@ -29,8 +30,11 @@ from fwt.converters.walk.convert import Layout
 # NumPy has no such dtypes: they cross as integers of the same width.
 _AS_INTEGER = {
     torch.bfloat16: (torch.int16, ml_dtypes.bfloat16),
-    torch.float8_e4m3fn: (torch.int8, ml_dtypes.float8_e4m3fn),
-    torch.float8_e5m2: (torch.int8, ml_dtypes.float8_e5m2),
+    **{
+        getattr(torch, f"float8_{kind}"): (torch.int8, getattr(ml_dtypes, f"float8_{kind}"))
+        for kind in ("e4m3fn", "e5m2", "e4m3fnuz", "e5m2fnuz", "e8m0fnu")
+        if hasattr(torch, f"float8_{kind}")  # the last came with torch 2.7
+    },
 }
 
 
@@ -366,7 +370,8 @@ def _built(layer: Layer) -> torch.nn.Module:
 
 
 def leaves(model: torch.nn.Module) -> list[LiveLeaf]:
-    """The floating parameters in Flax's names and axes; a tied one under its first path.
+    """The floating parameters and the running statistics in Flax's names and axes; a tied one under
+    its first path.
 
     What ``parametrize`` or ``weight_norm`` compute stands as the weight that they compute.
     """
@@ -383,12 +388,13 @@ def leaves(model: torch.nn.Module) -> list[LiveLeaf]:
         names = table.leaf_names("torch", kind)
         computed, parts_of_it = _computed(module)
         plain_ones = module.named_parameters(recurse=False)
-        for name, parameter in itertools.chain(plain_ones, computed.items()):
+        statistics = _statistics(module)
+        for name, parameter in itertools.chain(plain_ones, computed.items(), statistics.items()):
             place = f"{prefix}.{name}" if prefix else name
             _check_initialised(parameter, place)
             if id(parameter) in seen or id(parameter) in parts_of_it:
                 continue
-            if not parameter.is_floating_point():
+            if not parameter.is_floating_point() and name not in statistics:
                 continue
             seen.add(id(parameter))
             if name not in computed and _tied(parameter, place, spans):
@@ -409,8 +415,17 @@ def leaves(model: torch.nn.Module) -> list[LiveLeaf]:
                 if name in computed
                 else functools.partial(_copy, parameter)
             )
-            out.append(LiveLeaf(path, value, known, functools.partial(_write, write, there)))
+            collection = "batch_stats" if name in statistics else "params"
+            back = functools.partial(_write, write, there)
+            out.append(LiveLeaf(path, value, known, back, collection))
     return out
+
+
+def _statistics(module: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The running statistics of a norm; those of one that is frozen, whose weight is a buffer like
+    them, are settings."""
+    held = dict(module.named_buffers(recurse=False))
+    return {} if "weight" in held else {n: held[n] for n in _io.TORCH_STATS if n in held}
 
 
 def _computed(module: torch.nn.Module) -> tuple[dict[str, torch.Tensor], set[int]]:
@@ -503,7 +518,7 @@ def _tied(parameter: Any, place: str, spans: list[tuple[str, Any, int, int]]) ->
 
 
 def _check_initialised(parameter: Any, place: str) -> None:
-    if isinstance(parameter, torch.nn.UninitializedParameter):
+    if isinstance(parameter, torch.nn.UninitializedParameter | torch.nn.UninitializedBuffer):
         raise refuse(place, "a lazy module has no weights yet", "call the model once")
 
 

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 from jax import export
 
+from fwt import _tree
 from fwt import layers as fl
 from fwt._sequential import Sequential, call
 from fwt._types import ConversionError
@@ -142,8 +143,7 @@ def _checked(module: Any, variables: Any, opset: int) -> tuple[Any, Any]:
     module = _flax.sequential_of(module)
     if not isinstance(variables, Mapping):
         raise ConversionError(f"expected a variables dict, found {type(variables).__name__}")
-    if "params" not in variables:
-        variables = {"params": variables}
+    variables = _tree.as_variables(variables)
     if isinstance(module, Sequential):
         _flax.read_flax(module, variables)  # which checks the names
     elif not hasattr(module, "apply"):

@@ -292,6 +292,7 @@ class LiveLeaf:
     value: Any
     known: Known  # what its class tells, which is little where it has no row
     write: Callable[[Any], None]
+    collection: str = "params"  # or "batch_stats"
 
 
 @dataclasses.dataclass

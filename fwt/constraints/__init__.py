@@ -3,8 +3,9 @@
 A *projection* gives the nearest point of the set (the argmin of ``|v - w|`` over its v), a
 *retraction* some point of it, a *normalisation* has no exact set. Inside the set each is the
 identity, up to rounding; first derivatives are finite everywhere (in half precision, up to what
-the dtype can hold); shape and dtype stay, and half precision is computed in float32. A NaN is
-never hidden: it stays, and so does what depends on it. Any shape is taken unless said; the cost is
+the dtype can hold); shape and dtype stay. Half precision and 8-bit floats are computed in float32
+and rounded, so that they keep what is promised as well as the dtype can say it. A NaN is never
+hidden: it stays, and so does what depends on it. Any shape is taken unless said; the cost is
 a few passes over the leaf unless said. Numbers are checked at once, traced settings can't be.
 
 **Vectors.** A set of vectors holds for each output unit by itself: the sums go over every axis but

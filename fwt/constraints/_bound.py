@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fwt import _tree
 from fwt._axes import Axes
 from fwt._types import FwtError
 
@@ -42,14 +43,18 @@ class Bound:
             names = tuple(axes.split()) if isinstance(axes, str) else None
             axes = Axes("the leaf", jnp.shape(leaf), names)
         settings = dict(self.settings)
-        if mask is None:
-            return self.function(leaf, axes, **settings)
-        if self.support is None:
+        if mask is not None and self.support is None:
             raise FwtError(f"{self.name} would refill what a mask prunes")
-        leaf = jnp.where(mask, leaf, jnp.zeros((), leaf.dtype))
-        if self.support == "mask":
+        if mask is not None and self.support == "mask":
             settings["mask"] = mask
-        return self.function(leaf, axes, **settings)
+        _tree.refuse_scales(axes.path, leaf.dtype)
+        # JAX computes nothing with 8-bit floats.
+        tiny = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize == 1
+        given = jnp.asarray(leaf).astype(jnp.float32) if tiny else leaf
+        if mask is not None:
+            given = jnp.where(mask, given, jnp.zeros((), given.dtype))
+        new = self.function(given, axes, **settings)
+        return _tree.rounded(new, leaf.dtype) if tiny else new
 
 
 def _frozen(value: Any) -> Any:

@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 from optax import projections as optax_projections
 
+from fwt import _tree
 from fwt._axes import Axes
 from fwt._types import Array, AxesError, LeafError
 from fwt.selection import keys, select
@@ -27,7 +28,7 @@ def wide(leaf: Any, path: str) -> Array:
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise LeafError(f"{path} is {leaf.dtype}: this constraint needs a floating dtype")
     w = jnp.asarray(leaf)
-    return w.astype(jnp.promote_types(w.dtype, jnp.float32))
+    return w.astype(_tree.wide_dtype(w.dtype))
 
 
 def over(axes: Axes, axis: Axis) -> tuple[int, ...]:

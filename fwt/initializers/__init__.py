@@ -261,10 +261,15 @@ xavier_uniform, xavier_normal = glorot_uniform, glorot_normal
 kaiming_uniform, kaiming_normal = he_uniform, he_normal
 
 
+def is_jaxs(initializer: Any) -> bool:
+    """Whether this is one of JAX's own initializers."""
+    return getattr(initializer, "__module__", "") == _jax.normal().__module__
+
+
 def foreign_axis_free(initializer: Any) -> bool:
     """Whether this is one of JAX's own initializers whose values don't depend on the axes."""
     name = getattr(initializer, "__qualname__", "").split(".")[0]
-    return getattr(initializer, "__module__", "") == _jax.normal().__module__ and name in (
+    return is_jaxs(initializer) and name in (
         "zeros",
         "ones",
         "constant",

@@ -9,13 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fwt import _tree
 from fwt._axes import Axes
 from fwt._types import AxesError, FwtError
 
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """One initializer with its settings: hashable, comparable, picklable.
+    """One initializer with its settings: hashable, comparable, picklable. It draws in float32 at
+    least, since half precision has few numbers and many exact zeros, and rounds to the dtype.
 
     Attributes:
         name: its name in its namespace.
@@ -39,7 +41,14 @@ class Bound:
         axes = self.axes
         if axes is None:
             axes = plain_axes(self.name, tuple(shape))
-        return self.function(key, tuple(shape), jnp.dtype(dtype), axes, **dict(self.settings))
+        dtype = jnp.dtype(dtype)
+        _tree.refuse_scales(axes.path, dtype)
+        settings = dict(self.settings)
+        for name in {"value", "val"} & set(settings):
+            _check_holds(dtype, settings[name])
+        drawn = jnp.dtype(jnp.float32) if _tree.is_narrow(dtype) else dtype
+        value = self.function(key, tuple(shape), drawn, axes, **settings)
+        return value if drawn == dtype else _tree.rounded(value, dtype)
 
     def at(self, axes: Axes) -> "Bound":
         """The same initializer for a leaf with these axes."""
@@ -47,6 +56,24 @@ class Bound:
 
     def __repr__(self) -> str:
         return f"{self.name}({', '.join(f'{n}={v!r}' for n, v in self.settings)})"
+
+
+def _check_holds(dtype: Any, value: Any) -> None:
+    """Raises for a constant that would become another number, but by rounding."""
+    if any(map(is_traced, jax.tree.leaves(value))):
+        return
+    x = np.asarray(value)
+    fits = np.bool_(True)
+    if jnp.issubdtype(dtype, jnp.integer) and x.dtype.kind != "c":
+        info = jnp.iinfo(dtype)
+        fits = (x == np.floor(x)) & (x >= info.min) & (x <= info.max)
+    elif jnp.issubdtype(dtype, jnp.floating) and x.dtype.kind != "c":
+        with np.errstate(over="ignore", invalid="ignore"):
+            there = x.astype(dtype).astype(float)
+        fits = np.isfinite(x) == np.isfinite(there)
+        fits &= np.isnan(x) == np.isnan(there)
+    if not fits.all():
+        raise ValueError(f"{value} is out of what {dtype} can hold")
 
 
 def plain_axes(name: str, shape: tuple[int, ...]) -> Axes:
@@ -99,11 +126,10 @@ def choice(name: str, value: Any, among: Sequence[str]) -> Any:
     return value
 
 
-def floating(name: str, dtype: Any) -> Any:
-    """The dtype to draw in: at least float32, so that half precision keeps its tails."""
+def floating(name: str, dtype: Any) -> None:
+    """Raises for what can't hold a drawn number."""
     if not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"{name} draws floating numbers, found {dtype}")
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def collapsed(shape: tuple[int, ...], draw: Callable[[tuple[int, ...]], Any]) -> Any:

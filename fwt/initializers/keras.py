@@ -63,24 +63,24 @@ def _identity(key: Any, shape: Any, dtype: Any, axes: Axes, gain: float) -> Any:
 
 
 def _random_normal(key: Any, shape: Any, dtype: Any, axes: Axes, mean: float, stddev: float) -> Any:
-    wide = floating("random_normal", dtype)
-    drawn = collapsed(shape, lambda s: jax.random.normal(key, s, wide))
+    floating("random_normal", dtype)
+    drawn = collapsed(shape, lambda s: jax.random.normal(key, s, dtype))
     return (mean + stddev * drawn).astype(dtype)
 
 
 def _random_uniform(
     key: Any, shape: Any, dtype: Any, axes: Axes, minval: float, maxval: float
 ) -> Any:
-    wide = floating("random_uniform", dtype)
-    drawn = collapsed(shape, lambda s: jax.random.uniform(key, s, wide, minval, maxval))
+    floating("random_uniform", dtype)
+    drawn = collapsed(shape, lambda s: jax.random.uniform(key, s, dtype, minval, maxval))
     return drawn.astype(dtype)
 
 
 def _truncated_normal(
     key: Any, shape: Any, dtype: Any, axes: Axes, mean: float, stddev: float
 ) -> Any:
-    wide = floating("truncated_normal", dtype)
-    drawn = collapsed(shape, lambda s: jax.random.truncated_normal(key, -2, 2, s, wide))
+    floating("truncated_normal", dtype)
+    drawn = collapsed(shape, lambda s: jax.random.truncated_normal(key, -2, 2, s, dtype))
     return (mean + stddev * drawn).astype(dtype)
 
 
@@ -112,10 +112,10 @@ def _variance_scaling(
 def _orthogonal(key: Any, shape: Any, dtype: Any, axes: Axes, gain: float) -> Any:
     if len(shape) < 2:
         raise no_matrix("orthogonal", axes, "two axes or more")
-    wide = floating("orthogonal", dtype)
+    floating("orthogonal", dtype)
     draw = _jax.orthogonal(gain)
     order = axes.layout("keras")
-    return as_matrix(lambda s: draw(key, s, wide), axes, order, len(order) - 1).astype(dtype)
+    return as_matrix(lambda s: draw(key, s, dtype), axes, order, len(order) - 1).astype(dtype)
 
 
 @noun

@@ -79,20 +79,20 @@ def calculate_gain(nonlinearity: str, param: float | None = None) -> float:
 
 
 def _uniform(key: Any, shape: Any, dtype: Any, axes: Axes, a: float, b: float) -> Any:
-    wide = floating("uniform", dtype)
-    return collapsed(shape, lambda s: jax.random.uniform(key, s, wide, a, b)).astype(dtype)
+    floating("uniform", dtype)
+    return collapsed(shape, lambda s: jax.random.uniform(key, s, dtype, a, b)).astype(dtype)
 
 
 def _normal(key: Any, shape: Any, dtype: Any, axes: Axes, mean: float, std: float) -> Any:
-    wide = floating("normal", dtype)
-    drawn = collapsed(shape, lambda s: jax.random.normal(key, s, wide))
+    floating("normal", dtype)
+    drawn = collapsed(shape, lambda s: jax.random.normal(key, s, dtype))
     return (mean + std * drawn).astype(dtype)
 
 
 def _trunc_normal(
     key: Any, shape: Any, dtype: Any, axes: Axes, mean: float, std: float, a: float, b: float
 ) -> Any:
-    wide = floating("trunc_normal", dtype)
+    floating("trunc_normal", dtype)
     if std == 0:
         return jnp.full(shape, min(max(mean, a), b), dtype)
     low, high = (a - mean) / std, (b - mean) / std
@@ -100,8 +100,8 @@ def _trunc_normal(
     flipped = low + high > 0
     if flipped:
         low, high = -high, -low
-    share = collapsed(shape, lambda s: jax.random.uniform(key, s, wide))
-    x = _between(share, jnp.asarray(low, wide), jnp.asarray(high, wide), far=high < -5)
+    share = collapsed(shape, lambda s: jax.random.uniform(key, s, dtype))
+    x = _between(share, jnp.asarray(low, dtype), jnp.asarray(high, dtype), far=high < -5)
     x = jnp.clip(x, low, high)
     return jnp.clip(mean + std * (-x if flipped else x), a, b).astype(dtype)
 
@@ -185,23 +185,23 @@ def _orthogonal(key: Any, shape: Any, dtype: Any, axes: Axes, gain: float) -> An
     cut = len(axes.inputs if axes.transposed else axes.outputs)
     if not 0 < cut < len(order):
         raise no_matrix("orthogonal", axes, "two axes or more")
-    wide = floating("orthogonal", dtype)
+    floating("orthogonal", dtype)
     draw = _jax.orthogonal(gain)
-    return as_matrix(lambda s: draw(key, s, wide), axes, order, cut).astype(dtype)
+    return as_matrix(lambda s: draw(key, s, dtype), axes, order, cut).astype(dtype)
 
 
 def _sparse(key: Any, shape: Any, dtype: Any, axes: Axes, sparsity: float, std: float) -> Any:
     if not axes.inputs or axes.spatial:
         raise no_matrix("sparse", axes, "the weights of a Linear (two axes)")
     values, places = jax.random.split(key)
-    wide = floating("sparse", dtype)
+    floating("sparse", dtype)
 
     def draw(flat: tuple[int, int]) -> Any:
         zeros = math.ceil(sparsity * flat[0])
         order = jax.random.permutation(
             places, jnp.broadcast_to(jnp.arange(flat[0])[:, None], flat), axis=0, independent=True
         )
-        return jnp.where(order < zeros, 0, std * jax.random.normal(values, flat, wide))
+        return jnp.where(order < zeros, 0, std * jax.random.normal(values, flat, dtype))
 
     return as_matrix(draw, axes, axes.layout("torch"), len(axes.outputs)).astype(dtype)
 

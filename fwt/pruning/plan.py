@@ -133,15 +133,15 @@ class Plan:
         fits = self._fits(tree, names, leaves)
         windows = [f if isinstance(f, patterns.Windows) else None for f in fits]
 
-        def worths(score: Any) -> tuple[bool, list[Any]]:
+        def worths(score: Any, purpose: _tree.Purpose) -> tuple[bool, list[Any]]:
             """Whether it is the magnitudes that count, and of what."""
-            plain, found = self._worths(score, params, names, leaves, more)
+            plain, found = self._worths(score, purpose, params, names, leaves, more)
             if self.scope == "normalized":
                 found = [_normalized(plain, x) for x in found]
             pairs = zip(windows, found, strict=True)
             return plain, [x if w is None else _pooled(w, plain, x) for w, x in pairs]
 
-        plain, values = worths(self.score)
+        plain, values = worths(self.score, "prune")
         if self.threshold is not None:
             cuts = [self._above(x, plain) for x in values]
             found = [Source(key_function(not plain), (x,)) for x in values]
@@ -150,7 +150,7 @@ class Plan:
             added = [moved[p] for p in names] if moved else []
             found, groups, ks = self._groups(names, leaves, values, fits, plain, alive, added)
             if grow is not None:
-                found, groups = _regrown(found, groups, ks, *worths(grow[0]), grow[1])
+                found, groups = _regrown(found, groups, ks, *worths(grow[0], "regrow"), grow[1])
             ties: select.Ties = "all" if self.like == "tfmot" else "first"
             cuts = select.smallest(groups, ks, ties) if ks else [_ALL] * len(found)
         rows = zip(leaves, found, cuts, windows, strict=True)
@@ -183,12 +183,20 @@ class Plan:
         return self.pattern.fits(places, told)
 
     def _worths(
-        self, score: Any, params: Params, names: list[str], leaves: list[Any], more: Any
+        self,
+        score: Any,
+        purpose: _tree.Purpose,
+        params: Params,
+        names: list[str],
+        leaves: list[Any],
+        more: Any,
     ) -> tuple[bool, list[Any]]:
         if score is scores.magnitude:
             return True, leaves
         wanted = named(score)
         context = {k: v for k, v in {**self.context, **more}.items() if k in wanted}
+        if "key" in context:
+            context["key"] = _tree.as_key(context["key"], purpose)
         # The magnitude of a gradient needs no array of its own.
         bare = score is scores.gradient and "grads" in context
         tree = _tree.Tree(params)
@@ -348,7 +356,9 @@ def _refuse_more_than(pattern: patterns.Pattern, shares: Any) -> None:
 def _cast(threshold: Any, dtype: Any, signed: bool) -> tuple[Any, Any]:
     """A threshold in the leaf's dtype, floored for integers, and whether all is above it."""
     if jnp.issubdtype(dtype, jnp.floating):
-        return jnp.asarray(threshold, dtype), (jnp.asarray(threshold) < 0) & (not signed)
+        own = _tree.wide_dtype(dtype) if dtype.itemsize == 1 else dtype
+        value = _tree.rounded(jnp.asarray(threshold, own), dtype)
+        return value, (jnp.asarray(threshold) < 0) & (not signed)
     # A magnitude is as wide as an unsigned integer, so that |-128| of an int8 has its place.
     dtype = np.dtype(dtype) if signed else np.dtype(f"uint{dtype.itemsize * 8}")
     low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
@@ -420,7 +430,7 @@ def _grouped(fit: patterns.Groups, key: Any, last: bool, arrays: Any) -> tuple[A
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _pooled(windows: patterns.Windows, plain: bool, worth: Any) -> Any:
-    worth = worth.astype(jnp.promote_types(worth.dtype, jnp.float32))
+    worth = worth.astype(_tree.wide_dtype(worth.dtype))
     return windows.pooled(jnp.abs(worth) if plain else worth)
 
 
@@ -431,7 +441,7 @@ def _any(windows: patterns.Windows, mask: Any) -> Any:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _normalized(plain: bool, worth: Any) -> Any:
-    x = worth.astype(jnp.promote_types(worth.dtype, jnp.float32))
+    x = worth.astype(_tree.wide_dtype(worth.dtype))
     x = jnp.abs(x) if plain else x
     size = jnp.max(jnp.where(jnp.isfinite(x), jnp.abs(x), 0), initial=0)
     scaled = x / jnp.where(size > 0, size, 1)  # so that no square overflows
@@ -442,7 +452,7 @@ def _normalized(plain: bool, worth: Any) -> Any:
 def _worth(plain: bool, worth: Any, scope: Any) -> Any:
     if not plain or scope != "lamp":
         return worth
-    return jnp.abs(worth.astype(jnp.promote_types(worth.dtype, jnp.float32)))
+    return jnp.abs(worth.astype(_tree.wide_dtype(worth.dtype)))
 
 
 _zeros = jax.jit(passes.zeros)

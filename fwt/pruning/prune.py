@@ -50,7 +50,8 @@ def prune(
             s)))`` in float32; tfmot keeps all weights that are equal to the least kept one, and
             jaxpruner's N:M the last of equals.
         grads: the gradients, for a score that needs them: the same tree.
-        key: a JAX key or an int seed, for a score that needs one.
+        key: a JAX key or an int seed, for a score that needs one, which gets a key of its own made
+            of it.
         axes: ``{glob: names}`` for leaves whose axes nothing else tells, where the pattern asks.
         dtype: the dtype of the selected leaves in the result; None keeps each leaf's own.
 

@@ -193,7 +193,7 @@ def _lamp(leaves: Sequence[Leaf], k: Any) -> list[Any]:
 @jax.jit
 def _lamp_scores(worth: Any, alive: Any) -> Any:
     """The scores of a leaf, sorted; those that are gone already are below all others."""
-    x = jnp.maximum(jnp.ravel(worth).astype(jnp.promote_types(worth.dtype, jnp.float32)), 0)
+    x = jnp.maximum(jnp.ravel(worth).astype(_tree.wide_dtype(worth.dtype)), 0)
     x = jnp.where(jnp.isnan(x), jnp.inf, x)
     gone = 0 if alive is None else jnp.sum(~alive)
     x = x if alive is None else jnp.where(jnp.ravel(alive), x, 0)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from fwt import _tree
 from fwt._types import Array, FwtError
 
 
@@ -152,7 +153,7 @@ def sources(
                 "and floats have no common exact scale; narrow where= to one kind, or use "
                 "scope='layer'"
             )
-        common = jnp.result_type(*dtypes, jnp.float32)
+        common = jnp.result_type(*map(_tree.wide_dtype, dtypes))
     key = key_function(signed, common, rule, bool(steps))
     columns = [c for c in (leaves, steps, masks if rule else ()) if len(c)]
     return [Source(key, arrays) for arrays in zip(*columns, strict=True)]

@@ -515,6 +515,29 @@ def test_half_precision(row, seed, which, half):
         assert row.violation(np.asarray(v, np.float32), axes) <= 4 * eps * w.size**0.5
 
 
+TINY = (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ml_dtypes.float8_e4m3b11fnuz)
+
+
+def test_8_bit_floats_are_computed_in_float32_and_rounded():
+    """The truth is NumPy's rounding of what the float32 leaf becomes."""
+    for index, row in enumerate(TABLE):
+        place = row.places[index % len(row.places)]
+        w, axes = draw(place, index, 1.0, "normal")
+        for dtype in TINY:
+            leaf = w.astype(dtype)
+            found = np.asarray(row.constraint(leaf, axes))
+            wide = np.asarray(row.constraint(leaf.astype(np.float32), axes))
+            assert found.dtype == dtype
+            assert found.tobytes() == wide.astype(dtype).tobytes(), row
+    t = fwt.project(C.max_norm(1.0), masks={"d": {"kernel": np.eye(3, dtype=bool)}})
+    new = t({"d": {"kernel": np.full((3, 3), 2, TINY[0])}})["d"]["kernel"]
+    assert np.asarray(new, np.float32).tolist() == np.eye(3).tolist()
+    # Too large for the dtype, which has a NaN in the place of infinity.
+    big = np.full((1, 1), 300, TINY[0])
+    assert float(C.l2_sphere(1000.0)(big, "in out").astype(np.float32)[0, 0]) == 448
+    assert float(C.box(-1000.0, 1000.0)(big, "in out").astype(np.float32)[0, 0]) == 288
+
+
 PROJECTIONS = [row for row in TABLE if row.constraint.kind == "projection"]
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.utils.prune
+from flax import nnx
 from scipy import stats
 
 import fwt
@@ -327,6 +328,179 @@ def test_axes_said_by_the_user():
     new = fwt.reset(0, like="torch", axes={"c/weight": "out in h w"})(tree)["c"]
     assert np.abs(new["weight"]).max() <= 27**-0.5
     assert np.abs(new["bias"]).max() <= 27**-0.5
+
+
+# -- running statistics -----------------------------------------------------------------------
+
+NORMS = {
+    "batch_norm": lambda: t.BatchNorm2d(6),
+    "no_affine": lambda: t.BatchNorm1d(6, affine=False),
+    "cumulative": lambda: t.SyncBatchNorm(6, momentum=None),
+    "instance_norm": lambda: t.InstanceNorm2d(6, track_running_stats=True),
+    "no_statistics": lambda: t.BatchNorm2d(6, track_running_stats=False),
+}
+
+
+def used(layer):
+    """The layer as training leaves it."""
+    for name, value in layer.state_dict().items():
+        value.copy_(torch.full_like(value, 7 if "tracked" in name else 2.5))
+    return layer
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_running_statistics_start_anew_as_in_torch(name):
+    theirs, ours = used(NORMS[name]()), used(NORMS[name]())
+    theirs.reset_parameters()
+    net = t.Sequential(t.Conv2d(3, 6, 1), ours)
+    before = {n: v.data_ptr() for n, v in net.state_dict().items()}
+    converters.transform(net, fwt.reset(0, like="torch"))
+    for key, value in theirs.state_dict().items():
+        found = ours.state_dict()[key]
+        assert found.dtype == value.dtype
+        assert torch.equal(found, value), key
+    assert {n: v.data_ptr() for n, v in net.state_dict().items()} == before
+
+
+def pair():
+    return t.Sequential(t.Conv2d(3, 6, 1), used(t.BatchNorm2d(6)), used(t.BatchNorm2d(6)))
+
+
+@pytest.mark.parametrize(
+    ("make", "fresh"),
+    [
+        (lambda: fwt.reset(0, "torch", "1/*"), {"1/scale", "1/mean", "1/var", "1/num"}),
+        (lambda: fwt.reset(0, "torch", ["*/mean", "2/var"]), {"1/mean", "2/mean", "2/var"}),
+        (lambda: fwt.reset(0, "torch", fwt.kernels), set()),
+        (lambda: fwt.reset(0, "torch", lambda p, x: p == "2/num_batches_tracked"), {"2/num"}),
+        (lambda: fwt.at("2/*", fwt.reset(0, "torch")), {"2/scale", "2/mean", "2/var", "2/num"}),
+        (
+            lambda: fwt.chain(fwt.prune(0.5), fwt.at("*/var", fwt.reset(0, "torch"))),
+            {"1/var", "2/var"},
+        ),
+        (lambda: fwt.straight_through(fwt.reset(0, "torch", "1/num*")), {"1/num"}),
+        # Whoever does not reset does not see them.
+        (lambda: fwt.initialize(fwt.initializers.zeros, 0, "0/*"), set()),
+    ],
+)
+def test_where_narrows_statistics_too(make, fresh):
+    net = pair()
+    converters.transform(net, make())
+    names = {"scale": "weight", "mean": "running_mean", "var": "running_var",
+             "num": "num_batches_tracked"}  # fmt: skip
+    for layer in "12":
+        for short, name in names.items():
+            old = 7 if short == "num" else 2.5
+            new = {"scale": 1, "mean": 0, "var": 1, "num": 0}[short]
+            found = float(getattr(net[int(layer)], name).detach().flatten()[0])
+            assert found == (new if f"{layer}/{short}" in fresh else old), (layer, name)
+
+
+def test_other_transforms_do_not_see_statistics():
+    seen = []
+    converters.transform(pair(), lambda tree: seen.append(tree) or tree)
+    assert set(seen[0]) == {"params"}
+    converters.transform(pair(), fwt.chain(lambda tree: seen.append(tree) or tree, fwt.prune(0.5)))
+    assert set(seen[1]) == {"params"}
+    frozen = t.Sequential(t.Linear(3, 3), t.Module())
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        frozen[1].register_buffer(name, torch.full((3,), 2.5))
+    converters.transform(frozen, fwt.reset(0, like="torch"))
+    assert (frozen[1].running_mean == 2.5).all()  # the statistics of a frozen norm are settings
+
+
+@pytest.mark.parametrize("scale", [True, False])
+def test_running_statistics_of_keras_start_anew(scale):
+    def make():
+        inputs = k.Input((5,))
+        y = k.BatchNormalization(scale=scale, center=scale, name="a")(k.Dense(4, name="d")(inputs))
+        return keras.Model(inputs, k.TimeDistributed(k.BatchNormalization())(k.Reshape((2, 2))(y)))
+
+    model, new = make(), make()
+    for v in model.variables:
+        v.assign(np.full(v.shape, 2.5, np.float32))
+    converters.transform(model, fwt.reset(0, "keras", ["**/mean", "**/var"]))
+    for ours, theirs in zip(model.variables, new.variables, strict=True):
+        moving = ours.name.startswith("moving_")
+        assert np.array_equal(ours, theirs if moving else np.full(ours.shape, 2.5, np.float32))
+    converters.transform(model, fwt.reset(0, "keras"))
+    for ours, theirs in zip(model.variables, new.variables, strict=True):
+        if ours.name != "kernel":
+            assert np.array_equal(ours, theirs), ours.path
+
+
+def test_the_data_of_a_normalization_stay():
+    model = keras.Sequential([keras.Input((3,)), k.Normalization(name="n"), k.Dense(2)])
+    model.layers[0].adapt(np.arange(12.0).reshape(4, 3))
+    mean = np.array(model.layers[0].mean)
+    converters.transform(model, fwt.reset(0, "keras"))
+    assert np.array_equal(model.layers[0].mean, mean)
+    flax = converters.from_keras(model)
+    new = fwt.reset(0, "flax")(flax)
+    assert new.variables["batch_stats"]["n"]["mean"] is flax.variables["batch_stats"]["n"]["mean"]
+
+
+def trained(variables):
+    return jax.tree.map(lambda x: np.full(x.shape, 2.5, x.dtype), jax.device_get(variables))
+
+
+@pytest.mark.parametrize("like", ["flax", "keras", "torch"])
+def test_running_statistics_of_flax_start_anew(like):
+    net = fwt.Sequential([("d", nn.Dense(4)), ("n", nn.BatchNorm(use_running_average=True))])
+    new = jax.device_get(net.init(jax.random.key(0), jnp.ones((1, 3))))
+    old = trained(new)
+    for model in (fwt.Model(net, old), old, {"batch_stats": old["batch_stats"]}):
+        reset = fwt.reset(0, like)(model)
+        found = getattr(reset, "variables", reset)
+        assert jax.tree.all(jax.tree.map(np.array_equal, found["batch_stats"], new["batch_stats"]))
+        assert all(isinstance(x, np.ndarray) for x in jax.tree.leaves(found["batch_stats"]))
+    for where in (fwt.kernels, {"params": True}, {"d": True, "n": {"scale": True, "bias": True}}):
+        found = fwt.reset(0, like, where)(old)
+        assert found["batch_stats"]["n"]["mean"] is old["batch_stats"]["n"]["mean"]
+    for where in ("n/mean", {"d": False, "n": {"scale": False, "bias": False, "mean": True}},
+                  {"params": False, "batch_stats": {"n": {"mean": True}}}):  # fmt: skip
+        found = fwt.reset(0, like, where)(old)
+        assert not found["batch_stats"]["n"]["mean"].any()
+        assert found["batch_stats"]["n"]["var"] is old["batch_stats"]["n"]["var"]
+        assert found["params"]["n"]["scale"] is old["params"]["n"]["scale"]
+    jitted = jax.jit(fwt.reset(0, like, dtype=jnp.float16))(old)
+    assert jitted["params"]["n"]["scale"].dtype == jnp.float16
+    assert jitted["batch_stats"]["n"]["var"].dtype == jnp.float32
+    assert (jitted["batch_stats"]["n"]["var"] == 1).all()
+    plain = fwt.at("d/*", fwt.reset(0, like))(old)
+    assert plain["batch_stats"]["n"]["mean"] is old["batch_stats"]["n"]["mean"]
+
+
+def test_running_statistics_of_nnx_start_anew():
+    norm = nnx.BatchNorm(4, rngs=nnx.Rngs(0))
+    new = nnx.to_pure_dict(nnx.state(norm))
+    norm.mean[...] = norm.var[...] = jnp.full(4, 2.5)
+    found = nnx.to_pure_dict(fwt.reset(0, "flax")(nnx.state(norm)))
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, found, new))
+    params = {"prior": {"mean": np.ones(3, np.float32), "var": np.ones(3, np.float32)}}
+    with pytest.raises(fwt.LeafError, match="prior/mean"):  # params that are named so
+        fwt.reset(0, "flax")({"params": params})
+    with pytest.raises(fwt.LeafError, match="ema/average"):
+        fwt.reset(0, "flax")({"params": {}, "batch_stats": {"ema": {"average": np.ones(3, "f")}}})
+
+
+def test_counters_in_files_and_sidecars_start_anew(tmp_path):
+    net = used(t.BatchNorm1d(3))
+    torch.save(t.Sequential(net).state_dict(), tmp_path / "w.pt")
+    model = fwt.reset(0, "torch")(converters.load(tmp_path / "w.pt"))
+    converters.save(tmp_path / "new.pt", *model)
+    found = torch.load(tmp_path / "new.pt")
+    theirs = t.Sequential(t.BatchNorm1d(3)).state_dict()
+    assert found.keys() == theirs.keys()
+    assert all(torch.equal(found[n], theirs[n]) for n in theirs)
+    kept = converters.from_torch(t.Sequential(net), sidecar=True)
+    assert converters.to_torch(*kept)[0].num_batches_tracked == 7
+    assert converters.to_torch(*fwt.prune(0.5, where="**")(kept))[0].num_batches_tracked == 7
+    assert converters.to_torch(*fwt.reset(0, "torch")(kept))[0].num_batches_tracked == 0
+    untouched = t.BatchNorm1d(3)
+    untouched.num_batches_tracked += 7
+    kept = converters.from_torch(t.Sequential(untouched), sidecar=True)
+    assert converters.to_torch(*kept)[0].num_batches_tracked == 7
 
 
 # -- lsuv -------------------------------------------------------------------------------------

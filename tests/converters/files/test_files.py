@@ -9,6 +9,7 @@ import zipfile
 
 import cases
 import flax.linen as nn
+import flax.serialization
 import h5py
 import jax
 import keras
@@ -350,6 +351,40 @@ def test_weights_of_others_keep_their_names(tmp_path):
     assert set(load_file(tmp_path / "out.safetensors")) == set(names)
     converters.save(tmp_path / "out.pt", *model)
     assert set(torch.load(tmp_path / "out.pt", weights_only=True)) == set(names)
+
+
+@pytest.mark.parametrize("suffix", [".npz", ".safetensors", ".msgpack", ".orbax", ".pt"])
+def test_statistics_alone_stay_statistics(tmp_path, suffix):
+    names = ("running_mean", "running_var") if suffix == ".pt" else ("mean", "var")
+    tree = {"batch_stats": {"n": {name: np.arange(3, dtype=np.float32) for name in names}}}
+    path = tmp_path / f"s{suffix}"
+    converters.save(path, None, tree)
+    back = converters.load(path)
+    same(back.variables, {"params": {}, **tree})
+    assert fwt.paths(tree) == []
+    assert [line.path for line in fwt.summary(tree).lines] == [f"batch_stats/n/{n}" for n in names]
+    with pytest.raises(fwt.WhereError):
+        fwt.initialize(fwt.initializers.ones, 0, "**")(tree)
+
+
+def test_statistics_alone_of_others(tmp_path):
+    one = np.ones(3, np.float32)
+    np.savez(tmp_path / "a.npz", **{"batch_stats/n/mean": one})
+    (tmp_path / "a.msgpack").write_bytes(
+        flax.serialization.to_bytes({"batch_stats": {"n": {"mean": one}}})
+    )
+    for name in ("a.npz", "a.msgpack"):
+        same(converters.load(tmp_path / name).variables,
+             {"params": {}, "batch_stats": {"n": {"mean": one}}})  # fmt: skip
+    net = fwt.Sequential([("n", nn.BatchNorm(True, use_scale=False, use_bias=False))])
+    stats = {"batch_stats": {"n": {"mean": one, "var": one}}}
+    x = np.array([[1.0, 2.0, 3.0]], np.float32)
+    expected = net.apply(stats, x)
+    np.testing.assert_allclose(converters.to_nnx(net, stats)(x), expected, atol=1e-6)
+    made = converters.to_torch(net, stats, (3,))
+    np.testing.assert_allclose(made(torch.from_numpy(x)).detach(), expected, atol=1e-6)
+    converters.save(tmp_path / "n.safetensors", net, stats)
+    same(converters.load(tmp_path / "n.safetensors").variables, {"params": {}, **stats})
 
 
 def test_nothing_is_lost_on_the_way_to_a_file(tmp_path):

@@ -1,0 +1,303 @@
+"""Random numbers: independent for each purpose of a key, and drawn wide for narrow leaves."""
+
+import itertools
+import typing
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import pytest
+from scipy import stats
+
+import fwt
+from fwt import _tree
+
+I, S, C = fwt.initializers, fwt.scores, fwt.constraints  # noqa: E741
+SHAPE = (64, 65)
+PATH = "d/kernel"
+
+
+def tree(value=0.0):
+    return {"d": {"kernel": jnp.full(SHAPE, value, jnp.float32)}}
+
+
+# -- one seed, many purposes ------------------------------------------------------------------
+
+
+def by_hand(verb):
+    """What a score of a user's own draws with the key that a verb hands to it."""
+    seen = []
+
+    def score(params, *, key):
+        seen.append(jax.random.uniform(key, SHAPE))
+        return params
+
+    verb(score)
+    return seen[-1]
+
+
+def one_update(seed, **settings):
+    tx = fwt.optim.sparsify(optax.sgd(0.1), 0.5, every=1, **settings, key=seed)
+    params = tree(1.0)
+    _, state = tx.update(tree(0.0), tx.init(params), params)
+    return state.masks["d"]["kernel"]
+
+
+def lsuv(seed):
+    net = fwt.Sequential([("d", nn.Dense(SHAPE[1], use_bias=False))])
+    x = jax.random.normal(jax.random.key(99), (80, SHAPE[0]))
+    return fwt.lsuv(net, {"params": tree()}, x, seed)["params"]["d"]["kernel"]
+
+
+def pruned(score, seed):
+    return fwt.prune(0.5, score, key=seed)(tree(1.0))["d"]["kernel"]
+
+
+# By purpose, what it draws at a seed for one and the same leaf. An orthogonal matrix is made of
+# normal numbers, with which it correlates.
+DRAWS = {
+    "raw": [lambda seed: jax.random.normal(jax.random.key(seed), SHAPE)],
+    "initialize": [
+        lambda seed: fwt.initialize(I.normal(1.0), seed)(tree())["d"]["kernel"],
+        lambda seed: fwt.initialize(jax.nn.initializers.uniform(), seed)(tree())["d"]["kernel"],
+        lambda seed: fwt.initialize(I.keras.orthogonal, seed)(tree())["d"]["kernel"],
+    ],
+    "reset": [lambda seed: fwt.reset(seed, like="torch")(tree())["d"]["kernel"]],
+    "lsuv": [lsuv],
+    "random": [lambda seed: S.random(tree(), key=seed)["d"]["kernel"]],
+    "prune": [
+        lambda seed: pruned(S.random, seed),
+        lambda seed: by_hand(lambda score: pruned(score, seed)),
+    ],
+    "sparsify": [
+        lambda seed: one_update(seed, score=S.random),
+        lambda seed: by_hand(lambda score: one_update(seed, score=score)),
+    ],
+    "regrow": [
+        # Of equal weights the first are kept: what comes in their place is what grows.
+        lambda seed: one_update(seed, regrow="set", regrow_fraction=1.0),
+        lambda seed: by_hand(lambda score: one_update(seed, regrow=score)),
+    ],
+}
+
+
+def test_each_purpose_has_its_own_draws():
+    """Drawn at one seed, no two purposes correlate; nor does any with what the key itself draws."""
+    assert set(DRAWS) == {"raw", *typing.get_args(_tree.Purpose)}
+    found = {
+        (name, i): np.asarray(draw(0), np.float64).ravel()
+        for name, draws in DRAWS.items()
+        for i, draw in enumerate(draws)
+    }
+    n = SHAPE[0] * SHAPE[1]
+    for (one, x), (other, y) in itertools.combinations(found.items(), 2):
+        if one[0] != other[0]:
+            for a, b in ((x, y), (abs(x - np.median(x)), abs(y - np.median(y)))):
+                # A mask of half the weights has no spread about its median.
+                rho = stats.spearmanr(a, b).statistic if a.std() * b.std() else 0.0
+                assert abs(rho) < 4.5 / n**0.5, (one, other, rho)
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_random_pruning_does_not_see_the_values(scope):
+    for fresh in (fwt.initialize(I.normal(1.0), 0), fwt.reset(0, "keras"), fwt.reset(0, "flax")):
+        kept = np.asarray(
+            fwt.prune(0.5, S.random, key=0, scope=scope)(fresh(tree()))["d"]["kernel"]
+        )
+        assert abs((kept[kept != 0] > 0).mean() - 0.5) < 0.05
+
+
+def test_the_score_and_what_regrows_get_other_keys():
+    keys = []
+
+    def score(params, *, key):
+        keys.append(key)
+        return params
+
+    one_update(0, score=score, regrow=score)
+    assert len({tuple(jax.random.key_data(k).tolist()) for k in keys}) == 2
+
+
+@pytest.mark.parametrize("seed", [7, np.int32(7), jax.random.key(7), jax.random.PRNGKey(7)])
+def test_a_seed_and_its_key_are_the_same(seed):
+    legacy = hasattr(seed, "dtype") and seed.dtype == np.uint32
+    for t in (
+        lambda key: fwt.initialize(I.normal, key),
+        lambda key: fwt.prune(0.5, S.random, key=key),
+        lambda key: fwt.reset(key, "flax"),
+    ):
+        a, b = t(seed)(tree(1.0))["d"]["kernel"], t(7)(tree(1.0))["d"]["kernel"]
+        assert legacy or jnp.array_equal(a, b)
+    keys = []
+
+    def score(params, *, key):
+        keys.append(key)
+        return params
+
+    fwt.prune(0.5, score, key=seed)(tree(1.0))
+    jax.random.uniform(keys[0])  # a JAX key, whatever was given
+
+
+# -- narrow floats ----------------------------------------------------------------------------
+
+NARROW = (np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2)
+ARGUMENTS = {"constant": (0.3,), "sparse": (0.5,), "variance_scaling": (2.0, "fan_in", "normal")}
+EVERY = [
+    (space, name)
+    for space in (I, I.keras, I.torch)
+    for name in space.__all__
+    if name != "calculate_gain"
+]
+
+
+@pytest.mark.parametrize(("space", "name"), EVERY, ids=[f"{s.__name__}.{n}" for s, n in EVERY])
+def test_narrow_floats_are_drawn_in_float32_and_rounded(space, name):
+    """The truth is NumPy's rounding of what a float32 leaf gets."""
+    shape = (3, 4, 12) if name in ("delta_orthogonal", "dirac") else (12, 16)
+    noun = getattr(space, name)(*ARGUMENTS.get(name, ()))
+    wide = np.asarray(
+        fwt.initialize(noun, 0)({"d": {"kernel": np.zeros(shape, np.float32)}})["d"]["kernel"]
+    )
+    first = EVERY.index((space, name))
+    for dtype in (NARROW[first % 4], NARROW[(first + 2) % 4]):
+        leaf = {"d": {"kernel": np.zeros(shape, dtype)}}
+        found = np.asarray(fwt.initialize(noun, 0)(leaf)["d"]["kernel"])
+        assert found.dtype == dtype
+        assert found.tobytes() == wide.astype(dtype).tobytes()
+
+
+def test_half_precision_has_few_zeros_and_many_values():
+    leaf = {"d": {"kernel": np.zeros((512, 512), ml_dtypes.bfloat16)}}
+    module = fwt.Sequential([("d", nn.Dense(512, use_bias=False))])
+    for t in (
+        fwt.initialize(I.normal(1.0), 0),
+        fwt.initialize(jax.nn.initializers.normal(1.0), 0),
+        fwt.initialize(jax.nn.initializers.he_normal(), 0),
+        fwt.reset(0, like="flax"),
+        fwt.reset(0, like="flax", module=module),
+    ):
+        w = np.asarray(t(leaf)["d"]["kernel"])
+        assert w.dtype == ml_dtypes.bfloat16
+        assert len(np.unique(w.astype(np.float32))) > 1500
+        assert (w == 0).sum() == 0
+
+
+def test_a_users_own_initializer_gets_the_dtype_of_the_leaf():
+    asked = []
+
+    def own(key, shape, dtype):
+        asked.append(dtype)
+        return jnp.zeros(shape, dtype)
+
+    fwt.initialize(own, 0)({"d": {"kernel": np.zeros((2, 2), ml_dtypes.bfloat16)}})
+    assert asked == [ml_dtypes.bfloat16]
+
+
+def test_what_an_8_bit_float_can_not_hold_is_no_nan():
+    leaf = {"d": {"kernel": np.ones((9, 9), ml_dtypes.float8_e4m3fn)}}
+    w = np.asarray(fwt.initialize(I.normal(1e4), 0)(leaf)["d"]["kernel"].astype(np.float32))
+    assert np.abs(w).max() == 448
+    assert np.isfinite(w).all()
+
+
+@pytest.mark.parametrize("space", [I, I.keras, I.torch])
+@pytest.mark.parametrize(
+    ("dtype", "value"),
+    [(ml_dtypes.int4, 8), (np.int8, 300), (np.uint8, -1), (np.int8, 0.5), (np.float16, 1e5),
+     (ml_dtypes.float8_e4m3fn, 1e3), (ml_dtypes.float8_e4m3fn, np.inf)],
+)  # fmt: skip
+def test_a_constant_that_the_dtype_can_not_hold_is_refused(space, dtype, value):
+    leaf = {"d": {"kernel": np.ones((2, 2), dtype)}}
+    with pytest.raises(fwt.LeafError, match="d/kernel: no "):
+        fwt.initialize(space.constant(value), 0)(leaf)
+    assert fwt.initialize(space.constant(3), 0)(leaf)["d"]["kernel"].tolist() == [[3, 3]] * 2
+
+
+def test_scores_are_computed_in_float32():
+    """In half precision 1e-4 times 1e-4 is nothing, and 300 times 300 too much."""
+    w = np.array([[1e-4, 2e-4, 300.0, 200.0]])
+    for dtype in (np.float16, ml_dtypes.float8_e5m2):
+        params = {"d": {"kernel": w.astype(dtype)}}
+        wide = {"d": {"kernel": w.astype(dtype).astype(np.float32)}}
+        for score in (S.saliency, S.taylor, S.movement, S.fisher, S.gradient):
+            found = score(params, grads=params)["d"]["kernel"]
+            assert jnp.array_equal(found, score(wide, grads=wide)["d"]["kernel"])
+        mixed = fwt.prune(0.5, S.saliency, grads=wide)(params)["d"]["kernel"]
+        assert (np.asarray(mixed) == 0).tolist() == [[True, True, False, False]]
+
+
+def test_8_bit_floats_are_not_trained():
+    """JAX adds no float32 to them, so optax can't; plainly said instead of deep in optax."""
+    params = {"d": {"kernel": np.ones((4, 4), ml_dtypes.float8_e4m3fn)}}
+    grads = {"d": {"kernel": np.ones((4, 4), np.float32)}}
+    for tx in (
+        fwt.optim.sparsify(optax.sgd(0.1), 0.5),
+        fwt.optim.constrain(optax.sgd(0.1), fwt.project(C.unit_norm)),
+    ):
+        with pytest.raises(fwt.LeafError, match="d/kernel is float8_e4m3fn"):
+            tx.update(grads, tx.init(params), params)
+    with pytest.raises(fwt.FwtError, match="no update of float8_e4m3fn"):
+        own = jax.tree.map(jnp.asarray, params)
+        tx.update(own, tx.init(own), own)
+
+
+def test_lsuv_of_8_bit_floats():
+    net = nn.Dense(9, dtype=jnp.float32, param_dtype=jnp.float8_e4m3fn)
+    x = jax.random.normal(jax.random.key(1), (64, 16))
+    new = fwt.lsuv(net, net.init(jax.random.key(0), x), x, 0)
+    assert new["params"]["kernel"].dtype == jnp.float8_e4m3fn
+    assert abs(net.apply(new, x).var() - 1) < 0.125
+
+
+SCALE = ml_dtypes.float8_e8m0fnu
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        fwt.prune(0.5),
+        fwt.masks(0.5),
+        fwt.masks_of,
+        fwt.project(C.max_norm(1.0)),
+        fwt.initialize(I.normal, 0),
+        fwt.reset(0, "keras"),
+        fwt.apply_masks({"d": {"kernel": np.zeros((4, 4), bool)}}),
+        lambda p: fwt.optim.sparsify(optax.sgd(0.1), 0.5).init(p),
+        lambda p: C.non_negative()(p["d"]["kernel"]),
+        lambda p: I.normal()(jax.random.key(0), (4, 4), SCALE),
+        lambda p: fwt.prune(0.5, dtype=SCALE)({"d": {"kernel": np.ones((4, 4), np.float32)}}),
+    ],
+)
+def test_scales_are_no_weights(run):
+    """float8_e8m0fnu has no zero: what was pruned of it would be NaN."""
+    params = {"d": {"kernel": np.ones((4, 4), SCALE)}}
+    with pytest.raises(fwt.LeafError, match="float8_e8m0fnu"):
+        run(params)
+    # Beside a leaf that is selected they pass through.
+    both = {**params, "e": {"kernel": np.ones((4, 4), np.float32)}}
+    assert fwt.prune(0.5, where="e/*")(both)["d"]["kernel"] is params["d"]["kernel"]
+    new = fwt.assign({"d/kernel": np.full((4, 4), 2, SCALE)})(params)["d"]["kernel"]
+    assert new.dtype == SCALE
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.int4, ml_dtypes.uint4, np.int8, np.uint8, np.int32])
+def test_whole_numbers(dtype):
+    """Magnitudes are exact at both ends of the dtype; what draws fractions is refused."""
+    low, high = int(ml_dtypes.iinfo(dtype).min), int(ml_dtypes.iinfo(dtype).max)
+    w = np.array([[low, high, 1, 0]]).astype(dtype)
+    params = {"d": {"kernel": w}}
+    for score in (S.magnitude, lambda p: S.magnitude(p)):
+        most = fwt.prune(0.75, score)(params)["d"]["kernel"]
+        kept = [low, 0, 0, 0] if low else [0, high, 0, 0]
+        assert np.asarray(most).astype(np.int64).tolist() == [kept]
+    found = np.asarray(S.magnitude(params)["d"]["kernel"]).astype(np.int64)
+    assert found.tolist() == [[abs(low), high, 1, 0]]
+    with pytest.raises(fwt.LeafError, match="d/kernel"):
+        fwt.initialize(I.normal, 0)(params)
+    with pytest.raises(fwt.LeafError, match="d/kernel"):
+        fwt.project(C.unit_norm)(params)
+    new = np.asarray(fwt.project(C.non_negative)(params)["d"]["kernel"]).astype(np.int64)
+    assert new.tolist() == [[max(low, 0), high, 1, 0]]

@@ -148,5 +148,49 @@ class SelfAttention(torch.nn.MultiheadAttention):
         return super().forward(x, x, x, need_weights=False)[0]
 
 
-_ALL = (Flip, Masking, Normalization, Permute, RepeatVector, Rescaling, Select, SelfAttention)
+_POINTWISE = ("abs", "acos", "acosh", "asin", "asinh", "atan", "atanh", "ceil", "cos", "cosh",
+              "erf", "exp", "floor", "log", "reciprocal", "round", "sign", "sin", "sinh", "sqrt",
+              "square", "tan")  # fmt: skip
+
+
+class Pointwise(torch.nn.Module):
+    """A function of each entry by its name, such as "abs", which is torch's too."""
+
+    def __init__(self, function: str):
+        super().__init__()
+        if function not in _POINTWISE:
+            raise ConversionError(f"Pointwise({function!r}): known are {', '.join(_POINTWISE)}")
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = getattr(torch, self.function)(x)
+        # torch's sign of NaN is 0
+        return torch.where(torch.isnan(x), x, y) if self.function == "sign" else y
+
+    def extra_repr(self) -> str:
+        return f"function={self.function!r}"
+
+
+class Reduce(torch.nn.Module):
+    """The sum, mean, max, min, prod or logsumexp along an axis, which stays with size 1."""
+
+    def __init__(self, function: str, dim: int = -1):
+        super().__init__()
+        known = ("sum", "mean", "max", "min", "prod", "logsumexp")
+        if function not in known:
+            raise ConversionError(f"Reduce({function!r}): known are {', '.join(known)}")
+        self.function, self.dim = function, dim
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        names = {"max": "amax", "min": "amin"}
+        function = getattr(torch, names.get(self.function, self.function))
+        y: torch.Tensor = function(x, dim=self.dim, keepdim=True)
+        return y
+
+    def extra_repr(self) -> str:
+        return f"function={self.function!r}, dim={self.dim}"
+
+
+_ALL = (Flip, Masking, Normalization, Permute, Pointwise, Reduce, RepeatVector, Rescaling, Select,
+        SelfAttention)  # fmt: skip
 OURS: dict[str, type] = {c.__name__: c for c in _ALL}

@@ -51,6 +51,8 @@ _FUNCTIONS = (
 )  # fmt: skip
 _POINTS = np.concatenate([np.linspace(-12.0037, 12.0011, 2401), np.linspace(-30, 30, 61),
                           [-1e3, 1e3, 0.0, 1e-3, -1e-3]])  # fmt: skip
+_FAR = np.array([s * v for s in (1, -1) for v in (20, 50, 88, 89, 104, 1e3, 1e5, 1e13, 1e20, 1e37,
+                                                 np.inf)], np.float32)  # fmt: skip
 _LARGEST = 1 << 22  # values of one input that a norm is tried with
 _LONGEST = 16  # blocks that make up one function
 
@@ -92,24 +94,36 @@ def function_of(reader: Reader, block: list[Node], end: str) -> str | None:
         numbers = [c for c in numbers if math.isfinite(c)]
         points = _points(numbers)
         y = _evaluated(reader, nodes, last, points)
+        far = _evaluated(reader, nodes, last, _FAR, np.float32)
         options = list(dict.fromkeys([1.0, *numbers, *(abs(c) for c in numbers)]))
-        below = float(y[-5])  # what a very small number becomes
+        below, above = float(y[-5]), float(y[-4])  # what very small and very large numbers become
         for kind, function, settings in _FUNCTIONS:
             for c in options if settings(0.5, 0) != settings(0.25, 0) else [1.0]:
-                with np.errstate(all="ignore"):
-                    wanted = function(points, c, below)
-                # Far out, a logarithm of a sigmoid is infinite in ONNX and a number here.
-                kept = np.isfinite(y) | (np.abs(points) < 80)
-                if np.allclose(y[kept], wanted[kept], rtol=3e-6, atol=1e-9):
+                if _is(function, c, below, points, y, far):
                     told = settings(_short(c), _short(below))
                     reader.add(reader.name(nodes[-1]), kind, **told)
                     return last
-        above = float(y[-4])
-        if below < above and np.allclose(y, np.clip(points, below, above), rtol=3e-6, atol=1e-9):
+        if below < above and _is(lambda x, c, v: np.clip(x, v, c), above, below, points, y, far):
             reader.add(reader.name(nodes[-1]), "Hardtanh", min_val=_short(below),
                        max_val=_short(above))  # fmt: skip
             return last
     return None
+
+
+def _is(
+    function: Callable[..., Any], c: float, below: float, points: Any, y: Any, far: Any
+) -> bool:
+    """Whether nodes with the values ``y`` at points are a function, and where float32 ends too: a
+    logarithm of 1 + exp(x) is infinite from 89 on, and Softplus never."""
+    with np.errstate(all="ignore"):
+        wanted, there = function(points, c, below), function(_FAR.astype(float), c, below)
+        there = there.astype(np.float32)
+    here = np.isfinite(far) & np.isfinite(there)
+    return (
+        np.allclose(y, wanted, rtol=3e-6, atol=1e-9, equal_nan=True)
+        and np.allclose(far[here], there[here], rtol=1e-5, atol=1e-5)
+        and np.array_equal(far[~here], there[~here], equal_nan=True)
+    )
 
 
 def _short(c: float) -> float:
@@ -139,6 +153,32 @@ def several(reader: Reader, block: list[Node], end: str) -> None:
         return
     names = ", ".join(str(n) for n in block[:4])
     raise refuse(names, f"these {len(block)} operators together are no layer that is known")
+
+
+def softmax_of(reader: Reader, block: list[Node], end: str) -> str | None:
+    """The end of a softmax, or its logarithm, that is taken apart: where the largest entry is taken
+    away first, as what does not overflows. None for anything else."""
+    if [n.op for n in block] != ["ReduceMax", "Sub"] or not reader.graph.users.get(end):
+        return None
+    more, last = reader.graph.block(end)
+    kinds = {
+        ("Exp", "ReduceSum", "Div"): "Softmax",
+        ("Exp", "ReduceSum", "Log", "Sub"): "LogSoftmax",
+    }
+    kind = kinds.get(tuple(n.op for n in more))
+    shape = reader.shape(block[0])
+    if kind is None or math.prod(shape[1:]) > _LARGEST:
+        return None
+    x = _sample(shape)
+    y = _evaluated(reader, [*block, *more], last, x)
+    for axis in range(1, len(shape)):
+        wide = np.exp(x - x.max(axis, keepdims=True))
+        wanted = wide / wide.sum(axis, keepdims=True)
+        wanted = np.log(wanted) if kind == "LogSoftmax" else wanted
+        if y.shape == wanted.shape and np.allclose(y, wanted, rtol=1e-9, atol=1e-12):
+            reader.add(reader.name(more[-1]), kind, dim=axis)
+            return last
+    return None
 
 
 def _wrapped(reader: Reader, block: list[Node], end: str) -> bool:
@@ -218,8 +258,12 @@ def _norm(reader: Reader, block: list[Node], end: str) -> bool:
     if math.prod(shape[1:]) > _LARGEST:
         return False
     x = _sample(shape)
+
+    def computed(x: np.ndarray) -> np.ndarray:
+        return _evaluated(reader, block, end, x)
+
     try:
-        y = _evaluated(reader, block, end, x)
+        y = computed(x)
     except (KeyError, ValueError, IndexError):
         return False
     epsilons, values = _numbers(reader, block)
@@ -227,15 +271,38 @@ def _norm(reader: Reader, block: list[Node], end: str) -> bool:
         axes, inner = tuple(range(first, rank)), tuple(shape[first:])
         arrays = [v.reshape(inner) for v in values if v.size == math.prod(inner)]
         for kind in ("LayerNorm", "RMSNorm"):
-            mean = x.mean(axes, keepdims=True) if kind == "LayerNorm" else 0.0
-            variance = ((x - mean) ** 2).mean(axes, keepdims=True)
             for epsilon in epsilons:
-                found = _affine(y, (x - mean) / np.sqrt(variance + epsilon), arrays)
+
+                def plain(
+                    x: np.ndarray, kind: str = kind, axes: Any = axes, epsilon: float = epsilon
+                ) -> np.ndarray:
+                    mean = x.mean(axes, keepdims=True) if kind == "LayerNorm" else 0.0
+                    variance = ((x - mean) ** 2).mean(axes, keepdims=True)
+                    return (x - mean) / np.sqrt(variance + epsilon)
+
+                found = _affine(y, plain(x), arrays)
                 if found is None or (kind == "RMSNorm" and found[1] is not None):
+                    continue
+                if not _also_small(computed, plain, found, x, epsilon):
                     continue
                 add_layer_norm(reader, reader.name(block[-1]), inner, *found, epsilon, kind)
                 return True
     return False
+
+
+def _also_small(
+    computed: Callable[..., Any], plain: Callable[..., Any], found: Any, x: Any, epsilon: float
+) -> bool:
+    """Whether nodes are a norm for small inputs too: these tell one epsilon from another, and
+    whether it is added to the variance or to its root."""
+    scale, bias = found
+    for size in (1e-2, 1e-4, math.sqrt(epsilon) or 1e-8):
+        wanted = plain(x * size)
+        wanted = wanted if scale is None else wanted * scale
+        wanted = wanted if bias is None else wanted + bias
+        if not np.allclose(computed(x * size), wanted, rtol=1e-4, atol=1e-5):
+            return False
+    return True
 
 
 def grouped(reader: Reader, node: Node, new: tuple[int, ...]) -> str | None:
@@ -254,19 +321,26 @@ def grouped(reader: Reader, node: Node, new: tuple[int, ...]) -> str | None:
     if math.prod(shape[1:]) > _LARGEST:
         return None
     x = _sample(shape)
+
+    def computed(x: np.ndarray) -> np.ndarray:
+        return _evaluated(reader, [node, *block], end, x).reshape(x.shape)
+
     try:
-        y = _evaluated(reader, [node, *block], end, x).reshape(x.shape)
+        y = computed(x)
     except (KeyError, ValueError, IndexError):
         return None
     epsilons, values = _numbers(reader, block)
     arrays = [v.reshape(-1) for v in values if v.size == shape[-1]]
-    split = x.reshape(2, *new)
     axes = (*range(1, len(new) - 1), len(new))
-    mean = split.mean(axes, keepdims=True)
-    variance = split.var(axes, keepdims=True)
     for epsilon in epsilons:
-        found = _affine(y, ((split - mean) / np.sqrt(variance + epsilon)).reshape(x.shape), arrays)
-        if found is None:
+
+        def plain(x: np.ndarray, epsilon: float = epsilon) -> np.ndarray:
+            split = x.reshape(2, *new)
+            mean, variance = split.mean(axes, keepdims=True), split.var(axes, keepdims=True)
+            return ((split - mean) / np.sqrt(variance + epsilon)).reshape(x.shape)
+
+        found = _affine(y, plain(x), arrays)
+        if found is None or not _also_small(computed, plain, found, x, epsilon):
             continue
         scale, bias = found
         scale = np.ones(shape[-1], np.float32) if scale is None else scale
@@ -283,44 +357,50 @@ def grouped(reader: Reader, node: Node, new: tuple[int, ...]) -> str | None:
     return None
 
 
-def _cast(node: Node, x: np.ndarray) -> np.ndarray:
+def _cast(node: Node, x: np.ndarray, precision: Any) -> np.ndarray:
     import onnx
 
     node("saturate")
     dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(node("to")))
     if dtype.kind == "f" and dtype.itemsize >= 4:
-        return x.astype(float)
+        return x.astype(precision)
     return x.astype(dtype)
 
 
-def _evaluated(reader: Reader, block: list[Node], end: str, x: np.ndarray) -> np.ndarray:
-    """The values of a block at some inputs, in double precision."""
+_REDUCTIONS = {"ReduceMean": np.mean, "ReduceMax": np.max, "ReduceSum": np.sum}
+
+
+def _evaluated(
+    reader: Reader, block: list[Node], end: str, x: np.ndarray, precision: Any = float
+) -> np.ndarray:
+    """The values of a block at some inputs, in double precision unless another is given."""
     graph, values = reader.graph, {reader.at: x}
     for node in block:
         given = []
         for name in node.inputs:
             value: Any = values[name] if name in values else graph.known[name] if name else None
             if isinstance(value, np.ndarray) and value.dtype.kind == "f":
-                value = value.astype(float)
+                value = value.astype(precision)
             if x.ndim == 1 and np.size(value) == 1 and value is not None:
                 value = np.reshape(value, ())
             given.append(value)
         with np.errstate(all="ignore"):
-            if node.op == "ReduceMean":
+            if node.op in _REDUCTIONS:
                 node("noop_with_empty_axes")
                 axes = tuple(axes_of(graph, node) or ()) or None
-                out = np.mean(given[0], axes, keepdims=bool(node("keepdims", 1)))
+                out = _REDUCTIONS[node.op](given[0], axis=axes, keepdims=bool(node("keepdims", 1)))
             elif node.op == "GlobalAveragePool":
                 out = np.mean(given[0], tuple(range(2, given[0].ndim)), keepdims=True)
             elif node.op == "Reshape":
                 out = given[0].reshape(x.shape[0], *graph.shape(node.outputs[0], node)[1:])
             elif node.op == "Cast":
-                out = _cast(node, given[0])
+                out = _cast(node, given[0], precision)
             elif node.op == "Slice":
                 out = given[0][tuple(slices_of(graph, node, given[0].ndim))]
             elif node.op == "Concat":
                 out = np.concatenate(given, node("axis"))
             else:
                 out = POINTWISE[node.op](node, *given)
-        values[node.outputs[0]] = np.asarray(out)
+        out = np.asarray(out)
+        values[node.outputs[0]] = out.astype(precision) if out.dtype.kind == "f" else out
     return values[end]

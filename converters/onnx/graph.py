@@ -16,7 +16,7 @@ from fwt._types import FileFormatError
 from fwt.converters import io as _io
 from fwt.converters.rows.row import refuse
 
-OPSETS = range(9, 27)
+OPSETS = range(9, 29)
 MOST_NODES = 100_000
 # What is computed from numbers alone may not grow beyond what files of models hold of it.
 MOST_FOLDED = 1 << 24
@@ -459,6 +459,11 @@ def _folded(graph: Graph, node: Node, given: list[Any]) -> Any:
         ):
             return None
         return np.take(x, given[1], axis)
+    if node.op == "Size":
+        return np.array(np.size(x), np.int64)
+    if node.op == "Range" and all(np.size(g) == 1 for g in given):
+        first, end, step = (np.ravel(g)[0] for g in given)
+        return np.arange(first, end, step) if step and (end - first) / step < 1 << 12 else None
     if node.op == "Slice":
         return x[tuple(slices_of(graph, node, x.ndim))]
     return None
@@ -470,7 +475,7 @@ def _erf(x: Any) -> Any:
 
 # What may be done with the batch's size: no arithmetic.
 _MOVES = ("Cast", "Gather", "Slice", "Concat", "Unsqueeze", "Squeeze", "Reshape", "Identity",
-          "Expand", "ConstantOfShape")  # fmt: skip
+          "Expand", "ConstantOfShape", "Size")  # fmt: skip
 
 # One value for each value; they tell what a block of such nodes is, and fold numbers.
 POINTWISE: Mapping[str, Callable[..., Any]] = {

@@ -62,6 +62,10 @@ def _mish(t: Tracer, layer: Any, w: Any, x: Any, aval: Any, out: Any) -> Any:
     return x * tf.tanh(t.mark("Softplus", [x], [aval.shape])[0])
 
 
+def _silu(t: Tracer, layer: Any, w: Any, x: Any, aval: Any, out: Any) -> Any:
+    return x * t.op("Sigmoid", x) if x.dtype == tf.float32 else None
+
+
 def _log_sigmoid(t: Tracer, layer: Any, w: Any, x: Any, aval: Any, out: Any) -> Any:
     if x.dtype != tf.float32:
         return None
@@ -353,6 +357,7 @@ NATIVE: Mapping[type, Native] = {
     fl.GELU: _gelu,
     fl.Softplus: _softplus,
     fl.Mish: _mish,
+    fl.SiLU: _silu,
     fl.LogSigmoid: _log_sigmoid,
     fl.ReLU: _activation("Relu"),
     fl.LeakyReLU: _activation("LeakyRelu", alpha="negative_slope"),

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tensorflow as tf
+from jax import lax
 
+from fwt.converters.onnx.pointwise import converted, is_nan, like, where
 from fwt.converters.rows.row import refuse
 
 if TYPE_CHECKING:
@@ -51,64 +53,56 @@ def dtype_of(aval: Any) -> Any:
     return tf.as_dtype(np.dtype(aval.dtype))
 
 
-def _log1p(x: Any) -> Any:
-    """Also near 0, where 1 + x loses the digits of x."""
-    small = 2.0 * tf.atanh(x / (x + 2.0))
-    return tf.where(tf.abs(x) < 0.1, small, tf.math.log(x + tf.ones((), x.dtype)))
-
-
-def _expm1(x: Any) -> Any:
-    half = tf.tanh(x * 0.5)
-    return tf.where(tf.abs(x) < 0.5, 2.0 * half / (1.0 - half), tf.exp(x) - tf.ones((), x.dtype))
-
-
-POINTWISE: dict[str, Callable[..., Any]] = {
-    "neg": tf.negative, "exp": tf.exp, "log": tf.math.log, "tanh": tf.tanh, "abs": tf.abs,
-    "log1p": lambda x: _log1p(x), "expm1": lambda x: _expm1(x),
-    "logistic": tf.sigmoid, "erf": tf.math.erf, "sqrt": tf.sqrt, "rsqrt": tf.math.rsqrt,
-    "erfc": lambda x: tf.ones((), x.dtype) - tf.math.erf(x), "sign": tf.sign,
-    "floor": tf.floor, "ceil": tf.math.ceil, "square": lambda x: x * x, "sin": tf.sin,
-    "cos": tf.cos, "not": tf.logical_not, "copy": tf.identity, "copy_p": tf.identity,
-    "stop_gradient": tf.identity, "optimization_barrier": tf.identity,
-    "add": tf.add, "add_any": tf.add, "sub": tf.subtract, "mul": tf.multiply,
-    "max": tf.maximum, "min": tf.minimum, "pow": lambda x, y: tf.pow(x, tf.cast(y, x.dtype)),
-    "eq": tf.equal, "ne": tf.not_equal,
-    "lt": tf.less, "le": tf.less_equal, "gt": tf.greater, "ge": tf.greater_equal,
-    "and": tf.logical_and, "or": tf.logical_or,
-    "xor": lambda a, b: tf.not_equal(a, b),
-    "clamp": lambda low, x, high: tf.minimum(tf.maximum(x, low), high),
-}  # fmt: skip
-
-
 def _integer(v: Any) -> bool:
     return np.issubdtype(v.aval.dtype, np.integer)
 
 
-def _div(t: "Tracer", eqn: Any, a: Any, b: Any) -> Any:
-    if _integer(eqn.outvars[0]):
-        raise refuse(t.place, "it divides whole numbers")
-    return tf.divide(t.tensor(a), t.tensor(b))
+def _division(op: str, **attributes: int) -> Callable[..., Any]:
+    def function(t: "Tracer", eqn: Any, a: Any, b: Any) -> Any:
+        if _integer(eqn.outvars[0]) and (
+            not isinstance(b, np.ndarray) or np.any((b == 0) | (b == -1))
+        ):
+            raise refuse(t.place, "it divides whole numbers by what may be 0 or -1")
+        return t.op(op, a, b, **attributes)
+
+    return function
 
 
 def _integer_pow(t: "Tracer", eqn: Any, x: Any) -> Any:
-    y = eqn.params["y"]
-    x = t.tensor(x)
-    if y in (2, 3):
-        return x * x if y == 2 else x * x * x
-    return tf.pow(x, tf.constant(y, x.dtype))
+    """The products that JAX takes."""
+    left, power, out = abs(eqn.params["y"]), t.tensor(x), None
+    while left:
+        if left % 2:
+            out = power if out is None else t.op("Mul", out, power)
+        left //= 2
+        power = t.op("Mul", power, power) if left else power
+    if out is None:
+        return tf.ones_like(power)
+    return t.op("Reciprocal", out) if eqn.params["y"] < 0 else out
+
+
+def _round(t: "Tracer", eqn: Any, x: Any) -> Any:
+    if eqn.params["rounding_method"] != lax.RoundingMethod.TO_NEAREST_EVEN:
+        raise refuse(t.place, "it rounds halves away from zero")
+    return t.op("Round", x)
 
 
 def _select(t: "Tracer", eqn: Any, which: Any, *cases: Any) -> Any:
-    if len(cases) != 2 or eqn.invars[0].aval.dtype != bool:
-        raise refuse(t.place, "it selects among more than two")
-    return tf.where(t.tensor(which), t.tensor(cases[1]), t.tensor(cases[0]))
+    which = t.tensor(which)
+    if which.dtype == tf.bool:
+        return where(t, which, cases[1], cases[0])
+    out = t.tensor(cases[0])
+    for i, value in enumerate(cases[1:], 1):
+        there = t.op("GreaterOrEqual", which, like(which, i), dtype=tf.bool)
+        out = where(t, there, value, out)
+    return out
 
 
 def _convert(t: "Tracer", eqn: Any, x: Any) -> Any:
     dtype = eqn.params["new_dtype"]
     if eqn.invars[0].aval.dtype == dtype:
         return x
-    return tf.cast(t.tensor(x), tf.as_dtype(np.dtype(dtype)))
+    return converted(t, t.tensor(x), tf.as_dtype(np.dtype(dtype)))
 
 
 def _broadcast(t: "Tracer", eqn: Any, x: Any, *more: Any) -> Any:
@@ -224,10 +218,36 @@ def _reduce(function: Callable[..., Any]) -> Callable[..., Any]:
     return op
 
 
-def _argmax(t: "Tracer", eqn: Any, x: Any) -> Any:
-    (axis,) = eqn.params["axes"]
-    x = t.tensor(t.full(x, eqn.invars[0].aval))
-    return tf.cast(tf.argmax(x, axis), dtype_of(eqn.outvars[0].aval))
+def _extreme(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The largest or smallest along axes; NaN where there is one, which runtimes pass over."""
+
+    def op(t: "Tracer", eqn: Any, x: Any) -> Any:
+        axes, x = list(eqn.params["axes"]), t.tensor(t.full(x, eqn.invars[0].aval))
+        found = function(x, axis=axes)
+        return where(t, _any_nan(t, x, axes), like(x, math.nan), found) if (
+            x.dtype.is_floating) else found  # fmt: skip
+
+    return op
+
+
+def _any_nan(t: "Tracer", x: Any, axes: Sequence[int]) -> Any:
+    some = tf.reduce_max(tf.cast(is_nan(t, x), tf.int32), axis=list(axes))
+    return t.op("Greater", some, like(some, 0), dtype=tf.bool)
+
+
+def _arg(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The place of the first maximum or minimum; of the first NaN, where there is one."""
+
+    def op(t: "Tracer", eqn: Any, x: Any) -> Any:
+        (axis,) = eqn.params["axes"]
+        x = t.tensor(t.full(x, eqn.invars[0].aval))
+        found = function(x, axis)
+        if x.dtype.is_floating:
+            first = tf.argmax(tf.cast(is_nan(t, x), tf.int32), axis)
+            found = where(t, _any_nan(t, x, [axis]), first, found)
+        return tf.cast(found, dtype_of(eqn.outvars[0].aval))
+
+    return op
 
 
 def _cumsum(t: "Tracer", eqn: Any, x: Any) -> Any:
@@ -243,7 +263,29 @@ def _sort(t: "Tracer", eqn: Any, *xs: Any) -> Any:
     order = [a for a in range(x.shape.rank) if a != eqn.params["dimension"]]
     order.append(eqn.params["dimension"])
     back = [order.index(a) for a in range(last + 1)]
-    return transposed(tf.sort(transposed(x, order)), back)
+    x = transposed(x, order)
+    size = t.size(eqn.invars[0].aval.shape[order[-1]])
+    if not x.dtype.is_floating:
+        return transposed(_rising(t, x, size), back)
+    nan = is_nan(t, x)  # which comes last
+    count = tf.reduce_sum(tf.cast(nan, tf.int32), -1, keepdims=True)
+    there = t.op("Less", tf.range(size), size - count, dtype=tf.bool)
+    x = _rising(t, where(t, nan, like(x, math.inf), x), size)
+    return transposed(where(t, there, x, like(x, math.nan)), back)
+
+
+def _rising(t: "Tracer", x: Any, size: Any) -> Any:
+    """Each last axis from its least to its largest."""
+    count, shape = tf.cast(tf.reshape(size, [1]), tf.int64), x.shape.as_list()
+    return t.mark("TopK", [x, count], [shape, shape], largest=0)[0]
+
+
+def _fill(eqn: Any) -> Any:
+    """What stands for an entry that is not there."""
+    value, dtype = eqn.params["fill_value"], np.dtype(eqn.outvars[0].aval.dtype)
+    if value is not None or dtype.kind not in "iu":
+        return value if value is not None else math.nan if dtype.kind != "b" else True
+    return np.iinfo(dtype).min if dtype.kind == "i" else np.iinfo(dtype).max
 
 
 def _gather(t: "Tracer", eqn: Any, x: Any, index: Any) -> Any:
@@ -254,6 +296,10 @@ def _gather(t: "Tracer", eqn: Any, x: Any, index: Any) -> Any:
     if isinstance(index, np.ndarray) and len(eqn.invars[1].aval.shape) == 1:
         places = np.broadcast_to(index, eqn.invars[1].aval.shape)
         starts = {a: int(i) for a, i in zip(axes, places, strict=True)}
+        for a, i in starts.items():
+            size = aval.shape[a]
+            if i < 0 or (isinstance(size, int | np.integer) and i + sizes[a] > size):
+                raise refuse(t.place, f"it takes the entries from {i} on of {size}")
         cuts = tuple(slice(starts[a], starts[a] + int(sizes[a])) if a in starts else slice(None)
                      for a in range(rank))  # fmt: skip
         x = t.tensor(t.full(x, aval))[cuts]
@@ -266,8 +312,16 @@ def _gather(t: "Tracer", eqn: Any, x: Any, index: Any) -> Any:
         raise refuse(t.place, "it gathers along more than one axis")
     (axis,) = axes
     index = t.full(index, eqn.invars[1].aval)
-    index = t.shaped(index, eqn.invars[1].aval.shape[:-1])
-    out = tf.gather(t.tensor(t.full(x, aval)), t.tensor(index), axis=axis)
+    shape = eqn.invars[1].aval.shape[:-1]
+    index = t.tensor(t.shaped(index, shape))
+    # ONNX counts negative ones from the end, and fails on those that are not there.
+    last = tf.cast(t.size(aval.shape[axis]) - 1, index.dtype)
+    near = t.op("Max", t.op("Min", index, last), like(index, 0))
+    out = tf.gather(t.tensor(t.full(x, aval)), near, axis=axis)
+    if eqn.params["mode"] == lax.GatherScatterMode.FILL_OR_DROP:
+        there = t.op("Equal", index, near, dtype=tf.bool)
+        there = t.shaped(there, (*shape, *(1,) * (rank - 1 - axis)))
+        out = where(t, there, out, like(out, _fill(eqn)))
     count = len(eqn.invars[1].aval.shape) - 1
     # Where the axes of x stand in JAX's output, and those of the index.
     total = rank - 1 + count
@@ -372,6 +426,8 @@ def _reduce_window(average: bool) -> Callable[..., Any]:
             names = [e.primitive.name for e in p["jaxpr"].eqns]
             if names != ["max"]:
                 raise refuse(t.place, f"it reduces windows by {names}")
+            if not isinstance(start[0], np.ndarray) or np.any(start[0] != -math.inf):
+                raise refuse(t.place, f"its maximum of a window starts at {start[0]}")
         edges = [window[a] != 1 or steps[a] != 1 or tuple(pads[a]) != (0, 0) for a in (0, rank - 1)]
         if any(edges) or rank < 3 or any(d != 1 for d in p["base_dilation"]):
             raise refuse(t.place, "windows over other axes than the spatial ones")
@@ -432,14 +488,16 @@ def _scan(t: "Tracer", eqn: Any, *values: Any) -> list[Any]:
 
 
 OPS: Mapping[str, Callable[..., Any]] = {
-    "div": _div, "integer_pow": _integer_pow, "select_n": _select,
+    "div": _division("Div"), "rem": _division("Mod", fmod=1), "round": _round,
+    "integer_pow": _integer_pow, "select_n": _select,
     "convert_element_type": _convert, "broadcast_in_dim": _broadcast, "reshape": _reshape,
     "transpose": _transpose, "squeeze": _squeeze, "rev": _rev, "slice": _slice,
     "concatenate": _concatenate, "stack": _stack, "split": _split, "pad": _pad,
-    "reduce_sum": _reduce(tf.reduce_sum), "reduce_max": _reduce(tf.reduce_max),
-    "reduce_min": _reduce(tf.reduce_min), "reduce_prod": _reduce(tf.reduce_prod),
+    "reduce_sum": _reduce(tf.reduce_sum), "reduce_max": _extreme(tf.reduce_max),
+    "reduce_min": _extreme(tf.reduce_min), "reduce_prod": _reduce(tf.reduce_prod),
     "reduce_and": _reduce(tf.reduce_all), "reduce_or": _reduce(tf.reduce_any),
-    "argmax": _argmax, "cumsum": _cumsum, "sort": _sort, "gather": _gather,
+    "argmax": _arg(tf.argmax), "argmin": _arg(tf.argmin),
+    "cumsum": _cumsum, "sort": _sort, "gather": _gather,
     "dot_general": _dot, "conv_general_dilated": _conv,
     "reduce_window_sum": _reduce_window(average=True),
     "reduce_window_max": _reduce_window(average=False),

@@ -9,7 +9,7 @@ from fwt._types import FileFormatError, Model
 from fwt.converters import io as _io
 from fwt.converters.frameworks import flax as _flax
 from fwt.converters.frameworks import torch_layers
-from fwt.converters.onnx import blocks, recurrent, shapes, weights
+from fwt.converters.onnx import blocks, functions, recurrent, shapes, weights
 from fwt.converters.onnx import graph as _graph
 from fwt.converters.onnx import ours as _ours
 from fwt.converters.onnx.graph import Graph, Node
@@ -19,7 +19,7 @@ from fwt.converters.walk import convert
 
 # Attributes that exporters write at their defaults, whether or not they matter.
 _HARMLESS = {"allowzero": 0, "noop_with_empty_axes": 0, "saturate": 1}
-OPS = {**weights.OPS, **shapes.OPS, **recurrent.OPS}
+OPS = {**weights.OPS, **shapes.OPS, **functions.OPS, **recurrent.OPS}
 
 
 def from_onnx(
@@ -84,7 +84,8 @@ def _layers(graph: Graph) -> list[Layer]:
     while graph.users.get(reader.at):
         block, end = graph.block(reader.at)
         node = block[0]
-        if (found := blocks.function_of(reader, block, end)) is not None:
+        found = blocks.function_of(reader, block, end) or blocks.softmax_of(reader, block, end)
+        if found is not None:
             end = found
         elif len(block) > 1:
             blocks.several(reader, block, end)

@@ -8,7 +8,7 @@ import numpy as np
 
 from fwt.converters.onnx import blocks, recurrent, weights
 from fwt.converters.onnx.graph import Node, axes_of, slices_of
-from fwt.converters.onnx.line import Handler, Reader, array, one_axis, spatial, window_of
+from fwt.converters.onnx.line import Handler, Reader, array, spatial, window_of
 from fwt.converters.rows.padding import pairs_in
 from fwt.converters.rows.row import refuse
 
@@ -46,12 +46,20 @@ def _lp_pool(reader: Reader, node: Node) -> None:
     reader.only(node)
     window = tuple(node("kernel_shape"))
     settings = window_of(reader, node, window)
-    if any(lo or hi for lo, hi in settings["padding"]) or any(d != 1 for d in settings["dilation"]):
-        raise refuse(str(node), "a power average with padding or holes")
+    if any(d != 1 for d in settings["dilation"]):
+        raise refuse(str(node), "a power average over a window with holes")
     r = spatial(node, reader.rank(node))
     if node("ceil_mode", 0):
         raise refuse(str(node), "ceil_mode=1")
-    reader.add(reader.name(node), f"LPPool{r}d", norm_type=float(node("p", 2)), kernel_size=window,
+    power, name = node("p", 2), reader.name(node)
+    if not power >= 1:
+        raise refuse(str(node), f"p={power}: expected at least 1")
+    if any(lo or hi for lo, hi in settings["padding"]):
+        pads = pairs_in("torch", settings["padding"])
+        reader.add(f"{name}__pad", f"ZeroPad{r}d", padding=pads)
+    if power % 2:  # ONNX takes magnitudes, torch's own layer does not
+        reader.add(f"{name}__abs", "Pointwise", function="abs")
+    reader.add(name, f"LPPool{r}d", norm_type=float(power), kernel_size=window,
                stride=settings["stride"])  # fmt: skip
 
 
@@ -61,30 +69,6 @@ def _global_pool(kind: str) -> Callable[[Reader, Node], None]:
         r = spatial(node, reader.rank(node))
         reader.add(reader.name(node), f"Adaptive{kind}Pool{r}d", output_size=(1,) * r,
                    **({"return_indices": False} if kind == "Max" else {}))  # fmt: skip
-
-    return op
-
-
-def _reduce(kind: str) -> Callable[[Reader, Node], None]:
-    """A mean or maximum over all spatial axes, wherever the channels are."""
-
-    def op(reader: Reader, node: Node) -> None:
-        reader.only(node)
-        rank = reader.rank(node)
-        node("noop_with_empty_axes")
-        axes = sorted(a % rank for a in axes_of(reader.graph, node) or ())
-        name = reader.name(node)
-        left = [a for a in range(1, rank) if a not in axes]
-        if 0 in axes or len(left) != 1 or rank not in (3, 4, 5):
-            raise refuse(str(node), f"over the axes {axes} of rank {rank}: only over all but one")
-        reader.permute((0, *left, *axes), f"{name}__there")
-        reader.add(name, f"Adaptive{kind}Pool{rank - 2}d", output_size=(1,) * (rank - 2),
-                   **({"return_indices": False} if kind == "Max" else {}))  # fmt: skip
-        if node("keepdims", 1):
-            there = (0, *left, *axes)
-            reader.permute([there.index(a) for a in range(rank)], f"{name}__back")
-        else:
-            reader.add(f"{name}__flatten", "Flatten", start_dim=1, end_dim=-1)
 
     return op
 
@@ -190,7 +174,9 @@ def _resize(reader: Reader, node: Node) -> None:
         if how == "pytorch_half_pixel" and any(f * n <= 1 for f, n in zip(factors, shape[2:])):
             raise refuse(str(node), "pytorch_half_pixel to one pixel")
         settings["mode"] = ("linear", "bilinear", "trilinear")[r - 1]
-        settings["align_corners"] = how == "align_corners"
+        settings["align_corners"] = corners = how == "align_corners"
+        if corners and any(f * n != int(f * n) for f, n in zip(factors, shape[2:], strict=True)):
+            raise refuse(str(node), f"align_corners to sizes of {factors} times {shape[2:]}")
     else:
         raise refuse(str(node), f"mode={mode!r} with {how!r}")
     reader.add(reader.name(node), "Upsample", recompute_scale_factor=None, **settings)
@@ -198,9 +184,19 @@ def _resize(reader: Reader, node: Node) -> None:
 
 def _depth_to_space(reader: Reader, node: Node) -> None:
     reader.only(node)
+    size, name = node("blocksize"), reader.name(node)
+    if node("mode", "DCR") != "CRD":  # the places of a block come before the channels
+        reader.add(f"{name}__order", "ChannelShuffle", groups=size**2)
+    reader.add(name, "PixelShuffle", upscale_factor=size)
+
+
+def _space_to_depth(reader: Reader, node: Node) -> None:
+    reader.only(node)
+    size, name = node("blocksize"), reader.name(node)
+    channels = reader.shape(node)[1]
+    reader.add(name, "PixelUnshuffle", downscale_factor=size)
     if node("mode", "DCR") != "CRD":
-        raise refuse(str(node), "mode='DCR' orders channels in another way than torch")
-    reader.add(reader.name(node), "PixelShuffle", upscale_factor=node("blocksize"))
+        reader.add(f"{name}__order", "ChannelShuffle", groups=channels)
 
 
 def _lrn(reader: Reader, node: Node) -> None:
@@ -359,142 +355,12 @@ def _transpose(reader: Reader, node: Node) -> str | None:
     return None
 
 
-# -- functions -------------------------------------------------------------------------------------
-
-
-def _function(kind: str, **names: tuple[str, Any]) -> Callable[[Reader, Node], None]:
-    """An activation; ``names`` are its settings, with ONNX's name and default."""
-
-    def op(reader: Reader, node: Node) -> None:
-        reader.only(node)
-        settings = {k: node(name, default) for k, (name, default) in names.items()}
-        reader.add(reader.name(node), kind, **settings)
-
-    return op
-
-
-def _softmax(kind: str) -> Callable[[Reader, Node], None]:
-    def op(reader: Reader, node: Node) -> None:
-        reader.only(node)
-        rank = reader.rank(node)
-        axis = node("axis", -1 if reader.graph.opset >= 13 else 1) % rank
-        if reader.graph.opset < 13 and axis != rank - 1:
-            raise refuse(str(node), f"before opset 13 it works on all axes from {axis} on")
-        reader.add(reader.name(node), kind, dim=axis)
-
-    return op
-
-
-def _clip(reader: Reader, node: Node) -> None:
-    reader.only(node)
-    low, high = node("min"), node("max")
-    if low is None and high is None:
-        low, high = (None if v is None else float(v) for v in (
-            reader.graph.const(node, 1), reader.graph.const(node, 2)))  # fmt: skip
-    low, high = (None if v is None or abs(v) > 3e38 else v for v in (low, high))
-    name = reader.name(node)
-    if (low, high) == (0, 6):
-        reader.add(name, "ReLU6")
-    elif (low, high) == (0, None):
-        reader.add(name, "ReLU")
-    elif low is not None and high is not None:
-        reader.add(name, "Hardtanh", min_val=low, max_val=high)
-    else:
-        raise refuse(str(node), f"a Clip from {low} to {high}: only between two numbers")
-
-
-def _hard_sigmoid(reader: Reader, node: Node) -> None:
-    reader.only(node)
-    alpha, beta = node("alpha", 0.2), node("beta", 0.5)
-    if abs(alpha - 1 / 6) > 1e-7 or beta != 0.5:
-        raise refuse(str(node), f"alpha={alpha}, beta={beta}: only 1/6 and 1/2")
-    reader.add(reader.name(node), "Hardsigmoid")
-
-
-def _gelu(reader: Reader, node: Node) -> None:
-    reader.only(node)
-    reader.add(reader.name(node), "GELU", approximate=node("approximate", "none"))
-
-
-def _shrink(reader: Reader, node: Node) -> None:
-    reader.only(node)
-    lambd, bias = node("lambd", 0.5), node("bias", 0.0)
-    if bias not in (0.0, lambd):
-        raise refuse(str(node), f"lambd={lambd}, bias={bias}")
-    reader.add(reader.name(node), "Softshrink" if bias else "Hardshrink", lambd=lambd)
-
-
-def _prelu(reader: Reader, node: Node) -> None:
-    reader.only(node)
-    slope, rank = array(reader, node, 1), reader.rank(node)
-    axis = one_axis(node, slope, rank)
-    name = reader.name(node, node.inputs[1])
-
-    def add() -> None:
-        reader.add(name, "PReLU", {"weight": slope.reshape(-1)}, num_parameters=slope.size,
-                   init=0.25)  # fmt: skip
-
-    reader.with_second(axis or 1, rank, name, add)
-
-
-def _neg(reader: Reader, node: Node) -> None:
-    reader.only(node)
-    reader.add(reader.name(node), "Rescaling", scale=-1.0, offset=0.0)
-
-
-def _concat(reader: Reader, node: Node) -> None:
-    if len(node.inputs) != 1:
-        raise refuse(str(node), "it joins its input with other values")
-
-
-def _nothing(reader: Reader, node: Node) -> None:
-    reader.only(node)
-
-
-def _dropout(reader: Reader, node: Node) -> None:
-    reader.only(node)
-    node("ratio"), node("seed")
-    reader.graph.const(node, 1)
-    training = reader.graph.const(node, 2)
-    if node("is_test", 1) == 0 or (training is not None and bool(np.any(training))):
-        raise refuse(str(node), "training_mode: it drops at inference too")
-
-
-def _selu(reader: Reader, node: Node) -> None:
-    reader.only(node)
-    alpha, gamma = node("alpha", 1.6732632), node("gamma", 1.050701)
-    if abs(alpha - 1.6732632) > 1e-5 or abs(gamma - 1.050701) > 1e-5:
-        raise refuse(str(node), f"alpha={alpha}, gamma={gamma}: only those of the paper")
-    reader.add(reader.name(node), "SELU")
-
-
-def _cast(reader: Reader, node: Node) -> None:
-    reader.only(node)
-    import onnx
-
-    node("saturate")
-    there = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(node("to")))
-    given = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(reader.graph.dtype))
-    same = there == np.float32 if given.kind == "f" or reader.layers else there.kind == given.kind
-    if not same or there.kind not in "if":
-        raise refuse(str(node), f"a Cast to {there}")
-
-
 OPS: Mapping[str, Handler] = {
     "MaxPool": _pool("Max"), "AveragePool": _pool("Avg"), "LpPool": _lp_pool,
     "GlobalAveragePool": _global_pool("Avg"), "GlobalMaxPool": _global_pool("Max"),
-    "ReduceMean": _reduce("Avg"), "ReduceMax": _reduce("Max"), "Pad": _pad, "Slice": _slice,
-    "Resize": _resize, "Upsample": _resize, "DepthToSpace": _depth_to_space, "LRN": _lrn,
+    "Pad": _pad, "Slice": _slice,
+    "Resize": _resize, "Upsample": _resize, "DepthToSpace": _depth_to_space,
+    "SpaceToDepth": _space_to_depth, "LRN": _lrn,
     "Flatten": _flatten, "Reshape": _reshape, "Squeeze": _reshape, "Unsqueeze": _reshape,
-    "Transpose": _transpose, "Relu": _function("ReLU"), "Sigmoid": _function("Sigmoid"),
-    "Tanh": _function("Tanh"), "LeakyRelu": _function("LeakyReLU", negative_slope=("alpha", 0.01)),
-    "Elu": _function("ELU", alpha=("alpha", 1.0)), "Celu": _function("CELU", alpha=("alpha", 1.0)),
-    "Selu": _selu, "Softsign": _function("Softsign"), "Mish": _function("Mish"),
-    "Softplus": _function("Softplus", beta=("", 1.0), threshold=("", 20.0)),
-    "HardSwish": _function("Hardswish"),
-    "ThresholdedRelu": _function("Threshold", threshold=("alpha", 1.0), value=("", 0.0)),
-    "HardSigmoid": _hard_sigmoid, "Gelu": _gelu, "Shrink": _shrink, "PRelu": _prelu,
-    "Clip": _clip, "Softmax": _softmax("Softmax"), "LogSoftmax": _softmax("LogSoftmax"),
-    "Tile": _tile, "Expand": _tile, "Identity": _nothing, "Dropout": _dropout, "Cast": _cast,
-    "Neg": _neg, "Concat": _concat,
+    "Transpose": _transpose, "Tile": _tile, "Expand": _tile,
 }  # fmt: skip

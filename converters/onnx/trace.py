@@ -5,6 +5,7 @@ that any layer goes out without code of its own. Where ONNX has an operator for 
 (Conv, MaxPool, LSTM), a *mark* stands in the TensorFlow graph, which becomes that operator.
 """
 
+import functools
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -16,10 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 import tensorflow as tf
 
-from fwt.converters.onnx.primitives import OPS, POINTWISE, Weight, shape_of
+from fwt.converters.onnx.pointwise import POINTWISE
+from fwt.converters.onnx.primitives import OPS, Weight, shape_of
 from fwt.converters.rows.row import refuse
 
 MARK = "PyFunc"  # a TensorFlow operation with any inputs and a text
+# What JAX calls by name: their jaxpr is run on their inputs. In other primitives a jaxpr is
+# something else, such as what a reduction does with two numbers.
+CALLS = ("pjit", "jit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call",
+         "custom_vjp_call_jaxpr", "checkpoint", "remat", "remat2")  # fmt: skip
 
 
 class Tracer:
@@ -87,10 +93,12 @@ class Tracer:
         inputs: Sequence[Any],
         shapes: Sequence[Sequence[Any]],
         skip: Any = 0,
+        dtype: Any = None,
         **attributes: Any,
     ) -> list[Any]:
         """An ONNX operator of its own: None for an input that is left out, ``skip`` for how many
-        outputs are before those of ``shapes``."""
+        outputs are before those of ``shapes``, ``dtype`` of the outputs if not the first input's.
+        """
         given = [self.tensor(v) for v in inputs if v is not None]
         order = iter(range(len(given)))
         known = [[d if isinstance(d, int | np.integer) else -1 for d in s] for s in shapes]
@@ -102,12 +110,23 @@ class Tracer:
             "skip": skip,
         }
         shapes = known
-        dtype = given[0].dtype
+        dtype = dtype or given[0].dtype
         made = tf.raw_ops.PyFunc(input=given, token=json.dumps(told), Tout=[dtype] * len(shapes))
         return [
             tf.ensure_shape(y, [None if d == -1 else d for d in s])
             for y, s in zip(made, shapes, strict=True)
         ]
+
+    def op(self, op: str, *inputs: Any, dtype: Any = None, **attributes: Any) -> Any:
+        """An ONNX operator of one output, whose inputs are broadcast to one shape.
+
+        TensorFlow and tf2onnx rewrite what they know, as Select into a sum of products: so they
+        are not told.
+        """
+        given = [self.tensor(v) for v in inputs]
+        shape = functools.reduce(tf.broadcast_static_shape, (v.shape for v in given))
+        sizes = [-1 if d is None else d for d in shape]
+        return self.mark(op, given, [sizes], dtype=dtype, **attributes)[0]
 
     # -- jaxprs ------------------------------------------------------------------------------------
 
@@ -130,7 +149,10 @@ class Tracer:
         known |= dict(zip(jaxpr.invars, args, strict=True))
 
         def value(atom: Any) -> Any:
-            return _plain(atom.val) if isinstance(atom, jex.Literal) else known[atom]
+            if not isinstance(atom, jex.Literal):
+                return known[atom]
+            plain = _plain(atom.val)  # Python's own number may stand there
+            return plain if plain is None else plain.astype(atom.aval.dtype)
 
         for eqn in _used(jaxpr):
             values = [value(a) for a in eqn.invars]
@@ -143,7 +165,7 @@ class Tracer:
         if all(_is_key(v.aval) for v in eqn.outvars):
             return [None] * len(eqn.outvars)  # keys, which a start of zeros is given for nothing
         inner = next((params[k] for k in ("jaxpr", "call_jaxpr") if k in params), None)
-        if inner is not None and name not in OPS:
+        if inner is not None and name in CALLS:
             return self.run(inner, values)
         if all(isinstance(v, np.ndarray) for v in values) and all(
             all(isinstance(d, int | np.integer) for d in v.aval.shape) for v in eqn.outvars
@@ -158,7 +180,7 @@ class Tracer:
         if empty:  # as JAX makes where it pads by nothing: what follows leaves them out
             return [np.zeros([d if isinstance(d, int) else 1 for d in s]) for s in empty]
         if name in POINTWISE:
-            return [POINTWISE[name](*(self.tensor(v) for v in values))]
+            return [POINTWISE[name](self, *(self.tensor(v) for v in values))]
         if name not in OPS:
             raise refuse(self.place, f"it computes {name!r}, which fwt can't say in ONNX")
         out = OPS[name](self, eqn, *values)

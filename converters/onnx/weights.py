@@ -173,6 +173,19 @@ def add_layer_norm(
     reader.lacks = "scale" if scale is None and kind != "RMSNorm" else None
 
 
+def _rms_norm(reader: Reader, node: Node) -> None:
+    reader.only(node)
+    rank = reader.rank(node)
+    axis = node("axis", -1) % rank
+    if node("stash_type", 1) != 1 or axis == 0:
+        raise refuse(str(node), "it computes in half precision" if axis else "it norms the batch")
+    shape, scale = reader.shape(node)[axis:], array(reader, node, 1)
+    if scale.ndim > len(shape):
+        raise refuse(str(node), f"a scale of shape {scale.shape} for the axes {shape}")
+    add_layer_norm(reader, reader.name(node, node.inputs[1]), shape, scale, None,
+                   node("epsilon", 1e-5), "RMSNorm")  # fmt: skip
+
+
 def _group_norm(reader: Reader, node: Node) -> None:
     reader.only(node)
     groups, size = node("num_groups"), reader.shape(node)[1]
@@ -279,6 +292,7 @@ def _joined(reader: Reader, value: np.ndarray, adds: bool, rank: int) -> bool:
 OPS: Mapping[str, Handler] = {
     "Gemm": _gemm, "MatMul": _matmul, "Conv": _conv, "ConvTranspose": _conv_transpose,
     "Gather": _embedding, "BatchNormalization": _batch_norm, "LayerNormalization": _layer_norm,
+    "RMSNormalization": _rms_norm,
     "GroupNormalization": _group_norm, "InstanceNormalization": _instance_norm,
     "Add": _arithmetic, "Sub": _arithmetic, "Mul": _arithmetic, "Div": _arithmetic,
 }  # fmt: skip

@@ -188,6 +188,23 @@ ROWS: tuple[Row, ...] = (
         special=Halves(),
         note="in keras only from: its Activation('glu') tells the next layer another shape",
     ),
+    Row(
+        fl.Pointwise,
+        "Pointwise",
+        None,
+        settings=(S("function", "function", None),),
+        lacks=_NO_LAYER,
+        note="in torch a small module of fwt's",
+    ),
+    Row(
+        fl.Reduce,
+        "Reduce",
+        None,
+        settings=(S("function", "function", None), AxisSetting("axis", "dim", None)),
+        single="axis",
+        lacks=_NO_LAYER,
+        note="in torch a small module of fwt's",
+    ),
     Row(None, "Softmax2d", None, lower=lower.fixed_dim("Softmax", -3), note="a Softmax"),
     Row(
         fl.UnitNorm,

@@ -204,6 +204,7 @@ class Row:
         rank_of: the Flax field that has an entry for each spatial axis.
         ordered: whether the order of the channels matters beyond which weight meets which.
         halves: the setting whose axis comes out half as long.
+        single: the setting whose axis comes out with the size 1.
         fits: whether the row is meant, where several have the class.
         lower: the layer as simpler ones of the same framework, or None to leave it.
         lacks: why a framework has no such layer, for the table and the error.
@@ -228,6 +229,7 @@ class Row:
     rank_of: str | None = None
     ordered: bool = False
     halves: str | None = None
+    single: str | None = None
     fits: Callable[[Framework, "Layer"], bool] | None = None
     lower: Callable[[Framework, "Layer", int | None], "list[Layer] | None"] | None = None
     lacks: Mapping[str, str] = dataclasses.field(default_factory=dict)

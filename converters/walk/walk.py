@@ -366,13 +366,14 @@ class Walk(Writer):
         """The axes after the layer, in both orders."""
         if self.have is None or self.want is None:
             return None, None
-        if row.halves:
-            axis = fields[row.halves]
-            if axis.size is not None and axis.size % 2:
+        if changes := row.halves or row.single:
+            axis = fields[changes]
+            if row.halves and axis.size is not None and axis.size % 2:
                 raise refuse(str(layer), f"it halves an axis of {axis.size}")
-            half = Axis(None if axis.size is None else axis.size // 2, axis.origin, axis.channel)
+            size = 1 if row.single else None if axis.size is None else axis.size // 2
+            new = Axis(size, axis.origin, axis.channel)
             first, second = (
-                [half if a is axis else a for a in side] for side in (self.have, self.want)
+                [new if a is axis else a for a in side] for side in (self.have, self.want)
             )
             return first, second
         left = row.spec(self.source)[0]

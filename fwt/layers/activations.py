@@ -4,7 +4,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fwt._types import Array
+from fwt._types import Array, FwtError
 from fwt.layers.base import Layer
 
 
@@ -276,6 +276,43 @@ class Exponential(Layer):
 
     def __call__(self, x: Array) -> Array:
         return jnp.exp(x)
+
+
+_POINTWISE = {
+    "abs": jnp.abs, "acos": jnp.arccos, "acosh": jnp.arccosh, "asin": jnp.arcsin,
+    "asinh": jnp.arcsinh, "atan": jnp.arctan, "atanh": jnp.arctanh, "ceil": jnp.ceil,
+    "cos": jnp.cos, "cosh": jnp.cosh, "erf": jax.scipy.special.erf, "exp": jnp.exp,
+    "floor": jnp.floor, "log": jnp.log, "reciprocal": lambda x: 1 / x, "round": jnp.round,
+    "sign": jnp.sign, "sin": jnp.sin, "sinh": jnp.sinh, "sqrt": jnp.sqrt, "square": jnp.square,
+    "tan": jnp.tan,
+}  # fmt: skip
+
+
+class Pointwise(Layer):
+    """A function of each entry that has no settings, by its name.
+
+    Args:
+        function: "abs", "acos", "acosh", "asin", "asinh", "atan", "atanh", "ceil", "cos", "cosh",
+            "erf", "exp", "floor", "log", "reciprocal", "round" (halves to the even number),
+            "sign", "sin", "sinh", "sqrt", "square" or "tan".
+
+    Raises:
+        FwtError: for any other name.
+
+    Example:
+        >>> import numpy as np
+        >>> from fwt import layers
+        >>> x = np.array([-2.0, 0.5, 3.0], np.float32)
+        >>> layers.Pointwise("square").apply({}, x).tolist()
+        [4.0, 0.25, 9.0]
+    """
+
+    function: str
+
+    def __call__(self, x: Array) -> Array:
+        if self.function not in _POINTWISE:
+            raise FwtError(f"Pointwise({self.function!r}): known are {', '.join(_POINTWISE)}")
+        return _POINTWISE[self.function](x)
 
 
 class PReLU(Layer):

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from fwt._types import Array
+from fwt._types import Array, FwtError
 from fwt.layers.base import Layer
 
 
@@ -149,3 +149,33 @@ class LocalResponseNorm(Layer):
         n = x.shape[-1]
         total = sum(squares[..., i : i + n] for i in range(self.size))
         return x / (self.k + self.alpha * total / self.size) ** self.beta
+
+
+_REDUCE = {"sum": jnp.sum, "mean": jnp.mean, "max": jnp.max, "min": jnp.min, "prod": jnp.prod,
+           "logsumexp": jax.nn.logsumexp}  # fmt: skip
+
+
+class Reduce(Layer):
+    """One number for all along ``axis``, which stays with size 1.
+
+    Args:
+        function: "sum", "mean", "max", "min", "prod" or "logsumexp".
+        axis: the axis; -1 by default.
+
+    Raises:
+        FwtError: for any other function.
+
+    Example:
+        >>> import numpy as np
+        >>> from fwt import layers
+        >>> layers.Reduce("sum").apply({}, np.array([[1, 2, 5]], np.float32)).tolist()
+        [[8.0]]
+    """
+
+    function: str
+    axis: int = -1
+
+    def __call__(self, x: Array) -> Array:
+        if self.function not in _REDUCE:
+            raise FwtError(f"Reduce({self.function!r}): known are {', '.join(_REDUCE)}")
+        return _REDUCE[self.function](x, axis=self.axis, keepdims=True)

@@ -69,7 +69,7 @@ def at(where: Where, transform: Transform) -> Transform:
         hide = {
             p: _tree.Unselected(x.shape, x.dtype) for p, x in tree.leaves.items() if p not in kept
         }
-        new = _tree.Tree(transform(tree.replace(hide))).leaves
+        new = _tree.Tree(transform(tree.replace(hide, ties=False))).leaves
         if set(new) != set(kept):
             changed = sorted(set(new) ^ set(kept))[0]
             raise LeafError(
@@ -111,8 +111,8 @@ def straight_through(transform: Transform) -> Transform:
         if set(new) != set(tree.leaves):
             raise LeafError("straight_through: the transform must keep the tree as it is")
         through = {}
-        for path, old in tree.leaves.items():
-            value = new[path]
+        for path, value in tree.once(new).items():
+            old = tree.leaves[path]
             if value is not old and jnp.issubdtype(old.dtype, jnp.inexact):
                 if value.shape != old.shape or value.dtype != old.dtype:
                     raise LeafError(

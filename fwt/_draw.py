@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fwt import _axes, _tree, initializers
+from fwt import _axes, _nodes, _tree, initializers
 from fwt._types import AxesError, FwtError, LeafError, Params, hashes
 
 
@@ -65,7 +65,7 @@ def _draw(specs: Any, keys: Any) -> list[Any]:
     new = []
     for (init, shape, dtype, path), key in zip(specs, keys, strict=True):
         try:
-            value = init(key, shape, dtype)
+            value = _nodes.unboxed(init(key, shape, dtype))
         except (ArithmeticError, TypeError, ValueError) as error:
             if isinstance(error, FwtError):
                 raise

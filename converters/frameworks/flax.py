@@ -8,6 +8,7 @@ from typing import Any
 import flax.linen as nn
 import numpy as np
 
+from fwt import _nodes
 from fwt._sequential import Named, Sequential
 from fwt._types import ConversionError, Model
 from fwt.converters.rows import table
@@ -32,6 +33,7 @@ def read_flax(module: Any, variables: Any, inside: tuple[str, ...] = ()) -> list
         )
     if not isinstance(variables, Mapping) or "params" not in variables:
         variables = {"params": variables if isinstance(variables, Mapping) else {}}
+    variables = _nodes.unboxed(variables)
     out = []
     names = {n.name for n in module.layers}
     for collection, tree in variables.items():

@@ -1,11 +1,13 @@
 """``transform``: any transform on a live model of any framework, in place."""
 
+import json
 import sys
 from typing import Any
 
 import numpy as np
 
 from fwt import _axes, _tree
+from fwt._nodes import FromFile
 from fwt._types import ConversionError, LeafError, Model, Transform
 
 
@@ -16,7 +18,9 @@ def transform(model: Any, t: Transform) -> Any:
     and ``from_torch`` give, without BatchNorm statistics; nothing is permuted for a Flatten. Only
     weights that it changed are written, all of them after it ended: integer, seed and tied
     variables, dtype, device, ``requires_grad`` and the storage itself survive. A tied weight
-    stands under its first path.
+    stands under its first path, and a ``where`` takes it if it names all of its paths: where the
+    kernels are a part of them only, as of an embedding that is the kernel of a head too, it is left
+    as it is, and a warning says so.
 
     Args:
         model: a built Keras model, a torch module, or a :class:`fwt.Model`.
@@ -55,7 +59,9 @@ def transform(model: Any, t: Transform) -> Any:
         value.flags.writeable = False
     known = {leaf.path: leaf.known for leaf in leaves}
     # Under "params", so that a layer that is itself named params is no collection.
-    tree = {"params": _nested(before)}
+    also = {leaf.path: leaf.also for leaf in leaves if leaf.also}
+    nested = _nested(before)
+    tree = {"params": FromFile(nested, json.dumps({"also": also})) if also else nested}
     token = _axes.KNOWN.set(known)
     try:
         after = _tree.Tree(t(tree)).leaves

@@ -9,6 +9,7 @@ import flax.linen as nn
 import numpy as np
 from flax import nnx
 
+from fwt import _nodes
 from fwt import layers as fl
 from fwt._sequential import Named, Sequential, call, settings_of
 from fwt._types import ConversionError, FwtError, Model
@@ -218,7 +219,7 @@ def to_nnx(module: Any, variables: Any) -> nnx.Sequential:
     _flax.read_flax(module, variables)  # which checks the names
     if "params" not in variables:
         variables = {"params": variables}
-    model = _written(module, variables)
+    model = _written(module, _nodes.unboxed(variables))
     model.eval()
     return model
 

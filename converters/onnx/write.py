@@ -18,6 +18,7 @@ import numpy as np
 from jax import export
 
 from fwt import layers as fl
+from fwt._nodes import unboxed
 from fwt._sequential import Sequential, call
 from fwt._types import ConversionError
 from fwt.converters import io as _io
@@ -144,6 +145,7 @@ def _checked(module: Any, variables: Any, opset: int) -> tuple[Any, Any]:
         raise ConversionError(f"expected a variables dict, found {type(variables).__name__}")
     if "params" not in variables:
         variables = {"params": variables}
+    variables = unboxed(variables)
     if isinstance(module, Sequential):
         _flax.read_flax(module, variables)  # which checks the names
     elif not hasattr(module, "apply"):

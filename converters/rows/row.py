@@ -292,6 +292,9 @@ class LiveLeaf:
     value: Any
     known: Known  # what its class tells, which is little where it has no row
     write: Callable[[Any], None]
+    also: dict[str, tuple[int, ...]] = dataclasses.field(
+        default_factory=dict
+    )  # where it is tied to
 
 
 @dataclasses.dataclass

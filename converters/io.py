@@ -402,7 +402,7 @@ def arrays(collection: str, tree: Any) -> dict[str, np.ndarray]:
         if not _tree.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct):
             place = f"{collection}{jax.tree_util.keystr(keys)}"
             raise ConversionError(f"{place}: {leaf!r:.60} is no array, so it can't be written")
-    leaves = _tree.Tree({"params": tree}).leaves
+    leaves = _tree.Tree({"params": tree}, whole=True).leaves
     for path in leaves:
         parts = parts_of_path(path)
         try:
@@ -413,7 +413,11 @@ def arrays(collection: str, tree: Any) -> dict[str, np.ndarray]:
             raise ConversionError(f"{collection}: {path!r:.80} can't be a name in a file")
     order = {path: i for i, path in enumerate(_in_order(tree))}
     ordered = sorted(leaves, key=lambda p: order.get(p, 0))  # a file keeps the order of the tree
-    return {p: native(np.asarray(leaves[p], order="C")) for p in ordered}
+    seen: dict[int, np.ndarray] = {}  # what is one array stays one
+    for leaf in leaves.values():
+        if id(leaf) not in seen:
+            seen[id(leaf)] = native(np.asarray(leaf, order="C"))
+    return {p: seen[id(leaves[p])] for p in ordered}
 
 
 def _in_order(tree: Any, inside: tuple[str, ...] = ()) -> Iterator[str]:
@@ -456,8 +460,8 @@ def same_names(variables: Mapping[str, Any], path: Path) -> dict[str, np.ndarray
     """All arrays under names joined by dots, or None where a reader would find another tree."""
     with contextlib.suppress(ConversionError):
         names = dotted(variables)
-        again = _tree.Tree({"params": nested(names, ".", path)}).leaves
-        if again.keys() == _tree.Tree({"params": variables}).leaves.keys():
+        again = _tree.Tree({"params": nested(names, ".", path)}, whole=True).leaves
+        if again.keys() == _tree.Tree({"params": variables}, whole=True).leaves.keys():
             return names
     return None
 

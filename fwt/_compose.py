@@ -76,7 +76,8 @@ def at(where: Where, transform: Transform) -> Transform:
         hide = {
             p: _tree.Unselected(x.shape, x.dtype) for p, x in tree.leaves.items() if p not in kept
         }
-        new = _tree.Tree(transform(tree.replace(hide)), wants_statistics(transform)).leaves
+        hidden = tree.replace(hide, ties=False)
+        new = _tree.Tree(transform(hidden), wants_statistics(transform)).leaves
         if set(new) != set(kept):
             changed = sorted(set(new) ^ set(kept))[0]
             raise LeafError(
@@ -118,8 +119,8 @@ def straight_through(transform: Transform) -> Transform:
         if set(new) != set(tree.leaves):
             raise LeafError("straight_through: the transform must keep the tree as it is")
         through = {}
-        for path, old in tree.leaves.items():
-            value = new[path]
+        for path, value in tree.once(new).items():
+            old = tree.leaves[path]
             if value is not old and jnp.issubdtype(old.dtype, jnp.inexact):
                 if value.shape != old.shape or value.dtype != old.dtype:
                     raise LeafError(

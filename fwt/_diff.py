@@ -39,7 +39,7 @@ def diff(a: Any, b: Any) -> Diff:
         a: a ``fwt.Model``.
         b: another.
     """
-    one, other = (_tree.Tree({"params": dict(m.variables)}).leaves for m in (a, b))
+    one, other = (_tree.Tree({"params": dict(m.variables)}, whole=True).leaves for m in (a, b))
     changes, same = [], 0
     for path in [*one, *(p for p in other if p not in one)]:
         change = _change(path, one.get(path), other.get(path))

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fwt import _axes, _tree, initializers
+from fwt import _axes, _nodes, _tree, initializers
 from fwt._types import AxesError, FwtError, LeafError, Params, hashes
 
 
@@ -71,7 +71,7 @@ def _draw(specs: Any, keys: Any) -> list[Any]:
         jaxs = initializers.is_jaxs(init) and _tree.is_narrow(dtype)
         asked = jnp.dtype(jnp.float32) if jaxs else dtype
         try:
-            value = init(key, shape, asked)
+            value = _nodes.unboxed(init(key, shape, asked))
         except (ArithmeticError, TypeError, ValueError) as error:
             if isinstance(error, FwtError):
                 raise

@@ -124,7 +124,7 @@ def summary(params: Params) -> Summary:
     if _tree.is_variables(variables):
         for collection in variables:
             if collection != "params":
-                found = _tree.Tree({"params": variables[collection]}).leaves
+                found = _tree.Tree({"params": variables[collection]}, whole=True).leaves
                 lines += [_line(p, x, layers, f"{collection}/") for p, x in found.items()]
     return Summary(tuple(lines))
 

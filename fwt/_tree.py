@@ -4,44 +4,21 @@ import difflib
 import functools
 import hashlib
 import re
-import sys
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fwt import _nodes
+from fwt._nodes import Unselected, is_array, is_variables
 from fwt._types import Array, FwtError, LeafError, Model, Params, Where, WhereError
 
 Purpose = Literal["initialize", "lsuv", "prune", "random", "regrow", "reset", "sparsify"]
 """What a key is used for: draws for two purposes are independent, be their seeds the same."""
-
-
-@jax.tree_util.register_pytree_node_class
-class Unselected:
-    """What stands where :func:`fwt.at` hid a leaf: a node without leaves, so that ``jax.tree.map``
-    and our own transforms pass it by."""
-
-    def __init__(self, shape: tuple[int, ...], dtype: Any):
-        self.shape, self.dtype = tuple(shape), np.dtype(dtype)
-
-    def tree_flatten(self) -> tuple[tuple[()], Any]:
-        return (), (self.shape, self.dtype)
-
-    @classmethod
-    def tree_unflatten(cls, aux: Any, children: Any) -> "Unselected":
-        return cls(*aux)
-
-
-def is_array(x: Any) -> bool:
-    """Whether a leaf is an array of numbers or bools; PRNG keys and strings are not."""
-    if isinstance(x, np.ndarray | np.generic):
-        # ml_dtypes (bfloat16, float8) have kind "V" and no fields.
-        return x.dtype.kind in "biufc" or (x.dtype.kind == "V" and x.dtype.isbuiltin == 2)
-    return isinstance(x, jax.Array | jax.ShapeDtypeStruct) and not jnp.issubdtype(
-        x.dtype, jax.dtypes.extended
-    )
 
 
 def escape(part: str) -> str:
@@ -75,55 +52,62 @@ def natural(path: str) -> list[Any]:
     ] + [[(0, path)]]
 
 
-def _part(key: Any) -> str:
-    for attribute in ("key", "name", "idx"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
+_TIES = ContextVar("whether ties are looked for", default=True)
+
+
+def each_by_itself(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with no leaf tied to another: an optimizer gives each an update of its own."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        token = _TIES.set(False)
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _TIES.reset(token)
+
+    return wrapped
 
 
 class Tree:
     """The array leaves of ``params`` in path order, and the way back.
 
-    A Model stands for its variables and a variables dict for its ``params``; nnx's ``.value`` is
-    no part of a path. With ``statistics`` the ``batch_stats`` of a variables dict are leaves too,
-    under the paths of their layers, and ``statistics`` says which leaves they are.
+    A Model stands for its variables, a variables dict or a train state for its ``params``; boxes
+    around an array, such as nnx's variables and flax's ``Partitioned``, are no part of a path, nor
+    is the state of an optimizer a part of the params. With ``whole`` such a state is.
+
+    Leaves that are one array, or that are said to be one by the file that they come from, are
+    tied: ``select`` takes all of a tie or nothing, under its first path, and ``replace`` gives all
+    of them the new value. Tracers of one ``jit`` are different ones, so there only what a file
+    said is known.
+
+    With ``statistics`` the ``batch_stats`` of a variables dict are leaves too, under the paths of
+    their layers, and ``statistics`` says which leaves they are.
     """
 
-    def __init__(self, params: Params, statistics: bool = False):
+    def __init__(self, params: Params, statistics: bool = False, *, whole: bool = False):
         self.module = params.module if isinstance(params, Model) else None
-        keyed, self._treedef = jax.tree_util.tree_flatten_with_path(
+        root = params.variables if isinstance(params, Model) else params
+        told = _nodes.told_of(root) if _TIES.get() else {}
+        walk, self._closed = _nodes.walk(params, whole, statistics), None
+        if walk.graphs:
+            params, self._closed = _nodes.opened(params)
+            walk = _nodes.walk(params, whole, statistics)
+        self._all = walk.leaves
+        self._treedef = jax.tree_util.tree_structure(
             params, is_leaf=lambda x: isinstance(x, Unselected)
         )
-        self._all = [leaf for _, leaf in keyed]
-        strip = 0
-        root = params
-        if isinstance(params, Model):
-            root, strip = params.variables, 1
-        scoped = isinstance(params, Model) or is_variables(root)
-        shown = ("params", "batch_stats") if statistics else ("params",)
-        variables = _nnx_variables(params)
         places: dict[str, int] = {}
         self.statistics: set[str] = set()
-        for index, (keys, leaf) in enumerate(keyed):
-            if not (is_array(leaf) or isinstance(leaf, Unselected)):
+        rows = zip(walk.parts, walk.statistics, walk.leaves, strict=True)
+        for index, (parts, statistic, leaf) in enumerate(rows):
+            if parts is None or not (is_array(leaf) or isinstance(leaf, Unselected)):
                 continue
-            collection, rest = "params", keys[strip:]
-            if scoped:
-                if not rest or _part(rest[0]) not in shown:
-                    continue
-                collection, rest = _part(rest[0]), rest[1:]
-            depth = next((d for d in range(len(keys)) if keys[:d] in variables), None)
-            if depth is not None:
-                cut = depth - (len(keys) - len(rest))
-                rest = rest[:cut] + rest[cut + 1 :]
-                if statistics and variables[keys[:depth]]:
-                    collection = "batch_stats"
-            path = "/".join(escape(_part(k)) for k in rest)
+            path = "/".join(map(escape, parts))
             if path in places:
                 raise LeafError(f"two leaves have the same path {path!r}: rename one of the keys")
             places[path] = index
-            if collection == "batch_stats":
+            if statistic:
                 self.statistics.add(path)
         self._places = places
         order = sorted(places, key=natural)
@@ -134,34 +118,137 @@ class Tree:
         self.hidden: dict[str, Unselected] = {
             p: x for p, x in seen.items() if isinstance(x, Unselected)
         }
+        self._several = {"/".join(map(escape, p)): x for p, x in walk.several.items()}
+        groups = told.get("ties", ())
+        self.ties, self._perhaps = self._ties(
+            {"/".join(map(escape, name.split("."))) for name in group} for group in groups
+        )
+        # Of a live model, the other paths of a tied weight, with its shape there.
+        self._also: dict[str, dict[str, Any]] = {
+            path: also for path, also in told.get("also", {}).items() if path in self.leaves
+        }
 
-    def replace(self, new: Mapping[str, Any]) -> Params:
-        """The same tree with other leaves at these paths; the rest are the same objects."""
+    def _ties(self, told: Iterable[set[str]]) -> tuple[list[list[str]], list[list[str]]]:
+        """The paths that share one array, in path order, and those that may under a trace."""
+        found: dict[Any, list[str]] = {}
+        for path, leaf in self.leaves.items() if _TIES.get() else ():
+            if path not in self.statistics and (key := _nodes.memory(leaf)) is not None:
+                found.setdefault(key, []).append(path)
+        ties, perhaps = [group for group in found.values() if len(group) > 1], []
+        for group in told:
+            known = [p for p in self.leaves if p in group]
+            equal = [_nodes.same_values(self.leaves[known[0]], self.leaves[p]) for p in known[1:]]
+            if not equal or False in equal:
+                continue  # where one of them has come to differ, they are tied no more
+            if None in equal:
+                perhaps.append(known)
+            else:
+                ties = [g for g in ties if not set(g) & set(known)] + [known]
+        return ties, perhaps
+
+    def _with_ties(self, new: Mapping[str, Any]) -> dict[str, Any]:
+        """The same with a value for all that is tied to what has one."""
+        out = dict(new)
+        for group in self.ties:
+            given = next((p for p in group if p in new), None)
+            if given is not None:
+                one = self.leaves[given]
+                for path in group:
+                    out.setdefault(path, _nodes.turned(one, self.leaves[path], new[given]))
+        return out
+
+    def once(self, new: Mapping[str, Any]) -> dict[str, Any]:
+        """The same with one value for all that is tied, which must agree on it."""
+        out = dict(new)
+        for group in self.ties:
+            first, *others = [p for p in group if p in out] or [""]
+            for path in others:
+                value = _nodes.turned(self.leaves[first], self.leaves[path], out[first])
+                agree = _nodes.same_values(value, out[path])
+                if agree is False:
+                    raise LeafError(
+                        f"{first} and {path} are one array (they are tied), but were given "
+                        "different values: give both the same, or untie them with a copy of one"
+                    )
+                if agree:
+                    del out[path]
+        return out
+
+    def replace(self, new: Mapping[str, Any], ties: bool = True) -> Params:
+        """The same tree with other leaves at these paths, and at what is tied to them unless told
+        otherwise; the rest are the same objects."""
         leaves = list(self._all)
-        for path, value in new.items():
+        for path, value in (self._with_ties(new) if ties else new).items():
             leaves[self._places[path]] = value
-        return jax.tree_util.tree_unflatten(self._treedef, leaves)
+        return self._built(leaves)
 
     def map_all(self, new: Mapping[str, Any], other: Callable[[Any], Any]) -> Params:
         """The same tree with ``new`` at its paths and ``other(leaf)`` at every other array."""
-        mine = {self._places[p]: x for p, x in new.items()}
+        mine = {self._places[p]: x for p, x in self._with_ties(new).items()}
         leaves = [
             mine[i] if i in mine else other(x) if is_array(x) else x
             for i, x in enumerate(self._all)
         ]
-        return jax.tree_util.tree_unflatten(self._treedef, leaves)
+        return self._built(leaves)
+
+    def _built(self, leaves: list[Any]) -> Params:
+        new = jax.tree_util.tree_unflatten(self._treedef, leaves)
+        return new if self._closed is None else self._closed(new)
 
     def select(self, where: Where) -> list[str]:
-        """The paths that ``where`` names, in path order; none at all is an error."""
+        """The paths that ``where`` names, in path order; none at all is an error.
+
+        What is tied stands under its first path. Where ``where`` names a part of a tie only, as
+        the kernels do of an embedding that is a head's kernel too, nothing is done to it, and a
+        warning says so.
+        """
+        chosen = self._chosen(where)
+        self._refuse_several(chosen)
+        left = []
+        others = [[path, *also] for path, also in self._also.items()]
+        for group in [*self.ties, *others, *self._perhaps]:
+            named = [p for p in group if p in chosen]
+            if named and len(named) < len(group):
+                left.append(_tied(where, group, named))
+                chosen -= set(group)
+            elif group not in self._perhaps:
+                chosen -= set(group[1:])
+        found = [p for p in self.leaves if p in chosen]
+        if left and not found:
+            raise WhereError("; ".join(left))
+        if left:
+            warnings.warn("; ".join(left), stacklevel=4)
+        return found
+
+    def named(self, where: Where) -> list[str]:
+        """Every path that ``where`` names, to look at; none at all is an error."""
+        chosen = self._chosen(where)
+        return [p for p in self.leaves if p in chosen]
+
+    def _chosen(self, where: Where) -> set[str]:
+        several = {p: _widest(x) for p, x in self._several.items()}
         shapes = {
             p: jax.ShapeDtypeStruct(x.shape, x.dtype)
-            for p, x in (self.leaves | self.hidden).items()
+            for p, x in (self.leaves | self.hidden | several).items()
         }
-        chosen = _resolve(where, shapes, self.module, self.statistics)
-        found = [p for p in self.leaves if p in chosen]
-        if not found:
+        same = {p: path for path, also in self._also.items() for p in also}
+        for path, also in self._also.items():
+            dtype = self.leaves[path].dtype
+            shapes |= {p: jax.ShapeDtypeStruct(tuple(s), dtype) for p, s in also.items()}
+        chosen = set(_resolve(where, shapes, self.module, self.statistics, same))
+        if chosen.isdisjoint(self.leaves) and chosen.isdisjoint(self._several):
             raise WhereError(_nothing(where, self.leaves, self.hidden, chosen))
-        return found
+        return chosen
+
+    def _refuse_several(self, chosen: set[str]) -> None:
+        for path, node in self._several.items():
+            own = [p for p in self.leaves if p.startswith(f"{path}/" if path else "")]
+            if own and not chosen.isdisjoint([path, *own]):
+                raise LeafError(
+                    f"{path or 'the tree'} is a {type(node).__name__}, one weight in several "
+                    f"arrays ({', '.join(own)}), as quantisation makes it: transform the weight "
+                    "before it is quantised, or leave it out of where="
+                )
 
     def match(self, masks: Mapping[str, Any]) -> dict[str, Any]:
         """The masks that mask something, checked against this tree."""
@@ -183,12 +270,15 @@ class Tree:
                 raise LeafError(f"masks: {path} expected shape {shape}, found {tuple(mask.shape)}")
             elif not isinstance(mask, jax.core.Tracer) and not mask:
                 raise LeafError(f"masks: {path} has a rank-0 False; give a mask of shape {shape}")
-        return chosen
-
-
-def is_variables(tree: Any) -> bool:
-    """Whether a tree is a variables dict: one of collections, params or statistics alone."""
-    return isinstance(tree, Mapping) and ("params" in tree or set(tree) == {"batch_stats"})
+        for group in self.ties:
+            masked = [p for p in group if p in chosen]
+            if masked and len(masked) < len(group):
+                other = next(p for p in group if p not in masked)
+                raise LeafError(
+                    f"masks: {other} and {masked[0]} are one array (they are tied), but only "
+                    f"{masked[0]} has a mask: give both the same"
+                )
+        return self.once(chosen)
 
 
 def as_variables(tree: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -198,20 +288,17 @@ def as_variables(tree: Mapping[str, Any]) -> Mapping[str, Any]:
     return tree if "params" in tree else {"params": {}, **tree}
 
 
-def _nnx_variables(params: Params) -> dict[tuple[Any, ...], bool]:
-    """The key paths of nnx Variables, known only if somebody imported nnx; and whether each is a
-    statistic."""
-    nnx = sys.modules.get("flax.nnx")
-    if nnx is None:
-        return {}
-    keyed, _ = jax.tree_util.tree_flatten_with_path(
-        params, is_leaf=lambda x: isinstance(x, nnx.Variable)
+def _widest(node: Any) -> Any:
+    """The array of a node that has most entries."""
+    return max((x for x in jax.tree.leaves(node) if is_array(x)), key=lambda x: np.prod(x.shape))
+
+
+def _tied(where: Where, group: Sequence[str], named: Sequence[str]) -> str:
+    said = repr(where) if isinstance(where, str | list | tuple) else f"{where}"
+    return (
+        f"{' and '.join(group)} are one array (they are tied), of which where={said:.80} names "
+        f"{' and '.join(named)} only, so it is left as it is: where={list(group)} takes it"
     )
-    return {
-        tuple(keys): isinstance(leaf, nnx.BatchStat)
-        for keys, leaf in keyed
-        if isinstance(leaf, nnx.Variable)
-    }
 
 
 _ANY = r"\\[\s\S]|[^\\/]"  # one character of a part, which may be escaped
@@ -264,7 +351,11 @@ def matches(pattern: str, path: str) -> bool:
 
 
 def _resolve(
-    where: Where, shapes: Mapping[str, jax.ShapeDtypeStruct], module: Any, statistics: set[str]
+    where: Where,
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    module: Any,
+    statistics: set[str],
+    same: Mapping[str, str],
 ) -> set[str]:
     if isinstance(where, str):
         return {p for p in shapes if matches(where, p)}
@@ -288,10 +379,12 @@ def _resolve(
                     f"(path, ShapeDtypeStruct), but returned {answer!r} for {path!r}"
                 )
         return {p for p, answer in answers.items() if answer}
-    return _from_bools(where, shapes, statistics)
+    return _from_bools(where, shapes, statistics, same)
 
 
-def _from_bools(where: Any, shapes: Mapping[str, Any], statistics: set[str]) -> set[str]:
+def _from_bools(
+    where: Any, shapes: Mapping[str, Any], statistics: set[str], same: Mapping[str, str]
+) -> set[str]:
     def as_array(leaf: Any) -> np.ndarray:
         if isinstance(leaf, jax.core.Tracer) or np.shape(leaf) != ():
             raise WhereError(
@@ -324,6 +417,8 @@ def _from_bools(where: Any, shapes: Mapping[str, Any], statistics: set[str]) -> 
                 return bool(told[prefix])
         if path in statistics:
             return False
+        if path in same:
+            return answer(same[path])
         raise WhereError(f"the tree of bools given as where= says nothing of {path!r}")
 
     return {p for p in shapes if answer(p)}
@@ -506,4 +601,4 @@ def select(params: Params, where: Where = "**") -> dict[str, Any]:
         ['dense/kernel']
     """
     tree = Tree(params)
-    return {p: tree.leaves[p] for p in tree.select(where)}
+    return {p: tree.leaves[p] for p in tree.named(where)}

@@ -86,6 +86,7 @@ def constrain(
         )
     inner = optax.with_extra_args_support(tx)
 
+    @_tree.each_by_itself
     def update(updates: Any, state: Any, params: Params = None, **extra: Any) -> tuple[Any, Any]:
         if params is None:
             raise FwtError("constrain needs the weights: call tx.update(grads, state, params)")
@@ -263,6 +264,7 @@ def sparsify(
     )  # fmt: skip
     inner = optax.with_extra_args_support(tx)
 
+    @_tree.each_by_itself
     def init(params: Params) -> SparsifyState:
         start = inner.init(params)
         begin = rule.begin(params)
@@ -276,6 +278,7 @@ def sparsify(
             saved=() if rewind is None else jax.tree.map(jnp.array, (params, start)),
         )
 
+    @_tree.each_by_itself
     def update(
         updates: Any, state: SparsifyState, params: Params = None, **extra: Any
     ) -> tuple[Any, SparsifyState]:
@@ -556,5 +559,6 @@ def _hidden(tree: Any, keep: Mapping[str, Any]) -> Any:
     """The tree with all other leaves out of sight."""
     seen = _tree.Tree(tree)
     return seen.replace(
-        {p: _tree.Unselected(x.shape, x.dtype) for p, x in seen.leaves.items() if p not in keep}
+        {p: _tree.Unselected(x.shape, x.dtype) for p, x in seen.leaves.items() if p not in keep},
+        ties=False,
     )

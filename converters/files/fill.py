@@ -17,6 +17,7 @@ from fwt._sequential import Sequential
 from fwt._types import ConversionError, FileFormatError, Model
 from fwt.converters import io as _io
 from fwt.converters.files import h5
+from fwt.converters.files import source as _source
 from fwt.converters.frameworks import architecture as _architecture
 from fwt.converters.frameworks import flax as _flax
 from fwt.converters.frameworks import keras_config, torch_layers
@@ -93,7 +94,6 @@ def filled(
     load: Callable[[Path], Model],
     rename: Mapping[str, str] | None,
     match: str,
-    ordered: bool,
 ) -> Model:
     """The architecture with the weights of a file that has names only."""
     known, native = _known(architecture, load)
@@ -106,6 +106,7 @@ def filled(
                 "model"
             )
         found = _found(model.variables, rename or {}, path)
+        ordered = bool(_source.of(model.variables).get("names"))
         pairs = (
             _in_order(found, known, path, ordered)
             if match == "order"
@@ -284,7 +285,9 @@ def _some(names: list[str]) -> str:
 def _found(variables: Any, rename: Mapping[str, str], path: Path) -> dict[str, np.ndarray]:
     out: dict[str, np.ndarray] = {}
     used: set[str] = set()
-    for name, value in _in_file_order(variables):
+    place = {name: i for i, name in enumerate(_source.of(variables).get("names", ()))}
+    names = list(_source.flat_names(variables))
+    for name, value in sorted(names, key=lambda pair: place.get(pair[0], len(place))):
         if name.endswith("num_batches_tracked") and not np.shape(value):
             continue
         for old, new in rename.items():
@@ -299,17 +302,6 @@ def _found(variables: Any, rename: Mapping[str, str], path: Path) -> dict[str, n
         near = _tree.near(left[0], list(out))
         raise FileFormatError(f"{path}: rename: no name starts with {left[0]!r}{near}")
     return out
-
-
-def _in_file_order(variables: Any) -> list[tuple[str, np.ndarray]]:
-    def under(node: Any, name: tuple[str, ...]) -> Any:
-        for key, value in node.items():
-            if isinstance(value, Mapping):
-                yield from under(value, (*name, key))
-            else:
-                yield ".".join((*name, key)), value
-
-    return [pair for tree in variables.values() for pair in under(tree, ())]
 
 
 def _candidates(model: Model, path: Path, only: str | None = None) -> list[Candidate]:
@@ -408,7 +400,9 @@ def _in_order(
     if not fitting:
         said = f"no framework's order of the architecture's arrays has these shapes: {shapes}, ..."
         if not ordered:
-            said += "; this format sorts names, which are in order only if they are numbered"
+            said += (
+                "; this format sorts names, or they were sorted before: only numbers are in order"
+            )
     raise FileFormatError(f"{path}: match='order': {said}; rename= tells which is which")
 
 

@@ -35,7 +35,6 @@ class Format:
     fill: Callable[[list[Layer], Path, Reading], None] | None = None
     framework: str = ""  # whose format it is
     needs_module: bool = False  # to write it
-    ordered: bool = False  # whether arrays stand in the order of the model's layers
     holds: str = ""  # what of a model, for the table of formats
 
 
@@ -92,7 +91,6 @@ _TORCH = Format(
     torch_file.load_torch,
     torch_file.save_torch,
     framework="PyTorch",
-    ordered=True,
     holds="weights: a state dict, or a checkpoint with one (`key=`)",
 )
 _SAFETENSORS = Format(
@@ -343,7 +341,7 @@ def load(
             def fill(layers: list[Layer]) -> None:
                 own(layers, path, how)
 
-        return _fill.filled(model, architecture, path, fill, load, rename, match, found.ordered)
+        return _fill.filled(model, architecture, path, fill, load, rename, match)
     except OSError as error:
         raise FileFormatError(f"{path}: can't read it ({error.strerror or error})") from error
 

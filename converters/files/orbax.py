@@ -13,6 +13,7 @@ import numpy as np
 from fwt import _tree
 from fwt._types import ConversionError, FileFormatError, Model
 from fwt.converters import io as _io
+from fwt.converters.files import source as _source
 from fwt.converters.frameworks import architecture
 from fwt.converters.io import Budget, Reading, progress, reading
 from fwt.converters.rows.row import refuse
@@ -61,7 +62,7 @@ def load_orbax(path: Path, how: Reading) -> Model:
             node[last] = np.zeros(shape, kind)
         variables = _io.as_variables(tree, path)
         if ours["module"] is None:
-            return Model(None, variables)
+            return Model(None, _source.restored(variables, ours.get("source")))
         return architecture.described(json.dumps(ours), variables, path)
 
 
@@ -177,6 +178,8 @@ def save_orbax(folder: Path, module: Any, variables: Any) -> None:
         handler.finalize(folder.absolute())
     progress(sum(v.nbytes for v in flat.values()))
     told = {**json.loads(architecture.description(module)), "empty": empty}
+    if module is None and (text := _source.text_of(variables, _io.same_names(variables, Path()))):
+        told["source"] = text
     (folder / _OURS).write_text(json.dumps(told))
 
 

@@ -14,6 +14,7 @@ from numpy.lib import format as npy
 from fwt import _tree
 from fwt._types import FileFormatError, Model
 from fwt.converters import io as _io
+from fwt.converters.files import source as _source
 from fwt.converters.frameworks import architecture
 from fwt.converters.io import (
     Budget,
@@ -51,7 +52,7 @@ def load_npz(path: Path, how: Reading) -> Model:
             variables = nested(flat, "/", path)
             if told["module"] is not None:
                 return architecture.described(json.dumps(told), variables, path)
-            return Model(None, {"params": {}, **variables})
+            return Model(None, _source.restored({"params": {}, **variables}, told.get("source")))
         slashes = any("/" in name for name in flat)
         first = {name.split("/")[0]: None for name in flat}
         if slashes and not _tree.is_variables(first):
@@ -100,6 +101,8 @@ def save_npz(file: Any, module: Any, variables: Any, layout: str | None) -> None
     flat = _io.slashed(variables)
     dtypes = {n: v.dtype.name for n, v in flat.items() if hasattr(ml_dtypes, v.dtype.name)}
     told = {**json.loads(architecture.description(module)), "dtypes": dtypes}
+    if module is None and (text := _source.text_of(variables, _io.same_names(variables, Path()))):
+        told["source"] = text
     with zipfile.ZipFile(file, "w") as archive:
         for name, value in flat.items():
             if "\0" in name:
@@ -141,15 +144,20 @@ def _unpacked(data: bytes, path: Path, budget: Budget) -> Any:
             raise FileFormatError(f"{path}: an array of dtype {value.dtype}")
         return _io.native(np.array(value))
 
-    return msgpack.unpackb(data, ext_hook=extension, raw=False, strict_map_key=True)
+    return msgpack.unpackb(data, ext_hook=extension, raw=False, strict_map_key=False)
 
 
 def _tree_of(node: Any, path: Path) -> Any:
-    """Lists as dicts of numbers, as Flax's own state dicts have them; large arrays whole."""
+    """Lists as dicts of numbers, as Flax's own state dicts have them, and so what nnx keeps under
+    numbers; large arrays whole."""
     if isinstance(node, list):
-        node = {str(i): v for i, v in enumerate(node)}
+        node = dict(enumerate(node))
     if not isinstance(node, dict):
         return node
+    named = {str(k): v for k, v in node.items() if isinstance(k, str) or type(k) is int}
+    if len(named) < len(node):
+        raise FileFormatError(f"{path}: an entry whose name is no text and no number, or twice")
+    node = named
     if "__msgpack_chunked_array__" not in node:
         return {k: _tree_of(v, path) for k, v in node.items()}
     shape, chunks = (list(node[k].values()) for k in ("shape", "chunks"))

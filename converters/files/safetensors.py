@@ -5,6 +5,7 @@ its NumPy side lacks the 8-bit floats.
 """
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 
 from fwt._types import ConversionError, FileFormatError, Model
 from fwt.converters import io as _io
+from fwt.converters.files import source as _source
 from fwt.converters.frameworks import architecture
 from fwt.converters.io import Budget, Reading, dtype_of, nested, reading
 from fwt.converters.rows.row import refuse
@@ -33,6 +35,8 @@ DTYPES = {
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
 }  # fmt: skip
 _NAMES = {name: code for code, name in DTYPES.items()}
+_SOURCE = "fwt.source"  # what a .pt file says and the format has no place for
+_OURS = ("fwt", _SOURCE)
 INDEX = "model.safetensors.index.json"
 
 
@@ -51,14 +55,20 @@ def load_sharded(path: Path, how: Reading) -> Model:
         index = _io.read_json(path)
         where, metadata = index["weight_map"], index.get("metadata") or {}
         flat: dict[str, np.ndarray] = {}
+        own: dict[str, str] = {}
         for shard in sorted(set(where.values())):
-            held, _ = _read(_io.sibling(path, shard), None)
+            held, theirs = _read(_io.sibling(path, shard), None)
+            own = {**theirs, **own}
             wanted = {name for name, place in where.items() if place == shard}
             if wanted != set(held):
                 name = sorted(wanted ^ set(held))[0]
                 raise FileFormatError(f"{path}: {name} stands in one of the index and {shard} only")
             flat |= held
-        return _model({name: flat[name] for name in where}, metadata, path, how)
+        flat = {name: flat[name] for name in where}
+        beside = {n: v for n, v in metadata.items() if n != "total_size"}
+        ours = {n: v for n, v in beside.items() if n in _OURS or (n not in flat and v in flat)}
+        index = {n: v for n, v in beside.items() if n not in ours and n != "format"}
+        return _model(flat, {**own, **ours}, path, how, index)
 
 
 def _read(path: Path, budget: Budget | None) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -102,24 +112,59 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _model(
-    flat: dict[str, np.ndarray], metadata: Mapping[str, str], path: Path, how: Reading
+    flat: dict[str, np.ndarray],
+    metadata: Mapping[str, str],
+    path: Path,
+    how: Reading,
+    index: Mapping[str, Any] | None = None,
 ) -> Model:
     if how.key is not None:
         raise FileFormatError(f"{path}: key={how.key!r}: it holds one set of weights only")
-    if "fwt" not in metadata:
-        return Model(None, nested(flat, ".", path))
-    Budget(path).parsed(metadata["fwt"], "its architecture")
-    return architecture.described(metadata["fwt"], nested(flat, "/", path), path)
+    ours = "fwt" in metadata
+    told = _source.checked(Budget(path).parsed(metadata.get(_SOURCE, "{}"), "its source"))
+    kept = {n: v for n, v in metadata.items() if n not in _OURS}
+    if kept.get("format") == "np":  # which says nothing of the names, and hides them from others
+        del kept["format"]
+    # A tensor of two names is written once, and the metadata says the other.
+    flat |= {n: flat[v] for n, v in kept.items() if n not in flat and v in flat}
+    told |= {"safetensors": kept, "index": dict(index or {}), "ties": _source.ties(flat)}
+    if ours:
+        Budget(path).parsed(metadata["fwt"], "its architecture")
+        model = architecture.described(metadata["fwt"], nested(flat, "/", path), path)
+        if model.module is not None:
+            return model
+        return Model(None, _source.with_source(model.variables, told))
+    return Model(None, _source.with_source(nested(flat, ".", path), told))
+
+
+_TORCH = re.compile("(weight|bias)(_[a-z0-9_]+)?|running_(mean|var)|num_batches_tracked")
 
 
 def _named(module: Any, variables: Any) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """The tensors and metadata of a file: with the architecture, or under the names that the
     weights came with."""
     tensors = _io.same_names(variables, Path()) if module is None else None
-    metadata = {"format": "np"}
+    told = _source.of(variables) if module is None else {}
+    metadata = dict(told.get("safetensors", {}))
     if tensors is None:
-        metadata["fwt"] = architecture.description(module)
+        metadata = {**metadata, "format": "np", "fwt": architecture.description(module)}
         tensors = _io.slashed(variables)
+    else:
+        tensors = _source.tied(tensors, told)
+        ends = [name.rpartition(".")[2] for name in tensors]
+        of_torch = told.get("names") or told.get("torch") or any(map(_TORCH.fullmatch, ends))
+        metadata.setdefault("format", "pt" if of_torch else "np")
+        beside = {n: told[n] for n in ("names", "torch") if told.get(n)}
+        if beside and _source.has_order(tensors, told):
+            metadata[_SOURCE] = json.dumps(beside)
+        for group in told.get("ties", ()):
+            metadata = {n: v for n, v in metadata.items() if not (n in group and v in group)}
+        for group in _source.ties(_source.in_order(tensors, told)):
+            kept = next((n for n in group if n not in told.get("safetensors", {})), group[0])
+            for name in group:
+                if name != kept and name not in ("format", *_OURS):
+                    metadata[name] = kept
+                    del tensors[name]
     for name, leaf in tensors.items():
         if leaf.dtype.name not in _NAMES:
             raise refuse(name, f"dtype {leaf.dtype} can't be written to .safetensors")
@@ -135,6 +180,9 @@ def save_safetensors(file: Any, module: Any, variables: Any, layout: str | None)
 def save_sharded(folder: Path, module: Any, variables: Any, shard_bytes: int) -> None:
     """A folder of shards of at most so many bytes each, and their index."""
     tensors, metadata = _named(module, variables)
+    dropped = {n: v for n, v in metadata.items() if n not in tensors and v in tensors}
+    in_index = {n: v for n, v in metadata.items() if n in _OURS or n in dropped}
+    own = {n: v for n, v in metadata.items() if n not in in_index}
     shards: list[dict[str, np.ndarray]] = [{}]
     room = shard_bytes
     for name, leaf in tensors.items():
@@ -147,10 +195,11 @@ def save_sharded(folder: Path, module: Any, variables: Any, shard_bytes: int) ->
     for number, shard in enumerate(shards, 1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         with open(folder / name, "wb") as file:
-            _write(_io.Counted(file), shard, {"format": "np"})
+            _write(_io.Counted(file), shard, own)
         where |= dict.fromkeys(shard, name)
     total = {"total_size": sum(leaf.nbytes for leaf in tensors.values())}
-    index = {"metadata": {**total, **metadata}, "weight_map": where}
+    beside = _source.of(variables).get("index", {}) if module is None else {}
+    index = {"metadata": {**beside, **total, **in_index}, "weight_map": where}
     (folder / INDEX).write_text(json.dumps(index, indent=2))
 
 

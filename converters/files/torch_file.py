@@ -1,6 +1,7 @@
 """torch's .pt files: a zip of a pickle and raw storages, read and written without torch."""
 
 import io
+import json
 import math
 import pickle
 import pickletools
@@ -15,6 +16,7 @@ import numpy as np
 
 from fwt._types import ConversionError, FileFormatError, Model
 from fwt.converters import io as _io
+from fwt.converters.files import source as _source
 from fwt.converters.frameworks import flax as _flax
 from fwt.converters.frameworks.torch_layers import fold_torch, torch_state
 from fwt.converters.io import Budget, Reading, dtype_of, member, nested, opened, reading
@@ -35,6 +37,7 @@ _STORAGES = {
     "ComplexFloatStorage": "complex64",
     "ComplexDoubleStorage": "complex128",
 }
+_OURS = "fwt.json"  # a member beside torch's own: what a state dict has no place for
 # Younger dtypes have no storage class: torch names the dtype itself.
 _DTYPES = {
     *("uint16", "uint32", "uint64", "float8_e4m3fn", "float8_e5m2"),
@@ -106,10 +109,20 @@ def load_torch(path: Path, how: Reading) -> Model:
             pickled = bytes(member(archive, names[0], budget))
             _check_pickle(pickled, path, budget)
             loaded = _Unpickler(io.BytesIO(pickled), archive, stem, budget).load()
-        flat = _state(_io.under(loaded, how.key, path), path)
-        variables = nested(folded(flat, path) if how.fold else flat, ".", path)
+            ours: dict[str, Any] = {}
+            if f"{stem}{_OURS}" in archive.namelist():
+                ours = budget.parsed(member(archive, f"{stem}{_OURS}", budget), _OURS)
+        state = _io.under(loaded, how.key, path)
+        flat = _state(state, path)
+        flat = folded(flat, path) if how.fold else flat
+        variables = nested(flat, ".", path)
         variables.setdefault("params", {})
-        return Model(None, variables)
+        told = _source.checked({n: v for n, v in ours.items() if n != "ordered"})
+        if ours.get("ordered", True):
+            told["names"] = list(flat)
+        told["ties"] = _source.ties(flat)
+        told["torch"] = _source.torch_metadata(getattr(state, "metadata", None))
+        return Model(None, _source.with_source(variables, told))
 
 
 def _check_kind(path: Path) -> None:
@@ -156,6 +169,7 @@ def folded(flat: dict[str, np.ndarray], path: Path) -> dict[str, np.ndarray]:
     ``parametrizations`` compute, in the place of what they compute them from."""
     out: dict[str, np.ndarray] = {}
     done: set[str] = set()
+    made: dict[Any, np.ndarray] = {}  # what is computed from the same arrays is one array
     for name in flat:
         if name in done:
             continue
@@ -193,7 +207,7 @@ def folded(flat: dict[str, np.ndarray], path: Path) -> dict[str, np.ndarray]:
             done |= {f"{stem}_{s}" for s in parts}
         if target in flat or target in out:
             raise FileFormatError(f"{path}: {target} stands there twice, computed and plain")
-        out[target] = value
+        out[target] = made.setdefault(tuple((n, id(v)) for n, v in parts.items()), value)
     return out
 
 
@@ -306,10 +320,12 @@ class _DType(str):
 
 
 class _OrderedDict(OrderedDict):
-    """What torch's ``state_dict`` is; its ``_metadata`` attribute is dropped."""
+    """What torch's ``state_dict`` is, with its ``_metadata``."""
+
+    metadata: Any = None
 
     def __setstate__(self, state: Any) -> None:
-        pass
+        self.metadata = state.get("_metadata") if isinstance(state, dict) else None
 
 
 class _Unpickler(pickle.Unpickler):
@@ -320,6 +336,7 @@ class _Unpickler(pickle.Unpickler):
         self.archive, self.stem, self.budget, self.path = archive, stem, budget, budget.path
         self.storages: dict[str, np.ndarray] = {}
         self.used: set[int] = set()
+        self.tensors: dict[Any, np.ndarray] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
@@ -408,6 +425,18 @@ class _Unpickler(pickle.Unpickler):
             raise FileFormatError(f"{self.path}: a tensor with the metadata {_short(told)}")
         if 0 in size:
             return np.zeros(size, storage.dtype)
+        # What is the same view of the same memory is one array under two names.
+        place = storage.__array_interface__["data"][0]
+        view = (place, storage.dtype.name, *numbers, len(size), *sorted(told.items()))
+        if view in self.tensors:
+            self.budget.spend("a tensor", self.tensors[view].nbytes)  # another format may copy it
+        else:
+            self.tensors[view] = self._value(storage, offset, size, stride, told)
+        return self.tensors[view]
+
+    def _value(
+        self, storage: np.ndarray, offset: int, size: Any, stride: Any, told: Any
+    ) -> np.ndarray:
         last = offset + sum((n - 1) * s for n, s in zip(size, stride, strict=True))
         if last >= storage.size:
             raise FileFormatError(
@@ -438,14 +467,20 @@ def save_torch(file: Any, module: Any, variables: Any, layout: str | None) -> No
     """A state dict that ``torch.load(weights_only=True)`` takes."""
     if module is None:
         _io.slashed(variables)  # which raises for what is no array
+        told = _source.of(variables)
         found = _io.same_names(variables, Path())
         if found is None:
             raise ConversionError(
                 "these variables would come back as another tree, since torch joins names by dots: "
                 "give the module, or save them as .safetensors"
             )
-        state = found
+        state = _source.tied(_source.in_order(found, told), told)
+        beside = {n: told[n] for n in ("safetensors", "index") if n in told}
+        if not _source.has_order(state, told):
+            beside["ordered"] = False
+        metadata = told.get("torch", {})
     else:
+        beside, metadata = {}, {}
         layers = _flax.read_flax(module, variables)
         new, _ = convert.convert(
             layers, "flax", "torch", module.input_shape, layout or "channels_first"
@@ -455,14 +490,21 @@ def save_torch(file: Any, module: Any, variables: Any, layout: str | None) -> No
             ".".join([*parts_of(x.name), n]): v for x in new for n, v in torch_state(x).items()
         }
     with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("archive/data.pkl", _pickled(state))
+        archive.writestr("archive/data.pkl", _pickled(state, metadata))
         archive.writestr("archive/byteorder", "little")
-        for index, value in enumerate(state.values()):
+        for index, value in enumerate(_storages(state).values()):
             _io.add_member(archive, f"archive/data/{index}", value)
         archive.writestr("archive/version", "3\n")
+        if beside:
+            archive.writestr(f"archive/{_OURS}", json.dumps(beside))
 
 
-def _pickled(state: Mapping[str, np.ndarray]) -> bytes:
+def _storages(state: Mapping[str, np.ndarray]) -> dict[int, np.ndarray]:
+    """The arrays of a state dict by their id, each once."""
+    return {id(value): value for value in state.values()}
+
+
+def _pickled(state: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> bytes:
     """The pickle of an OrderedDict of tensors. Written by hand, since the pickle module imports
     what it names, and torch need not be installed."""
     storages = {dtype_of(d): s for s, d in _STORAGES.items()}
@@ -478,7 +520,8 @@ def _pickled(state: Mapping[str, np.ndarray]) -> bytes:
         return b"\x8a" + bytes([len(raw)]) + raw
 
     out = [b"\x80\x02ccollections\nOrderedDict\n)R"]
-    for index, (name, value) in enumerate(state.items()):
+    places = {key: index for index, key in enumerate(_storages(state))}
+    for name, value in state.items():
         younger = value.dtype.name in _DTYPES
         if value.dtype not in storages and not younger:
             raise refuse(name, f"dtype {value.dtype} has no storage in a .pt file")
@@ -494,8 +537,13 @@ def _pickled(state: Mapping[str, np.ndarray]) -> bytes:
             count, end = value.nbytes, b"ctorch\n" + value.dtype.name.encode() + b"\n"
         out.append(text(name) + b"ctorch._utils\n" + make + b"\n((")
         out.append(text("storage") + kind + b"\n")
-        out.append(text(str(index)) + text("cpu") + number(count) + b"tQ" + number(0))
+        out.append(text(str(places[id(value)])) + text("cpu") + number(count) + b"tQ" + number(0))
         for numbers in (value.shape, strides):
             out.append(b"(" + b"".join(number(int(n)) for n in numbers) + b"t")
         out.append(b"\x89ccollections\nOrderedDict\n)R" + end + b"tRs")
+    if metadata:
+        out.append(b"}" + text("_metadata") + b"ccollections\nOrderedDict\n)R")
+        for module, entry in metadata.items():  # plain data, which pickle writes without an import
+            out.append(text(module) + pickle.dumps(entry, 2)[2:-1] + b"s")
+        out.append(b"sb")
     return b"".join([*out, b"."])

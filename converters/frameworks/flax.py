@@ -8,7 +8,7 @@ from typing import Any
 import flax.linen as nn
 import numpy as np
 
-from fwt import _tree
+from fwt import _nodes, _tree
 from fwt._sequential import Named, Sequential
 from fwt._types import ConversionError, Model
 from fwt.converters.rows import table
@@ -32,6 +32,7 @@ def read_flax(module: Any, variables: Any, inside: tuple[str, ...] = ()) -> list
             "rebuild it as fwt.Sequential([(name, layer), ...])"
         )
     variables = _tree.as_variables(variables if isinstance(variables, Mapping) else {})
+    variables = _nodes.unboxed(variables)
     out = []
     names = {n.name for n in module.layers}
     for collection, tree in variables.items():

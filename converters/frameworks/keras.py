@@ -240,15 +240,18 @@ def leaves(model: Any) -> list[LiveLeaf]:
     """The floating weights and the running statistics in Flax's names and axes; a tied one under
     its first path."""
     out: list[LiveLeaf] = []
-    seen: set[int] = set()
+    seen: dict[int, LiveLeaf] = {}
+    visited: set[int] = set()
 
     def visit(layer: Any, parts: list[str]) -> None:
+        if id(layer) in visited:  # a layer that is called twice
+            return
+        visited.add(id(layer))
         children = list(layer._flatten_layers(include_self=False, recursive=False))
         theirs = {id(v) for child in children for v in child.variables}
         kind = _public_name(layer)
         names = table.leaf_names("keras", kind)
-        own = [v for v in layer.variables if id(v) not in theirs | seen and _is_weight(v, kind)]
-        seen.update(id(v) for v in own)
+        own = [v for v in layer.variables if id(v) not in theirs and _is_weight(v, kind)]
         for variable, label in zip(own, _unique([v.name for v in own]), strict=True):
             value = np.asarray(keras.ops.convert_to_numpy(variable))
             name, letters, flax_letters, _ = names.get(label, (label, [], [], "params"))
@@ -260,9 +263,14 @@ def leaves(model: Any) -> list[LiveLeaf]:
             if there is not None:
                 value = value.transpose(there)
             path = "/".join(_tree.escape(p) for p in [*parts, name])
+            if id(variable) in seen:
+                seen[id(variable)].also[path] = value.shape
+                continue
             write = functools.partial(_write, variable, there)
             collection = "batch_stats" if variable.name in _STATISTICS else "params"
-            out.append(LiveLeaf(path, value, known, write, collection))
+            leaf = LiveLeaf(path, value, known, write, collection)
+            out.append(leaf)
+            seen[id(variable)] = leaf
         for child, label in zip(children, _unique([c.name for c in children]), strict=True):
             visit(child, [*parts, label])
 

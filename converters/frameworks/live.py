@@ -1,11 +1,13 @@
 """``transform``: any transform on a live model of any framework, in place."""
 
+import json
 import sys
 from typing import Any
 
 import numpy as np
 
 from fwt import _axes, _tree
+from fwt._nodes import FromFile
 from fwt._types import ConversionError, LeafError, Model, Transform, wants_statistics
 
 
@@ -17,7 +19,9 @@ def transform(model: Any, t: Transform) -> Any:
     (alone, or in ``chain`` and ``at``) gives new values; nothing is permuted for a Flatten. Only
     weights that it changed are written, all of them after it ended: integer, seed and tied
     variables, dtype, device, ``requires_grad`` and the storage itself survive. A tied weight
-    stands under its first path.
+    stands under its first path, and a ``where`` takes it if it names all of its paths: where the
+    kernels are a part of them only, as of an embedding that is the kernel of a head too, it is left
+    as it is, and a warning says so.
 
     Args:
         model: a built Keras model, a torch module, or a :class:`fwt.Model`.
@@ -63,6 +67,9 @@ def transform(model: Any, t: Transform) -> Any:
         for name in ("params", "batch_stats")
         if name == "params" or name in where.values()
     }
+    also = {leaf.path: leaf.also for leaf in leaves if leaf.also}
+    if also:
+        tree["params"] = FromFile(tree["params"], json.dumps({"also": also}))
     token = _axes.KNOWN.set(known)
     try:
         after = _tree.Tree(t(tree), statistics).leaves

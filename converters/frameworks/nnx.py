@@ -9,7 +9,7 @@ import flax.linen as nn
 import numpy as np
 from flax import nnx
 
-from fwt import _tree
+from fwt import _nodes, _tree
 from fwt import layers as fl
 from fwt._sequential import Named, Sequential, call, settings_of
 from fwt._types import ConversionError, FwtError, Model
@@ -217,8 +217,7 @@ def to_nnx(module: Any, variables: Any) -> nnx.Sequential:
     """
     module = _flax.sequential_of(module)
     _flax.read_flax(module, variables)  # which checks the names
-    variables = _tree.as_variables(variables)
-    model = _written(module, variables)
+    model = _written(module, _nodes.unboxed(_tree.as_variables(variables)))
     model.eval()
     return model
 

@@ -376,7 +376,7 @@ def leaves(model: torch.nn.Module) -> list[LiveLeaf]:
     What ``parametrize`` or ``weight_norm`` compute stands as the weight that they compute.
     """
     out: list[LiveLeaf] = []
-    seen: set[int] = set()
+    seen: dict[Any, LiveLeaf] = {}  # by id and by place
     spans: list[tuple[str, Any, int, int]] = []
     inside: list[str] = []  # what parametrize computes with
     for prefix, module in model.named_modules():
@@ -392,13 +392,13 @@ def leaves(model: torch.nn.Module) -> list[LiveLeaf]:
         for name, parameter in itertools.chain(plain_ones, computed.items(), statistics.items()):
             place = f"{prefix}.{name}" if prefix else name
             _check_initialised(parameter, place)
-            if id(parameter) in seen or id(parameter) in parts_of_it:
+            if id(parameter) in parts_of_it:
                 continue
             if not parameter.is_floating_point() and name not in statistics:
                 continue
-            seen.add(id(parameter))
-            if name not in computed and _tied(parameter, place, spans):
-                continue
+            first = seen.get(id(parameter))
+            if first is None and name not in computed:
+                first = seen.get(_tied(parameter, place, spans))
             value = to_numpy(parameter, place)
             # torch.nn.utils.prune keeps the weight under weight_orig.
             plain = name.removesuffix("_orig")
@@ -410,6 +410,9 @@ def leaves(model: torch.nn.Module) -> list[LiveLeaf]:
                 value = value.transpose(there)
             parts = [*filter(None, prefix.split(".")), flax_name + suffix]
             path = "/".join(_tree.escape(p) for p in parts)
+            if first is not None:
+                first.also[path] = value.shape
+                continue
             write = (
                 _written_back(module, name, parameter, place)
                 if name in computed
@@ -417,7 +420,9 @@ def leaves(model: torch.nn.Module) -> list[LiveLeaf]:
             )
             collection = "batch_stats" if name in statistics else "params"
             back = functools.partial(_write, write, there)
-            out.append(LiveLeaf(path, value, known, back, collection))
+            leaf = LiveLeaf(path, value, known, back, collection)
+            out.append(leaf)
+            seen[id(parameter)] = seen[place] = leaf
     return out
 
 
@@ -497,10 +502,11 @@ def _written_back(
     return write
 
 
-def _tied(parameter: Any, place: str, spans: list[tuple[str, Any, int, int]]) -> bool:
-    """Whether another parameter is the same view of the same memory; a partial overlap raises."""
+def _tied(parameter: Any, place: str, spans: list[tuple[str, Any, int, int]]) -> str | None:
+    """The place of a parameter that is the same view of the same memory; a partial overlap
+    raises."""
     if parameter.is_meta or not parameter.numel():
-        return False
+        return None
     strides = zip(parameter.shape, parameter.stride(), strict=True)
     start = parameter.data_ptr()
     end = start + (1 + sum((n - 1) * s for n, s in strides)) * parameter.element_size()
@@ -508,13 +514,13 @@ def _tied(parameter: Any, place: str, spans: list[tuple[str, Any, int, int]]) ->
     for other, its_view, its_start, its_end in spans:
         if view[0] == its_view[0] and start < its_end and its_start < end:
             if start == its_start and view == its_view:
-                return True
+                return other
             raise ConversionError(
                 f"{place} and {other} share memory without being the same weight: give each its "
                 "own, parameter.clone()"
             )
     spans.append((place, view, start, end))
-    return False
+    return None
 
 
 def _check_initialised(parameter: Any, place: str) -> None:

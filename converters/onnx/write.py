@@ -19,6 +19,7 @@ from jax import export
 
 from fwt import _tree
 from fwt import layers as fl
+from fwt._nodes import unboxed
 from fwt._sequential import Sequential, call
 from fwt._types import ConversionError
 from fwt.converters import io as _io
@@ -143,7 +144,7 @@ def _checked(module: Any, variables: Any, opset: int) -> tuple[Any, Any]:
     module = _flax.sequential_of(module)
     if not isinstance(variables, Mapping):
         raise ConversionError(f"expected a variables dict, found {type(variables).__name__}")
-    variables = _tree.as_variables(variables)
+    variables = unboxed(_tree.as_variables(variables))
     if isinstance(module, Sequential):
         _flax.read_flax(module, variables)  # which checks the names
     elif not hasattr(module, "apply"):

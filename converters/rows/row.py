@@ -295,6 +295,9 @@ class LiveLeaf:
     known: Known  # what its class tells, which is little where it has no row
     write: Callable[[Any], None]
     collection: str = "params"  # or "batch_stats"
+    also: dict[str, tuple[int, ...]] = dataclasses.field(
+        default_factory=dict
+    )  # where it is tied to
 
 
 @dataclasses.dataclass

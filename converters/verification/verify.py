@@ -113,7 +113,9 @@ def _moved(x: np.ndarray, now: bool, then: bool) -> np.ndarray:
 
 def _weights(one: "Side", other: "Side") -> Iterator[Line]:
     """The weights that are not the same, where both models have them in Flax's form."""
-    trees = [_tree.Tree({"params": dict(s.model().variables)}).leaves for s in (one, other)]
+    trees = [
+        _tree.Tree({"params": dict(s.model().variables)}, whole=True).leaves for s in (one, other)
+    ]
     if trees[0].keys() != trees[1].keys():
         raise ConversionError("the models have other names for them")
     for path, a in trees[0].items():

@@ -1,0 +1,159 @@
+"""What a file says beside its arrays, kept through every transform and into the next file: the
+order of the names, which of them are one array, and metadata.
+
+It is JSON text at a :class:`fwt._nodes.FromFile`, a dict of the variables, with these entries:
+
+- ``names``: the names of all arrays, joined by dots, in the order of the model's layers;
+- ``ties``: groups of names that are one array;
+- ``torch``: the ``_metadata`` of a state dict;
+- ``safetensors``, ``index``: the metadata of a .safetensors file, and of the index of shards.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from flax import serialization
+
+from fwt import _nodes
+from fwt._nodes import FromFile
+
+serialization.register_serialization_state(
+    FromFile,
+    lambda d: serialization.to_state_dict(dict(d)),
+    lambda d, state: FromFile(serialization.from_state_dict(dict(d), state), d.told),
+    override=True,
+)
+
+
+def with_source(variables: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
+    """Variables that know what their file said."""
+    told = {name: value for name, value in told.items() if value}
+    if not told:
+        return dict(variables)
+    text = json.dumps(told)
+    own = FromFile(variables, text)
+    own["params"] = FromFile(variables.get("params", {}), text)
+    return own
+
+
+def of(variables: Any) -> dict[str, Any]:
+    """What the file of these variables said; nothing if they are of no file."""
+    params = variables.get("params") if isinstance(variables, Mapping) else None
+    found = next((x for x in (variables, params) if isinstance(x, FromFile) and x.told), None)
+    return {} if found is None else dict(json.loads(found.told))
+
+
+def in_order(flat: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
+    """Arrays by name in the order of the file that they come from, others behind."""
+    place = {name: i for i, name in enumerate(told.get("names", ()))}
+    return {n: flat[n] for n in sorted(flat, key=lambda n: place.get(n, len(place)))}
+
+
+def has_order(flat: Mapping[str, Any], told: Mapping[str, Any]) -> bool:
+    """Whether the order of all these names is that of a model's layers."""
+    return flat.keys() <= set(told.get("names", ()))
+
+
+def ties(flat: Mapping[str, Any]) -> list[list[str]]:
+    """The names of one array, in the order of the arrays."""
+    groups: dict[int, list[str]] = {}
+    for name, value in flat.items():
+        if value.size:
+            groups.setdefault(id(value), []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
+def tied(flat: Mapping[str, np.ndarray], told: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The same, with one array where the file had one, if its values are still the same."""
+    out = dict(flat)
+    for group in told.get("ties", ()):
+        first, *others = [n for n in group if n in out] or [""]
+        for name in others:
+            if _nodes.same_values(out[first], out[name]):
+                out[name] = out[first]
+    return out
+
+
+def nested_ties(variables: Mapping[str, Any], told: Mapping[str, Any]) -> None:
+    """Makes the arrays of a tree one where its file had one, in place."""
+    params = variables["params"]
+    for group in told.get("ties", ()):
+        places = [p for p in (_place(params, name) for name in group) if p is not None]
+        for node, last in places[1:]:
+            first = places[0][0][places[0][1]]
+            if _nodes.same_values(first, node[last]):
+                node[last] = first
+
+
+def _place(tree: Any, name: str) -> tuple[Any, str] | None:
+    *parents, last = name.split(".")
+    for part in parents:
+        tree = tree.get(part) if isinstance(tree, Mapping) else None
+    return (tree, last) if isinstance(tree, Mapping) and last in tree else None
+
+
+def text_of(variables: Any, flat: Mapping[str, np.ndarray] | None) -> str | None:
+    """What a file of ours says of the source of its arrays, given by names joined by dots."""
+    told = of(variables)
+    told["ties"] = ties(tied(flat, told)) if flat is not None else []
+    told = {name: value for name, value in told.items() if value}
+    return json.dumps(told) if told else None
+
+
+def restored(variables: Mapping[str, Any], text: Any) -> dict[str, Any]:
+    """The variables of a file of ours with what it says of their source."""
+    told = checked(json.loads(text)) if isinstance(text, str) else {}
+    if told.get("ties"):
+        nested_ties(variables, told)
+    return with_source(variables, told)
+
+
+def checked(told: Any) -> dict[str, Any]:
+    """What a file says, as far as it has the form that it should have."""
+
+    def text(value: Any) -> bool:
+        return isinstance(value, str)
+
+    def texts(value: Any) -> bool:
+        return isinstance(value, list) and all(map(text, value))
+
+    def mapping(value: Any) -> bool:
+        return isinstance(value, dict)
+
+    forms = {
+        "names": texts,
+        "ties": lambda value: isinstance(value, list) and all(map(texts, value)),
+        "torch": lambda value: mapping(value) and all(map(mapping, value.values())),
+        "safetensors": lambda value: mapping(value) and all(map(text, value.values())),
+        "index": mapping,
+    }
+    if not isinstance(told, dict) or not all(n in forms and forms[n](v) for n, v in told.items()):
+        raise ValueError("what it says of the source of its arrays is malformed")
+    return told
+
+
+def torch_metadata(found: Any) -> dict[str, dict[str, Any]]:
+    """The ``_metadata`` of a state dict, as far as it is plain: versions by names of modules."""
+    plain = (bool, int, float, str, type(None))
+    out = {}
+    for module, entry in found.items() if isinstance(found, Mapping) else ():
+        if isinstance(module, str) and isinstance(entry, Mapping):
+            own = {k: v for k, v in entry.items() if isinstance(k, str) and type(v) in plain}
+            out[module] = own
+    return out
+
+
+def flat_names(variables: Any) -> Iterator[tuple[str, Any]]:
+    """The arrays of all collections under names joined by dots."""
+
+    def under(node: Any, name: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+        for key, value in node.items():
+            if isinstance(value, Mapping):
+                yield from under(value, (*name, key))
+            else:
+                yield ".".join((*name, key)), value
+
+    for tree in variables.values():
+        yield from under(tree, ())

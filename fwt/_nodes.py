@@ -1,0 +1,392 @@
+"""What the nodes of a pytree are: containers, layers, boxes around one array, optimizer states."""
+
+import functools
+import json
+import re
+import sys
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fwt._types import LeafError, Model
+
+
+@jax.tree_util.register_pytree_node_class
+class Unselected:
+    """What stands where :func:`fwt.at` hid a leaf: a node without leaves, so that ``jax.tree.map``
+    and our own transforms pass it by."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: Any):
+        self.shape, self.dtype = tuple(shape), np.dtype(dtype)
+
+    def tree_flatten(self) -> tuple[tuple[()], Any]:
+        return (), (self.shape, self.dtype)
+
+    @classmethod
+    def tree_unflatten(cls, aux: Any, children: Any) -> "Unselected":
+        return cls(*aux)
+
+
+class FromFile(dict[str, Any]):
+    """A dict that knows what its file says beside the arrays: the order of their names, which of
+    them are one, and metadata. As a static part of the pytree it goes through every transform.
+
+    Attributes:
+        told: JSON text, which :mod:`fwt.converters.files.source` reads.
+    """
+
+    told = ""
+
+    def __init__(self, entries: Any = (), told: str = ""):
+        super().__init__(entries)
+        self.told = told
+
+
+jax.tree_util.register_pytree_with_keys(
+    FromFile,
+    lambda d: (
+        tuple((jax.tree_util.DictKey(k), d[k]) for k in sorted(d)),
+        (tuple(sorted(d)), d.told),
+    ),
+    lambda aux, kids: FromFile(zip(aux[0], kids, strict=True), aux[1]),
+)
+
+
+_NONE: Mapping[str, Any] = types.MappingProxyType({})
+
+
+@functools.lru_cache(maxsize=64)
+def _parsed(told: str) -> Mapping[str, Any]:
+    return types.MappingProxyType(json.loads(told))
+
+
+def told_of(root: Any) -> Mapping[str, Any]:
+    """What a tree, or the params in it, knows of its file."""
+    inner = root.get("params") if isinstance(root, Mapping) else None
+    found = next((x for x in (root, inner) if isinstance(x, FromFile) and x.told), None)
+    return _NONE if found is None else _parsed(found.told)
+
+
+def is_array(x: Any) -> bool:
+    """Whether a leaf is an array of numbers or bools; PRNG keys and strings are not."""
+    if isinstance(x, np.ndarray | np.generic):
+        # ml_dtypes (bfloat16, float8) have kind "V" and no fields.
+        return x.dtype.kind in "biufc" or (x.dtype.kind == "V" and x.dtype.isbuiltin == 2)
+    return isinstance(x, jax.Array | jax.ShapeDtypeStruct) and not jnp.issubdtype(
+        x.dtype, jax.dtypes.extended
+    )
+
+
+def is_variables(tree: Any) -> bool:
+    """Whether a tree is a variables dict: one of collections, params or statistics alone."""
+    return isinstance(tree, Mapping) and ("params" in tree or set(tree) == {"batch_stats"})
+
+
+def children(node: Any) -> list[tuple[Any, Any]] | None:
+    """The keys and children of one node, in JAX's order; None of a leaf."""
+    kind = type(node)
+    if kind is dict:
+        return [(jax.tree_util.DictKey(k), node[k]) for k in sorted(node)]
+    if kind is list or kind is tuple:
+        return [(jax.tree_util.SequenceKey(i), x) for i, x in enumerate(node)]
+    if node is None:
+        return []
+    if isinstance(node, np.ndarray | jax.Array | Unselected):
+        return None
+    found, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
+    if len(found) == 1 and not found[0][0]:
+        return None
+    return [(keys[0], child) for keys, child in found]
+
+
+def part(key: Any) -> str:
+    """The part of a path that a key is."""
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+# -- boxes --------------------------------------------------------------------------------------
+
+# What libraries call the one array in a box.
+_VALUES = {"value", "raw_value", "_value", "array", "data_array", "data", "tensor"}
+_ROLE = re.compile(r"(.*_)?(kernel|weight|bias|scale|embedding|embeddings|gamma|beta)s?")
+
+
+def _of(module: str, name: str) -> Any:
+    """A class of a library, or no class if nobody imported it."""
+    return getattr(sys.modules.get(module), name, ())
+
+
+def is_graph(node: Any) -> bool:
+    """Whether it is an nnx module or another object of nnx, whose variables may be shared."""
+    return isinstance(node, _of("flax.nnx", "Pytree") or _of("flax.nnx", "Object"))
+
+
+def _is_custom(node: Any) -> bool:
+    return not isinstance(node, Mapping | list | tuple) and not is_graph(node)
+
+
+def is_box(node: Any, kids: list[tuple[Any, Any]], own: str) -> bool:
+    """Whether a node only wraps what stands at ``own``, so that it is no part of the path."""
+    known = (_of("flax.core.meta", "AxisMetadata"), _of("flax.nnx", "Variable"))
+    if isinstance(node, known):
+        return True
+    kids = [(key, child) for key, child in kids if child is not None]
+    if len(kids) != 1 or not _is_custom(node):
+        return False
+    key, child = kids[0]
+    inner = children(child)
+    if inner is not None and not (is_box(child, inner, own) or is_several(child, inner, own)):
+        return False
+    name = getattr(key, "name", getattr(key, "key", None))
+    if not isinstance(name, str):
+        return True
+    # A layer with one array has a name for it that says what it is.
+    return name in _VALUES or bool(_ROLE.fullmatch(own) and not _ROLE.fullmatch(name))
+
+
+def is_several(node: Any, kids: list[tuple[Any, Any]], own: str) -> bool:
+    """Whether a node stands for one weight and holds it in several arrays, as a quantised one."""
+    if any(part(key) == "qvalue" for key, _ in kids):
+        return True
+    if own not in ("kernel", "weight") or not _is_custom(node):
+        return False
+    return sum(is_array(x) for x in jax.tree.leaves(node)) > 1
+
+
+def unboxed(node: Any, own: str = "") -> Any:
+    """Nested mappings as dicts, with what is in the boxes in the place of the boxes."""
+    if isinstance(node, Mapping):
+        return {name: unboxed(value, str(name)) for name, value in node.items()}
+    kids = children(node)
+    return unboxed(kids[0][1], own) if kids and is_box(node, kids, own) else node
+
+
+# -- optimizer states ---------------------------------------------------------------------------
+
+_STATE_NAMES = {"opt_state", "opt_states", "optim_state", "optimizer_state", "optimizer"}
+
+
+def _is_evident(name: str, node: Any) -> bool:
+    """Whether a node by itself says that it is the state of an optimizer."""
+    cls = type(node)
+    if name in _STATE_NAMES:
+        return children(node) is not None
+    if cls.__module__.split(".")[0] in ("optax", "fwt", "jaxpruner"):
+        return cls.__name__.endswith("State") and len(jax.tree.leaves(node)) > 0
+    if isinstance(node, _of("flax.nnx", "Variable")):
+        return any(c.__name__ == "OptState" for c in cls.__mro__)
+    # Adam and its like, as a checkpoint gives them back.
+    return isinstance(node, Mapping) and "mu" in node and "count" in node
+
+
+def _is_state(name: str, node: Any) -> bool:
+    """The same, or a container of such and of nothing that could be weights."""
+    if _is_evident(name, node):
+        return True
+    kids = children(node) or []
+    rest = [child for key, child in kids if not _is_state(part(key), child)]
+    return len(rest) < len(kids) and not any(_holds_weights(child) for child in rest)
+
+
+def _holds_weights(node: Any) -> bool:
+    """Whether there are weights in it, or masks of weights."""
+    return any(
+        is_array(x) and len(x.shape) > 0 and (jnp.issubdtype(x.dtype, jnp.inexact) or _is_bool(x))
+        for x in jax.tree.leaves(node)
+    )
+
+
+def _holds_bools(node: Any) -> bool:
+    return any(is_array(x) and _is_bool(x) for x in jax.tree.leaves(node))
+
+
+def _is_bool(x: Any) -> bool:
+    return bool(x.dtype == bool)
+
+
+# -- the walk -----------------------------------------------------------------------------------
+
+
+class Walk:
+    """The leaves of a tree in JAX's order, and what they are called.
+
+    Attributes:
+        leaves: every leaf, hidden ones too.
+        parts: the parts of each one's path, None where it is no part of the params.
+        statistics: whether each is a running statistic, if these are asked for.
+        several: by the parts of its path, a node that holds one weight in several arrays.
+        graphs: whether there are nnx modules, which are not gone into.
+        states: whether there is the state of an optimizer.
+    """
+
+    def __init__(self, params: Any, aware: bool, statistics: bool):
+        self.leaves: list[Any] = []
+        self.parts: list[tuple[str, ...] | None] = []
+        self.statistics: list[bool] = []
+        self.several: dict[tuple[str, ...], Any] = {}
+        self.graphs = self.states = False
+        self._aware = aware
+        self._shown = ("params", "batch_stats") if statistics else ("params",)
+        if isinstance(params, Model):
+            self._visit(params.variables, (), "", True, "always")
+        else:
+            self._visit(params, (), "", True, "if there")
+
+    def _visit(
+        self,
+        node: Any,
+        parts: tuple[str, ...],
+        name: str,
+        mine: bool,
+        scoped: str = "",
+        statistic: bool = False,
+    ) -> None:
+        if is_graph(node):
+            self.graphs = True
+            return
+        kids = children(node)
+        if kids is None:
+            self.leaves.append(node)
+            self.parts.append(parts if mine else None)
+            self.statistics.append(statistic)
+            return
+        self.states |= _is_evident(name, node)
+        own = parts[-1] if parts else ""
+        if is_box(node, kids, own):
+            mine = mine and not (self._aware and _is_evident(name, node))
+            statistic |= len(self._shown) > 1 and isinstance(node, _of("flax.nnx", "BatchStat"))
+            for _, child in kids:
+                self._visit(child, parts, "", mine, scoped, statistic)
+            return
+        if mine and is_several(node, kids, own):
+            self.several[parts] = node
+        names = [part(key) for key, _ in kids]
+        wanted, inner, strip = [True] * len(kids), "", False
+        variables = scoped == "always" or bool(scoped and is_variables(node))
+        if variables:
+            wanted, strip = [n in self._shown for n in names], not parts
+        if mine and self._aware:
+            found = self._params_of(node, names, [child for _, child in kids], parts)
+            if found is not None:
+                wanted, strip = found, strip or (not parts and "params" in names)
+                inner = "if there"  # the params of a train state may be a variables dict
+        for label, (_, child), own_child in zip(names, kids, wanted, strict=True):
+            below = parts if strip and own_child else (*parts, label)
+            counts = statistic or (variables and label == "batch_stats")
+            self._visit(child, below, label, mine and own_child, inner if own_child else "", counts)
+
+    def _params_of(
+        self, node: Any, names: list[str], kids: list[Any], parts: tuple[str, ...]
+    ) -> list[bool] | None:
+        """Which children hold params, of a node with the state of an optimizer among them."""
+        states = [_is_state(n, child) for n, child in zip(names, kids, strict=True)]
+        if not parts and not any(states) and _is_evident("", node):
+            return [False] * len(kids)
+        if not any(states):
+            return None
+        if "params" in names:
+            return [n == "params" for n in names]
+        rest = [(n, x) for n, s, x in zip(names, states, kids, strict=True) if not s]
+        held = [n for n, x in rest if _holds_weights(x)] or [n for n, x in rest if _holds_bools(x)]
+        # What wraps an optimizer is a named tuple too, with averages of weights beside the state.
+        if len(held) > 1 or (held and hasattr(node, "_fields")):
+            place = f"{'/'.join(parts)}: " if parts else ""
+            state = next(n for n, s in zip(names, states, strict=True) if s)
+            raise LeafError(
+                f"{place}the state of an optimizer, {state!r}, stands beside "
+                f"{', '.join(map(repr, held))} in a {type(node).__name__}, and nothing says which "
+                "of it are the params: give the transform the params alone, or call them 'params'"
+            )
+        return [n in held for n in names]
+
+
+def walk(params: Any, whole: bool = False, statistics: bool = False) -> Walk:
+    """The walk over a tree: over its params alone where it holds the state of an optimizer too,
+    unless the whole of it is asked for.
+
+    Raises:
+        LeafError: if nothing says which of it are the params.
+    """
+    seen = Walk(params, False, statistics)
+    if not seen.states or whole:
+        return seen
+    seen = Walk(params, True, statistics)
+    if all(parts is None for parts in seen.parts):
+        raise LeafError(
+            "the tree holds the state of an optimizer and nothing that could be params: call the "
+            "transform on the params"
+        )
+    return seen
+
+
+def opened(params: Any) -> tuple[Any, Callable[[Any], Any]]:
+    """A tree with the state of each nnx module in the place of the module, where each variable
+    stands once however often it is shared, and the way back."""
+    nnx = sys.modules["flax.nnx"]
+    outer, treedef = jax.tree.flatten(params, is_leaf=is_graph)
+    places = [i for i, x in enumerate(outer) if is_graph(x)]
+    graph, state = nnx.split([outer[i] for i in places])
+    for number, place in enumerate(places):
+        outer[place] = state.get(number, {})
+
+    def closed(new: Any) -> Any:
+        parts = treedef.flatten_up_to(new)
+        states = {n: parts[place] for n, place in enumerate(places) if parts[place]}
+        for place, module in zip(places, nnx.merge(graph, nnx.State(states)), strict=True):
+            parts[place] = module
+        return treedef.unflatten(parts)
+
+    return treedef.unflatten(outer), closed
+
+
+# -- arrays that are one ------------------------------------------------------------------------
+
+
+def memory(leaf: Any) -> Any:
+    """What two leaves have in common that are one array, perhaps transposed; None for what is
+    never tied: scalars, masks, and arrays without memory of their own."""
+    if not is_array(leaf) or not leaf.shape or 0 in leaf.shape or leaf.dtype == bool:
+        return None
+    if isinstance(leaf, jax.Array):
+        return id(leaf)
+    if not isinstance(leaf, np.ndarray) or any(
+        s == 0 and n > 1 for s, n in zip(leaf.strides, leaf.shape, strict=True)
+    ):
+        return None
+    axes = sorted(zip(leaf.strides, leaf.shape, strict=True), reverse=True)
+    return leaf.__array_interface__["data"][0], leaf.dtype.name, tuple(axes)
+
+
+def turned(one: Any, other: Any, value: Any) -> Any:
+    """What ``other`` becomes when ``one``, which it is tied to, becomes ``value``: that, or its
+    transpose where both are views of one memory."""
+    rank, both = len(one.shape), isinstance(one, np.ndarray) and isinstance(other, np.ndarray)
+    if not both or one.strides == other.strides or len(np.shape(value)) != rank:
+        return value  # a mask of rank 0 is that of any shape
+    if memory(one) != memory(other):
+        return value
+
+    def order(x: Any) -> list[int]:
+        return sorted(range(rank), key=lambda i: (-x.strides[i], -x.shape[i]))
+
+    axes = dict(zip(order(other), order(one), strict=True))
+    return value.transpose([axes[i] for i in range(rank)])
+
+
+def same_values(one: Any, other: Any) -> bool | None:
+    """Whether two arrays are equal bit for bit; None where that can't be told yet."""
+    if one is other:
+        return True
+    if isinstance(one, jax.core.Tracer) or isinstance(other, jax.core.Tracer):
+        return None
+    one, other = np.asarray(one), np.asarray(other)
+    return (
+        one.shape == other.shape and one.dtype == other.dtype and (one.tobytes() == other.tobytes())
+    )

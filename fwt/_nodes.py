@@ -92,7 +92,8 @@ def children(node: Any) -> list[tuple[Any, Any]] | None:
         return []
     if isinstance(node, np.ndarray | jax.Array | Unselected):
         return None
-    found, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
+    first = iter([False])  # the node itself, which may be a child of its own too
+    found, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda _: next(first, True))
     if len(found) == 1 and not found[0][0]:
         return None
     return [(keys[0], child) for keys, child in found]
@@ -216,16 +217,20 @@ class Walk:
         leaves: every leaf, hidden ones too.
         parts: the parts of each one's path, None where it is no part of the params.
         several: by the parts of its path, a node that holds one weight in several arrays.
-        graphs: whether there are nnx modules, which are not gone into.
+        graphs: whether there are nnx modules.
         states: whether there is the state of an optimizer.
+        variables: the parts and shape of each place of an nnx variable, by its id.
     """
 
-    def __init__(self, params: Any, aware: bool):
+    def __init__(self, params: Any, aware: bool, inside: bool = False):
+        """``inside``: whether nnx modules are gone into, through every place of a shared one."""
         self.leaves: list[Any] = []
         self.parts: list[tuple[str, ...] | None] = []
         self.several: dict[tuple[str, ...], Any] = {}
         self.graphs = self.states = False
-        self._aware = aware
+        self.variables: dict[int, list[tuple[tuple[str, ...], Any]]] = {}
+        self._aware, self._inside = aware, inside
+        self._above: set[int] = set()  # a module may hold what it is in
         if isinstance(params, Model):
             self._visit(params.variables, (), "", True, "always")
         else:
@@ -236,7 +241,9 @@ class Walk:
     ) -> None:
         if is_graph(node):
             self.graphs = True
-            return
+            if not self._inside or id(node) in self._above:
+                return
+            self._above.add(id(node))
         kids = children(node)
         if kids is None:
             self.leaves.append(node)
@@ -247,6 +254,8 @@ class Walk:
         if is_box(node, kids, own):
             mine = mine and not (self._aware and _is_evident(name, node))
             for _, child in kids:
+                if mine and is_array(child) and isinstance(node, _of("flax.nnx", "Variable")):
+                    self.variables.setdefault(id(node), []).append((parts, child.shape))
                 self._visit(child, parts, "", mine, scoped)
             return
         if mine and is_several(node, kids, own):
@@ -263,6 +272,7 @@ class Walk:
         for label, (_, child), own_child in zip(names, kids, wanted, strict=True):
             below = parts if strip and own_child else (*parts, label)
             self._visit(child, below, label, mine and own_child, inner if own_child else "")
+        self._above.discard(id(node))
 
     def _params_of(
         self, node: Any, names: list[str], kids: list[Any], parts: tuple[str, ...]
@@ -289,17 +299,17 @@ class Walk:
         return [n in held for n in names]
 
 
-def walk(params: Any, whole: bool = False) -> Walk:
+def walk(params: Any, whole: bool = False, inside: bool = False) -> Walk:
     """The walk over a tree: over its params alone where it holds the state of an optimizer too,
-    unless the whole of it is asked for.
+    unless the whole of it is asked for; with ``inside`` into nnx modules.
 
     Raises:
         LeafError: if nothing says which of it are the params.
     """
-    seen = Walk(params, aware=False)
+    seen = Walk(params, False, inside)
     if not seen.states or whole:
         return seen
-    seen = Walk(params, aware=True)
+    seen = Walk(params, True, inside)
     if all(parts is None for parts in seen.parts):
         raise LeafError(
             "the tree holds the state of an optimizer and nothing that could be params: call the "

@@ -97,7 +97,8 @@ def children(node: Any) -> list[tuple[Any, Any]] | None:
         return []
     if isinstance(node, np.ndarray | jax.Array | Unselected):
         return None
-    found, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda x: x is not node)
+    first = iter([False])  # the node itself, which may be a child of its own too
+    found, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda _: next(first, True))
     if len(found) == 1 and not found[0][0]:
         return None
     return [(keys[0], child) for keys, child in found]
@@ -222,18 +223,22 @@ class Walk:
         parts: the parts of each one's path, None where it is no part of the params.
         statistics: whether each is a running statistic, if these are asked for.
         several: by the parts of its path, a node that holds one weight in several arrays.
-        graphs: whether there are nnx modules, which are not gone into.
+        graphs: whether there are nnx modules.
         states: whether there is the state of an optimizer.
+        variables: the parts and shape of each place of an nnx variable, by its id.
     """
 
-    def __init__(self, params: Any, aware: bool, statistics: bool):
+    def __init__(self, params: Any, aware: bool, statistics: bool, inside: bool):
+        """``inside``: whether nnx modules are gone into, through every place of a shared one."""
         self.leaves: list[Any] = []
         self.parts: list[tuple[str, ...] | None] = []
         self.statistics: list[bool] = []
         self.several: dict[tuple[str, ...], Any] = {}
         self.graphs = self.states = False
-        self._aware = aware
+        self.variables: dict[int, list[tuple[tuple[str, ...], Any]]] = {}
+        self._aware, self._inside = aware, inside
         self._shown = ("params", "batch_stats") if statistics else ("params",)
+        self._above: set[int] = set()  # a module may hold what it is in
         if isinstance(params, Model):
             self._visit(params.variables, (), "", True, "always")
         else:
@@ -250,7 +255,9 @@ class Walk:
     ) -> None:
         if is_graph(node):
             self.graphs = True
-            return
+            if not self._inside or id(node) in self._above:
+                return
+            self._above.add(id(node))
         kids = children(node)
         if kids is None:
             self.leaves.append(node)
@@ -263,6 +270,8 @@ class Walk:
             mine = mine and not (self._aware and _is_evident(name, node))
             statistic |= len(self._shown) > 1 and isinstance(node, _of("flax.nnx", "BatchStat"))
             for _, child in kids:
+                if mine and is_array(child) and isinstance(node, _of("flax.nnx", "Variable")):
+                    self.variables.setdefault(id(node), []).append((parts, child.shape))
                 self._visit(child, parts, "", mine, scoped, statistic)
             return
         if mine and is_several(node, kids, own):
@@ -281,6 +290,7 @@ class Walk:
             below = parts if strip and own_child else (*parts, label)
             counts = statistic or (variables and label == "batch_stats")
             self._visit(child, below, label, mine and own_child, inner if own_child else "", counts)
+        self._above.discard(id(node))
 
     def _params_of(
         self, node: Any, names: list[str], kids: list[Any], parts: tuple[str, ...]
@@ -307,17 +317,17 @@ class Walk:
         return [n in held for n in names]
 
 
-def walk(params: Any, whole: bool = False, statistics: bool = False) -> Walk:
+def walk(params: Any, whole: bool = False, statistics: bool = False, inside: bool = False) -> Walk:
     """The walk over a tree: over its params alone where it holds the state of an optimizer too,
-    unless the whole of it is asked for.
+    unless the whole of it is asked for; with ``inside`` into nnx modules.
 
     Raises:
         LeafError: if nothing says which of it are the params.
     """
-    seen = Walk(params, False, statistics)
+    seen = Walk(params, False, statistics, inside)
     if not seen.states or whole:
         return seen
-    seen = Walk(params, True, statistics)
+    seen = Walk(params, True, statistics, inside)
     if all(parts is None for parts in seen.parts):
         raise LeafError(
             "the tree holds the state of an optimizer and nothing that could be params: call the "

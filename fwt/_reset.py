@@ -257,6 +257,8 @@ class _View:
 
     def __init__(self, tree: _tree.Tree, module: Any, axes: Mapping[str, str] | None):
         self.shapes = {p: tuple(x.shape) for p, x in (tree.leaves | tree.hidden).items()}
+        for also in tree.also.values():
+            self.shapes |= {p: tuple(shape) for p, shape in also.items()}
         self.module, self.axes, self.statistics = module, axes, tree.statistics
         self._below: dict[str, dict[str, tuple[int, ...]]] = {}
         self._layers: dict[str, set[str]] = {}

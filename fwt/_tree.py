@@ -4,6 +4,7 @@ import difflib
 import functools
 import hashlib
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextvars import ContextVar
@@ -52,6 +53,7 @@ def natural(path: str) -> list[Any]:
     ] + [[(0, path)]]
 
 
+_GLOBS = list | tuple | set | frozenset
 _TIES = ContextVar("whether ties are looked for", default=True)
 
 
@@ -90,7 +92,14 @@ class Tree:
         root = params.variables if isinstance(params, Model) else params
         told = _nodes.told_of(root) if _TIES.get() else {}
         walk, self._closed = _nodes.walk(params, whole, statistics), None
+        shared = []
         if walk.graphs:
+            places_of = _nodes.walk(params, whole, statistics, inside=True).variables
+            shared = [
+                {"/".join(map(escape, parts)): shape for parts, shape in found}
+                for found in places_of.values()
+                if len(found) > 1
+            ]
             params, self._closed = _nodes.opened(params)
             walk = _nodes.walk(params, whole, statistics)
         self._all = walk.leaves
@@ -123,10 +132,13 @@ class Tree:
         self.ties, self._perhaps = self._ties(
             {"/".join(map(escape, name.split("."))) for name in group} for group in groups
         )
-        # Of a live model, the other paths of a tied weight, with its shape there.
-        self._also: dict[str, dict[str, Any]] = {
+        # Of a live model or an nnx module, the other paths of a tied weight, with its shape there.
+        self.also: dict[str, dict[str, Any]] = {
             path: also for path, also in told.get("also", {}).items() if path in self.leaves
         }
+        for found in shared:
+            if first := next((p for p in found if p in self.leaves), None):
+                self.also[first] = {p: s for p, s in found.items() if p not in self.leaves}
 
     def _ties(self, told: Iterable[set[str]]) -> tuple[list[list[str]], list[list[str]]]:
         """The paths that share one array, in path order, and those that may under a trace."""
@@ -200,29 +212,34 @@ class Tree:
 
         What is tied stands under its first path. Where ``where`` names a part of a tie only, as
         the kernels do of an embedding that is a head's kernel too, nothing is done to it, and a
-        warning says so.
+        warning says so, unless one of its paths is named in full.
         """
         chosen = self._chosen(where)
         self._refuse_several(chosen)
+        given = {where} if isinstance(where, str) else where
+        exact = {w for w in given if isinstance(w, str)} if isinstance(given, _GLOBS) else set()
         left = []
-        others = [[path, *also] for path, also in self._also.items()]
+        others = [[path, *also] for path, also in self.also.items()]
         for group in [*self.ties, *others, *self._perhaps]:
             named = [p for p in group if p in chosen]
-            if named and len(named) < len(group):
+            if named and not exact.isdisjoint(group):
+                chosen |= set(group)
+            elif named and len(named) < len(group):
                 left.append(_tied(where, group, named))
                 chosen -= set(group)
-            elif group not in self._perhaps:
+            if group not in self._perhaps:
                 chosen -= set(group[1:])
         found = [p for p in self.leaves if p in chosen]
         if left and not found:
             raise WhereError("; ".join(left))
         if left:
-            warnings.warn("; ".join(left), stacklevel=4)
+            _warn("; ".join(left))
         return found
 
     def named(self, where: Where) -> list[str]:
         """Every path that ``where`` names, to look at; none at all is an error."""
         chosen = self._chosen(where)
+        chosen |= {p for p, also in self.also.items() if not chosen.isdisjoint(also)}
         return [p for p in self.leaves if p in chosen]
 
     def _chosen(self, where: Where) -> set[str]:
@@ -231,12 +248,12 @@ class Tree:
             p: jax.ShapeDtypeStruct(x.shape, x.dtype)
             for p, x in (self.leaves | self.hidden | several).items()
         }
-        same = {p: path for path, also in self._also.items() for p in also}
-        for path, also in self._also.items():
+        same = {p: path for path, also in self.also.items() for p in also}
+        for path, also in self.also.items():
             dtype = self.leaves[path].dtype
             shapes |= {p: jax.ShapeDtypeStruct(tuple(s), dtype) for p, s in also.items()}
         chosen = set(_resolve(where, shapes, self.module, self.statistics, same))
-        if chosen.isdisjoint(self.leaves) and chosen.isdisjoint(self._several):
+        if chosen.isdisjoint([*self.leaves, *self._several, *same]):
             raise WhereError(_nothing(where, self.leaves, self.hidden, chosen))
         return chosen
 
@@ -288,6 +305,14 @@ def as_variables(tree: Mapping[str, Any]) -> Mapping[str, Any]:
     return tree if "params" in tree else {"params": {}, **tree}
 
 
+def _warn(text: str) -> None:
+    """A warning at the line of the user's that called us."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("fwt"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, stacklevel=level)
+
+
 def _widest(node: Any) -> Any:
     """The array of a node that has most entries."""
     return max((x for x in jax.tree.leaves(node) if is_array(x)), key=lambda x: np.prod(x.shape))
@@ -297,7 +322,7 @@ def _tied(where: Where, group: Sequence[str], named: Sequence[str]) -> str:
     said = repr(where) if isinstance(where, str | list | tuple) else f"{where}"
     return (
         f"{' and '.join(group)} are one array (they are tied), of which where={said:.80} names "
-        f"{' and '.join(named)} only, so it is left as it is: where={list(group)} takes it"
+        f"{' and '.join(named)} only, so it is left as it is: where={group[0]!r} takes it"
     )
 
 
@@ -359,7 +384,7 @@ def _resolve(
 ) -> set[str]:
     if isinstance(where, str):
         return {p for p in shapes if matches(where, p)}
-    if isinstance(where, list | tuple | set | frozenset) and all(isinstance(w, str) for w in where):
+    if isinstance(where, _GLOBS) and all(isinstance(w, str) for w in where):
         chosen: set[str] = set()
         for pattern in where:
             hits = {p for p in shapes if matches(pattern, p)}

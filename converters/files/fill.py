@@ -285,9 +285,7 @@ def _some(names: list[str]) -> str:
 def _found(variables: Any, rename: Mapping[str, str], path: Path) -> dict[str, np.ndarray]:
     out: dict[str, np.ndarray] = {}
     used: set[str] = set()
-    place = {name: i for i, name in enumerate(_source.of(variables).get("names", ()))}
-    names = list(_source.flat_names(variables))
-    for name, value in sorted(names, key=lambda pair: place.get(pair[0], len(place))):
+    for name, value in _source.flat_names(variables):
         if name.endswith("num_batches_tracked") and not np.shape(value):
             continue
         for old, new in rename.items():

@@ -146,7 +146,9 @@ def torch_metadata(found: Any) -> dict[str, dict[str, Any]]:
 
 
 def flat_names(variables: Any) -> Iterator[tuple[str, Any]]:
-    """The arrays of all collections under names joined by dots."""
+    """The arrays of one collection after the other under names joined by dots, in the order of
+    the file that they come from."""
+    place = {name: i for i, name in enumerate(of(variables).get("names", ()))}
 
     def under(node: Any, name: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
         for key, value in node.items():
@@ -156,4 +158,4 @@ def flat_names(variables: Any) -> Iterator[tuple[str, Any]]:
                 yield ".".join((*name, key)), value
 
     for tree in variables.values():
-        yield from under(tree, ())
+        yield from sorted(under(tree, ()), key=lambda pair: place.get(pair[0], len(place)))

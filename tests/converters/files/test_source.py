@@ -1,0 +1,318 @@
+"""What a file says beside its arrays: the order of names, which are one array, metadata."""
+
+import json
+import os
+from collections import OrderedDict
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import keras
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from flax import nnx, serialization
+from safetensors import safe_open
+
+import fwt
+from fwt import converters
+from fwt.converters.frameworks import live
+
+BOTH = ["emb.weight", "head.weight"]
+EITHER = {"where": ["emb/weight", "head/weight"]}
+
+
+class Net(torch.nn.Module):
+    """Names out of order, statistics among them, and a head that is the embedding."""
+
+    def __init__(self):
+        super().__init__()
+        linear = torch.nn.Linear
+        self.stem, self.norm, self.body = linear(4, 4), torch.nn.BatchNorm1d(4), linear(4, 4)
+        self.emb, self.head = torch.nn.Embedding(6, 4), linear(4, 6, bias=False)
+        self.head.weight = self.emb.weight
+
+
+@pytest.fixture
+def net(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    net = Net()
+    torch.save(net.state_dict(), "net.pt")
+    return net
+
+
+def check(net, name):
+    """The state dict of a file, which has to be as torch itself wrote it but for its values."""
+    state, wanted = torch.load(name, weights_only=True), net.state_dict()
+    assert list(state) == list(wanted)
+    assert state._metadata == wanted._metadata
+    assert state["emb.weight"].data_ptr() == state["head.weight"].data_ptr()
+    assert os.path.getsize(name) < os.path.getsize("net.pt") + 400
+    Net().load_state_dict(state)
+    return state
+
+
+DOES = {
+    "prune": fwt.prune(0.5, **EITHER),
+    "prune of jax arrays": lambda m: fwt.prune(0.5, **EITHER)(jax.tree.map(jnp.asarray, m)),
+    "jit": lambda m: jax.jit(fwt.prune(0.5, **EITHER))(m),
+    "the variables": lambda m: fwt.Model(None, fwt.prune(0.5, **EITHER)(m.variables)),
+    "initialize": fwt.initialize(fwt.initializers.normal(), 0, **EITHER),
+    "masks": lambda m: fwt.apply_masks(fwt.masks(0.5, **EITHER)(m))(m),
+    "at": fwt.at("emb/weight", fwt.prune(0.5, where="**")),
+    "tree.map": lambda m: jax.tree.map(lambda x: x * 2, m),
+    "Flax and back": lambda m: fwt.Model(
+        None, serialization.from_bytes(m.variables, serialization.to_bytes(m.variables))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DOES)
+def test_order_ties_and_metadata_go_through_every_transform(net, name):
+    model = converters.load("net.pt")
+    converters.save("out.pt", *DOES[name](model))
+    state = check(net, "out.pt")
+    if name.startswith("prune"):
+        assert int((state["emb.weight"] == 0).sum()) == 12
+    if name != "Flax and back":
+        assert not torch.equal(state["emb.weight"], net.emb.weight)
+    params = fwt.prune(0.0, **EITHER)(model.variables["params"])
+    converters.save("params.pt", None, params)
+    order = [n for n in net.state_dict() if "running" not in n and "num_batches" not in n]
+    assert list(torch.load("params.pt", weights_only=True)) == order
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".npz", ".orbax", ".pt", "shards"])
+def test_order_ties_and_metadata_go_through_every_format_that_has_a_place(net, suffix):
+    path, how = (f"x{suffix}", {}) if suffix != "shards" else ("x.safetensors", {"shard_bytes": 99})
+    converters.save(path, *converters.load("net.pt"), **how)
+    converters.save("out.pt", *fwt.prune(0.5, **EITHER)(converters.load(path)))
+    assert int((check(net, "out.pt")["head.weight"] == 0).sum()) == 12
+
+
+def two(path):
+    """A file of two layers whose names are not in alphabetical order."""
+    net = torch.nn.Sequential(OrderedDict(z=torch.nn.Linear(4, 4), a=torch.nn.Linear(4, 4)))
+    torch.save(net.state_dict(), path)
+    return net
+
+
+@pytest.mark.parametrize(
+    ("through", "kept"),
+    [
+        ([".pt"], True),
+        ([".safetensors", ".pt"], True),
+        ([".npz", ".pt"], True),
+        ([".msgpack"], False),
+        ([".msgpack", ".pt"], False),
+        (["hf", ".pt"], False),
+        ([".msgpack", ".pt", ".safetensors"], False),
+    ],
+)
+def test_match_order_is_the_source_s_order_or_refused(tmp_path, monkeypatch, through, kept):
+    monkeypatch.chdir(tmp_path)
+    net, path = two("net.pt"), "net.pt"
+    for number, suffix in enumerate(through):
+        target = f"{number}{suffix}"
+        if suffix == "hf":
+            target = f"{number}.safetensors"
+            safetensors.torch.save_file(net.state_dict(), target)
+        else:
+            converters.save(target, *fwt.prune(0.0)(converters.load(path)))
+        path = target
+    plain = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    model = converters.from_torch(plain, input_shape=(4,))
+    if not kept:
+        with pytest.raises(converters.FileFormatError, match=r"match='order'.*sorts names"):
+            converters.load(path, architecture=model, match="order")
+        return
+    found = converters.load(path, architecture=model, match="order")
+    x = np.ones((2, 4), np.float32)
+    np.testing.assert_allclose(found(x), net(torch.from_numpy(x)).detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_tie_is_pruned_once_and_by_its_stricter_role(net):
+    """Alike in a file, in a live model, in an nnx module."""
+    said = "emb/.* and head/.* are one array .*fwt.kernels names head/.* where='emb/"
+    with pytest.warns(UserWarning, match=said):
+        converters.save("out.pt", *fwt.prune(0.5)(converters.load("net.pt")))
+    state = check(net, "out.pt")
+    assert torch.equal(state["emb.weight"], net.emb.weight)
+    assert int((state["body.weight"] == 0).sum()) == 8
+    with pytest.warns(UserWarning, match=said):
+        converters.transform(net, fwt.prune(0.5))
+    assert torch.equal(state["emb.weight"], net.emb.weight)
+    assert int((net.body.weight == 0).sum()) == 8
+    with pytest.raises(fwt.WhereError, match="are one array"):
+        converters.transform(net, fwt.prune(0.5, where="head/*"))
+    for where in ("emb/embedding", "head/kernel", ["emb/*", "head/*"], "**/[ek]*"):
+        live_net = Net()
+        converters.transform(live_net, fwt.prune(0.5, where=where))
+        assert int((live_net.emb.weight == 0).sum()) == 12, where
+        assert live_net.head.weight is live_net.emb.weight
+
+    class Tied(nnx.Module):
+        def __init__(self, rngs):
+            self.decoder = nnx.Linear(4, 4, rngs=rngs)
+            self.emb = nnx.Embed(4, 4, rngs=rngs)
+            self.body = nnx.Linear(4, 4, rngs=rngs)
+            self.decoder.kernel = self.emb.embedding
+
+    tied = Tied(nnx.Rngs(0))
+    with pytest.warns(UserWarning, match="decoder/kernel and emb/embedding are one array"):
+        new = fwt.prune(0.5)(tied)
+    assert np.array_equal(new.emb.embedding[...], tied.emb.embedding[...])
+    assert int((new.body.kernel[...] == 0).sum()) == 8
+
+
+def test_tied_layers_of_a_live_keras_model():
+    class Reversed(keras.layers.Layer):
+        def __init__(self, embedding):
+            super().__init__(name="head")
+            self.kernel = embedding.embeddings
+
+        def call(self, x):
+            return keras.ops.matmul(x, keras.ops.transpose(self.kernel))
+
+    embedding = keras.layers.Embedding(5, 3, name="emb")
+    embedding.build()
+    model = keras.Sequential(
+        [keras.Input((2,)), embedding, keras.layers.Dense(3, name="d"), Reversed(embedding)]
+    )
+    before = np.array(embedding.embeddings)
+    converters.transform(model, fwt.prune(0.5))
+    assert np.array_equal(embedding.embeddings, before)
+    assert list(live._backend(model).leaves(model)[0].also) == ["head/embeddings"]
+    with pytest.raises(fwt.WhereError, match="emb/embedding and head/embeddings are one array"):
+        converters.transform(model, fwt.prune(0.5, where="emb/*"))
+    converters.transform(model, fwt.prune(0.5, where="emb/embedding"))
+    assert int((np.asarray(embedding.embeddings) == 0).sum()) == 8
+
+
+def test_a_tie_that_was_undone_is_no_tie(net):
+    model = converters.load("net.pt")
+
+    def other(keys, x):
+        return x + 1 if "head" in str(keys) else x
+
+    new = jax.tree_util.tree_map_with_path(other, model)
+    for name in ("x.pt", "x.safetensors", "x.npz"):
+        converters.save(name, *fwt.prune(0.5)(new))
+        found = fwt.select(converters.load(name))
+        assert int((found["head/weight"] == 0).sum()) == 12
+        assert np.array_equal(found["emb/weight"], net.emb.weight.detach())
+
+
+@pytest.mark.parametrize("metadata", [{"format": "pt", "license": "mit"}, {"format": "pt"}, None])
+def test_metadata_of_safetensors_stays(net, metadata):
+    tensors = {n: v.clone() for n, v in net.state_dict().items()}
+    safetensors.torch.save_file(tensors, "in.safetensors", metadata=metadata)
+    converters.save("out.safetensors", *fwt.prune(0.5)(converters.load("in.safetensors")))
+    converters.save("between.pt", *converters.load("in.safetensors"))
+    converters.save("again.safetensors", *converters.load("between.pt"))
+    for name in ("out.safetensors", "again.safetensors"):
+        with safe_open(name, "pt") as file:
+            assert file.metadata() == (metadata or {"format": "pt"})
+
+
+def test_a_tie_as_safetensors_itself_writes_it(net):
+    safetensors.torch.save_model(net, "in.safetensors", metadata={"format": "pt"})
+    model = converters.load("in.safetensors")
+    params = model.variables["params"]
+    assert params["emb"]["weight"] is params["head"]["weight"]
+    converters.save("out.safetensors", *fwt.prune(0.5, **EITHER)(model))
+    with safe_open("in.safetensors", "pt") as one, safe_open("out.safetensors", "pt") as other:
+        assert other.metadata() == one.metadata()
+        assert list(other.keys()) == list(one.keys())
+    new = Net()
+    assert safetensors.torch.load_model(new, "out.safetensors") == (set(), [])
+    assert int((new.head.weight == 0).sum()) == 12
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (("fc.weight", "fc.bias"), "pt"),
+        (("rnn.weight_ih_l0",), "pt"),
+        (("fc.kernel", "fc.bias0"), "np"),
+    ],
+)
+def test_the_format_follows_the_names(tmp_path, names, expected):
+    tree = {}
+    for name in names:
+        layer, leaf = name.split(".")
+        tree.setdefault(layer, {})[leaf] = np.ones(3, np.float32)
+    converters.save(tmp_path / "x.safetensors", None, {"params": tree})
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+        assert file.metadata() == {"format": expected}
+
+
+def test_the_index_of_shards_keeps_its_metadata(net):
+    os.mkdir("in")
+    tensors = {n: v.clone() for n, v in net.state_dict().items()}
+    safetensors.torch.save_file(tensors, "in/a.safetensors", metadata={"format": "pt", "a": "b"})
+    index = {"metadata": {"total_size": 9, "by": "me"}, "weight_map": {}}
+    index["weight_map"] = dict.fromkeys(tensors, "a.safetensors")
+    with open("in/model.safetensors.index.json", "w") as file:
+        json.dump(index, file)
+    converters.save("out.safetensors", *converters.load("in"), shard_bytes=100)
+    with open("out.safetensors/model.safetensors.index.json") as file:
+        told = json.load(file)
+    assert told["metadata"]["by"] == "me"
+    assert told["metadata"]["total_size"] == sum(v.nbytes for v in tensors.values())
+    for name in set(told["weight_map"].values()):
+        with safe_open(f"out.safetensors/{name}", "pt") as file:
+            assert file.metadata() == {"format": "pt", "a": "b"}
+
+
+def test_what_torch_computes_a_tie_from_stays_tied(tmp_path):
+    one = torch.nn.utils.weight_norm(torch.nn.Linear(4, 4))
+    torch.save(torch.nn.ModuleDict({"a": one, "b": one}).state_dict(), tmp_path / "w.pt")
+    params = converters.load(tmp_path / "w.pt").variables["params"]
+    assert params["a"]["weight"] is params["b"]["weight"]
+
+
+def test_boxed_variables_are_converted(tmp_path):
+    init = nn.with_logical_partitioning(nn.initializers.lecun_normal(), ("embed", "mlp"))
+    net = fwt.Sequential(
+        [("up", nn.Dense(5, kernel_init=init)), nn.relu, ("down", nn.Dense(3))], (4,)
+    )
+    x = np.linspace(-1, 1, 28, dtype=np.float32).reshape(7, 4)
+    model = fwt.Model(net, net.init(jax.random.key(0), x))
+    assert isinstance(model.variables["params"]["up"]["kernel"], nn.LogicallyPartitioned)
+    for suffix in (".keras", ".safetensors", ".npz", ".orbax"):
+        converters.save(tmp_path / f"m{suffix}", *model)
+        found = converters.load(tmp_path / f"m{suffix}")
+        np.testing.assert_allclose(found(x), model(x), rtol=1e-5, atol=1e-6)
+    for other in (converters.to_torch(*model)(torch.from_numpy(x)).detach(),
+                  converters.to_nnx(*model)(x)):  # fmt: skip
+        np.testing.assert_allclose(other, model(x), rtol=1e-5, atol=1e-6)
+    converters.save(tmp_path / "w.safetensors", None, model.variables)
+    assert fwt.paths(converters.load(tmp_path / "w.safetensors")) == fwt.paths(model)
+    new = fwt.reset(0, like="flax")(model)
+    assert jax.tree.structure(new) == jax.tree.structure(model)
+
+
+def test_a_whole_train_state_is_written(tmp_path):
+    """A transform sees the params alone; a file holds all of it."""
+    import optax
+
+    params = {"d": {"kernel": jnp.ones((2, 3))}}
+    state = {"params": params, "opt_state": optax.adam(0.1).init(params)}
+    converters.save(tmp_path / "s.npz", None, fwt.prune(0.5)(state))
+    with np.load(tmp_path / "s.npz") as file:
+        assert "opt_state/0/mu/d/kernel" in file.files
+
+
+def test_numbers_as_keys_of_msgpack(tmp_path):
+    class Net(nnx.Module):
+        def __init__(self):
+            self.layers = nnx.List([nnx.Linear(2, 2, rngs=nnx.Rngs(0))])
+
+    state = nnx.to_pure_dict(nnx.state(Net()))
+    (tmp_path / "i.msgpack").write_bytes(serialization.msgpack_serialize(state))
+    assert fwt.paths(converters.load(tmp_path / "i.msgpack")) == fwt.paths(Net())
+    (tmp_path / "i.msgpack").write_bytes(b"\x82\x01\x02\xa11\x02")  # {1: 2, "1": 2}
+    with pytest.raises(converters.FileFormatError, match="or twice"):
+        converters.load(tmp_path / "i.msgpack")

@@ -1,0 +1,384 @@
+"""What is no part of the params, or of a path: boxes, optimizer states; and what is one array."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx, struct
+from flax.training.train_state import TrainState
+
+import fwt
+
+W = jax.random.normal(jax.random.key(0), (4, 6))
+PARAMS = {"d": {"kernel": W, "bias": jnp.ones(6)}}
+TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(1e-2))
+STATE = TX.init(PARAMS)
+
+
+def zeros(tree):
+    return [int((np.asarray(x) == 0).sum()) for x in jax.tree.leaves(tree)]
+
+
+# -- boxes --------------------------------------------------------------------------------------
+
+
+@jax.tree_util.register_pytree_node_class
+class Unnamed:
+    def __init__(self, inner):
+        self.inner = inner
+
+    def tree_flatten(self):
+        return (self.inner,), "static"
+
+    @classmethod
+    def tree_unflatten(cls, aux, children):
+        return cls(*children)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Named:  # as haliax has it, but no module
+    array: Any
+    axes: str = dataclasses.field(metadata={"static": True}, default="embed mlp")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Wrapped:
+    parameter: Any
+
+
+class HaliaxLike(eqx.Module):
+    array: Any
+    axes: str = eqx.field(static=True, default="embed mlp")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Quantised:  # as qwix has it
+    qvalue: Any
+    scale: Any
+
+
+class Lora(eqx.Module):
+    w: Any
+    a: Any
+    b: Any
+
+
+class OneArray(eqx.Module):  # a layer
+    weight: Any
+
+
+NAMES = ("embed", "mlp")
+BOXES = [
+    lambda w: nn.Partitioned(w, NAMES),
+    lambda w: nn.LogicallyPartitioned(w, NAMES),
+    nnx.Param,
+    lambda w: nnx.Param(nn.Partitioned(w, NAMES)),
+    Unnamed,
+    Named,
+    Wrapped,
+    HaliaxLike,
+    lambda w: nn.LogicallyPartitioned(Named(w), NAMES),
+]
+
+
+@pytest.mark.parametrize("box", BOXES)
+def test_a_box_is_no_part_of_a_path(box):
+    boxed = {"d": {"kernel": box(W), "bias": jnp.ones(6)}}
+    assert fwt.paths(boxed) == fwt.paths(PARAMS)
+    for t in (
+        fwt.prune(0.5),
+        fwt.initialize(fwt.initializers.normal(), 0),
+        fwt.project(fwt.constraints.unit_norm),
+        fwt.at("d/kernel", fwt.prune(0.5)),
+        fwt.assign({"d/kernel": np.zeros((4, 6), np.float32)}),
+        jax.jit(fwt.prune(0.5)),
+    ):
+        new = t(boxed)
+        assert jax.tree.structure(new) == jax.tree.structure(boxed)
+        assert zeros(new) == zeros(t(PARAMS))
+    ours, plain = fwt.masks(0.5)(boxed), fwt.masks(0.5)(PARAMS)
+    assert jax.tree.structure(ours) == jax.tree.structure(boxed)
+    for masks, tree in ((ours, boxed), (plain, boxed), (ours, PARAMS)):
+        assert zeros(fwt.apply_masks(masks)(tree)) == [0, 12]
+    for bools in (jax.tree.map(lambda _: True, boxed), jax.tree.map(lambda _: True, PARAMS)):
+        assert list(fwt.select(boxed, bools)) == fwt.paths(PARAMS)
+
+
+@pytest.mark.parametrize("box", BOXES[:6])
+def test_an_optimizer_wrapper_reaches_into_boxes(box):
+    boxed = {"d": {"kernel": box(W), "bias": jnp.ones(6)}}
+    tx = fwt.optim.sparsify(optax.adam(1e-2), 0.75)
+    tx = fwt.optim.constrain(tx, fwt.project(fwt.constraints.max_norm(1.0)))
+    updates, _ = tx.update(boxed, tx.init(boxed), boxed)
+    new = optax.apply_updates(boxed, updates)
+    assert jax.tree.structure(new) == jax.tree.structure(boxed)
+    kernel = fwt.select(new)["d/kernel"]
+    assert int((kernel == 0).sum()) == 18
+    assert float(jnp.linalg.norm(kernel, axis=0).max()) <= 1 + 1e-6
+
+
+def test_a_layer_with_one_array_is_no_box():
+    layer = {"tok": OneArray(W), "embedding": eqx.nn.Embedding(4, 6, key=jax.random.key(1))}
+    assert fwt.paths(layer) == ["embedding/weight", "tok/weight"]
+    assert fwt.paths({"a": {"value": W}}) == ["a/value"]
+
+
+@pytest.mark.parametrize(
+    "leaf",
+    [
+        Quantised(W.astype(jnp.int8), jnp.ones(6)),
+        Named(Quantised(W.astype(jnp.int8), jnp.ones(6))),
+        nnx.Param(Quantised(W.astype(jnp.int8), jnp.ones(6))),
+        {"qvalue": W, "scale": jnp.ones(6)},  # as a checkpoint gives it back
+        Lora(W, W[:, :2], W[:2]),
+    ],
+)
+def test_a_weight_in_several_arrays_is_refused_where_it_is_selected(leaf):
+    tree = {"d": {"kernel": leaf}, "e": {"kernel": W + 1}}
+    for where in (fwt.kernels, "**", "d/*"):
+        with pytest.raises(fwt.LeafError, match=r"d/kernel is a .*one weight in several arrays"):
+            fwt.prune(0.5, where=where)(tree)
+    new = fwt.prune(0.5, where="e/*")(tree)
+    assert int((new["e"]["kernel"] == 0).sum()) == 12
+    assert jax.tree.leaves(new["d"])[0] is jax.tree.leaves(tree["d"])[0]
+
+
+# -- train states -------------------------------------------------------------------------------
+
+
+class Both(NamedTuple):
+    params: Any
+    opt_state: Any
+    ema_params: Any
+
+
+@struct.dataclass
+class OtherNames:
+    weights: Any
+    opt: Any
+    step: Any
+
+
+class Slow(NamedTuple):  # a wrapper of optimizers with an average of the weights
+    slow: Any
+    inner: Any
+
+
+VARIABLES = {"params": PARAMS, "batch_stats": {"n": {"mean": jnp.ones(3)}}}
+ADAM = {"count": np.int32(1), "mu": PARAMS, "nu": PARAMS}
+FLAX = TrainState.create(apply_fn=None, params=PARAMS, tx=TX)
+HELD = {
+    "TrainState": (FLAX, "d/"),
+    "of variables": (TrainState.create(apply_fn=None, params=VARIABLES, tx=TX), "d/"),
+    "sgd": (TrainState.create(apply_fn=None, params=PARAMS, tx=optax.sgd(1.0)), "d/"),
+    "dict": ({"params": PARAMS, "opt_state": STATE, "ema": PARAMS, "step": 3}, "d/"),
+    "named tuple": (Both(PARAMS, STATE, PARAMS), "d/"),
+    "tuple": ((PARAMS, STATE), "0/d/"),
+    "tuple with a step": ((jnp.int32(3), PARAMS, STATE), "1/d/"),
+    "dataclass": (OtherNames(PARAMS, STATE, jnp.int32(0)), "weights/d/"),
+    "restored": (
+        {"net": PARAMS, "opt": {"0": None, "1": {"0": ADAM, "1": {"count": 1}}}},
+        "net/d/",
+    ),
+    "named optimizer": ({"net": PARAMS, "optimizer": {"m": PARAMS, "v": PARAMS}}, "net/d/"),
+    "within": ({"state": FLAX, "epoch": 3}, "state/params/d/"),
+    "ours": ((PARAMS, fwt.optim.sparsify(TX, 0.5).init(PARAMS)), "0/d/"),
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_of_a_train_state_the_params_alone_are_transformed(name):
+    tree, start = HELD[name]
+    assert fwt.paths(tree) == [f"{start}bias", f"{start}kernel"]
+    for t in (fwt.prune(0.5, scope="global"), lambda s: fwt.apply_masks(fwt.masks(0.5)(s))(s)):
+        new = t(tree)
+        assert jax.tree.structure(new) == jax.tree.structure(tree)
+        changed = [a is not b for a, b in zip(*map(jax.tree.leaves, (tree, new)), strict=True)]
+        assert sum(changed) == 1
+        assert int((fwt.select(new)[f"{start}kernel"] == 0).sum()) == 12
+
+
+@pytest.mark.parametrize(
+    ("tree", "said"),
+    [
+        ((PARAMS, {"m": jnp.ones(3)}, STATE), "beside '0', '1' in a tuple"),
+        ((PARAMS, Slow(PARAMS, STATE)), "1: .*'inner', stands beside 'slow' in a Slow"),
+        ({"a": PARAMS, "b": PARAMS, "opt_state": STATE}, "beside 'a', 'b' in a dict"),
+        (STATE, "nothing that could be params"),
+        (STATE[1][0], "nothing that could be params"),
+    ],
+)
+def test_where_the_params_can_not_be_told_it_is_refused(tree, said):
+    with pytest.raises(fwt.LeafError, match=said):
+        fwt.prune(0.5)(tree)
+
+
+def test_masked_and_partitioned_params_are_no_states():
+    masked = optax.masked(fwt.optim.sparsify(optax.adam(1e-2), 0.5), {"d": True, "e": False})
+    tree = {**PARAMS, "e": {"kernel": W}}
+    updates, _ = masked.update(tree, masked.init(tree), tree)
+    new = optax.apply_updates(tree, updates)
+    assert int((new["d"]["kernel"] == 0).sum()) == 12
+    assert not (new["e"]["kernel"] == 0).any()
+
+
+# -- ties ---------------------------------------------------------------------------------------
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        self.a, self.b = nnx.Linear(8, 8, rngs=rngs), nnx.Linear(8, 8, rngs=rngs)
+        self.b.kernel = self.a.kernel
+        self.blocks = nnx.List([nnx.Linear(8, 8, rngs=rngs)])
+        self.blocks.append(self.blocks[0])
+        self.emb, self.head = nnx.Embed(8, 8, rngs=rngs), nnx.Linear(8, 8, rngs=rngs)
+        self.head.kernel = self.emb.embedding
+        self.me = self
+
+
+def is_tied(net):
+    return (
+        net.a.kernel is net.b.kernel
+        and net.blocks[0] is net.blocks[1]
+        and net.head.kernel is net.emb.embedding
+        and len(jax.tree.leaves(nnx.state(net))) == 7
+    )
+
+
+TWICE = ["a/kernel", "blocks/0/kernel"]
+VERBS = {
+    "prune": fwt.prune(0.5, where=TWICE),
+    "global": fwt.prune(0.5, scope="global", where=TWICE),
+    "initialize": fwt.initialize(fwt.initializers.normal(), 0, where=TWICE),
+    "reset": fwt.reset(0, "torch", where=TWICE),
+    "project": fwt.project(fwt.constraints.unit_norm, where=TWICE),
+    "at": fwt.at("a/kernel", fwt.prune(0.5)),
+    "assign": fwt.assign({"a/kernel": np.ones((8, 8), np.float32)}),
+    "straight_through": fwt.straight_through(fwt.prune(0.5, where=TWICE)),
+    "apply_masks": lambda net: fwt.apply_masks(fwt.masks(0.5, where=TWICE)(net))(net),
+    "nnx.jit": nnx.jit(fwt.prune(0.5, where=TWICE)),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_an_nnx_module_stays_tied(verb):
+    net = Net(nnx.Rngs(0))
+    new = VERBS[verb](net)
+    assert type(new) is Net
+    assert is_tied(new)
+    assert is_tied(net)
+    assert not np.array_equal(new.b.kernel[...], net.b.kernel[...])
+    assert np.array_equal(new.emb.embedding[...], net.emb.embedding[...])
+
+
+def test_two_nnx_modules_that_share_and_an_optimizer():
+    one, other = Net(nnx.Rngs(0)), Net(nnx.Rngs(1))
+    other.a.bias = one.a.bias
+    new = fwt.prune(0.5, where=["x/a/kernel", "y/a/kernel"])({"x": one, "y": other})
+    assert new["x"].a.bias is new["y"].a.bias
+    assert is_tied(new["y"])
+    held = nnx.ModelAndOptimizer(nnx.Linear(4, 6, rngs=nnx.Rngs(0)), TX, wrt=nnx.Param)
+    new = fwt.prune(0.5)(held)
+    assert int((new.model.kernel[...] == 0).sum()) == 12
+    assert fwt.paths(held) == ["model/bias", "model/kernel"]
+
+
+def tied_trees():
+    w = np.asarray(W)
+    yield "jax", {"emb": {"embedding": W}, "head": {"kernel": W}, "body": {"kernel": W + 1}}
+    yield "NumPy", {"emb": {"embedding": w}, "head": {"kernel": w[:]}, "body": {"kernel": w + 1}}
+    yield "turned", {"emb": {"embedding": w}, "head": {"kernel": w.T}, "body": {"kernel": w + 1}}
+
+
+def share(tree):
+    """Whether embedding and head are one still."""
+    one, other = tree["emb"]["embedding"], tree["head"]["kernel"]
+    return np.array_equal(one, other if one.shape == other.shape else other.T)
+
+
+@pytest.mark.parametrize("name", dict(tied_trees()))
+def test_one_array_at_two_paths(name):
+    tree = dict(tied_trees())[name]
+    both = ["emb/embedding", "head/kernel"]
+    with pytest.warns(UserWarning, match="emb/embedding and head/kernel .*where='emb/embedding'"):
+        new = fwt.prune(0.5)(tree)  # the stricter role: an embedding is not pruned
+    assert zeros(new) == [12, 0, 0]
+    with pytest.raises(fwt.WhereError, match="are one array"):
+        fwt.prune(0.5, where="head/*")(tree)
+    for where in ("**", both, "head/kernel"):
+        for t in (
+            fwt.prune(0.5, where=where),
+            fwt.straight_through(fwt.prune(0.5, where=where)),
+            fwt.initialize(fwt.initializers.normal(), 0, where=where),
+            fwt.at(where, lambda tree: jax.tree.map(lambda x: x * 2, tree)),
+            lambda tree, where=where: fwt.apply_masks(fwt.masks(0.5, where=where)(tree))(tree),
+        ):
+            new = t(tree)
+            assert share(new)
+            assert not np.array_equal(new["emb"]["embedding"], tree["emb"]["embedding"])
+    assert share(fwt.straight_through(lambda t: jax.tree.map(lambda x: x * 2, t))(tree))
+    assert set(fwt.paths(tree)) == {*both, "body/kernel"}
+    masks = fwt.masks(0.5, where="body/*")(tree)
+    masks["head"]["kernel"] = np.zeros(tree["head"]["kernel"].shape, bool)
+    with pytest.raises(fwt.LeafError, match="only head/kernel has a mask"):
+        fwt.apply_masks(masks)(tree)
+
+
+def test_ties_that_a_transform_of_the_users_own_would_undo():
+    def different(tree):
+        return jax.tree_util.tree_map_with_path(lambda keys, x: x + len(str(keys)), tree)
+
+    tree = dict(tied_trees())["jax"]
+    with pytest.raises(fwt.LeafError, match="were given different values"):
+        fwt.straight_through(different)(tree)
+
+
+def test_what_is_no_tie():
+    true, one = np.ones((), bool), np.float32(1.0)
+    seen = np.broadcast_to(np.float32(1.0), (2, 2))  # has no memory of its own
+    tree = {"a": {"kernel": seen, "t": true, "s": one}, "b": {"bias": seen, "t": true, "s": one}}
+    new = fwt.prune(0.5)(tree)
+    assert int((new["a"]["kernel"] == 0).sum()) == 2
+    assert new["b"]["bias"] is seen
+    parts = np.arange(24, dtype=np.float32).reshape(4, 6)
+    views = {"a": {"kernel": parts[:2]}, "b": {"bias": parts[2:]}}
+    new = fwt.prune(1.0)(views)
+    assert not new["a"]["kernel"].any()
+    assert new["b"]["bias"] is views["b"]["bias"]
+
+
+def test_an_optimizer_gives_each_of_a_tie_its_own_update():
+    tree = {"a": {"kernel": W}, "b": {"kernel": W}}
+    tx = fwt.optim.sparsify(optax.sgd(0.1), 0.5)
+    state = tx.init(tree)
+    for _ in range(2):
+        updates, state = tx.update({"a": {"kernel": W}, "b": {"kernel": -W}}, state, tree)
+        tree = optax.apply_updates(tree, updates)
+    assert zeros(tree) == [12, 12]
+
+
+def test_equinox_shared():
+    class Model(eqx.Module):
+        shared: eqx.nn.Shared
+
+        def __init__(self, key):
+            emb = eqx.nn.Embedding(6, 4, key=key)
+            head = eqx.nn.Linear(4, 6, use_bias=False, key=key)
+            self.shared = eqx.nn.Shared(
+                (emb, head), where=lambda p: p[1].weight, get=lambda p: p[0].weight
+            )
+
+    model = Model(jax.random.key(0))
+    new = fwt.prune(0.5, where="**/weight")(model)
+    emb, head = new.shared()
+    assert head.weight is emb.weight
+    assert int((head.weight == 0).sum()) == 12

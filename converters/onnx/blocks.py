@@ -155,17 +155,23 @@ def several(reader: Reader, block: list[Node], end: str) -> None:
     raise refuse(names, f"these {len(block)} operators together are no layer that is known")
 
 
+_SOFTMAX = {
+    ("Exp", "ReduceSum", "Div"): "Softmax",
+    ("Exp", "ReduceSum", "Log", "Sub"): "LogSoftmax",
+}
+
+
 def softmax_of(reader: Reader, block: list[Node], end: str) -> str | None:
     """The end of a softmax, or its logarithm, that is taken apart: where the largest entry is taken
     away first, as what does not overflows. None for anything else."""
-    if [n.op for n in block] != ["ReduceMax", "Sub"] or not reader.graph.users.get(end):
+    if [n.op for n in block] != ["ReduceMax", "Sub"]:
         return None
-    more, last = reader.graph.block(end)
-    kinds = {
-        ("Exp", "ReduceSum", "Div"): "Softmax",
-        ("Exp", "ReduceSum", "Log", "Sub"): "LogSoftmax",
-    }
-    kind = kinds.get(tuple(n.op for n in more))
+    more: list[Node] = []
+    last, kind = end, None
+    while kind is None and len(more) < 4 and reader.graph.users.get(last):
+        following, last = reader.graph.block(last)
+        more += following
+        kind = _SOFTMAX.get(tuple(n.op for n in more))
     shape = reader.shape(block[0])
     if kind is None or math.prod(shape[1:]) > _LARGEST:
         return None

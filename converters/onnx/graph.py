@@ -74,7 +74,7 @@ class Graph:
                 f"{names[0]} and the outputs {names[1]}"
             )
         self.input, self.output = inputs[0].name, graph.output[0].name
-        self.shapes = _shapes(proto, path, {})
+        self.shapes, self.types = _shapes(proto, path, {})
         self.dtype = inputs[0].type.tensor_type.elem_type
         shape = self.shapes.get(self.input)
         if not shape:
@@ -94,7 +94,7 @@ class Graph:
             if len(small) <= extra:
                 break
             extra = len(small)
-            self.shapes = _shapes(proto, path, small)
+            self.shapes, self.types = _shapes(proto, path, small)
         self.nodes = _needed(self.nodes, self.output)
         self.place = {id(n): i for i, n in enumerate(self.nodes)}
         self.users: dict[str, list[Node]] = {}
@@ -113,6 +113,9 @@ class Graph:
                 raise refuse(str(node), "a constant of no known kind")
             self.known[node.outputs[0]] = value
             return
+        if node.op == "CastLike" and node.inputs[1] in self.types:
+            node = Node("Cast", node.name, node.inputs[:1], node.outputs,
+                        {**node.attributes, "to": self.types[node.inputs[1]]})  # fmt: skip
         shape = self.shapes.get(node.inputs[0]) if node.inputs else None
         if node.op == "Shape" and shape is not None and shape.count(None) < 2:
             sizes = [-1 if s is None else s for s in shape]
@@ -279,7 +282,8 @@ def _node(node: Any, path: Path) -> Node:
 
 def _shapes(
     proto: Any, path: Path, known: Mapping[str, np.ndarray]
-) -> dict[str, tuple[int | None, ...]]:
+) -> tuple[dict[str, tuple[int | None, ...]], dict[str, int]]:
+    """The sizes and the dtypes of values."""
     import onnx
 
     # Without the arrays (only small ones, which may be shapes, are looked at) and without what the
@@ -294,6 +298,7 @@ def _shapes(
         light.graph.initializer.add().CopyFrom(onnx.numpy_helper.from_array(value, name))
     inferred = onnx.shape_inference.infer_shapes(light).graph
     out: dict[str, tuple[int | None, ...]] = {}
+    types = {name: int(onnx.helper.np_dtype_to_tensor_dtype(v.dtype)) for name, v in known.items()}
     for told in (*inferred.value_info, *inferred.input, *inferred.output):
         if told.type.HasField("tensor_type") and told.type.tensor_type.HasField("shape"):
             dims = told.type.tensor_type.shape.dim
@@ -301,7 +306,8 @@ def _shapes(
                 int(d.dim_value) if d.HasField("dim_value") and d.dim_value > 0 else None
                 for d in dims
             )
-    return out
+            types[told.name] = told.type.tensor_type.elem_type
+    return out, types
 
 
 def _copy(proto: Any, light: Any) -> None:

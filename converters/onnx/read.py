@@ -76,7 +76,10 @@ def from_onnx(
             shape = tuple(graph.shapes[graph.input][1:])
         source: Any = "torch" if ours is None else "flax"
         new, found = convert.convert(layers, source, "flax", shape, layout)
-        return _flax.write_flax(new, found)
+        model = _flax.write_flax(new, found)
+        if ours is None:
+            _check_dtype(graph, model)
+        return model
 
 
 def _layers(graph: Graph) -> list[Layer]:
@@ -105,6 +108,23 @@ def _layers(graph: Graph) -> list[Layer]:
         if unknown:
             raise refuse(str(node), f"its {unknown[0]}={node.attributes[unknown[0]]!r:.60}")
     return reader.layers
+
+
+def _check_dtype(graph: Graph, model: Model) -> None:
+    """Raises where the layers give another dtype: of whole numbers, many become floating ones."""
+    import onnx
+
+    def dtype(kind: int) -> Any:
+        return jax.dtypes.canonicalize_dtype(onnx.helper.tensor_dtype_to_np_dtype(kind))
+
+    there = graph.types.get(graph.output, onnx.TensorProto.FLOAT)
+    shape = model.module.input_shape
+    if shape is None or {graph.dtype, there} == {onnx.TensorProto.FLOAT}:
+        return
+    x = jax.ShapeDtypeStruct((1, *(s or 1 for s in shape)), dtype(graph.dtype))
+    found = jax.eval_shape(model, x).dtype
+    if found != dtype(there):
+        raise refuse(str(graph.path), f"its output is {dtype(there)}, and that of layers {found}")
 
 
 def _check(node: Node, at: str, end: str) -> None:

@@ -170,7 +170,7 @@ def add_layer_norm(
     if kind != "RMSNorm":
         settings["bias"] = bias is not None
     reader.add(name, kind or "LayerNorm", arrays, **settings)
-    reader.lacks = "scale" if scale is None and kind != "RMSNorm" else None
+    reader.lacks = "scale" if scale is None else None
 
 
 def _rms_norm(reader: Reader, node: Node) -> None:
@@ -218,6 +218,9 @@ def _instance_norm(reader: Reader, node: Node) -> None:
 def _arithmetic(reader: Reader, node: Node) -> str | None:
     """Numbers added to or multiplied with the line: a bias, a scale, or a layer of its own."""
     where = node.inputs.index(reader.at)
+    if node.op == "Mul" and node.inputs == [reader.at] * 2:
+        reader.add(reader.name(node), "Pointwise", function="square")
+        return None
     value, op = array(reader, node, 1 - where), node.op
     rank = reader.rank(node)
     if where == 1 and op in ("Sub", "Div"):
@@ -266,7 +269,7 @@ def _joined(reader: Reader, value: np.ndarray, adds: bool, rank: int) -> bool:
     if layer is None or lacks is None or adds == (lacks == "scale"):
         return False
     settings, arrays = dict(layer.settings), dict(layer.arrays)
-    if layer.kind == "LayerNorm":
+    if layer.kind in ("LayerNorm", "RMSNorm"):
         shape = settings["normalized_shape"]
         if value.shape[-len(shape) :] != shape or value.size != math.prod(shape):
             return False
@@ -279,13 +282,15 @@ def _joined(reader: Reader, value: np.ndarray, adds: bool, rank: int) -> bool:
     value = np.ascontiguousarray(value.reshape(shape))
     if lacks == "scale":
         arrays = {"weight": value, "bias": np.zeros_like(value)}
-        settings["elementwise_affine" if layer.kind == "LayerNorm" else "affine"] = True
+        if layer.kind == "RMSNorm":
+            del arrays["bias"]
+        settings["elementwise_affine" if "normalized_shape" in settings else "affine"] = True
     else:
         arrays["bias"] = value
     if layer.kind in ("LayerNorm", "Linear") or layer.kind.startswith("Conv"):
         settings["bias"] = True
     reader.layers[-1] = Layer(layer.name, layer.kind, settings, arrays, DEFAULTS)
-    reader.lacks = "shift" if lacks == "scale" else None
+    reader.lacks = "shift" if lacks == "scale" and layer.kind != "RMSNorm" else None
     return True
 
 

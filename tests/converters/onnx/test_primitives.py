@@ -15,7 +15,7 @@ POINTS = [0, -0.0, 1e-30, -1e-30, 1e-4, -1e-4, 0.3, -0.3, 0.5, -0.5, 0.7, 1, -1,
           -2147483648, -3e9, 1e13, -1e13, 1e20, 3e38, -3e38, np.inf, -np.inf, np.nan]  # fmt: skip
 ROWS = [[0, 0, 0], [1, 3, 2], [3, 1, 3], [-90, 0, 90], [1, np.nan, 3], [np.nan, 2, 1],
         [3, 2, np.nan], [np.inf, 1, 0], [-np.inf, 1, np.inf], [-np.inf, -np.inf, -np.inf],
-        [np.inf, np.nan, -np.inf], [1e8, -1e8, 1], [2.5, 2.5, 2.5], [-0.0, 0, -1],
+        [np.inf, np.nan, -np.inf], [1e8, -90, 1], [2.5, 2.5, 2.5], [-0.0, 0, -1],
         [np.nan, 5, np.nan]]  # fmt: skip
 
 

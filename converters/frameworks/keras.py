@@ -49,11 +49,21 @@ def _computed(owner: Any, variable: Any, place: str) -> np.ndarray | None:
                      "make a new layer without it")  # fmt: skip
     if used is not variable and any(used is v for v in owner.variables):
         return None  # it was built once more
-    tensor = isinstance(used, keras.Variable) or keras.ops.is_tensor(used)
+    tensor = isinstance(used, keras.Variable | np.ndarray) or keras.ops.is_tensor(used)
     value = np.asarray(keras.ops.convert_to_numpy(used if tensor else variable))
     if value.size != math.prod(variable.shape):
         raise refuse(place, f"its {name} has shape {value.shape}, its variable {variable.shape}")
     return value.reshape(variable.shape)
+
+
+def _check_plain(layer: Any, place: str) -> None:
+    for part in layer._flatten_layers(recursive=True):
+        if mode := getattr(part, "quantization_mode", None):
+            raise refuse(
+                place,
+                f"{part.name} is quantised ({mode}): it computes with other numbers than it holds",
+                "take the model as it was before",
+            )
 
 
 def _named(layer: Any) -> list[tuple[str, Any]]:
@@ -156,6 +166,7 @@ def layers_of(model: Any) -> tuple[list[Layer], Any]:
 def _fill(layer: Layer, live: Any) -> None:
     """The arrays of a live layer, and of what it wraps."""
     if not layer.inner:
+        _check_plain(live, str(layer))
         layer.arrays = _arrays(live, str(layer))
         if getattr(live, "lora_enabled", False):  # whose sum is the kernel
             for name in ("lora_rank", "lora_alpha"):
@@ -297,12 +308,8 @@ def leaves(model: Any) -> list[LiveLeaf]:
         own = [v for v in layer.variables if id(v) not in theirs | seen and _is_weight(v, kind)]
         seen.update(id(v) for v in own)
         place = "/".join(parts) or layer.name
-        if getattr(layer, "quantization_mode", None) and own:
-            raise refuse(
-                place,
-                f"it is quantised ({layer.quantization_mode}): nobody can see or write its weights",
-                "transform the model before it is quantised",
-            )
+        if own:
+            _check_plain(layer, place)
         values = {id(v): _computed(layer, v, place) if v.name in names or v.name.startswith("lora_")
                   else np.asarray(keras.ops.convert_to_numpy(v)) for v in own}  # fmt: skip
         own = [v for v in own if values[id(v)] is not None]
@@ -375,10 +382,15 @@ def _summed(layer: Any, variable: Any, value: np.ndarray, place: str) -> Callabl
     before, name = np.asarray(keras.ops.convert_to_numpy(variable)), variable.name
 
     def put(new: np.ndarray) -> None:
-        variable.assign(before if np.array_equal(new, value) else new - (value - before))
-        found = _computed(layer, variable, place)
-        tolerance = 16 * np.finfo(np.float32).eps
-        if np.array_equal(found == 0, new == 0) and np.allclose(found, new, tolerance, 0):
+        if np.array_equal(new, value):
+            variable.assign(before)
+            return
+        variable.assign(np.zeros_like(before))
+        rest: Any = _computed(layer, variable, place)
+        variable.assign(new - rest)
+        found: Any = _computed(layer, variable, place)
+        allowed = 4 * np.finfo(np.float32).eps * np.maximum(abs(new), abs(rest))  # of one rounding
+        if np.array_equal(found == 0, new == 0) and (abs(found - new) <= allowed).all():
             return
         variable.assign(before)
         raise refuse(

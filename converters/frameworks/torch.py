@@ -105,7 +105,6 @@ def _layer(name: str, module: torch.nn.Module) -> Layer:
             settings[key] = getattr(module, key)
     arrays = {k: to_numpy(v, f"{name}.{k}") for k, v in arrays.items()}
     known = {k: v for k, v in defaults.items() if v is not inspect.Parameter.empty}
-    altered.check_methods(module, place)
     if table.CUSTOM["torch"].get(kind) is None:
         _check_as_new(module, cls, settings, place)
     return Layer(name, kind, settings, arrays, known)
@@ -113,6 +112,16 @@ def _layer(name: str, module: torch.nn.Module) -> Layer:
 
 def _check_as_new(module: torch.nn.Module, cls: Any, settings: dict[str, Any], place: str) -> None:
     """Raises where a module, or one inside it, computes otherwise than its settings say."""
+    but = {*settings, *TRAINING["torch"], "training", "head_dim"}
+    if getattr(module, "padding_mode", "zeros") == "zeros":
+        but.add("_reversed_padding_repeated_twice")
+    for part in module.modules():
+        altered.check_methods(part, place)
+        if shadowed := sorted(set(part._parameters) & set(vars(part))):
+            raise refuse(place, f"its {shadowed[0]} stands before the parameter of that name")
+    everywhere: Any = torch.nn.modules.module
+    if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
+        raise refuse(place, "a forward hook of all modules can change what it does", "remove it")
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -123,9 +132,7 @@ def _check_as_new(module: torch.nn.Module, cls: Any, settings: dict[str, Any], p
     for inside, part in new.named_modules():
         live = parts.get(inside)
         if type(part) in (type(live), cls) and not isinstance(part, _Dropout):
-            altered.check_as_new(live, part, place, ("training", "inplace"))
-        if live is not None and live is not module:
-            altered.check_methods(live, place)
+            altered.check_as_new(live, part, place, but)
 
 
 def _is_composite(cls: type) -> bool:
@@ -539,8 +546,9 @@ def _tied(parameter: Any, place: str, spans: list[tuple[str, Any, int, int]]) ->
 
 
 def _check_quantised(module: torch.nn.Module, place: str) -> None:
-    held = {"_packed_params", "_all_weight_values", "weight_fake_quant"} & set(dir(module))
-    if held:
+    if any(
+        hasattr(module, n) for n in ("_packed_params", "_all_weight_values", "weight_fake_quant")
+    ):
         raise refuse(
             place or type(module).__name__,
             f"{type(module).__module__}.{type(module).__name__} computes with a quantised weight, "

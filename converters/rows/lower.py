@@ -231,6 +231,15 @@ def own_statistics(framework: Framework, layer: Layer, rank: int | None) -> list
     return [_changed(layer, arrays, mean=None, variance=None)]
 
 
+def found_bins(framework: Framework, layer: Layer, rank: int | None) -> list[Layer] | None:
+    """Keras's Discretization whose boundaries ``adapt`` has found: how many it looked for, and how
+    closely, is past."""
+    told = layer.settings
+    if framework != "keras" or told.get("num_bins") is None or told.get("bin_boundaries") is None:
+        return None
+    return [_changed(layer, num_bins=None, epsilon=0.01)]
+
+
 def time_first(layer: Layer, back: bool = True) -> list[Layer] | None:
     """A torch layer with batch_first=False between two transpositions."""
     if layer.settings["batch_first"]:

@@ -116,8 +116,8 @@ def _conv_transpose(r: int) -> Row:
         ),
         keras_defaults={**_CONV_DEFAULTS, "output_padding": None},
         special=Transposed(r),
-        note="with torch's groups a GroupedConvTranspose in Flax; Keras has none, so its kernel holds "
-        "zeros between them, and its name ends in their number",
+        note="with torch's groups a GroupedConvTranspose; Keras has none, so that the kernel holds "
+        "zeros between them and the name ends in their number",
         fused_activation=True,
         lower=lower.either(lower.channels_first(), lower.transposed),
     )

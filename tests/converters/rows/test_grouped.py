@@ -206,3 +206,16 @@ def test_scores_and_flax_values():
     assert float(np.std(again.variables["params"]["up"]["kernel"])) == pytest.approx(
         float(np.std(fresh["params"]["up"]["kernel"])), rel=0.05
     )
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_layers_of_sequentials_inside_tell_their_axes(groups):
+    """So does ``transpose_kernel=True``, whose kernel has its outputs before its inputs."""
+    inner = torch.nn.Sequential(torch.nn.ConvTranspose2d(4, 6, (3, 2), groups=groups))
+    net = torch.nn.Sequential(inner)
+    model = fwt.project(constraints.unit_norm)(converters.from_torch(net))
+    units = by_unit(converters.to_torch(*model)[0][0].weight.detach().numpy(), groups)
+    np.testing.assert_allclose(np.linalg.norm(units, axis=1), 1, atol=1e-6)
+    new = fwt.reset(0, like="torch")(model).variables["params"]["0"]["0"]
+    bound = 1 / math.sqrt(6 // groups * 6)
+    assert all(0.7 * bound < np.abs(w).max() <= bound for w in new.values())

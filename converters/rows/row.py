@@ -353,6 +353,8 @@ class Take:
 
 def same(a: Any, b: Any) -> bool:
     a, b = fl.tuples(a), fl.tuples(b)
+    if hasattr(a, "shape") or hasattr(b, "shape"):  # arrays, which are equal in each entry
+        return type(a) is type(b) and np.array_equal(a, b)
     if isinstance(b, int) and isinstance(a, tuple):
         return all(x == b for x in a)
     return (type(a) is type(b) and bool(a == b)) or (a is b) or (a == b and not callable(a))

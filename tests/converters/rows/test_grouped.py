@@ -3,6 +3,7 @@
 import math
 import pickle
 
+import flax.linen as nn
 import jax
 import keras
 import numpy as np
@@ -218,4 +219,12 @@ def test_layers_of_sequentials_inside_tell_their_axes(groups):
     np.testing.assert_allclose(np.linalg.norm(units, axis=1), 1, atol=1e-6)
     new = fwt.reset(0, like="torch")(model).variables["params"]["0"]["0"]
     bound = 1 / math.sqrt(6 // groups * 6)
-    assert all(0.7 * bound < np.abs(w).max() <= bound for w in new.values())
+    assert 0.9 * bound < np.abs(new["kernel"]).max() <= bound
+    assert 0.3 * bound < np.abs(new["bias"]).max() <= bound
+
+
+def test_a_linen_mask_is_refused():
+    net = fwt.Sequential([("conv", nn.Conv(6, (3,), mask=np.ones((3, 4, 6), np.float32)))])
+    variables = net.init(jax.random.key(0), np.ones((1, 5, 4), np.float32))
+    with pytest.raises(converters.ConversionError, match=r"conv.*mask=.*only None"):
+        converters.to_torch(net, variables)

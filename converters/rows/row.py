@@ -348,7 +348,7 @@ class Take:
                 if name in self.defaults
                 else "this setting is not known"
             )
-            raise refuse(self.place, f"{name}={value!r}: {expected}")
+            raise refuse(self.place, f"{name}={value!r:.200}: {expected}")
 
 
 def same(a: Any, b: Any) -> bool:

@@ -226,5 +226,5 @@ def test_layers_of_sequentials_inside_tell_their_axes(groups):
 def test_a_linen_mask_is_refused():
     net = fwt.Sequential([("conv", nn.Conv(6, (3,), mask=np.ones((3, 4, 6), np.float32)))])
     variables = net.init(jax.random.key(0), np.ones((1, 5, 4), np.float32))
-    with pytest.raises(converters.ConversionError, match=r"conv.*mask=.*only None"):
+    with pytest.raises(converters.ConversionError, match="only None can be converted"):
         converters.to_torch(net, variables)

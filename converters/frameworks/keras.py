@@ -222,6 +222,8 @@ def _check_known(layer: Any) -> None:
             f"{cls.__module__}.{cls.__name__} is a custom layer, which can't be converted",
             "converters.register(row) makes it known",
         )
+    if isinstance(layer, keras.layers.MultiHeadAttention):
+        _check_attention(layer)
     activation = getattr(layer, "activation", None)
     if inspect.isfunction(activation):
         # Keras writes any function down by its name alone.
@@ -239,6 +241,18 @@ def _check_known(layer: Any) -> None:
             name = type(wrapped).__name__
             if getattr(keras.layers, name, None) is not type(wrapped):
                 raise refuse(layer.name, f"it wraps {name}, which is a custom layer")
+
+
+def _check_attention(layer: Any) -> None:
+    """Raises where it keeps more than its settings say: its scale, and what its parts do."""
+    parts = layer._flatten_layers(include_self=False, recursive=True)
+    scale = getattr(layer, "_inverse_sqrt_key_dim", None)
+    if scale not in (None, 1.0 / math.sqrt(float(layer.key_dim))):
+        raise refuse(layer.name, f"its scores are scaled by {scale}, not by 1 / sqrt(key_dim)")
+    for part in parts:
+        activation = getattr(part, "activation", None)
+        if activation not in (None, keras.activations.linear):
+            raise refuse(layer.name, f"its {part.name} has an activation of its own")
 
 
 def to_keras(module: Any, variables: Any, input_shape: Sequence[int | None] | None = None) -> Any:

@@ -103,6 +103,11 @@ KERAS_REFUSED = {
                       attribute("convolution_op", lambda x, w: x), "convolution_op is"),
     "own call inside": (lambda: k.LSTM(3), (2, 5, 4),
                         inside("call", "cell", lambda x, s: (x, s)), "its call is"),
+    "own scale": (lambda: k.MultiHeadAttention(2, 3), None,
+                  attribute("_inverse_sqrt_key_dim", 1.0), "scaled by 1.0"),
+    "own activation": (lambda: k.MultiHeadAttention(2, 3), None,
+                       inside("activation", "_output_dense", keras.activations.relu),
+                       "activation of its own"),
     "int8": (lambda: k.Dense(3), (2, 4), lambda y, x: y.quantize("int8"), "quanti"),
     "float8": (lambda: k.Dense(3), (2, 4), lambda y, x: y.quantize("float8"), "quanti"),
 }  # fmt: skip

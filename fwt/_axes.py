@@ -34,12 +34,17 @@ class Axes:
             a depthwise kernel, each of whose units has one input.
         transposed: whether it is the kernel of a transposed convolution, whose inputs and outputs
             Keras and torch take for each other.
+        groups: of a transposed convolution, in how many groups its inputs and outputs meet.
+        turned: whether Flax, too, takes its inputs and outputs for each other when it draws, as
+            for ``nn.ConvTranspose(transpose_kernel=True)``.
     """
 
     path: str
     shape: tuple[int, ...]
     names: tuple[str, ...] | None
     transposed: bool = False
+    groups: int = 1
+    turned: bool = False
 
     def _known(self) -> tuple[str, ...]:
         if self.names is None:
@@ -94,12 +99,21 @@ class Axes:
 
         A transposed convolution has in and out swapped in both.
         """
+        self._check_there(like)
         first, second = (
             (self.outputs, self.inputs) if self.transposed else (self.inputs, self.outputs)
         )
         if like == "torch":
             return (*second, *first, *self.spatial)
         return (*self.spatial, *first, *second)
+
+    def _check_there(self, like: Literal["keras", "torch"]) -> None:
+        if self.groups > 1 and like == "keras":
+            raise AxesError(
+                f"{self.path} of shape {self.shape} is of a transposed convolution with groups, "
+                "which Keras lacks, so none of its initializers tells how to draw it: take one of "
+                "torch's or JAX's"
+            )
 
     def fans(self, like: Literal["keras", "torch"]) -> tuple[int, int]:
         """(fan_in, fan_out) as a framework counts them for the layer that this leaf is of.
@@ -122,8 +136,11 @@ class Axes:
                 f"{self.path} of shape {self.shape} has no input and output axis, so it has no "
                 "fans: take an initializer without them, such as zeros or normal"
             )
-        fans = (ins * window, outs * window)
-        return fans[::-1] if self.transposed else fans
+        if not self.transposed:
+            return ins * window, outs * window
+        self._check_there(like)
+        # torch keeps (in, out / groups, *k).
+        return outs // self.groups * window, ins * self.groups * window
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +151,8 @@ class Known:
     transposed: bool = False
     layer: str = ""
     owner: Any = None  # the layer itself, where there is a module
+    groups: int = 1
+    turned: bool = False
 
 
 class KnowsAxes:
@@ -205,7 +224,7 @@ def axes_of(
         transposed = names is not None and _transposed_by_name(path, len(shape))
     if names is not None and len(names) != len(shape):
         names = None
-    return Axes(path, tuple(shape), names, transposed)
+    return Axes(path, tuple(shape), names, transposed, told.groups, told.turned)
 
 
 def _order_is_transposed(names: tuple[str, ...]) -> bool:

@@ -370,6 +370,8 @@ def _own(leaf: _Leaf) -> Any:
 
 def _keras(leaf: _Leaf) -> tuple[Bound, str]:
     kind, shape, path = leaf.kind, leaf.shape, leaf.path
+    if kind == "kernel" and leaf.axes.groups > 1:
+        raise leaf.refuse("keras", "Keras has no transposed convolution with groups")
     glorot, zeros = keras.glorot_uniform().at(leaf.axes), keras.zeros()
     simple = {
         "kernel": glorot,

@@ -135,7 +135,10 @@ class Sequential(nn.Module, KnowsAxes):
 
         parts = _tree.split(path) or [""]
         layer = next((n.layer for n in self.layers if n.name == _tree.unescape(parts[0])), None)
-        return Known() if layer is None else table.known(layer, "/".join(parts[1:]), rank)
+        rest = "/".join(parts[1:])
+        if isinstance(layer, Sequential):
+            return layer._known_axes(rest, rank)
+        return Known() if layer is None else table.known(layer, rest, rank)
 
     @nn.nowrap
     def _flattened_sizes(self) -> dict[str, tuple[int, ...]]:

@@ -454,6 +454,8 @@ def wanda(module: Any, batch: Any, **collections: Any) -> Score:
     """
     import flax.linen as nn
 
+    from fwt.layers import GroupedConvTranspose
+
     def score(params: Params) -> Scores:
         variables = _variables("wanda", module, params, collections)
         squares: dict[str, Any] = {}
@@ -481,7 +483,8 @@ def wanda(module: Any, batch: Any, **collections: Any) -> Score:
         tree = _tree.Tree(params)
         kernels = _tree.Tree(variables).leaves
         inside: list[str] = []
-        linear = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Conv, nn.ConvLocal, nn.ConvTranspose)
+        linear = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Conv, nn.ConvLocal, nn.ConvTranspose,
+                  GroupedConvTranspose)  # fmt: skip
         values = jax.tree.leaves((variables, batch))
         traced = any(isinstance(x, jax.core.Tracer) for x in values)
         with nn.intercept_methods(interceptor):

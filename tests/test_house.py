@@ -50,6 +50,7 @@ TOP_LEVEL_IS_TOO_SLOW = "start-up: the command line and `import fwt` load only w
 LAZY = {
     "fwt.cli": TOP_LEVEL_IS_TOO_SLOW,
     "fwt._demo": TOP_LEVEL_IS_TOO_SLOW,
+    "fwt.scores": TOP_LEVEL_IS_TOO_SLOW,
     "fwt.converters.files.fill": "imports Keras or torch, for a live architecture only",
     "fwt.converters.files.formats": "imports onnx, for ONNX files only",
     "fwt.converters.frameworks.live": "imports Keras or torch, whichever the model is of",

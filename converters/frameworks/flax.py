@@ -145,7 +145,8 @@ def fold(layers: list[Layer]) -> list[Layer]:
                 continue
         if (
             last is not None
-            and (last.kind, layer.kind) == ("ConvTranspose", "Crop")
+            and last.kind in ("ConvTranspose", "GroupedConvTranspose")
+            and layer.kind == "Crop"
             and layer.name == f"{last.name}__crop"
         ):
             pairs = zip(last.settings["padding"], layer.settings["cropping"], strict=True)

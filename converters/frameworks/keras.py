@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import inspect
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -11,22 +12,58 @@ import numpy as np
 
 from fwt import _tree
 from fwt._types import ConversionError, Model
+from fwt.converters.frameworks import altered, keras_config
 from fwt.converters.frameworks import flax as _flax
-from fwt.converters.frameworks import keras_config
 from fwt.converters.frameworks import sidecar as _sidecar
-from fwt.converters.rows import table
+from fwt.converters.rows import grouped, table
 from fwt.converters.rows.row import Layer, LiveLeaf, order, parts_of, refuse
 from fwt.converters.walk import convert
 from fwt.converters.walk.convert import Layout
 
 
 def _arrays(layer: Any, place: str) -> dict[str, Any]:
+    """The arrays that a layer computes with, by the names of its variables."""
     out: dict[str, Any] = {}
+    # The innermost owner of each variable comes last.
+    owners = {id(v): x for x in layer._flatten_layers(recursive=True) for v in x.variables}
     for name, variable in _named(layer):
+        value = _computed(owners[id(variable)], variable, place)
+        if value is None:
+            continue
         if name in out and name != "seed_generator_state":
             raise refuse(place, f"two variables are named {name!r}")
-        out[name] = keras.ops.convert_to_numpy(variable)
+        out[name] = value
     return out
+
+
+def _computed(owner: Any, variable: Any, place: str) -> np.ndarray | None:
+    """What a layer computes with under the name of its variable: mostly that, a LoRA's sum, or a
+    constant made of it earlier. None for a part of such a sum, and for what nothing is computed
+    with any more."""
+    name = variable.name
+    if name.startswith("lora_") and getattr(owner, "lora_enabled", False):
+        return None
+    used = getattr(owner, name, variable)
+    if used is None:
+        raise refuse(place, f"its {name} is None, though it has a variable of that name",
+                     "make a new layer without it")  # fmt: skip
+    if used is not variable and any(used is v for v in owner.variables):
+        return None  # it was built once more
+    tensor = isinstance(used, keras.Variable | np.ndarray) or keras.ops.is_tensor(used)
+    value = np.asarray(keras.ops.convert_to_numpy(used if tensor else variable))
+    if value.size != math.prod(variable.shape):
+        raise refuse(place, f"its {name} has shape {value.shape}, its variable {variable.shape}")
+    return value.reshape(variable.shape)
+
+
+def _check_plain(layer: Any, place: str) -> None:
+    for part in layer._flatten_layers(recursive=True):
+        if mode := getattr(part, "quantization_mode", None):
+            raise refuse(
+                place,
+                f"{part.name} is quantised ({mode}): it computes with other numbers than it holds",
+                "take the model as it was before",
+            )
 
 
 def _named(layer: Any) -> list[tuple[str, Any]]:
@@ -86,9 +123,7 @@ def from_keras(model: Any, layout: Layout = "channels_last", *, sidecar: bool = 
         >>> bool((variables["params"]["dense"]["kernel"] == net.layers[0].kernel).all())
         True
     """
-    if not isinstance(model, keras.Sequential | keras.Model) or type(model).__name__ not in (
-        keras_config.CONTAINERS
-    ):
+    if not _is_container(model):
         raise ConversionError(
             f"from_keras takes a keras.Sequential, found {type(model).__name__}; to change the "
             "weights of any Keras model in place, use converters.transform(model, t)"
@@ -108,6 +143,13 @@ def from_keras(model: Any, layout: Layout = "channels_last", *, sidecar: bool = 
     )
 
 
+def _is_container(model: Any) -> bool:
+    """A Sequential or a Functional model of Keras's own, not of a class of the user's."""
+    cls = type(model)
+    own = cls.__module__.partition(".")[0] == "keras"
+    return isinstance(model, keras.Model) and own and cls.__name__ in keras_config.CONTAINERS
+
+
 def layers_of(model: Any) -> tuple[list[Layer], Any]:
     """The layers of a live model with their arrays, and its input shape."""
     layers, shape = keras_config.keras_layers(_config(model), model.name)
@@ -124,7 +166,11 @@ def layers_of(model: Any) -> tuple[list[Layer], Any]:
 def _fill(layer: Layer, live: Any) -> None:
     """The arrays of a live layer, and of what it wraps."""
     if not layer.inner:
+        _check_plain(live, str(layer))
         layer.arrays = _arrays(live, str(layer))
+        if getattr(live, "lora_enabled", False):  # whose sum is the kernel
+            for name in ("lora_rank", "lora_alpha"):
+                layer.settings.pop(name, None)
         return
     roles: tuple[str, ...] = ("layer",)
     if layer.kind == "Bidirectional":
@@ -137,6 +183,7 @@ def _fill(layer: Layer, live: Any) -> None:
 
 def _config(model: Any) -> dict[str, Any]:
     """As ``keras.saving.serialize_keras_object`` has it, but for known classes only."""
+    _check_methods(model)
     if not isinstance(model, keras.Sequential):
         for layer in model.layers:
             _check_known(layer)
@@ -153,9 +200,18 @@ def _config(model: Any) -> dict[str, Any]:
     return {"class_name": "Sequential", "config": {"layers": entries, "build_input_shape": shape}}
 
 
+def _check_methods(layer: Any) -> None:
+    """Raises where a method of a layer, or of one inside it, is the user's own."""
+    for part in layer._flatten_layers(recursive=True):
+        # What Keras itself puts on each layer, and compile on a model.
+        compiled = ("loss",) if isinstance(part, keras.Model) else ()
+        altered.check_methods(part, part.name, ("build", "quantize", *compiled))
+
+
 def _check_known(layer: Any) -> None:
     cls = type(layer)
-    if isinstance(layer, keras.Model) and cls.__name__ in keras_config.CONTAINERS:
+    _check_methods(layer)
+    if _is_container(layer):
         for inner in layer.layers:
             _check_known(inner)
         return
@@ -166,8 +222,8 @@ def _check_known(layer: Any) -> None:
             f"{cls.__module__}.{cls.__name__} is a custom layer, which can't be converted",
             "converters.register(row) makes it known",
         )
-    if "call" in vars(layer):
-        raise refuse(layer.name, "its call is a function of the user's own")
+    if isinstance(layer, keras.layers.MultiHeadAttention):
+        _check_attention(layer)
     activation = getattr(layer, "activation", None)
     if inspect.isfunction(activation):
         # Keras writes any function down by its name alone.
@@ -185,6 +241,18 @@ def _check_known(layer: Any) -> None:
             name = type(wrapped).__name__
             if getattr(keras.layers, name, None) is not type(wrapped):
                 raise refuse(layer.name, f"it wraps {name}, which is a custom layer")
+
+
+def _check_attention(layer: Any) -> None:
+    """Raises where it keeps more than its settings say: its scale, and what its parts do."""
+    parts = layer._flatten_layers(include_self=False, recursive=True)
+    scale = getattr(layer, "_inverse_sqrt_key_dim", None)
+    if scale not in (None, 1.0 / math.sqrt(float(layer.key_dim))):
+        raise refuse(layer.name, f"its scores are scaled by {scale}, not by 1 / sqrt(key_dim)")
+    for part in parts:
+        activation = getattr(part, "activation", None)
+        if activation not in (None, keras.activations.linear):
+            raise refuse(layer.name, f"its {part.name} has an activation of its own")
 
 
 def to_keras(module: Any, variables: Any, input_shape: Sequence[int | None] | None = None) -> Any:
@@ -251,12 +319,26 @@ def leaves(model: Any) -> list[LiveLeaf]:
         theirs = {id(v) for child in children for v in child.variables}
         kind = _public_name(layer)
         names = table.leaf_names("keras", kind)
+        groups = 1
+        if kind.startswith("Conv") and kind.endswith("Transpose"):
+            parts, groups = _in_groups(layer, parts)
+            kind = kind if groups == 1 else f"Grouped{kind}"
+            names = table.leaf_names("keras", kind)
         own = [v for v in layer.variables if id(v) not in theirs and _is_weight(v, kind)]
+        place = "/".join(parts) or layer.name
+        if own:
+            _check_plain(layer, place)
+        values = {id(v): _computed(layer, v, place) if v.name in names or v.name.startswith("lora_")
+                  else np.asarray(keras.ops.convert_to_numpy(v)) for v in own}  # fmt: skip
+        own = [v for v in own if values[id(v)] is not None]
         for variable, label in zip(own, _unique([v.name for v in own]), strict=True):
-            value = np.asarray(keras.ops.convert_to_numpy(variable))
+            value = found = values[id(variable)]
             name, letters, flax_letters, _ = names.get(label, (label, [], [], "params"))
             there = order(letters, flax_letters, value.ndim) if letters else None
-            known = table.live("keras", layer, kind, letters, flax_letters, value.ndim)
+            share = groups if label == "kernel" else 1
+            if share > 1:
+                value = grouped.unblocked(value, share)
+            known = table.live("keras", layer, kind, letters, flax_letters, value.ndim, share)
             if kind == "EinsumDense" and label == "kernel":
                 names_of = table.einsum_names(layer.equation)
                 known = dataclasses.replace(known, names=names_of)
@@ -266,7 +348,10 @@ def leaves(model: Any) -> list[LiveLeaf]:
             if id(variable) in seen:
                 seen[id(variable)].also[path] = value.shape
                 continue
-            write = functools.partial(_write, variable, there)
+            put = variable.assign
+            if label in names and getattr(layer, label, variable) is not variable:
+                put = _summed(layer, variable, found, place)
+            write = functools.partial(_write, put, there, share)
             collection = "batch_stats" if variable.name in _STATISTICS else "params"
             leaf = LiveLeaf(path, value, known, write, collection)
             out.append(leaf)
@@ -306,5 +391,45 @@ def _is_weight(variable: Any, kind: str) -> bool:
     return floating and kind != "Normalization"
 
 
-def _write(variable: Any, there: tuple[int, ...] | None, value: np.ndarray) -> None:
-    variable.assign(value if there is None else value.transpose(np.argsort(there)))
+def _in_groups(layer: Any, parts: list[str]) -> tuple[list[str], int]:
+    """The path of a transposed convolution and its groups, if its kernel holds such blocks."""
+    name, groups = grouped.in_name(parts[-1] if parts else layer.name)
+    if groups == 1 or not layer.built:
+        return parts, 1
+    kernel = np.asarray(keras.ops.convert_to_numpy(layer.kernel))
+    if grouped.unblocked(kernel, groups) is None:
+        return parts, 1
+    return [*parts[:-1], name] if parts else parts, groups
+
+
+def _summed(layer: Any, variable: Any, value: np.ndarray, place: str) -> Callable[[Any], None]:
+    """Writes a variable that a layer computes with in a sum (a LoRA's), and checks that it comes
+    out."""
+    before, name = np.asarray(keras.ops.convert_to_numpy(variable)), variable.name
+
+    def put(new: np.ndarray) -> None:
+        if np.array_equal(new, value):
+            variable.assign(before)
+            return
+        variable.assign(np.zeros_like(before))
+        rest: Any = _computed(layer, variable, place)
+        variable.assign(new - rest)
+        found: Any = _computed(layer, variable, place)
+        allowed = 4 * np.finfo(np.float32).eps * np.maximum(abs(new), abs(rest))  # of one rounding
+        if np.array_equal(found == 0, new == 0) and (abs(found - new) <= allowed).all():
+            return
+        variable.assign(before)
+        raise refuse(
+            f"{place}/{name}",
+            "it is a sum (LoRA's, say) or was replaced by a constant, and can't be made this value",
+            "merge it first: save the model and load it again",
+        )
+
+    return put
+
+
+def _write(
+    put: Callable[[Any], None], there: tuple[int, ...] | None, groups: int, value: np.ndarray
+) -> None:
+    value = value if there is None else value.transpose(np.argsort(there))
+    put(grouped.blocks(value, groups) if groups > 1 else value)

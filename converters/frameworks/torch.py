@@ -3,6 +3,7 @@
 import functools
 import inspect
 import itertools
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 import torch.nn.utils.parametrize
 import torch.nn.utils.prune
+from torch.nn.modules.dropout import _DropoutNd as _Dropout
 from torch.nn.utils.parametrizations import _WeightNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -19,10 +21,10 @@ from torch.nn.utils.weight_norm import WeightNorm
 from fwt import _tree
 from fwt._types import ConversionError, Model
 from fwt.converters import io as _io
+from fwt.converters.frameworks import altered, torch_layers, torch_modules
 from fwt.converters.frameworks import flax as _flax
 from fwt.converters.frameworks import sidecar as _sidecar
-from fwt.converters.frameworks import torch_layers, torch_modules
-from fwt.converters.rows import table
+from fwt.converters.rows import grouped, table
 from fwt.converters.rows.row import TRAINING, Layer, LiveLeaf, joined, order, parts_of, refuse
 from fwt.converters.walk import convert
 from fwt.converters.walk.convert import Layout
@@ -107,7 +109,34 @@ def _layer(name: str, module: torch.nn.Module) -> Layer:
             settings[key] = getattr(module, key)
     arrays = {k: to_numpy(v, f"{name}.{k}") for k, v in arrays.items()}
     known = {k: v for k, v in defaults.items() if v is not inspect.Parameter.empty}
+    if table.CUSTOM["torch"].get(kind) is None:
+        _check_as_new(module, cls, settings, place)
     return Layer(name, kind, settings, arrays, known)
+
+
+def _check_as_new(module: torch.nn.Module, cls: Any, settings: dict[str, Any], place: str) -> None:
+    """Raises where a module, or one inside it, computes otherwise than its settings say."""
+    but = {*settings, *TRAINING["torch"], "training", "head_dim"}
+    if getattr(module, "padding_mode", "zeros") == "zeros":
+        but.add("_reversed_padding_repeated_twice")
+    for part in module.modules():
+        altered.check_methods(part, place)
+        if shadowed := sorted(set(part._parameters) & set(vars(part))):
+            raise refuse(place, f"its {shadowed[0]} stands before the parameter of that name")
+    everywhere: Any = torch.nn.modules.module
+    if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
+        raise refuse(place, "a forward hook of all modules can change what it does", "remove it")
+    try:
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            new = cls(**settings)
+    except (TypeError, ValueError, RuntimeError, AssertionError):
+        return  # its settings are no arguments, which the walk refuses or knows
+    parts = dict(module.named_modules())
+    for inside, part in new.named_modules():
+        live = parts.get(inside)
+        if type(part) in (type(live), cls) and not isinstance(part, _Dropout):
+            altered.check_as_new(live, part, place, but)
 
 
 def _is_composite(cls: type) -> bool:
@@ -205,8 +234,14 @@ def _is_container(module: torch.nn.Module) -> bool:
 
 
 def _check_holder(model: torch.nn.Module, where: str) -> None:
-    if model._forward_hooks or model._forward_pre_hooks or "forward" in vars(model):
+    if model._forward_hooks or model._forward_pre_hooks:
         raise ConversionError(f"{where} has forward hooks, which can change what it does")
+    altered.check_methods(model, where)
+    plain: Any = torch.nn.Module.__call__, torch.nn.Sequential.__iter__
+    if type(model).__call__ is not plain[0] or (
+        isinstance(model, torch.nn.Sequential) and type(model).__iter__ is not plain[1]
+    ):
+        raise ConversionError(f"{where}: {type(model).__name__} runs its layers in its own way")
     if own := [*model._parameters, *model._buffers]:
         raise ConversionError(f"{where} itself has an array {own[0]!r}; only layers may")
 
@@ -384,7 +419,11 @@ def leaves(model: torch.nn.Module) -> list[LiveLeaf]:
             inside.append(f"{prefix}.")
         if prefix.startswith(tuple(inside)) or f"{prefix}." in inside:
             continue
+        _check_quantised(module, prefix)
         kind = _public_name(module)
+        groups = 1
+        if kind.startswith("ConvTranspose") and (groups := module.groups) > 1:
+            kind = f"Grouped{kind}"
         names = table.leaf_names("torch", kind)
         computed, parts_of_it = _computed(module)
         plain_ones = module.named_parameters(recurse=False)
@@ -405,7 +444,10 @@ def leaves(model: torch.nn.Module) -> list[LiveLeaf]:
             suffix = name[len(plain) :]
             flax_name, letters, flax_letters, _ = names.get(plain, (plain, [], [], "params"))
             there = order(letters, flax_letters, value.ndim) if letters else None
-            known = table.live("torch", module, kind, letters, flax_letters, value.ndim)
+            share = groups if flax_name == "kernel" else 1
+            if share > 1:
+                value = grouped.compact(value, share, place)
+            known = table.live("torch", module, kind, letters, flax_letters, value.ndim, share)
             if there is not None:
                 value = value.transpose(there)
             parts = [*filter(None, prefix.split(".")), flax_name + suffix]
@@ -419,7 +461,7 @@ def leaves(model: torch.nn.Module) -> list[LiveLeaf]:
                 else functools.partial(_copy, parameter)
             )
             collection = "batch_stats" if name in statistics else "params"
-            back = functools.partial(_write, write, there)
+            back = functools.partial(_write, write, there, share)
             leaf = LiveLeaf(path, value, known, back, collection)
             out.append(leaf)
             seen[id(parameter)] = seen[place] = leaf
@@ -523,6 +565,18 @@ def _tied(parameter: Any, place: str, spans: list[tuple[str, Any, int, int]]) ->
     return None
 
 
+def _check_quantised(module: torch.nn.Module, place: str) -> None:
+    if any(
+        hasattr(module, n) for n in ("_packed_params", "_all_weight_values", "weight_fake_quant")
+    ):
+        raise refuse(
+            place or type(module).__name__,
+            f"{type(module).__module__}.{type(module).__name__} computes with a quantised weight, "
+            "which can't be seen or written here",
+            "transform the model before it is prepared or converted for quantisation",
+        )
+
+
 def _check_initialised(parameter: Any, place: str) -> None:
     if isinstance(parameter, torch.nn.UninitializedParameter | torch.nn.UninitializedBuffer):
         raise refuse(place, "a lazy module has no weights yet", "call the model once")
@@ -539,9 +593,13 @@ def _public_name(module: torch.nn.Module) -> str:
 
 
 def _write(
-    put: Callable[[torch.Tensor], object], there: tuple[int, ...] | None, value: np.ndarray
+    put: Callable[[torch.Tensor], object],
+    there: tuple[int, ...] | None,
+    groups: int,
+    value: np.ndarray,
 ) -> None:
-    put(to_tensor(value if there is None else value.transpose(np.argsort(there))))
+    value = value if there is None else value.transpose(np.argsort(there))
+    put(to_tensor(grouped.expanded(value, groups) if groups > 1 else value))
 
 
 def _copy(parameter: Any, value: torch.Tensor) -> None:

@@ -342,6 +342,7 @@ _MERGES: Mapping[str, Callable[[Any, Any], Any]] = {
 NATIVE: Mapping[type, Native] = {
     nn.Conv: _conv,
     nn.ConvTranspose: _conv,
+    fl.GroupedConvTranspose: _conv,
     nn.BatchNorm: _batch_norm,
     nn.LayerNorm: _layer_norm,
     nn.GroupNorm: _group_norm,

@@ -381,16 +381,21 @@ def _conv(t: "Tracer", eqn: Any, x: Any, kernel: Any) -> Any:
             **windows(window, p["window_strides"], pads, spread), group=groups,
         )  # fmt: skip
         return transposed(y, [numbers.out_spec.index(a) for a in range(len(out))])
-    if any(s != 1 for s in p["window_strides"]) or groups != 1:
-        raise refuse(t.place, "a convolution with steps and holes, or a transposed one with groups")
+    if any(s != 1 for s in p["window_strides"]):
+        raise refuse(t.place, "a convolution with steps and holes")
     # JAX fills holes into the input and correlates; ONNX says it from the other end.
-    axes = (1, 0, *range(2, len(out)))
+    turned = list(range(2, len(out)))
     if isinstance(kernel, Weight):
-        turned = list(range(2, len(out)))
-        flipped = kernel.moved(np.flip(kernel.value, tuple(turned)), "flip", turned)
-        kernel = transposed(flipped, axes)
+        kernel = kernel.moved(np.flip(kernel.value, tuple(turned)), "flip", turned)
     else:
-        kernel = transposed(reversed_(kernel, range(2, len(out))), axes)
+        kernel = reversed_(kernel, turned)
+    if groups == 1:
+        kernel = transposed(kernel, (1, 0, *turned))
+    else:  # (out, in / groups, *k) as ONNX's (in, out / groups, *k)
+        share, ins = shape_of(kernel)[0] // groups, shape_of(kernel)[1]
+        split = t.shaped(kernel, (groups, share, ins, *window))
+        split = transposed(split, (0, 2, 1, *range(3, len(out) + 1)))
+        kernel = t.shaped(split, (groups * ins, share, *window))
     steps = p["lhs_dilation"]
     own = [(d * (k - 1) - lo, d * (k - 1) - hi)
            for d, k, (lo, hi) in zip(spread, window, pads)]  # fmt: skip
@@ -401,7 +406,7 @@ def _conv(t: "Tracer", eqn: Any, x: Any, kernel: Any) -> Any:
     late = any(lo or hi for lo, hi in extra)
     inputs = [x, kernel] if bias is None or late else [x, kernel, bias]
     attributes = windows(window, steps, own, spread)
-    (y,) = t.mark("ConvTranspose", inputs, [[*out[:2], *bare]], **attributes, group=1)
+    (y,) = t.mark("ConvTranspose", inputs, [[*out[:2], *bare]], **attributes, group=groups)
     y = padded(y, [(0, 0), (0, 0), *extra])
     y = transposed(y, [numbers.out_spec.index(a) for a in range(len(out))])
     return y if bias is None or not late else tf.add(y, t.tensor(bias))

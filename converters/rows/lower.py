@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from fwt.converters.rows import grouped
 from fwt.converters.rows.row import Framework, Layer, each, refuse
 
 Lower = Callable[[Framework, Layer, int | None], "list[Layer] | None"]
@@ -120,7 +121,7 @@ def separable(framework: Framework, layer: Layer, rank: int | None) -> list[Laye
 
 
 def transposed(framework: Framework, layer: Layer, rank: int | None) -> list[Layer] | None:
-    """One form of a transposed convolution: no groups, and the kernel as Keras has it."""
+    """One form of a transposed convolution: the kernel as Keras has it, or one with groups."""
     kernel = "weight" if framework == "torch" else "kernel"
     value = layer.arrays.get(kernel)
     if value is None:
@@ -129,18 +130,10 @@ def transposed(framework: Framework, layer: Layer, rank: int | None) -> list[Lay
         axes = tuple(range(value.ndim - 2))
         turned = np.flip(value, axes).swapaxes(-1, -2)
         return [_changed(layer, {**layer.arrays, kernel: turned}, transpose_kernel=True)]
-    groups = layer.settings.get("groups", 1)
-    if framework == "torch" and groups > 1:
-        inputs, outputs, *window = value.shape
-        if inputs % groups:
-            raise refuse(str(layer), f"weight has shape {value.shape}, expected {groups} groups")
-        full = np.zeros((inputs, outputs * groups, *window), value.dtype)
-        many = inputs // groups
-        for g in range(groups):
-            rows = slice(g * many, (g + 1) * many)
-            full[rows, g * outputs : (g + 1) * outputs] = value[rows]
-        return [_changed(layer, {**layer.arrays, kernel: full}, groups=1)]
-    return None
+    if framework == "flax":
+        return None
+    found = grouped.lowered(framework, layer)
+    return None if found is None else [found]
 
 
 def inner_layer(framework: Framework, layer: Layer, rank: int | None) -> list[Layer] | None:
@@ -236,6 +229,15 @@ def own_statistics(framework: Framework, layer: Layer, rank: int | None) -> list
             )
         arrays = {k: v.reshape(kept or [1] * count) for k, v in arrays.items()}
     return [_changed(layer, arrays, mean=None, variance=None)]
+
+
+def found_bins(framework: Framework, layer: Layer, rank: int | None) -> list[Layer] | None:
+    """Keras's Discretization whose boundaries ``adapt`` has found: how many it looked for, and how
+    closely, is past."""
+    told = layer.settings
+    if framework != "keras" or told.get("num_bins") is None or told.get("bin_boundaries") is None:
+        return None
+    return [_changed(layer, num_bins=None, epsilon=0.01)]
 
 
 def time_first(layer: Layer, back: bool = True) -> list[Layer] | None:

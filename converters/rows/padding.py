@@ -5,7 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from fwt import layers as fl
+from fwt.converters.rows import grouped
 from fwt.converters.rows.row import Around, At, Framework, Layer, Special, Take, each, refuse, sides
+from fwt.layers.convolutions import transposed_padding
 
 # Padding. The canonical form is Flax's: "VALID", "SAME", or (before, after) per spatial axis.
 
@@ -337,18 +339,21 @@ class PadAmounts(Special):
 class Transposed(Special):
     """Padding of a transposed convolution: (before, after) around the spread-out input.
 
-    A crop of ``start`` from the whole result is a padding of ``k - 1 - start``.
+    A crop of ``start`` from the whole result is a padding of ``k - 1 - start``. With groups, torch
+    has them in one class with the plain one, and Keras has no such class at all.
     """
 
-    def __init__(self, rank: int):
-        self.rank = rank
+    def __init__(self, rank: int, groups: bool = False):
+        self.rank, self.groups = rank, groups
 
     @staticmethod
     def _default(k: int, s: int, padding: str, extra: int | None) -> tuple[int, int]:
         """What Keras's and Flax's 'valid' and 'same' mean for one axis; ``k`` as dilated."""
+        if extra is None:
+            return transposed_padding(k, s, padding.upper())
         if padding == "valid":
-            return k - 1, k - 1 + (max(s - k, 0) if extra is None else extra)
-        total = s + k - 2 if extra is None else k + k % 2 - 2 + extra
+            return k - 1, k - 1 + extra
+        total = k + k % 2 - 2 + extra
         before = min(total // 2 + total % 2, k - 1)
         return before, total - before
 
@@ -372,7 +377,7 @@ class Transposed(Special):
                 for k, (lo, hi), e in zip(spread, pairs, extra, strict=True)
             )
             return
-        if framework == "flax" and take("transpose_kernel") is not True:
+        if framework == "flax" and not self.groups and take("transpose_kernel") is not True:
             raise AssertionError("lowered before")
         if not isinstance(value, str):
             pairs = ((value, value),) * self.rank if isinstance(value, int) else value
@@ -395,7 +400,9 @@ class Transposed(Special):
     ) -> list[Around]:
         pads, spread, strides = fields["padding"], self._spread(fields), fields["strides"]
         if framework == "flax":
-            settings["padding"], settings["transpose_kernel"] = pads, True
+            settings["padding"] = pads
+            if not self.groups:
+                settings["transpose_kernel"] = True
             return []
         crops = tuple((k - 1 - lo, k - 1 - hi) for k, (lo, hi) in zip(spread, pads, strict=True))
         if any(lo < 0 for lo, _ in crops):
@@ -431,3 +438,8 @@ class Transposed(Special):
         if not any(n for pair in cut for n in pair):
             return []
         return [Around(fl.Crop, "__crop", {"cropping": cut}, before=False)]
+
+    def finish(
+        self, framework: Framework, layer: Layer, fields: Mapping[str, Any], sizes: Any, at: At
+    ) -> Layer:
+        return grouped.written(framework, layer, self.rank) if self.groups else layer

@@ -354,11 +354,13 @@ class Take:
                 if name in self.defaults
                 else "this setting is not known"
             )
-            raise refuse(self.place, f"{name}={value!r}: {expected}")
+            raise refuse(self.place, f"{name}={value!r:.200}: {expected}")
 
 
 def same(a: Any, b: Any) -> bool:
     a, b = fl.tuples(a), fl.tuples(b)
+    if hasattr(a, "shape") or hasattr(b, "shape"):  # arrays, which are equal in each entry
+        return type(a) is type(b) and np.array_equal(a, b)
     if isinstance(b, int) and isinstance(a, tuple):
         return all(x == b for x in a)
     return (type(a) is type(b) and bool(a == b)) or (a is b) or (a == b and not callable(a))

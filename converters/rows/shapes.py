@@ -303,6 +303,7 @@ DISCRETIZATION = Row(
     "Discretization",
     settings=(S("bin_boundaries", None, "bin_boundaries", normal=_numbers),),
     keras_defaults={"num_bins": None, "epsilon": 0.01, "output_mode": "int", "sparse": False},
+    lower=lower.found_bins,
     lacks=_NUMBERS,
 )
 CATEGORY_ENCODING = Row(

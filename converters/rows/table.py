@@ -128,9 +128,10 @@ def axis_names(letters: list[str], rank: int) -> tuple[str, ...] | None:
 
 def is_transposed(framework: Framework, letters: list[str]) -> bool:
     """Whether these are the axes of a transposed convolution's kernel in a framework."""
-    if not {"i", "o"} <= set(letters) or len(letters) < 3:
+    ins = "j" if "j" in letters else "i"
+    if not {ins, "o"} <= set(letters) or len(letters) < 3:
         return False
-    return (letters.index("i") < letters.index("o")) == (framework == "torch")
+    return (letters.index(ins) < letters.index("o")) == (framework == "torch")
 
 
 def einsum_names(equation: str) -> tuple[str, ...] | None:
@@ -156,7 +157,10 @@ def known(layer: Any, leaf: str, rank: int) -> Known:
                 if not getattr(layer, "transpose_kernel", True) and leaf == "kernel":
                     letters = ["*k", "i", "o"]
                 transposed = is_transposed("keras", p.of("keras")[1])
-                return Known(axis_names(letters, rank), transposed, kind, layer)
+                groups = getattr(layer, "feature_group_count", 1) if transposed else 1
+                turned = transposed and getattr(layer, "transpose_kernel", False)
+                names = axis_names(letters, rank)
+                return Known(names, transposed, kind, layer, groups, turned)
     return Known(None, False, kind, layer)
 
 
@@ -167,12 +171,13 @@ def live(
     letters: list[str],
     flax_letters: list[str],
     rank: int,
+    groups: int = 1,
 ) -> Known:
     """What a live layer tells of an array that has these axes there and in Flax."""
     names = axis_names(flax_letters, rank) if letters else None
     if kind in ("Layer", "Model", "Module"):  # a class of the user's own, of which nothing is known
         kind = ""
-    return Known(names, is_transposed(framework, letters), kind, layer)
+    return Known(names, is_transposed(framework, letters), kind, layer, groups)
 
 
 def leaf_names(framework: Framework, kind: str) -> dict[str, tuple[str, list[str], list[str], str]]:

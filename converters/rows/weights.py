@@ -116,9 +116,31 @@ def _conv_transpose(r: int) -> Row:
         ),
         keras_defaults={**_CONV_DEFAULTS, "output_padding": None},
         special=Transposed(r),
-        note="torch's groups become blocks of one kernel",
+        note="with torch's groups a GroupedConvTranspose; Keras has none, so that the kernel holds "
+        "zeros between them and the name ends in their number",
         fused_activation=True,
         lower=lower.either(lower.channels_first(), lower.transposed),
+    )
+
+
+def _grouped_transpose(r: int) -> Row:
+    # Neither torch nor Keras has a class of this name: what has groups is lowered to it.
+    return Row(
+        fl.GroupedConvTranspose,
+        f"GroupedConvTranspose{r}d",
+        f"GroupedConv{r}DTranspose",
+        **_axes(r),
+        settings=(
+            *_window(r),
+            S("feature_group_count", "groups", "groups", normal=whole),
+        ),
+        params=(
+            P("kernel: *k j o", "weight: j o *k", "kernel: *k o j"),
+            P("bias: o", "bias: o", "bias: o", when="use_bias"),
+        ),
+        keras_defaults={**_CONV_DEFAULTS, "output_padding": None},
+        special=Transposed(r, groups=True),
+        fused_activation=True,
     )
 
 
@@ -328,6 +350,7 @@ ROWS: tuple[Row, ...] = (
     DENSE,
     *(_conv(r) for r in (1, 2, 3)),
     *(_conv_transpose(r) for r in (1, 2, 3)),
+    *(_grouped_transpose(r) for r in (1, 2, 3)),
     *(_depthwise(r) for r in (1, 2)),
     *(_separable(r) for r in (1, 2)),
     _batch_norm("BatchNorm1d", (2, 3), None),

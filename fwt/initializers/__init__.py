@@ -19,7 +19,7 @@ from fwt._types import AxesError, noun
 from fwt.initializers import keras as keras
 from fwt.initializers import torch as torch
 from fwt.initializers._bound import Bound as Bound
-from fwt.initializers._bound import as_matrix, bound, collapsed, in_layout, numbers
+from fwt.initializers._bound import as_matrix, bound, collapsed, in_layout, numbers, plain_axes
 
 __all__ = [
     "constant",
@@ -71,9 +71,15 @@ def _truncated_normal(
     return collapsed(shape, lambda s: draw(key, s, dtype))
 
 
+def _as_flax(axes: Axes) -> Axes:
+    """The axes that Flax's layer takes for inputs and outputs when it draws this leaf."""
+    return plain_axes(axes.path, axes.shape) if axes.turned else axes
+
+
 def _variance_scaling(
     key: Any, shape: Any, dtype: Any, axes: Axes, scale: float, mode: Any, distribution: Any
 ) -> Any:
+    axes = _as_flax(axes)
     if not axes.outputs or not (axes.inputs or "group" in (axes.names or ())):
         raise AxesError(
             f"{axes.path} of shape {axes.shape} has no input and output axis, so it has no fans: "
@@ -94,6 +100,7 @@ def _variance_scaling(
 
 
 def _orthogonal(key: Any, shape: Any, dtype: Any, axes: Axes, scale: float) -> Any:
+    axes = _as_flax(axes)
     if len(axes.outputs) == 1:
         return _jax.orthogonal(scale, column_axis=axes.outputs[0])(key, shape, dtype)
     if not axes.reduced:
@@ -105,6 +112,7 @@ def _orthogonal(key: Any, shape: Any, dtype: Any, axes: Axes, scale: float) -> A
 
 
 def _delta_orthogonal(key: Any, shape: Any, dtype: Any, axes: Axes, scale: float) -> Any:
+    axes = _as_flax(axes)
     order = (*axes.spatial, *axes.inputs, *axes.outputs)
     if len(axes.inputs) != 1 or len(axes.outputs) != 1 or not 1 <= len(axes.spatial) <= 3:
         raise AxesError(

@@ -134,9 +134,22 @@ def _eye(key: Any, shape: Any, dtype: Any, axes: Axes) -> Any:
     return as_matrix(lambda s: jnp.eye(*s, dtype=dtype), axes, order, cut)
 
 
+def _torchs(axes: Axes) -> tuple[int, ...]:
+    """The shape that torch keeps: (out, in, *k), or (in, out / groups, *k) if transposed."""
+    first, second, *window = (axes.shape[i] for i in axes.layout("torch"))
+    return first * axes.groups, second // axes.groups, *window
+
+
+def _from_torchs(value: Any, axes: Axes) -> Any:
+    """An array of that shape as the leaf keeps it: each group has its own outputs."""
+    groups, (first, second, *window) = axes.groups, value.shape
+    split = value.reshape(groups, first // groups, second, *window).swapaxes(0, 1)
+    whole = split.reshape(first // groups, second * groups, *window)
+    return in_layout(whole, axes.layout("torch"))
+
+
 def _dirac(key: Any, shape: Any, dtype: Any, axes: Axes, groups: int) -> Any:
-    order = axes.layout("torch")
-    sizes = tuple(shape[i] for i in order)
+    sizes = _torchs(axes) if len(shape) > 1 else shape
     if len(sizes) != 2 + len(axes.spatial) or not 1 <= len(axes.spatial) <= 3:
         raise no_matrix("dirac", axes, "the kernel of a convolution over 1 to 3 axes")
     if sizes[0] % groups:
@@ -150,7 +163,7 @@ def _dirac(key: Any, shape: Any, dtype: Any, axes: Axes, groups: int) -> Any:
     for group in range(groups):
         for unit in range(min(share, sizes[1])):
             new[(group * share + unit, unit, *centre)] = 1
-    return in_layout(jnp.asarray(new, dtype), order)
+    return _from_torchs(jnp.asarray(new, dtype), axes)
 
 
 def _xavier(key: Any, shape: Any, dtype: Any, axes: Axes, gain: float, distribution: str) -> Any:
@@ -187,6 +200,10 @@ def _orthogonal(key: Any, shape: Any, dtype: Any, axes: Axes, gain: float) -> An
         raise no_matrix("orthogonal", axes, "two axes or more")
     floating("orthogonal", dtype)
     draw = _jax.orthogonal(gain)
+    if axes.groups > 1:
+        first, *rest = _torchs(axes)
+        drawn = draw(key, (first, math.prod(rest)), dtype).reshape(first, *rest)
+        return _from_torchs(drawn, axes).astype(dtype)
     return as_matrix(lambda s: draw(key, s, dtype), axes, order, cut).astype(dtype)
 
 

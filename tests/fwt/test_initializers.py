@@ -261,6 +261,7 @@ def test_gains(nonlinearity, param):
         (nn.Conv(24, (3, 5)), (1, 9, 8, 7), "layer/kernel"),
         (nn.Conv(24, (3, 5), feature_group_count=3), (1, 9, 8, 21), "layer/kernel"),
         (nn.ConvTranspose(9, (3, 5)), (1, 4, 5, 22), "layer/kernel"),
+        (nn.ConvTranspose(9, (3, 5), transpose_kernel=True), (1, 4, 5, 22), "layer/kernel"),
         (nn.MultiHeadDotProductAttention(6), (1, 5, 54), "layer/query/kernel"),
         (nn.MultiHeadDotProductAttention(6), (1, 5, 54), "layer/out/kernel"),
     ],

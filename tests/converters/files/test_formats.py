@@ -650,7 +650,7 @@ def test_recurrent_and_attention_weights_by_name(tmp_path):
     same(again.variables, model.variables)
 
 
-def test_blocks_of_a_grouped_transposed_convolution(tmp_path):
+def test_the_weights_of_a_grouped_transposed_convolution(tmp_path):
     net = torch.nn.Sequential(torch.nn.ConvTranspose2d(4, 6, 3, groups=2))
     model = converters.from_torch(net, input_shape=(4, 5, 6))
     full = converters.to_torch(*model)

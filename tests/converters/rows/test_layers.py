@@ -34,9 +34,6 @@ EXAMPLES = {"search": 100}  # by profile
 
 # Whose arrays have another form on the way back, and how it is called.
 CANONICAL: dict[str, str] = {
-    "ConvTranspose1d": "groups become blocks",
-    "ConvTranspose2d": "groups become blocks",
-    "ConvTranspose3d": "groups become blocks",
     "EinsumDense": "a Dense",
     **dict.fromkeys(["RNN", "LSTM", "GRU"], "the two biases as their sum"),
     **dict.fromkeys(["RNN_SimpleRNN", "RNN_LSTM", "RNN_GRU"], "the layer of that cell"),

@@ -20,7 +20,7 @@ from fwt.converters.files import h5
 from fwt.converters.files import source as _source
 from fwt.converters.frameworks import architecture as _architecture
 from fwt.converters.frameworks import flax as _flax
-from fwt.converters.frameworks import keras_config, torch_layers
+from fwt.converters.frameworks import keras_2, keras_config, torch_layers
 from fwt.converters.rows.row import Layer, parts_of
 from fwt.converters.walk import convert
 
@@ -61,7 +61,7 @@ def _known(architecture: Any, load: Callable[[Path], Model]) -> tuple[Model | No
     if path.suffix == ".json":
         with _io.reading(path):
             config = _io.read_json(path)
-            config = h5.modern(config, str(config.get("keras_version", "3")))
+            config = keras_2.modern(config, config.get("keras_version", "3"), str(path))
             return None, keras_config.keras_layers(config, str(path))
     model = load(path)
     if model.module is None:

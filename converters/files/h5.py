@@ -26,11 +26,14 @@ from fwt.converters.files.h5_read import (
     tree_of,
 )
 from fwt.converters.frameworks import flax as _flax
-from fwt.converters.frameworks import keras_config, sidecar
+from fwt.converters.frameworks import keras_2, keras_config, sidecar
 from fwt.converters.io import Budget, Reading, member, opened, progress, reading
 from fwt.converters.rows import table
 from fwt.converters.rows.row import Layer, parts_of, refuse
 from fwt.converters.walk import convert
+
+# The vector of a SpectralNormalization.
+_STATE = re.compile(r"(^|/)(vector_u|sn_u)(:\d+)?$")
 
 
 def _pruned(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -66,7 +69,7 @@ def keras_of(path: Path, how: Reading) -> tuple[list[Layer], Any]:
     budget = Budget(path, how.max_bytes)
     if zipfile.is_zipfile(path):
         with opened(path) as archive:
-            config = budget.parsed(member(archive, "config.json", budget), "config.json")
+            config = _config_of(archive, budget)
             layers, shape = keras_config.keras_layers(config, str(path))
             weights = member(archive, "model.weights.h5", budget)
             with opened_h5(weights, budget) as file:
@@ -76,6 +79,19 @@ def keras_of(path: Path, how: Reading) -> tuple[list[Layer], Any]:
         layers, shape = keras_config.keras_layers(legacy_config(file, budget), str(path))
         fill_legacy(layers, _legacy_arrays(file, budget), path)
     return layers, shape
+
+
+def _config_of(archive: zipfile.ZipFile, budget: Budget) -> Any:
+    """The config of the model in a .keras archive as Keras 3 has it."""
+    text = member(archive, "config.json", budget)
+    config = budget.parsed(text, "config.json")
+    told: Any = None
+    if "metadata.json" in archive.namelist():
+        told = budget.parsed(member(archive, "metadata.json", budget), "metadata.json")
+    version = told.get("keras_version") if isinstance(told, dict) else None
+    if version is None:  # each Keras writes it; the archive was made by another
+        version = "2" if b'"batch_input_shape"' in text else "3"
+    return keras_2.modern(config, version, f"{budget.path}: metadata.json")
 
 
 def save_keras(file: Any, module: Any, variables: Any, layout: str | None) -> None:
@@ -151,7 +167,7 @@ def is_weights(path: Path) -> bool:
 
 def _weights_of(file: Any, budget: Budget) -> dict[str, Any]:
     """The arrays of a model, without its optimizer's."""
-    return tree_of(file, budget, without="optimizer")
+    return keras_2.modern_groups(tree_of(file, budget, without="optimizer"), str(budget.path))
 
 
 def load_weight_shards(path: Path, how: Reading) -> Model:
@@ -288,8 +304,11 @@ def legacy_config(file: Any, budget: Budget) -> Any:
     text = attribute(file, "model_config", budget)
     if text is None:
         return None
-    version = text_of(attribute(file, "keras_version", budget)) or "2"
-    return modern(budget.parsed(text_of(text), "model_config"), version)
+    version = (
+        text_of(attribute(file, "keras_version", budget)) or "2"
+    )  # before 2.0.7 it stood nowhere
+    config = budget.parsed(text_of(text), "model_config")
+    return keras_2.modern(config, version, str(budget.path))
 
 
 def _legacy_arrays(file: Any, budget: Budget) -> dict[str, list[tuple[str, np.ndarray]]]:
@@ -320,12 +339,15 @@ def fill_legacy(
     for layer in own:
         parts = keras_config.places(layer, "")
         wanted.setdefault(parts_of(layer.name)[0], []).extend((layer, part) for part, _ in parts)
-    for top, found in held.items():
+    for top, stored in held.items():
         expected = [
             (outer, part, name)
             for outer, part in wanted.pop(top, [])
             for name in keras_config.keras_names(part)
         ]
+        # Of no use but in training.
+        spectral = any(outer.kind == "SpectralNormalization" for outer, _, _ in expected)
+        found = [f for f in stored if not (spectral and _STATE.search(f[0]))]
         if len(found) != len(expected):
             names = [name for _, _, name in expected]
             raise FileFormatError(
@@ -335,13 +357,16 @@ def fill_legacy(
         nested = any(len(parts_of(outer.name)) > 1 for outer, _, _ in expected)
         for index, (place, value) in enumerate(found):
             names = place.split("/")
-            last = re.sub(r":\d+$", "", names[-1])
             if nested:  # its weights are in an order of their own: the names tell
                 fits = [
-                    e for e in expected if parts_of(e[0].name)[-1] in names and _ends(e[2], last)
+                    e
+                    for e in expected
+                    if f"/{parts_of(e[0].name)[-1]}/" in f"/{place}" and _ends(e, names[-1])
                 ]
             else:
-                fits = [e for e in expected[index : index + 1] if _ends(e[2], last)]
+                fits = [e for e in expected[index : index + 1] if _ends(e, names[-1])]
+            if len(fits) > 1:  # the parts of one layer
+                fits = [e for e in fits if f"/{e[1].name}/" in f"/{place}"]
             if len(fits) != 1 or fits[0][2] in fits[0][1].arrays:
                 raise FileFormatError(f"{path}: {top}: {place} belongs to no layer, or to several")
             fits[0][1].arrays[fits[0][2]] = value
@@ -351,82 +376,11 @@ def fill_legacy(
     keras_config.gathered(own)
 
 
-def _ends(name: str, last: str) -> bool:
+def _ends(expected: tuple[Layer, Layer, str], last: str) -> bool:
+    """Whether the last part of a name in a file is that of the array, but for the :0 of Keras 2."""
+    _, part, name = expected
+    last = keras_2.array_name(part.kind, re.sub(r":\d+$", "", last))
     return name.split("/")[-1] == last
-
-
-def modern(config: Any, version: str) -> Any:
-    """A config of Keras 2 as Keras 3 would write it; one of Keras 3 stays."""
-    if int(version.split(".")[0]) >= 3:
-        return config
-    if isinstance(config, list):
-        return [modern(v, version) for v in config]
-    if not isinstance(config, dict):
-        return config
-    kind, own = config.get("class_name"), config.get("config")
-    if kind == "Sequential" and isinstance(own, list):  # before 2.2.3
-        own = {"name": "sequential", "layers": own}
-        config = {**config, "config": own}
-    out = {k: modern(v, version) for k, v in config.items()}
-    if kind == "Model":
-        out["class_name"] = "Functional"
-    if isinstance(kind, str) and isinstance(own, dict):
-        out["config"] = _modern_settings(kind, out["config"])
-    if "inbound_nodes" in config:
-        out["inbound_nodes"] = _modern_nodes(config["inbound_nodes"])
-    return out
-
-
-def _modern_settings(kind: str, own: dict[str, Any]) -> dict[str, Any]:
-    own = dict(own)
-    place = f"{own.get('name')} ({kind})"
-    for name in ("activation", "recurrent_activation"):
-        if own.get(name) == "hard_sigmoid":
-            raise refuse(
-                place,
-                f"{name}='hard_sigmoid' of Keras 2 is 0.2 x + 0.5 cut to 0 and 1, which Keras 3 "
-                "and the others have as another function",
-            )
-    for name, default in (("time_major", False), ("ragged", False), ("implementation", 2)):
-        if own.get(name) in (default, 1 if name == "implementation" else default):
-            own.pop(name)
-    shape = own.pop("batch_input_shape", None)
-    if kind == "InputLayer":
-        own["batch_shape"] = shape
-    if kind == "Sequential":
-        layers = own.get("layers") or []
-        given = [x["config"].pop("__shape__", None) for x in layers if "config" in x]
-        if given and given[0] is not None:
-            start = {
-                "class_name": "InputLayer",
-                "config": {"batch_shape": given[0], "name": "input"},
-            }
-            own["layers"] = [start, *layers]
-    elif shape is not None and kind != "InputLayer":
-        own["__shape__"] = shape
-    if kind == "BatchNormalization" and isinstance(own.get("axis"), list) and len(own["axis"]) == 1:
-        own["axis"] = own["axis"][0]
-    for older in ("fused", "renorm", "virtual_batch_size", "adjustment"):
-        if kind == "BatchNormalization" and not own.get(older, True):
-            own.pop(older)
-    if kind == "LeakyReLU" and "alpha" in own:
-        own["negative_slope"] = own.pop("alpha")
-    if kind == "GRU" and "reset_after" not in own:
-        raise refuse(place, "it does not say reset_after, whose default differed between versions")
-    return own
-
-
-def _modern_nodes(nodes: Any) -> Any:
-    """[[["layer", 0, 0, {}]]] as Keras 3 has it."""
-    out = []
-    for node in nodes if isinstance(nodes, list) else []:
-        args: list[Any] = [
-            {"class_name": "__keras_tensor__", "config": {"keras_history": list(call[:3])}}
-            for call in node
-        ]
-        kwargs = {k: v for call in node if len(call) > 3 for k, v in (call[3] or {}).items()}
-        out.append({"args": args if len(args) == 1 else [args], "kwargs": kwargs})
-    return out
 
 
 def save_legacy(file: Any, module: Any, variables: Any, layout: str | None) -> None:

@@ -14,6 +14,7 @@ from fwt.converters.frameworks import sidecar
 from fwt.converters.rows import table
 from fwt.converters.rows.row import Layer, S, joined, listed, parts_of, refuse
 from fwt.converters.walk import convert
+from fwt.layers.recurrent import HARD_SIGMOID
 
 KERAS_VERSION = "3.15.1"  # whose file layout this is
 
@@ -71,6 +72,8 @@ def _layer_and_activation(
         activation = settings.pop("activation", "linear")
     elif kind == "Activation":
         settings["activation"] = _function_name(settings.get("activation"))
+        if settings["activation"] == HARD_SIGMOID:
+            return _hard_sigmoid(name)
     inner: list[Layer] = []
     after: list[Layer] = []
     for role in ("layer", "backward_layer", "cell"):
@@ -80,7 +83,9 @@ def _layer_and_activation(
             parsed = _layer_and_activation(own, wrapped, its, place)
             inner.append(parsed[0])
             # What wraps a layer with an activation does so in two steps.
-            after += [dataclasses.replace(x, name=f"{name}__activation") for x in parsed[1:]]
+            after += [
+                dataclasses.replace(x, name=name + x.name.removeprefix(own)) for x in parsed[1:]
+            ]
     layers = [Layer(name, kind, settings, inner=tuple(inner))]
     if activation is not None:
         layers += _fused(f"{name}__activation", activation, place)
@@ -196,6 +201,8 @@ def _fused(name: str, activation: Any, place: str) -> list[Layer]:
     activation = _function_name(activation)
     if activation in (None, "linear"):
         return []
+    if activation == HARD_SIGMOID:
+        return _hard_sigmoid(name)
     if isinstance(activation, dict):  # a layer object as activation
         if not isinstance(activation.get("config"), dict) or "class_name" not in activation:
             raise refuse(name, "activation is a function of the user's own")
@@ -203,6 +210,16 @@ def _fused(name: str, activation: Any, place: str) -> list[Layer]:
         _check_policy(f"{name} ({kind})", settings.pop("dtype", None))
         return [Layer(name, kind, settings, fused=True)]
     return [Layer(name, "Activation", {"activation": activation}, fused=True)]
+
+
+def _hard_sigmoid(name: str) -> list[Layer]:
+    """Keras 2's hard_sigmoid, 0.2 x + 0.5 between 0 and 1, in layers that each framework has; the
+    factors of 2 round nothing."""
+    return [
+        Layer(name, "Rescaling", {"scale": 0.4}, fused=True),
+        Layer(f"{name}__clipped", "Activation", {"activation": "hard_tanh"}, fused=True),
+        Layer(f"{name}__shifted", "Rescaling", {"scale": 0.5, "offset": 0.5}, fused=True),
+    ]
 
 
 def keras_config(layers: list[Layer], shape: Any, name: str = "sequential") -> dict[str, Any]:
@@ -413,6 +430,8 @@ def opened_up(layers: list[Layer]) -> list[Layer]:
     """The layers that have a place in a file, those of attention with their parts."""
     own = [x for x in layers if not x.fused]
     for layer in own:
+        if layer.kind != "Activation" and not table.rows_of("keras", layer.kind):
+            raise table.unknown("keras", layer)
         if layer.kind == "MultiHeadAttention":
             parts = {"bias_axes": layer.settings.get("use_bias")}
             layer.inner = tuple(Layer(n, "EinsumDense", parts) for n in ATTENTION.values())

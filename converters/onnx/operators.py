@@ -255,6 +255,7 @@ _GATES: Mapping[str, tuple[str, tuple[float, ...], tuple[float, ...]]] = {
     "softsign": ("Softsign", (), ()),
     "softplus": ("Softplus", (), ()),
     "hard_sigmoid": ("HardSigmoid", (1 / 6,), (0.5,)),
+    recurrent.HARD_SIGMOID: ("HardSigmoid", (0.2,), (0.5,)),
     "elu": ("Elu", (1.0,), ()),
     "leaky_relu": ("LeakyRelu", (0.2,), ()),
     "linear": ("Affine", (1.0,), (0.0,)),

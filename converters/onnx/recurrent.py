@@ -8,6 +8,7 @@ import numpy as np
 from fwt.converters.onnx.graph import ZEROS, Graph, Node, axes_of, slices_of
 from fwt.converters.onnx.line import Handler, Reader
 from fwt.converters.rows.row import refuse
+from fwt.layers.recurrent import HARD_SIGMOID
 
 _GATES: Mapping[tuple[str, float | None, float | None], str] = {
     ("Tanh", None, None): "tanh",
@@ -16,6 +17,7 @@ _GATES: Mapping[tuple[str, float | None, float | None], str] = {
     ("Softsign", None, None): "softsign",
     ("Softplus", None, None): "softplus",
     ("HardSigmoid", 1 / 6, 0.5): "hard_sigmoid",
+    ("HardSigmoid", 0.2, 0.5): HARD_SIGMOID,
     ("Elu", 1.0, None): "elu",
     ("LeakyRelu", 0.2, None): "leaky_relu",
     ("Affine", 1.0, 0.0): "linear",

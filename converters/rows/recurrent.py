@@ -54,6 +54,14 @@ def activation(x: Any) -> str:
     return str(x)
 
 
+def _check_functions(fields: Mapping[str, Any], at: At) -> None:
+    """Raises for the function that Keras has no more."""
+    for name in ("activation", "recurrent_activation"):
+        if fields.get(name) == recurrent.HARD_SIGMOID:
+            raise refuse(at.place, f"{name}='{fields[name]}' is 0.2 x + 0.5 between 0 and 1, which "
+                         "Keras 3 has no function for")  # fmt: skip
+
+
 def _swapped(value: Any, axis: int) -> Any:
     """Keras's gates z, r, h as torch's r, z, n, which is its own inverse."""
     z, r, h = np.split(value, 3, axis=axis)
@@ -115,6 +123,7 @@ class RecurrentSettings(Special):
         if framework == "flax":
             return []
         if framework == "keras":
+            _check_functions(fields, at)
             if fields.get("projection"):
                 raise refuse(at.place, "Keras's LSTM has no projection")
             return []
@@ -377,6 +386,8 @@ class ConvLSTMSettings(Special):
     def write(
         self, framework: Framework, fields: dict[str, Any], settings: dict[str, Any], at: At
     ) -> list[Around]:
+        if framework == "keras":
+            _check_functions(fields, at)
         padding = fields["padding"]
         settings["padding"] = padding.lower() if framework == "keras" else padding
         return []

@@ -16,6 +16,7 @@ from typing import Any
 import flax.linen as nn
 
 from fwt._axes import Known
+from fwt._types import ConversionError
 from fwt.converters.rows import (
     attention,
     functions,
@@ -25,7 +26,7 @@ from fwt.converters.rows import (
     shapes,
     weights,
 )
-from fwt.converters.rows.row import Framework, P, Row
+from fwt.converters.rows.row import Framework, Layer, P, Row, refuse
 from fwt.converters.rows.shapes import PERMUTE as PERMUTE
 from fwt.converters.rows.shapes import RESHAPE as RESHAPE
 
@@ -115,6 +116,14 @@ def row_of_function(name: str) -> Row | None:
     """The row of a function in keras.activations."""
     name = ALIASES.get(name, name)
     return next((r for r in LAYERS if r.function and r.function[0] == name), None)
+
+
+def unknown(framework: Framework, layer: Layer) -> ConversionError:
+    """The refusal of a class that has no row."""
+    reason = REFUSED[framework].get(layer.kind)
+    said = f"can't be converted: {reason}" if reason else "is not known, so it can't be converted"
+    way_out = "" if reason else "converters.register(row) makes it known"
+    return refuse(str(layer), f"the {framework} layer {layer.kind!r} {said}", way_out)
 
 
 def axis_names(letters: list[str], rank: int) -> tuple[str, ...] | None:

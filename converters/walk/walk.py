@@ -165,14 +165,7 @@ class Walk(Writer):
             if row.fits is None or row.fits(self.source, layer)
         ]
         if not rows:
-            reason = table.REFUSED[self.source].get(layer.kind)
-            raise refuse(
-                str(layer),
-                f"the {self.source} layer {layer.kind!r} "
-                + (f"can't be converted: {reason}" if reason else "is not known, so it can't be "
-                   "converted"),
-                "" if reason else "converters.register(row) makes it known",
-            )  # fmt: skip
+            raise table.unknown(self.source, layer)
         if self.have is None:
             ranks = {r for row in rows for r in row.ranks}
             if len(ranks) > 1 and self.source == "flax":

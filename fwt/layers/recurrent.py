@@ -13,6 +13,8 @@ from fwt.layers.base import Layer
 
 __all__ = ["ACTIVATIONS", "GRU", "LSTM", "ConvLSTM", "SimpleRNN"]
 
+# The hard_sigmoid of Keras 2, since Keras 3 has another function under that name.
+HARD_SIGMOID = "keras2_hard_sigmoid"
 # By Keras's names and with Keras's defaults.
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "linear": lambda x: x,
@@ -21,6 +23,7 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
     "relu6": jax.nn.relu6,
     "hard_sigmoid": jax.nn.hard_sigmoid,
+    HARD_SIGMOID: lambda x: jnp.clip(0.2 * x + 0.5, 0.0, 1.0),
     "hard_tanh": jax.nn.hard_tanh,
     "elu": jax.nn.elu,
     "selu": jax.nn.selu,

@@ -614,10 +614,6 @@ def test_files_of_keras_2(tmp_path):
     model = converters.load(tmp_path / "r.h5")
     np.testing.assert_allclose(np.asarray(model(x)), np.asarray(now(x)), atol=1e-5)
 
-    hard = {**lstm, "config": {**lstm["config"], "recurrent_activation": "hard_sigmoid"}}
-    keras_2(tmp_path / "hard.h5", [hard], gates)
-    with pytest.raises(converters.FileFormatError, match=r"hard_sigmoid.* of Keras 2 is 0\.2 x"):
-        converters.load(tmp_path / "hard.h5")
     gru = old("GRU", "gru", batch_input_shape=[None, 5, 3], units=4)
     keras_2(tmp_path / "gru.h5", [gru], {"gru": {}})
     with pytest.raises(converters.FileFormatError, match="does not say reset_after"):

@@ -1,0 +1,214 @@
+"""Models of Keras 2 as Keras 3 writes them: configs, and the places of arrays in files.
+
+Every reader of a Keras format comes through here, with the version that the file tells.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from fwt import _tree
+from fwt._types import FileFormatError
+from fwt.converters.rows.row import refuse
+from fwt.layers.recurrent import HARD_SIGMOID
+
+# Settings that Keras 3 does not have: those that change nothing, and those that do so while off.
+_IDLE = ("fused", "input_length", "query_shape", "key_shape", "value_shape")
+_OFF = ("time_major", "ragged", "num_constants", "renorm", "virtual_batch_size", "adjustment",
+        "softmax_robust_masking")  # fmt: skip
+_RENAMED = {"LeakyReLU": {"alpha": "negative_slope"}, "ThresholdedReLU": {"theta": "threshold"}}
+_CLASSES = {
+    "Model": "Functional",
+    "ThresholdedReLU": "ReLU",
+    "SyncBatchNormalization": "BatchNormalization",
+}
+
+
+def is_older(version: Any, place: str) -> bool:
+    """Whether a version is of Keras 2, or before it.
+
+    Raises:
+        FileFormatError: for what is no version.
+    """
+    found = re.match(r"\d+", str(version))
+    if found is None:
+        raise FileFormatError(
+            f"{place}: keras_version={version!r:.40}: expected one such as 2.15.0"
+        )
+    return int(found[0]) < 3
+
+
+def modern(config: Any, version: Any, place: str) -> Any:
+    """The config of a model as Keras 3 would write it; one of Keras 3 stays.
+
+    Args:
+        config: what the JSON of a file holds.
+        version: the file's keras_version.
+        place: of the file, for errors.
+    """
+    return _modern(config) if is_older(version, place) else config
+
+
+def _modern(config: Any) -> Any:
+    if isinstance(config, list):
+        return [_modern(v) for v in config]
+    if not isinstance(config, dict):
+        return config
+    kind, own = config.get("class_name"), config.get("config")
+    if kind == "__numpy__" and isinstance(own, dict):
+        return own.get("value")
+    if kind == "Sequential" and isinstance(own, list):  # before 2.2.3
+        own = {"name": "sequential", "layers": own}
+        config = {**config, "config": own}
+    out = {k: _modern(v) for k, v in config.items()}
+    if isinstance(kind, str):
+        out["class_name"] = _CLASSES.get(kind, kind)
+        if kind == "function" and own == "hard_sigmoid":
+            out["config"] = HARD_SIGMOID
+        if isinstance(own, dict):
+            out["config"] = _settings(kind, out["config"], own)
+    if str(out.get("module")).split(".")[0] == "tf_keras":
+        out["module"] = str(out["module"]).removeprefix("tf_")
+    if "inbound_nodes" in config:
+        out["inbound_nodes"] = _nodes(config["inbound_nodes"])
+    return out
+
+
+def _settings(kind: str, own: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of one class, which hold those of its parts in their new form already."""
+    # Keras 3 has another function under this name, wherever it stands.
+    own = {k: HARD_SIGMOID if v == "hard_sigmoid" and k != "name" else v for k, v in own.items()}
+    shape = own.pop("batch_input_shape", None)
+    if kind == "InputLayer":
+        own["batch_shape"] = shape
+    if kind == "Sequential":
+        shape = _input_shape(before.get("layers"))
+        if shape is not None:
+            entry = {"batch_shape": shape, "name": "input"}
+            own["layers"] = [{"class_name": "InputLayer", "config": entry}, *own["layers"]]
+    drop = [n for n in own if n in _IDLE or (n in _OFF and not own[n])]
+    if own.get("groups") == 1 and re.search("^(Depthwise|Separable)|Transpose$", kind):
+        drop.append("groups")
+    own = {k: v for k, v in own.items() if k not in drop}
+    for name, new in _RENAMED.get(kind, {}).items():
+        if name in own:
+            own[new] = own.pop(name)
+    axis = own.get("axis")
+    if kind in ("BatchNormalization", "SyncBatchNormalization") and isinstance(axis, list):
+        own["axis"] = axis[0] if len(axis) == 1 else axis
+    if kind in ("GRU", "GRUCell") and "reset_after" not in own:
+        place = f"{own.get('name')} ({kind})"
+        raise refuse(place, "it does not say reset_after, whose default differed between versions")
+    if kind == "Discretization" and own.get("dtype") == "int64":  # what it gives out
+        del own["dtype"]
+    if kind == "Bidirectional" and own.get("backward_layer") is None:
+        own |= _both_ways(own.get("layer"))
+    return own
+
+
+def _input_shape(layers: Any) -> Any:
+    """What the first layer of a Sequential says of its input, if it is no InputLayer."""
+    first = layers[0] if isinstance(layers, list) and layers else None
+    own = first.get("config") if isinstance(first, dict) else None
+    if not isinstance(own, dict) or first.get("class_name") == "InputLayer":
+        return None
+    return own.get("batch_input_shape")
+
+
+def _both_ways(entry: Any) -> dict[str, Any]:
+    """The two layers of a Bidirectional that was given one."""
+    own = entry.get("config") if isinstance(entry, dict) else None
+    if not isinstance(own, dict):
+        return {}
+    turned = {"name": f"backward_{own.get('name')}", "go_backwards": not own.get("go_backwards")}
+    forward = {**entry, "config": {**own, "name": f"forward_{own.get('name')}"}}
+    return {"layer": forward, "backward_layer": {**entry, "config": {**own, **turned}}}
+
+
+def _nodes(nodes: Any) -> Any:
+    """[[["layer", 0, 0, {}]]] as Keras 3 has it."""
+    out = []
+    for node in nodes if isinstance(nodes, list) else []:
+        node = [node] if node and isinstance(node[0], str) else node  # of a TFOpLambda
+        args: list[Any] = [_tensor(call) for call in node]
+        kwargs = {
+            k: _tensor(v) if _is_call(v) else v
+            for call in node
+            if len(call) > 3
+            for k, v in (call[3] or {}).items()
+        }
+        out.append({"args": args if len(args) == 1 else [args], "kwargs": kwargs})
+    return out
+
+
+def _tensor(call: Any) -> dict[str, Any]:
+    return {"class_name": "__keras_tensor__", "config": {"keras_history": list(call[:3])}}
+
+
+def _is_call(value: Any) -> bool:
+    """Whether a keyword is given a tensor: the layer that it comes from, and two numbers."""
+    kinds = (str, int, int)
+    return isinstance(value, list) and len(value) == 3 and all(map(isinstance, value, kinds))
+
+
+# -- the arrays -----------------------------------------------------------------------------------
+
+_LAYERS = "_layer_checkpoint_dependencies"  # what 2.12 to 2.14 call the layers of a model
+
+
+def modern_groups(tree: Mapping[str, Any], place: str) -> dict[str, Any]:
+    """The groups of a weights file as Keras 3 calls them; its own stay.
+
+    Keras 2.12 to 2.14 count a layer with weights twice, so that the numbers of its group have
+    gaps. On Windows the parts of a path are joined by backslashes.
+
+    Args:
+        tree: the groups of a file, those without arrays among them.
+        place: of the file, for errors.
+    """
+    parts: dict[str, Any] = {}
+    for name, node in tree.items():
+        *above, last = name.split("\\")
+        inner = parts
+        for part in above:
+            inner = inner.setdefault(part, {})
+        inner[last] = _merged(inner.get(last), node, f"{place}: {name}")
+    out: dict[str, Any] = {}
+    for name, node in parts.items():
+        new = (
+            "layers"
+            if name == _LAYERS
+            else re.sub("^_(?=(query|key|value|output)_dense$)", "", name)
+        )
+        if isinstance(node, Mapping):
+            node = modern_groups(node, place)
+            node = _without_gaps(node) if name == _LAYERS else node
+        if new in out:
+            raise FileFormatError(f"{place}: it has both {new!r} and {name!r}")
+        out[new] = node
+    return out
+
+
+def _merged(one: Any, other: Any, place: str) -> Any:
+    if one is None:
+        return other
+    if not isinstance(one, Mapping) or not isinstance(other, Mapping):
+        raise FileFormatError(f"{place} stands there twice")
+    return {**one, **{k: _merged(one.get(k), v, place) for k, v in other.items()}}
+
+
+def _without_gaps(groups: Mapping[str, Any]) -> dict[str, Any]:
+    """dense, dense_2 and dense_4 as dense, dense_1 and dense_2."""
+    seen: dict[str, int] = {}
+    out: dict[str, Any] = {}
+    for name in sorted(groups, key=_tree.natural):
+        stem = re.sub(r"_\d+$", "", name)
+        count = seen.get(stem, 0)
+        seen[stem] = count + 1
+        out[f"{stem}_{count}" if count else stem] = groups[name]
+    return out
+
+
+def array_name(kind: str, name: str) -> str:
+    """What Keras 3 calls an array of a layer."""
+    return "kernel" if kind.startswith("Depthwise") and name == "depthwise_kernel" else name

@@ -23,7 +23,7 @@ fwt.converters.walk
 fwt.converters.rows
 fwt.converters.io
 fwt._diff
-fwt.optim
+fwt.optim fwt.schedules
 fwt._again
 fwt._initialize fwt._reset fwt._lsuv fwt._draw fwt._project
 fwt.pruning

@@ -694,3 +694,83 @@ def test_inject_hyperparams_says_what_it_needs():
     assert gone(state.inner_state.masks)["a/kernel"] == 42
     with pytest.raises(fwt.FwtError, match="or a score, found True"):
         sparsify(optax.adam(0.1), 0.5, regrow=True)
+
+
+# -- masks of the start -----------------------------------------------------------------------
+
+RISING, FALLING = (lambda n: 0.3 * jnp.minimum(n, 3)), (lambda n: 0.8 - 0.2 * jnp.minimum(n, 4))
+START = {
+    "a number below": (0.5, {}),
+    "a schedule that rises": (RISING, {}),
+    "a schedule that falls": (FALLING, {}),
+    "global": (RISING, {"scope": "global"}),
+    "normalized": (0.5, {"scope": "normalized"}),
+    "erk": (RISING, {"scope": "erk"}),
+    "lamp": (0.5, {"scope": "lamp"}),
+    "dict": (RISING, {"scope": {"a/*": 1.0, "b/*": 0.5}}),
+    "torch": (0.1, {"like": "torch"}),
+    "jaxpruner": (RISING, {"like": "jaxpruner"}),
+    "block": (0.5, {"pattern": fwt.patterns.block((4, 1)), "where": "a/kernel"}),
+    "n_m": (0.5, {"pattern": fwt.patterns.n_m(2, 4), "where": "a/kernel"}),
+    "all of n_m": (None, {"pattern": fwt.patterns.n_m(2, 4), "where": "a/kernel"}),
+    "regrow": (RISING, {"regrow": "rigl"}),
+    "regrow erk": (0.5, {"regrow": "set", "scope": "erk"}),
+    "straight_through": (0.5, {"straight_through": True}),
+    "rewind": (RISING, {"rewind": 0}),
+}
+
+
+@pytest.mark.parametrize("name", START)
+def test_a_sparsity_below_that_of_the_start_brings_nothing_back(name):
+    sparsity, settings = START[name]
+    begin = fwt.masks(0.65, S.random, key=4)(weights())
+    if name == "block":
+        begin = fwt.masks(0.65, pattern=settings["pattern"], where="a/kernel")(weights())
+    start = kernels(begin)
+    tx = sparsify(optax.adam(0.05), sparsity, masks=begin, every=1, key=0, **settings)
+    jointly = settings.get("scope") in ("global", "normalized", "erk", "lamp")
+    moved = False
+    for n, (_, state) in enumerate(run(tx, 5, compiled=name == "global")[1:], 1):
+        value = sparsity(n) if callable(sparsity) else sparsity
+        masks = {p: m for p, m in kernels(state.masks).items() if m.shape}
+        for path, mask in masks.items():
+            moved |= (mask & ~start[path]).any()
+        pruned = {p: (~m).sum() for p, m in masks.items()}
+        least = {p: (~start[p]).sum() for p in masks}
+        if jointly:
+            size = sum(m.size for m in masks.values())
+            share = round(float(np.float32(value)) * size)
+            assert sum(pruned.values()) == max(share, sum(least.values())), n
+        elif settings.get("like") != "torch" and "n_m" not in name:
+            for path, mask in masks.items():
+                share = float(np.float32(value)) * (
+                    settings["scope"][f"{path[0]}/*"] if name == "dict" else 1
+                )
+                if name == "jaxpruner":
+                    share = 1 - max(round(mask.size * (1 - share)), 1) / mask.size
+                assert pruned[path] == max(round(share * mask.size), least[path]), (n, path)
+    # What is exchanged or trained densely may come back, but no more of it than goes.
+    assert moved == (name in ("regrow", "regrow erk", "straight_through"))
+
+
+def test_the_start_under_scan_and_vmap_over_traced_schedules():
+    begin = fwt.masks(0.65, S.random, key=4)(weights())
+    params = fwt.apply_masks(begin)(weights())
+
+    def train(target):
+        tx = sparsify(
+            optax.adam(0.05), lambda n: target * jnp.clip(n / 4, 0, 1), masks=fwt.masks_of, every=1
+        )
+
+        def step(carry, n):
+            params, state = carry
+            updates, state = tx.update(jax.tree.map(jnp.cos, params), state, params)
+            params = optax.apply_updates(params, updates)
+            return (params, state), (params["a"]["kernel"] == 0).sum()
+
+        return jax.lax.scan(step, (params, tx.init(params)), jnp.arange(5))[1]
+
+    gone = jax.jit(jax.vmap(train))(jnp.array([0.0, 0.5, 0.9]))
+    at_start = round(0.65 * 84)
+    full = [max(round(0.9 * min(n, 4) / 4 * 84), at_start) for n in range(1, 6)]
+    assert gone.tolist() == [[at_start] * 5, [at_start] * 5, full]

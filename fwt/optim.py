@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from fwt import _again, _axes, _tree, constraints, patterns, scores
+from fwt import _again, _axes, _moments, _tree, constraints, patterns, scores
 from fwt._types import FwtError, Masks, Params, Score, Transform, Where, resolve
 from fwt.pruning import plan as _plan
 from fwt.pruning.scope import Like, Scope
@@ -134,6 +134,8 @@ class SparsifyState(NamedTuple):
         dense: the weights before pruning, for ``straight_through``; else ().
         saved: params and inner state to return to, for ``rewind``; else ().
         start: by path, the ``masks`` of the start, if there is a sparsity too.
+        grown: if the masks have just changed, for each of the optimizer's moments what it is
+            where nothing was kept, and what it becomes where weights have grown.
     """
 
     count: Any
@@ -144,6 +146,7 @@ class SparsifyState(NamedTuple):
     dense: Any = ()
     saved: Any = ()
     start: Any = ()
+    grown: Any = ()
 
 
 def sparsify(
@@ -264,6 +267,7 @@ def sparsify(
             dense=jax.tree.map(jnp.array, params) if straight_through else (),
             saved=() if rewind is None else jax.tree.map(jnp.array, (params, first)),
             start=start,
+            grown=_moments.none_grown(first, begin) if rule.resets else (),
         )
 
     def update(
@@ -275,7 +279,9 @@ def sparsify(
         old = _full(state.masks, params)
         weights = state.dense if straight_through else params
 
-        before = _reset(state.inner, state.masks) if rule.resets else state.inner
+        before = state.inner
+        if rule.resets:
+            before = _moments.settled(before, state.masks, state.grown)
         grads = updates if straight_through else _zeroed(updates, old)
 
         def step() -> tuple[dict[str, Any], Any, Any]:
@@ -296,17 +302,24 @@ def sparsify(
             steps = _stepped(weights, steps, old)
         total = rule.accumulate(state.accumulated, weights, updates)
 
-        def change(masks: Masks) -> Masks:
+        def change(carry: tuple[Masks, Any]) -> tuple[Masks, Any]:
+            masks, grown = carry
             if straight_through:
-                return rule.masks(dense, None, masks, state.start, value, number, updates, total)
+                new = rule.masks(dense, None, masks, state.start, value, number, updates, total)
+                return new, grown
             by = steps
             if remade:
                 made, masks = again(masks)
                 alive = {p: m for p, m in _full(masks, params).items() if p in made}
                 by = _stepped(weights, _tree.Tree(steps).replace(made), alive)
-            return rule.masks(weights, by, masks, state.start, value, number, updates, total)
+            if rule.resets and rewind is None:  # a rewound optimizer is as new
+                comes_back = rule.regrow is not None or value < state.sparsity
+                grown = jnp.where(comes_back, _moments.typical(moments, masks, weights), grown)
+            new = rule.masks(weights, by, masks, state.start, value, number, updates, total)
+            return new, grown
 
-        masks = _once(due, change, state.masks)
+        none = _moments.none_grown(moments, state.masks) if rule.resets else ()
+        masks, grown = _once(due, change, (state.masks, none))
         after, saved = _full(masks, params), state.saved
         if straight_through:
             out = jax.tree.map(_difference, params, steps, dense, _zeroed(dense, after))
@@ -324,7 +337,8 @@ def sparsify(
 
             out, moments = _once(due & (number > rewind), back, (out, moments))
         value = jnp.where(due, value, state.sparsity)
-        return out, SparsifyState(number, masks, value, moments, total, dense, saved, state.start)
+        new = number, masks, value, moments, total, dense, saved, state.start, grown
+        return out, SparsifyState(*new)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -371,21 +385,6 @@ def _stepped(params: Any, steps: Any, stay: Mapping[str, Any]) -> Any:
 def _widened(old: Any, step: Any) -> Any:
     """The step in a dtype that holds the weight, so that their sum can be zero exactly."""
     return step.astype(jnp.promote_types(jnp.asarray(old).dtype, step.dtype))
-
-
-def _reset(state: Any, masks: Masks) -> Any:
-    """The optimizer's state with zeros where a mask is False, in all that stands under a param's
-    keys and has its shape, whatever tree the optimizer keeps it in."""
-    wanted = [(keys, m) for keys, m in jax.tree_util.tree_flatten_with_path(masks)[0] if m.shape]
-
-    def zero(keys: Any, leaf: Any) -> Any:
-        for mine, mask in wanted:
-            same = keys[len(keys) - len(mine) :] == mine and jnp.shape(leaf) == mask.shape
-            if same and jnp.issubdtype(leaf.dtype, jnp.inexact):
-                return _plan.masked(leaf, mask)
-        return leaf
-
-    return jax.tree_util.tree_map_with_path(zero, state)
 
 
 class _Rule:

@@ -24,7 +24,7 @@ fwt.converters.rows
 fwt.converters.io
 fwt._diff
 fwt.optim fwt.schedules
-fwt._again
+fwt._again fwt._moments
 fwt._initialize fwt._reset fwt._lsuv fwt._draw fwt._project
 fwt.pruning
 fwt.initializers fwt.constraints fwt.scores fwt.patterns

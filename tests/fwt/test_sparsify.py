@@ -774,3 +774,77 @@ def test_the_start_under_scan_and_vmap_over_traced_schedules():
     at_start = round(0.65 * 84)
     full = [max(round(0.9 * min(n, 4) / 4 * 84), at_start) for n in range(1, 6)]
     assert gone.tolist() == [[at_start] * 5, [at_start] * 5, full]
+
+
+# -- regrowth ---------------------------------------------------------------------------------
+
+WITH_SIZES = {
+    "adam": lambda: optax.adam(1.0),
+    "adabelief": lambda: optax.adabelief(1.0),
+    "amsgrad": lambda: optax.amsgrad(1.0),
+    "rmsprop": lambda: optax.rmsprop(1.0),
+    "adagrad": lambda: optax.adagrad(1.0),
+    "nadamw": lambda: optax.nadamw(1.0, weight_decay=0.0),
+    "adafactor": lambda: optax.adafactor(1.0, multiply_by_parameter_scale=False),
+    "lion": lambda: optax.lion(1.0),
+    "momentum": lambda: optax.sgd(1.0, 0.9),
+    "injected": lambda: optax.inject_hyperparams(optax.adam)(learning_rate=1.0),
+    "chain": lambda: optax.chain(optax.clip(1.0), optax.scale_by_adam(), optax.scale(-1.0)),
+}
+
+
+@pytest.mark.parametrize("name", thorough_but(2, WITH_SIZES))
+def test_weights_that_grow_step_no_further_than_others(name):
+    """Each weight's gradient is noise of one size, so no step is to stand out, then or later."""
+    tx = sparsify(WITH_SIZES[name](), 0.5, regrow="rigl", regrow_fraction=0.4, every=1000)
+    params = jax.tree.map(lambda x: 1e4 * x, weights())  # so far off zero that the order stays
+
+    def step(carry, n):
+        state, params = carry
+        key = jax.random.fold_in(jax.random.key(3), n)
+        noise = jax.random.rademacher(key, (12, 7), jnp.float32)
+        grads = {**params, "a": {"kernel": noise, "bias": jnp.ones(7)}}
+        before = state.masks["a"]["kernel"]
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        after = state.masks["a"]["kernel"]
+        return (state, params), (jnp.abs(updates["a"]["kernel"]), before, after)
+
+    scan = jax.jit(lambda carry: jax.lax.scan(step, carry, jnp.arange(1, 1061))[1])
+    steps, before, after = map(np.asarray, scan((tx.init(params), params)))
+    grown = after[999] & ~before[999]
+    others = after[999] & before[999]
+    assert grown.sum() >= 5
+    for late in range(1000, 1060):
+        assert steps[late][grown].max() <= 1.3 * steps[1000:][:, others].max(), late
+    assert steps[1000:][:, grown].min(0).max() > 0
+
+
+def test_a_copy_of_the_weights_grows_from_zero_as_they_do():
+    params = jax.tree.map(lambda x: jnp.abs(x) + 0.1, weights())
+    tx = optax.contrib.schedule_free_adamw(1e-3)
+    tx = sparsify(tx, 0.5, regrow="rigl", regrow_fraction=0.5, every=4)
+    seen = run(tx, 5, params)
+    grown = kernels(seen[4][1].masks)["a/kernel"] & ~kernels(seen[3][1].masks)["a/kernel"]
+    assert grown.any()
+    inner = seen[5][1].inner
+    assert np.abs(inner.z["a"]["kernel"])[grown].max() < 0.02
+    assert np.abs(kernels(seen[5][0])["a/kernel"])[grown].max() < 0.02
+    assert (
+        np.abs(inner.z["a"]["kernel"])[~grown & kernels(seen[5][1].masks)["a/kernel"]].min() > 0.1
+    )
+
+
+def test_what_is_exchanged_follows_the_schedule_and_ends():
+    share = fwt.schedules.cosine(0.5, 12)
+    settings = {"regrow": smallest_first, "regrow_fraction": share, "every": 4}
+    seen = run(sparsify(optax.sgd(0.01), 0.5, where="a/kernel", **settings), 20)
+    masks = [kernels(state.masks)["a/kernel"] for _, state in seen]
+    pull = jax.tree.map(jnp.add, weights(101), weights())
+    moved = jax.tree.map(lambda p, g: p - 0.01 * g, weights(), pull)
+    # Nothing is exchanged when the masks are first drawn.
+    assert np.array_equal(masks[1], kernels(fwt.masks(0.5, where="a/kernel")(moved))["a/kernel"])
+    exchanged = [int((new & ~old).sum()) for old, new in itertools.pairwise(masks[1:])]
+    expected = {n: round(float(share(n)) * 42) for n in (4, 8)}
+    assert exchanged == [expected.get(n, 0) for n in range(2, 21)]
+    assert expected == {4: 16, 8: 5}

@@ -39,7 +39,16 @@ _HOME = {
     "straight_through": "_compose",
     "summary": "_summary",
 }
-_MODULES = ("constraints", "converters", "initializers", "layers", "optim", "patterns", "scores")
+_MODULES = (
+    "constraints",
+    "converters",
+    "initializers",
+    "layers",
+    "optim",
+    "patterns",
+    "schedules",
+    "scores",
+)
 
 if TYPE_CHECKING:
     from fwt import constraints as constraints
@@ -48,6 +57,7 @@ if TYPE_CHECKING:
     from fwt import layers as layers
     from fwt import optim as optim
     from fwt import patterns as patterns
+    from fwt import schedules as schedules
     from fwt import scores as scores
     from fwt._axes import biases as biases
     from fwt._axes import kernels as kernels

@@ -56,16 +56,6 @@ def digits() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     return images[:cut], labels[:cut], images[cut:], labels[cut:]
 
 
-def gradual(sparsity: float, begin: int, end: int) -> Any:
-    """Zhu and Gupta's cubic: 0 up to update ``begin``, ``sparsity`` from ``end`` on."""
-
-    def schedule(n: Any) -> Any:
-        progress = jnp.clip((n - begin) / (end - begin), 0.0, 1.0)
-        return sparsity * (1.0 - (1.0 - progress) ** 3)
-
-    return schedule
-
-
 def steps_of(epochs: int) -> int:
     """How many updates these epochs make."""
     return epochs * (len(digits()[0]) // BATCH)
@@ -121,7 +111,9 @@ def train(tick: Any) -> tuple[fwt.Model, fwt.Model]:
     begin, end = steps_of(EPOCHS["dense"]), steps_of(EPOCHS["dense"] + EPOCHS["gradual"])
     adam = optax.adam(optax.cosine_decay_schedule(3e-3, steps_of(total), 0.02))
     # The whole of fwt in a training loop: two wrappers around any optimizer.
-    sparse = fwt.optim.sparsify(adam, gradual(SPARSITY, begin, end), scope="global", every=10)
+    sparse = fwt.optim.sparsify(
+        adam, fwt.schedules.cubic(SPARSITY, begin, end), scope="global", every=10
+    )
     tx = fwt.optim.constrain(sparse, fwt.project(fwt.constraints.max_norm(3.0)))
     dense = {}
 

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from fwt import _again, _axes, _tree, constraints, patterns, scores
+from fwt import _again, _axes, _moments, _tree, constraints, patterns, scores
 from fwt._types import FwtError, LeafError, Masks, Params, Score, Transform, Where, resolve
 from fwt.pruning import plan as _plan
 from fwt.pruning.scope import Like, Scope
@@ -152,6 +152,9 @@ class SparsifyState(NamedTuple):
         accumulated: by path, what the score sums up over the steps; () if it doesn't.
         dense: the weights before pruning, for ``straight_through``; else ().
         saved: params and inner state to return to, for ``rewind``; else ().
+        start: by path, the ``masks`` of the start, if there is a sparsity too.
+        grown: if the masks have just changed, for each of the optimizer's moments what it is
+            where nothing was kept, and what it becomes where weights have grown.
     """
 
     count: Any
@@ -161,6 +164,8 @@ class SparsifyState(NamedTuple):
     accumulated: Any = ()
     dense: Any = ()
     saved: Any = ()
+    start: Any = ()
+    grown: Any = ()
 
 
 def sparsify(
@@ -194,10 +199,14 @@ def sparsify(
     Due is each n that ``every`` divides, and each n from which on the schedule stands still, so
     that its last value is always reached; a number is reached at the first update. Weights that
     come back start from zero.
-    Without ``regrow`` what is pruned stays so for as long as the sparsity does not fall.
+    Without ``regrow`` what is pruned stays so for as long as the sparsity does not fall, and what
+    ``masks`` prune at the start always does: if a schedule asks for fewer weights than that, in a
+    layer or in all that the scope counts together, the larger number goes (with ``regrow`` and
+    ``straight_through``, so many of them, but others). A zero in the params is a weight like any
+    other, for many nets begin with zeros: to start from a pruned net, give
+    ``masks=fwt.masks_of``.
 
-    - Gradual pruning: a schedule, such as Zhu and Gupta's ``lambda n: 0.9 * (1 -
-      (1 - jnp.clip((n - 500) / 2000, 0, 1)) ** 3)``.
+    - Gradual pruning: a schedule, such as :func:`fwt.schedules.cubic`.
     - Static masks: ``masks=`` and no sparsity; ``masks=fwt.masks_of`` keeps the zeros of a model
       that is pruned already.
     - Dynamic sparse training: ``regrow="set"`` (Mocanu et al., 2018), ``regrow="rigl"`` (Evci et
@@ -206,8 +215,8 @@ def sparsify(
       masks are drawn from them anew (with ``every=1`` at each step), so that what was pruned can
       come back.
     - Lottery tickets (Frankle and Carbin, 2019): ``rewind=0`` and a schedule of steps, such as
-      ``optax.piecewise_constant_schedule``; at each due update the kept weights and the inner
-      state go back to those of the start (to within rounding of the last bit).
+      :func:`fwt.schedules.lottery`; at each due update the kept weights and the inner state go
+      back to those of the start (to within rounding of the last bit).
     - Iterative pruning: such a schedule without ``rewind``; or ``like="torch"``, under which that
       share of the *remaining* weights goes at each n that ``every`` divides.
 
@@ -231,7 +240,8 @@ def sparsify(
             Weights grow from zero, and the optimizer's moments of the parameter's own shape
             start at zero there; factored moments (adafactor) are left as they are.
         regrow_fraction: the share of the kept weights that is exchanged: a number or a schedule.
-        masks: the masks to begin with: a tree, or a function of the params that gives one.
+        masks: the masks to begin with: a tree, or a function of the params that gives one, such
+            as ``fwt.masks_of``. A sparsity below theirs counts as theirs.
         straight_through: keep and train the dense weights.
         rewind: go back to the params after this update (0: those of ``init``) at each due one.
         like: as in :func:`fwt.prune`.
@@ -266,16 +276,18 @@ def sparsify(
 
     @_tree.each_by_itself
     def init(params: Params) -> SparsifyState:
-        start = inner.init(params)
-        begin = rule.begin(params)
+        first = inner.init(params)
+        begin, start = rule.begin(params)
         return SparsifyState(
             count=jnp.zeros((), jnp.int32),
             masks=begin,
             sparsity=jnp.zeros((), jnp.float32),
-            inner=start,
+            inner=first,
             accumulated=rule.zeros(params),
             dense=jax.tree.map(jnp.array, params) if straight_through else (),
-            saved=() if rewind is None else jax.tree.map(jnp.array, (params, start)),
+            saved=() if rewind is None else jax.tree.map(jnp.array, (params, first)),
+            start=start,
+            grown=_moments.none_grown(first, begin) if rule.resets else (),
         )
 
     @_tree.each_by_itself
@@ -288,7 +300,9 @@ def sparsify(
         old = _full(state.masks, params)
         weights = state.dense if straight_through else params
 
-        before = _reset(state.inner, state.masks) if rule.resets else state.inner
+        before = state.inner
+        if rule.resets:
+            before = _moments.settled(before, state.masks, state.grown)
         grads = updates if straight_through else _zeroed(updates, old)
 
         def step() -> tuple[dict[str, Any], Any, Any]:
@@ -310,17 +324,24 @@ def sparsify(
             steps = _stepped(weights, steps, old)
         total = rule.accumulate(state.accumulated, weights, updates)
 
-        def change(masks: Masks) -> Masks:
+        def change(carry: tuple[Masks, Any]) -> tuple[Masks, Any]:
+            masks, grown = carry
             if straight_through:
-                return rule.masks(dense, None, masks, value, number, updates, total)
+                new = rule.masks(dense, None, masks, state.start, value, number, updates, total)
+                return new, grown
             by = steps
             if remade:
                 made, masks = again(masks)
                 alive = {p: m for p, m in _full(masks, params).items() if p in made}
                 by = _stepped(weights, _tree.Tree(steps).replace(made), alive)
-            return rule.masks(weights, by, masks, value, number, updates, total)
+            if rule.resets and rewind is None:  # a rewound optimizer is as new
+                comes_back = rule.regrow is not None or value < state.sparsity
+                grown = jnp.where(comes_back, _moments.typical(moments, masks, weights), grown)
+            new = rule.masks(weights, by, masks, state.start, value, number, updates, total)
+            return new, grown
 
-        masks = _once(due, change, state.masks)
+        none = _moments.none_grown(moments, state.masks) if rule.resets else ()
+        masks, grown = _once(due, change, (state.masks, none))
         after, saved = _full(masks, params), state.saved
         if straight_through:
             out = jax.tree.map(_difference, params, steps, dense, _zeroed(dense, after))
@@ -337,10 +358,9 @@ def sparsify(
                 return jax.tree.map(_difference, params, out, there[0], kept), state.saved[1]
 
             out, moments = _once(due & (number > rewind), back, (out, moments))
-        new = SparsifyState(
-            number, masks, jnp.where(due, value, state.sparsity), moments, total, dense, saved
-        )
-        return out, new
+        value = jnp.where(due, value, state.sparsity)
+        new = number, masks, value, moments, total, dense, saved, state.start, grown
+        return out, SparsifyState(*new)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -389,21 +409,6 @@ def _widened(old: Any, step: Any) -> Any:
     return step.astype(jnp.promote_types(jnp.asarray(old).dtype, step.dtype))
 
 
-def _reset(state: Any, masks: Masks) -> Any:
-    """The optimizer's state with zeros where a mask is False, in all that stands under a param's
-    keys and has its shape, whatever tree the optimizer keeps it in."""
-    wanted = [(keys, m) for keys, m in jax.tree_util.tree_flatten_with_path(masks)[0] if m.shape]
-
-    def zero(keys: Any, leaf: Any) -> Any:
-        for mine, mask in wanted:
-            same = keys[len(keys) - len(mine) :] == mine and jnp.shape(leaf) == mask.shape
-            if same and jnp.issubdtype(leaf.dtype, jnp.inexact):
-                return _plan.masked(leaf, mask)
-        return leaf
-
-    return jax.tree_util.tree_map_with_path(zero, state)
-
-
 class _Rule:
     """The arguments of sparsify, checked once."""
 
@@ -438,13 +443,9 @@ class _Rule:
         share = isinstance(fraction, int | float) and 0 <= fraction <= 1
         if not (share or callable(fraction) or isinstance(fraction, jax.Array)):
             raise FwtError(f"regrow_fraction must be a share or a schedule, found {fraction!r}")
-        self.fixed = sparsity is None and masks is not None
-        if (
-            sparsity is None
-            and masks is None
-            and not isinstance(scope, Mapping)
-            and (getattr(pattern, "name", "") != "n_m")
-        ):
+        told = isinstance(scope, Mapping) or getattr(pattern, "name", "") == "n_m"
+        self.fixed = sparsity is None and masks is not None and not told
+        if sparsity is None and masks is None and not told:
             raise FwtError(
                 "sparsify needs a sparsity (a number or a schedule n -> share), or "
                 "masks=, such as fwt.masks_of for the zeros that are there already"
@@ -471,7 +472,8 @@ class _Rule:
         if not self.fixed:
             self.plan(0.0 if callable(sparsity) else sparsity)
         if self.regrow is not None:
-            _plan.context_of(self.regrow, context)
+            place = f"regrow={regrow!r}: " if isinstance(regrow, str) else "regrow=: "
+            _plan.context_of(self.regrow, context, place)
         self.resets = not straight_through and (self.regrow is not None or callable(sparsity))
         self.sums = not self.fixed and "accumulated" in _plan.named(resolve(score))
         if self.sums and not hasattr(_inner(score), "accumulate"):
@@ -486,8 +488,8 @@ class _Rule:
             sparsity, self.score, None, scope, pattern, where, like, self.context, self.axes
         )
 
-    def begin(self, params: Any) -> Masks:
-        """The masks of the start."""
+    def begin(self, params: Any) -> tuple[Masks, dict[str, Any]]:
+        """The masks of the start; and by path, those whose count is the least."""
         tree = _tree.Tree(params)
         given = self.begin_with(params) if callable(self.begin_with) else self.begin_with
         found = {} if given is None else _full(given, params)
@@ -496,7 +498,8 @@ class _Rule:
             _tree.refuse_scales(path, tree.leaves[path].dtype)
         full = {p: jnp.ones_like(tree.leaves[p], bool) for p in names}
         masks = full | {p: jnp.array(m) for p, m in found.items()}
-        return tree.map_all(masks, lambda leaf: jnp.ones((), bool))
+        start = {} if self.fixed else {p: jnp.array(m) for p, m in found.items()}
+        return tree.map_all(masks, lambda leaf: jnp.ones((), bool)), start
 
     def zeros(self, params: Any) -> Any:
         if not self.sums:
@@ -528,8 +531,9 @@ class _Rule:
         return value, due | periodic if self.straight_through or self.regrow is not None else due
 
     def masks(
-        self, weights: Any, steps: Any, masks: Any, value: Any, number: Any, grads: Any, total: Any
-    ) -> Masks:
+        self, weights: Any, steps: Any, masks: Any, start: Any, value: Any, number: Any, grads: Any,
+        total: Any,
+    ) -> Masks:  # fmt: skip
         """New masks for the weights after the step."""
         plan = self.plan(value if callable(self.sparsity) else self.sparsity)
         more: dict[str, Any] = {"grads": grads}
@@ -540,10 +544,13 @@ class _Rule:
         grow = None
         if self.regrow is not None:
             fraction = self.fraction(number) if callable(self.fraction) else self.fraction
-            grow = (self.regrow, fraction)
+            grow = (self.regrow, jnp.where(number % self.every == 0, fraction, 0.0))
         alive = None if self.straight_through else _full(masks, weights)
-        _, chosen = plan.choose(weights, alive, grow, more, steps)
-        return _tree.Tree(masks).replace({p: c.mask() for p, c in chosen.items()})
+        _, chosen = plan.choose(weights, alive, grow, more, steps, start)
+        new = {p: c.mask() for p, c in chosen.items()}
+        if alive is not None and grow is None:  # n_m may leave more than the start did
+            new |= {p: new[p] & m for p, m in start.items() if p in new}
+        return _tree.Tree(masks).replace(new)
 
 
 def _inner(score: Any) -> Any:

@@ -23,8 +23,8 @@ fwt.converters.walk
 fwt.converters.rows
 fwt.converters.io
 fwt._diff
-fwt.optim
-fwt._again
+fwt.optim fwt.schedules
+fwt._again fwt._moments
 fwt._initialize fwt._reset fwt._lsuv fwt._draw fwt._project
 fwt.pruning
 fwt.initializers fwt.constraints fwt.scores fwt.patterns

@@ -38,7 +38,7 @@ def test_docstring_examples_run(name):
 
 def test_every_public_name_has_a_docstring_with_an_example():
     inits = fwt.initializers
-    modules = (fwt, converters, fwt.constraints, fwt.optim, fwt.patterns, fwt.scores)
+    modules = (fwt, converters, fwt.constraints, fwt.optim, fwt.patterns, fwt.schedules, fwt.scores)
     for module in (*modules, inits, inits.keras, inits.torch):
         for name in module.__all__:
             thing = getattr(module, name)

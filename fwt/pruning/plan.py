@@ -105,6 +105,7 @@ class Plan:
         grow: tuple[Score, Any] | None = None,
         more: Mapping[str, Any] = MappingProxyType({}),
         steps: Any = None,
+        start: Mapping[str, Any] = MappingProxyType({}),
     ) -> tuple[Any, dict[str, Chosen]]:
         """The tree, and what is kept of each selected leaf.
 
@@ -114,6 +115,7 @@ class Plan:
             grow: a score and a share: so many of the kept give way to others, by that score.
             more: context for the scores, beside that of the plan.
             steps: updates to add to the params first, the same tree.
+            start: by path, masks that prune at least as many as are pruned now.
         """
         # Bare magnitudes of what is moved are summed in each pass, so that no sum is stored.
         lazy = self.score is scores.magnitude and self.pattern == patterns.unstructured
@@ -148,7 +150,13 @@ class Plan:
         else:
             moved = {} if steps is None else _tree.Tree(steps).leaves
             added = [moved[p] for p in names] if moved else []
-            found, groups, ks = self._groups(names, leaves, values, fits, plain, alive, added)
+            least = [
+                _gone(_living(f, start[p])) if p in start else 0
+                for p, f in zip(names, fits, strict=True)
+            ]
+            found, groups, ks = self._groups(
+                names, leaves, values, fits, plain, alive, added, least
+            )
             if grow is not None:
                 found, groups = _regrown(found, groups, ks, *worths(grow[0], "regrow"), grow[1])
             ties: select.Ties = "all" if self.like == "tfmot" else "first"
@@ -239,6 +247,7 @@ class Plan:
         plain: bool,
         alive: Mapping[str, Any] | None,
         added: list[Any],
+        least: list[Any],
     ) -> tuple[list[Source], list[list[Source]], list[Any]]:
         """The keys of each leaf, in the groups that are counted as one, and how many go of each;
         none where the pattern alone says it."""
@@ -248,10 +257,7 @@ class Plan:
         elif self.like == "torch":
             living = [nonzero(x) for x in leaves]
         if living:
-            living = [
-                _any(f, m) if isinstance(f, patterns.Windows) else m
-                for f, m in zip(fits, living, strict=True)
-            ]
+            living = [_living(f, m) for f, m in zip(fits, living, strict=True)]
         joint = self.scope in ("global", "normalized")
         rule = "first" if living else ""
         if joint:
@@ -274,7 +280,7 @@ class Plan:
         dead: list[Any] = [None] * len(found)
         if self.like == "torch" or (living and self.scope == "erk"):
             dead = [_gone(m) for m in living]
-        rows = zip(names, leaves, found, most, worths, dead, living or dead, strict=True)
+        rows = zip(names, leaves, found, most, worths, dead, living or dead, least, strict=True)
         parts = [
             _scope.Leaf(
                 p,
@@ -284,8 +290,9 @@ class Plan:
                 _worth(plain, w, self.scope),
                 d,
                 a if living else None,
+                n,
             )
-            for p, x, s, m, w, d, a in rows
+            for p, x, s, m, w, d, a, n in rows
         ]
         joint, ks = _scope.allocate(parts, self.scope, self.sparsity, self.like)
         return found, [found] if joint else [[s] for s in found], ks
@@ -387,7 +394,7 @@ def named(score: Any) -> dict[str, bool]:
     }
 
 
-def context_of(score: Any, context: Mapping[str, Any]) -> dict[str, Any]:
+def context_of(score: Any, context: Mapping[str, Any], place: str = "") -> dict[str, Any]:
     """Of the context at hand what the score names; a value of ``...`` comes later."""
     found = {}
     for name, needed in named(score).items():
@@ -397,8 +404,8 @@ def context_of(score: Any, context: Mapping[str, Any]) -> dict[str, Any]:
         elif needed:
             way = f"give {name}=" if name in context else "bind it"
             raise FwtError(
-                f"the score {_name(score)} needs {name}=: {way}, or functools.partial("
-                f"{_name(score)}, {name}=...)"
+                f"{place}the score {_name(score)} needs {name}=: {way}, "
+                f"or functools.partial({_name(score)}, {name}=...)"
             )
     return found
 
@@ -432,6 +439,11 @@ def _grouped(fit: patterns.Groups, key: Any, last: bool, arrays: Any) -> tuple[A
 def _pooled(windows: patterns.Windows, plain: bool, worth: Any) -> Any:
     worth = worth.astype(_tree.wide_dtype(worth.dtype))
     return windows.pooled(jnp.abs(worth) if plain else worth)
+
+
+def _living(fit: Any, mask: Any) -> Any:
+    """Which units of a pattern have a weight that is kept."""
+    return _any(fit, mask) if isinstance(fit, patterns.Windows) else mask
 
 
 @functools.partial(jax.jit, static_argnums=0)

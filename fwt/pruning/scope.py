@@ -31,6 +31,7 @@ class Leaf(NamedTuple):
         worth: an array of what they are worth, which may be signed.
         dead: how many of them are gone already; None where that does not count.
         alive: a mask of those that are not; None if all are.
+        least: how many of them go at least.
     """
 
     path: str
@@ -40,6 +41,7 @@ class Leaf(NamedTuple):
     worth: Any
     dead: Any = None
     alive: Any = None
+    least: Any = 0
 
 
 def check(scope: Any) -> None:
@@ -91,14 +93,15 @@ def allocate(
     dead = [x.dead for x in leaves]
     if isinstance(scope, Mapping):
         each = shares(scope, [x.path for x in leaves], sparsity)
-        return False, _capped(_counted(each, sizes, dead, like), leaves)
+        return False, _bounded(_counted(each, sizes, dead, like), leaves)
     if scope == "layer":
-        return False, _capped(_counted([sparsity] * len(leaves), sizes, dead, like), leaves)
+        each = [sparsity] * len(leaves)
+        return False, _bounded(_counted(each, sizes, dead, like), leaves)
     gone = _sum(dead) if like == "torch" else None
     (k,) = _counted([sparsity], [sum(sizes)], [gone], like)
+    k = _largest(k, _sum([x.least for x in leaves]))
     if scope in ("global", "normalized"):
-        most = sum(x.most for x in leaves)
-        return True, [min(k, most) if isinstance(k, int) else _least(k, wide(most))]
+        return True, [_least(k, sum(x.most for x in leaves))]
     if scope == "lamp":
         return False, _lamp(leaves, k)
     return False, _erk(leaves, sparsity, k, like)
@@ -113,16 +116,24 @@ def _sum(counts: Sequence[Any]) -> Any:
     return out
 
 
-def _least(a: Wide, b: Wide) -> Wide:
+def _least(a: Any, b: Any) -> Any:
+    if isinstance(a, int) and isinstance(b, int):
+        return min(a, b)
+    a, b = wide(a), wide(b)
     smaller = less(a, b)
     return Wide(*(jnp.where(smaller, x, y) for x, y in zip(a, b, strict=True)))
 
 
-def _capped(ks: Sequence[Any], leaves: Sequence[Leaf]) -> list[Any]:
-    return [
-        k if x.most == x.size else min(k, x.most) if isinstance(k, int) else _least(k, wide(x.most))
-        for k, x in zip(ks, leaves, strict=True)
-    ]
+def _largest(a: Any, b: Any) -> Any:
+    if isinstance(b, int) and (isinstance(a, int) or b == 0):
+        return max(a, b) if isinstance(a, int) else a
+    least = _least(a, b)
+    return minus(plus(wide(a), wide(b)), least)
+
+
+def _bounded(ks: Sequence[Any], leaves: Sequence[Leaf]) -> list[Any]:
+    ks = [_largest(k, x.least) for k, x in zip(ks, leaves, strict=True)]
+    return [k if x.most == x.size else _least(k, x.most) for k, x in zip(ks, leaves, strict=True)]
 
 
 def _counted(
@@ -227,7 +238,8 @@ def _erk(leaves: Sequence[Leaf], sparsity: Any, k: Any, like: Any) -> list[Any]:
     row = xp.argmax(scale * top <= 1)
     density = xp.where(xp.asarray(dense)[row], 1.0, scale[row] * raw)
     if like in ("jaxpruner", "tfmot"):
-        return _counted(list(1 - density), [x.size for x in leaves], [None] * len(leaves), like)
+        each = list(1 - density)
+        return _bounded(_counted(each, [x.size for x in leaves], [None] * len(each), like), leaves)
     caps: Any = sizes
     if leaves[0].dead is not None:  # what is gone stays so, where the count allows it
         left = [minus(wide(x.size), wide(x.dead)) if xp is jnp else x.size - x.dead for x in leaves]

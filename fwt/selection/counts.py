@@ -41,6 +41,7 @@ def less(a: Wide, b: Wide) -> Array:
 
 def difference(a: Wide, b: Wide) -> Array:
     """The difference as float32, exact where it is small."""
+    a, b = (Wide(*map(jnp.asarray, x)) for x in (a, b))
     high = lax.bitcast_convert_type(a.high - b.high, jnp.int32)
     low = lax.bitcast_convert_type(a.low - b.low, jnp.int32)
     return high.astype(jnp.float32) * 65536.0 + low.astype(jnp.float32)

@@ -694,3 +694,157 @@ def test_inject_hyperparams_says_what_it_needs():
     assert gone(state.inner_state.masks)["a/kernel"] == 42
     with pytest.raises(fwt.FwtError, match="or a score, found True"):
         sparsify(optax.adam(0.1), 0.5, regrow=True)
+
+
+# -- masks of the start -----------------------------------------------------------------------
+
+RISING, FALLING = (lambda n: 0.3 * jnp.minimum(n, 3)), (lambda n: 0.8 - 0.2 * jnp.minimum(n, 4))
+START = {
+    "a number below": (0.5, {}),
+    "a schedule that rises": (RISING, {}),
+    "a schedule that falls": (FALLING, {}),
+    "global": (RISING, {"scope": "global"}),
+    "normalized": (0.5, {"scope": "normalized"}),
+    "erk": (RISING, {"scope": "erk"}),
+    "lamp": (0.5, {"scope": "lamp"}),
+    "dict": (RISING, {"scope": {"a/*": 1.0, "b/*": 0.5}}),
+    "torch": (0.1, {"like": "torch"}),
+    "jaxpruner": (RISING, {"like": "jaxpruner"}),
+    "block": (0.5, {"pattern": fwt.patterns.block((4, 1)), "where": "a/kernel"}),
+    "n_m": (0.5, {"pattern": fwt.patterns.n_m(2, 4), "where": "a/kernel"}),
+    "all of n_m": (None, {"pattern": fwt.patterns.n_m(2, 4), "where": "a/kernel"}),
+    "regrow": (RISING, {"regrow": "rigl"}),
+    "regrow erk": (0.5, {"regrow": "set", "scope": "erk"}),
+    "straight_through": (0.5, {"straight_through": True}),
+    "rewind": (RISING, {"rewind": 0}),
+}
+
+
+@pytest.mark.parametrize("name", START)
+def test_a_sparsity_below_that_of_the_start_brings_nothing_back(name):
+    sparsity, settings = START[name]
+    begin = fwt.masks(0.65, S.random, key=4)(weights())
+    if name == "block":
+        begin = fwt.masks(0.65, pattern=settings["pattern"], where="a/kernel")(weights())
+    start = kernels(begin)
+    tx = sparsify(optax.adam(0.05), sparsity, masks=begin, every=1, key=0, **settings)
+    jointly = settings.get("scope") in ("global", "normalized", "erk", "lamp")
+    moved = False
+    for n, (_, state) in enumerate(run(tx, 5, compiled=name == "global")[1:], 1):
+        value = sparsity(n) if callable(sparsity) else sparsity
+        masks = {p: m for p, m in kernels(state.masks).items() if m.shape}
+        for path, mask in masks.items():
+            moved |= (mask & ~start[path]).any()
+        pruned = {p: (~m).sum() for p, m in masks.items()}
+        least = {p: (~start[p]).sum() for p in masks}
+        if jointly:
+            size = sum(m.size for m in masks.values())
+            share = round(float(np.float32(value)) * size)
+            assert sum(pruned.values()) == max(share, sum(least.values())), n
+        elif settings.get("like") != "torch" and "n_m" not in name:
+            for path, mask in masks.items():
+                share = float(np.float32(value)) * (
+                    settings["scope"][f"{path[0]}/*"] if name == "dict" else 1
+                )
+                if name == "jaxpruner":
+                    share = 1 - max(round(mask.size * (1 - share)), 1) / mask.size
+                assert pruned[path] == max(round(share * mask.size), least[path]), (n, path)
+    # What is exchanged or trained densely may come back, but no more of it than goes.
+    assert moved == (name in ("regrow", "regrow erk", "straight_through"))
+
+
+def test_the_start_under_scan_and_vmap_over_traced_schedules():
+    begin = fwt.masks(0.65, S.random, key=4)(weights())
+    params = fwt.apply_masks(begin)(weights())
+
+    def train(target):
+        tx = sparsify(
+            optax.adam(0.05), lambda n: target * jnp.clip(n / 4, 0, 1), masks=fwt.masks_of, every=1
+        )
+
+        def step(carry, n):
+            params, state = carry
+            updates, state = tx.update(jax.tree.map(jnp.cos, params), state, params)
+            params = optax.apply_updates(params, updates)
+            return (params, state), (params["a"]["kernel"] == 0).sum()
+
+        return jax.lax.scan(step, (params, tx.init(params)), jnp.arange(5))[1]
+
+    gone = jax.jit(jax.vmap(train))(jnp.array([0.0, 0.5, 0.9]))
+    at_start = round(0.65 * 84)
+    full = [max(round(0.9 * min(n, 4) / 4 * 84), at_start) for n in range(1, 6)]
+    assert gone.tolist() == [[at_start] * 5, [at_start] * 5, full]
+
+
+# -- regrowth ---------------------------------------------------------------------------------
+
+WITH_SIZES = {
+    "adam": lambda: optax.adam(1.0),
+    "adabelief": lambda: optax.adabelief(1.0),
+    "amsgrad": lambda: optax.amsgrad(1.0),
+    "rmsprop": lambda: optax.rmsprop(1.0),
+    "adagrad": lambda: optax.adagrad(1.0),
+    "nadamw": lambda: optax.nadamw(1.0, weight_decay=0.0),
+    "adafactor": lambda: optax.adafactor(1.0, multiply_by_parameter_scale=False),
+    "lion": lambda: optax.lion(1.0),
+    "momentum": lambda: optax.sgd(1.0, 0.9),
+    "injected": lambda: optax.inject_hyperparams(optax.adam)(learning_rate=1.0),
+    "chain": lambda: optax.chain(optax.clip(1.0), optax.scale_by_adam(), optax.scale(-1.0)),
+}
+
+
+@pytest.mark.parametrize("name", thorough_but(2, WITH_SIZES))
+def test_weights_that_grow_step_no_further_than_others(name):
+    """Each weight's gradient is noise of one size, so no step is to stand out, then or later."""
+    tx = sparsify(WITH_SIZES[name](), 0.5, regrow="rigl", regrow_fraction=0.4, every=1000)
+    params = jax.tree.map(lambda x: 1e4 * x, weights())  # so far off zero that the order stays
+
+    def step(carry, n):
+        state, params = carry
+        key = jax.random.fold_in(jax.random.key(3), n)
+        noise = jax.random.rademacher(key, (12, 7), jnp.float32)
+        grads = {**params, "a": {"kernel": noise, "bias": jnp.ones(7)}}
+        before = state.masks["a"]["kernel"]
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        after = state.masks["a"]["kernel"]
+        return (state, params), (jnp.abs(updates["a"]["kernel"]), before, after)
+
+    scan = jax.jit(lambda carry: jax.lax.scan(step, carry, jnp.arange(1, 1061))[1])
+    steps, before, after = map(np.asarray, scan((tx.init(params), params)))
+    grown = after[999] & ~before[999]
+    others = after[999] & before[999]
+    assert grown.sum() >= 5
+    for late in range(1000, 1060):
+        assert steps[late][grown].max() <= 1.3 * steps[1000:][:, others].max(), late
+    assert steps[1000:][:, grown].min(0).max() > 0
+
+
+def test_a_copy_of_the_weights_grows_from_zero_as_they_do():
+    params = jax.tree.map(lambda x: jnp.abs(x) + 0.1, weights())
+    tx = optax.contrib.schedule_free_adamw(1e-3)
+    tx = sparsify(tx, 0.5, regrow="rigl", regrow_fraction=0.5, every=4)
+    seen = run(tx, 5, params)
+    grown = kernels(seen[4][1].masks)["a/kernel"] & ~kernels(seen[3][1].masks)["a/kernel"]
+    assert grown.any()
+    inner = seen[5][1].inner
+    assert np.abs(inner.z["a"]["kernel"])[grown].max() < 0.02
+    assert np.abs(kernels(seen[5][0])["a/kernel"])[grown].max() < 0.02
+    assert (
+        np.abs(inner.z["a"]["kernel"])[~grown & kernels(seen[5][1].masks)["a/kernel"]].min() > 0.1
+    )
+
+
+def test_what_is_exchanged_follows_the_schedule_and_ends():
+    share = fwt.schedules.cosine(0.5, 12)
+    settings = {"regrow": smallest_first, "regrow_fraction": share, "every": 4}
+    seen = run(sparsify(optax.sgd(0.01), 0.5, where="a/kernel", **settings), 20)
+    masks = [kernels(state.masks)["a/kernel"] for _, state in seen]
+    pull = jax.tree.map(jnp.add, weights(101), weights())
+    moved = jax.tree.map(lambda p, g: p - 0.01 * g, weights(), pull)
+    # Nothing is exchanged when the masks are first drawn.
+    assert np.array_equal(masks[1], kernels(fwt.masks(0.5, where="a/kernel")(moved))["a/kernel"])
+    exchanged = [int((new & ~old).sum()) for old, new in itertools.pairwise(masks[1:])]
+    expected = {n: round(float(share(n)) * 42) for n in (4, 8)}
+    assert exchanged == [expected.get(n, 0) for n in range(2, 21)]
+    assert expected == {4: 16, 8: 5}

@@ -4,7 +4,7 @@
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -52,13 +52,13 @@ def apart(
 ) -> Apart:
     """How far two arrays of one shape (n, ...) are from each other.
 
-    A row is allowed ten roundings of its largest value, and ten times what ``noise`` says that
-    rounding moves it.
+    A row is allowed ten roundings of its largest value, and ten times what rounding was measured
+    to move it.
 
     Args:
         a: an output.
         b: the other output.
-        noise: how far outputs move when every number that they come from moves by a rounding.
+        noise: how far rounding moves the outputs of a model, as :func:`rounding` measures it.
         eps: of the dtype that the outputs are computed in.
         tolerance: in place of all this, relative to the largest value of the row.
         axis: where the channels are, whose values at one position have one scale.
@@ -76,7 +76,7 @@ def apart(
         for one in noise:
             moved = _vectors(one, axis)
             moved = np.max(moved, axis=-1, where=np.isfinite(moved), initial=0.0)
-            # At few positions rounding may happen to cancel: they get at least what most do.
+            # At a few positions rounding happens to cancel: they get at least what most do.
             own = np.maximum(own, eps * scale + np.maximum(moved, np.median(moved, 1)[:, None]))
         allowed = ROUNDINGS * own if tolerance is None else tolerance * scale
         off = np.max(gap, axis=-1)
@@ -97,12 +97,6 @@ def apart(
     )
 
 
-def distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The absolute difference of two arrays, in double precision."""
-    with np.errstate(all="ignore"):
-        return np.abs(a.astype(np.float64) - b.astype(np.float64))
-
-
 def _vectors(x: np.ndarray, axis: int) -> np.ndarray:
     """As (rows, positions, numbers of one scale), in double precision."""
     if x.dtype.kind == "c":
@@ -121,17 +115,40 @@ def eps_of(dtypes: Iterable[Any]) -> float:
 
 
 def nudged(x: Any, by: float) -> Any:
-    """The array, each number moved by a part ``by`` of itself, if they are floats."""
+    """The array, each number made larger or smaller by a part ``by`` of itself; what is no array
+    of floats as it is. The same numbers grow each time."""
     if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
         return x
     x = np.asarray(x)
     if abs(by) < float(jnp.finfo(x.dtype).eps):  # stored with fewer bits than are computed with
         x = x.astype(np.float32)
-    return np.asarray(x * x.dtype.type(1 + by))
+    grows = np.random.default_rng(x.size).integers(0, 2, x.shape, np.int8)
+    return np.asarray(x * np.where(grows, 1 + by, 1 - by).astype(x.dtype))
+
+
+def rounding(run: Callable[[float], Any], before: Any, eps: float) -> list[np.ndarray]:
+    """How far rounding moves each output of a model, measured.
+
+    The inputs and weights are moved a little, once forth and once back. What does not cancel in the
+    sum of both changes is no smooth function of them: it is the rounding of the model's own
+    computation. To this comes how far a rounding of each input and weight moves the outputs.
+
+    Args:
+        run: the outputs of the model whose inputs and weights are :func:`nudged` by a part.
+        before: the outputs as they are.
+        eps: of the dtype that it computes in.
+    """
+    by = math.sqrt(eps) / 8
+    found = []
+    with np.errstate(all="ignore"):
+        for up, down, now in zip(run(by), run(-by), before, strict=True):
+            up, down, now = (np.asarray(v).astype(np.float64) for v in (up, down, now))
+            found.append(np.abs(up + down - 2 * now) / 2 + np.abs(up - down) / 2 * (eps / by))
+    return found
 
 
 def numbers(sizes: Sequence[int], half: bool = False) -> np.ndarray:
-    """Inputs (9, \\*sizes) of float32 that reach where functions part: ordinary ones, then ones of
+    """Inputs (9, ...) of float32 that reach where functions part: ordinary ones, then ones of
     which half is zero, all zeros, ones, large, the same negated, small ones, all magnitudes, the
     same negated.
 
@@ -146,7 +163,7 @@ def numbers(sizes: Sequence[int], half: bool = False) -> np.ndarray:
     rows[2], rows[3] = 0, 1
     rows[4] *= 10 if half else 100
     rows[5] = -rows[4]
-    rows[6] *= 1e-3
+    rows[6] *= 1e-2
     count, end = math.prod(sizes), 3 if half else 8
     spread = 10.0 ** (np.linspace(end, -end, count) if count > 1 else np.full(count, end))
     rows[7] = rng.permutation(spread * (-1) ** np.arange(count)).reshape(sizes)
@@ -155,7 +172,7 @@ def numbers(sizes: Sequence[int], half: bool = False) -> np.ndarray:
 
 
 def whole_numbers(count: int, sizes: Sequence[int], all_of: Sequence[int] = ()) -> np.ndarray:
-    """Inputs (n, \\*sizes) of int32 below ``count``: any, any of which half is zero, all zeros, the
+    """Inputs (n, ...) of int32 below ``count``: any, any of which half is zero, all zeros, the
     largest, and then rows with all of the given ones."""
     rng = np.random.default_rng(0)
     rows = rng.integers(0, count, (4, *sizes))

@@ -13,10 +13,15 @@ from fwt.converters import io as _io
 from fwt.converters import judge
 from fwt.converters.onnx import graph as _graph
 from fwt.converters.onnx import read
-from fwt.converters.verification.sides import Side, Taps, layer_name
+from fwt.converters.verification.sides import Side, Taps, layer_name, takes_first
 
-_SPATIAL = ("Conv", "ConvTranspose", "MaxPool", "AveragePool", "BatchNormalization", "PRelu",
-            "GlobalAveragePool", "GlobalMaxPool", "InstanceNormalization")  # fmt: skip
+_KINDS = {"BatchNormalization": "BatchNorm2d", "PRelu": "BatchNorm2d",
+          "InstanceNormalization": "BatchNorm2d", "GroupNormalization": "GroupNorm",
+          "Resize": "Upsample"}  # fmt: skip
+
+
+def _permutes(node: Any) -> tuple[int, ...] | None:
+    return next((tuple(a.ints) for a in node.attribute if node.op_type == "Transpose"), None)
 
 
 def side(path: Path, external: bool) -> Side:
@@ -99,12 +104,11 @@ def side(path: Path, external: bool) -> Side:
     def model() -> Model:
         return read.from_onnx(path, external_data=external)
 
-    takers = (n for n in graph.node if inputs[0].name in n.input and n.op_type != "Shape")
-    first = next(takers, None)
-    channels_first = first is not None and first.op_type in _SPATIAL and len(shape) > 2
+    kinds = [(_KINDS.get(n.op_type, n.op_type), _permutes(n)) for n in graph.node]
+    channels_first = takes_first(kinds, True)
     table: Any = next((weights[n.input[0]] for n in graph.node if n.op_type == "Gather"
                        and n.input[0] in weights), None)  # fmt: skip
     count = int(table.dims[0]) if np.dtype(dtype).kind in "iu" and table is not None else None
     rows = _graph.array_of(table, path, external) if count is not None else None
     return Side(run, shape[1:], channels_first, model, count, rows, True, list(floats.values()),
-                model_as_is=True)  # fmt: skip
+                model_first=channels_first)  # fmt: skip

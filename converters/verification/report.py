@@ -29,8 +29,8 @@ class Line:
         status: "exact" (bit for bit), "close", "reordered" (the same values in another order, as
             behind a Flatten), "differs", "not compared" (nothing in it is finite, or rounding
             alone moves it by more than its size), or "only in the first" or "second" model.
-        allowed: how many units that row may be off: ten roundings of its own, and ten times what
-            rounding before it makes of it.
+        allowed: how many units that row may be off: ten of its own, and ten times what rounding
+            inside the models makes of it.
     """
 
     name: str

@@ -3,7 +3,7 @@
 import copy
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ from flax import nnx
 from fwt._sequential import Sequential, call
 from fwt._types import ConversionError, Model
 from fwt.converters import judge
+from fwt.converters.rows import table
 from fwt.converters.rows.row import joined
 
 Taps = dict[str, np.ndarray]
@@ -36,7 +37,36 @@ class Side:
     turned: bool = False  # whether channels may come first inside
     dtypes: Sequence[Any] = ()  # of its weights
     computes: Sequence[Any] = ()  # dtypes that it computes in and its outputs don't tell
-    model_as_is: bool = False  # whether the Flax model takes the channels where this one does
+    model_first: bool = False  # whether channels come first at the ends of its Flax model
+
+
+def takes_first(layers: Iterable[tuple[str, Sequence[int] | None]], inside: bool) -> bool:
+    """Whether channels come first in the input of a chain.
+
+    Args:
+        layers: each layer's class, and, if it permutes axes, how.
+        inside: whether layers over windows have them first.
+    """
+    turned = False
+    for kind, dims in layers:
+        n = len(dims or ())
+        if n > 2 and tuple(dims or ()) in ((0, *range(2, n), 1), (0, n - 1, *range(1, n - 1))):
+            turned = not turned
+        rows = table.rows_of("torch", kind)
+        if kind.startswith(_WINDOWS) or "Pool" in kind or any(row.channel for row in rows):
+            return inside != turned
+    return False
+
+
+_WINDOWS = ("Conv", "BatchNorm2d", "BatchNorm3d", "Upsampl")
+
+
+def _permutes(layer: Any) -> tuple[int, ...] | None:
+    """How a layer of Flax, torch or Keras permutes all axes."""
+    dims = getattr(layer, "dims", None) if type(layer).__name__ == "Permute" else None
+    if dims is None or 0 in dims:
+        return None if dims is None else tuple(dims)
+    return (0, *dims)  # Keras counts from the first axis behind the batch
 
 
 def flax_side(model: Model) -> Side:
@@ -59,9 +89,22 @@ def flax_side(model: Model) -> Side:
     own: Any = dict(model.variables).get("params", {})
     for part in parts:
         own = own.get(part, {})
-    table = own.get("embedding") if hasattr(own, "get") else None
+    rows = own.get("embedding") if hasattr(own, "get") else None
     dtypes = [v.dtype for v in jax.tree.leaves(model.variables) if hasattr(v, "dtype")]
-    return Side(run, model.module.input_shape, False, lambda: model, count, table, dtypes=dtypes)
+    channels_first = takes_first(_kinds(model.module), False)
+    return Side(run, model.module.input_shape, channels_first, lambda: model, count, rows,
+                dtypes=dtypes, model_first=channels_first)  # fmt: skip
+
+
+def _kinds(module: Any) -> Iterator[tuple[str, Any]]:
+    """Of each layer its class, and how it permutes axes."""
+    for entry in module.layers:
+        layer = getattr(entry, "layer", entry)
+        layer = getattr(layer, "layer", layer)  # a linen layer inside nnx
+        if hasattr(layer, "layers"):
+            yield from _kinds(layer)
+        else:
+            yield type(layer).__name__, _permutes(layer)
 
 
 def _through(
@@ -106,9 +149,12 @@ def nnx_side(model: Any) -> Side:
 
     first = model.layers[0] if type(model) is nnx.Sequential and model.layers else None
     count = first.num_embeddings if isinstance(first, nnx.Embed) else None
-    table = first.embedding[...] if isinstance(first, nnx.Embed) else None
+    rows = first.embedding[...] if isinstance(first, nnx.Embed) else None
     dtypes = [v.dtype for v in jax.tree.leaves(nnx.state(model)) if hasattr(v, "dtype")]
-    return Side(run, None, False, converted, count, table, dtypes=dtypes)
+    kinds = _kinds(model) if type(model) is nnx.Sequential else ()
+    channels_first = takes_first(kinds, False)
+    return Side(run, None, channels_first, converted, count, rows, dtypes=dtypes,
+                model_first=channels_first)  # fmt: skip
 
 
 def layer_name(parts: Sequence[str]) -> str:
@@ -150,13 +196,15 @@ def keras_side(model: Any) -> Side:
     own = tuple(shape[1:]) if isinstance(shape, tuple) else None
     first = next((x for x in model.layers if not isinstance(x, keras.layers.InputLayer)), None)
     formats = {getattr(x, "data_format", None) for x in model.layers}
-    last = "channels_first" in formats
+    inside = "channels_first" in formats
+    channels_first = takes_first(_kinds(model), inside)
     count = getattr(first, "input_dim", None)
-    table = first.get_weights()[0] if isinstance(first, keras.layers.Embedding) else None
+    rows = first.get_weights()[0] if isinstance(first, keras.layers.Embedding) else None
     dtypes = [v.dtype for v in model.variables]
     computes = {str(x.compute_dtype) for x in model._flatten_layers()}
-    return Side(run, own, last, lambda: _keras.from_keras(model), count, table, last,
-                [_dtype(d) for d in dtypes], [_dtype(d) for d in computes])  # fmt: skip
+    return Side(run, own, channels_first, lambda: _keras.from_keras(model), count, rows, inside,
+                [_dtype(d) for d in dtypes], [_dtype(d) for d in computes],
+                channels_first and not inside)  # fmt: skip
 
 
 def _dtype(name: Any) -> Any:
@@ -181,16 +229,17 @@ def torch_side(model: Any) -> Side:
     weights = [w for w in (*model.parameters(), *model.buffers()) if w.is_floating_point()]
 
     def run(x: np.ndarray, by: float = 0.0) -> tuple[np.ndarray, Taps]:
-        given = torch.from_numpy(np.ascontiguousarray(x))
-        if given.is_floating_point() and weights:
-            given = given.to(weights[0].dtype)
+        given = tensor(x)
+        if weights:
+            like = weights[0]
+            given = given.to(like.device, like.dtype if given.is_floating_point() else None)
         if not by:
             return through(model, given)
         moved = copy.deepcopy(model)
         with torch.no_grad():
             for w in itertools.chain(moved.parameters(), moved.buffers()):
                 if w.is_floating_point():
-                    w.mul_(1 + by)
+                    w.copy_(tensor(judge.nudged(array(w), by)))
         return through(moved, given)
 
     def through(model: Any, given: Any) -> tuple[np.ndarray, Taps]:
@@ -218,31 +267,25 @@ def torch_side(model: Any) -> Side:
                 module.training = training
         return array(y), taps
 
+    def tensor(x: np.ndarray) -> Any:
+        """A copy, for a layer may work in place."""
+        return torch.tensor(x.astype(np.float32) if x.dtype == ml_dtypes.bfloat16 else x)
+
     def array(y: Any) -> np.ndarray:
-        y = y.detach().cpu()
+        y = y.detach().cpu().clone()  # the next layer may work in place
         if y.dtype == torch.bfloat16:
             return y.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return y.numpy()
 
-    spatial = (
-        "Conv",
-        "Pool",
-        "BatchNorm2d",
-        "BatchNorm3d",
-        "InstanceNorm",
-        "GroupNorm",
-        "Upsample",
-    )
-    kinds = [type(m).__name__ for m in model.modules()]
-    turned = kinds[1:2] == ["Permute"]  # it takes the channels last itself
-    first = any(k.startswith(spatial) or "Pool" in k for k in kinds) and not turned
+    kinds = ((type(m).__name__, _permutes(m)) for m in model.modules())
+    channels_first = takes_first(kinds, True)
     leaf = next((m for m in model.modules() if not list(m.children())), None)
     starts = isinstance(leaf, torch.nn.Embedding)
     count = leaf.num_embeddings if starts else None
-    table = array(leaf.weight) if starts else None
+    rows = array(leaf.weight) if starts else None
 
     def converted() -> Model:
         return _torch.from_torch(model)
 
-    return Side(run, None, first, converted, count, table, True,
+    return Side(run, None, channels_first, converted, count, rows, True,
                 [array(w.flatten()[:1]).dtype for w in weights])  # fmt: skip

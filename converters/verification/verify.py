@@ -39,9 +39,9 @@ def verify(
     """Feeds two models the same inputs and compares the outputs of every layer.
 
     Each row of the batch is judged by its own scale, its largest value, and each position of an
-    image or a sequence by its own. A row may be off by ten roundings, of its scale and of
-    everything that it is computed from: how far these move it is found by running both models once
-    more, with every input and weight moved by a rounding.
+    image or a sequence by its own. A row may be off by ten roundings. Where two models are
+    further apart than ten roundings of their outputs, it is measured how far those inside the
+    models move the outputs: both run twice more, with inputs and weights that are a little other.
 
     Args:
         a: a live Keras model, a torch or nnx module, a ``fwt.Model``, or a file with a model.
@@ -82,6 +82,10 @@ def verify(
         output = Line("output", x.shape, 0.0, 0.0, 0, "not compared")
         return Report(False, None, (), (), output, (_nothing(x, output),))
     lines, output, lost = _lines(one, other, x, tolerance)
+    if one.channels_first != other.channels_first and one.turned == other.turned:
+        ends = ("first", "last") if other.channels_first else ("last", "first")
+        notes.append(f"the second model takes channels {ends[0]}, the first takes them {ends[1]}: "
+                     "its inputs were turned")  # fmt: skip
     if lost:
         rows = ", ".join([*map(str, lost[:9]), *(["..."] if len(lost) > 9 else [])])
         notes.append(f"not compared: what is NaN in both outputs, in the rows {rows}")
@@ -95,7 +99,7 @@ def verify(
     try:
         models = one.model(), other.model()
         weights = tuple(_weights(*models))
-        unseen = _unseen(one, models, x) if ok and weights else None
+        unseen = _unseen(one, models, x) if ok and weights and tolerance is None else None
         if unseen is not None:
             ok, first = False, unseen
             notes.append(f"no output shows the other weights of {unseen}: the difference was made "
@@ -161,9 +165,9 @@ def _lines(
     found = told()
     if tolerance is not None or all(n.status != "differs" for n in (*found[0], found[1])):
         return found
-    # More than ten roundings of its own: only now are two more runs worth their time.
-    _shake(one, x, mine, eps)
-    _shake(other, there, theirs, -eps)
+    # More than ten roundings of its own: only now is measuring them worth its time.
+    _measure(one, x, mine, eps)
+    _measure(other, there, theirs, eps)
     return told()
 
 
@@ -182,15 +186,19 @@ def _ran(side: Side, x: np.ndarray, which: str, by: float = 0.0) -> Held:
     return {**{name: Outputs(v) for name, v in taps.items()}, None: Outputs(output)}
 
 
-def _shake(side: Side, x: np.ndarray, held: Held, by: float) -> None:
-    """Measures how far the outputs move with the inputs and weights, each moved by a part."""
+def _measure(side: Side, x: np.ndarray, held: Held, eps: float) -> None:
+    """Adds how far rounding moves each output."""
+
+    def run(by: float) -> list[np.ndarray]:
+        now = _ran(side, judge.nudged(x, by), "nudged", by)
+        return [now[name].value for name in held]
+
     try:
-        shaken = _ran(side, judge.nudged(x, by), "shaken", by)
+        found = judge.rounding(run, [held[name].value for name in held], eps)
     except ConversionError:  # a model that can't be copied is allowed its own roundings alone
         return
-    for name, now in shaken.items():
-        before = held[name].value
-        held[name] = Outputs(before, judge.distance(now.value, before))
+    for (name, before), moved in zip(list(held.items()), found, strict=True):
+        held[name] = Outputs(before.value, moved)
 
 
 def _moved(x: np.ndarray, now: bool, then: bool) -> np.ndarray:
@@ -226,33 +234,29 @@ def _unseen(one: Side, models: tuple[Model, Model], x: np.ndarray) -> str | None
     steps: dict[str, np.ndarray] = {}
     largest = 0.0
     for path, a, b in _pairs(*models):
-        if a.shape != b.shape or not jnp.issubdtype(a.dtype, jnp.floating):
-            continue
-        a, b = a.astype(float), b.astype(float)
-        axes = tuple(range(max(a.ndim - 1, 1))) if a.ndim else None
-        scale = np.max(np.maximum(np.abs(a), np.abs(b)), axis=axes, keepdims=True)
-        far = np.abs(b - a) > judge.ROUNDINGS * judge.eps_of([a.dtype]) * scale
-        if far.any():
-            steps[path] = np.where(far, b - a, 0.0)
-            largest = max(
-                largest, float(np.max(np.abs(b - a)[far] / np.broadcast_to(scale, a.shape)[far]))
-            )
-    if not steps or largest > _LARGER:
+        if a.size and a.shape == b.shape and jnp.issubdtype(a.dtype, jnp.floating):
+            own, step = np.abs(a.astype(float)), b.astype(float) - a.astype(float)
+            axes = tuple(range(max(a.ndim - 1, min(a.ndim, 1))))
+            scale = np.maximum(own, np.abs(b.astype(float))).max(axes, keepdims=True)
+            part = np.abs(step) / np.where(scale, scale, 1)
+            far = part > judge.ROUNDINGS * judge.eps_of([a.dtype])
+            if far.any():
+                steps[path] = np.where(far, step, 0.0)
+                largest = max(largest, float(part.max()))
+    if not steps or not largest < _LARGER:
         return None
     tree = _tree.Tree({"params": dict(models[0].variables)})
-    new = {
-        path: (np.asarray(tree.leaves[path]) + _LARGER / largest * step).astype(
-            tree.leaves[path].dtype
-        )
-        for path, step in steps.items()
-    }
+    old = {path: np.asarray(tree.leaves[path]) for path in steps}
+    new = {path: (old[path] + _LARGER / largest * step).astype(old[path].dtype)
+           for path, step in steps.items()}  # fmt: skip
     wider = Model(models[0].module, tree.replace(new)["params"])
-    sides = flax_side(models[0]), flax_side(wider)
-    line = _lines(*sides, x if one.model_as_is else _moved(x, one.channels_first, False))[1]
-    return None if line.status != "differs" else "/".join(_tree.split(next(iter(steps)))[1:-1])
+    given = _moved(x, one.channels_first, one.model_first)
+    if _lines(flax_side(models[0]), flax_side(wider), given)[1].status != "differs":
+        return None
+    return "/".join(_tree.split(next(iter(steps)))[1:-1])
 
 
-_LARGER = 2.0**-4  # how large a difference is made, relative to the weights
+_LARGER = 2.0**-4  # of the weights' scale: how large their difference is made
 
 
 def _side(model: Any, external: bool = False) -> Side:

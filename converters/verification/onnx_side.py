@@ -13,7 +13,7 @@ from fwt.converters import io as _io
 from fwt.converters import judge
 from fwt.converters.onnx import graph as _graph
 from fwt.converters.onnx import read
-from fwt.converters.verification.sides import Side, Taps, layer_name, takes_first
+from fwt.converters.verification.sides import Side, Taps, layer_name, some_integers, takes_first
 
 _KINDS = {"BatchNormalization": "BatchNorm2d", "PRelu": "BatchNorm2d",
           "InstanceNormalization": "BatchNorm2d", "GroupNormalization": "GroupNorm",
@@ -108,7 +108,8 @@ def side(path: Path, external: bool) -> Side:
     channels_first = takes_first(kinds, True)
     table: Any = next((weights[n.input[0]] for n in graph.node if n.op_type == "Gather"
                        and n.input[0] in weights), None)  # fmt: skip
-    count = int(table.dims[0]) if np.dtype(dtype).kind in "iu" and table is not None else None
-    rows = _graph.array_of(table, path, external) if count is not None else None
+    count, rows = some_integers(dtype), None
+    if count is not None and table is not None:
+        count, rows = int(table.dims[0]), _graph.array_of(table, path, external)
     return Side(run, shape[1:], channels_first, model, count, rows, True, list(floats.values()),
                 model_first=channels_first)  # fmt: skip

@@ -198,7 +198,8 @@ def keras_side(model: Any) -> Side:
     formats = {getattr(x, "data_format", None) for x in model.layers}
     inside = "channels_first" in formats
     channels_first = takes_first(_kinds(model), inside)
-    count = getattr(first, "input_dim", None)
+    taken = getattr(next(iter(getattr(model, "inputs", None) or ()), None), "dtype", "float32")
+    count = getattr(first, "input_dim", None) or some_integers(_dtype(taken))
     rows = first.get_weights()[0] if isinstance(first, keras.layers.Embedding) else None
     dtypes = [v.dtype for v in model.variables]
     computes = {str(x.compute_dtype) for x in model._flatten_layers()}
@@ -213,6 +214,11 @@ def _dtype(name: Any) -> Any:
         return jax.numpy.dtype(name)
     except TypeError:
         return np.dtype(bool)
+
+
+def some_integers(dtype: Any) -> int | None:
+    """How many whole numbers an input takes, if its dtype is one of them."""
+    return 10 if np.dtype(dtype).kind in "iu" else None
 
 
 def _trains(layer: Any) -> bool:

@@ -268,7 +268,7 @@ def _is_onnx(path: Path) -> bool:
     return path.is_file() and _format(path).name == "ONNX"
 
 
-def _report(a: Any, b: Any, as_json: bool, tolerance: float = 1e-5) -> None:
+def _report(a: Any, b: Any, as_json: bool, tolerance: float | None = None) -> None:
     from fwt import converters
 
     found = converters.verify(a, b, tolerance=tolerance)
@@ -284,8 +284,12 @@ def verify(
     architecture: ArchitectureOption = None,
     key: KeyOption = None,
     tolerance: Annotated[
-        float, typer.Option(help="Of an output, times the largest if that is more than 1.")
-    ] = 1e-5,
+        float | None,
+        typer.Option(
+            help="How far a row may be off, relative to its largest value; by default ten "
+            "roundings."
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare the predictions of two models, layer by layer; exit code 3 if they differ."""

@@ -21,7 +21,7 @@ fwt.converters.onnx
 fwt.converters.frameworks
 fwt.converters.walk
 fwt.converters.rows
-fwt.converters.io
+fwt.converters.io fwt.converters.judge
 fwt._diff
 fwt.optim fwt.schedules
 fwt._again fwt._moments

@@ -23,6 +23,7 @@ from fwt._nodes import unboxed
 from fwt._sequential import Sequential, call
 from fwt._types import ConversionError
 from fwt.converters import io as _io
+from fwt.converters import judge
 from fwt.converters.frameworks import flax as _flax
 from fwt.converters.onnx import ours
 from fwt.converters.rows.row import joined, refuse
@@ -489,27 +490,6 @@ def _write(
         raise
 
 
-def _tried(
-    module: Any, shape: tuple[int, ...], dtype: np.dtype
-) -> Iterator[tuple[np.ndarray, bool]]:
-    """Inputs for a file to be tried with, and whether the outputs must be near each other: those
-    of large inputs hang on how sums are rounded, so that only their NaN must be the same."""
-    rng = np.random.default_rng(0)
-    if not np.issubdtype(dtype, np.floating):
-        last = _count(module) - 1
-        for batch in (1, 3):
-            yield rng.integers(0, last + 1, (batch, *shape)).astype(dtype), True
-        yield np.zeros((1, *shape), dtype), True
-        yield np.full((1, *shape), last, dtype), True
-        return
-    for batch in (1, 3):
-        yield rng.normal(size=(batch, *shape)).astype(dtype), True
-    yield np.zeros((1, *shape), dtype), True
-    sizes = np.array([1, 4, 16] if dtype.itemsize < 4 else [1, 90, 1e8])
-    signs = rng.integers(-1, 2, (3, *shape))
-    yield (signs * sizes.reshape(3, *[1] * len(shape))).astype(dtype), False
-
-
 def _compare(
     message: bytes, folder: Path, module: Any, variables: Any, shape: Any, dtype: np.dtype
 ) -> None:
@@ -526,33 +506,44 @@ def _compare(
     kind = session.get_outputs()[0].type + session.get_inputs()[0].type
     if "bfloat16" in kind:
         return  # which NumPy can't hand over
-    for x, near in _tried(module, shape, dtype):
-        wanted = np.asarray(call(module, variables, x))
+    leaves = [leaf.dtype for leaf in jax.tree.leaves(variables)]
+    if np.issubdtype(dtype, np.floating):
+        half = any(d.itemsize == 2 for d in (dtype, *leaves))
+        x = judge.numbers(shape, half).astype(dtype)
+    else:
+        x = judge.whole_numbers(_count(module), shape).astype(dtype)
+    for given in (x[:1], x):
+        wanted = np.asarray(call(module, variables, given))
         with refused("to_onnx: onnxruntime can't run it"):
-            (found,) = session.run(None, {"input": x})
-        half = wanted.dtype.itemsize < 4 or any(
-            leaf.dtype.itemsize == 2 for leaf in jax.tree.leaves(variables)
-        )
+            (found,) = session.run(None, {"input": given})
         if found.shape != wanted.shape:
             raise ConversionError(
                 f"to_onnx: onnxruntime gives {list(found.shape)}, expected {list(wanted.shape)}"
             )
-        if not near:
-            if np.any((found != found) != (wanted != wanted)):
-                raise ConversionError(
-                    f"to_onnx: for inputs up to {np.max(np.abs(x)):.0e} onnxruntime gives NaN in "
-                    "other places than the module; nothing is written"
-                )
-            continue
-        with np.errstate(invalid="ignore"):
-            same = (found == wanted) | (np.isnan(found) & np.isnan(wanted))
-            gap = np.where(same, 0.0, np.abs(found.astype(float) - wanted.astype(float)))
-        scale = max(1.0, float(np.max(np.abs(wanted[np.isfinite(wanted)]), initial=0.0)))
-        if not np.max(gap, initial=0.0) <= (2e-2 if half else 1e-4) * scale:
-            raise ConversionError(
-                f"to_onnx: onnxruntime's output differs by {np.max(gap):.3g}; nothing is written. "
-                "verify(model, file) after check=False says from which layer on"
-            )
+    eps = judge.eps_of([*_computed(module, variables, x), found.dtype])
+    told = judge.apart(wanted, found, eps=eps)
+    if not told.equal:
+
+        def run(by: float) -> list[Any]:
+            moved = jax.tree.map(lambda leaf: judge.nudged(leaf, by), variables)
+            return [call(module, moved, judge.nudged(x, by))]
+
+        told = judge.apart(wanted, found, judge.rounding(run, [wanted], eps), eps=eps)
+    if not told.equal:
+        raise ConversionError(
+            f"to_onnx: onnxruntime's output differs by {told.absolute:.3g}, which is "
+            f"{told.ulp:,.0f} units in the last place where {told.allowed:,.0f} may be rounding; "
+            "nothing is written. verify(model, file) after check=False says from which layer on"
+        )
+
+
+def _computed(module: Any, variables: Any, x: Any) -> list[Any]:
+    """The dtypes of what the layers of a module give."""
+
+    def run(variables: Any, x: Any) -> Any:
+        return module.apply(variables, x, capture_intermediates=True, mutable=["intermediates"])
+
+    return [y.dtype for y in jax.tree.leaves(jax.eval_shape(run, variables, x))]
 
 
 @contextlib.contextmanager

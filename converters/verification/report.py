@@ -4,24 +4,33 @@ import dataclasses
 import html
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+
+from fwt.converters import judge
 
 
 @dataclasses.dataclass(frozen=True)
 class Line:
     """One layer on both sides.
 
+    Each row of the batch is judged by its own largest value, and so is each position of an image
+    or a sequence.
+
     Attributes:
         name: of the layer; what one framework says in two layers is one line.
         shape: of its output in the first model, or of the weights.
         absolute: the largest absolute difference of its outputs.
-        relative: the largest of them relative to the largest output of the first model.
-        ulp: the largest difference in units of the last place of float32.
+        relative: the difference in the row that is furthest off, relative to its largest value.
+        ulp: the same in units of the last place of that value, in the coarsest dtype that the
+            models compute in; of weights, the largest difference in units of float32.
         status: "exact" (bit for bit), "close", "reordered" (the same values in another order, as
-            behind a Flatten), "differs", or "only in the first" or "second" model.
+            behind a Flatten), "differs", "not compared" (nothing in it is finite, or rounding
+            alone moves it by more than its size), or "only in the first" or "second" model.
+        allowed: how many units that row may be off: ten of its own, and ten times what rounding
+            inside the models makes of it.
     """
 
     name: str
@@ -30,6 +39,7 @@ class Line:
     relative: float
     ulp: int
     status: str
+    allowed: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +47,8 @@ class Report:
     """What :func:`verify` found.
 
     Attributes:
-        ok: whether the outputs agree to the tolerance.
-        first: the name of the first layer that departs, or None.
+        ok: whether the outputs agree. It is False if nothing could be compared.
+        first: the name of the first layer that departs, if ``ok`` is False and one does.
         layers: a line for each layer that both models have, and those that one has alone.
         weights: a line for each weight that is not the same, bit for bit, in Flax's form.
         output: the line of the output.
@@ -53,14 +63,17 @@ class Report:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        head = "equal" if self.ok else "they differ"
-        if self.first is not None:
-            head += f", from {self.first} on"
         width = max([len(line.name) for line in (*self.layers, self.output)])
         rows = [_row(line, width) for line in (*self.layers, self.output)]
         rows += [f"weight {line.name}: {line.status}, by at most {line.absolute:.3g}"
                  for line in self.weights]  # fmt: skip
-        return "\n".join([head, *rows, *self.notes])
+        return "\n".join([self._head(), *rows, *self.notes])
+
+    def _head(self) -> str:
+        if self.ok:
+            return "equal"
+        head = "nothing is proved" if self.output.status == "not compared" else "they differ"
+        return head if self.first is None else f"{head}, from {self.first} on"
 
     def to_json(self) -> str:
         """All of it as JSON; what is not finite is null."""
@@ -77,43 +90,85 @@ class Report:
     def _repr_html_(self) -> str:
         cells = [
             f"<tr><td>{html.escape(line.name)}</td><td>{line.shape}</td><td>{line.absolute:.3g}</td>"
-            f"<td>{line.relative:.3g}</td><td>{line.ulp}</td><td>{line.status}</td></tr>"
+            f"<td>{line.relative:.3g}</td><td>{line.ulp:,}</td><td>{line.allowed:,.0f}</td>"
+            f"<td>{line.status}</td></tr>"
             for line in (*self.layers, self.output)
         ]
-        titles = "".join(
-            f"<th>{t}</th>" for t in ("layer", "shape", "absolute", "relative", "ULP", "")
-        )
-        head = html.escape(str(self).splitlines()[0])
+        names = ("layer", "shape", "absolute", "relative", "ULP", "allowed", "")
+        titles = "".join(f"<th>{t}</th>" for t in names)
+        head = html.escape(self._head())
         return f"<p>{head}</p><table><tr>{titles}</tr>{''.join(cells)}</table>"
 
 
 def _row(line: Line, width: int) -> str:
-    if line.status.startswith("only"):
+    if line.status in ("exact", "not compared") or line.status.startswith("only"):
         return f"{line.name:{width}}  {line.status}"
+    if line.allowed == 0 and not math.isfinite(line.absolute):
+        return f"{line.name:{width}}  {line.status:9}  the shapes differ"
     return (
         f"{line.name:{width}}  {line.status:9}  absolute {line.absolute:.2e}  relative "
-        f"{line.relative:.2e}  {line.ulp:,} ULP"
+        f"{line.relative:.2e}  {line.ulp:,} ULP of {line.allowed:,.0f} allowed"
     )
 
 
-def compared(name: str, a: np.ndarray, others: Sequence[np.ndarray], tolerance: float) -> Line:
-    """How far an output is from another, given as it is and as it may be turned."""
-    views = [v for v in others if v.shape == a.shape]
-    if not views:
-        return Line(name, a.shape, math.inf, math.inf, 2**31, "differs")
-    lines = [apart(name, a, v, tolerance) for v in views]
-    best = min(lines, key=lambda line: (line.status == "differs", line.absolute))
-    if best.status == "differs" and a.ndim == 2:
-        ordered = apart(name, np.sort(a, 1), np.sort(views[0], 1), tolerance)
-        if ordered.status != "differs":
-            return dataclasses.replace(ordered, status="reordered")
+View = Callable[[np.ndarray], np.ndarray]
+_LIMIT = 2**31  # of a number of units
+
+
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """What a layer gave, and how far rounding moves it, if that is known."""
+
+    value: np.ndarray
+    moved: np.ndarray | None = None
+
+    def seen(self, view: View) -> "Outputs":
+        return Outputs(view(self.value), None if self.moved is None else view(self.moved))
+
+    def rows(self) -> "Outputs":
+        """Each row in order, with one measure of how far rounding moves it."""
+        most = None if self.moved is None else self.moved.max(1, keepdims=True)
+        return Outputs(
+            np.sort(self.value, 1),
+            None if most is None else np.broadcast_to(most, self.value.shape),
+        )
+
+
+def compared(
+    name: str, a: Outputs, b: Outputs, views: Sequence[View], **how: Any
+) -> tuple[Line, tuple[int, ...]]:
+    """How far an output is from another, given as it may be turned, and the rows with NaN."""
+    seen = [s for s in (b.seen(view) for view in views) if s.value.shape == a.value.shape]
+    if not seen:
+        return Line(name, a.value.shape, math.inf, math.inf, _LIMIT, "differs"), ()
+    found = [_line(name, a, s, **how) for s in seen]
+    best = min(found, key=lambda pair: (pair[0].status == "differs", pair[0].absolute))
+    if best[0].status == "differs" and a.value.ndim == 2:
+        ordered = _line(name, a.rows(), seen[0].rows(), **how)[0]
+        if ordered.status in ("exact", "close"):
+            return dataclasses.replace(ordered, status="reordered"), best[1]
     return best
 
 
-def apart(name: str, a: np.ndarray, b: np.ndarray, tolerance: float) -> Line:
-    """How far two arrays of one shape are from each other."""
-    if a.tobytes() == b.tobytes():
-        return Line(name, a.shape, 0.0, 0.0, 0, "exact")
+def _line(name: str, a: Outputs, b: Outputs, **how: Any) -> tuple[Line, tuple[int, ...]]:
+    noise = [x.moved for x in (a, b) if x.moved is not None]
+    found = judge.apart(a.value, b.value, noise, **how)
+    status = "differs"
+    if not found.compared and found.excess <= 1:
+        status = "not compared"
+    elif a.value.dtype == b.value.dtype and a.value.tobytes() == b.value.tobytes():
+        status = "exact"
+    elif found.equal:
+        status = "close"
+    ulp = int(min(found.ulp, _LIMIT))
+    line = Line(name, a.value.shape, found.absolute, found.relative, ulp, status, found.allowed)
+    return line, found.lost
+
+
+def weight_apart(path: str, a: np.ndarray, b: np.ndarray) -> Line:
+    """How far two arrays of weights, which are not the same, are from each other."""
+    if a.shape != b.shape:
+        return Line(path, a.shape, math.inf, math.inf, _LIMIT, "differs")
     with np.errstate(invalid="ignore", over="ignore"):
         same = (a == b) | (np.isnan(a) & np.isnan(b))
         gap = np.where(same, 0.0, np.abs(a.astype(float) - b.astype(float)))
@@ -121,8 +176,7 @@ def apart(name: str, a: np.ndarray, b: np.ndarray, tolerance: float) -> Line:
     finite = np.abs(a[np.isfinite(a)].astype(float))
     scale = float(np.max(finite, initial=0.0))
     ulp = int(np.max(np.abs(_ordinal(a) - _ordinal(b)), initial=0))
-    status = "close" if absolute <= tolerance * max(scale, 1.0) else "differs"
-    return Line(name, a.shape, absolute, absolute / scale if scale else absolute, ulp, status)
+    return Line(path, a.shape, absolute, absolute / scale if scale else absolute, ulp, "differs")
 
 
 def _ordinal(x: np.ndarray) -> np.ndarray:

@@ -1,14 +1,20 @@
 """One side of ``verify``: how a model of each framework runs, its layers' outputs kept."""
 
+import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import jax
+import ml_dtypes
 import numpy as np
 from flax import nnx
 
 from fwt._sequential import Sequential, call
 from fwt._types import ConversionError, Model
+from fwt.converters import judge
+from fwt.converters.rows import table
 from fwt.converters.rows.row import joined
 
 Taps = dict[str, np.ndarray]
@@ -16,28 +22,89 @@ Taps = dict[str, np.ndarray]
 
 @dataclasses.dataclass
 class Side:
-    """A model: how it runs, its input, and the model that it is in Flax."""
+    """A model: how it runs, its input, and the model that it is in Flax.
 
-    run: Callable[[np.ndarray], tuple[np.ndarray, Taps]]
+    ``run`` takes a batch, and a part of itself by which each weight is moved; the model stays as
+    it is.
+    """
+
+    run: Callable[[np.ndarray, float], tuple[np.ndarray, Taps]]
     shape: tuple[int | None, ...] | None
     channels_first: bool  # at its ends
     model: Callable[[], Model]
-    integers: int | None = None
+    integers: int | None = None  # the input is whole numbers below this
+    table: Any = None  # of which these are the rows
     turned: bool = False  # whether channels may come first inside
+    dtypes: Sequence[Any] = ()  # of its weights
+    computes: Sequence[Any] = ()  # dtypes that it computes in and its outputs don't tell
+    model_first: bool = False  # whether channels come first at the ends of its Flax model
+
+
+def takes_first(layers: Iterable[tuple[str, Sequence[int] | None]], inside: bool) -> bool:
+    """Whether channels come first in the input of a chain.
+
+    Args:
+        layers: each layer's class, and, if it permutes axes, how.
+        inside: whether layers over windows have them first.
+    """
+    turned = False
+    for kind, dims in layers:
+        n = len(dims or ())
+        if n > 2 and tuple(dims or ()) in ((0, *range(2, n), 1), (0, n - 1, *range(1, n - 1))):
+            turned = not turned
+        rows = table.rows_of("torch", kind)
+        if kind.startswith(_WINDOWS) or "Pool" in kind or any(row.channel for row in rows):
+            return inside != turned
+    return False
+
+
+_WINDOWS = ("Conv", "BatchNorm2d", "BatchNorm3d", "Upsampl")
+
+
+def _permutes(layer: Any) -> tuple[int, ...] | None:
+    """How a layer of Flax, torch or Keras permutes all axes."""
+    dims = getattr(layer, "dims", None) if type(layer).__name__ == "Permute" else None
+    if dims is None or 0 in dims:
+        return None if dims is None else tuple(dims)
+    return (0, *dims)  # Keras counts from the first axis behind the batch
 
 
 def flax_side(model: Model) -> Side:
     if not isinstance(model.module, Sequential):
         raise ConversionError(f"verify: {type(model.module).__name__} is no Sequential")
 
-    def run(x: np.ndarray) -> tuple[np.ndarray, Taps]:
+    def run(x: np.ndarray, by: float = 0.0) -> tuple[np.ndarray, Taps]:
         taps: Taps = {}
-        y = _through(model.module, dict(model.variables), x, (), taps)
+        variables = dict(model.variables)
+        if by:
+            variables = jax.tree.map(lambda v: judge.nudged(v, by), variables)
+        y = _through(model.module, variables, x, (), taps)
         return np.asarray(y), taps
 
-    first = model.module.layers[0].layer if model.module.layers else None
-    count = getattr(first, "num_embeddings", None)
-    return Side(run, model.module.input_shape, False, lambda: model, count)
+    parts, first = [], model.module
+    while isinstance(first, Sequential) and first.layers:
+        parts.append(first.layers[0].name)
+        first = first.layers[0].layer
+    count = getattr(first, "num_embeddings", None) or getattr(first, "num_tokens", None)
+    own: Any = dict(model.variables).get("params", {})
+    for part in parts:
+        own = own.get(part, {})
+    rows = own.get("embedding") if hasattr(own, "get") else None
+    dtypes = [v.dtype for v in jax.tree.leaves(model.variables) if hasattr(v, "dtype")]
+    channels_first = takes_first(_kinds(model.module), False)
+    return Side(run, model.module.input_shape, channels_first, lambda: model, count, rows,
+                dtypes=dtypes, model_first=channels_first)  # fmt: skip
+
+
+def _kinds(module: Any) -> Iterator[tuple[str, Any]]:
+    """Of each layer its class, and how it permutes axes."""
+    for entry in module.layers:
+        layer = getattr(entry, "layer", entry)
+        layer = getattr(layer, "layer", layer)  # a linen layer inside nnx
+        if hasattr(layer, "layers"):
+            yield from _kinds(layer)
+        else:
+            yield type(layer).__name__, _permutes(layer)
 
 
 def _through(
@@ -54,10 +121,12 @@ def _through(
 
 
 def nnx_side(model: Any) -> Side:
-    def run(x: np.ndarray) -> tuple[np.ndarray, Taps]:
+    def run(x: np.ndarray, by: float = 0.0) -> tuple[np.ndarray, Taps]:
         taps: Taps = {}
-        copy = nnx.clone(model)
-        copy.eval()
+        graph, state = nnx.split(model)
+        copied = nnx.merge(graph, jax.tree.map(lambda v: judge.nudged(v, by), state) if by else
+                           state)  # fmt: skip
+        copied.eval()
 
         def under(holder: Any, y: Any, inside: tuple[str, ...]) -> Any:
             for index, layer in enumerate(holder.layers):
@@ -69,9 +138,9 @@ def nnx_side(model: Any) -> Side:
                     taps[joined(parts)] = np.asarray(y)
             return y
 
-        if type(copy) is nnx.Sequential:
-            return np.asarray(under(copy, x, ())), taps
-        return np.asarray(copy(x)), taps
+        if type(copied) is nnx.Sequential:
+            return np.asarray(under(copied, x, ())), taps
+        return np.asarray(copied(x)), taps
 
     def converted() -> Model:
         from fwt.converters.frameworks import nnx as _nnx
@@ -80,7 +149,12 @@ def nnx_side(model: Any) -> Side:
 
     first = model.layers[0] if type(model) is nnx.Sequential and model.layers else None
     count = first.num_embeddings if isinstance(first, nnx.Embed) else None
-    return Side(run, None, False, converted, count)
+    rows = first.embedding[...] if isinstance(first, nnx.Embed) else None
+    dtypes = [v.dtype for v in jax.tree.leaves(nnx.state(model)) if hasattr(v, "dtype")]
+    kinds = _kinds(model) if type(model) is nnx.Sequential else ()
+    channels_first = takes_first(kinds, False)
+    return Side(run, None, channels_first, converted, count, rows, dtypes=dtypes,
+                model_first=channels_first)  # fmt: skip
 
 
 def layer_name(parts: Sequence[str]) -> str:
@@ -93,7 +167,13 @@ def keras_side(model: Any) -> Side:
 
     from fwt.converters.frameworks import keras as _keras
 
-    def run(x: np.ndarray) -> tuple[np.ndarray, Taps]:
+    def run(x: np.ndarray, by: float = 0.0) -> tuple[np.ndarray, Taps]:
+        if by:
+            moved = [(v, keras.ops.convert_to_tensor(
+                judge.nudged(keras.ops.convert_to_numpy(v), by), dtype=v.dtype))
+                for v in model.variables]  # fmt: skip
+            with keras.StatelessScope(state_mapping=moved):
+                return run(x)
         taps: Taps = {}
 
         def under(holder: Any, y: Any, inside: tuple[str, ...]) -> Any:
@@ -116,9 +196,29 @@ def keras_side(model: Any) -> Side:
     own = tuple(shape[1:]) if isinstance(shape, tuple) else None
     first = next((x for x in model.layers if not isinstance(x, keras.layers.InputLayer)), None)
     formats = {getattr(x, "data_format", None) for x in model.layers}
-    last = "channels_first" in formats
-    count = getattr(first, "input_dim", None)
-    return Side(run, own, last, lambda: _keras.from_keras(model), count, turned=last)
+    inside = "channels_first" in formats
+    channels_first = takes_first(_kinds(model), inside)
+    taken = getattr(next(iter(getattr(model, "inputs", None) or ()), None), "dtype", "float32")
+    count = getattr(first, "input_dim", None) or some_integers(_dtype(taken))
+    rows = first.get_weights()[0] if isinstance(first, keras.layers.Embedding) else None
+    dtypes = [v.dtype for v in model.variables]
+    computes = {str(x.compute_dtype) for x in model._flatten_layers()}
+    return Side(run, own, channels_first, lambda: _keras.from_keras(model), count, rows, inside,
+                [_dtype(d) for d in dtypes], [_dtype(d) for d in computes],
+                channels_first and not inside)  # fmt: skip
+
+
+def _dtype(name: Any) -> Any:
+    """A dtype by its name; one of no floats for what NumPy does not know."""
+    try:
+        return jax.numpy.dtype(name)
+    except TypeError:
+        return np.dtype(bool)
+
+
+def some_integers(dtype: Any) -> int | None:
+    """How many whole numbers an input takes, if its dtype is one of them."""
+    return 10 if np.dtype(dtype).kind in "iu" else None
 
 
 def _trains(layer: Any) -> bool:
@@ -132,14 +232,30 @@ def torch_side(model: Any) -> Side:
 
     from fwt.converters.frameworks import torch as _torch
 
-    def run(x: np.ndarray) -> tuple[np.ndarray, Taps]:
+    weights = [w for w in (*model.parameters(), *model.buffers()) if w.is_floating_point()]
+
+    def run(x: np.ndarray, by: float = 0.0) -> tuple[np.ndarray, Taps]:
+        given = tensor(x)
+        if weights:
+            like = weights[0]
+            given = given.to(like.device, like.dtype if given.is_floating_point() else None)
+        if not by:
+            return through(model, given)
+        moved = copy.deepcopy(model)
+        with torch.no_grad():
+            for w in itertools.chain(moved.parameters(), moved.buffers()):
+                if w.is_floating_point():
+                    w.copy_(tensor(judge.nudged(array(w), by)))
+        return through(moved, given)
+
+    def through(model: Any, given: Any) -> tuple[np.ndarray, Taps]:
         taps: Taps = {}
         hooks, modes = [], {m: m.training for m in model.modules()}
 
         def keep(name: str) -> Callable[..., None]:
             def hook(_: Any, __: Any, y: Any) -> None:
                 if isinstance(y, torch.Tensor):
-                    taps[layer_name(name.split("."))] = y.detach().cpu().numpy()
+                    taps[layer_name(name.split("."))] = array(y)
 
             return hook
 
@@ -149,32 +265,33 @@ def torch_side(model: Any) -> Side:
         try:
             with torch.no_grad():
                 model.eval()
-                y = model(torch.from_numpy(np.ascontiguousarray(x)))
+                y = model(given)
         finally:
             for hook in hooks:
                 hook.remove()
             for module, training in modes.items():
                 module.training = training
-        return y.detach().cpu().numpy(), taps
+        return array(y), taps
 
-    spatial = (
-        "Conv",
-        "Pool",
-        "BatchNorm2d",
-        "BatchNorm3d",
-        "InstanceNorm",
-        "GroupNorm",
-        "Upsample",
-    )
-    kinds = [type(m).__name__ for m in model.modules()]
-    turned = kinds[1:2] == ["Permute"]  # it takes the channels last itself
-    first = any(k.startswith(spatial) or "Pool" in k for k in kinds) and not turned
-    count = next(
-        (m.num_embeddings for m in model.modules() if isinstance(m, torch.nn.Embedding)), None
-    )
-    starts = len(kinds) > 1 and kinds[1] == "Embedding"
+    def tensor(x: np.ndarray) -> Any:
+        """A copy, for a layer may work in place."""
+        return torch.tensor(x.astype(np.float32) if x.dtype == ml_dtypes.bfloat16 else x)
+
+    def array(y: Any) -> np.ndarray:
+        y = y.detach().cpu().clone()  # the next layer may work in place
+        if y.dtype == torch.bfloat16:
+            return y.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+        return y.numpy()
+
+    kinds = ((type(m).__name__, _permutes(m)) for m in model.modules())
+    channels_first = takes_first(kinds, True)
+    leaf = next((m for m in model.modules() if not list(m.children())), None)
+    starts = isinstance(leaf, torch.nn.Embedding)
+    count = leaf.num_embeddings if starts else None
+    rows = array(leaf.weight) if starts else None
 
     def converted() -> Model:
         return _torch.from_torch(model)
 
-    return Side(run, None, first, converted, count if starts else None, turned=True)
+    return Side(run, None, channels_first, converted, count, rows, True,
+                [array(w.flatten()[:1]).dtype for w in weights])  # fmt: skip

@@ -7,17 +7,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from fwt import _tree
+from fwt._sequential import Sequential
 from fwt._types import ConversionError, Model
+from fwt.converters import judge
 from fwt.converters.files import formats
 from fwt.converters.frameworks import flax as _flax
-from fwt.converters.verification.report import Line, Report, apart, compared
+from fwt.converters.verification.report import Line, Outputs, Report, View, compared, weight_apart
 from fwt.converters.verification.sides import (
     Side,
-    Taps,
     flax_side,
     keras_side,
     nnx_side,
@@ -31,23 +33,32 @@ def verify(
     inputs: Any = None,
     *,
     input_shape: Sequence[int] | None = None,
-    tolerance: float = 1e-5,
+    tolerance: float | None = None,
     external_data: bool = False,
 ) -> Report:
     """Feeds two models the same inputs and compares the outputs of every layer.
 
+    Each row of the batch is judged by its own scale, its largest value, and each position of an
+    image or a sequence by its own. A row may be off by ten roundings. Where two models are
+    further apart than ten roundings of their outputs, it is measured how far those inside the
+    models move the outputs: both run twice more, with inputs and weights that are a little other.
+
     Args:
         a: a live Keras model, a torch or nnx module, a ``fwt.Model``, or a file with a model.
         b: another of them.
-        inputs: a batch in the layout of ``a``; by default random numbers, zeros, ones, large and
-            small ones. Images are moved between channels first and last where one of them is a
-            torch model with spatial layers.
+        inputs: a batch in the layout of ``a``. By default random numbers of several sizes and
+            signs, zeros and ones, each in a row of its own; whole numbers, their ends and, of a
+            table of embeddings, each row in which the models differ, if they start with one.
+            Images are moved between channels first and last where one of them is a torch model
+            with spatial layers.
         input_shape: of one input of ``a``, where neither model says it.
-        tolerance: of an output, times the largest output of ``a`` if that is more than 1.
+        tolerance: how far a row may be off relative to its largest value, in place of ten
+            roundings.
         external_data: whether an ONNX file may have its weights in another in its folder.
 
     Returns:
-        A report: ``print`` it, or ask it for ``ok``, ``first``, ``to_json()``.
+        A report: ``print`` it, or ask it for ``ok``, ``first``, ``to_json()``. Where nothing
+        finite could be compared, ``ok`` is False and a note says why.
 
     Raises:
         ConversionError: for what is no model, or if ``b`` can't take the inputs.
@@ -61,48 +72,133 @@ def verify(
         (True, None, ['0', '1'])
     """
     one, other = _side(a, external_data), _side(b, external_data)
+    notes: list[str] = []
     if inputs is None:
-        inputs = _inputs(one, other, input_shape)
+        inputs, notes = _inputs(one, other, input_shape)
     x = np.asarray(inputs)
     if x.dtype.kind not in "fiub":
         raise ConversionError(f"verify: inputs of {x.dtype} are no batch of numbers")
-    first, mine = _ran(one, x, "first")
-    second, theirs = _ran(other, _moved(x, one.channels_first, other.channels_first), "second")
-    lines = []
-    for name in [*mine, *(n for n in theirs if n not in mine)]:
-        if name not in mine or name not in theirs:
-            where, shape = (
-                ("first", mine[name].shape) if name in mine else ("second", theirs[name].shape)
-            )
-            lines.append(Line(name, shape, math.nan, math.nan, 0, f"only in the {where}"))
-        else:
-            more = _turned(theirs[name]) if one.turned or other.turned else ()
-            lines.append(compared(name, mine[name], (theirs[name], *more), tolerance))
-    sides = (second, _moved(second, other.channels_first, one.channels_first))
-    output = compared("output", first, sides, tolerance)
-    departed = next((line.name for line in lines if line.status == "differs"), None)
+    if not x.ndim or not len(x):
+        output = Line("output", x.shape, 0.0, 0.0, 0, "not compared")
+        return Report(False, None, (), (), output, (_nothing(x, output),))
+    lines, output, lost = _lines(one, other, x, tolerance)
+    if one.channels_first != other.channels_first and one.turned == other.turned:
+        ends = ("first", "last") if other.channels_first else ("last", "first")
+        notes.append(f"the second model takes channels {ends[0]}, the first takes them {ends[1]}: "
+                     "its inputs were turned")  # fmt: skip
+    if lost:
+        rows = ", ".join([*map(str, lost[:9]), *(["..."] if len(lost) > 9 else [])])
+        notes.append(f"not compared: what is NaN in both outputs, in the rows {rows}")
     ok = output.status in ("exact", "close")
-    notes = [] if ok or departed else ["no layer that both have departs: see those of one alone"]
+    first = None if ok else _departed(lines)
+    if output.status == "not compared":
+        notes.append(_nothing(x, output))
+    elif not ok and first is None:
+        notes.append("no layer that both have departs: see those of one alone")
+    weights: tuple[Line, ...] = ()
     try:
-        weights = tuple(_weights(one, other))
+        models = one.model(), other.model()
+        weights = tuple(_weights(*models))
+        unseen = _unseen(one, models, x) if ok and weights and tolerance is None else None
+        if unseen is not None:
+            ok, first = False, unseen
+            notes.append(f"no output shows the other weights of {unseen}: the difference was made "
+                         "larger, and then shows")  # fmt: skip
+        elif ok and weights:
+            notes.append("no output on these inputs shows that the weights differ")
     except ConversionError as error:
-        weights = ()
         notes.append(f"the weights are not compared: {error}")
-    return Report(ok, departed, tuple(lines), weights, output, tuple(notes))
+    return Report(ok, first, tuple(lines), weights, output, tuple(notes))
 
 
-def _ran(side: "Side", x: np.ndarray, which: str) -> tuple[np.ndarray, Taps]:
+def _departed(lines: Sequence[Line]) -> str | None:
+    """The first layer that differs; else the first whose values are in another order."""
+    for status in ("differs", "reordered"):
+        for line in lines:
+            if line.status == status:
+                return line.name
+    return None
+
+
+def _nothing(x: np.ndarray, output: Line) -> str:
+    if not x.size:
+        why = "the batch has no rows"
+    elif not math.prod(output.shape):
+        why = f"an output of the shape {list(output.shape)} has no numbers"
+    elif output.absolute:
+        why = "rounding alone moves the outputs by more than their size"
+    else:
+        why = "no output is finite"
+    return f"nothing is compared: {why}"
+
+
+Held = dict[str | None, Outputs]  # by layer; None is the output of the model
+
+
+def _lines(
+    one: Side, other: Side, x: np.ndarray, tolerance: float | None = None
+) -> tuple[list[Line], Line, tuple[int, ...]]:
+    """A line for each layer and one for the output, and the rows that are NaN in both."""
+    there = _moved(x, one.channels_first, other.channels_first)
+    mine, theirs = _ran(one, x, "first"), _ran(other, there, "second")
+    values = [held.value.dtype for held in (*mine.values(), *theirs.values())]
+    eps = judge.eps_of([*values, *one.computes, *other.computes])
+    how = {"eps": eps, "tolerance": tolerance, "axis": 1 if one.channels_first else -1}
+    inside: list[View] = [_as_it_is]
+    if one.turned or other.turned:
+        inside += [lambda v: _moved(v, True, False), lambda v: _moved(v, False, True)]
+    ends: list[View] = [_as_it_is, lambda v: _moved(v, other.channels_first, one.channels_first)]
+
+    def told() -> tuple[list[Line], Line, tuple[int, ...]]:
+        lines = []
+        for name in [*mine, *(n for n in theirs if n not in mine)]:
+            if name is None:
+                continue
+            if name in mine and name in theirs:
+                lines.append(compared(name, mine[name], theirs[name], inside, **how)[0])
+                continue
+            where, held = ("first", mine) if name in mine else ("second", theirs)
+            shape = held[name].value.shape
+            lines.append(Line(name, shape, math.nan, math.nan, 0, f"only in the {where}"))
+        return lines, *compared("output", mine[None], theirs[None], ends, **how)
+
+    found = told()
+    if tolerance is not None or all(n.status != "differs" for n in (*found[0], found[1])):
+        return found
+    # More than ten roundings of its own: only now is measuring them worth its time.
+    _measure(one, x, mine, eps)
+    _measure(other, there, theirs, eps)
+    return told()
+
+
+def _as_it_is(v: np.ndarray) -> np.ndarray:
+    return v
+
+
+def _ran(side: Side, x: np.ndarray, which: str, by: float = 0.0) -> Held:
     try:
-        return side.run(x)
+        output, taps = side.run(x, by)
     except Exception as error:  # each framework has its own errors for a shape
         why = " ".join(str(error).split())[:300]
         raise ConversionError(
             f"verify: the {which} model takes no input of the shape {list(x.shape)} ({why})"
         ) from error
+    return {**{name: Outputs(v) for name, v in taps.items()}, None: Outputs(output)}
 
 
-def _turned(x: np.ndarray) -> tuple[np.ndarray, ...]:
-    return (np.moveaxis(x, 1, -1), np.moveaxis(x, -1, 1)) if x.ndim > 2 else ()
+def _measure(side: Side, x: np.ndarray, held: Held, eps: float) -> None:
+    """Adds how far rounding moves each output."""
+
+    def run(by: float) -> list[np.ndarray]:
+        now = _ran(side, judge.nudged(x, by), "nudged", by)
+        return [now[name].value for name in held]
+
+    try:
+        found = judge.rounding(run, [held[name].value for name in held], eps)
+    except ConversionError:  # a model that can't be copied is allowed its own roundings alone
+        return
+    for (name, before), moved in zip(list(held.items()), found, strict=True):
+        held[name] = Outputs(before.value, moved)
 
 
 def _moved(x: np.ndarray, now: bool, then: bool) -> np.ndarray:
@@ -111,19 +207,56 @@ def _moved(x: np.ndarray, now: bool, then: bool) -> np.ndarray:
     return np.ascontiguousarray(np.moveaxis(x, 1, -1) if now else np.moveaxis(x, -1, 1))
 
 
-def _weights(one: "Side", other: "Side") -> Iterator[Line]:
+def _weights(a: Model, b: Model) -> Iterator[Line]:
     """The weights that are not the same, where both models have them in Flax's form."""
-    trees = [
-        _tree.Tree({"params": dict(s.model().variables)}, whole=True).leaves for s in (one, other)
-    ]
-    if trees[0].keys() != trees[1].keys():
+    for path, x, y in _pairs(a, b):
+        if x.shape != y.shape or x.dtype != y.dtype or x.tobytes() != y.tobytes():
+            yield weight_apart(path, x, y)
+
+
+def _pairs(a: Model, b: Model) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    one, other = (_tree.Tree({"params": dict(m.variables)}, whole=True).leaves for m in (a, b))
+    if one.keys() != other.keys():
         raise ConversionError("the models have other names for them")
-    for path, a in trees[0].items():
-        a, b = np.asarray(a), np.asarray(trees[1][path])
-        if a.shape != b.shape or a.dtype != b.dtype or a.tobytes() != b.tobytes():
-            same = a.shape == b.shape
-            line = apart(path, a, b, 0.0) if same else None
-            yield line or Line(path, a.shape, math.inf, math.inf, 2**31, "differs")
+    return [(path, np.asarray(v), np.asarray(other[path])) for path, v in one.items()]
+
+
+def _unseen(one: Side, models: tuple[Model, Model], x: np.ndarray) -> str | None:
+    """The first layer whose weights are more than ten roundings apart, if that matters.
+
+    It does if the outputs show it when the difference is made larger. Weights that are far apart
+    need not matter: the units of a layer may stand in another order.
+    """
+    if any(not isinstance(m.module, Sequential) for m in models):
+        return None
+    if models[0].module.layers != models[1].module.layers:
+        return None
+    steps: dict[str, np.ndarray] = {}
+    largest = 0.0
+    for path, a, b in _pairs(*models):
+        if a.size and a.shape == b.shape and jnp.issubdtype(a.dtype, jnp.floating):
+            own, step = np.abs(a.astype(float)), b.astype(float) - a.astype(float)
+            axes = tuple(range(max(a.ndim - 1, min(a.ndim, 1))))
+            scale = np.maximum(own, np.abs(b.astype(float))).max(axes, keepdims=True)
+            part = np.abs(step) / np.where(scale, scale, 1)
+            far = part > judge.ROUNDINGS * judge.eps_of([a.dtype])
+            if far.any():
+                steps[path] = np.where(far, step, 0.0)
+                largest = max(largest, float(part.max()))
+    if not steps or not largest < _LARGER:
+        return None
+    tree = _tree.Tree({"params": dict(models[0].variables)}, whole=True)
+    old = {path: np.asarray(tree.leaves[path]) for path in steps}
+    new = {path: (old[path] + _LARGER / largest * step).astype(old[path].dtype)
+           for path, step in steps.items()}  # fmt: skip
+    wider = Model(models[0].module, tree.replace(new)["params"])
+    given = _moved(x, one.channels_first, one.model_first)
+    if _lines(flax_side(models[0]), flax_side(wider), given)[1].status != "differs":
+        return None
+    return "/".join(_tree.split(next(iter(steps)))[1:-1])
+
+
+_LARGER = 2.0**-4  # of the weights' scale: how large their difference is made
 
 
 def _side(model: Any, external: bool = False) -> Side:
@@ -152,8 +285,8 @@ def _side(model: Any, external: bool = False) -> Side:
     )
 
 
-def _inputs(one: Side, other: Side, shape: Sequence[int] | None) -> np.ndarray:
-    """Random numbers, zeros, ones, large and small ones, in the layout of the first model."""
+def _inputs(one: Side, other: Side, shape: Sequence[int] | None) -> tuple[np.ndarray, list[str]]:
+    """A batch in the layout of the first model, and what it does not reach."""
     known: Any = shape or one.shape
     if known is None and other.shape is not None:
         known = other.shape
@@ -164,12 +297,28 @@ def _inputs(one: Side, other: Side, shape: Sequence[int] | None) -> np.ndarray:
             "verify: neither model says what it takes: give input_shape= or inputs="
         )
     sizes = tuple(9 if s is None else int(s) for s in known)
-    rng = np.random.default_rng(0)
     count = one.integers or other.integers
-    if count:
-        return rng.integers(0, count, (4, *sizes)).astype(np.int32)
-    rows = rng.normal(size=(6, *sizes))
-    rows[2], rows[3] = 0, 1
-    rows[4] *= 100
-    rows[5] *= 1e-3
-    return rows.astype(np.float32)
+    if not count:
+        half = any(np.dtype(d).itemsize == 2 for d in (*one.dtypes, *other.dtypes))
+        return judge.numbers(sizes, half), []
+    rows, limit = _rows(one, other, count), _ROWS * max(math.prod(sizes), 1)
+    notes = []
+    if len(rows) > limit:
+        notes.append(f"{limit:,} of the {len(rows):,} rows of the table in which the models may "
+                     "differ were fed: give inputs= for more")  # fmt: skip
+    return judge.whole_numbers(count, sizes, rows[:limit]), notes
+
+
+_ROWS = 128  # of a batch, for the rows of a table
+
+
+def _rows(one: Side, other: Side, count: int) -> np.ndarray:
+    """The rows of a table of embeddings in which two models may differ, the furthest first."""
+    if one.table is None or other.table is None or one.table.shape != other.table.shape:
+        return np.arange(count)
+    a, b = (np.asarray(s.table, np.float64).reshape(count, -1) for s in (one, other))
+    with np.errstate(all="ignore"):
+        gap = np.max(np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, np.abs(a - b)), 1)
+        far = np.nan_to_num(gap / np.max(np.maximum(np.abs(a), np.abs(b)), 1), nan=np.inf)
+    far[gap == 0] = 0
+    return np.argsort(-far, kind="stable")[: np.count_nonzero(far)]

@@ -1,0 +1,184 @@
+"""Whether two outputs are the same but for rounding, and the inputs that tell models apart.
+
+``verify`` asks it, and ``to_onnx`` before it writes.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+ROUNDINGS = 10  # how many roundings two equal models may be apart
+_VECTOR = 8  # fewer channels say too little of their own scale
+
+
+class Apart(NamedTuple):
+    """How far two outputs are from each other.
+
+    Each row of the batch is judged by itself, and each position of an image or a sequence, by its
+    largest value. The last four are of the row that is furthest off, for what it is allowed.
+
+    Attributes:
+        equal: whether no row is further off than it is allowed, and some row was compared.
+        compared: how many numbers were: finite ones, where rounding does not exceed their scale.
+        lost: the rows with NaN at one place in both, which is not compared.
+        absolute: the largest difference.
+        relative: the difference relative to the largest value of the row.
+        ulp: the difference in units in the last place of the largest value of the row.
+        allowed: how many of these the row is allowed.
+        excess: the difference divided by what is allowed.
+    """
+
+    equal: bool
+    compared: int
+    lost: tuple[int, ...]
+    absolute: float
+    relative: float
+    ulp: float
+    allowed: float
+    excess: float
+
+
+def apart(
+    a: np.ndarray,
+    b: np.ndarray,
+    noise: Sequence[np.ndarray] = (),
+    *,
+    eps: float,
+    tolerance: float | None = None,
+    axis: int = -1,
+) -> Apart:
+    """How far two arrays of one shape (n, ...) are from each other.
+
+    A row is allowed ten roundings of its largest value, and ten times what rounding was measured
+    to move it.
+
+    Args:
+        a: an output.
+        b: the other output.
+        noise: how far rounding moves the outputs of a model, as :func:`rounding` measures it.
+        eps: of the dtype that the outputs are computed in.
+        tolerance: in place of all this, relative to the largest value of the row.
+        axis: where the channels are, whose values at one position have one scale.
+    """
+    if not a.size:
+        return Apart(False, 0, (), 0.0, 0.0, 0.0, 0.0, 0.0)
+    a, b = _vectors(a, axis), _vectors(b, axis)
+    with np.errstate(all="ignore"):
+        unknown = np.isnan(a) & np.isnan(b)
+        gap = np.where((a == b) | unknown, 0.0, np.abs(a - b))
+        gap = np.where(np.isnan(gap), np.inf, gap)
+        largest = np.maximum(np.abs(a), np.abs(b))
+        scale = np.max(largest, axis=-1, where=np.isfinite(largest), initial=0.0)
+        own = eps * scale
+        for one in noise:
+            moved = _vectors(one, axis)
+            moved = np.max(moved, axis=-1, where=np.isfinite(moved), initial=0.0)
+            # At a few positions rounding happens to cancel: they get at least what most do.
+            own = np.maximum(own, eps * scale + np.maximum(moved, np.median(moved, 1)[:, None]))
+        allowed = ROUNDINGS * own if tolerance is None else tolerance * scale
+        off = np.max(gap, axis=-1)
+        excess = np.where(off > 0, off / allowed, 0.0)
+        told = (off <= ROUNDINGS * eps * scale) | (allowed < scale) | (tolerance is not None)
+        compared = np.isfinite(a) & np.isfinite(b) & told[..., None]
+        worst = np.unravel_index(np.argmax(excess), excess.shape)
+        unit = eps * 2.0 ** np.floor(np.log2(scale[worst])) if scale[worst] else eps
+    return Apart(
+        bool(compared.any() and np.all(excess <= 1)),
+        int(compared.sum()),
+        tuple(np.flatnonzero(unknown.any((1, 2))).tolist()),
+        float(gap.max()),
+        float(off[worst] / scale[worst]) if scale[worst] else float(off[worst]),
+        float(off[worst] / unit),
+        float(allowed[worst] / unit),
+        float(excess[worst]),
+    )
+
+
+def _vectors(x: np.ndarray, axis: int) -> np.ndarray:
+    """As (rows, positions, numbers of one scale), in double precision."""
+    if x.dtype.kind == "c":
+        x = np.stack([x.real, x.imag], -1)
+    x = np.asarray(x, np.float64).reshape(x.shape or (1,))
+    if x.ndim < 3 or x.shape[axis] < _VECTOR:
+        return x.reshape(len(x), 1, -1)
+    x = np.moveaxis(x, axis, -1)
+    return x.reshape(len(x), -1, x.shape[-1])
+
+
+def eps_of(dtypes: Iterable[Any]) -> float:
+    """A rounding of the coarsest of some dtypes; of float32 if none is of floats."""
+    found = [float(jnp.finfo(d).eps) for d in dtypes if jnp.issubdtype(d, jnp.floating)]
+    return max(found, default=float(np.finfo(np.float32).eps))
+
+
+def nudged(x: Any, by: float) -> Any:
+    """The array, each number made larger or smaller by a part ``by`` of itself; what is no array
+    of floats as it is. The same numbers grow each time."""
+    if not hasattr(x, "dtype") or not jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+    x = np.asarray(x)
+    if abs(by) < float(jnp.finfo(x.dtype).eps):  # stored with fewer bits than are computed with
+        x = x.astype(np.float32)
+    grows = np.random.default_rng(x.size).integers(0, 2, x.shape, np.int8)
+    return np.asarray(x * np.where(grows, 1 + by, 1 - by).astype(x.dtype))
+
+
+def rounding(run: Callable[[float], Any], before: Any, eps: float) -> list[np.ndarray]:
+    """How far rounding moves each output of a model, measured.
+
+    The inputs and weights are moved a little, once forth and once back. What does not cancel in the
+    sum of both changes is no smooth function of them: it is the rounding of the model's own
+    computation. To this comes how far a rounding of each input and weight moves the outputs.
+
+    Args:
+        run: the outputs of the model whose inputs and weights are :func:`nudged` by a part.
+        before: the outputs as they are.
+        eps: of the dtype that it computes in.
+    """
+    by = math.sqrt(eps) / 8
+    found = []
+    with np.errstate(all="ignore"):
+        for up, down, now in zip(run(by), run(-by), before, strict=True):
+            up, down, now = (np.asarray(v).astype(np.float64) for v in (up, down, now))
+            found.append(np.abs(up + down - 2 * now) / 2 + np.abs(up - down) / 2 * (eps / by))
+    return found
+
+
+def numbers(sizes: Sequence[int], half: bool = False) -> np.ndarray:
+    """Inputs (9, ...) of float32 that reach where functions part: ordinary ones, then ones of
+    which half is zero, all zeros, ones, large, the same negated, small ones, all magnitudes, the
+    same negated.
+
+    Args:
+        sizes: of one input.
+        half: whether a model of half precision takes them, whose numbers end at 65504.
+    """
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(9, *sizes))
+    if sizes:
+        rows[1, sizes[0] - sizes[0] // 2 :] = 0  # as padding is
+    rows[2], rows[3] = 0, 1
+    rows[4] *= 10 if half else 100
+    rows[5] = -rows[4]
+    rows[6] *= 1e-2
+    count, end = math.prod(sizes), 3 if half else 8
+    spread = 10.0 ** (np.linspace(end, -end, count) if count > 1 else np.full(count, end))
+    rows[7] = rng.permutation(spread * (-1) ** np.arange(count)).reshape(sizes)
+    rows[8] = -rows[7]
+    return rows.astype(np.float32)
+
+
+def whole_numbers(count: int, sizes: Sequence[int], all_of: Sequence[int] = ()) -> np.ndarray:
+    """Inputs (n, ...) of int32 below ``count``: any, any of which half is zero, all zeros, the
+    largest, and then rows with all of the given ones."""
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, count, (4, *sizes))
+    if sizes:
+        rows[1, sizes[0] - sizes[0] // 2 :] = 0
+    rows[2], rows[3] = 0, count - 1
+    each = np.asarray(all_of, rows.dtype)
+    more = np.resize(each, (math.ceil(len(each) / max(math.prod(sizes), 1)), *sizes))
+    return np.concatenate([rows, more]).astype(np.int32)

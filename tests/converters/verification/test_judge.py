@@ -1,0 +1,393 @@
+"""What verify takes for equal and what not: planted differences, and models that are equal."""
+
+import copy
+
+import cases
+import jax
+import keras
+import numpy as np
+import pytest
+import torch
+
+from fwt import converters
+from fwt.converters import judge
+
+k, t = keras.layers, torch.nn
+
+
+class Cube(t.Module):
+    def forward(self, x):
+        return x**3
+
+
+class Attends(t.Module):
+    """Attention over all earlier steps, and a residual."""
+
+    def __init__(self, masked=True, slope=1.0):
+        super().__init__()
+        self.mixed, self.masked, self.slope = t.Linear(8, 24), masked, slope
+
+    def forward(self, x):
+        q, k, v = self.mixed(x).chunk(3, -1)
+        scores = q @ k.mT / 8**0.5
+        if self.masked:
+            scores += torch.full(scores.shape[-2:], -torch.inf).triu(1)
+        return x + self.slope * scores.softmax(-1) @ v
+
+
+def chain(*layers):
+    return cases.randomise_torch(t.Sequential(*layers))
+
+
+def perceptron():
+    return chain(t.Linear(7, 12), t.BatchNorm1d(12, eps=1e-3), t.GELU(), t.Linear(12, 12),
+                 t.LayerNorm(12), t.ELU(), t.Linear(12, 9), t.LeakyReLU(0.1), t.Linear(9, 5))  # fmt: skip
+
+
+def images():
+    return chain(
+        t.Conv2d(3, 8, 3, padding=1), t.BatchNorm2d(8), t.ReLU(), t.Conv2d(8, 8, 3, groups=2),
+        t.Hardtanh(-2, 2), t.AvgPool2d(2, 1, 1), t.Flatten(), t.Linear(200, 6), t.Softmax(-1),
+    )  # fmt: skip
+
+
+def words():
+    net = t.Sequential(t.Embedding(300, 8), Attends(), t.LayerNorm(8), t.Flatten(), t.Linear(40, 9))
+    return cases.randomise_torch(net)
+
+
+def steps():
+    rnn = (t.LSTM(3, 6, batch_first=True), converters.Select("last"))
+    return chain(*rnn, t.Linear(6, 5), t.Tanh(), t.Linear(5, 1))
+
+
+NETS = {"perceptron": (perceptron, (7,)), "images": (images, (3, 6, 6)), "words": (words, (5,)),
+        "steps": (steps, (9, 3))}  # fmt: skip
+
+
+def scaled(path, by, at=...):
+    """A change of one number, or of all, of a weight or statistic."""
+
+    def change(net):
+        with torch.no_grad():
+            net.state_dict()[path][at] *= by
+
+    return change
+
+
+def swapped(path):
+    def change(net):
+        value = net.state_dict()[path]
+        value[[0, 1]] = value[[1, 0]].clone()
+
+    return change
+
+
+def instead(index, layer):
+    def change(net):
+        net[index] = layer
+
+    return change
+
+
+def setting(index, **settings):
+    def change(net):
+        for name, value in settings.items():
+            setattr(net[index], name, value)
+
+    return change
+
+
+PLANTED = {
+    ("perceptron", "0"): [scaled("0.weight", 1.0001, (3, 2)), scaled("0.bias", 1.0001), swapped("0.weight")],
+    ("perceptron", "1"): [setting(1, eps=1e-5), scaled("1.running_var", 1.0001), scaled("1.running_mean", 1.001, 4)],
+    ("perceptron", "2"): [instead(2, t.GELU("tanh")), instead(2, t.SiLU())],
+    ("perceptron", "3"): [scaled("3.weight", 1.0001, (5, 5)), scaled("3.bias", 0.999, 2)],
+    ("perceptron", "4"): [setting(4, eps=1e-6), scaled("4.weight", 1.0001, 3)],
+    ("perceptron", "5"): [instead(5, t.ELU(1.0001)), instead(5, t.CELU(0.9))],
+    ("perceptron", "7"): [instead(7, t.LeakyReLU(0.1001))],
+    ("perceptron", "8"): [scaled("8.weight", 1.0001, (1, 1)), scaled("8.bias", 1.0001, 0), swapped("8.bias")],
+    ("images", "0"): [scaled("0.weight", 1.0001, (3, 1, 0, 2)), setting(0, padding_mode="reflect"), swapped("0.weight")],
+    ("images", "1"): [setting(1, eps=1e-4), scaled("1.running_mean", 1.001), swapped("1.running_var")],
+    ("images", "3"): [scaled("3.weight", 1.0001, (0, 0, 0, 0)), scaled("3.bias", 1.0001, 1)],
+    ("images", "4"): [instead(4, t.Hardtanh(-2, 2.001)), instead(4, t.Hardtanh(-2.001, 2))],
+    ("images", "5"): [setting(5, count_include_pad=False)],
+    ("images", "7"): [scaled("7.weight", 1.0001, (2, 100)), swapped("7.weight"), scaled("7.bias", 1.001, 0)],
+    ("words", "0"): [scaled("0.weight", 1.0001, 7), scaled("0.weight", 0, 299), swapped("0.weight")],
+    ("words", "1"): [instead(1, None), setting(1, masked=False), scaled("1.mixed.bias", 1.001), setting(1, slope=1.0001)],
+    ("words", "4"): [scaled("4.weight", 1.0001, (8, 39)), scaled("4.bias", 1.0001)],
+    ("steps", "0|1"): [scaled("0.weight_hh_l0", 1.0001, (3, 3)), scaled("0.bias_ih_l0", 1.0001)],
+    ("steps", "2"): [scaled("2.weight", 1.0001, (0, 0)), swapped("2.bias")],
+    ("steps", "4"): [scaled("4.bias", 1.0001), scaled("4.weight", 1.0001, (0, 4))],
+}  # fmt: skip
+EACH = [(*place, i) for place, changes in PLANTED.items() for i in range(len(changes))]
+
+
+def planted(name, layer, index):
+    make, shape = NETS[name]
+    net = make()
+    other = copy.deepcopy(net)
+    change = PLANTED[name, layer][index]
+    if layer == "1" and name == "words" and index == 0:
+        other[1].mixed = cases.randomise_torch(t.Linear(8, 24), seed=5)
+    else:
+        change(other)
+    return net, other.eval(), shape
+
+
+def truly_differ(net, other, shape):
+    """In double precision, on many inputs, by more than ten roundings of a row's largest value."""
+    rng = np.random.default_rng(1)
+    if isinstance(net[0], t.Embedding):
+        x = torch.arange(300).reshape(60, 5)
+    else:
+        x = rng.normal(size=(400, *shape)) * 10.0 ** rng.uniform(-2, 3, (400, *[1] * len(shape)))
+        x = torch.tensor(x)
+    with torch.no_grad():
+        a, b = (copy.deepcopy(m).double()(x) for m in (net, other))
+    apart = ((a - b).abs().amax(1) / a.abs().amax(1)).max()
+    return float(apart) > judge.ROUNDINGS * 2.0**-23
+
+
+@pytest.mark.parametrize(("name", "layer", "index"), EACH)
+def test_what_is_planted_is_found_in_its_layer(name, layer, index):
+    net, other, shape = planted(name, layer, index)
+    assert truly_differ(net, other, shape)
+    report = converters.verify(net, other, input_shape=shape)
+    assert not report.ok, report
+    assert report.first.split(".")[0] in layer.split("|"), report
+
+
+@pytest.mark.parametrize(
+    ("name", "layer"), [p for p in PLANTED if p[0] in ("perceptron", "images")]
+)
+def test_what_is_planted_is_found_in_other_frameworks(name, layer, tmp_path):
+    net, other, shape = planted(name, layer, 0)
+    sides = [converters.from_torch(other, input_shape=shape)]
+    sides.append(converters.to_keras(*sides[0]))
+    for side in sides:
+        report = converters.verify(net, side, input_shape=shape)
+        assert (report.ok, report.first) == (False, layer), report
+    assert converters.verify(other, sides[1], input_shape=shape).ok
+
+
+def deep():
+    return chain(*[f() for _ in range(30) for f in (lambda: t.Linear(24, 24), t.Tanh)])
+
+
+def wide():
+    return chain(t.Linear(3000, 40), t.ReLU(), t.Linear(40, 2000), t.Softmax(-1))
+
+
+def far():
+    """Statistics that leave a hundredth of what they are taken from."""
+    net = chain(t.Linear(6, 8), t.BatchNorm1d(8), t.ReLU(), t.Linear(8, 3))
+    net[1].running_mean += 3000
+    net[1].running_var *= 1e-2
+    return net
+
+
+def tails():
+    """Functions in which a small number is the difference of large ones."""
+    return chain(t.ELU(), t.Tanhshrink(), t.GELU(), t.Softplus(), t.LogSigmoid(), t.Linear(9, 1))
+
+
+EQUAL = {"deep": (deep, (24,)), "wide": (wide, (3000,)), "far": (far, (6,)), "tails": (tails, (9,)),
+         **{name: net for name, net in NETS.items() if name != "words"}}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_equal_models_are_equal(name):
+    make, shape = EQUAL[name]
+    net = make()
+    model = converters.from_torch(net, input_shape=shape)
+    for other in (model, converters.to_keras(*model)):
+        report = converters.verify(net, other, input_shape=shape)
+        assert report.ok, report
+        assert report.first is None
+        assert not report.notes
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision(dtype, tmp_path):
+    """It is judged in roundings of its own; weights that are only stored in it are not."""
+    net = chain(t.Linear(9, 16), t.GELU(), t.Linear(16, 16), t.ReLU(), t.Linear(16, 4))
+    half = copy.deepcopy(net).to(getattr(torch, dtype))
+    other = copy.deepcopy(half)
+    assert converters.verify(half, other, input_shape=(9,)).ok
+    model = converters.from_torch(half, input_shape=(9,))
+    assert model.variables["params"]["0"]["kernel"].dtype == dtype
+    assert converters.verify(half, model, input_shape=(9,)).ok
+    with torch.no_grad():
+        other[4].bias *= 2
+    assert converters.verify(half, other, input_shape=(9,)).first == "4"
+    stored = jax.tree.map(lambda v: v * np.float32(1 + 2**-9), model.variables)
+    assert converters.verify(model, (model.module, stored)).first == "0"
+
+
+# -- what was once called equal --------------------------------------------------------------------
+
+
+def classifier(seed):
+    torch.manual_seed(seed)
+    net = t.Sequential(t.Embedding(50, 8), t.Flatten(), t.Linear(32, 3000), t.Softmax(-1))
+    with torch.no_grad():
+        net[0].weight *= 0.02
+    return net
+
+
+def test_many_classes():
+    a = classifier(0)
+    report = converters.verify(a, classifier(1), input_shape=(4,))
+    assert (report.ok, report.first) == (False, "0")
+    turned = copy.deepcopy(a)
+    with torch.no_grad():
+        for p in turned[2].parameters():
+            p.copy_(p.flip(0))
+    report = converters.verify(a, turned, input_shape=(4,))
+    assert (report.ok, report.first) == (False, "2"), report
+    assert str(report).splitlines()[0] == "they differ, from 2 on"
+    assert converters.verify(a, copy.deepcopy(a), input_shape=(4,)).ok
+
+
+def test_small_outputs_and_a_large_row():
+    net = chain(t.Linear(4, 3, bias=False))
+    small = copy.deepcopy(net)
+    with torch.no_grad():
+        net[0].weight *= 1e-6
+        small[0].weight *= 1.01e-6
+    assert not converters.verify(net, small, input_shape=(4,)).ok
+    cubes = chain(t.Linear(8, 8), Cube(), t.Linear(8, 4))
+    off = copy.deepcopy(cubes)
+    with torch.no_grad():
+        off[2].bias += 0.2
+    assert converters.verify(cubes, off, input_shape=(8,)).first == "2"
+    pixel = np.ones((2, 3, 7, 7), np.float32)
+    pixel[:, :, 3, 3] = 1e6  # one position of an image is no scale for the others
+    net = chain(t.Conv2d(3, 8, 1))
+    off = copy.deepcopy(net)
+    with torch.no_grad():
+        off[0].bias += 1e-3
+    assert not converters.verify(net, off, pixel).ok
+    assert converters.verify(net, converters.from_torch(net, (3, 7, 7)), pixel).ok
+
+
+@pytest.mark.parametrize("row", [0, 1, 4999])
+def test_every_row_of_a_table_counts(row):
+    one = t.Sequential(t.Embedding(5000, 4))
+    other = copy.deepcopy(one)
+    with torch.no_grad():
+        other[0].weight[row, 2] *= 1.001
+    for b in (other, converters.from_torch(other, (10,))):
+        assert converters.verify(one, b, input_shape=(10,)).first == "0"
+    assert converters.verify(one, converters.from_torch(one, (10,)), input_shape=(10,)).ok
+
+
+def test_what_no_row_of_a_table_is_said_to_be():
+    """Two tables in which more differs than is fed."""
+    one, other = (t.Sequential(t.Embedding(5000, 4)) for _ in range(2))
+    with torch.no_grad():
+        other[0].weight.copy_(one[0].weight * (1 + 2.0**-23))
+    report = converters.verify(one, other, input_shape=(2,))
+    assert report.ok
+    assert "256 of the " in report.notes[0]
+    assert "rows of the table in which the models may differ were fed" in report.notes[0]
+
+
+def test_nothing_compared_is_no_proof():
+    one, other = (chain(t.Linear(4, 3), t.BatchNorm1d(3)) for _ in range(2))
+    for net in (one, other):
+        net[1].running_var.fill_(-1.0)
+    with torch.no_grad():
+        other[0].weight += 1
+    report = converters.verify(one, one, input_shape=(4,))
+    assert not report.ok
+    assert str(report).splitlines()[0] == "nothing is proved"
+    assert report.notes[-1] == "nothing is compared: no output is finite"
+    assert report.to_json()
+    report = converters.verify(one, other, input_shape=(4,))
+    assert (report.ok, report.first) == (False, "0")
+    for x, why in (
+        (np.ones((0, 4), np.float32), "the batch has no rows"),
+        (np.full((2, 4), np.nan, np.float32), "no output is finite"),
+        (np.full((2, 4), np.inf, np.float32), "no output is finite"),
+    ):
+        report = converters.verify(chain(t.Linear(4, 3)), chain(t.Linear(4, 3)), x)
+        assert not report.ok
+        assert report.notes[-1] == f"nothing is compared: {why}"
+
+
+def test_rows_with_nan_are_said():
+    net = chain(t.Linear(4, 3))
+    x = np.ones((3, 4), np.float32)
+    x[1, 2] = np.nan
+    report = converters.verify(net, copy.deepcopy(net), x)
+    assert report.ok
+    assert report.notes == ("not compared: what is NaN in both outputs, in the rows 1",)
+    off = copy.deepcopy(net)
+    off[0].weight.data[0, 2] = np.nan
+    assert not converters.verify(net, off, x).ok
+
+
+def test_first_speaks_only_where_the_outputs_differ():
+    """Two layers may do together what two others do."""
+    one = chain(t.Linear(4, 6), t.Linear(6, 3))
+    other = copy.deepcopy(one)
+    with torch.no_grad():
+        other[0].weight.mul_(2)
+        other[0].bias.mul_(2)
+        other[1].weight.div_(2)
+    report = converters.verify(one, other, input_shape=(4,))
+    assert (report.ok, report.first) == (True, None)
+    assert report.layers[0].status == "differs"
+    assert "no output on these inputs shows that the weights differ" in str(report)
+    order = torch.tensor([2, 0, 1, 5, 4, 3])
+    with torch.no_grad():
+        other.load_state_dict({"0.weight": one[0].weight[order], "0.bias": one[0].bias[order],
+                               "1.weight": one[1].weight[:, order], "1.bias": one[1].bias})  # fmt: skip
+    assert converters.verify(one, other, input_shape=(4,)).ok
+
+
+def test_a_weight_that_no_output_shows():
+    """A part in ten thousand of one number of 4608 is less than ten roundings of the sum."""
+    one = chain(t.Linear(4608, 4))
+    other = copy.deepcopy(one)
+    with torch.no_grad():
+        other[0].weight[2, 77] *= 1.0001
+    report = converters.verify(one, other, input_shape=(4608,))
+    assert (report.ok, report.first) == (False, "0"), report
+
+
+def test_layers_that_work_in_place():
+    net = chain(t.ReLU(inplace=True), t.Linear(4, 3), t.ReLU(inplace=True), t.Linear(3, 2))
+    x = -np.ones((2, 4), np.float32)
+    report = converters.verify(net, converters.from_torch(net), x)
+    assert report.ok
+    assert all(line.status in ("exact", "close") for line in report.layers)
+    assert (x == -1).all()
+
+
+def test_layouts():
+    """A model that takes its channels where another does not."""
+    net = chain(t.ZeroPad2d((1, 0, 2, 1)), t.Conv2d(3, 4, 3), t.ReLU())
+    models = {kind: converters.from_torch(net, (3, 9, 8), kind)
+              for kind in ("source", "channels_last")}  # fmt: skip
+    for model in models.values():
+        report = converters.verify(net, model, input_shape=(3, 9, 8))
+        assert report.ok, report
+    report = converters.verify(*models.values())
+    assert report.ok
+    assert "its inputs were turned" in report.notes[0]
+
+
+def test_keras_with_channels_first(tmp_path):
+    net = keras.Sequential([keras.Input((3, 9, 8)), k.Conv2D(4, 3, data_format="channels_first"),
+                            k.ReLU()])  # fmt: skip
+    cases.randomise_keras(net)
+    net.save(tmp_path / "net.keras")
+    x = np.ones((1, 3, 9, 8), np.float32)
+    try:
+        net(x)
+    except Exception:
+        pytest.skip("this backend has no convolution with channels first on a CPU")
+    assert converters.verify(net, tmp_path / "net.keras").ok

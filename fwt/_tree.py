@@ -147,7 +147,7 @@ class Tree:
             p: jax.ShapeDtypeStruct(x.shape, x.dtype)
             for p, x in (self.leaves | self.hidden).items()
         }
-        chosen = _resolve(where, shapes, self.module)
+        chosen = _resolve(where, shapes, self)
         found = [p for p in self.leaves if p in chosen]
         if not found:
             raise WhereError(_nothing(where, self.leaves, self.hidden, chosen))
@@ -236,7 +236,7 @@ def matches(pattern: str, path: str) -> bool:
     return _glob(pattern).fullmatch(path + "/") is not None
 
 
-def _resolve(where: Where, shapes: Mapping[str, jax.ShapeDtypeStruct], module: Any) -> set[str]:
+def _resolve(where: Where, shapes: Mapping[str, jax.ShapeDtypeStruct], tree: Any) -> set[str]:
     if isinstance(where, str):
         return {p for p in shapes if matches(where, p)}
     if isinstance(where, list | tuple | set | frozenset) and all(isinstance(w, str) for w in where):
@@ -247,8 +247,8 @@ def _resolve(where: Where, shapes: Mapping[str, jax.ShapeDtypeStruct], module: A
                 raise WhereError(_nothing(pattern, shapes, {}, hits))
             chosen |= hits
         return chosen
-    if hasattr(where, "paths_of"):  # a role: it may ask what the module says
-        return set(where.paths_of(shapes, module))
+    if hasattr(where, "paths_of"):  # a role: it may ask what the modules in the tree say
+        return set(where.paths_of(shapes, tree))
     # A function is a leaf of its own; an equinox module or a Model of bools can be called too.
     if callable(where) and jax.tree.leaves(where) == [where]:
         answers = {p: where(p, x) for p, x in shapes.items()}

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 
 from fwt import _tree
+from fwt._modules import einsum_names
 from fwt._types import ConversionError, Model
 from fwt.converters.frameworks import flax as _flax
 from fwt.converters.frameworks import keras_config
@@ -254,7 +255,7 @@ def leaves(model: Any) -> list[LiveLeaf]:
             there = order(letters, flax_letters, value.ndim) if letters else None
             known = table.live("keras", layer, kind, letters, flax_letters, value.ndim)
             if kind == "EinsumDense" and label == "kernel":
-                names_of = table.einsum_names(layer.equation)
+                names_of = einsum_names(layer.equation)
                 known = dataclasses.replace(known, names=names_of)
             if there is not None:
                 value = value.transpose(there)

@@ -39,7 +39,15 @@ class Bound:
         axes = self.axes
         if axes is None:
             axes = plain_axes(self.name, tuple(shape))
-        return self.function(key, tuple(shape), jnp.dtype(dtype), axes, **dict(self.settings))
+        settings = dict(self.settings)
+        if axes.stack and self.function.__name__ not in _WHOLE:
+            one = axes.one
+
+            def draw(key: Any) -> Any:
+                return self.function(key, one.shape, jnp.dtype(dtype), one, **settings)
+
+            return _stacked(draw, key, axes)
+        return self.function(key, tuple(shape), jnp.dtype(dtype), axes, **settings)
 
     def at(self, axes: Axes) -> "Bound":
         """The same initializer for a leaf with these axes."""
@@ -47,6 +55,21 @@ class Bound:
 
     def __repr__(self) -> str:
         return f"{self.name}({', '.join(f'{n}={v!r}' for n, v in self.settings)})"
+
+
+# What gives each number by itself: a stack of layers is no different from one.
+_WHOLE = ("_zeros", "_ones", "_constant", "_uniform", "_normal")
+
+
+def _stacked(draw: Callable[[Any], Any], key: Any, axes: Axes) -> Any:
+    """Each slice of a stack, drawn by itself from a key folded from its number."""
+    sizes = tuple(axes.shape[i] for i in axes.stack)
+    if key is None:
+        new = jnp.broadcast_to(draw(None), (*sizes, *axes.one.shape))
+    else:
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(math.prod(sizes)))
+        new = jax.vmap(draw)(keys).reshape(*sizes, *axes.one.shape)
+    return jnp.moveaxis(new, range(len(sizes)), axes.stack)
 
 
 def plain_axes(name: str, shape: tuple[int, ...]) -> Axes:

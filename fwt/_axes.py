@@ -269,7 +269,7 @@ class Places:
             turned = _rules.order_is_transposed(tuple(n for n in said if n != "stack"))
             return Axes(path, shape, said, told.transposed or turned)
         if told.names is not None and len(told.names) == len(shape):
-            return Axes(path, shape, told.names, told.transposed)
+            return Axes(path, shape, _rules.with_heads(path, told.names), told.transposed)
         live = path in KNOWN.get()
         depth = 0 if live else self._rules.depth(path)
         found = self._from_tree(path, None if depth is None else range(depth), told.layer)
@@ -336,7 +336,7 @@ class Places:
         told = table.known(inner.layer, inner.name, len(inner.shape))
         if told.names is None or len(told.names) != len(inner.shape):
             return self._from_tree(path, stack, "")
-        names = _with_stack(told.names, stack, len(shape))
+        names = _with_stack(_rules.with_heads(path, told.names), stack, len(shape))
         return Axes(path, shape, names, told.transposed)
 
     def _stack_of(self, path: str) -> tuple[int, ...] | None:

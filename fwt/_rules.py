@@ -105,6 +105,9 @@ class Rules:
             named = next((n for n in _WEIGHTS if len(self._beside(path, n) or ()) > 1), None)
             if named is None or self._beside(path, named) == shape:
                 return _MISSING
+            told = self._told.get(self._layers[self._parts[path][:-1]][named])
+            if told is not None:
+                return told
             return _depth_of(named, self._beside(path, named) or (), shape, parent)
         if last not in _WEIGHTS or bias is None or bias == shape:
             return _MISSING
@@ -320,6 +323,16 @@ class Rules:
         if re.fullmatch("(in_proj_)?bias(_(ih|hh)(_l[0-9]+)?(_reverse)?)?", last):
             return "biases"
         return "others"
+
+
+def with_heads(path: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    """The axes of an attention's kernel, whose class tells only its sides, with their names."""
+    parent = (*parts(path), "")[-3:-1][0]
+    if parent in _ATTENTION_IN and names[-3:] == ("in", "out", "out"):
+        return (*names[:-2], "heads", "dim")
+    if parent in _ATTENTION_OUT and names[-3:] == ("in", "in", "out"):
+        return (*names[:-3], "heads", "dim", "out")
+    return names
 
 
 def _depth_of(name: str, weight: Shape, bias: Shape, parent: str) -> int | None:

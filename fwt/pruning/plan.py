@@ -122,9 +122,7 @@ class Plan:
         lazy = lazy and self.scope in ("layer", "global", "erk") and self.like != "torch"
         lazy = lazy and (grow is None or grow[0] in (scores.random, scores.gradient))
         if steps is not None and not lazy:
-            import optax
-
-            params, steps = optax.apply_updates(params, steps), None
+            params, steps = moved(params, steps), None
         tree = _tree.Tree(params)
         names = tree.select(self.where)
         leaves = [_tree.computable(p, tree.leaves[p], self.dtype) for p in names]
@@ -154,8 +152,8 @@ class Plan:
             cuts = [self._above(x, plain) for x in values]
             found = [Source(key_function(not plain), (x,)) for x in values]
         else:
-            moved = {} if steps is None else _tree.Tree(steps).leaves
-            added = [moved[p] for p in names] if moved else []
+            by_path = {} if steps is None else _tree.Tree(steps).leaves
+            added = [by_path[p] for p in names] if by_path else []
             found, groups, ks = self._groups(places, leaves, values, fits, plain, alive, added)
             if grow is not None:
                 found, groups = _regrown(found, groups, ks, *worths(grow[0]), grow[1], stacks)
@@ -298,6 +296,16 @@ class Plan:
             mine = [next(rest) for _ in range(place.size(place.stack))]
             ks.append(_by_slice(mine, place) if place.stack else mine[0])
         return found, [[s] for s in found], ks
+
+
+def moved(params: Params, steps: Any) -> Params:
+    """The params after a step; what has none, such as a function in an Equinox module, stays."""
+    import optax
+
+    def one(leaf: Any, step: Any) -> Any:
+        return leaf if step is None else optax.apply_updates(leaf, step)
+
+    return jax.tree.map(one, params, steps, is_leaf=lambda x: x is None)
 
 
 _ALL = select.Cut(np.uint32(0), np.uint32(0))  # keeps the Trues of a mask

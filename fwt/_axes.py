@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from fwt import _modules, _rules, _tree
 from fwt._modules import Known as Known
-from fwt._types import AxesError, FwtError
+from fwt._types import AxesError, FwtError, Model
 
 _SIDES = ("in", "i", "out", "o")
 # What may stand beside both sides: the axes of a window, and those of attention.
@@ -308,7 +308,9 @@ class Places:
                 shape = self.shapes[path]
                 if len(shape) == len(names) - 1 > led and shape[:led] in sizes:
                     depths.setdefault(path, led)
-        return _rules.Rules(self.shapes, depths)
+        node: Any = self.tree._treedef.node_data()
+        file = node is not None and node[0] is Model and self.module is None
+        return _rules.Rules(self.shapes, depths, file)
 
     def _from_tree(self, path: str, stack: Sequence[int] | None, layer: str) -> Axes:
         shape = self.shapes[path]

@@ -46,10 +46,16 @@ class Rules:
     Args:
         shapes: by path, the shape of every leaf.
         depths: by path, how many axes of a leaf are a stack, where something else tells it.
+        file: whether this is a file of weights alone, in which a ``weight`` is torch's.
     """
 
-    def __init__(self, shapes: Mapping[str, Shape], depths: Mapping[str, int] | None = None):
-        self.shapes = dict(shapes)
+    def __init__(
+        self,
+        shapes: Mapping[str, Shape],
+        depths: Mapping[str, int] | None = None,
+        file: bool = False,
+    ):
+        self.shapes, self.file = dict(shapes), file
         self._depths: dict[str, int | None] = dict(depths or {})
         self._told = dict(depths or {})
         self._parts = {path: parts(path) for path in self.shapes}
@@ -118,11 +124,11 @@ class Rules:
         depth = len(recurrent) - 2
         if depth <= 0 or "conv" in parent.lower() or (bias is not None and len(bias) == 1):
             return 0
-        all_of = [x for x in (kernel, bias) if x is not None]
-        if any(x[:depth] != recurrent[:depth] for x in all_of):
-            return None
-        fits = bias is None or len(bias) - depth in (1, 2)
-        return depth if all_of and fits and len(kernel or recurrent) == len(recurrent) else None
+        if bias is None or kernel is None:  # it may be the window of a ConvLSTM
+            return None if depth == 1 else 0
+        same = kernel[:depth] == bias[:depth] == recurrent[:depth]
+        ranks = len(kernel) == len(recurrent) and len(bias) - depth in (1, 2)
+        return depth if same and ranks else None
 
     def _by_subtree(self, path: str) -> Any:
         """The depth, as a subtree tells it all of whose leaves have the same first axes."""
@@ -255,13 +261,10 @@ class Rules:
             return self._of_weight(path, shape, bias)
         if _TWO_AXES.fullmatch(last):
             return ("out", "in")
-        # A transposed convolution is (in, out / groups, ...), and groups divide its inputs.
-        torch = "conv" in parent.lower() or (rank > 3 and len(_tree.split(path)) == 1)
-        if last == "weight" and rank >= 3 and bias and torch and 0 not in shape:
-            if bias == shape[0] and bias % shape[1]:
-                return ("out", "in", *window)
-            if shape[0] != bias == shape[1]:
-                return ("in", "out", *window)
+        dotted = "." in path and len(_tree.split(path)) == 1
+        torch = "conv" in parent.lower() or (rank > 3 and (self.file or dotted))
+        if last == "weight" and rank >= 3 and torch:
+            return _of_window(shape, bias)
         return None
 
     def _of_weight(self, path: str, shape: Shape, bias: int | None) -> tuple[str, ...] | None:
@@ -323,6 +326,19 @@ class Rules:
         if re.fullmatch("(in_proj_)?bias(_(ih|hh)(_l[0-9]+)?(_reverse)?)?", last):
             return "biases"
         return "others"
+
+
+def _of_window(shape: Shape, bias: int | None) -> tuple[str, ...] | None:
+    """The order of a convolution in torch, (out, in / groups, ...), or of a transposed one,
+    (in, out / groups, ...), where the size of the bias fits only one of them."""
+    first, second, *window = shape
+    if not bias or not second or bias in window:
+        return None
+    if bias == first and bias % second:  # a multiple may be transposed, in groups
+        return ("out", "in", *("spatial",) * len(window))
+    if first != bias == second:
+        return ("in", "out", *("spatial",) * len(window))
+    return None
 
 
 def with_heads(path: str, names: tuple[str, ...]) -> tuple[str, ...]:

@@ -1,23 +1,55 @@
 """What each axis of a leaf means: nothing else in fwt guesses."""
 
 import dataclasses
+import functools
+import itertools
 import math
 import re
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, Literal
 
-from fwt import _tree
-from fwt._types import AxesError, FwtError
+import jax
+import jax.numpy as jnp
 
-NORMS = re.compile(r"(^|_)(norm|bn|ln|batchnorm|layernorm)s?(_|\d|$)")
-EMBEDDINGS = re.compile(r"(^|_)(emb|embed|embedding|wte|wpe)s?(_|\d|$)")
+from fwt import _modules, _rules, _tree
+from fwt._modules import Known as Known
+from fwt._types import AxesError, FwtError, Model
+
+_SIDES = ("in", "i", "out", "o")
+# What may stand beside both sides: the axes of a window, and those of attention.
+_WINDOW = re.compile(
+    r"[hwdktxyzpqruv]\d*|k_?[hwdt]|(spatial|kernel|window)(_?\w)?|height|width|time|length|"
+    "heads?|dim|head_dim"
+)
+_BATCH = re.compile(
+    "(layer|block|batch|stack|expert|ensemble|member|model|replica|repeat|stage|step|scan|depth|"
+    "num|copy|population|agent|seed)(e?s)?(_.*)?|[benls]|.*_(layer|block|batch|expert|member)s?"
+)
 
 
-def _no_kernel(layer: str) -> bool:
-    """Whether a layer of this name holds a norm or an embedding."""
-    return bool(NORMS.search(layer.lower()) or EMBEDDINGS.search(layer.lower()))
+def words(text: str, said: str) -> tuple[str, ...]:
+    """The names of axes that a user gives, ``"stack in out"``.
+
+    Raises:
+        AxesError: for a name that may be read in several ways.
+    """
+    names = tuple(text.split())
+    if not set(_SIDES) & set(names):
+        raise AxesError(f"{said} names neither 'in' nor 'out'")
+    both = {"in", "i"} & set(names) and {"out", "o"} & set(names)
+    window = {"height", "width", "h", "w"} & set(names)  # whose third axis may be a depth
+    for name in names:
+        if name in (*_SIDES, "stack", "group") or (name == "depth" and window):
+            continue
+        if _BATCH.fullmatch(name) or (both and not _WINDOW.fullmatch(name)):
+            raise AxesError(
+                f"{said}: {name!r} may mean several things. 'stack' is an axis each slice of which "
+                "is a layer of its own; the axes of a window are 'h', 'w', 'd' or 'k'; beside 'in' "
+                "or 'out' alone, any names such as 'heads dim' are the other side"
+            )
+    return names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,11 +59,13 @@ class Axes:
     Attributes:
         path: where the leaf is, for errors.
         shape: its shape.
-        names: one name per axis, or None where nothing is known. ``in`` (or ``i``) and ``out``
-            (or ``o``) speak for themselves. Any other name is a spatial axis where both stand
-            beside it, and otherwise belongs to the side that is missing: ``"h d out"`` contracts
-            heads and head dimension, ``"in h d"`` produces them. ``group`` is an output axis of
-            a depthwise kernel, each of whose units has one input.
+        names: one name per axis, or None where not even a stack is told. ``in`` (or ``i``) and
+            ``out`` (or ``o``) speak for themselves. Any other name is a spatial axis where both
+            stand beside it, and otherwise belongs to the side that is missing: ``"h d out"``
+            contracts heads and head dimension, ``"in h d"`` produces them. ``group`` is an output
+            axis of a depthwise kernel, each of whose units has one input. ``stack`` is a batch of
+            layers, as ``nn.scan``, ``nn.vmap`` and ensembles make it: each slice along it is a
+            layer of its own, whose axes are the others. An axis of which nothing is known is "".
         transposed: whether it is the kernel of a transposed convolution, whose inputs and outputs
             Keras and torch take for each other.
         groups: of a transposed convolution, in how many groups its inputs and outputs meet.
@@ -47,20 +81,67 @@ class Axes:
     turned: bool = False
 
     def _known(self) -> tuple[str, ...]:
-        if self.names is None:
+        if self.names is None or "" in self.names:
             raise AxesError(
                 f"{self.path} of shape {self.shape}: nothing says which axis is its input and "
-                f"which its output; say so with axes={{{self.path!r}: 'out in h w'}} (one name "
-                "per axis, 'in' and 'out' among them)"
+                f"which its output{self._doubt}; say so with axes={{{self.path!r}: "
+                f"{self._example!r}}} (one name per axis, 'in' and 'out' among them)"
             )
         return self.names
+
+    @property
+    def known(self) -> bool:
+        """Whether each axis is."""
+        return self.names is not None and "" not in self.names
+
+    @property
+    def _doubt(self) -> str:
+        return "" if self.names is not None else ", or whether it is a stack of layers"
+
+    @property
+    def _example(self) -> str:
+        rank = len(self.shape)
+        if self.names is None:
+            return " ".join([*["stack"] * (rank - 2), "in", "out"])
+        return " ".join(["out", "in", "h", "w", *"kkkkkkkk"][: max(rank, 2)])
+
+    @property
+    def stack(self) -> tuple[int, ...]:
+        """The axes along which each slice is a layer of its own."""
+        return tuple(i for i, n in enumerate(self.names or ()) if n == "stack")
+
+    @property
+    def one(self) -> "Axes":
+        """The axes of one slice of a stack."""
+        if not self.stack:
+            return self
+        kept = [i for i in range(len(self.shape)) if i not in self.stack]
+        names = tuple((self.names or ())[i] for i in kept)
+        shape = tuple(self.shape[i] for i in kept)
+        return dataclasses.replace(self, shape=shape, names=names)
+
+    def each(self, function: Callable[..., Any], *arrays: Any) -> Any:
+        """``function`` of each slice of arrays of the leaf's shape, together again: all slices at
+        once, by ``jax.vmap``."""
+        for index, axis in reversed(list(enumerate(self.stack))):
+            function = jax.vmap(function, axis - index, axis - index)
+        return function(*arrays)
+
+    def in_turn(self, function: Callable[[int, Any], Any], leaf: Any) -> Any:
+        """``function(number, slice)`` of each slice, one after the other: for a user's own
+        function, which need not be traceable."""
+        rows = jnp.moveaxis(jnp.asarray(leaf), self.stack, range(len(self.stack)))
+        flat = rows.reshape(-1, *self.one.shape)
+        new = jnp.stack([jnp.asarray(function(i, x)) for i, x in enumerate(flat)])
+        back = new.reshape(*rows.shape[: len(self.stack)], *new.shape[1:])
+        return jnp.moveaxis(back, range(len(self.stack)), self.stack)
 
     def _where(self, *names: str) -> tuple[int, ...]:
         return tuple(i for i, n in enumerate(self._known()) if n in names)
 
     @property
     def _others(self) -> tuple[int, ...]:
-        return tuple(i for i, n in enumerate(self._known()) if n not in ("in", "i", "out", "o"))
+        return tuple(i for i, n in enumerate(self._known()) if n not in (*_SIDES, "stack"))
 
     @property
     def all(self) -> tuple[int, ...]:
@@ -83,12 +164,14 @@ class Axes:
     @property
     def spatial(self) -> tuple[int, ...]:
         """The axes of a kernel's window."""
-        return tuple(i for i in range(len(self.shape)) if i not in self.outputs + self.inputs)
+        sides = self.outputs + self.inputs + self.stack
+        return tuple(i for i in range(len(self.shape)) if i not in sides)
 
     @property
     def reduced(self) -> tuple[int, ...]:
         """All axes but the output's: what a norm per output unit sums over."""
-        return tuple(i for i in range(len(self.shape)) if i not in self.outputs)
+        sides = self.outputs + self.stack
+        return tuple(i for i in range(len(self.shape)) if i not in sides)
 
     def size(self, axes: Sequence[int]) -> int:
         """How many elements these axes hold together."""
@@ -143,18 +226,6 @@ class Axes:
         return outs // self.groups * window, ins * self.groups * window
 
 
-@dataclasses.dataclass(frozen=True)
-class Known:
-    """What the class of a layer tells of one of its leaves."""
-
-    names: tuple[str, ...] | None = None
-    transposed: bool = False
-    layer: str = ""
-    owner: Any = None  # the layer itself, where there is a module
-    groups: int = 1
-    turned: bool = False
-
-
 class KnowsAxes:
     """A module that tells what it knows of its leaves, such as ``fwt.Sequential``."""
 
@@ -171,29 +242,149 @@ KNOWN: ContextVar[Mapping[str, Known]] = ContextVar(
 )
 
 
-def _rule(path: str, rank: int, layer: str = "") -> tuple[str, ...] | None:
-    """What the path alone says; ``layer`` is the class where it is known."""
-    parts = [_tree.unescape(p) for p in _tree.split(path)] or [""]
-    last, parent = parts[-1], parts[-2] if len(parts) > 1 else ""
-    if last == "kernel" and rank == 3 and parent in ("query", "key", "value"):
-        return ("in", "heads", "dim")
-    if last == "kernel" and rank == 3 and parent in ("out", "attention_output"):
-        return ("heads", "dim", "out")
-    if last == "bias" and rank == 2 and parent in ("query", "key", "value"):
-        return ("out", "out")
-    if last == "depthwise_kernel" and rank >= 3:
-        return (*("spatial",) * (rank - 2), "group", "out")
-    # An einsum's kernel of rank 3 has no window.
-    most = 2 if layer and "Conv" not in layer else rank
-    if re.fullmatch("(pointwise_|recurrent_)?kernel", last) and 2 <= rank <= most:
-        return (*("spatial",) * (rank - 2), "in", "out")
-    if re.fullmatch("weight|(in|[qkv])_proj_weight", last) and rank == 2 and not _no_kernel(parent):
-        return ("out", "in")
-    if re.fullmatch("weight_(ih|hh|hr)(_l[0-9]+)?(_reverse)?", last):
-        return ("out", "in")
-    if rank == 1:
-        return ("out",)
-    return None
+class Places:
+    """What the axes of the leaves of one tree mean.
+
+    In this order it asks the user's ``axes=``, the classes of layers (of a live model, of the
+    modules that the tree holds, of a linen module), and the names and shapes in the tree.
+
+    Args:
+        tree: the tree.
+        axes: ``{glob: names}``; a leaf takes the first glob that matches it with as many names as
+            it has axes.
+        module: a linen module, where the tree does not bring it.
+    """
+
+    def __init__(self, tree: _tree.Tree, axes: Mapping[str, str] | None = None, module: Any = None):
+        self.tree = tree
+        self.module = module if module is not None else tree.module
+        every = tree.leaves | tree.hidden
+        self.shapes = {p: tuple(x.shape) for p, x in every.items()}
+        for also in tree.also.values():
+            self.shapes |= {p: tuple(shape) for p, shape in also.items()}
+        self._said = {
+            g: words(text, f"axes={{{g!r}: {text!r}}}") for g, text in (axes or {}).items()
+        }
+        self._classes = _modules.of_classes(tree)
+
+    def check_used(self, paths: Sequence[str]) -> None:
+        """Each glob of ``axes=`` must fit some leaf, or it is a typing mistake."""
+        for glob, names in self._said.items():
+            hits = [p for p in paths if _tree.matches(glob, p)]
+            said = f"axes={{{glob!r}: {' '.join(names)!r}}}"
+            if not hits:
+                raise AxesError(f"axes={{{glob!r}: ...}} matches no leaf{_tree.near(glob, paths)}")
+            if all(len(self.shapes[p]) != len(names) for p in hits):
+                shape = self.shapes[hits[0]]
+                raise AxesError(
+                    f"{said} names {len(names)} axes, but {hits[0]} has shape {shape}: give one "
+                    f"name for each of its {len(shape)} axes"
+                )
+
+    def __call__(self, path: str) -> Axes:
+        shape, told = self.shapes[path], self.known(path)
+        said = self._by_user(path)
+        if said is not None:
+            turned = _rules.order_is_transposed(tuple(n for n in said if n != "stack"))
+            return Axes(path, shape, said, told.transposed or turned, told.groups, told.turned)
+        if told.names is not None and len(told.names) == len(shape):
+            names = _rules.with_heads(path, told.names)
+            return Axes(path, shape, names, told.transposed, told.groups, told.turned)
+        live = path in KNOWN.get()
+        depth = 0 if live else self._rules.depth(path)
+        found = self._from_tree(path, None if depth is None else range(depth), told.layer)
+        if not live and (depth != 0 or (len(shape) > 2 and not found.known)):
+            found = self._from_module(path) or found
+        return found
+
+    def _by_user(self, path: str) -> tuple[str, ...] | None:
+        rank = len(self.shapes[path])
+        fits = (n for g, n in self._said.items() if len(n) == rank and _tree.matches(g, path))
+        return next(fits, None)
+
+    def known(self, path: str) -> Known:
+        """What the classes of layers say of a leaf."""
+        if path in KNOWN.get():
+            return KNOWN.get()[path]
+        if path in self._classes:
+            return self._classes[path]
+        if isinstance(self.module, KnowsAxes):
+            return self.module._known_axes(path, len(self.shapes[path]))
+        return Known()
+
+    @functools.cached_property
+    def _rules(self) -> _rules.Rules:
+        depths = {}
+        for path, shape in self.shapes.items():
+            said = self._by_user(path) or (self.known(path).names if self._classes else None)
+            led = _leading(said or ())
+            if said is not None and len(said) == len(shape) and led == said.count("stack"):
+                depths[path] = led
+        # A glob that names a stack speaks of what else it matches too: of the biases.
+        for glob, names in self._said.items():
+            led, hits = _leading(names), [p for p in self.shapes if _tree.matches(glob, p)]
+            sizes = {self.shapes[p][:led] for p in hits if depths.get(p) == led}
+            for path in hits if led == names.count("stack") > 0 else ():
+                shape = self.shapes[path]
+                if len(shape) == len(names) - 1 > led and shape[:led] in sizes:
+                    depths.setdefault(path, led)
+        node: Any = self.tree._treedef.node_data()
+        file = node is not None and node[0] is Model and self.module is None
+        return _rules.Rules(self.shapes, depths, file)
+
+    def _from_tree(self, path: str, stack: Sequence[int] | None, layer: str) -> Axes:
+        shape = self.shapes[path]
+        if stack is None:
+            return Axes(path, shape, None)
+        names, transposed = self._rules.names(path, tuple(stack), layer)
+        return Axes(path, shape, _with_stack(names, stack, len(shape)), transposed)
+
+    @functools.cached_property
+    def _traced(self) -> dict[str, _modules.Traced]:
+        return _modules.traced(self.module, self.tree)
+
+    def _from_module(self, path: str) -> Axes | None:
+        """The axes as the layer of a linen module tells them that sees the leaf, or a slice of
+        it."""
+        inner = self._traced.get(path)
+        if inner is None:
+            return None
+        stack = self._stack_of(path)
+        if stack is None:
+            return None
+        from fwt.converters.rows import table
+
+        shape = self.shapes[path]
+        told = table.known(inner.layer, inner.name, len(inner.shape))
+        if told.names is None or len(told.names) != len(inner.shape):
+            return self._from_tree(path, stack, "")
+        names = _with_stack(_rules.with_heads(path, told.names), stack, len(shape))
+        return Axes(path, shape, names, told.transposed, told.groups, told.turned)
+
+    def _stack_of(self, path: str) -> tuple[int, ...] | None:
+        """The axes that a layer does not see; None where its shapes fit several."""
+        layer = self._traced[path].layer.path
+        fits: set[tuple[int, ...]] | None = None
+        for other, inner in self._traced.items():
+            if inner.layer.path == layer and other in self.shapes:
+                mine = _missing(self.shapes[other], inner.shape)
+                fits = mine if fits is None else fits & mine
+        return fits.pop() if fits is not None and len(fits) == 1 else None
+
+
+def _leading(names: Sequence[str]) -> int:
+    return len(list(itertools.takewhile(lambda n: n == "stack", names)))
+
+
+def _with_stack(names: Sequence[str], stack: Sequence[int], rank: int) -> tuple[str, ...]:
+    rest = iter(names)
+    return tuple("stack" if i in stack else next(rest) for i in range(rank))
+
+
+def _missing(outer: tuple[int, ...], inner: tuple[int, ...]) -> set[tuple[int, ...]]:
+    """The axes of the outer shape without which it is the inner one."""
+    gone = itertools.combinations(range(len(outer)), len(outer) - len(inner))
+    return {g for g in gone if tuple(s for i, s in enumerate(outer) if i not in g) == inner}
 
 
 def axes_of(
@@ -202,60 +393,11 @@ def axes_of(
     module: Any = None,
     axes: Mapping[str, str] | None = None,
 ) -> Axes:
-    """The axes of the leaf at ``path``: what the user says, then the module, then the path."""
-    names: tuple[str, ...] | None = None
-    told = known(path, len(shape), module)
-    transposed = told.transposed
-    for pattern, text in (axes or {}).items():
-        if _tree.matches(pattern, path):
-            names = tuple(text.split())
-            if len(names) != len(shape):
-                raise AxesError(
-                    f"axes={{{pattern!r}: {text!r}}} names {len(names)} axes, but {path} has shape "
-                    f"{tuple(shape)}: give one name for each of its {len(shape)} axes"
-                )
-            if not {"in", "i", "out", "o"} & set(names):
-                raise AxesError(f"axes={{{pattern!r}: {text!r}}} names neither 'in' nor 'out'")
-            transposed = told.transposed or _order_is_transposed(names)
-    if names is None:
-        names = told.names
-    if names is None:
-        names = _rule(path, len(shape), told.layer)
-        transposed = names is not None and _transposed_by_name(path, len(shape))
-    if names is not None and len(names) != len(shape):
-        names = None
-    return Axes(path, tuple(shape), names, transposed, told.groups, told.turned)
-
-
-def _order_is_transposed(names: tuple[str, ...]) -> bool:
-    """Whether this is how Keras or torch lay out a transposed convolution: (*k, out, in) or
-    (in, out, *k)."""
-    sides = [("in" if n in ("in", "i") else "out") for n in names if n in ("in", "i", "out", "o")]
-    if len(names) < 3 or sorted(sides) != ["in", "out"]:
-        return False
-    first = names[0] in ("in", "i", "out", "o")
-    return sides == (["in", "out"] if first else ["out", "in"])
-
-
-def _transposed_by_name(path: str, rank: int) -> bool:
-    parent = (_tree.split(path)[-2:-1] or [""])[0].lower()
-    return rank >= 3 and re.search(r"conv(_?\d+_?d)?_?transpose", parent) is not None
-
-
-def check_used(axes: Mapping[str, str] | None, paths: Sequence[str]) -> None:
-    """Each glob of ``axes=`` must speak of some leaf, or it is a typing mistake."""
-    for pattern in axes or {}:
-        if not any(_tree.matches(pattern, p) for p in paths):
-            raise AxesError(
-                f"axes={{{pattern!r}: ...}} matches no leaf{_tree.near(pattern, paths)}"
-            )
-
-
-def known(path: str, rank: int, module: Any = None) -> Known:
-    """What the live model's classes say of a leaf, or the layers of a Sequential."""
-    if path in KNOWN.get():
-        return KNOWN.get()[path]
-    return module._known_axes(path, rank) if isinstance(module, KnowsAxes) else Known()
+    """The axes of a leaf that stands alone; see :class:`Places`."""
+    alone: Any = jax.ShapeDtypeStruct(tuple(shape), jnp.float32)
+    for part in reversed([_tree.unescape(p) for p in _tree.split(path)]):
+        alone = {part: alone}
+    return Places(_tree.Tree({"params": alone}), axes, module)(path)
 
 
 def flattened(module: Any) -> dict[str, tuple[int, ...]]:
@@ -284,25 +426,11 @@ class Role:
 
     __repr__ = __str__
 
-    def paths_of(self, shapes: Mapping[str, Any], module: Any) -> list[str]:
-        return [p for p, x in shapes.items() if role(p, len(x.shape)) == self.name]
-
-
-def role(path: str, rank: int) -> str:
-    """``kernels``, ``biases`` or ``others`` (norms, embeddings, statistics)."""
-    parts = [_tree.unescape(p) for p in _tree.split(path)] or [""]
-    last, parent = parts[-1], parts[-2] if len(parts) > 1 else ""
-    if rank >= 2 and re.fullmatch(".*kernel(_orig)?", last):
-        return "kernels"
-    if rank >= 2 and re.fullmatch("weight(_orig|_v|_(ih|hh|hr)(_l[0-9]+)?(_reverse)?)?", last):
-        return "others" if _no_kernel(parent) else "kernels"
-    if rank >= 2 and last in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
-        return "kernels"
-    if rank >= 2 and parts[-3:-1] == ["parametrizations", "weight"]:
-        return "kernels"  # original, original1; a weight norm's original0 is one number a unit
-    if last == "bias" or re.fullmatch("(in_proj_)?bias(_(ih|hh)(_l[0-9]+)?(_reverse)?)?", last):
-        return "biases"
-    return "others"
+    def paths_of(self, shapes: Mapping[str, Any], tree: _tree.Tree) -> list[str]:
+        rules = _rules.Rules({p: tuple(x.shape) for p, x in shapes.items()})
+        classes = _modules.of_classes(tree)
+        told = {p: k.role for p, k in classes.items() if k.role}
+        return [p for p in shapes if (told.get(p) or rules.role(p)) == self.name]
 
 
 kernels = Role("kernels")

@@ -1,5 +1,6 @@
 """New values for the leaves of a tree: what ``initialize``, ``reset`` and ``lsuv`` share."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -49,9 +50,26 @@ def _target(path: str, leaf: Any, dtype: Any) -> jax.ShapeDtypeStruct:
     return wanted
 
 
+@dataclasses.dataclass(frozen=True)
+class InTurn:
+    """An initializer that is not ours, for a stack of layers: it draws one slice after the other,
+    each from a key folded from its number."""
+
+    chosen: Any
+    axes: _axes.Axes
+
+    def __call__(self, key: Any, shape: Any, dtype: Any) -> Any:
+        def draw(number: int, part: Any) -> Any:
+            return self.chosen(jax.random.fold_in(key, number), part.shape, dtype)
+
+        return self.axes.in_turn(draw, jnp.zeros(shape, bool))
+
+
 def fitted(chosen: Any, axes: _axes.Axes) -> Any:
     if isinstance(chosen, initializers.Bound):
         return chosen.at(axes)
+    if axes.stack and not initializers.foreign_axis_free(chosen):
+        return InTurn(fitted(chosen, axes.one), axes)
     rank = len(axes.shape)
     if rank < 2 or initializers.foreign_axis_free(chosen):
         return chosen

@@ -59,10 +59,11 @@ def initialize(
     def apply(params: Params) -> Params:
         tree = _tree.Tree(params)
         names = tree.select(where)
-        _axes.check_used(axes, names)
+        places = _axes.Places(tree, axes)
+        places.check_used(names)
 
         def choose(path: str, shape: tuple[int, ...]) -> tuple[Any, str]:
-            return _draw.fitted(chosen, _axes.axes_of(path, shape, tree.module, axes)), path
+            return _draw.fitted(chosen, places(path)), path
 
         return _draw.drawn(tree, names, key, "initialize", dtype, choose)
 

@@ -62,10 +62,17 @@ def lsuv(
         raise LeafError("lsuv takes variables as module.init gives them, {'params': ...}")
     tree = _tree.Tree(variables)
     names = tree.select(where)
-    _axes.check_used(axes, names)
+    places = _axes.Places(tree, axes, module)
+    places.check_used(names)
 
     def choose(path: str, shape: tuple[int, ...]) -> tuple[Any, str]:
-        return initializers.orthogonal().at(_axes.axes_of(path, shape, module, axes)), path
+        place = places(path)
+        if place.stack:
+            raise LeafError(
+                f"{path} of shape {shape} is a stack of layers (nn.scan, nn.vmap), whose outputs "
+                "can't be measured one by one: leave it out with where="
+            )
+        return initializers.orthogonal().at(place), path
 
     start = _draw.drawn(tree, names, key, "lsuv", None, choose)
     traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((variables, batch, key)))

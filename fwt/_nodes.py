@@ -226,6 +226,7 @@ class Walk:
         graphs: whether there are nnx modules.
         states: whether there is the state of an optimizer.
         variables: the parts and shape of each place of an nnx variable, by its id.
+        layers: by the parts of its path, each object that holds others, such as an Equinox module.
     """
 
     def __init__(self, params: Any, aware: bool, statistics: bool, inside: bool):
@@ -236,6 +237,7 @@ class Walk:
         self.several: dict[tuple[str, ...], Any] = {}
         self.graphs = self.states = False
         self.variables: dict[int, list[tuple[tuple[str, ...], Any]]] = {}
+        self.layers: dict[tuple[str, ...], Any] = {}
         self._aware, self._inside = aware, inside
         self._shown = ("params", "batch_stats") if statistics else ("params",)
         self._above: set[int] = set()  # a module may hold what it is in
@@ -276,6 +278,8 @@ class Walk:
             return
         if mine and is_several(node, kids, own):
             self.several[parts] = node
+        if mine and not isinstance(node, Mapping | list | tuple):
+            self.layers[parts] = node
         names = [part(key) for key, _ in kids]
         wanted, inner, strip = [True] * len(kids), "", False
         variables = scoped == "always" or bool(scoped and is_variables(node))

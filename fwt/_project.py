@@ -72,11 +72,10 @@ def project(
     def apply(params: Params) -> Params:
         tree = _tree.Tree(params)
         names = tree.select(where)
-        _axes.check_used(axes, names)
+        places_of = _axes.Places(tree, axes)
+        places_of.check_used(names)
         leaves = [_tree.computable(p, tree.leaves[p], dtype) for p in names]
-        places = tuple(
-            _axes.axes_of(p, x.shape, tree.module, axes) for p, x in zip(names, leaves, strict=True)
-        )
+        places = tuple(map(places_of, names))
         support = {} if wanted is None else tree.match(wanted)
         kept = [support.get(p) for p in names]
         # A traced setting can't be a static argument, and a user's own function may depend on
@@ -95,8 +94,13 @@ def _projected(constraint: Any, places: Any, leaves: list[Any], kept: list[Any])
         zero = jnp.zeros((), leaf.dtype)
         if mask is not None:
             leaf = jnp.where(mask, leaf, zero)
-        takes_mask = mask is not None and isinstance(constraint, constraints.Bound)
-        value = constraint(leaf, place, mask) if takes_mask else constraint(leaf, place)
+        if isinstance(constraint, constraints.Bound):
+            value = constraint(leaf, place, mask)
+        elif place.stack:
+            one = place.one
+            value = place.in_turn(lambda _, part, one=one: constraint(part, one), leaf)
+        else:
+            value = constraint(leaf, place)
         if getattr(value, "shape", None) != leaf.shape or value.dtype != leaf.dtype:
             found = f"{value.dtype}{list(value.shape)}" if hasattr(value, "dtype") else repr(value)
             raise LeafError(

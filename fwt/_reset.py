@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fwt import _axes, _draw, _tree, initializers
+from fwt import _axes, _draw, _rules, _tree, initializers
 from fwt._sequential import Sequential
 from fwt._types import FwtError, LeafError, Params, Transform, Where, hashes, with_statistics
 from fwt.initializers import keras, torch
@@ -115,16 +115,21 @@ def reset(
     def apply(params: Params) -> Params:
         tree = _tree.Tree(params, statistics=True)
         names = tree.select(where)
-        _axes.check_used(axes, names)
-        view = _View(tree, module if module is not None else tree.module, axes)
-        start = {p: view.leaf(p, tuple(tree.leaves[p].shape)).statistic for p in names}
+        places = _axes.Places(tree, axes, module)
+        places.check_used(names)
+        view = _View(places)
+        start = {p: view.leaf(p).statistic for p in names}
         known = {p: _filled(tree.leaves[p], s) for p, s in start.items() if s is not None}
 
         def choose(path: str, shape: tuple[int, ...]) -> tuple[Any, str]:
-            leaf = view.leaf(path, shape)
+            made, root = of_one(view.leaf(path))
+            stacked = view.places[path].stack
+            return (_draw.fitted(made, view.places[path]) if stacked else made), root
+
+        def of_one(leaf: _Leaf) -> tuple[Any, str]:
             found = _own(leaf) if like == "flax" else None
             if found is not None:
-                return found, path
+                return found, leaf.path
             made, root = _RECIPES[like](leaf)
             index = getattr(leaf.known.owner, "padding_idx", None)
             if leaf.kind == "embedding" and index is not None:
@@ -196,7 +201,9 @@ class _Leaf:
             return "prelu"
         if self.known.layer == "Bilinear":
             return "bilinear"
-        emb = _axes.EMBEDDINGS.search(self.owner.lower())
+        if self.known.layer in ("Embedding", "Embed") and rank == 2:
+            return "embedding"
+        emb = _rules.EMBEDDINGS.search(self.owner.lower())
         if self.name in ("embedding", "embeddings") or (
             self.name == "weight" and rank == 2 and emb
         ):
@@ -227,7 +234,7 @@ class _Leaf:
             return True
         if len(self.beside.get("weight", (0, 0))) != 1:
             return False
-        named = _axes.NORMS.search(self.owner.lower()) is not None
+        named = _rules.NORMS.search(self.owner.lower()) is not None
         return self.beside["weight"] == self.beside.get("bias") or named
 
     @property
@@ -249,17 +256,16 @@ class _Leaf:
     def sibling(self, name: str) -> _axes.Axes:
         raw = name if name in self.view.raw(self.path) else f"{name}_orig"
         path = "/".join([*_tree.split(self.path)[:-1], _tree.escape(raw)])
-        return self.view.axes_of(path, self.beside[name])
+        return self.view.places[path].one
 
 
 class _View:
-    """A tree by layers."""
+    """A tree by layers; of a stack of layers one slice."""
 
-    def __init__(self, tree: _tree.Tree, module: Any, axes: Mapping[str, str] | None):
-        self.shapes = {p: tuple(x.shape) for p, x in (tree.leaves | tree.hidden).items()}
-        for also in tree.also.values():
-            self.shapes |= {p: tuple(shape) for p, shape in also.items()}
-        self.module, self.axes, self.statistics = module, axes, tree.statistics
+    def __init__(self, places: _axes.Places):
+        self.known, self.statistics = places.known, places.tree.statistics
+        self.places = {path: places(path) for path in places.shapes}
+        self.shapes = {path: place.one.shape for path, place in self.places.items()}
         self._below: dict[str, dict[str, tuple[int, ...]]] = {}
         self._layers: dict[str, set[str]] = {}
         for path, shape in self.shapes.items():
@@ -278,10 +284,7 @@ class _View:
         """Whether it is a statistic of the data that a Normalization holds."""
         return path in self.statistics and {"mean", "variance"} <= self.raw(path)
 
-    def axes_of(self, path: str, shape: tuple[int, ...]) -> _axes.Axes:
-        return _axes.axes_of(path, shape, self.module, self.axes)
-
-    def leaf(self, path: str, shape: tuple[int, ...]) -> _Leaf:
+    def leaf(self, path: str) -> _Leaf:
         parts = _tree.split(path) or [""]
         above = "/".join(parts[:-2])
         beside = self._below["/".join(parts[:-1])]
@@ -290,9 +293,9 @@ class _View:
             _tree.unescape(parts[-1]).removesuffix("_orig"),
             _tree.unescape(parts[-2]) if len(parts) > 1 else "",
             above,
-            shape,
-            self.axes_of(path, shape),
-            _axes.known(path, len(shape), self.module),
+            self.shapes[path],
+            self.places[path].one,
+            self.known(path),
             {name.removesuffix("_orig"): s for name, s in beside.items()},
             frozenset(self._layers.get(above, ())),
             self,
@@ -332,7 +335,7 @@ def _orthogonal_gates(key: Any, shape: Any, dtype: Any, axes: Any, gates: int) -
 
 def _by_flax(make: Any, axes: Any, key: Any, shape: Any, dtype: Any) -> Any:
     """A layer's own initializer, called as Flax calls it: several axes of one side are one."""
-    ins, outs = (axes.inputs, axes.outputs) if axes.names is not None else ((), ())
+    ins, outs = (axes.inputs, axes.outputs) if axes.known else ((), ())
     if len(ins) + len(outs) < 3 or not ins or not outs:
         return make(key, shape, dtype)
     return as_matrix(lambda flat: make(key, flat, dtype), axes, (*ins, *outs), len(ins))

@@ -94,14 +94,16 @@ class Tree:
         walk, self._closed = _nodes.walk(params, whole, statistics), None
         shared = []
         if walk.graphs:
-            places_of = _nodes.walk(params, whole, statistics, inside=True).variables
+            inside = _nodes.walk(params, whole, statistics, inside=True)
             shared = [
                 {"/".join(map(escape, parts)): shape for parts, shape in found}
-                for found in places_of.values()
+                for found in inside.variables.values()
                 if len(found) > 1
             ]
             params, self._closed = _nodes.opened(params)
             walk = _nodes.walk(params, whole, statistics)
+            walk.layers = inside.layers
+        self.layers = walk.layers
         self._all = walk.leaves
         self._treedef = jax.tree_util.tree_structure(
             params, is_leaf=lambda x: isinstance(x, Unselected)
@@ -252,7 +254,7 @@ class Tree:
         for path, also in self.also.items():
             dtype = self.leaves[path].dtype
             shapes |= {p: jax.ShapeDtypeStruct(tuple(s), dtype) for p, s in also.items()}
-        chosen = set(_resolve(where, shapes, self.module, self.statistics, same))
+        chosen = set(_resolve(where, shapes, self))
         if chosen.isdisjoint([*self.leaves, *self._several, *same]):
             raise WhereError(_nothing(where, self.leaves, self.hidden, chosen))
         return chosen
@@ -375,13 +377,7 @@ def matches(pattern: str, path: str) -> bool:
     return _glob(pattern).fullmatch(path + "/") is not None
 
 
-def _resolve(
-    where: Where,
-    shapes: Mapping[str, jax.ShapeDtypeStruct],
-    module: Any,
-    statistics: set[str],
-    same: Mapping[str, str],
-) -> set[str]:
+def _resolve(where: Where, shapes: Mapping[str, jax.ShapeDtypeStruct], tree: Tree) -> set[str]:
     if isinstance(where, str):
         return {p for p in shapes if matches(where, p)}
     if isinstance(where, _GLOBS) and all(isinstance(w, str) for w in where):
@@ -392,8 +388,8 @@ def _resolve(
                 raise WhereError(_nothing(pattern, shapes, {}, hits))
             chosen |= hits
         return chosen
-    if hasattr(where, "paths_of"):  # a role: it may ask what the module says
-        return set(where.paths_of(shapes, module))
+    if hasattr(where, "paths_of"):  # a role: it may ask what the modules in the tree say
+        return set(where.paths_of(shapes, tree))
     # A function is a leaf of its own; an equinox module or a Model of bools can be called too.
     if callable(where) and jax.tree.leaves(where) == [where]:
         answers = {p: where(p, x) for p, x in shapes.items()}
@@ -404,7 +400,8 @@ def _resolve(
                     f"(path, ShapeDtypeStruct), but returned {answer!r} for {path!r}"
                 )
         return {p for p, answer in answers.items() if answer}
-    return _from_bools(where, shapes, statistics, same)
+    same = {p: path for path, also in tree.also.items() for p in also}
+    return _from_bools(where, shapes, tree.statistics, same)
 
 
 def _from_bools(

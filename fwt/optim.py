@@ -92,7 +92,7 @@ def constrain(
             raise FwtError("constrain needs the weights: call tx.update(grads, state, params)")
         steps, state = inner.update(updates, state, params, **extra)
         _check_addable(params, steps)
-        moved = optax.apply_updates(params, steps)
+        moved = _plan.moved(params, steps)
         wanted = transform(moved)
         found: Any = jax.tree.structure(wanted)
         expected: Any = jax.tree.structure(moved)

@@ -159,11 +159,28 @@ class Pattern:
             AxesError: if nothing tells the axes.
         """
         settings: dict[str, Any] = dict(self.settings)
+        if axes.stack and self.name != "unstructured":
+            sizes = settings.get("shape", ())
+            if len(sizes) == len(axes.shape) and all(sizes[i] == 1 for i in axes.stack):
+                kept = tuple(s for i, s in enumerate(sizes) if i not in axes.stack)
+                return block(kept, pool=settings["pool"]).on(axes, flattened)
+            return _stacked(self.on(axes.one, flattened), axes)
         if self.name == "block":
             return _on_block(axes, **settings)
         if self.name == "channel":
             return _on_channel(axes, **settings)
         return _on_groups(axes, flattened, **settings) if self.name == "n_m" else None
+
+
+def _stacked(fit: Windows | Groups | None, axes: Axes) -> Windows | Groups | None:
+    """The pattern of each slice of a stack, on the whole of it."""
+    kept = [i for i in axes.all if i not in axes.stack]
+    if isinstance(fit, Groups):
+        return dataclasses.replace(fit, axes=tuple(kept[i] for i in fit.axes))
+    if fit is None:
+        return None
+    window = dict(zip(kept, fit.window, strict=True))
+    return dataclasses.replace(fit, window=tuple(window.get(i, 1) for i in axes.all))
 
 
 def _whole(name: str, value: Any, least: int) -> int:

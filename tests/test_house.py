@@ -32,6 +32,7 @@ fwt.selection
 fwt._sequential
 fwt.layers
 fwt._compose fwt._summary fwt._axes
+fwt._rules fwt._modules
 fwt._tree
 fwt._nodes
 fwt._types
@@ -44,6 +45,7 @@ UP = {
     ("fwt._sequential", "fwt.converters.rows.table"): (
         "the layer table says what the axes of a layer's leaves mean; fwt works without it"
     ),
+    ("fwt._axes", "fwt.converters.rows.table"): "the same, for a linen module that is traced",
 }
 # Other imports inside functions, and why they may not stand at the top of their module.
 TOP_LEVEL_IS_TOO_SLOW = "start-up: the command line and `import fwt` load only what a task needs"

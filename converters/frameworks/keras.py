@@ -11,6 +11,7 @@ import keras
 import numpy as np
 
 from fwt import _tree
+from fwt._modules import einsum_names
 from fwt._types import ConversionError, Model
 from fwt.converters.frameworks import altered, keras_config
 from fwt.converters.frameworks import flax as _flax
@@ -340,7 +341,7 @@ def leaves(model: Any) -> list[LiveLeaf]:
                 value = grouped.unblocked(value, share)
             known = table.live("keras", layer, kind, letters, flax_letters, value.ndim, share)
             if kind == "EinsumDense" and label == "kernel":
-                names_of = table.einsum_names(layer.equation)
+                names_of = einsum_names(layer.equation)
                 known = dataclasses.replace(known, names=names_of)
             if there is not None:
                 value = value.transpose(there)

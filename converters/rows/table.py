@@ -143,21 +143,14 @@ def is_transposed(framework: Framework, letters: list[str]) -> bool:
     return (letters.index(ins) < letters.index("o")) == (framework == "torch")
 
 
-def einsum_names(equation: str) -> tuple[str, ...] | None:
-    """The axes of an einsum's second operand; None where one is neither input nor output."""
-    operands, _, output = equation.replace(" ", "").replace("...", "").partition("->")
-    inputs, _, kernel = operands.partition(",")
-    sides = {(True, False): "in", (False, True): "out"}
-    names = [sides.get((letter in inputs, letter in output)) for letter in kernel]
-    return None if None in names else tuple(n for n in names if n)
-
-
 def known(layer: Any, leaf: str, rank: int) -> Known:
     """What a Flax layer tells of its leaf."""
     kind = type(layer).__name__
-    if type(layer) is nn.DenseGeneral and leaf == "kernel" and not layer.batch_dims:
+    if type(layer) is nn.DenseGeneral and leaf in ("kernel", "bias"):
         outs = 1 if isinstance(layer.features, int) else len(layer.features)
-        return Known((*["in"] * (rank - outs), *["out"] * outs), False, kind, layer)
+        batch = 1 if isinstance(layer.batch_dims, int) else len(layer.batch_dims)
+        sides = (*["in"] * (rank - outs - batch), *["out"] * outs)
+        return Known((*["stack"] * batch, *sides), False, kind, layer)
     for row in (*rows_of("flax", kind), *(r for r in NAMES if r.flax is type(layer))):
         for p in row.params:
             name, letters = p.of("flax")

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fwt import _tree
-from fwt._axes import Axes
-from fwt._types import FwtError
+from fwt._axes import Axes, words
+from fwt._types import AxesError, FwtError
 
 Kind = Literal["projection", "retraction", "normalisation"]
 Support = Literal["plain", "mask", None]
@@ -40,9 +40,14 @@ class Bound:
 
     def __call__(self, leaf: Any, axes: Axes | str | None = None, mask: Any = None) -> Any:
         if not isinstance(axes, Axes):
-            names = tuple(axes.split()) if isinstance(axes, str) else None
-            axes = Axes("the leaf", jnp.shape(leaf), names)
+            axes = _named(axes, jnp.shape(leaf))
         settings = dict(self.settings)
+        # Axes that are given by number are those of the leaf, and bounds broadcast to all of it.
+        numbered = isinstance(settings.get("axis"), tuple) or self.name in ("box", "non_negative")
+        if axes.stack and not numbered:
+            one = axes.one
+            given = (leaf,) if mask is None else (leaf, jnp.broadcast_to(mask, axes.shape))
+            return axes.each(lambda x, *m: self(x, one, *m), *given)
         if mask is not None and self.support is None:
             raise FwtError(f"{self.name} would refill what a mask prunes")
         if mask is not None and self.support == "mask":
@@ -55,6 +60,15 @@ class Bound:
             given = jnp.where(mask, given, jnp.zeros((), given.dtype))
         new = self.function(given, axes, **settings)
         return _tree.rounded(new, leaf.dtype) if tiny else new
+
+
+def _named(text: Any, shape: tuple[int, ...]) -> Axes:
+    if not isinstance(text, str):
+        return Axes("the leaf", shape, None)
+    names = words(text, f"{text!r}")
+    if len(names) != len(shape):
+        raise AxesError(f"{text!r} names {len(names)} axes, but the leaf has shape {shape}")
+    return Axes("the leaf", shape, names)
 
 
 def _frozen(value: Any) -> Any:

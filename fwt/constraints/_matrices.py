@@ -28,7 +28,7 @@ def _matmul(*factors: Array) -> Array:
 def _as_matrix(leaf: Any, axes: Axes, square: str = "") -> tuple[Array, Callable[[Array], Array]]:
     """The leaf as (rest, outputs) over a power of two, and the way back."""
     w = wide(leaf, axes.path)
-    plain = axes.names is None and w.ndim == 2
+    plain = not axes.known and w.ndim == 2
     columns = (1,) if plain else axes.outputs
     rows = (0,) if plain else axes.reduced
     order = (*rows, *columns)

@@ -47,7 +47,15 @@ class Bound:
         for name in {"value", "val"} & set(settings):
             _check_holds(dtype, settings[name])
         drawn = jnp.dtype(jnp.float32) if _tree.is_narrow(dtype) else dtype
-        value = self.function(key, tuple(shape), drawn, axes, **settings)
+        if axes.stack and self.function.__name__ not in _WHOLE:
+            one = axes.one
+
+            def draw(key: Any) -> Any:
+                return self.function(key, one.shape, drawn, one, **settings)
+
+            value = _stacked(draw, key, axes)
+        else:
+            value = self.function(key, tuple(shape), drawn, axes, **settings)
         return value if drawn == dtype else _tree.rounded(value, dtype)
 
     def at(self, axes: Axes) -> "Bound":
@@ -74,6 +82,21 @@ def _check_holds(dtype: Any, value: Any) -> None:
         fits &= np.isnan(x) == np.isnan(there)
     if not fits.all():
         raise ValueError(f"{value} is out of what {dtype} can hold")
+
+
+# What gives each number by itself: a stack of layers is no different from one.
+_WHOLE = ("_zeros", "_ones", "_constant", "_uniform", "_normal")
+
+
+def _stacked(draw: Callable[[Any], Any], key: Any, axes: Axes) -> Any:
+    """Each slice of a stack, drawn by itself from a key folded from its number."""
+    sizes = tuple(axes.shape[i] for i in axes.stack)
+    if key is None:
+        new = jnp.broadcast_to(draw(None), (*sizes, *axes.one.shape))
+    else:
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(math.prod(sizes)))
+        new = jax.vmap(draw)(keys).reshape(*sizes, *axes.one.shape)
+    return jnp.moveaxis(new, range(len(sizes)), axes.stack)
 
 
 def plain_axes(name: str, shape: tuple[int, ...]) -> Axes:

@@ -27,12 +27,14 @@ class Chosen(NamedTuple):
     source: Source
     cut: select.Cut
     windows: patterns.Windows | None
+    stack: tuple[int, ...]  # where each slice along some axes has a cut of its own
 
     def mask(self) -> Any:
-        return _mask(self.source.key, self.windows, self.source.arrays, self.cut)
+        return _mask(self.source.key, self.windows, self.stack, self.source.arrays, self.cut)
 
     def pruned(self) -> Any:
-        return _pruned(self.source.key, self.windows, self.source.arrays, self.cut, self.leaf)
+        arrays = self.source.arrays
+        return _pruned(self.source.key, self.windows, self.stack, arrays, self.cut, self.leaf)
 
 
 class Plan:
@@ -122,9 +124,7 @@ class Plan:
         lazy = lazy and self.scope in ("layer", "global", "erk") and self.like != "torch"
         lazy = lazy and (grow is None or grow[0] in (scores.random, scores.gradient))
         if steps is not None and not lazy:
-            import optax
-
-            params, steps = optax.apply_updates(params, steps), None
+            params, steps = moved(params, steps), None
         tree = _tree.Tree(params)
         names = tree.select(self.where)
         leaves = [_tree.computable(p, tree.leaves[p], self.dtype) for p in names]
@@ -132,14 +132,20 @@ class Plan:
             if leaf.dtype.kind == "c":
                 raise LeafError(f"{path} is {leaf.dtype}: pruning needs real weights")
         leaves = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in leaves]
-        fits = self._fits(tree, names, leaves)
+        places = self._places(tree, names)
+        fits = self._fits(tree, names, places)
+        apart = self.threshold is None and self.scope not in ("global", "normalized")
+        stacks = [place.stack if apart else () for place in places]
         windows = [f if isinstance(f, patterns.Windows) else None for f in fits]
 
         def worths(score: Any, purpose: _tree.Purpose) -> tuple[bool, list[Any]]:
             """Whether it is the magnitudes that count, and of what."""
             plain, found = self._worths(score, purpose, params, names, leaves, more)
             if self.scope == "normalized":
-                found = [_normalized(plain, x) for x in found]
+                found = [
+                    place.each(functools.partial(_normalized, plain), x)
+                    for place, x in zip(places, found, strict=True)
+                ]
             pairs = zip(windows, found, strict=True)
             return plain, [x if w is None else _pooled(w, plain, x) for w, x in pairs]
 
@@ -148,27 +154,34 @@ class Plan:
             cuts = [self._above(x, plain) for x in values]
             found = [Source(key_function(not plain), (x,)) for x in values]
         else:
-            moved = {} if steps is None else _tree.Tree(steps).leaves
-            added = [moved[p] for p in names] if moved else []
+            by_path = {} if steps is None else _tree.Tree(steps).leaves
+            added = [by_path[p] for p in names] if by_path else []
             least = [
-                _gone(_living(f, start[p])) if p in start else 0
-                for p, f in zip(names, fits, strict=True)
+                _gone(place.stack, _living(f, start[place.path])) if place.path in start else None
+                for place, f in zip(places, fits, strict=True)
             ]
             found, groups, ks = self._groups(
-                names, leaves, values, fits, plain, alive, added, least
+                places, leaves, values, fits, plain, alive, added, least
             )
             if grow is not None:
-                found, groups = _regrown(found, groups, ks, *worths(grow[0], "regrow"), grow[1])
+                worth = worths(grow[0], "regrow")
+                found, groups = _regrown(found, groups, ks, *worth, grow[1], stacks)
             ties: select.Ties = "all" if self.like == "tfmot" else "first"
-            cuts = select.smallest(groups, ks, ties) if ks else [_ALL] * len(found)
-        rows = zip(leaves, found, cuts, windows, strict=True)
+            cuts = _cuts(groups, ks, stacks, ties) if ks else [_ALL] * len(found)
+            stacks = stacks if ks else [()] * len(found)
+        rows = zip(leaves, found, cuts, windows, stacks, strict=True)
         return tree, {p: Chosen(*row) for p, row in zip(names, rows, strict=True)}
 
-    def _fits(self, tree: Any, names: list[str], leaves: list[Any]) -> list[Any]:
+    def _places(self, tree: Any, names: list[str]) -> list[_axes.Axes]:
+        """The axes of each leaf, which tell a stack of layers."""
+        places_of = _axes.Places(tree, self.axes)
+        places_of.check_used(names)
+        return list(map(places_of, names))
+
+    def _fits(self, tree: Any, names: list[str], places: list[_axes.Axes]) -> list[Any]:
         """The pattern on each leaf."""
         if self.pattern == patterns.unstructured:
             return [None] * len(names)
-        _axes.check_used(self.axes, names)
         settings = dict(self.pattern.settings)
         told = {}
         for glob, _ in settings.get("flattened", ()):
@@ -184,10 +197,6 @@ class Plan:
                     "what: give a Model of a Sequential with input_shape=, or "
                     "n_m(..., flattened={'dense/kernel': (h, w, c)})"
                 )
-        places = [
-            _axes.axes_of(path, leaf.shape, tree.module, self.axes)
-            for path, leaf in zip(names, leaves, strict=True)
-        ]
         return self.pattern.fits(places, told)
 
     def _worths(
@@ -240,7 +249,7 @@ class Plan:
 
     def _groups(
         self,
-        names: list[str],
+        places: list[_axes.Axes],
         leaves: list[Any],
         worths: list[Any],
         fits: list[Any],
@@ -253,7 +262,7 @@ class Plan:
         none where the pattern alone says it."""
         living: list[Any] = []
         if alive is not None:
-            living = [alive[p] for p in names]
+            living = [alive[p.path] for p in places]
         elif self.like == "torch":
             living = [nonzero(x) for x in leaves]
         if living:
@@ -279,26 +288,88 @@ class Plan:
             found = [Source(key_function(False, None, "only"), pair) for pair in pairs]
         dead: list[Any] = [None] * len(found)
         if self.like == "torch" or (living and self.scope == "erk"):
-            dead = [_gone(m) for m in living]
-        rows = zip(names, leaves, found, most, worths, dead, living or dead, least, strict=True)
+            dead = [_gone(p.stack, m) for p, m in zip(places, living, strict=True)]
+        rows = zip(places, found, most, worths, dead, living or dead, least, strict=True)
         parts = [
             _scope.Leaf(
-                p,
-                tuple(x.shape),
-                math.prod(s.shape),
-                m,
+                p.path,
+                p.one.shape,
+                math.prod(s.shape) // max(p.size(p.stack), 1),
+                m // max(p.size(p.stack), 1),
                 _worth(plain, w, self.scope),
                 d,
                 a if living else None,
                 n,
+                p,
             )
-            for p, x, s, m, w, d, a, n in rows
+            for p, s, m, w, d, a, n in rows
         ]
-        joint, ks = _scope.allocate(parts, self.scope, self.sparsity, self.like)
-        return found, [found] if joint else [[s] for s in found], ks
+        joint, counts = _scope.allocate(parts, self.scope, self.sparsity, self.like)
+        if joint:
+            return found, [found], counts
+        ks, rest = [], iter(counts)
+        for place in places:
+            mine = [next(rest) for _ in range(place.size(place.stack))]
+            ks.append(_by_slice(mine, place) if place.stack else mine[0])
+        return found, [[s] for s in found], ks
+
+
+def moved(params: Params, steps: Any) -> Params:
+    """The params after a step; what has none, such as a function in an Equinox module, stays."""
+    import optax
+
+    def one(leaf: Any, step: Any) -> Any:
+        return leaf if step is None else optax.apply_updates(leaf, step)
+
+    return jax.tree.map(one, params, steps, is_leaf=lambda x: x is None)
 
 
 _ALL = select.Cut(np.uint32(0), np.uint32(0))  # keeps the Trues of a mask
+
+
+def _by_slice(counts: list[Any], place: _axes.Axes) -> Wide:
+    """The counts of the slices of a stack, in its sizes."""
+    sizes = tuple(place.shape[i] for i in place.stack)
+    both = zip(*map(wide, counts), strict=True) if counts else ((), ())
+    return Wide(*(jnp.asarray(list(x), jnp.uint32).reshape(sizes) for x in both))
+
+
+def _cuts(
+    groups: list[list[Source]], ks: list[Any], stacks: list[tuple[int, ...]], ties: select.Ties
+) -> list[select.Cut]:
+    """The cut of each leaf; of a stack that is counted by layer, one for each slice."""
+    if not any(stacks):
+        return select.smallest(groups, ks, ties)
+    plain = [i for i, stack in enumerate(stacks) if not stack]
+    whole = (
+        select.smallest([groups[i] for i in plain], [ks[i] for i in plain], ties) if plain else []
+    )
+    cuts = dict(zip(plain, whole, strict=True))
+    for i, stack in enumerate(stacks):
+        if stack:
+            (source,) = groups[i]
+            cuts[i] = _slice_cuts(source.key, stack, ties, source.arrays, ks[i])
+    return [cuts[i] for i in range(len(stacks))]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _slice_cuts(
+    key: Any, stack: tuple[int, ...], ties: select.Ties, arrays: Any, ks: Wide
+) -> select.Cut:
+    """The slices take turns, so that however many there are, one search is compiled."""
+
+    def one(arrays: Any, k: Wide) -> select.Cut:
+        return select.smallest([[Source(key, arrays)]], [k], ties)[0]
+
+    return _each_slice(one, stack)(arrays, ks)
+
+
+def _each_slice(function: Any, stack: tuple[int, ...], out: bool = False) -> Any:
+    """``function`` of the slices of arrays and of one value for each, (stack,)."""
+    for index, axis in reversed(list(enumerate(stack))):
+        place = axis - index
+        function = jax.vmap(function, (place, 0), place if out else 0)
+    return function
 
 
 def _regrown(
@@ -308,18 +379,23 @@ def _regrown(
     plain: bool,
     worths: list[Any],
     share: Any,
+    stacks: list[tuple[int, ...]],
 ) -> tuple[list[Source], list[list[Source]]]:
     """The keys after a share of those that would be kept is dropped: what is left is above all,
     and the rest is ordered by ``worths``."""
+    counts = [Wide(*(jnp.asarray(x, jnp.uint32) for x in wide(k))) for k in ks]
     sizes = [sum(math.prod(s.shape) for s in group) for group in groups]
-    left = [minus(wide(n), wide(k)) for n, k in zip(sizes, ks, strict=True)]
-    dropped = jax.vmap(count, (None, 0))(jnp.float32(share), _scope.stacked(left))
-    more = [
-        plus(wide(k), Wide(high, low))
-        for k, high, low in zip(ks, dropped.high, dropped.low, strict=True)
-    ]
-    cuts = select.smallest(groups, more)
-    open_ = [~_mask(s.key, None, s.arrays, c) for s, c in zip(found, cuts, strict=True)]
+    left = [minus(wide(n // max(k.low.size, 1)), k) for n, k in zip(sizes, counts, strict=True)]
+    flat = Wide(*(jnp.concatenate([x.ravel() for x in xs]) for xs in zip(*left, strict=True)))
+    dropped = jax.vmap(count, (None, 0))(jnp.float32(share), flat)
+    more, start = [], 0
+    for k in counts:
+        stop = start + k.low.size
+        more.append(plus(k, Wide(*(x[start:stop].reshape(k.low.shape) for x in dropped))))
+        start = stop
+    cuts = _cuts(groups, more, stacks, "first")
+    rows = zip(found, stacks, cuts, strict=True)
+    open_ = [~_mask(s.key, None, stack, s.arrays, c) for s, stack, c in rows]
     if len(groups) == 1:
         new = sources(worths, not plain, "only", open_)
         return new, [new]
@@ -410,15 +486,20 @@ def context_of(score: Any, context: Mapping[str, Any], place: str = "") -> dict[
     return found
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _mask(key: Any, windows: Any, arrays: Any, cut: Any) -> Any:
-    mask = select.kept(Source(key, arrays), cut)
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _mask(key: Any, windows: Any, stack: tuple[int, ...], arrays: Any, cut: Any) -> Any:
+    def one(arrays: Any, cut: Any) -> Any:
+        return select.kept(Source(key, arrays), cut)
+
+    mask = _each_slice(one, stack, out=True)(arrays, cut)
     return mask if windows is None else windows.spread(mask)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _pruned(key: Any, windows: Any, arrays: Any, cut: Any, leaf: Any) -> Any:
-    return _where(leaf, _mask(key, windows, arrays, cut))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _pruned(
+    key: Any, windows: Any, stack: tuple[int, ...], arrays: Any, cut: Any, leaf: Any
+) -> Any:
+    return _where(leaf, _mask(key, windows, stack, arrays, cut))
 
 
 def _where(leaf: Any, mask: Any) -> Any:
@@ -470,6 +551,11 @@ def _worth(plain: bool, worth: Any, scope: Any) -> Any:
 _zeros = jax.jit(passes.zeros)
 
 
-def _gone(living: Any) -> Any:
-    found = _zeros(living)
-    return wide(found) if isinstance(found, jax.core.Tracer) else int(found)
+def _gone(stack: tuple[int, ...], living: Any) -> list[Any]:
+    """How many of each slice are gone."""
+    if stack:
+        rest = tuple(i for i in range(living.ndim) if i not in stack)
+        found = jnp.ravel(jnp.sum(~living, rest, dtype=jnp.uint32))
+    else:
+        found = _zeros(living)[None]
+    return [wide(x) if isinstance(x, jax.core.Tracer) else int(x) for x in found]

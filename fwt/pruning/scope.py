@@ -1,5 +1,6 @@
 """How many weights go in which leaf: the scopes of pruning, and how other libraries count."""
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -10,6 +11,7 @@ import numpy as np
 from jax import lax
 
 from fwt import _tree
+from fwt._axes import Axes
 from fwt._types import FwtError, WhereError
 from fwt.selection import select
 from fwt.selection.counts import Wide, count, difference, less, minus, plus, total, wide
@@ -21,17 +23,18 @@ SCOPES = ("layer", "global", "normalized", "erk", "lamp")
 
 
 class Leaf(NamedTuple):
-    """What a scope asks of a leaf.
+    """What a scope asks of a leaf; of a stack of layers, each slice is a layer.
 
     Attributes:
         path: where it is.
-        shape: its shape.
-        size: how many units it has, weights or windows.
+        shape: its shape, that of one slice.
+        size: how many units it has, weights or windows; so many each slice has.
         most: how many of them may go.
-        worth: an array of what they are worth, which may be signed.
-        dead: how many of them are gone already; None where that does not count.
+        worth: an array of what they are worth, which may be signed; of all slices.
+        dead: how many of them are gone already, one count a slice; None where that does not count.
         alive: a mask of those that are not; None if all are.
-        least: how many of them go at least.
+        least: how many of them go at least, one count a slice; None for none.
+        axes: what the axes of the whole leaf mean.
     """
 
     path: str
@@ -41,7 +44,12 @@ class Leaf(NamedTuple):
     worth: Any
     dead: Any = None
     alive: Any = None
-    least: Any = 0
+    least: Any = None
+    axes: Axes | None = None
+
+    @property
+    def slices(self) -> int:
+        return 1 if self.axes is None else self.axes.size(self.axes.stack)
 
 
 def check(scope: Any) -> None:
@@ -88,7 +96,16 @@ def shares(scope: Mapping[str, Any], paths: Sequence[str], sparsity: Any) -> lis
 def allocate(
     leaves: Sequence[Leaf], scope: Any, sparsity: Any, like: Like | None
 ) -> tuple[bool, list[Any]]:
-    """Whether all leaves are one selection, and how many units go: of each, or of all."""
+    """Whether all leaves are one selection, and how many units go: of each slice of each leaf, or
+    of all."""
+    whole = leaves
+    leaves = [
+        x._replace(
+            dead=None if x.dead is None else x.dead[i], least=0 if x.least is None else x.least[i]
+        )
+        for x in whole
+        for i in range(x.slices)
+    ]
     sizes = [x.size for x in leaves]
     dead = [x.dead for x in leaves]
     if isinstance(scope, Mapping):
@@ -103,7 +120,7 @@ def allocate(
     if scope in ("global", "normalized"):
         return True, [_least(k, sum(x.most for x in leaves))]
     if scope == "lamp":
-        return False, _lamp(leaves, k)
+        return False, _lamp(whole, k)
     return False, _erk(leaves, sparsity, k, like)
 
 
@@ -192,18 +209,35 @@ def _kept_like(s: Any, n: Any, xp: Any) -> Any:
 def _lamp(leaves: Sequence[Leaf], k: Any) -> list[Any]:
     """Lee et al., "Layer-adaptive sparsity for the magnitude-based pruning", 2021: the square of a
     weight over the sum of the squares that are not below it, compared over all leaves."""
-    scores = [_lamp_scores(x.worth, x.alive) for x in leaves]
+    scores = [_lamp_scores(x.axes and x.axes.stack, x.worth, x.alive) for x in leaves]
     found = sources(scores, True)
     cuts = select.smallest([found], [k])
-    gone = [select.count_gone(s.key, s.arrays, c) for s, c in zip(found, cuts, strict=True)]
+    gone = [
+        g
+        for s, c in zip(found, cuts, strict=True)
+        for g in select.count_gone(s.key, s.arrays, c, axis=1)
+    ]
     if isinstance(k, int) and not any(isinstance(g, jax.core.Tracer) for g in gone):
         return [int(g) for g in gone]
     return [wide(g) for g in gone]
 
 
-@jax.jit
-def _lamp_scores(worth: Any, alive: Any) -> Any:
-    """The scores of a leaf, sorted; those that are gone already are below all others."""
+@functools.partial(jax.jit, static_argnums=0)
+def _lamp_scores(stack: Any, worth: Any, alive: Any) -> Any:
+    """The scores of a leaf, (slices, units)."""
+
+    def rows(x: Any) -> Any:
+        first = jnp.moveaxis(x, stack or (), range(len(stack or ())))
+        sizes = first.shape[: len(stack or ())]
+        return first.reshape(math.prod(sizes), math.prod(first.shape[len(sizes) :]))
+
+    if alive is None:
+        return jax.vmap(lambda x: _lamp_of_one(x, None))(rows(worth))
+    return jax.vmap(_lamp_of_one)(rows(worth), rows(alive))
+
+
+def _lamp_of_one(worth: Any, alive: Any) -> Any:
+    """The scores of one layer, sorted; those that are gone already are below all others."""
     x = jnp.maximum(jnp.ravel(worth).astype(_tree.wide_dtype(worth.dtype)), 0)
     x = jnp.where(jnp.isnan(x), jnp.inf, x)
     gone = 0 if alive is None else jnp.sum(~alive)

@@ -83,10 +83,9 @@ def sparsegpt(
         raise FwtError(f"block must be a multiple of {m}, found {block}")
     tree = _tree.Tree(variables)
     chosen = tree.select(where)
-    leaves = [_tree.computable(path, tree.leaves[path]) for path in chosen]
-    pattern.fits(
-        [_axes.axes_of(p, x.shape, module) for p, x in zip(chosen, leaves, strict=True)], {}
-    )
+    for path in chosen:
+        _tree.computable(path, tree.leaves[path])
+    pattern.fits(list(map(_axes.Places(tree, None, module), chosen)), {})
     new: dict[str, Any] = {}
     x: Any = jnp.asarray(batch)
     for named in module.layers:

@@ -363,8 +363,10 @@ def _concrete_cuts(group: list[Source], k: int, groups: int, ties: Ties) -> list
     return cuts
 
 
-count_gone = functools.partial(jax.jit, static_argnums=0)(
-    lambda key, arrays, cut: jnp.sum(~kept(Source(key, arrays), cut), dtype=jnp.uint32)
+count_gone = functools.partial(jax.jit, static_argnums=0, static_argnames="axis")(
+    lambda key, arrays, cut, axis=None: jnp.sum(
+        ~kept(Source(key, arrays), cut), axis, dtype=jnp.uint32
+    )
 )
 _strided_jit = functools.partial(jax.jit, static_argnums=(0, 2))(
     lambda key, arrays, stride: _strided(Source(key, arrays), stride)

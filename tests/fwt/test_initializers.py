@@ -393,7 +393,7 @@ def test_settings_are_checked(make, said):
         (T.eye, "c/kernel", (3, 3, 2, 4), "Linear"),
         (T.sparse(0.5), "c/kernel", (3, 3, 2, 4), "Linear"),
         (T.dirac, "d/kernel", (3, 4), "convolution"),
-        (T.dirac(3), "c/kernel", (3, 2, 4), "must divide the 4"),
+        (T.dirac(3), "conv/kernel", (3, 2, 4), "must divide the 4"),
         (T.orthogonal, "d/bias", (4,), "two axes"),
         (K.identity, "c/kernel", (3, 2, 4), "matrices"),
         (K.orthogonal, "d/bias", (4,), "two axes"),

@@ -1,0 +1,228 @@
+"""What the classes of modules say of their leaves: Equinox's and nnx's, where a tree holds them,
+and those of a linen module, which is traced."""
+
+import dataclasses
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fwt import _tree
+
+
+@dataclasses.dataclass(frozen=True)
+class Known:
+    """What the class of a layer tells of one of its leaves.
+
+    Attributes:
+        names: one name per axis; None where the class says nothing.
+        transposed: whether it is the kernel of a transposed convolution.
+        layer: the name of the class.
+        owner: the layer itself, where there is a module.
+        groups: of a transposed convolution, in how many groups its inputs and outputs meet.
+        turned: whether Flax, too, takes its inputs and outputs for each other when it draws.
+        role: "kernels", "biases" or "others", where the class tells it.
+    """
+
+    names: tuple[str, ...] | None = None
+    transposed: bool = False
+    layer: str = ""
+    owner: Any = None
+    groups: int = 1
+    turned: bool = False
+    role: str = ""
+
+
+# By class and leaf, its axes; "*" stands for the window of a convolution, "?" for an axis that is
+# neither an input nor an output. Equinox lays out kernels as torch does, nnx as linen does.
+_EQUINOX: dict[str, dict[str, str]] = {
+    "Linear": {"weight": "out in", "bias": "out"},
+    "Conv": {"weight": "out in *", "bias": "out *"},
+    "ConvTranspose": {"weight": "out in *", "bias": "out *"},
+    "Embedding": {"weight": "? ?"},
+    "GRUCell": {"weight_ih": "out in", "weight_hh": "out in", "bias": "out", "bias_n": "out"},
+    "LSTMCell": {"weight_ih": "out in", "weight_hh": "out in", "bias": "out"},
+    "LayerNorm": {"weight": "shape", "bias": "shape"},
+    "RMSNorm": {"weight": "shape", "bias": "shape"},
+    "GroupNorm": {"weight": "out", "bias": "out"},
+    "BatchNorm": {"weight": "out", "bias": "out"},
+    "PReLU": {"negative_slope": "shape"},
+}
+_NNX: dict[str, dict[str, str]] = {
+    "Linear": {"kernel": "in out", "bias": "out"},
+    "LinearGeneral": {"kernel": "general", "bias": "general"},
+    "Einsum": {"kernel": "einsum", "bias": ""},
+    "Conv": {"kernel": "* in out", "bias": "out"},
+    "ConvTranspose": {"kernel": "* in out", "bias": "out"},
+    "Embed": {"embedding": "? ?"},
+    "LoRA": {"lora_a": "in out", "lora_b": "in out"},
+    "LayerNorm": {"scale": "out", "bias": "out"},
+    "RMSNorm": {"scale": "out"},
+    "GroupNorm": {"scale": "out", "bias": "out"},
+    "InstanceNorm": {"scale": "out", "bias": "out"},
+    "BatchNorm": {"scale": "out", "bias": "out", "mean": "out", "var": "out"},
+    "PReLU": {"negative_slope": ""},
+}
+_KERNELS = ("weight", "kernel", "weight_ih", "weight_hh")
+
+
+def _classes() -> list[tuple[type, str, dict[str, str]]]:
+    """The layers of the libraries that somebody has imported."""
+    found = []
+    for library, table in (("equinox", _EQUINOX), ("flax.nnx", _NNX)):
+        module = sys.modules.get(library)
+        layers = getattr(module, "nn", module) if library == "equinox" else module
+        for name, leaves in table.items():
+            cls = getattr(layers, name, None)
+            if isinstance(cls, type):
+                found.append((cls, name, leaves))
+    return found
+
+
+def of_classes(tree: _tree.Tree) -> dict[str, Known]:
+    """By path, what the classes of the Equinox and nnx modules in a tree say of its leaves."""
+    layers = {}
+    for parts, node in tree.layers.items():
+        cls = next((c for c in _classes() if isinstance(node, c[0])), None)
+        if cls is not None:
+            layers[parts] = (node, cls[1], cls[2])
+    if not layers:
+        return {}
+    ranks = {p: len(x.shape) for p, x in (tree.leaves | tree.hidden).items()}
+    for also in tree.also.values():
+        ranks |= {p: len(shape) for p, shape in also.items()}
+    found = {}
+    for path, rank in ranks.items():
+        parts = tuple(_tree.unescape(p) for p in _tree.split(path))
+        for cut in reversed(range(len(parts))):  # a layer may be within a layer, as in a LoRALinear
+            node, name, leaves = layers.get(parts[:cut], (None, "", {}))
+            if parts[cut] in leaves:
+                found[path] = _told(node, name, parts[cut], leaves, rank)
+                break
+    return found
+
+
+def _told(layer: Any, name: str, leaf: str, leaves: Mapping[str, str], rank: int) -> Known:
+    """What a layer says of one of its leaves; axes beyond those of its class are a stack."""
+    names = _axes(layer, leaf, leaves[leaf])
+    transposed = name == "ConvTranspose" and leaf in _KERNELS
+    turned = transposed and bool(getattr(layer, "transpose_kernel", False))
+    if turned:
+        names = (*(names or ())[:-2], "out", "in")
+    if names is not None:
+        names = None if len(names) > rank else (*["stack"] * (rank - len(names)), *names)
+    role = "biases" if leaf.startswith("bias") else "others"
+    if leaf in _KERNELS and leaves[leaf] not in ("? ?", "shape", "out"):
+        role = "kernels"
+    return Known(names, transposed, name, layer, turned=turned, role=role)
+
+
+def _axes(layer: Any, leaf: str, text: str) -> tuple[str, ...] | None:
+    if text == "shape":
+        return ("out",) * len(tuple(getattr(layer, "shape", None) or ())) or None
+    if text == "einsum":
+        return einsum_names(layer.einsum_str)
+    if text == "general":
+        batch, ins, outs = layer.batch_axis, layer.in_features, layer.out_features
+        ins = ins if leaf == "kernel" else ()
+        return (*["stack"] * len(batch), *["in"] * len(ins), *["out"] * len(outs))
+    window = getattr(layer, "num_spatial_dims", None)
+    if window is None and "*" in text:
+        size = layer.kernel_size
+        window = len(size) if hasattr(size, "__len__") else 1
+    # The axes of a bias of Equinox beside its units have one element each.
+    fill = "out" if text == "out *" else "spatial"
+    found: list[str] = []
+    for word in text.split():
+        found += [fill] * (window or 0) if word == "*" else ["" if word == "?" else word]
+    return tuple(found) or None
+
+
+def einsum_names(equation: str) -> tuple[str, ...] | None:
+    """The axes of an einsum's second operand: an axis of both inputs and outputs is a stack of
+    layers; None where one is neither."""
+    operands, _, output = equation.replace(" ", "").replace("...", "").partition("->")
+    inputs, _, kernel = operands.partition(",")
+    sides = {(True, False): "in", (False, True): "out", (True, True): "stack"}
+    names = [sides.get((letter in inputs, letter in output)) for letter in kernel]
+    return None if None in names else tuple(n for n in names if n)
+
+
+# -- linen ------------------------------------------------------------------------------------
+
+
+class Traced(NamedTuple):
+    """What one leaf of a linen module is where its layer runs: within a scan or vmap it is one
+    slice."""
+
+    layer: Any
+    name: str
+    shape: tuple[int, ...]
+
+
+def traced(module: Any, tree: _tree.Tree) -> dict[str, Traced]:
+    """By path, the leaves of a linen module as its layers see them, from a run on shapes alone.
+
+    Any input on which the module runs with these weights will do: the module's own
+    ``input_shape``, or else one that is found by trying. Nothing, where there is none.
+    """
+    nn = sys.modules.get("flax.linen")
+    if nn is None or not isinstance(module, nn.Module):
+        return {}
+
+    def shaped(x: Any) -> Any:
+        given = hasattr(x, "shape") and hasattr(x, "dtype")
+        return jax.ShapeDtypeStruct(x.shape, x.dtype) if given else x
+
+    root = jax.tree_util.tree_unflatten(tree._treedef, [shaped(x) for x in tree._all])
+    shapes = getattr(root, "variables", root)
+    if not isinstance(shapes, Mapping):
+        return {}
+    shapes = shapes if "params" in shapes else {"params": shapes}
+    rngs = {name: jax.random.key(0) for name in ("params", "dropout")}
+
+    def run(values: Any, x: Any) -> Any:
+        return module.apply(values, x, rngs=rngs, mutable=True)
+
+    for inputs in _inputs(module, shapes):
+        found: dict[str, Traced] = {}
+        try:
+            with nn.intercept_methods(_watching(found)):
+                jax.eval_shape(run, shapes, inputs)
+        except Exception:  # noqa: BLE001 - whatever a user's module says to an input that it is not for
+            continue
+        return found
+    return {}
+
+
+def _watching(found: dict[str, Traced]) -> Any:
+    def interceptor(call: Any, args: Any, kwds: Any, context: Any) -> Any:
+        layer = context.module
+        scope = getattr(layer, "scope", None)
+        params = scope.variables().get("params", {}) if scope is not None else {}
+        for name, value in params.items():
+            leaves = jax.tree_util.tree_leaves(value)  # a box has one
+            if isinstance(value, Mapping) or len(leaves) != 1 or not hasattr(leaves[0], "shape"):
+                continue
+            path = "/".join(_tree.escape(str(p)) for p in (*layer.path, name))
+            shape = tuple(leaves[0].shape)
+            if path not in found or len(shape) <= len(found[path].shape):
+                found[path] = Traced(layer, name, shape)
+        return call(*args, **kwds)
+
+    return interceptor
+
+
+def _inputs(module: Any, shapes: Any) -> Iterator[Any]:
+    """Inputs to try, each one or more sizes and a dtype."""
+    known = getattr(module, "input_shape", None)
+    if isinstance(known, tuple):
+        yield jax.ShapeDtypeStruct((1, *(2 if s is None else s for s in known)), jnp.float32)
+        return
+    sizes = sorted({s for x in jax.tree.leaves(shapes) for s in x.shape if s > 1})
+    for size in sizes[:16]:
+        for window in ((), (4,), (8, 8)):
+            yield jax.ShapeDtypeStruct((1, *window, size), jnp.float32)
+    yield jax.ShapeDtypeStruct((1, 4), jnp.int32)

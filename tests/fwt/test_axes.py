@@ -1,0 +1,439 @@
+"""What the axes of leaves mean: stacks of layers, classes of modules, names, ``axes=``."""
+
+import equinox as eqx
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from flax import nnx
+
+import fwt
+from fwt import _axes, _tree
+from fwt import constraints as C
+from fwt import patterns as P
+
+KEY = jax.random.key(0)
+
+
+def names(tree, path, axes=None):
+    found = _axes.Places(_tree.Tree(tree), axes)(path).names
+    return None if found is None else " ".join(n or "?" for n in found)
+
+
+def f(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+class Attention(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        x = nn.LayerNorm()(x)
+        return nn.MultiHeadDotProductAttention(2, qkv_features=8, use_bias=False)(x), None
+
+
+class Conv(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        x = nn.Conv(5, (3, 2), use_bias=False)(x)
+        return nn.BatchNorm(use_running_average=True)(x), None
+
+
+class Dense(nn.Module):
+    bias: bool = True
+
+    @nn.compact
+    def __call__(self, x, _):
+        x = nn.Dense(7, use_bias=self.bias, name="up")(x)
+        return nn.Dense(5, use_bias=self.bias, name="down")(nn.tanh(x)), None
+
+
+class Scanned(nn.Module):
+    block: nn.Module
+    axis: int = 0
+
+    @nn.compact
+    def __call__(self, x):
+        axes = {"params": self.axis, "batch_stats": self.axis}
+        made = nn.scan(type(self.block), axes, split_rngs={"params": True}, length=3)
+        return made(**settings(self.block), name="layers")(x, None)[0]
+
+
+def settings(block):
+    return {"bias": block.bias} if isinstance(block, Dense) else {}
+
+
+def variables(module, *shape):
+    return jax.eval_shape(module.init, KEY, jnp.ones(shape))
+
+
+# -- what the axes are ------------------------------------------------------------------------
+
+DENSE = variables(Scanned(Dense()), 2, 5)
+BARE = variables(Scanned(Dense(bias=False)), 2, 5)
+SECOND = variables(Scanned(Dense(bias=False), 1), 2, 5)
+ATTENTION = variables(Scanned(Attention()), 2, 4, 6)
+PLAIN_ATTENTION = variables(nn.MultiHeadDotProductAttention(2, qkv_features=8), 2, 4, 6)
+CONV = variables(Scanned(Conv()), 2, 4, 4, 5)
+ENSEMBLE = {
+    name: f(*x.shape)
+    for name, x in torch.func.stack_module_state(
+        [torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.LayerNorm(3)) for _ in range(5)]
+    )[0].items()
+}
+AT = "layers/MultiHeadDotProductAttention_0"
+GPT2 = {
+    "h.0.attn.c_attn.weight": f(4, 12), "h.0.attn.c_attn.bias": f(12),
+    "h.0.attn.c_proj.weight": f(4, 4), "h.0.attn.c_proj.bias": f(4),
+}  # fmt: skip
+NANO = {
+    "h.0.attn.c_attn.weight": f(12, 4), "h.0.attn.c_attn.bias": f(12),
+    "h.0.attn.c_proj.weight": f(4, 4), "h.0.attn.c_proj.bias": f(4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("tree", "path", "expected"),
+    [
+        (DENSE, "layers/up/kernel", "stack in out"),
+        (DENSE, "layers/down/bias", "stack out"),
+        (ATTENTION, f"{AT}/query/kernel", "stack in heads dim"),
+        (ATTENTION, f"{AT}/out/kernel", "stack heads dim out"),
+        (ATTENTION, "layers/LayerNorm_0/scale", "stack out"),
+        (PLAIN_ATTENTION, "query/kernel", "in heads dim"),
+        (PLAIN_ATTENTION, "value/bias", "out out"),
+        (PLAIN_ATTENTION, "out/kernel", "heads dim out"),
+        (CONV, "layers/Conv_0/kernel", "stack spatial spatial in out"),
+        (ENSEMBLE, "0.weight", "stack out in"),
+        (ENSEMBLE, "1.weight", "stack out"),
+        # linen's names for what it lifts, and for a Dense
+        ({"ScanBlock_0": {"a": {"kernel": f(3, 4, 5)}, "b": {"kernel": f(3, 5, 4)}}},
+         "ScanBlock_0/a/kernel", "stack in out"),
+        ({"Dense_0": {"kernel": f(3, 4, 5)}, "Dense_1": {"kernel": f(3, 5, 4)}},
+         "Dense_0/kernel", "stack in out"),
+        # a stack in a stack; dense layers that are named as an attention's are
+        ({"d": {"kernel": f(2, 3, 4, 5), "bias": f(2, 3, 5)}}, "d/kernel", "stack stack in out"),
+        ({"query": {"kernel": f(6, 8, 8), "bias": f(6, 8)}}, "query/kernel", "stack in out"),
+        ({"gru": {"kernel": f(5, 3, 6), "recurrent_kernel": f(5, 2, 6), "bias": f(5, 2, 6)}},
+         "gru/kernel", "stack in out"),
+        # no stacks
+        ({"Conv_0": {"kernel": f(3, 4, 4)}}, "Conv_0/kernel", "spatial in out"),
+        ({"conv1d_3": {"kernel": f(3, 4, 4)}}, "conv1d_3/kernel", "spatial in out"),
+        ({"enc": {"kernel": f(3, 4, 5), "bias": f(5)}}, "enc/kernel", "spatial in out"),
+        ({"a": {"kernel": f(3, 2, 4, 5)}}, "a/kernel", "spatial spatial in out"),
+        ({"Conv_0": {"kernel": f(3, 4, 5)}, "Conv_1": {"kernel": f(3, 5, 5)}},
+         "Conv_0/kernel", "spatial in out"),
+        ({"gru": {"kernel": f(2, 6), "recurrent_kernel": f(2, 6), "bias": f(2, 6)}},
+         "gru/kernel", "in out"),
+        # nothing tells
+        (BARE, "layers/up/kernel", None),
+        (SECOND, "layers/up/kernel", None),
+        ({"w": {"kernel": f(6, 8, 8)}}, "w/kernel", None),
+        ({"a": {"kernel": f(3, 4, 5)}, "b": {"kernel": f(3, 5, 4)}}, "a/kernel", None),
+        ({"wi": {"kernel": f(8, 3, 16), "bias": f(16, 3)}}, "wi/kernel", None),
+        # torch's names
+        ({"features.0.weight": f(64, 3, 5, 5), "features.0.bias": f(64)},
+         "features.0.weight", "out in spatial spatial"),
+        ({"up.0.weight": f(64, 3, 5, 5), "up.0.bias": f(3)},
+         "up.0.weight", "in out spatial spatial"),
+        ({"up.0.weight": f(64, 32, 5, 5), "up.0.bias": f(64)}, "up.0.weight", "? ? ? ?"),
+        ({"up.0.weight": f(64, 32, 5, 5)}, "up.0.weight", "? ? ? ?"),
+        ({"fc.weight": f(3, 4)}, "fc.weight", "out in"),
+        ({"shared.weight": f(9, 4)}, "shared.weight", "? ?"),
+        (GPT2, "h.0.attn.c_attn.weight", "in out"),
+        (GPT2, "h.0.attn.c_proj.weight", "in out"),
+        (NANO, "h.0.attn.c_proj.weight", "out in"),
+        ({"h.0.attn.c_proj.weight": f(4, 4)}, "h.0.attn.c_proj.weight", "? ?"),
+        ({"gpt2.h.0.attn.c_proj.weight": f(4, 4)}, "gpt2.h.0.attn.c_proj.weight", "in out"),
+        # functional code: x @ weight + bias
+        ({"l": {"weight": f(4, 3), "bias": f(3)}}, "l/weight", "in out"),
+        ({"l": {"weight": f(4, 3), "bias": f(3)}, "m": {"weight": f(3, 3), "bias": f(3)}},
+         "m/weight", "? ?"),
+    ],
+)  # fmt: skip
+def test_what_the_tree_tells(tree, path, expected):
+    assert names(tree, path) == expected
+
+
+@pytest.mark.parametrize(
+    ("module", "shape", "expected"),
+    [
+        (Scanned(Dense(bias=False)), (2, 5), "stack in out"),
+        (Scanned(Dense(bias=False), 1), (2, 5), "in stack out"),
+        (Scanned(Dense()), (2, 5), "stack in out"),
+    ],
+)
+def test_a_linen_module_is_traced(module, shape, expected):
+    assert names(fwt.Model(module, variables(module, *shape)), "layers/up/kernel") == expected
+
+
+def test_a_lifted_layer_of_a_sequential():
+    many = nn.vmap(nn.Dense, {"params": 0}, {"params": True}, in_axes=None, axis_size=3)
+    net = fwt.Sequential([("d", many(4, use_bias=False))], input_shape=(7,))
+    assert names(fwt.Model(net, variables(net, 1, 7)), "d/kernel") == "stack in out"
+    experts = nn.DenseGeneral(5, axis=-1, batch_dims=(0,), use_bias=True)
+    net = fwt.Sequential([("e", experts)])
+    model = fwt.Model(net, variables(net, 3, 2, 4))
+    assert names(model, "e/kernel") == "stack in out"
+    assert names(model, "e/bias") == "stack out"
+
+
+class Net(eqx.Module):
+    tok: eqx.nn.Embedding
+    embed: eqx.nn.Linear
+    conv: eqx.nn.Conv2d
+    up: eqx.nn.ConvTranspose1d
+    ln: eqx.nn.LayerNorm
+    gru: eqx.nn.GRUCell
+    heads: eqx.nn.MultiheadAttention
+
+    def __init__(self):
+        self.tok = eqx.nn.Embedding(9, 4, key=KEY)
+        self.embed = eqx.nn.Linear(4, 3, key=KEY)
+        self.conv = eqx.nn.Conv2d(4, 6, 3, groups=2, key=KEY)
+        self.up = eqx.nn.ConvTranspose1d(4, 6, 3, key=KEY)
+        self.ln = eqx.nn.LayerNorm((2, 4))
+        self.gru = eqx.nn.GRUCell(3, 4, key=KEY)
+        self.heads = eqx.nn.MultiheadAttention(2, 4, key=KEY)
+
+
+class NNX(nnx.Module):
+    def __init__(self, rngs):
+        self.tok = nnx.Embed(9, 4, rngs=rngs)
+        self.embed = nnx.LoRALinear(4, 3, lora_rank=2, rngs=rngs)
+        self.a = nnx.Conv(4, 6, (3,), rngs=rngs)
+        self.up = nnx.ConvTranspose(4, 6, (3,), transpose_kernel=True, rngs=rngs)
+        self.e = nnx.Einsum("nta,hab->nthb", (8, 2, 4), (8, 4), rngs=rngs)
+        self.g = nnx.LinearGeneral((3, 2), 5, axis=(-2, -1), rngs=rngs)
+        self.many = nnx.LinearGeneral(3, 5, batch_axis={0: 2}, rngs=rngs)
+        self.heads = nnx.MultiHeadAttention(2, 4, 6, rngs=rngs, decode=False)
+        self.bn = nnx.BatchNorm(4, rngs=rngs)
+
+
+@pytest.mark.parametrize(
+    ("make", "kernels", "expected"),
+    [
+        (Net, 9, {
+            "tok/weight": "? ?", "embed/weight": "out in", "conv/weight": "out in spatial spatial",
+            "conv/bias": "out out out", "up/weight": "out in spatial", "ln/weight": "out out",
+            "gru/weight_ih": "out in", "heads/query_proj/weight": "out in",
+        }),
+        (lambda: NNX(nnx.Rngs(0)), 10, {
+            "tok/embedding": "? ?", "embed/kernel": "in out", "embed/lora/lora_a": "in out",
+            "a/kernel": "spatial in out", "up/kernel": "spatial out in",
+            "e/kernel": "out in out", "e/bias": "? ?", "g/kernel": "in in out",
+            "many/kernel": "stack in out", "many/bias": "stack out",
+            "heads/query/kernel": "in heads dim", "heads/out/kernel": "heads dim out",
+        }),
+        (lambda: eqx.filter_vmap(lambda k: eqx.nn.MLP(3, 2, 4, 1, use_bias=False, key=k))(
+            jax.random.split(KEY, 5)), 2, {"layers/0/weight": "stack out in"}),
+        (lambda: nnx.vmap(lambda k: nnx.Linear(3, 4, use_bias=False, rngs=nnx.Rngs(k)))(
+            jax.random.split(KEY, 5)), 1, {"kernel": "stack in out"}),
+    ],
+)  # fmt: skip
+def test_what_classes_tell(make, kernels, expected):
+    model = make()
+    assert {path: names(model, path) for path in expected} == expected
+    found = fwt.select(model, fwt.kernels)
+    assert len(found) == kernels
+    assert not any("tok" in path for path in found)
+
+
+def test_the_units_of_an_equinox_convolution():
+    conv = eqx.nn.Conv2d(3, 6, 2, key=KEY)
+    dead = fwt.prune(0.5, pattern=P.channel)(conv)
+    out = eqx.tree_at(lambda m: m.bias, dead, jnp.zeros_like(conv.bias))(jnp.ones((3, 4, 4)))
+    assert int((out == 0).all((1, 2)).sum()) == 3
+
+
+# -- axes= ------------------------------------------------------------------------------------
+
+TREE = {"layers": {"a": {"kernel": f(3, 4, 5), "bias": f(3, 5)}}, "head": {"kernel": f(5, 2)}}
+
+
+@pytest.mark.parametrize(
+    ("axes", "path", "expected"),
+    [
+        ({"layers/**": "stack out in"}, "layers/a/kernel", "stack out in"),
+        ({"layers/**": "stack out in"}, "layers/a/bias", "stack out"),
+        ({"**": "stack in out"}, "head/kernel", "in out"),
+        ({"**/kernel": "out in", "**": "k in out"}, "layers/a/kernel", "k in out"),
+        ({"head/*": "out in", "**": "in out"}, "head/kernel", "out in"),
+        ({"**": "in out", "head/*": "out in"}, "head/kernel", "in out"),
+        ({"**": "in heads dim"}, "layers/a/kernel", "in heads dim"),
+        ({"**": "in stack out"}, "layers/a/kernel", "in stack out"),
+    ],
+)
+def test_the_first_glob_that_fits(axes, path, expected):
+    assert names(TREE, path, axes) == expected
+
+
+@pytest.mark.parametrize(
+    ("axes", "said"),
+    [
+        ({"**": "layer in out"}, "'layer' may mean several"),
+        ({"**": "batch out in"}, "'batch'"),
+        ({"**": "experts h out"}, "'experts'"),
+        ({"**": "foo in out"}, "'foo'"),
+        ({"**": "stack h w"}, "neither 'in' nor 'out'"),
+        ({"**": "stack stack in out h w"}, "names 6 axes"),
+        ({"other": "in out"}, "matches no leaf"),
+    ],
+)
+def test_axes_that_are_refused(axes, said):
+    tree = jax.tree.map(lambda x: jnp.ones(x.shape), TREE)
+    for transform in (
+        fwt.initialize(fwt.initializers.he_normal, 0, axes=axes),
+        fwt.project(C.unit_norm, axes=axes),
+        fwt.prune(0.5, axes=axes),
+        fwt.reset(0, like="flax", axes=axes),
+    ):
+        with pytest.raises(fwt.AxesError, match=said):
+            transform(tree)
+
+
+def test_what_depends_on_unknown_axes_is_refused():
+    tree = {"w": {"kernel": jnp.ones((3, 4, 5))}}
+    for transform in (
+        fwt.initialize(fwt.initializers.orthogonal(), 0),
+        fwt.project(C.unit_norm),
+        fwt.prune(0.5, pattern=P.channel),
+        fwt.reset(0, like="keras"),
+    ):
+        with pytest.raises(fwt.AxesError, match=r"w/kernel.*axes="):
+            transform(tree)
+    assert int((fwt.prune(0.5)(tree)["w"]["kernel"] == 0).sum()) == 30
+    with pytest.raises(fwt.AxesError, match="names 2 axes"):
+        C.unit_norm()(jnp.ones((3, 4, 5)), "in out")
+
+
+# -- each slice is a layer --------------------------------------------------------------------
+
+SLICES = 3
+_RNG = np.random.default_rng(0)
+_SCALES = np.array([1.0, 8.0, 0.1], np.float32).reshape(3, 1, 1)
+STACK = {"d": {"kernel": _RNG.normal(size=(3, 6, 9)).astype(np.float32) * _SCALES,
+               "bias": _RNG.normal(size=(3, 9)).astype(np.float32)}}  # fmt: skip
+
+
+def leaf(tree):
+    return np.asarray(tree["d"]["kernel"])
+
+
+def by_slice(transform):
+    slices = [jax.tree.map(lambda x, i=i: x[i], STACK) for i in range(SLICES)]
+    return np.stack([leaf(transform(s)) for s in slices])
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        fwt.project(C.unit_norm),
+        fwt.project(C.max_norm(1.0, axis="all")),
+        fwt.project(C.spectral_ball(1.0)),
+        fwt.project(C.k_sparse(2)),
+        fwt.project(C.simplex(1.0)),
+        fwt.project(C.box(-1.0, 1.0)),
+        fwt.project(lambda w, axes: w / jnp.abs(w).max()),
+        fwt.prune(0.37),
+        fwt.prune(0.5, like="torch"),
+        fwt.prune(scope={"**": 0.6}, like="tfmot"),
+        fwt.prune(0.4, pattern=P.channel),
+        fwt.prune(0.5, pattern=P.block((3, 3))),
+        fwt.prune(0.5, pattern=P.n_m(1, 3)),
+    ],
+)
+def test_each_slice_is_transformed_by_itself(transform):
+    expected = by_slice(transform)
+    np.testing.assert_array_equal(leaf(transform(STACK)), expected)
+    np.testing.assert_allclose(leaf(jax.jit(transform)(STACK)), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scope", ["global", "normalized", "erk", "lamp"])
+def test_slices_count_as_layers_do(scope):
+    layers = {f"d{i}": {"kernel": STACK["d"]["kernel"][i]} for i in range(SLICES)}
+    prune = fwt.prune(0.43, scope=scope)
+    expected = prune(layers)
+    for found in (prune(STACK), jax.jit(prune)(STACK)):
+        for i in range(SLICES):
+            np.testing.assert_array_equal(leaf(found)[i], expected[f"d{i}"]["kernel"])
+
+
+def test_a_stack_may_have_any_place():
+    turned = {"d": {"kernel": np.moveaxis(STACK["d"]["kernel"], 0, 1)}}
+    axes = {"**": "in stack out"}
+    for make in (lambda **k: fwt.prune(0.37, **k), lambda **k: fwt.project(C.orthogonal(), **k)):
+        new = np.moveaxis(leaf(make(axes=axes)(turned)), 1, 0)
+        np.testing.assert_allclose(new, by_slice(make()), rtol=1e-5, atol=1e-6)
+    drawn = leaf(fwt.initialize(fwt.initializers.orthogonal(), 0, axes=axes)(turned))
+    np.testing.assert_allclose(
+        np.einsum("isj,ksj->sik", drawn, drawn), np.stack([np.eye(6)] * 3), atol=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    "initializer",
+    [
+        fwt.initializers.glorot_uniform,
+        fwt.initializers.keras.glorot_uniform,
+        fwt.initializers.torch.xavier_uniform,
+        jax.nn.initializers.glorot_uniform(),
+        lambda key, shape, dtype: jax.nn.initializers.glorot_uniform()(key, shape, dtype),
+    ],
+)
+def test_each_slice_has_the_fans_of_its_layer(initializer):
+    big = {"d": {"kernel": f(4, 30, 70), "bias": f(4, 70)}}
+    w = leaf(fwt.initialize(initializer, 0)(big))
+    limit = (6 / (30 + 70)) ** 0.5
+    assert 0.99 * limit < np.abs(w).max((1, 2)).min()
+    assert np.abs(w).max() <= limit
+    assert len(np.unique(w)) > 0.99 * w.size  # no slice repeats another
+
+
+@pytest.mark.parametrize("like", ["keras", "torch", "flax"])
+def test_reset_of_a_stack(like):
+    big = {"d": {"kernel": f(4, 30, 70), "bias": f(4, 70)}, "e": {"scale": f(4, 70)}}
+    new = fwt.reset(0, like=like)(big)
+    one = fwt.reset(1, like=like)(jax.tree.map(lambda x: f(*x.shape[1:]), big))
+    close = np.asarray(leaf(new)).std((1, 2)) / leaf(one).std()
+    assert (abs(close - 1) < 0.1).all()
+    top = np.abs(new["d"]["bias"]).max(1), np.abs(one["d"]["bias"]).max()
+    assert (abs(top[0] - top[1]) <= 0.1 * top[1]).all()
+    assert (new["e"]["scale"] == 1).all()
+
+
+def test_sparsify_counts_each_slice():
+    grads = jax.tree.map(np.cos, STACK)
+    for settings in ({}, {"regrow": "rigl"}, {"scope": "erk", "regrow": "rigl"}):
+        tx = fwt.optim.sparsify(optax.adam(0.01), 0.5, every=1, **settings)
+        updates, _ = tx.update(grads, tx.init(STACK), STACK)
+        new = leaf(optax.apply_updates(STACK, updates))
+        assert ((new == 0).sum((1, 2)) == 27).all()
+
+
+def test_a_stack_of_many_layers_compiles_one_search():
+    def prune(w):
+        return fwt.prune(0.5, axes={"**": "stack in out"})({"d": {"kernel": w}})["d"]["kernel"]
+
+    assert (
+        (np.asarray(prune(jnp.asarray(_RNG.normal(size=(50, 4, 5))))) == 0).sum((1, 2)) == 10
+    ).all()
+    few, many = (len(jax.jit(prune).lower(f(n, 4, 5)).as_text()) for n in (2, 50))
+    assert many < 2 * few
+
+
+def test_lsuv_refuses_a_stack():
+    net = Scanned(Dense())
+    with pytest.raises(fwt.LeafError, match="stack of layers"):
+        fwt.lsuv(net, net.init(KEY, jnp.ones((2, 5))), jnp.ones((2, 5)), 0)
+
+
+def test_constrain_takes_an_equinox_module_that_holds_a_function():
+    net = eqx.nn.MLP(3, 2, 4, 1, key=KEY)
+    grads = eqx.filter_grad(lambda m: jnp.sum(m(jnp.ones(3)) ** 2))(net)
+    tx = fwt.optim.constrain(optax.adam(0.1), fwt.project(C.max_norm(0.1)))
+    updates, _ = tx.update(grads, tx.init(eqx.filter(net, eqx.is_inexact_array)), net)
+    new = eqx.apply_updates(net, updates)
+    assert np.linalg.norm(new.layers[0].weight, axis=1).max() <= 0.1 + 1e-6

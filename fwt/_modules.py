@@ -83,9 +83,9 @@ def _classes() -> list[tuple[type, str, dict[str, str]]]:
 
 def of_classes(tree: _tree.Tree) -> dict[str, Known]:
     """By path, what the classes of the Equinox and nnx modules in a tree say of its leaves."""
-    layers = {}
+    layers, classes = {}, _classes()
     for parts, node in tree.layers.items():
-        cls = next((c for c in _classes() if isinstance(node, c[0])), None)
+        cls = next((c for c in classes if isinstance(node, c[0])), None)
         if cls is not None:
             layers[parts] = (node, cls[1], cls[2])
     if not layers:

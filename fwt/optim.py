@@ -179,7 +179,7 @@ def sparsify(
     scope: Scope = "layer",
     pattern: patterns.Pattern = patterns.unstructured,
     regrow: Any = None,
-    regrow_fraction: Any = 0.3,
+    regrow_fraction: Any = None,
     masks: Masks | Callable[[Any], Masks] | None = None,
     straight_through: bool = False,
     rewind: int | None = None,
@@ -210,7 +210,9 @@ def sparsify(
     - Static masks: ``masks=`` and no sparsity; ``masks=fwt.masks_of`` keeps the zeros of a model
       that is pruned already.
     - Dynamic sparse training: ``regrow="set"`` (Mocanu et al., 2018), ``regrow="rigl"`` (Evci et
-      al., 2020).
+      al., 2020). If you know how long you train, give ``regrow_fraction=fwt.schedules.cosine(0.3,
+      three quarters of the updates)``: what grows needs time to learn, and what is exchanged up
+      to the end costs accuracy.
     - ``straight_through=True``: gradients move the dense weights, which the state holds; the
       masks are drawn from them anew (with ``every=1`` at each step), so that what was pruned can
       come back.
@@ -236,10 +238,14 @@ def sparsify(
         scope: as in :func:`fwt.prune`.
         pattern: as in :func:`fwt.prune`.
         regrow: at each n that ``every`` divides, drop the least of the kept weights and grow
-            others in their place, by this score; "set" is random, "rigl" the gradient's size.
-            Weights grow from zero, and the optimizer's moments of the parameter's own shape
-            start at zero there; factored moments (adafactor) are left as they are.
-        regrow_fraction: the share of the kept weights that is exchanged: a number or a schedule.
+            others in their place, by this score; "set" is random and needs ``key``, "rigl" is
+            the gradient's size. Weights grow from zero, and so do the optimizer's moments of
+            the parameter's own shape, but for those that are nowhere negative, such as Adam's
+            second: these begin at their mean over the kept weights of the leaf, so that no
+            first step is larger than usual. Factored moments (adafactor) are left as they are.
+        regrow_fraction: the share of the kept weights that is exchanged: a number, or a schedule
+            such as :func:`fwt.schedules.cosine`. By default 0.3 over the square root of how many
+            exchanges there were, this one included, which needs no end.
         masks: the masks to begin with: a tree, or a function of the params that gives one, such
             as ``fwt.masks_of``. A sparsity below theirs counts as theirs.
         straight_through: keep and train the dense weights.
@@ -439,7 +445,7 @@ class _Rule:
                 "n_m fixes how many of each group are kept, so nothing can grow back: "
                 "use straight_through=True to let its masks move"
             )
-        fraction = regrow_fraction
+        fraction = self.fading if regrow_fraction is None else regrow_fraction
         share = isinstance(fraction, int | float) and 0 <= fraction <= 1
         if not (share or callable(fraction) or isinstance(fraction, jax.Array)):
             raise FwtError(f"regrow_fraction must be a share or a schedule, found {fraction!r}")
@@ -481,6 +487,10 @@ class _Rule:
                 "a score that names accumulated= has to carry what is summed up, as "
                 "score.accumulate = lambda params, grads: tree"
             )
+
+    def fading(self, number: Any) -> Any:
+        """What is exchanged where nobody says it."""
+        return 0.3 * jnp.sqrt(self.every / jnp.maximum(number, self.every))
 
     def plan(self, sparsity: Any) -> _plan.Plan:
         scope, pattern, where, like = self.settings

@@ -187,6 +187,14 @@ def softmax_of(reader: Reader, block: list[Node], end: str) -> str | None:
     return None
 
 
+def centred_of(reader: Reader, block: list[Node], end: str) -> str | None:
+    """The end of a norm whose mean is taken away first, and then taken as its input."""
+    if [n.op for n in block] != ["ReduceMean", "Sub"] or not reader.graph.users.get(end):
+        return None
+    more, last = reader.graph.block(end)
+    return last if _means(more) and _norm(reader, [*block, *more], last) else None
+
+
 def _wrapped(reader: Reader, block: list[Node], end: str) -> bool:
     """A padding of one axis with what is at its other end."""
     last, shape = block[-1], reader.shape(block[0])

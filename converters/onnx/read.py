@@ -87,7 +87,8 @@ def _layers(graph: Graph) -> list[Layer]:
     while graph.users.get(reader.at):
         block, end = graph.block(reader.at)
         node = block[0]
-        found = blocks.function_of(reader, block, end) or blocks.softmax_of(reader, block, end)
+        parts = (blocks.function_of, blocks.softmax_of, blocks.centred_of)
+        found = next((f for part in parts if (f := part(reader, block, end))), None)
         if found is not None:
             end = found
         elif len(block) > 1:

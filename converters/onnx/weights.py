@@ -229,7 +229,12 @@ def _arithmetic(reader: Reader, node: Node) -> str | None:
         raise refuse(str(node), f"arithmetic of {value.dtype}")
     if value.ndim > rank:
         raise refuse(str(node), f"an array of shape {value.shape} for rank {rank}")
-    value = -value if op == "Sub" else 1 / value if op == "Div" else value
+    if op == "Div":
+        with np.errstate(divide="ignore"):
+            value = 1 / value
+        if not np.all((np.abs(value) >= np.finfo(value.dtype).tiny) & np.isfinite(value)):
+            raise refuse(str(node), "it divides by 0, or by what has no float32 reciprocal")
+    value = -value if op == "Sub" else value
     adds = op in ("Add", "Sub")
     if _joined(reader, value, adds, rank):
         return None

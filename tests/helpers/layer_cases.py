@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from hypothesis import strategies as st
 
+from fwt.converters.frameworks import torch_modules as ours
+
 k, t = keras.layers, torch.nn
 
 
@@ -243,6 +245,23 @@ def _(rng):
 def _(rng):
     layer = t.LocalResponseNorm(int(rng.integers(1, 6)), 0.3, 0.6, 1.5)
     return (int(rng.integers(2, 7)), *spatial(rng, int(rng.integers(1, 4)), 2, 4)), layer
+
+
+FUNCTIONS = ("abs", "acos", "acosh", "asin", "asinh", "atan", "atanh", "ceil", "cos", "cosh", "erf",
+             "exp", "floor", "log", "reciprocal", "round", "sign", "sin", "sinh", "sqrt", "square",
+             "tan")  # fmt: skip
+
+
+@case(TORCH, "Pointwise", refused="keras has no Pointwise")
+def _(rng):
+    return ints(rng, rng.integers(1, 4), 2, 4), ours.Pointwise(pick(rng, *FUNCTIONS))
+
+
+@case(TORCH, "Reduce", refused="keras has no Reduce")
+def _(rng):
+    shape = ints(rng, rng.integers(1, 4), 2, 4)
+    function = pick(rng, "sum", "mean", "max", "min", "prod", "logsumexp")
+    return shape, ours.Reduce(function, pick(rng, -1, int(rng.integers(1, len(shape) + 1))))
 
 
 @case(TORCH, "PReLU")

@@ -4,6 +4,7 @@ import importlib
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 from onnx.backend.test.case import node as nodes
 
@@ -70,3 +71,127 @@ def test_some_families(tmp_path, monkeypatch, family):
 def test_all(tmp_path):
     nodes.collect_testcases()
     assert counted(tmp_path / "a.onnx") >= 280
+
+
+make = onnx.helper.make_node
+
+
+def written(path, nodes, arrays, shape):
+    value = onnx.helper.make_tensor_value_info
+    held = [onnx.numpy_helper.from_array(np.asarray(a), n) for n, a in arrays.items()]
+    graph = onnx.helper.make_graph(nodes, "g", [value("x", 1, shape)], [value("y", 1, None)], held)
+    opsets = [onnx.helper.make_opsetid("", 17)]
+    path.write_bytes(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=9)
+                     .SerializeToString())  # fmt: skip
+    return path
+
+
+def run(path, x):
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return session.run(None, {"x": x})[0]
+
+
+ONE = {"one": np.float32(1)}
+POINTS = np.array(
+    [0, 1e-3, -1e-3, 0.3, -0.3, 1, -1, 2.5, -2.5, 4, -4, 8, -8, 25, -25, 60, -60, 88, -88, 95, -95,
+     1e3, -1e3, 1e13, -1e13, 1e20, -1e20, 1e37, -1e37], np.float32)[:, None]  # fmt: skip
+
+
+def line(*ops):
+    """A chain of operators; one named "Add 1" and such takes a number."""
+    nodes, arrays, at = [], {}, "x"
+    for i, text in enumerate(ops):
+        op, _, number = text.partition(" ")
+        inputs = [at]
+        if number:
+            arrays[f"c{i}"] = np.float32(number)
+            inputs.append(f"c{i}")
+        at = "y" if i == len(ops) - 1 else f"v{i}"
+        nodes.append(make(op, inputs, [at]))
+    return nodes, arrays
+
+
+# Formulas, and the layers that they are; where float32 ends they are what onnxruntime makes of
+# them, be they recognised or not. None: they are refused.
+FORMULAS = {
+    "softplus that overflows": (line("Exp", "Add 1", "Log"),
+                                ["Pointwise", "Rescaling", "Pointwise"]),
+    "softplus that does not": (
+        ([make("Max", ["x", "zero"], ["m"]), make("Abs", ["x"], ["a"]), make("Neg", ["a"], ["n"]),
+          make("Exp", ["n"], ["e"]), make("Add", ["e", "one"], ["o"]), make("Log", ["o"], ["l"]),
+          make("Add", ["l", "m"], ["y"])], {**ONE, "zero": np.float32(0)}), ["Softplus"]),
+    "mish": (
+        ([make("Exp", ["x"], ["e"]), make("Add", ["e", "one"], ["o"]), make("Log", ["o"], ["l"]),
+          make("Tanh", ["l"], ["t"]), make("Mul", ["x", "t"], ["y"])], ONE), ["Mish"]),
+    "softplus times x": (
+        ([make("Exp", ["x"], ["e"]), make("Add", ["e", "one"], ["o"]), make("Log", ["o"], ["l"]),
+          make("Mul", ["x", "l"], ["y"])], ONE), None),
+    "silu": (
+        ([make("Neg", ["x"], ["n"]), make("Exp", ["n"], ["e"]), make("Add", ["e", "one"], ["o"]),
+          make("Div", ["x", "o"], ["y"])], ONE), ["SiLU"]),
+    "elu": (
+        ([make("Exp", ["x"], ["e"]), make("Sub", ["e", "one"], ["s"]),
+          make("Greater", ["x", "zero"], ["g"]), make("Where", ["g", "x", "s"], ["y"])],
+         {**ONE, "zero": np.float32(0)}), ["ELU"]),
+    "elu that is poisoned": (
+        ([make("Exp", ["x"], ["e"]), make("Sub", ["e", "one"], ["s"]),
+          make("Greater", ["x", "zero"], ["g"]), make("Cast", ["g"], ["c"], to=1),
+          make("Sub", ["one", "c"], ["d"]), make("Mul", ["c", "x"], ["p"]),
+          make("Mul", ["d", "s"], ["q"]), make("Add", ["p", "q"], ["y"])],
+         {**ONE, "zero": np.float32(0)}), None),
+    "a clip from below": (line("Clip -1.5"), ["Threshold"]),
+    "the smaller": (line("Min 2"), ["Rescaling", "Threshold", "Rescaling"]),
+    "the larger": (line("Max -0.5"), ["Threshold"]),
+    "squares": (line("Pow 2"), ["Pointwise"]),
+    "a selu of its own": (([make("Selu", ["x"], ["y"], alpha=2.0, gamma=0.5)], {}),
+                          ["ELU", "Rescaling"]),
+    "a hard sigmoid of its own": (([make("HardSigmoid", ["x"], ["y"], alpha=0.4, beta=0.3)], {}),
+                                  ["Rescaling", "HardTanh"]),
+    "a shrink that grows": (([make("Shrink", ["x"], ["y"], lambd=-1.5)], {}), None),
+    "a shrink that grows, biased": (
+        ([make("Shrink", ["x"], ["y"], lambd=-1.5, bias=-1.5)], {}), None),
+    "a quotient that float32 lacks": (line("Div 3e38"), None),
+    "over zero": (line("Div 0"), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_a_formula_is_a_layer_only_where_both_overflow_alike(tmp_path, name):
+    (nodes, arrays), layers = FORMULAS[name]
+    path = written(tmp_path / "a.onnx", nodes, arrays, ("n", 1))
+    if layers is None:
+        with pytest.raises(converters.FileFormatError):
+            converters.from_onnx(path)
+        return
+    model = converters.from_onnx(path)
+    assert [type(n.layer).__name__ for n in model.module.layers] == layers
+    np.testing.assert_allclose(np.asarray(model(POINTS)), run(path, POINTS), rtol=2e-6, atol=1e-6)
+
+
+def norm(*, inside, epsilon, mean):
+    """The nodes of a norm, with its epsilon in the root or after it."""
+    taken = [make("ReduceMean", ["x"], ["m"], axes=[2]), make("Sub", ["x", "m"], ["d"])]
+    root = [make("Add", ["v", "e"], ["w"]), make("Sqrt", ["w"], ["r"])]
+    after = [make("Sqrt", ["v"], ["w"]), make("Add", ["w", "e"], ["r"])]
+    given = "d" if mean else "x"
+    return [*(taken if mean else []), make("Mul", [given, given], ["s"]),
+            make("ReduceMean", ["s"], ["v"], axes=[2]), *(root if inside else after),
+            make("Div", [given, "r"], ["y"])], {"e": np.float32(epsilon)}  # fmt: skip
+
+
+@pytest.mark.parametrize("mean", [True, False])
+@pytest.mark.parametrize("epsilon", [1e-3, 1e-6])
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_norm_of_a_small_input(tmp_path, inside, epsilon, mean):
+    """Is the layer's where its epsilon is in the root; else it is refused."""
+    nodes, arrays = norm(inside=inside, epsilon=epsilon, mean=mean)
+    path = written(tmp_path / "a.onnx", nodes, arrays, ("n", 4, 5))
+    if not inside:
+        with pytest.raises(converters.FileFormatError):
+            converters.from_onnx(path)
+        return
+    model = converters.from_onnx(path)
+    x = np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32)
+    for size in (1, 1e-2, 1e-3, 1e-5, 0):
+        found, wanted = np.asarray(model(size * x)), run(path, size * x)
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)

@@ -10,8 +10,7 @@ from fwt.converters.rows.row import refuse, same
 def check_methods(thing: Any, place: str, but: Collection[str] = ()) -> None:
     """Raises where a method of its class was replaced on the layer or model itself."""
     for name in vars(thing):
-        method = inspect.getattr_static(type(thing), name, None)
-        if inspect.isfunction(method) and name not in but:
+        if inspect.isfunction(getattr(type(thing), name, None)) and name not in but:
             raise refuse(place, f"its {name} is a function of the user's own")
 
 

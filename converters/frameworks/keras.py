@@ -329,11 +329,15 @@ def leaves(model: Any) -> list[LiveLeaf]:
         place = "/".join(parts) or layer.name
         if own:
             _check_plain(layer, place)
-        values = {id(v): _computed(layer, v, place) if v.name in names or v.name.startswith("lora_")
-                  else np.asarray(keras.ops.convert_to_numpy(v)) for v in own}  # fmt: skip
+        values: dict[int, Any] = {}
+        for v in own:  # of a class that is known to compute with what it calls so
+            known_so = v.name in names or v.name.startswith("lora_")
+            plain = np.asarray(keras.ops.convert_to_numpy(v))
+            values[id(v)] = _computed(layer, v, place) if known_so else plain
         own = [v for v in own if values[id(v)] is not None]
         for variable, label in zip(own, _unique([v.name for v in own]), strict=True):
-            value = found = values[id(variable)]
+            value: Any = values[id(variable)]
+            found: Any = value
             name, letters, flax_letters, _ = names.get(label, (label, [], [], "params"))
             there = order(letters, flax_letters, value.ndim) if letters else None
             share = groups if label == "kernel" else 1

@@ -105,11 +105,9 @@ class GroupedConvTranspose(Layer):
         dilation = self.kernel_dilation or (1,) * rank
         pads: Any = self.padding
         if isinstance(pads, str):
+            named = pads.upper()
             spread = [(k - 1) * d + 1 for k, d in zip(window, dilation, strict=True)]
-            pads = [
-                transposed_padding(k, s, self.padding.upper())
-                for k, s in zip(spread, strides, strict=True)
-            ]
+            pads = [transposed_padding(k, s, named) for k, s in zip(spread, strides, strict=True)]
         letters = "DHW"[-rank:]
         y = lax.conv_general_dilated(
             x,

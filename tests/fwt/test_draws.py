@@ -239,8 +239,8 @@ def test_8_bit_floats_are_not_trained():
     ):
         with pytest.raises(fwt.LeafError, match="d/kernel is float8_e4m3fn"):
             tx.update(grads, tx.init(params), params)
+    own = jax.tree.map(jnp.asarray, params)
     with pytest.raises(fwt.FwtError, match="no update of float8_e4m3fn"):
-        own = jax.tree.map(jnp.asarray, params)
         tx.update(own, tx.init(own), own)
 
 

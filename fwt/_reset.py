@@ -138,6 +138,11 @@ def reset(
             return made, root
 
         drawn = [p for p, s in start.items() if s is None and not view.is_of_data(p)]
+        if not drawn and not known:
+            raise LeafError(
+                f"{names[0]}: a Normalization has it from the data, so there is no value to reset "
+                "it to: give it one with fwt.assign, or adapt the layer"
+            )
         done = _draw.drawn(tree, drawn, key, "reset", dtype, choose)
         return _tree.Tree(done, statistics=True).replace(known) if known else done
 

@@ -141,7 +141,7 @@ def test_what_differs_is_told(there, tmp_path):
         (np.uint64, [2**64 - 1], [2**64 - 2], 1),
         (np.int8, [-128, 5], [127, 6], 255),
         (np.bool_, [True], [False], 1.0),
-        (np.float16, [6e4], [-6e4], 119936.0),
+        (np.float16, [6e4], [-6e4], 120000.0),
         (np.float32, [1.0, np.nan], [2.5, 1.0], 1.5),
     ],
 )
@@ -150,6 +150,17 @@ def test_the_largest_gap_is_exact(dtype, a, b, largest):
     (change,) = _diff.diff(one, other).changes
     assert change.largest == largest
     assert not isinstance(change.largest, np.generic)
+
+
+def test_one_seed_serves_both_commands(there, tmp_path):
+    """By default both have the seed 0."""
+    start = ("initialize", there / "net.keras", tmp_path / "a.npz")
+    assert fwt_command(*start, "--initializer", "normal(1.0)")[0] == 0
+    options = ("--sparsity", "0.5", "--score", "random")
+    assert fwt_command("prune", tmp_path / "a.npz", tmp_path / "b.npz", *options)[0] == 0
+    kept = fwt.select(converters.load(tmp_path / "b.npz"), fwt.kernels).values()
+    kept = np.concatenate([x[x != 0] for x in kept])
+    assert abs((kept > 0).mean() - 0.5) < 4 * 0.5 / len(kept) ** 0.5
 
 
 def test_options_of_reading(there, tmp_path):

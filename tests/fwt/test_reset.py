@@ -438,6 +438,8 @@ def test_the_data_of_a_normalization_stay():
     flax = converters.from_keras(model)
     new = fwt.reset(0, "flax")(flax)
     assert new.variables["batch_stats"]["n"]["mean"] is flax.variables["batch_stats"]["n"]["mean"]
+    with pytest.raises(fwt.LeafError, match="from the data"):
+        fwt.reset(0, "flax", "n/*")(flax)
 
 
 def trained(variables):

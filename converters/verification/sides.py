@@ -52,7 +52,7 @@ def takes_first(layers: Iterable[tuple[str, Sequence[int] | None]], inside: bool
         n = len(dims or ())
         if n > 2 and tuple(dims or ()) in ((0, *range(2, n), 1), (0, n - 1, *range(1, n - 1))):
             turned = not turned
-        rows = table.rows_of("torch", kind)
+        rows = table.rows_of("torch", kind) + table.rows_of("keras", kind)
         if kind.startswith(_WINDOWS) or "Pool" in kind or any(row.channel for row in rows):
             return inside != turned
         if kind in ("Flatten", "Unflatten", "Reshape"):
@@ -60,7 +60,7 @@ def takes_first(layers: Iterable[tuple[str, Sequence[int] | None]], inside: bool
     return False
 
 
-_WINDOWS = ("Conv", "BatchNorm2d", "BatchNorm3d", "Upsampl")
+_WINDOWS = ("Conv", "BatchNorm2d", "BatchNorm3d", "Upsampl", "UpSampl")
 
 
 def _permutes(layer: Any) -> tuple[int, ...] | None:

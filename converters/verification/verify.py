@@ -246,8 +246,6 @@ def _unseen(one: Side, models: tuple[Model, Model], x: np.ndarray) -> str | None
     """
     if any(not isinstance(m.module, Sequential) for m in models):
         return None
-    if models[0].module.layers != models[1].module.layers:
-        return None
     steps: dict[str, np.ndarray] = {}
     largest = 0.0
     for path, a, b in _pairs(*models):
@@ -262,13 +260,17 @@ def _unseen(one: Side, models: tuple[Model, Model], x: np.ndarray) -> str | None
                 largest = max(largest, float(part.max()))
     if not steps or not largest < _LARGER:
         return None
-    tree = _tree.Tree({"params": dict(models[0].variables)})
+    mine, theirs = models[0], Model(models[1].module, models[0].variables)
+    given = _moved(x, one.channels_first, one.model_first)
+    same = mine.module.layers == theirs.module.layers
+    if not same and _lines(flax_side(mine), flax_side(theirs), given)[1].status == "differs":
+        return None  # what differs in the weights may be made up for in the layers
+    tree = _tree.Tree({"params": dict(mine.variables)})
     old = {path: np.asarray(tree.leaves[path]) for path in steps}
     new = {path: (old[path] + _LARGER / largest * step).astype(old[path].dtype)
            for path, step in steps.items()}  # fmt: skip
-    wider = Model(models[0].module, tree.replace(new)["params"])
-    given = _moved(x, one.channels_first, one.model_first)
-    if _lines(flax_side(models[0]), flax_side(wider), given)[1].status != "differs":
+    wider = Model(mine.module, tree.replace(new)["params"])
+    if _lines(flax_side(mine), flax_side(wider), given)[1].status != "differs":
         return None
     return "/".join(_tree.split(next(iter(steps)))[1:-1])
 

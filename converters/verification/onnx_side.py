@@ -101,7 +101,7 @@ def side(path: Path, external: bool) -> Side:
         found = dict(zip([o.name for o in session.get_outputs()], values, strict=True))
         return values[0], {layer: found[name] for layer, name in scopes.items()}
 
-    def model() -> Model:
+    def model(_: tuple[int, ...]) -> Model:
         return read.from_onnx(path, external_data=external)
 
     kinds = [(_KINDS.get(n.op_type, n.op_type), _permutes(n)) for n in graph.node]

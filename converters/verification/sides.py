@@ -31,7 +31,7 @@ class Side:
     run: Callable[[np.ndarray, float], tuple[np.ndarray, Taps]]
     shape: tuple[int | None, ...] | None
     channels_first: bool  # at its ends
-    model: Callable[[], Model]
+    model: Callable[[tuple[int, ...]], Model]  # for inputs of a shape, without the batch axis
     integers: int | None = None  # the input is whole numbers below this
     table: Any = None  # of which these are the rows
     turned: bool = False  # whether channels may come first inside
@@ -52,13 +52,15 @@ def takes_first(layers: Iterable[tuple[str, Sequence[int] | None]], inside: bool
         n = len(dims or ())
         if n > 2 and tuple(dims or ()) in ((0, *range(2, n), 1), (0, n - 1, *range(1, n - 1))):
             turned = not turned
-        rows = table.rows_of("torch", kind)
+        rows = table.rows_of("torch", kind) + table.rows_of("keras", kind)
         if kind.startswith(_WINDOWS) or "Pool" in kind or any(row.channel for row in rows):
             return inside != turned
+        if kind in ("Flatten", "Unflatten", "Reshape"):
+            break
     return False
 
 
-_WINDOWS = ("Conv", "BatchNorm2d", "BatchNorm3d", "Upsampl")
+_WINDOWS = ("Conv", "BatchNorm2d", "BatchNorm3d", "Upsampl", "UpSampl")
 
 
 def _permutes(layer: Any) -> tuple[int, ...] | None:
@@ -92,7 +94,7 @@ def flax_side(model: Model) -> Side:
     rows = own.get("embedding") if hasattr(own, "get") else None
     dtypes = [v.dtype for v in jax.tree.leaves(model.variables) if hasattr(v, "dtype")]
     channels_first = takes_first(_kinds(model.module), False)
-    return Side(run, model.module.input_shape, channels_first, lambda: model, count, rows,
+    return Side(run, model.module.input_shape, channels_first, lambda _: model, count, rows,
                 dtypes=dtypes, model_first=channels_first)  # fmt: skip
 
 
@@ -142,7 +144,7 @@ def nnx_side(model: Any) -> Side:
             return np.asarray(under(copied, x, ())), taps
         return np.asarray(copied(x)), taps
 
-    def converted() -> Model:
+    def converted(_: tuple[int, ...]) -> Model:
         from fwt.converters.frameworks import nnx as _nnx
 
         return _nnx.from_nnx(model)
@@ -203,7 +205,7 @@ def keras_side(model: Any) -> Side:
     rows = first.get_weights()[0] if isinstance(first, keras.layers.Embedding) else None
     dtypes = [v.dtype for v in model.variables]
     computes = {str(x.compute_dtype) for x in model._flatten_layers()}
-    return Side(run, own, channels_first, lambda: _keras.from_keras(model), count, rows, inside,
+    return Side(run, own, channels_first, lambda _: _keras.from_keras(model), count, rows, inside,
                 [_dtype(d) for d in dtypes], [_dtype(d) for d in computes],
                 channels_first and not inside)  # fmt: skip
 
@@ -290,8 +292,8 @@ def torch_side(model: Any) -> Side:
     count = leaf.num_embeddings if starts else None
     rows = array(leaf.weight) if starts else None
 
-    def converted() -> Model:
-        return _torch.from_torch(model)
+    def converted(shape: tuple[int, ...]) -> Model:
+        return _torch.from_torch(model, input_shape=shape)
 
     return Side(run, None, channels_first, converted, count, rows, True,
                 [array(w.flatten()[:1]).dtype for w in weights])  # fmt: skip

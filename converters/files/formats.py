@@ -53,7 +53,7 @@ _KERAS = Format(
     h5.save_keras,
     framework="Keras",
     needs_module=True,
-    holds="a model",
+    holds="a model of Keras 3 or 2",
 )
 _WEIGHTS = Format(
     "Keras weights",
@@ -271,8 +271,8 @@ def load(
 ) -> Model:
     """Reads a model or weights from a file or folder, without the framework that wrote it.
 
-    The format is told by the content: ``.keras``, ``.weights.h5`` and its shards, ``.h5`` of Keras
-    2 and 3, torch state dicts, safetensors and their shards, ``.npz``, Flax's msgpack, Orbax.
+    The format is told by the content: ``.keras``, ``.weights.h5`` and its shards and ``.h5``, of
+    Keras 2 and 3, torch state dicts, safetensors and their shards, ``.npz``, Flax's msgpack, Orbax.
 
     Args:
         path: the file; of sharded weights the index or the folder, of Orbax the folder.

@@ -1,27 +1,23 @@
 """Live PyTorch models."""
 
+import dataclasses
 import functools
 import inspect
 import itertools
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import torch
 import torch.nn.utils.parametrize
-import torch.nn.utils.prune
-from torch.nn.modules.dropout import _DropoutNd as _Dropout
-from torch.nn.utils.parametrizations import _WeightNorm
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
 from fwt import _tree
 from fwt._types import ConversionError, Model
 from fwt.converters import io as _io
-from fwt.converters.frameworks import altered, torch_layers, torch_modules
+from fwt.converters.frameworks import altered, torch_computed, torch_layers, torch_modules
 from fwt.converters.frameworks import flax as _flax
 from fwt.converters.frameworks import sidecar as _sidecar
 from fwt.converters.rows import grouped, table
@@ -96,7 +92,11 @@ def _layer(name: str, module: torch.nn.Module) -> Layer:
     whole = _is_composite(cls)
     parameters = dict(module.named_parameters(recurse=whole))
     buffers = dict(module.named_buffers(recurse=whole))
-    arrays: dict[str, Any] = {**parameters, **buffers, **_folded(module, place)}
+    arrays: dict[str, Any] = {
+        **parameters,
+        **buffers,
+        **torch_computed.folded(module, place, strict=True),
+    }
     arrays = {k: v for k, v in arrays.items() if v is not None}
     defaults = _defaults(cls)
     settings = _composite(module, place)
@@ -186,44 +186,6 @@ def _composite(module: Any, place: str) -> dict[str, Any]:
             "bias": module.linear1.bias is not None,
         }
     return {}
-
-
-def _folded(module: torch.nn.Module, place: str, only: Any = None) -> dict[str, Any]:
-    """The weights that ``torch.nn.utils.prune``, ``parametrize``, ``weight_norm`` and
-    ``spectral_norm`` compute, and None for what they compute it from. ``only`` is the one kind of
-    hook to look at; without it, a hook that isn't known raises."""
-    out: dict[str, Any] = {}
-    with torch.no_grad():
-        if torch.nn.utils.parametrize.is_parametrized(module):
-            how: Any = module.parametrizations
-            before = {m: m.training for m in how.modules()}
-            how.eval()
-            try:
-                out |= {name: getattr(module, name) for name in how}
-            finally:
-                for part, training in before.items():
-                    part.training = training
-        for hook in module._forward_pre_hooks.values():
-            name = str(getattr(hook, "name", None) or getattr(hook, "_tensor_name", ""))
-            made: Any
-            parts: tuple[str, ...]
-            if only is not None and not isinstance(hook, only):
-                continue
-            if isinstance(hook, torch.nn.utils.prune.BasePruningMethod):
-                made = hook.apply_mask(module)
-                parts = ("orig", "mask")
-            elif isinstance(hook, WeightNorm):
-                made, parts = hook.compute_weight(module), ("g", "v")
-            elif isinstance(hook, SpectralNorm):
-                made = hook.compute_weight(module, do_power_iteration=False)
-                parts = ("orig", "u", "v")
-            else:
-                raise refuse(place, "a forward hook can change what it does", "remove it")
-            out[name] = made
-            out.update({f"{name}_{p}": None for p in parts})
-    if only is None and (module._forward_hooks or "forward" in vars(module)):
-        raise refuse(place, "a forward hook or a forward of its own changes what it does")
-    return out
 
 
 def _is_container(module: torch.nn.Module) -> bool:
@@ -408,11 +370,12 @@ def leaves(model: torch.nn.Module) -> list[LiveLeaf]:
     """The floating parameters and the running statistics in Flax's names and axes; a tied one under
     its first path.
 
-    What ``parametrize`` or ``weight_norm`` compute stands as the weight that they compute.
+    A weight that is computed from others stands as it is computed.
     """
     out: list[LiveLeaf] = []
     seen: dict[Any, LiveLeaf] = {}  # by id and by place
     spans: list[tuple[str, Any, int, int]] = []
+    holders: dict[int, list[int]] = {}  # of a parameter, the leaves that it is or that it makes
     inside: list[str] = []  # what parametrize computes with
     for prefix, module in model.named_modules():
         if isinstance(module, torch.nn.utils.parametrize.ParametrizationList):
@@ -425,13 +388,14 @@ def leaves(model: torch.nn.Module) -> list[LiveLeaf]:
         if kind.startswith("ConvTranspose") and (groups := module.groups) > 1:
             kind = f"Grouped{kind}"
         names = table.leaf_names("torch", kind)
-        computed, parts_of_it = _computed(module)
+        computed, parts = torch_computed.computed(module, prefix or kind)
+        made_of = {n for held in parts.values() for n in held}
         plain_ones = module.named_parameters(recurse=False)
         statistics = _statistics(module)
         for name, parameter in itertools.chain(plain_ones, computed.items(), statistics.items()):
             place = f"{prefix}.{name}" if prefix else name
             _check_initialised(parameter, place)
-            if id(parameter) in parts_of_it:
+            if id(parameter) in made_of:
                 continue
             if not parameter.is_floating_point() and name not in statistics:
                 continue
@@ -439,10 +403,7 @@ def leaves(model: torch.nn.Module) -> list[LiveLeaf]:
             if first is None and name not in computed:
                 first = seen.get(_tied(parameter, place, spans))
             value = to_numpy(parameter, place)
-            # torch.nn.utils.prune keeps the weight under weight_orig.
-            plain = name.removesuffix("_orig")
-            suffix = name[len(plain) :]
-            flax_name, letters, flax_letters, _ = names.get(plain, (plain, [], [], "params"))
+            flax_name, letters, flax_letters, _ = names.get(name, (name, [], [], "params"))
             there = order(letters, flax_letters, value.ndim) if letters else None
             share = groups if flax_name == "kernel" else 1
             if share > 1:
@@ -450,21 +411,27 @@ def leaves(model: torch.nn.Module) -> list[LiveLeaf]:
             known = table.live("torch", module, kind, letters, flax_letters, value.ndim, share)
             if there is not None:
                 value = value.transpose(there)
-            parts = [*filter(None, prefix.split(".")), flax_name + suffix]
-            path = "/".join(_tree.escape(p) for p in parts)
+            path = "/".join(_tree.escape(p) for p in (*filter(None, prefix.split(".")), flax_name))
             if first is not None:
                 first.also[path] = value.shape
                 continue
             write = (
-                _written_back(module, name, parameter, place)
+                torch_computed.writer(module, name, parameter, place)
                 if name in computed
                 else functools.partial(_copy, parameter)
             )
+            for part in parts.get(name, {id(parameter)}):
+                holders.setdefault(part, []).append(len(out))
             collection = "batch_stats" if name in statistics else "params"
             back = functools.partial(_write, write, there, share)
             leaf = LiveLeaf(path, value, known, back, collection)
             out.append(leaf)
             seen[id(parameter)] = seen[place] = leaf
+    for several in holders.values():
+        for index in several if len(several) > 1 else ():
+            other = next(out[i].path for i in several if i != index)
+            write = functools.partial(_refuse_shared, out[index].path, other)
+            out[index] = dataclasses.replace(out[index], write=write)
     return out
 
 
@@ -475,73 +442,9 @@ def _statistics(module: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {} if "weight" in held else {n: held[n] for n in _io.TORCH_STATS if n in held}
 
 
-def _computed(module: torch.nn.Module) -> tuple[dict[str, torch.Tensor], set[int]]:
-    """The weights that a module computes from others, and the ids of these others."""
-    if not torch.nn.utils.parametrize.is_parametrized(module) and not any(
-        isinstance(hook, WeightNorm) for hook in module._forward_pre_hooks.values()
-    ):
-        return {}, set()
-    folded = _folded(module, type(module).__name__, WeightNorm)
-    held = dict(module.named_parameters(recurse=False))
-    parts = [p for name, p in held.items() if folded.get(name, p) is None]
-    return {k: v for k, v in folded.items() if v is not None}, {id(p) for p in parts}
-
-
-def _written_back(
-    module: torch.nn.Module, name: str, before: torch.Tensor, place: str
-) -> Callable[[torch.Tensor], None]:
-    """Writes a computed weight into what it is computed from, and checks that it comes out."""
-    hooks = [h for h in module._forward_pre_hooks.values() if isinstance(h, WeightNorm)]
-    hook = next((h for h in hooks if h.name == name), None)
-    lists: Any = getattr(module, "parametrizations", {})
-    how = lists[name] if hook is None else None
-    owner = module if how is None else how
-    stems = (f"{name}_g", f"{name}_v") if hook else ("original",)
-    saved = {n: v.clone() for n, v in owner.state_dict().items() if how is not None or n in stems}
-    names = [n for n in saved if n.startswith(stems) and "." not in n]
-
-    def put(values: Mapping[str, torch.Tensor]) -> None:
-        now = owner.state_dict()
-        for n, value in values.items():
-            now[n].copy_(value)
-
-    def inverse(value: torch.Tensor) -> dict[str, torch.Tensor]:
-        norm: Any = hook
-        if how is not None and len(how) == 1 and isinstance(how[0], _WeightNorm):
-            norm = how[0]
-        if norm is not None:
-            size = torch.norm_except_dim(value, 2, norm.dim)
-            # A direction of zeros has no length to divide by: it keeps the one that it had.
-            old = saved[names[1]]
-            return dict(zip(names, (size, torch.where(size == 0, old, value)), strict=True))
-        for part in reversed(how or []):
-            value = part.right_inverse(value)
-        many = [value] if isinstance(value, torch.Tensor) else list(value)
-        return dict(zip(names, many, strict=True))
-
-    def write(value: torch.Tensor) -> None:
-        with torch.no_grad():
-            if torch.equal(value, before.detach().cpu()):
-                return put(saved)
-            why = "it comes out of it as another"
-            try:
-                put(inverse(value.to(before.device)))
-                found = _folded(module, place, WeightNorm)[name].cpu()
-                tolerance = 16 * torch.finfo(value.dtype).eps
-                if torch.equal(found == 0, value == 0) and torch.allclose(
-                    found, value, rtol=tolerance, atol=0
-                ):
-                    return None
-            except (NotImplementedError, RuntimeError, ValueError, AttributeError) as error:
-                why = str(error) or type(error).__name__
-            put(saved)
-        raise refuse(
-            place,
-            f"the parametrization that computes it can't hold this value ({why})",
-            f"torch.nn.utils.parametrize.remove_parametrizations(layer, {name!r}) first",
-        )
-
-    return write
+def _refuse_shared(path: str, other: str, value: np.ndarray) -> None:
+    raise refuse(path, f"it and {other} are computed from one parameter, so that a write would "
+                 "change both", "give each its own, parameter.clone()")  # fmt: skip
 
 
 def _tied(parameter: Any, place: str, spans: list[tuple[str, Any, int, int]]) -> str | None:

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 import pytest
 import torch
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 import fwt
 from fwt import converters
@@ -325,16 +325,6 @@ def test_norms_and_fans_follow_the_class_whatever_the_name():
         converters.transform(embeddings, fwt.project(fwt.constraints.unit_norm, "bag/*"))
 
 
-def test_pruned_torch_layers_keep_their_axes():
-    from torch.nn.utils import prune as torch_prune
-
-    layer = torch.nn.Linear(3, 5)
-    torch_prune.identity(layer, "weight")
-    seen = {}
-    converters.transform(layer, lambda tree: seen.update(fwt.select(tree)) or tree)
-    assert seen["kernel_orig"].shape == (3, 5)
-
-
 def test_keras_names_that_repeat():
     class Net(keras.Model):
         def __init__(self):
@@ -450,6 +440,185 @@ def test_what_weight_norm_computes_is_seen_and_written_back(name):
     x = torch.randn(2, *((3, 5, 6)[: ndim - 1] if ndim > 2 else (layer.in_features,)))
     expected = net(x).detach().movedim(1, -1)
     np.testing.assert_allclose(model(x.movedim(1, -1).numpy()), expected, atol=1e-5)
+
+
+def pruned(layer, *ways):
+    for way, name, *how in ways:
+        way(layer, name, *how)
+    return torch.nn.Sequential(layer)
+
+
+def pruned_globally():
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 4, (2, 3)), torch.nn.Flatten())
+    weights = [(net[0], "weight"), (net[0], "bias")]
+    prune.global_unstructured(weights, prune.L1Unstructured, amount=0.5)
+    return net
+
+
+def linear(*ways):
+    return pruned(torch.nn.Linear(5, 4), *ways)
+
+
+PRUNED = {
+    "at random": lambda: linear((prune.random_unstructured, "weight", 0.5)),
+    "whole units": lambda: pruned(
+        torch.nn.Conv2d(3, 4, (2, 3)), (prune.ln_structured, "weight", 0.5, 2, 0)
+    ),
+    "thrice": lambda: linear(
+        (prune.random_unstructured, "weight", 0.3),
+        (prune.ln_structured, "weight", 0.25, 2, 0),
+        (prune.l1_unstructured, "weight", 2),
+    ),
+    "not at all": lambda: linear((prune.identity, "weight")),
+    "a bias": lambda: linear((prune.l1_unstructured, "bias", 0.5)),
+    "over the model": pruned_globally,
+    "by a mask": lambda: linear((prune.custom_from_mask, "weight", torch.eye(5)[:4])),
+    "by halves": lambda: linear((prune.custom_from_mask, "weight", torch.full((4, 5), 0.5))),
+    "half precision": lambda: pruned(
+        torch.nn.Linear(5, 4).to(torch.bfloat16), (prune.l1_unstructured, "weight", 0.5)
+    ),
+    "recurrent": lambda: pruned(
+        torch.nn.LSTM(3, 4, batch_first=True),
+        (prune.l1_unstructured, "weight_hh_l0", 0.5),
+        (prune.l1_unstructured, "bias_ih_l0", 0.5),
+    ),
+}
+
+
+def computed_weights(net):
+    """Each weight of the first layer under its path: as torch holds it, and in Flax's axes."""
+    out = {}
+    for name, _ in list(net[0].named_parameters()):
+        name = name.removesuffix("_orig")
+        value = getattr(net[0], name).detach().float().numpy()
+        if name == "weight":
+            value = value.transpose(*range(2, value.ndim), 1, 0)
+        out[{"weight": "0/kernel", "bias": "0/bias"}.get(name, f"0/{name}")] = value
+    return out
+
+
+@pytest.mark.parametrize("name", PRUNED)
+def test_what_pruned_torch_modules_compute_is_seen_and_written_back(name):
+    torch.manual_seed(0)
+    net = PRUNED[name]()
+    shape = {torch.nn.Conv2d: (2, 3, 4, 5), torch.nn.LSTM: (2, 4, 3)}.get(type(net[0]), (2, 5))
+    x = torch.randn(shape).to(next(net.parameters()).dtype)
+    net(x)
+    wanted = {}
+
+    def change(tree):
+        for path, there in fwt.select(tree, "**").items():
+            np.testing.assert_array_equal(there.astype(np.float32), computed_weights(net)[path])
+            wanted[path] = np.array(there)
+            flat = wanted[path].reshape(-1)  # a third stays, a third is zero, a third is new
+            flat[::3], flat[1::3] = 0, np.arange(1, len(flat[1::3]) + 1)
+        return fwt.assign(wanted)(tree)
+
+    before = snapshot(net)
+    pointers = {n: v.data_ptr() for n, v in net.state_dict(keep_vars=True).items()}
+    converters.transform(net, lambda tree: tree)
+    assert not changed(net, before)
+    converters.transform(net, change)
+    for _ in range(2):  # as the attribute is at once, and as the next forward makes it
+        for path, value in computed_weights(net).items():
+            np.testing.assert_array_equal(value, wanted[path].astype(np.float32))
+        net(x)
+    after = net.state_dict(keep_vars=True)
+    assert {n: v.data_ptr() for n, v in after.items()} == pointers
+    for n in [n for n in after if n.endswith("_mask")]:  # what stays hidden is as it was
+        orig, hidden = n.replace("_mask", "_orig"), after[n] == 0
+        assert torch.equal(after[orig][hidden], before[orig][hidden])
+
+
+@pytest.mark.parametrize(("like", "share"), [(None, 0.5), ("torch", 0.75)])
+def test_pruning_on_top_of_torchs(like, share):
+    """torch counts among the weights that are left, as we do with like="torch"."""
+    nets = []
+    for _ in range(2):
+        torch.manual_seed(0)
+        nets.append(PRUNED["at random"]())
+    net, again = nets
+    converters.transform(net, fwt.prune(0.5, like=like))
+    prune.l1_unstructured(again[0], "weight", 0.5)
+    assert like is None or torch.equal(again[0].weight, net[0].weight)
+    assert float((net[0].weight == 0).float().mean()) == share
+    prune.remove(net[0], "weight")
+    assert float((net[0].weight == 0).float().mean()) == share
+
+
+def test_norms_of_pruned_torch_modules():
+    net = PRUNED["whole units"]()
+    converters.transform(net, fwt.project(fwt.constraints.l2_sphere(2.0)))
+    norms = net[0].weight.detach().square().sum((1, 2, 3)).sort().values
+    assert torch.allclose(norms[2:], torch.tensor(4.0))
+
+
+def test_a_pruned_weight_that_is_not_finite_under_its_mask_becomes_zero():
+    net = PRUNED["by a mask"]()
+    with torch.no_grad():
+        net[0].weight_orig[0, 1] = float("inf")
+    seen = {}
+    converters.transform(net, lambda tree: seen.update(fwt.select(tree)) or tree)
+    assert np.isnan(seen["0/kernel"][1, 0])  # as torch multiplies
+    converters.transform(net, fwt.assign({"0/kernel": np.eye(5, 4, dtype=np.float32)}))
+    assert torch.equal(net[0].weight, torch.eye(4, 5))
+
+
+def tied_and_pruned():
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    net[1].weight = net[0].weight
+    prune.l1_unstructured(net[1], "weight", 0.5)
+    return net
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (
+            lambda: torch.nn.Sequential(torch.nn.utils.spectral_norm(torch.nn.Linear(4, 4))),
+            r"remove_spectral_norm\(layer, 'weight'\)",
+        ),
+        (tied_and_pruned, "1/kernel are computed from one parameter"),
+        (
+            lambda: pruned(
+                torch.nn.utils.weight_norm(torch.nn.Linear(4, 4)),
+                (prune.l1_unstructured, "weight_v", 0.5),
+            ),
+            r"two hooks .*prune.remove\(layer, 'weight_v'\)",
+        ),
+    ],
+)
+def test_a_computed_weight_that_cant_be_written_says_so(make, said):
+    net = make()
+    before = snapshot(net)
+    with pytest.raises(converters.ConversionError, match=said):
+        converters.transform(net, fwt.initialize(fwt.initializers.ones, 0))
+    assert not changed(net, before)
+
+
+def test_the_older_spectral_norm_is_seen_as_it_computes():
+    net = torch.nn.Sequential(torch.nn.utils.spectral_norm(torch.nn.Linear(5, 4)))
+    net(torch.ones(1, 5))  # in training its vectors move at each forward, but not at a look
+    before, seen = snapshot(net), {}
+    converters.transform(net, lambda tree: seen.update(fwt.select(tree)) or tree)
+    net.eval()(torch.ones(1, 5))
+    np.testing.assert_array_equal(seen["0/kernel"].T, net[0].weight.detach())
+    converters.transform(net, fwt.initialize(fwt.initializers.ones, 0, "0/bias"))
+    assert changed(net, before) == {"0.bias"}
+
+
+def test_a_parametrization_without_an_inverse_may_let_a_weight_through():
+    class Masked(torch.nn.Module):
+        def forward(self, weight):
+            return weight * torch.eye(4)
+
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    torch.nn.utils.parametrize.register_parametrization(net[0], "weight", Masked())
+    converters.transform(net, fwt.assign({"0/kernel": 2 * np.eye(4, dtype=np.float32)}))
+    assert torch.equal(net[0].weight, 2 * torch.eye(4))
+    with pytest.raises(converters.ConversionError, match="remove_parametrizations"):
+        converters.transform(net, fwt.assign({"0/kernel": np.ones((4, 4), np.float32)}))
 
 
 @pytest.mark.parametrize("make", [parametrizations.spectral_norm, parametrizations.orthogonal])

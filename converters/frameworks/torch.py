@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 import torch
 import torch.nn.utils.parametrize
+from torch.nn.modules.dropout import _DropoutNd as _Dropout
 
 from fwt import _tree
 from fwt._types import ConversionError, Model

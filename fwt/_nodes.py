@@ -322,6 +322,7 @@ def opened(params: Any) -> tuple[Any, Callable[[Any], Any]]:
     """A tree with the state of each nnx module in the place of the module, where each variable
     stands once however often it is shared, and the way back."""
     nnx = sys.modules["flax.nnx"]
+    treedef: Any
     outer, treedef = jax.tree.flatten(params, is_leaf=is_graph)
     places = [i for i, x in enumerate(outer) if is_graph(x)]
     graph, state = nnx.split([outer[i] for i in places])
@@ -344,7 +345,7 @@ def opened(params: Any) -> tuple[Any, Callable[[Any], Any]]:
 def memory(leaf: Any) -> Any:
     """What two leaves have in common that are one array, perhaps transposed; None for what is
     never tied: scalars, masks, and arrays without memory of their own."""
-    if not is_array(leaf) or not leaf.shape or 0 in leaf.shape or leaf.dtype == bool:
+    if not leaf.shape or 0 in leaf.shape or leaf.dtype == bool:
         return None
     if isinstance(leaf, jax.Array):
         return id(leaf)

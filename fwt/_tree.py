@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from fwt import _nodes
-from fwt._nodes import Unselected, is_array
+from fwt._nodes import Unselected as Unselected
+from fwt._nodes import is_array as is_array
 from fwt._types import Array, FwtError, LeafError, Model, Params, Where, WhereError
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from fwt import _nodes
 from fwt._nodes import Unselected as Unselected
 from fwt._nodes import is_array as is_array
+from fwt._nodes import part as _part  # noqa: F401
 from fwt._types import Array, FwtError, LeafError, Model, Params, Where, WhereError
 
 
@@ -87,20 +88,12 @@ class Tree:
         root = params.variables if isinstance(params, Model) else params
         told = _nodes.told_of(root) if _TIES.get() else {}
         walk, self._closed = _nodes.walk(params, whole), None
-        shared = []
+        given, as_given = walk, params
         if walk.graphs:
-            places_of = _nodes.walk(params, whole, inside=True).variables
-            shared = [
-                {"/".join(map(escape, parts)): shape for parts, shape in found}
-                for found in places_of.values()
-                if len(found) > 1
-            ]
+            given = _nodes.walk(params, whole, inside=True)
             params, self._closed = _nodes.opened(params)
             walk = _nodes.walk(params, whole)
-        self._all = walk.leaves
-        self._treedef = jax.tree_util.tree_structure(
-            params, is_leaf=lambda x: isinstance(x, Unselected)
-        )
+        self._leaves, self._structure = walk.leaves, _structure(params)
         places: dict[str, int] = {}
         for index, (parts, leaf) in enumerate(zip(walk.parts, walk.leaves, strict=True)):
             if parts is None or not (is_array(leaf) or isinstance(leaf, Unselected)):
@@ -109,9 +102,15 @@ class Tree:
             if path in places:
                 raise LeafError(f"two leaves have the same path {path!r}: rename one of the keys")
             places[path] = index
-        self._places = places
+        self._index = places
+        self._given, self._all = as_given, given.leaves
+        self._places = {
+            "/".join(map(escape, parts)): i
+            for i, parts in enumerate(given.parts)
+            if parts is not None
+        }
         order = sorted(places, key=natural)
-        seen = {p: self._all[places[p]] for p in order}
+        seen = {p: walk.leaves[places[p]] for p in order}
         self.leaves: dict[str, Any] = {
             p: x for p, x in seen.items() if not isinstance(x, Unselected)
         }
@@ -127,9 +126,21 @@ class Tree:
         self.also: dict[str, dict[str, Any]] = {
             path: also for path, also in told.get("also", {}).items() if path in self.leaves
         }
-        for found in shared:
+        for group in given.variables.values():
+            found = {"/".join(map(escape, parts)): shape for parts, shape in group}
+            if len(found) < 2:
+                continue
             if first := next((p for p in found if p in self.leaves), None):
                 self.also[first] = {p: s for p, s in found.items() if p not in self.leaves}
+
+    @functools.cached_property
+    def _treedef(self) -> Any:
+        """The structure of the tree as it was given, with nnx modules in it: of ``_all``, whose
+        places ``_places`` names."""
+        try:
+            return _structure(self._given)
+        except RecursionError:  # a module that holds itself
+            return _structure(self._all)
 
     def _ties(self, told: Iterable[set[str]]) -> tuple[list[list[str]], list[list[str]]]:
         """The paths that share one array, in path order, and those that may under a trace."""
@@ -180,22 +191,22 @@ class Tree:
     def replace(self, new: Mapping[str, Any], ties: bool = True) -> Params:
         """The same tree with other leaves at these paths, and at what is tied to them unless told
         otherwise; the rest are the same objects."""
-        leaves = list(self._all)
+        leaves = list(self._leaves)
         for path, value in (self._with_ties(new) if ties else new).items():
-            leaves[self._places[path]] = value
+            leaves[self._index[path]] = value
         return self._built(leaves)
 
     def map_all(self, new: Mapping[str, Any], other: Callable[[Any], Any]) -> Params:
         """The same tree with ``new`` at its paths and ``other(leaf)`` at every other array."""
-        mine = {self._places[p]: x for p, x in self._with_ties(new).items()}
+        mine = {self._index[p]: x for p, x in self._with_ties(new).items()}
         leaves = [
             mine[i] if i in mine else other(x) if is_array(x) else x
-            for i, x in enumerate(self._all)
+            for i, x in enumerate(self._leaves)
         ]
         return self._built(leaves)
 
     def _built(self, leaves: list[Any]) -> Params:
-        new = jax.tree_util.tree_unflatten(self._treedef, leaves)
+        new = jax.tree_util.tree_unflatten(self._structure, leaves)
         return new if self._closed is None else self._closed(new)
 
     def select(self, where: Where) -> list[str]:
@@ -287,6 +298,10 @@ class Tree:
                     f"{masked[0]} has a mask: give both the same"
                 )
         return self.once(chosen)
+
+
+def _structure(tree: Any) -> Any:
+    return jax.tree_util.tree_structure(tree, is_leaf=lambda x: isinstance(x, Unselected))
 
 
 def _warn(text: str) -> None:

@@ -33,7 +33,7 @@ fwt._sequential
 fwt.layers
 fwt._compose fwt._summary fwt._axes
 fwt._tree
-fwt._nodes
+fwt._nodes fwt._paths
 fwt._types
 fwt._moved
 """

@@ -344,6 +344,7 @@ def opened(params: Any) -> tuple[Any, Callable[[Any], Any]]:
     """A tree with the state of each nnx module in the place of the module, where each variable
     stands once however often it is shared, and the way back."""
     nnx = sys.modules["flax.nnx"]
+    treedef: Any
     outer, treedef = jax.tree.flatten(params, is_leaf=is_graph)
     places = [i for i, x in enumerate(outer) if is_graph(x)]
     graph, state = nnx.split([outer[i] for i in places])
@@ -366,7 +367,7 @@ def opened(params: Any) -> tuple[Any, Callable[[Any], Any]]:
 def memory(leaf: Any) -> Any:
     """What two leaves have in common that are one array, perhaps transposed; None for what is
     never tied: scalars, masks, and arrays without memory of their own."""
-    if not is_array(leaf) or not leaf.shape or 0 in leaf.shape or leaf.dtype == bool:
+    if not leaf.shape or 0 in leaf.shape or leaf.dtype == bool:
         return None
     if isinstance(leaf, jax.Array):
         return id(leaf)
@@ -400,7 +401,13 @@ def same_values(one: Any, other: Any) -> bool | None:
         return True
     if isinstance(one, jax.core.Tracer) or isinstance(other, jax.core.Tracer):
         return None
-    one, other = np.asarray(one), np.asarray(other)
-    return (
-        one.shape == other.shape and one.dtype == other.dtype and (one.tobytes() == other.tobytes())
-    )
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    both = isinstance(one, jax.Array) and isinstance(other, jax.Array)
+    if both and one.dtype.kind in "fiu" and one.sharding == other.sharding:
+        with jax.ensure_compile_time_eval():  # where they are, for they may be large
+            bits = f"uint{8 * one.dtype.itemsize}"
+            ours, theirs = (jax.lax.bitcast_convert_type(x, bits) for x in (one, other))
+            return bool(jnp.array_equal(ours, theirs))
+    ours, theirs = (np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in (one, other))
+    return bool(np.array_equal(ours, theirs))

@@ -1,9 +1,7 @@
 """Any pytree of arrays seen as ``{path: leaf}``, and the way back."""
 
-import difflib
 import functools
 import hashlib
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,42 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from fwt import _nodes
-from fwt._nodes import Unselected, is_array, is_variables
+from fwt._nodes import Unselected as Unselected
+from fwt._nodes import is_array as is_array
+from fwt._nodes import is_variables as is_variables
+from fwt._paths import escape as escape
+from fwt._paths import matches as matches
+from fwt._paths import natural as natural
+from fwt._paths import near as near
+from fwt._paths import split as split
+from fwt._paths import unescape as unescape
 from fwt._types import Array, FwtError, LeafError, Model, Params, Where, WhereError
 
 Purpose = Literal["initialize", "lsuv", "prune", "random", "regrow", "reset", "sparsify"]
 """What a key is used for: draws for two purposes are independent, be their seeds the same."""
-
-
-def escape(part: str) -> str:
-    r"""A path part with ``/``, ``\`` and glob characters escaped by a backslash."""
-    return re.sub(r"([\\/*?\[\]])", r"\\\1", part)
-
-
-def split(path: str) -> list[str]:
-    """The parts of a path or glob, cut at each unescaped ``/``, escapes kept."""
-    parts = []
-    for part, cut in re.findall(r"((?:\\[\s\S]|[^\\/])*)(/|\Z)", path):
-        parts.append(part)
-        if not cut:
-            break
-    return parts if path else []
-
-
-def unescape(part: str) -> str:
-    return re.sub(r"\\([\s\S])", r"\1", part)
-
-
-def natural(path: str) -> list[Any]:
-    """A sort key under which ``layer_2`` comes before ``layer_10``."""
-    return [
-        # A run of digits by its length and then its text, however long it is.
-        [
-            (len(s.lstrip("0")), s.lstrip("0")) if i % 2 else (0, s)
-            for i, s in enumerate(re.split("([0-9]+)", part))
-        ]
-        for part in split(path)
-    ] + [[(0, path)]]
 
 
 _GLOBS = list | tuple | set | frozenset
@@ -328,55 +303,6 @@ def _tied(where: Where, group: Sequence[str], named: Sequence[str]) -> str:
     )
 
 
-_ANY = r"\\[\s\S]|[^\\/]"  # one character of a part, which may be escaped
-
-
-@functools.lru_cache(maxsize=1024)
-def _glob(pattern: str) -> re.Pattern[str]:
-    """A glob as a regular expression on whole paths: ``*`` within one part, ``**`` across."""
-    out: list[str] = []
-    for part in split(pattern):
-        if part == "**":
-            out.append(f"(?:(?:{_ANY})*/)*")
-            continue
-        text = ""
-        for token in re.findall(r"\\.|\[!?\]?[^\]]*\]|.", part, re.DOTALL):
-            if token == "*":
-                text += f"(?:{_ANY})*"
-            elif token == "?":
-                text += f"(?:{_ANY})"
-            elif len(token) > 1 and token[0] == "[":
-                body = token[1:-1]
-                negated = body.startswith("!")
-                body = re.sub(r"([\\\[^])", r"\\\1", body[negated:])
-                text += f"[{'^/' if negated else ''}{body}]"
-            else:
-                # A path holds its parts escaped, so a literal is compared in that form.
-                text += re.escape(escape(unescape(token)))
-        out.append(text + "/")
-    # The path is given a final "/", so that "**" at the end takes whole parts too.
-    try:
-        return re.compile("".join(out))
-    except re.error as error:
-        raise WhereError(f"where={pattern!r} is no glob ({error})") from error
-
-
-def matches(pattern: str, path: str) -> bool:
-    """Whether a path matches a glob.
-
-    Example:
-        >>> matches("dense_*/kernel", "dense_1/kernel"), matches("**/kernel", "a/b/kernel")
-        (True, True)
-        >>> matches("*", "a/b")
-        False
-    """
-    if pattern == "**":
-        return True
-    if split(pattern)[-1:] == ["**"]:
-        pattern += "/*"
-    return _glob(pattern).fullmatch(path + "/") is not None
-
-
 def _resolve(where: Where, shapes: Mapping[str, jax.ShapeDtypeStruct], tree: Tree) -> set[str]:
     if isinstance(where, str):
         return {p for p in shapes if matches(where, p)}
@@ -444,17 +370,6 @@ def _from_bools(
         raise WhereError(f"the tree of bools given as where= says nothing of {path!r}")
 
     return {p for p in shapes if answer(p)}
-
-
-def near(path: str, known: Iterable[str]) -> str:
-    """``; close: 'a', 'b'``, or nothing."""
-    known = list(known)
-    plain = path.replace("**/", "").replace("*", "")
-    lower = {p.lower(): p for p in known}
-    close = [p for p in known if matches("**/" + path, p)] if path else []
-    close += [lower[p] for p in difflib.get_close_matches(plain.lower(), lower, n=3, cutoff=0.5)]
-    close = list(dict.fromkeys(close))[:3] or known[:3]
-    return f"; close: {', '.join(map(repr, close))}" if close else ""
 
 
 def _nothing(where: Where, leaves: Mapping[str, Any], hidden: Any, chosen: set[str]) -> str:

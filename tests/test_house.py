@@ -34,7 +34,7 @@ fwt.layers
 fwt._compose fwt._summary fwt._axes
 fwt._rules fwt._modules
 fwt._tree
-fwt._nodes
+fwt._nodes fwt._paths
 fwt._types
 fwt._moved
 """

@@ -360,7 +360,9 @@ def _orders(
     fitting: list[tuple[str, list[Pair]]] = []
     for kind, slots in candidates:
         pairs: list[Pair] = []
-        for mine, theirs in zip(_split(slots), _split(names), strict=True):
+        whole = len(_by_layer(names)) == 1  # a list, in which nothing tells what is a statistic
+        sides = [(list(slots), names)] if whole else zip(_split(slots), _split(names), strict=True)
+        for mine, theirs in sides:
             ours, others = _by_layer(mine), _by_layer(theirs)
             if len(others) == 1:  # names without layers, such as those of a list
                 rest = iter(others[0] if len(theirs) == len(mine) else ())

@@ -296,7 +296,8 @@ def load(
     Returns:
         ``Model(module, variables)`` with NumPy leaves. A file that holds weights only gives
         ``Model(None, variables)``, the leaves under the file's own names and in its layout, unless
-        ``architecture`` says what they are.
+        ``architecture`` says what they are. Such variables keep the order of the names, what is one
+        array, and metadata through every transform, and :func:`save` writes them again.
 
     Raises:
         FileFormatError: for a file that is missing, truncated, malformed or hostile, or that holds

@@ -475,7 +475,7 @@ def save_torch(file: Any, module: Any, variables: Any, layout: str | None) -> No
                 "give the module, or save them as .safetensors"
             )
         state = _source.tied(_source.in_order(found, told), told)
-        beside = {n: told[n] for n in ("safetensors", "index") if n in told}
+        beside: dict[str, Any] = {n: told[n] for n in ("safetensors", "index") if n in told}
         if not _source.has_order(state, told):
             beside["ordered"] = False
         metadata = told.get("torch", {})

@@ -132,6 +132,18 @@ def test_match_order_is_the_source_s_order_or_refused(tmp_path, monkeypatch, thr
     np.testing.assert_allclose(found(x), net(torch.from_numpy(x)).detach(), rtol=1e-5, atol=1e-6)
 
 
+def test_a_list_of_arrays_with_statistics_in_it(tmp_path):
+    net = keras.Sequential(
+        [keras.Input((5,)), keras.layers.Dense(4), keras.layers.BatchNormalization()]
+    )
+    arrays = [np.random.default_rng(i).random(w.shape, "f4") for i, w in enumerate(net.weights)]
+    net.set_weights(arrays)
+    np.savez(tmp_path / "w.npz", *arrays)
+    found = converters.load(tmp_path / "w.npz", architecture=net, match="order")
+    x = np.ones((2, 5), np.float32)
+    np.testing.assert_allclose(found(x), net(x, training=False), rtol=1e-5, atol=1e-6)
+
+
 def test_a_tie_is_pruned_once_and_by_its_stricter_role(net):
     """Alike in a file, in a live model, in an nnx module."""
     said = "emb/.* and head/.* are one array .*fwt.kernels names head/.* where='emb/"

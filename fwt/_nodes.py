@@ -409,5 +409,5 @@ def same_values(one: Any, other: Any) -> bool | None:
             bits = f"uint{8 * one.dtype.itemsize}"
             ours, theirs = (jax.lax.bitcast_convert_type(x, bits) for x in (one, other))
             return bool(jnp.array_equal(ours, theirs))
-    ours, theirs = (np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in (one, other))
-    return bool(np.array_equal(ours, theirs))
+    mine, other = (np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in (one, other))
+    return bool(np.array_equal(mine, other))

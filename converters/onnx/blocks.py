@@ -381,7 +381,7 @@ def _cast(node: Node, x: np.ndarray, precision: Any) -> np.ndarray:
     return x.astype(dtype)
 
 
-_REDUCTIONS = {"ReduceMean": np.mean, "ReduceMax": np.max, "ReduceSum": np.sum}
+_REDUCTIONS: dict[str, Any] = {"ReduceMean": np.mean, "ReduceMax": np.max, "ReduceSum": np.sum}
 
 
 def _evaluated(

@@ -322,7 +322,7 @@ def _inputs(one: Side, other: Side, shape: Sequence[int] | None) -> tuple[np.nda
     if len(rows) > limit:
         notes.append(f"{limit:,} of the {len(rows):,} rows of the table in which the models may "
                      "differ were fed: give inputs= for more")  # fmt: skip
-    return judge.whole_numbers(count, sizes, rows[:limit]), notes
+    return judge.whole_numbers(count, sizes, rows[:limit].tolist()), notes
 
 
 _ROWS = 128  # of a batch, for the rows of a table

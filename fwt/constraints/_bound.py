@@ -46,8 +46,8 @@ class Bound:
         numbered = isinstance(settings.get("axis"), tuple) or self.name in ("box", "non_negative")
         if axes.stack and not numbered:
             one = axes.one
-            given = (leaf,) if mask is None else (leaf, jnp.broadcast_to(mask, axes.shape))
-            return axes.each(lambda x, *m: self(x, one, *m), *given)
+            masks = [] if mask is None else [jnp.broadcast_to(mask, axes.shape)]
+            return axes.each(lambda x, *m: self(x, one, *m), leaf, *masks)
         if mask is not None and self.support is None:
             raise FwtError(f"{self.name} would refill what a mask prunes")
         if mask is not None and self.support == "mask":

@@ -84,6 +84,9 @@ def transform(model: Any, t: Transform) -> Any:
         if new is old:
             continue
         value = np.asarray(new)
+        counter = where[path] == "batch_stats" and old.dtype.kind == value.dtype.kind == "i"
+        if counter:  # which jit cuts to 32 bits
+            value = value.astype(old.dtype)
         if value.shape != old.shape or value.dtype != old.dtype:
             raise LeafError(
                 f"{path}: expected {old.dtype}{list(old.shape)} from the transform, found "

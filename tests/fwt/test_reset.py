@@ -379,6 +379,7 @@ def pair():
             {"1/var", "2/var"},
         ),
         (lambda: fwt.straight_through(fwt.reset(0, "torch", "1/num*")), {"1/num"}),
+        (lambda: jax.jit(fwt.reset(0, "torch", ["1/var", "1/num*"])), {"1/var", "1/num"}),
         # Whoever does not reset does not see them.
         (lambda: fwt.initialize(fwt.initializers.zeros, 0, "0/*"), set()),
     ],

@@ -228,6 +228,7 @@ def test_what_is_around_torch_layers_is_refused():
         hook.remove()
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize")
 def test_quantised_torch_weights_are_not_passed_over():
     class Observed(t.Linear):  # what torch.ao makes for training that knows of quantisation
         def __init__(self):

@@ -106,7 +106,8 @@ def filled(
                 "model"
             )
         found = _found(model.variables, rename or {}, path)
-        ordered = bool(_source.of(model.variables).get("names"))
+        flat = dict(_source.flat_names(model.variables))
+        ordered = _source.has_order(flat, _source.of(model.variables))
         pairs = (
             _in_order(found, known, path, ordered)
             if match == "order"

@@ -66,7 +66,7 @@ def load_sharded(path: Path, how: Reading) -> Model:
             flat |= held
         flat = {name: flat[name] for name in where}
         beside = {n: v for n, v in metadata.items() if n != "total_size"}
-        ours = {n: v for n, v in beside.items() if n in _OURS or (n not in flat and v in flat)}
+        ours = {n: v for n, v in beside.items() if n in _OURS or _is_tie(n, v, flat)}
         index = {n: v for n, v in beside.items() if n not in ours and n != "format"}
         return _model(flat, {**own, **ours}, path, how, index)
 
@@ -126,7 +126,7 @@ def _model(
     if kept.get("format") == "np":  # which says nothing of the names, and hides them from others
         del kept["format"]
     # A tensor of two names is written once, and the metadata says the other.
-    flat |= {n: flat[v] for n, v in kept.items() if n not in flat and v in flat}
+    flat |= {n: flat[v] for n, v in kept.items() if _is_tie(n, v, flat)}
     told |= {"safetensors": kept, "index": dict(index or {}), "ties": _source.ties(flat)}
     if ours:
         Budget(path).parsed(metadata["fwt"], "its architecture")
@@ -135,6 +135,13 @@ def _model(
             return model
         return Model(None, _source.with_source(model.variables, told))
     return Model(None, _source.with_source(nested(flat, ".", path), told))
+
+
+def _is_tie(name: str, value: Any, flat: Mapping[str, Any]) -> bool:
+    """Whether an entry of the metadata says that a tensor has a second name."""
+    if name in flat or not isinstance(value, str) or value not in flat:
+        return False
+    return "." in name or name == value.rpartition(".")[2]
 
 
 _TORCH = re.compile("(weight|bias)(_[a-z0-9_]+)?|running_(mean|var)|num_batches_tracked")

@@ -1,5 +1,7 @@
 """Softmax and norms: layers that scale their input by what stands along an axis."""
 
+from collections.abc import Callable, Mapping
+
 import jax
 import jax.numpy as jnp
 
@@ -151,6 +153,7 @@ class LocalResponseNorm(Layer):
         return x / (self.k + self.alpha * total / self.size) ** self.beta
 
 
+_REDUCE: Mapping[str, Callable[..., Array]]
 _REDUCE = {"sum": jnp.sum, "mean": jnp.mean, "max": jnp.max, "min": jnp.min, "prod": jnp.prod,
            "logsumexp": jax.nn.logsumexp}  # fmt: skip
 

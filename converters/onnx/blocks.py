@@ -1,7 +1,7 @@
 """Several of ONNX's nodes that are one layer: told by their values."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -155,7 +155,7 @@ def several(reader: Reader, block: list[Node], end: str) -> None:
     raise refuse(names, f"these {len(block)} operators together are no layer that is known")
 
 
-_SOFTMAX = {
+_SOFTMAX: Mapping[tuple[str, ...], str] = {
     ("Exp", "ReduceSum", "Div"): "Softmax",
     ("Exp", "ReduceSum", "Log", "Sub"): "LogSoftmax",
 }
@@ -167,13 +167,13 @@ def softmax_of(reader: Reader, block: list[Node], end: str) -> str | None:
     if [n.op for n in block] != ["ReduceMax", "Sub"]:
         return None
     more: list[Node] = []
-    last, kind = end, None
-    while kind is None and len(more) < 4 and reader.graph.users.get(last):
+    last, kind = end, ""
+    while not kind and len(more) < 4 and reader.graph.users.get(last):
         following, last = reader.graph.block(last)
         more += following
-        kind = _SOFTMAX.get(tuple(n.op for n in more))
+        kind = _SOFTMAX.get(tuple(n.op for n in more), "")
     shape = reader.shape(block[0])
-    if kind is None or math.prod(shape[1:]) > _LARGEST:
+    if not kind or math.prod(shape[1:]) > _LARGEST:
         return None
     x = _sample(shape)
     y = _evaluated(reader, [*block, *more], last, x)
@@ -381,7 +381,8 @@ def _cast(node: Node, x: np.ndarray, precision: Any) -> np.ndarray:
     return x.astype(dtype)
 
 
-_REDUCTIONS: dict[str, Any] = {"ReduceMean": np.mean, "ReduceMax": np.max, "ReduceSum": np.sum}
+_REDUCTIONS: Mapping[str, Callable[..., Any]]
+_REDUCTIONS = {"ReduceMean": np.mean, "ReduceMax": np.max, "ReduceSum": np.sum}
 
 
 def _evaluated(

@@ -194,6 +194,7 @@ def _power(reader: Reader, node: Node) -> None:
     reader.only(node)
     value = array(reader, node, 1)
     number = float(value.reshape(-1)[0]) if value.size == 1 else math.nan
+    functions: Mapping[float, tuple[str, ...]]
     functions = {1.0: (), 2.0: ("square",), 0.5: ("sqrt",), -1.0: ("reciprocal",),
                  4.0: ("square", "square"), -2.0: ("square", "reciprocal")}  # fmt: skip
     if number not in functions or value.ndim > reader.rank(node):

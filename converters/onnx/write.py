@@ -50,6 +50,9 @@ def to_onnx(
     recurrent layer in ONNX's order of gates), so that zeros stay zeros. It needs TensorFlow,
     tf2onnx and onnx: ``pip install 'fwt[onnx]'``.
 
+    Operations become ONNX's that mean the same, NaN and infinities included; only that
+    onnxruntime's MaxPool passes over NaN, and makes of a window of -inf the least float32.
+
     Args:
         module: a :class:`fwt.Sequential`, a linen ``nn.Sequential``, or any linen module of one
             array.
@@ -62,7 +65,7 @@ def to_onnx(
         external_data: whether the weights go into a file of their own beside it, as ONNX wants for
             more than 2 GB; by default where they must.
         check: whether onnxruntime, if it is installed, must give the same outputs before anything
-            is written.
+            is written: for drawn inputs and for zeros; for large inputs, the same NaN.
 
     Raises:
         ConversionError: for what can't be said in ONNX exactly, by the layer's name; nothing is
@@ -513,7 +516,7 @@ def _compare(
     else:
         x = judge.whole_numbers(_count(module), shape).astype(dtype)
     for given in (x[:1], x):
-        wanted = np.asarray(call(module, variables, given))
+        wanted = np.asarray(call(module, variables, jax.numpy.asarray(given)))
         with refused("to_onnx: onnxruntime can't run it"):
             (found,) = session.run(None, {"input": given})
         if found.shape != wanted.shape:

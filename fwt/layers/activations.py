@@ -1,5 +1,7 @@
 """Activations: functions of each entry, and the gate GLU; PReLU alone has weights."""
 
+from collections.abc import Callable, Mapping
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -278,7 +280,7 @@ class Exponential(Layer):
         return jnp.exp(x)
 
 
-_POINTWISE = {
+_POINTWISE: Mapping[str, Callable[[Array], Array]] = {
     "abs": jnp.abs, "acos": jnp.arccos, "acosh": jnp.arccosh, "asin": jnp.arcsin,
     "asinh": jnp.arcsinh, "atan": jnp.arctan, "atanh": jnp.arctanh, "ceil": jnp.ceil,
     "cos": jnp.cos, "cosh": jnp.cosh, "erf": jax.scipy.special.erf, "exp": jnp.exp,

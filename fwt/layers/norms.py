@@ -1,6 +1,6 @@
 """Softmax and norms: layers that scale their input by what stands along an axis."""
 
-from typing import Any
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -153,14 +153,9 @@ class LocalResponseNorm(Layer):
         return x / (self.k + self.alpha * total / self.size) ** self.beta
 
 
-_REDUCE: dict[str, Any] = {
-    "sum": jnp.sum,
-    "mean": jnp.mean,
-    "max": jnp.max,
-    "min": jnp.min,
-    "prod": jnp.prod,
-    "logsumexp": jax.nn.logsumexp,
-}
+_REDUCE: Mapping[str, Callable[..., Array]]
+_REDUCE = {"sum": jnp.sum, "mean": jnp.mean, "max": jnp.max, "min": jnp.min, "prod": jnp.prod,
+           "logsumexp": jax.nn.logsumexp}  # fmt: skip
 
 
 class Reduce(Layer):

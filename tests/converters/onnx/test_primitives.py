@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import onnxruntime
+import pytest
 from jax import lax
 
 from fwt import converters
@@ -120,6 +121,37 @@ def test_functions_of_each_entry(tmp_path):
                 except AssertionError as error:
                     wrong[name] = str(error)
         assert not wrong, "\n".join(f"{n}: {e}" for n, e in wrong.items())
+
+
+def test_what_is_poisoned_is_not_written(tmp_path, monkeypatch):
+    """A Where as a sum of products, which differs at zeros or far out only."""
+    from fwt.converters.onnx import pointwise
+
+    def products(t, which, yes, no):
+        which = pointwise.cast(t, which, yes.dtype)
+        other = t.op("Sub", pointwise.like(yes, 1), which)
+        return t.op("Add", t.op("Mul", which, yes), t.op("Mul", other, no))
+
+    monkeypatch.setattr("fwt.converters.onnx.primitives.where", products)
+    for name, match in (("safe division", "differs by"), ("elu by hand", "NaN in other places")):
+        module = Of((POINTWISE[name],))
+        with pytest.raises(converters.ConversionError, match=match):
+            converters.to_onnx(module, {}, tmp_path / "a.onnx", (5,))
+        assert not list(tmp_path.iterdir())
+
+
+def test_what_has_no_like_is_refused_by_name(tmp_path):
+    functions = {
+        "divides whole numbers by what may be 0": lambda x: whole(x) // whole(x),
+        "works on the bits": lambda x: whole(x) & 3,
+        "halves away from zero": lambda x: lax.round(x, lax.RoundingMethod.AWAY_FROM_ZERO),
+        "'reduce'": lambda x: lax.reduce(x, 0.0, lambda a, b: a + 2 * b, (1,))[:, None],
+        "maximum of a window starts": lambda x: lax.reduce_window(
+            x[:, :, None], 0.0, lax.max, (1, 2, 1), (1, 1, 1), "VALID")[..., 0],
+    }  # fmt: skip
+    for match, function in functions.items():
+        with pytest.raises(converters.ConversionError, match=match):
+            converters.to_onnx(Of((function,)), {}, tmp_path / "a.onnx", (5,))
 
 
 def rows(function):

@@ -84,7 +84,7 @@ def _axes(texts: list[str] | None) -> dict[str, str] | None:
 
 def _changed(source: Path, target: Path, t: Any, layout: str | None) -> None:
     """Load, transform, save, and the table of what came out."""
-    model = t(_load(source))
+    model = t(_load(source, sidecar=True))
     _save(target, model, layout=layout)
     _print_summary(target, model)
 

@@ -6,6 +6,7 @@ import sys
 
 import flax.linen as nn
 import jax
+import keras
 import numpy as np
 import pytest
 import torch
@@ -81,6 +82,23 @@ def test_convert_from_each_format_to_each(there, tmp_path):
     )
     assert code == 0
     assert (tmp_path / "s.safetensors").is_dir()
+
+
+def test_what_keras_trains_with_stays_in_its_files(tmp_path):
+    layer = keras.layers.Dense(3, kernel_regularizer="l2", trainable=False, name="d")
+    keras.Sequential([keras.Input((4,)), layer]).save(tmp_path / "net.keras")
+    verbs = {
+        "convert": (),
+        "prune": ("--sparsity", 0.5),
+        "initialize": ("--initializer", "keras.he_normal"),
+        "project": ("--constraint", "unit_norm"),
+    }
+    for verb, more in verbs.items():
+        code, said = fwt_command(verb, tmp_path / "net.keras", tmp_path / f"{verb}.keras", *more)
+        assert code == 0, said
+        found = keras.saving.load_model(tmp_path / f"{verb}.keras").get_layer("d")
+        assert not found.trainable
+        assert isinstance(found.kernel_regularizer, keras.regularizers.L2)
 
 
 def test_what_differs_is_told(there, tmp_path):

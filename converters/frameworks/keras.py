@@ -153,6 +153,7 @@ def _is_container(model: Any) -> bool:
 
 def layers_of(model: Any) -> tuple[list[Layer], Any]:
     """The layers of a live model with their arrays, and its input shape."""
+    _sync(model)
     layers, shape = keras_config.keras_layers(_config(model), model.name)
     for layer in layers:
         if layer.fused:
@@ -162,6 +163,12 @@ def layers_of(model: Any) -> tuple[list[Layer], Any]:
             live = live.get_layer(part)
         _fill(layer, live)
     return layers, shape
+
+
+def _sync(model: Any) -> None:
+    """Brings the values home that Keras keeps elsewhere while it trains on JAX."""
+    if hasattr(model, "jax_state_sync"):
+        model.jax_state_sync()
 
 
 def _fill(layer: Layer, live: Any) -> None:
@@ -308,6 +315,7 @@ def _assign(layer: Layer, live: Any) -> None:
 def leaves(model: Any) -> list[LiveLeaf]:
     """The floating weights and the running statistics in Flax's names and axes; a tied one under
     its first path."""
+    _sync(model)
     out: list[LiveLeaf] = []
     seen: dict[int, LiveLeaf] = {}
     visited: set[int] = set()

@@ -325,6 +325,27 @@ def test_norms_and_fans_follow_the_class_whatever_the_name():
         converters.transform(embeddings, fwt.project(fwt.constraints.unit_norm, "bag/*"))
 
 
+@pytest.mark.thorough  # of the thorough run alone, which is on JAX, where training keeps the values
+def test_keras_while_it_trains():
+    net = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4, name="d")])
+    net.compile(keras.optimizers.SGD(1.0), "mse")
+    seen = []
+
+    def project(batch, logs):
+        kernel = converters.from_keras(net).variables["params"]["d"]["kernel"]
+        converters.transform(net, fwt.project(fwt.constraints.max_norm(0.05)))
+        seen.append((np.linalg.norm(kernel, axis=0).max(), np.asarray(net.layers[0].bias).copy()))
+
+    x = np.random.default_rng(0).normal(size=(24, 8))
+    y = 3 * x[:, :4]
+    callback = keras.callbacks.LambdaCallback(on_train_batch_end=project)
+    net.fit(x, y, batch_size=8, epochs=2, verbose=0, callbacks=[callback])
+    assert len(seen) == 6
+    assert all(norm > 0.05 for norm, _ in seen)  # training went on from what was written
+    assert len({bias.tobytes() for _, bias in seen}) == 6
+    assert np.linalg.norm(np.asarray(net.layers[0].kernel), axis=0).max() <= 0.05 + 1e-6
+
+
 def test_keras_names_that_repeat():
     class Net(keras.Model):
         def __init__(self):

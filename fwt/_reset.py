@@ -69,7 +69,8 @@ def reset(
         where: which leaves; all unless told otherwise.
         module: a :class:`fwt.Sequential`, whose layers tell more than names; with "flax" their
             own initializers (``kernel_init``) are used. A Model brings its own.
-        axes: ``{glob: names}`` for leaves whose axes nothing else tells.
+        axes: ``{glob: names}`` for leaves whose axes nothing else tells; see
+            :func:`fwt.initialize`.
         dtype: the dtype of the new values; None keeps each leaf's own.
 
     Returns:

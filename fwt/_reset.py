@@ -176,9 +176,9 @@ class _Leaf:
             return "prelu"
         if self.known.layer == "Bilinear":
             return "bilinear"
-        if self.known.layer in ("Embedding", "Embed") and rank == 2:
-            return "embedding"
-        emb = _rules.EMBEDDINGS.search(self.owner.lower())
+        emb: Any = self.known.layer in ("Embedding", "Embed")
+        if not self.known.layer:
+            emb = _rules.EMBEDDINGS.search(self.owner.lower())
         if self.name in ("embedding", "embeddings") or (
             self.name == "weight" and rank == 2 and emb
         ):

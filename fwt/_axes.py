@@ -68,18 +68,21 @@ class Axes:
             layer of its own, whose axes are the others. An axis of which nothing is known is "".
         transposed: whether it is the kernel of a transposed convolution, whose inputs and outputs
             Keras and torch take for each other.
+        sliced: of how many axes of a stack this is one slice.
     """
 
     path: str
     shape: tuple[int, ...]
     names: tuple[str, ...] | None
     transposed: bool = False
+    sliced: int = 0
 
     def _known(self) -> tuple[str, ...]:
         if self.names is None or "" in self.names:
+            each = "each slice of " if self.sliced else ""
             raise AxesError(
-                f"{self.path} of shape {self.shape}: nothing says which axis is its input and "
-                f"which its output{self._doubt}; say so with axes={{{self.path!r}: "
+                f"{each}{self.path} of shape {self.shape}: nothing says which axis is its input "
+                f"and which its output{self._doubt}; say so with axes={{{self.path!r}: "
                 f"{self._example!r}}} (one name per axis, 'in' and 'out' among them)"
             )
         return self.names
@@ -98,7 +101,8 @@ class Axes:
         rank = len(self.shape)
         if self.names is None:
             return " ".join([*["stack"] * (rank - 2), "in", "out"])
-        return " ".join(["out", "in", "h", "w", *"kkkkkkkk"][: max(rank, 2)])
+        window = ["h", "w", "d", *"kkkk"][: max(rank - 2, 0)]
+        return " ".join([*["stack"] * self.sliced, "out", "in", *window])
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -113,7 +117,7 @@ class Axes:
         kept = [i for i in range(len(self.shape)) if i not in self.stack]
         names = tuple((self.names or ())[i] for i in kept)
         shape = tuple(self.shape[i] for i in kept)
-        return dataclasses.replace(self, shape=shape, names=names)
+        return dataclasses.replace(self, shape=shape, names=names, sliced=len(self.stack))
 
     def each(self, function: Callable[..., Any], *arrays: Any) -> Any:
         """``function`` of each slice of arrays of the leaf's shape, together again: all slices at

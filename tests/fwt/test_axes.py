@@ -118,6 +118,8 @@ NANO = {
         ({"query": {"kernel": f(6, 8, 8), "bias": f(6, 8)}}, "query/kernel", "stack in out"),
         ({"gru": {"kernel": f(5, 3, 6), "recurrent_kernel": f(5, 2, 6), "bias": f(5, 2, 6)}},
          "gru/kernel", "stack in out"),
+        # a stack of what may be experts or a window
+        ({"m": {"kernel": f(6, 4, 8, 9)}, "ln": {"scale": f(6, 8)}}, "m/kernel", "stack ? ? ?"),
         # no stacks
         ({"Conv_0": {"kernel": f(3, 4, 4)}}, "Conv_0/kernel", "spatial in out"),
         ({"conv1d_3": {"kernel": f(3, 4, 4)}}, "conv1d_3/kernel", "spatial in out"),
@@ -132,6 +134,7 @@ NANO = {
         (SECOND, "layers/up/kernel", None),
         ({"w": {"kernel": f(6, 8, 8)}}, "w/kernel", None),
         ({"a": {"kernel": f(3, 4, 5)}, "b": {"kernel": f(3, 5, 4)}}, "a/kernel", None),
+        ({"pos": {"bias": f(4, 8)}, "d": {"kernel": f(4, 8, 3)}}, "d/kernel", None),
         ({"wi": {"kernel": f(8, 3, 16), "bias": f(16, 3)}}, "wi/kernel", None),
         # torch's names
         ({"features.0.weight": f(64, 3, 5, 5), "features.0.bias": f(64)},

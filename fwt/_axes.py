@@ -71,6 +71,7 @@ class Axes:
         groups: of a transposed convolution, in how many groups its inputs and outputs meet.
         turned: whether Flax, too, takes its inputs and outputs for each other when it draws, as
             for ``nn.ConvTranspose(transpose_kernel=True)``.
+        sliced: of how many axes of a stack this is one slice.
     """
 
     path: str
@@ -79,12 +80,14 @@ class Axes:
     transposed: bool = False
     groups: int = 1
     turned: bool = False
+    sliced: int = 0
 
     def _known(self) -> tuple[str, ...]:
         if self.names is None or "" in self.names:
+            each = "each slice of " if self.sliced else ""
             raise AxesError(
-                f"{self.path} of shape {self.shape}: nothing says which axis is its input and "
-                f"which its output{self._doubt}; say so with axes={{{self.path!r}: "
+                f"{each}{self.path} of shape {self.shape}: nothing says which axis is its input "
+                f"and which its output{self._doubt}; say so with axes={{{self.path!r}: "
                 f"{self._example!r}}} (one name per axis, 'in' and 'out' among them)"
             )
         return self.names
@@ -103,7 +106,8 @@ class Axes:
         rank = len(self.shape)
         if self.names is None:
             return " ".join([*["stack"] * (rank - 2), "in", "out"])
-        return " ".join(["out", "in", "h", "w", *"kkkkkkkk"][: max(rank, 2)])
+        window = ["h", "w", "d", *"kkkk"][: max(rank - 2, 0)]
+        return " ".join([*["stack"] * self.sliced, "out", "in", *window])
 
     @property
     def stack(self) -> tuple[int, ...]:
@@ -118,7 +122,7 @@ class Axes:
         kept = [i for i in range(len(self.shape)) if i not in self.stack]
         names = tuple((self.names or ())[i] for i in kept)
         shape = tuple(self.shape[i] for i in kept)
-        return dataclasses.replace(self, shape=shape, names=names)
+        return dataclasses.replace(self, shape=shape, names=names, sliced=len(self.stack))
 
     def each(self, function: Callable[..., Any], *arrays: Any) -> Any:
         """``function`` of each slice of arrays of the leaf's shape, together again: all slices at

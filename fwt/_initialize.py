@@ -32,7 +32,9 @@ def initialize(
         key: a JAX key, or an int seed.
         where: which leaves; the kernels unless told otherwise.
         axes: ``{glob: names}`` for leaves whose axes nothing else tells, such as
-            ``{"**/weight": "out in h w"}``.
+            ``{"**/weight": "out in h w"}``. A leaf takes the first glob that matches it with as
+            many names as it has axes. ``stack`` is an axis each slice of which is a layer of its
+            own, and is drawn by itself: ``{"layers/**": "stack in out"}``.
         dtype: the dtype of the new values; None keeps each leaf's own.
 
     Returns:

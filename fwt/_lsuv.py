@@ -44,9 +44,9 @@ def lsuv(
 
     Raises:
         WhereError: if ``where`` matches nothing.
-        LeafError: for a kernel whose layer does not run, whose output does not vary, varies too
-            much by its bias alone or is not affine in the kernel, or that runs inside a lifted
-            transformation (an RNN's scan).
+        LeafError: for a stack of layers, or a kernel whose layer does not run, whose output does
+            not vary, varies too much by its bias alone or is not affine in the kernel, or that
+            runs inside a lifted transformation (an RNN's scan).
 
     Example:
         >>> import fwt, jax, flax.linen as nn

@@ -33,10 +33,12 @@ def project(
 
     Args:
         constraint: one of ``fwt.constraints``, bare or called, or any
-            ``(leaf, axes) -> leaf`` that keeps shape and dtype.
+            ``(leaf, axes) -> leaf`` that keeps shape and dtype. Of a stack of layers it gets one
+            slice after the other.
         where: which leaves; the kernels unless told otherwise.
         masks: project within the support of these masks: what they drop is zero in the result.
-        axes: ``{glob: names}`` for leaves whose axes nothing else tells.
+        axes: ``{glob: names}`` for leaves whose axes nothing else tells; see
+            :func:`fwt.initialize`.
         dtype: the dtype of the selected leaves in the result; None keeps each leaf's own.
 
     Returns:

@@ -84,7 +84,8 @@ def reset(
             layer, such as ``norm/mean``.
         module: a :class:`fwt.Sequential`, whose layers tell more than names; with "flax" their
             own initializers (``kernel_init``) are used. A Model brings its own.
-        axes: ``{glob: names}`` for leaves whose axes nothing else tells.
+        axes: ``{glob: names}`` for leaves whose axes nothing else tells; see
+            :func:`fwt.initialize`.
         dtype: the dtype of the new values; None keeps each leaf's own. Statistics keep theirs.
 
     Returns:
@@ -206,9 +207,9 @@ class _Leaf:
             return "prelu"
         if self.known.layer == "Bilinear":
             return "bilinear"
-        if self.known.layer in ("Embedding", "Embed") and rank == 2:
-            return "embedding"
-        emb = _rules.EMBEDDINGS.search(self.owner.lower())
+        emb: Any = self.known.layer in ("Embedding", "Embed")
+        if not self.known.layer:
+            emb = _rules.EMBEDDINGS.search(self.owner.lower())
         if self.name in ("embedding", "embeddings") or (
             self.name == "weight" and rank == 2 and emb
         ):

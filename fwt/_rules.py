@@ -171,7 +171,8 @@ class Rules:
         found = self._by_layer(path)
         if found is not _MISSING:
             return found
-        if last in _VECTORS and parent not in _ATTENTION_IN:
+        lone = last == "bias" and len(self._layers[self._parts[path][:-1]]) == 1
+        if last in _VECTORS and parent not in _ATTENTION_IN and not lone:
             return rank - 1
         if last == "weight" and self.is_norm(path):
             return rank - 1
@@ -254,6 +255,8 @@ class Rules:
             return (*window, "group", "out")
         # An einsum's kernel of rank 3 has no window.
         most = 2 if layer and "Conv" not in layer else rank
+        if rank == 3 and bias is None and "conv" not in f"{parent}{layer}".lower():
+            most = 2  # experts, heads, or a window: nothing tells
         if _KERNEL.fullmatch(last) and 2 <= rank <= most:
             turned = shape[-1] != bias == shape[-2]
             return (*window, *(("out", "in") if turned else ("in", "out")))

@@ -270,7 +270,8 @@ def block(shape: tuple[int, ...], *, pool: Pool = "mean") -> Pattern:
     """Blocks of weights that are pruned as one.
 
     Args:
-        shape: (inputs, outputs) of a block; or one size for each axis of the leaf.
+        shape: (inputs, outputs) of a block; or one size for each axis of the leaf, with or
+            without those of a stack of layers, which are 1.
         pool: what a block is worth: the "mean", "max", "sum" or "l2" norm of its scores.
 
     Returns:

@@ -143,14 +143,18 @@ def is_transposed(framework: Framework, letters: list[str]) -> bool:
     return (letters.index(ins) < letters.index("o")) == (framework == "torch")
 
 
+def _many(setting: Any) -> int:
+    """How many there are of a setting that is one number or several."""
+    return len(setting) if hasattr(setting, "__len__") else 1
+
+
 def known(layer: Any, leaf: str, rank: int) -> Known:
-    """What a Flax layer tells of its leaf."""
+    """What a Flax layer tells of its leaf; axes in front of those of its class are a stack."""
     kind = type(layer).__name__
     if type(layer) is nn.DenseGeneral and leaf in ("kernel", "bias"):
-        outs = 1 if isinstance(layer.features, int) else len(layer.features)
-        batch = 1 if isinstance(layer.batch_dims, int) else len(layer.batch_dims)
-        sides = (*["in"] * (rank - outs - batch), *["out"] * outs)
-        return Known((*["stack"] * batch, *sides), False, kind, layer)
+        ins = _many(layer.axis) if leaf == "kernel" else 0
+        sides = (*["in"] * ins, *["out"] * _many(layer.features))
+        return Known((*["stack"] * (rank - len(sides)), *sides), False, kind, layer)
     for row in (*rows_of("flax", kind), *(r for r in NAMES if r.flax is type(layer))):
         for p in row.params:
             name, letters = p.of("flax")
@@ -159,9 +163,14 @@ def known(layer: Any, leaf: str, rank: int) -> Known:
                 if not getattr(layer, "transpose_kernel", True) and leaf == "kernel":
                     letters = ["*k", "i", "o"]
                 transposed = is_transposed("keras", p.of("keras")[1])
+                own = rank if any(x.startswith("*") for x in letters) else len(letters)
+                if leaf == "kernel" and hasattr(layer, "kernel_size"):
+                    own = _many(layer.kernel_size) + 2
                 groups = getattr(layer, "feature_group_count", 1) if transposed else 1
                 turned = transposed and getattr(layer, "transpose_kernel", False)
-                names = axis_names(letters, rank)
+                names = axis_names(letters, min(own, rank))
+                if names is not None and len(names) < rank:
+                    names = (*["stack"] * (rank - len(names)), *names)
                 return Known(names, transposed, kind, layer, groups, turned)
     return Known(None, False, kind, layer)
 

@@ -10,6 +10,7 @@ a few passes over the leaf unless said. Numbers are checked at once, traced sett
 
 **Vectors.** A set of vectors holds for each output unit by itself: the sums go over every axis but
 the output's. ``axis="all"`` takes the whole leaf as one vector, numbers are axes as in Keras.
+Of a stack of layers, each slice is a leaf of its own, but for numbers, which count the axes of all.
 **Matrices.** A leaf is a matrix whose columns are its output units and whose rows are the rest.
 
 With ``fwt.project(..., masks=)`` the result is the nearest point within the support, or it is

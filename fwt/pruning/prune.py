@@ -38,7 +38,10 @@ def prune(
         score: what a weight is worth: one of ``fwt.scores``, or any function of the params that
             returns the same tree. It gets the ``grads`` and ``key`` below if it names them.
         threshold: instead of a sparsity, keep where score > threshold (cast to the leaf's dtype).
-        scope: "layer" counts in each leaf, "global" over all selected leaves together,
+        scope: "layer" counts in each leaf, and in each slice of one that is a stack of layers
+            (``nn.scan``, ``nn.vmap``, an ensemble); a leaf of which nothing tells that it is a
+            stack is one layer, and ``axes={glob: "stack in out"}`` tells it. Every other scope
+            takes the same for a layer. "global" counts over all selected leaves together,
             "normalized" so too with the scores of each leaf divided by their L2 norm; "erk" and
             "lamp" give each leaf its count, and the counts sum up to the whole; or a dict
             ``{glob: sparsity}``, of which a leaf takes the first that matches (``sparsity``, if
@@ -52,7 +55,8 @@ def prune(
         grads: the gradients, for a score that needs them: the same tree.
         key: a JAX key or an int seed, for a score that needs one, which gets a key of its own made
             of it.
-        axes: ``{glob: names}`` for leaves whose axes nothing else tells, where the pattern asks.
+        axes: ``{glob: names}`` for leaves whose axes nothing else tells, where the pattern asks
+            or a leaf is a stack of layers; see :func:`fwt.initialize`.
         dtype: the dtype of the selected leaves in the result; None keeps each leaf's own.
 
     Returns:

@@ -116,7 +116,8 @@ def _told(layer: Any, name: str, leaf: str, leaves: Mapping[str, str], rank: int
     role = "biases" if leaf.startswith("bias") else "others"
     if leaf in _KERNELS and leaves[leaf] not in ("? ?", "shape", "out"):
         role = "kernels"
-    return Known(names, transposed, name, layer, turned=turned, role=role)
+    groups = getattr(layer, "groups", 1) if transposed else 1
+    return Known(names, transposed, name, layer, groups, turned, role)
 
 
 def _axes(layer: Any, leaf: str, text: str) -> tuple[str, ...] | None:

@@ -50,13 +50,20 @@ def typical(state: Any, masks: Masks, params: Any) -> Any:
     leaves, rows = jax.tree.leaves(state), []
     kept, weights = jax.tree.leaves(masks), jax.tree.leaves(params)
     for place, param in _places(state, masks):
-        mask = kept[param]
-        x, w = (jnp.asarray(v).astype(jnp.float32) for v in (leaves[place], weights[param]))
+        x, mask, w = map(_sample, (leaves[place], kept[param], weights[param]))
+        x, w = x.astype(jnp.float32), w.astype(jnp.float32)
         total = jnp.sum(jnp.where(mask, x, 0))
         mean = total / jnp.maximum(jnp.sum(mask), 1)
         # Some optimizers keep a copy of the weights too, which has to begin at zero as they do.
-        copied = jnp.sum(jnp.where(mask, jnp.abs(x - w), 0)) <= total / 2
-        size = jnp.all(~mask | (x >= 0)) & jnp.isfinite(mean) & ~copied
-        idle = jnp.max(jnp.where(mask, -1, jnp.abs(x)))
+        gap = jnp.sum(jnp.where(mask, jnp.abs(x - w), 0))
+        size = jnp.all(~mask | (x >= 0)) & (gap > total / 2) & jnp.isfinite(mean)
+        idle = jnp.max(jnp.where(mask, -1, jnp.abs(x)), initial=-1)
         rows.append(jnp.stack([jnp.where(size, idle, -1), mean]))
     return jnp.stack(rows) if rows else jnp.zeros((0, 2), jnp.float32)
+
+
+def _sample(x: Any) -> Any:
+    """Some of a large leaf, so that no array of its size is stored; on several devices all of it,
+    for a stride would gather it."""
+    x = jnp.asarray(x)
+    return x.reshape(-1)[:: x.size >> 14 | 1] if jax.device_count() == 1 else x

@@ -242,7 +242,7 @@ def sparsify(
             the gradient's size. Weights grow from zero, and so do the optimizer's moments of
             the parameter's own shape, but for those that are nowhere negative, such as Adam's
             second: these begin at their mean over the kept weights of the leaf, so that no
-            first step is larger than usual. Factored moments (adafactor) are left as they are.
+            first step is larger than usual; factored moments (adafactor) are left as they are.
         regrow_fraction: the share of the kept weights that is exchanged: a number, or a schedule
             such as :func:`fwt.schedules.cosine`. By default 0.3 over the square root of how many
             exchanges there were, this one included, which needs no end.

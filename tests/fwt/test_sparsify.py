@@ -854,3 +854,15 @@ def test_what_is_exchanged_follows_the_schedule(share, expected):
     assert np.array_equal(masks[1], kernels(fwt.masks(0.5, where="a/kernel")(moved))["a/kernel"])
     exchanged = [int((new & ~old).sum()) for old, new in itertools.pairwise(masks[1:])]
     assert exchanged == [expected.get(n, 0) for n in range(2, 21)]
+
+
+def test_what_is_typical_of_a_large_leaf():
+    rng = np.random.default_rng(0)
+    params = {"kernel": jnp.asarray(rng.normal(size=(300, 151)), jnp.float32)}
+    masks = {"kernel": params["kernel"] > 0.5}
+    sizes = jnp.where(masks["kernel"], params["kernel"] ** 4, 1e-16)
+    state = {"mu": {"kernel": -params["kernel"]}, "nu": {"kernel": sizes}, "z": params}
+    mean = float(sizes[masks["kernel"]].mean())
+    mu, nu, copy = fwt.optim._moments.typical(state, masks, params)
+    assert mu[0] == copy[0] == -1
+    np.testing.assert_allclose(nu, [1e-16, mean], rtol=0.1)

@@ -183,9 +183,8 @@ def test_keras_layers_are_folded_only_by_name_and_zeros():
     layer.kernel.assign(np.where(np.asarray(layer.kernel) == 0, 0.5, layer.kernel))
     kernel = converters.from_keras(there).variables["params"]["0__groups2"]["kernel"]
     assert kernel.shape == (3, 2, 6, 4)
-    plain = keras.Sequential(
-        [keras.Input((5, 4, 4)), keras.layers.Conv2DTranspose(6, 3, name="up")]
-    )
+    up = keras.layers.Conv2DTranspose(6, 3, name="up")
+    plain = keras.Sequential([keras.Input((5, 4, 4)), up])
     up.kernel.assign(np.zeros((3, 3, 6, 4), np.float32))
     assert converters.from_keras(plain).variables["params"]["up"]["kernel"].shape == (3, 3, 6, 4)
 

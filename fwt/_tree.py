@@ -135,6 +135,11 @@ class Tree:
                 ties = [g for g in ties if not set(g) & set(known)] + [known]
         return ties, perhaps
 
+    def root(self, path: str) -> str:
+        """The path that the key of a leaf is folded from: of what a file says is one array, and a
+        trace can't see to be, the first, so that its draws are one too."""
+        return next((group[0] for group in self._perhaps if path in group), path)
+
     def _with_ties(self, new: Mapping[str, Any]) -> dict[str, Any]:
         """The same with a value for all that is tied to what has one."""
         out = dict(new)

@@ -57,6 +57,8 @@ DOES = {
     "prune": fwt.prune(0.5, **EITHER),
     "prune of jax arrays": lambda m: fwt.prune(0.5, **EITHER)(jax.tree.map(jnp.asarray, m)),
     "jit": lambda m: jax.jit(fwt.prune(0.5, **EITHER))(m),
+    "draws under jit": lambda m: jax.jit(fwt.initialize(fwt.initializers.normal(), 0, **EITHER))(m),
+    "scores under jit": jax.jit(fwt.prune(0.5, fwt.scores.random, key=0, **EITHER)),
     "the variables": lambda m: fwt.Model(None, fwt.prune(0.5, **EITHER)(m.variables)),
     "initialize": fwt.initialize(fwt.initializers.normal(), 0, **EITHER),
     "masks": lambda m: fwt.apply_masks(fwt.masks(0.5, **EITHER)(m))(m),

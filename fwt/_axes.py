@@ -312,7 +312,8 @@ class Places:
                 shape = self.shapes[path]
                 if len(shape) == len(names) - 1 > led and shape[:led] in sizes:
                     depths.setdefault(path, led)
-        node: Any = self.tree._treedef.node_data()
+        treedef: Any = self.tree._treedef
+        node = treedef.node_data()
         file = node is not None and node[0] is Model and self.module is None
         return _rules.Rules(self.shapes, depths, file)
 

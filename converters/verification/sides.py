@@ -287,7 +287,7 @@ def torch_side(model: Any) -> Side:
 
     kinds = ((type(m).__name__, _permutes(m)) for m in model.modules())
     channels_first = takes_first(kinds, True)
-    leaf = next((m for m in model.modules() if not list(m.children())), None)
+    leaf: Any = next((m for m in model.modules() if not list(m.children())), None)
     starts = isinstance(leaf, torch.nn.Embedding)
     count = leaf.num_embeddings if starts else None
     rows = array(leaf.weight) if starts else None

@@ -170,7 +170,7 @@ def numbers(sizes: Sequence[int], half: bool = False) -> np.ndarray:
     return rows.astype(np.float32)
 
 
-def whole_numbers(count: int, sizes: Sequence[int], all_of: Sequence[int] = ()) -> np.ndarray:
+def whole_numbers(count: int, sizes: Sequence[int], all_of: Any = ()) -> np.ndarray:
     """Inputs (n, ...) of int32 below ``count``: any, any of which half is zero, all zeros, the
     largest, and then rows with all of the given ones."""
     rng = np.random.default_rng(0)

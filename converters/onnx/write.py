@@ -20,7 +20,7 @@ from jax import export
 from fwt import _tree
 from fwt import layers as fl
 from fwt._nodes import unboxed
-from fwt._sequential import Sequential, call
+from fwt._sequential import Sequential, _flags, call
 from fwt._types import ConversionError
 from fwt.converters import io as _io
 from fwt.converters import judge
@@ -534,8 +534,8 @@ def _compare(
         told = judge.apart(wanted, found, judge.rounding(run, [wanted], eps), eps=eps)
     if not told.equal:
         raise ConversionError(
-            f"to_onnx: onnxruntime's output differs by {told.absolute:.3g}, which is "
-            f"{told.ulp:,.0f} units in the last place where {told.allowed:,.0f} may be rounding; "
+            f"to_onnx: onnxruntime's output differs by {told.absolute:.3g}, "
+            f"{told.relative:.2g} of the largest value in its row, and no rounding explains it; "
             "nothing is written. verify(model, file) after check=False says from which layer on"
         )
 
@@ -544,7 +544,10 @@ def _computed(module: Any, variables: Any, x: Any) -> list[Any]:
     """The dtypes of what the layers of a module give."""
 
     def run(variables: Any, x: Any) -> Any:
-        return module.apply(variables, x, capture_intermediates=True, mutable=["intermediates"])
+        return module.apply(
+            variables, x, **_flags(module, False), capture_intermediates=True,
+            mutable=["intermediates"],
+        )  # fmt: skip
 
     return [y.dtype for y in jax.tree.leaves(jax.eval_shape(run, variables, x))]
 

@@ -4,6 +4,7 @@ import contextlib
 import copy
 
 import cases
+import flax.linen as nn
 import jax
 import keras
 import numpy as np
@@ -430,3 +431,40 @@ def test_keras_with_channels_first(tmp_path):
     net.save(tmp_path / "net.keras")
     assert converters.verify(net, tmp_path / "net.keras").ok
     assert converters.verify(net, converters.from_keras(net)).ok
+
+
+def test_a_file_is_checked_at_the_ends_before_it_is_written(tmp_path):
+    """A graph that is wrong for large numbers alone, or beside a zero, is refused."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    from fwt.converters.onnx import write
+
+    class Safe(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return jax.numpy.where(x == 0, 0.0, 1 / jax.numpy.where(x == 0, 1.0, x))
+
+    make, kind = onnx.helper.make_node, onnx.TensorProto.FLOAT
+    right = [make("Reciprocal", ["input"], ["a"]), make("Equal", ["input", "zero"], ["c"]),
+             make("Where", ["c", "zero", "a"], ["y"])]  # fmt: skip
+    mixed = [*right[:2], make("Cast", ["c"], ["f"], to=kind), make("Sub", ["one", "f"], ["g"]),
+             make("Mul", ["g", "a"], ["y"])]  # fmt: skip
+    clipped = [*right[:2], make("Where", ["c", "zero", "a"], ["z"]),
+               make("Clip", ["z", "", "most"], ["y"])]  # fmt: skip
+    values = {"zero": 0, "one": 1, "most": 1e6}
+    for nodes, fits in ((right, True), (mixed, False), (clipped, False)):
+        graph = onnx.helper.make_graph(
+            nodes,
+            "g",
+            [onnx.helper.make_tensor_value_info("input", kind, ["n", 3])],
+            [onnx.helper.make_tensor_value_info("y", kind, ["n", 3])],
+            [onnx.helper.make_tensor(n, kind, [], [float(v)]) for n, v in values.items()],
+        )
+        model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)])
+        model.ir_version = 8
+        given = (model.SerializeToString(), tmp_path, Safe(), {}, (3,), np.dtype(np.float32))
+        if fits:
+            write._compare(*given)
+            continue
+        with pytest.raises(converters.ConversionError, match="onnxruntime's output differs by"):
+            write._compare(*given)

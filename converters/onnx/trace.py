@@ -152,7 +152,8 @@ class Tracer:
             if not isinstance(atom, jex.Literal):
                 return known[atom]
             plain = _plain(atom.val)  # Python's own number may stand there
-            return plain if plain is None else plain.astype(atom.aval.dtype)
+            aval: Any = atom.aval
+            return plain if plain is None else plain.astype(aval.dtype)
 
         for eqn in _used(jaxpr):
             values = [value(a) for a in eqn.invars]

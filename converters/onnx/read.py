@@ -123,8 +123,7 @@ def _check_dtype(graph: Graph, model: Model) -> None:
     if shape is None or {graph.dtype, there} == {onnx.TensorProto.FLOAT}:
         return
     x = jax.ShapeDtypeStruct((1, *(s or 1 for s in shape)), dtype(graph.dtype))
-    given: Any = model
-    found = jax.eval_shape(given, x).dtype
+    found = jax.eval_shape(model.__call__, x).dtype
     if found != dtype(there):
         raise refuse(str(graph.path), f"its output is {dtype(there)}, and that of layers {found}")
 

@@ -1,8 +1,8 @@
 """What a Flax module computes, as TensorFlow operations that tf2onnx can turn into ONNX.
 
-A layer is traced to JAX's own primitives, and each primitive becomes a TensorFlow operation, so
-that any layer goes out without code of its own. Where ONNX has an operator for more than that
-(Conv, MaxPool, LSTM), a *mark* stands in the TensorFlow graph, which becomes that operator.
+A layer is traced to JAX's own primitives, and each primitive becomes an operation, so that any
+layer goes out without code of its own. A *mark* in the TensorFlow graph becomes an ONNX operator
+that TensorFlow and tf2onnx don't know: of each entry (Where), or of a whole layer (Conv, LSTM).
 """
 
 import functools

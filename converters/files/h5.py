@@ -26,7 +26,7 @@ from fwt.converters.files.h5_read import (
     tree_of,
 )
 from fwt.converters.frameworks import flax as _flax
-from fwt.converters.frameworks import keras_2, keras_config, sidecar
+from fwt.converters.frameworks import keras_2, keras_config
 from fwt.converters.io import Budget, Reading, member, opened, progress, reading
 from fwt.converters.rows import table
 from fwt.converters.rows.row import Layer, parts_of, refuse
@@ -59,9 +59,7 @@ def _converted(layers: list[Layer], shape: Any, how: Reading) -> Model:
     made = _flax.write_flax(new, found)
     if not how.sidecar:
         return made
-    return sidecar.with_sidecar(
-        made, layers, "keras", lambda m: keras_config.to_keras_layers(*m, None)[0]
-    )
+    return keras_config.with_sidecar(made, layers, shape, "source")
 
 
 def keras_of(path: Path, how: Reading) -> tuple[list[Layer], Any]:

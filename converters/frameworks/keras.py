@@ -15,7 +15,6 @@ from fwt._modules import einsum_names
 from fwt._types import ConversionError, Model
 from fwt.converters.frameworks import altered, keras_config
 from fwt.converters.frameworks import flax as _flax
-from fwt.converters.frameworks import sidecar as _sidecar
 from fwt.converters.rows import grouped, table
 from fwt.converters.rows.row import Layer, LiveLeaf, order, parts_of, refuse
 from fwt.converters.walk import convert
@@ -139,9 +138,7 @@ def from_keras(model: Any, layout: Layout = "channels_last", *, sidecar: bool = 
     made = _flax.write_flax(new, found)
     if not sidecar:
         return made
-    return _sidecar.with_sidecar(
-        made, layers, "keras", lambda m: keras_config.to_keras_layers(*m, None)[0]
-    )
+    return keras_config.with_sidecar(made, layers, shape, layout)
 
 
 def _is_container(model: Any) -> bool:

@@ -13,9 +13,9 @@ from fwt.converters.rows.row import refuse
 from fwt.layers.recurrent import HARD_SIGMOID
 
 # Settings that Keras 3 does not have: those that change nothing, and those that do so while off.
-_IDLE = ("fused", "input_length", "query_shape", "key_shape", "value_shape")
+_IDLE = ("fused", "input_length", "rng_type", "query_shape", "key_shape", "value_shape")
 _OFF = ("time_major", "ragged", "num_constants", "renorm", "virtual_batch_size", "adjustment",
-        "softmax_robust_masking")  # fmt: skip
+        "softmax_robust_masking", "noise_shape")  # fmt: skip
 _RENAMED = {"LeakyReLU": {"alpha": "negative_slope"}, "ThresholdedReLU": {"theta": "threshold"}}
 _CLASSES = {
     "Model": "Functional",
@@ -87,6 +87,10 @@ def _settings(kind: str, own: dict[str, Any], before: Mapping[str, Any]) -> dict
             entry = {"batch_shape": shape, "name": "input"}
             own["layers"] = [{"class_name": "InputLayer", "config": entry}, *own["layers"]]
     drop = [n for n in own if n in _IDLE or (n in _OFF and not own[n])]
+    if own.get("trainable") is True:  # the default, which some of Keras 3's classes do not take
+        drop.append("trainable")
+    if kind.startswith("Separable"):  # it has none, but two others
+        drop += [f"kernel_{n}" for n in ("initializer", "regularizer", "constraint")]
     if own.get("groups") == 1 and re.search("^(Depthwise|Separable)|Transpose$", kind):
         drop.append("groups")
     own = {k: v for k, v in own.items() if k not in drop}

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from fwt._types import ConversionError, FileFormatError
+from fwt._types import ConversionError, FileFormatError, Model
 from fwt.converters.frameworks import flax as _flax
 from fwt.converters.frameworks import sidecar
 from fwt.converters.rows import table
@@ -350,6 +350,17 @@ def to_keras_layers(
                     "cast the variables first, jax.tree.map(lambda x: x.astype('float32'), ...)",
                 )
     return sidecar.restored(fold_activations(new), module, "keras", state), found
+
+
+def with_sidecar(model: Model, layers: list[Layer], shape: Any, layout: Any) -> Model:
+    """A model that was converted from Keras layers, with a sidecar of what they lose."""
+
+    def forth(layers: list[Layer]) -> Model:
+        return _flax.write_flax(*convert.convert(layers, "keras", "flax", shape, layout))
+
+    return sidecar.with_sidecar(
+        model, layers, "keras", lambda m: to_keras_layers(*m, None)[0], forth
+    )
 
 
 def groups(layers: list[Layer]) -> list[str]:

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from fwt._types import ConversionError, Model
@@ -32,8 +33,9 @@ def with_sidecar(
     layers: Sequence[Layer],
     framework: Framework,
     back: Callable[[Model], list[Layer]],
+    forth: Callable[[list[Layer]], Model],
 ) -> Model:
-    """The model with a sidecar: what its layers lose on the way there and ``back``."""
+    """The model with a sidecar: what its layers lose on the way ``forth`` and ``back``."""
     try:
         returned = dict(_all(back(model)))
     except ConversionError:
@@ -68,8 +70,35 @@ def with_sidecar(
             kept[name] = {"kind": layer.kind, **entry}
     if not kept:
         return model
+    made = _with(model, framework, kept)
+    if any("arrays" in entry for entry in kept.values()) and not _gives(
+        made, framework, back, forth
+    ):
+        # The layers around have changed, and these arrays are not in the order of the new ones.
+        made = _with(model, framework, {n: {k: v for k, v in entry.items() if k != "arrays"}
+                                        for n, entry in kept.items()})  # fmt: skip
+    return made
+
+
+def _with(model: Model, framework: Framework, kept: dict[str, Any]) -> Model:
     text = json.dumps({"framework": framework, "layers": kept}, sort_keys=True)
     return Model(model.module.clone(sidecar=text), model.variables)
+
+
+def _gives(
+    model: Model,
+    framework: Framework,
+    back: Callable[[Model], list[Layer]],
+    forth: Callable[[list[Layer]], Model],
+) -> bool:
+    """Whether the layers that the sidecar restores are those of the same model, bit for bit."""
+    try:
+        layers = restored(back(model), model.module, framework, state=False)
+        found = jax.tree.leaves_with_path(forth(layers).variables)
+    except ConversionError:
+        return False
+    wanted = dict(jax.tree.leaves_with_path(model.variables))
+    return len(found) == len(wanted) and all(_same(v, wanted.get(path)) for path, v in found)
 
 
 def restored(layers: list[Layer], module: Any, framework: Framework, state: bool) -> list[Layer]:

@@ -109,10 +109,15 @@ def _layer(name: str, module: torch.nn.Module) -> Layer:
         elif hasattr(module, key):
             settings[key] = getattr(module, key)
     arrays = {k: to_numpy(v, f"{name}.{k}") for k, v in arrays.items()}
-    known = {k: v for k, v in defaults.items() if v is not inspect.Parameter.empty}
     if table.CUSTOM["torch"].get(kind) is None:
         _check_as_new(module, cls, settings, place)
-    return Layer(name, kind, settings, arrays, known)
+    return _with_defaults(Layer(name, kind, settings, arrays))
+
+
+def _with_defaults(layer: Layer) -> Layer:
+    defaults = _defaults(_class(layer.kind))
+    known = {k: v for k, v in defaults.items() if v is not inspect.Parameter.empty}
+    return dataclasses.replace(layer, defaults=known)
 
 
 def _check_as_new(module: torch.nn.Module, cls: Any, settings: dict[str, Any], place: str) -> None:
@@ -283,13 +288,21 @@ def from_torch(
         )
     plain = _children(model, (), {})
     layers = torch_layers.with_selected(list(plain))
-    new, shape = convert.convert(layers, "torch", "flax", input_shape, layout)
-    made = _flax.write_flax(new, shape)
+
+    def forth(layers: list[Layer]) -> Model:
+        new, shape = convert.convert(layers, "torch", "flax", input_shape, layout)
+        return _flax.write_flax(new, shape)
+
+    made = forth(layers)
     if not sidecar:
         return made
     there = "source" if layout == "source" else "channels_first"
     return _sidecar.with_sidecar(
-        made, plain, "torch", lambda m: _layers_of(m.module, m.variables, None, there)
+        made,
+        plain,
+        "torch",
+        lambda m: _layers_of(m.module, m.variables, None, there),
+        lambda back: forth(torch_layers.with_selected([_with_defaults(x) for x in back])),
     )
 
 

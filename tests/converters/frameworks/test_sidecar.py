@@ -144,3 +144,14 @@ def test_a_sidecar_that_lies(tmp_path):
     for text in ("[]", "{", '{"framework": "torch"}'):
         with pytest.raises(converters.ConversionError, match="sidecar"):
             converters.to_torch(model.module.clone(sidecar=text), model.variables)
+
+
+def test_arrays_in_the_order_of_another_layer_do_not_come_back():
+    """Flatten comes back without its data_format, before a kernel in another order."""
+    first = keras.layers.Flatten(data_format="channels_first")
+    last = keras.layers.Dense(5, trainable=False)
+    net = keras.Sequential([keras.Input((3, 4, 2)), first, last])
+    again = converters.to_keras(*converters.from_keras(net, "source", sidecar=True))
+    x = np.random.default_rng(0).normal(size=(2, 3, 4, 2)).astype(np.float32)
+    np.testing.assert_allclose(np.asarray(again(x)), np.asarray(net(x)), rtol=1e-5, atol=1e-5)
+    assert not again.layers[-1].trainable

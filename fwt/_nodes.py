@@ -229,8 +229,9 @@ class Walk:
         layers: by the parts of its path, each object that holds others, such as an Equinox module.
     """
 
-    def __init__(self, params: Any, aware: bool, statistics: bool, inside: bool):
+    def __init__(self, params: Any, aware: bool, statistics: bool, inside: bool, whole: bool):
         """``inside``: whether nnx modules are gone into, through every place of a shared one."""
+        self._whole = whole
         self.leaves: list[Any] = []
         self.parts: list[tuple[str, ...] | None] = []
         self.statistics: list[bool] = []
@@ -270,7 +271,11 @@ class Walk:
         own = parts[-1] if parts else ""
         if is_box(node, kids, own):
             mine = mine and not (self._aware and _is_evident(name, node))
-            statistic |= len(self._shown) > 1 and isinstance(node, _of("flax.nnx", "BatchStat"))
+            kept = isinstance(node, _of("flax.nnx", "BatchStat"))
+            statistic |= kept and len(self._shown) > 1
+            # As in a variables dict: statistics where they are asked for, the state of keys never.
+            mine = mine and (self._whole or statistic or not kept)
+            mine = mine and (self._whole or not isinstance(node, _of("flax.nnx", "RngState")))
             for _, child in kids:
                 if mine and is_array(child) and isinstance(node, _of("flax.nnx", "Variable")):
                     self.variables.setdefault(id(node), []).append((parts, child.shape))
@@ -328,10 +333,10 @@ def walk(params: Any, whole: bool = False, statistics: bool = False, inside: boo
     Raises:
         LeafError: if nothing says which of it are the params.
     """
-    seen = Walk(params, False, statistics, inside)
+    seen = Walk(params, False, statistics, inside, whole)
     if not seen.states or whole:
         return seen
-    seen = Walk(params, True, statistics, inside)
+    seen = Walk(params, True, statistics, inside, whole)
     if all(parts is None for parts in seen.parts):
         raise LeafError(
             "the tree holds the state of an optimizer and nothing that could be params: call the "

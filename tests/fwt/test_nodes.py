@@ -222,6 +222,19 @@ def test_where_the_params_can_not_be_told_it_is_refused(tree, said):
         fwt.prune(0.5)(tree)
 
 
+def test_statistics_and_keys_of_an_nnx_module_are_no_params():
+    class Normed(nnx.Module):
+        def __init__(self, rngs):
+            self.norm, self.dropout = nnx.BatchNorm(3, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+
+    net = Normed(nnx.Rngs(0))
+    for tree in (net, nnx.state(net)):
+        assert fwt.paths(tree) == ["norm/bias", "norm/scale"]
+        new = fwt.prune(1.0, where="**")(tree)
+        assert float(new["norm"]["var"][...].sum() if tree is not net else new.norm.var.sum()) == 3
+        fwt.reset(0, "torch")(tree)
+
+
 def test_masked_and_partitioned_params_are_no_states():
     masked = optax.masked(fwt.optim.sparsify(optax.adam(1e-2), 0.5), {"d": True, "e": False})
     tree = {**PARAMS, "e": {"kernel": W}}

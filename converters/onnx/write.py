@@ -509,12 +509,12 @@ def _compare(
     kind = session.get_outputs()[0].type + session.get_inputs()[0].type
     if "bfloat16" in kind:
         return  # which NumPy can't hand over
-    leaves = [leaf.dtype for leaf in jax.tree.leaves(variables)]
-    if np.issubdtype(dtype, np.floating):
-        half = any(d.itemsize == 2 for d in (dtype, *leaves))
-        x = judge.numbers(shape, half).astype(dtype)
-    else:
-        x = judge.whole_numbers(_count(module), shape).astype(dtype)
+    floats = np.issubdtype(dtype, np.floating)
+    computed = _computed(module, variables, np.zeros((1, *shape), dtype))
+    stored = [leaf.dtype for leaf in jax.tree.leaves(variables)]
+    half = any(d.itemsize == 2 for d in (dtype, *stored, *computed))
+    x = judge.numbers(shape, half) if floats else judge.whole_numbers(_count(module), shape)
+    x = x.astype(dtype)
     for given in (x[:1], x):
         wanted = np.asarray(call(module, variables, jax.numpy.asarray(given)))
         with refused("to_onnx: onnxruntime can't run it"):
@@ -523,7 +523,7 @@ def _compare(
             raise ConversionError(
                 f"to_onnx: onnxruntime gives {list(found.shape)}, expected {list(wanted.shape)}"
             )
-    eps = judge.eps_of([*_computed(module, variables, x), found.dtype])
+    eps = judge.eps_of([*computed, found.dtype])
     told = judge.apart(wanted, found, eps=eps)
     if not told.equal:
 

@@ -93,6 +93,8 @@ def flax_side(model: Model) -> Side:
         own = own.get(part, {})
     rows = own.get("embedding") if hasattr(own, "get") else None
     dtypes = [v.dtype for v in jax.tree.leaves(model.variables) if hasattr(v, "dtype")]
+    told = [getattr(named.layer, "dtype", None) for named in model.module.layers]
+    dtypes += [np.dtype(d) for d in told if d is not None]
     channels_first = takes_first(_kinds(model.module), False)
     return Side(run, model.module.input_shape, channels_first, lambda _: model, count, rows,
                 dtypes=dtypes, model_first=channels_first)  # fmt: skip

@@ -125,7 +125,7 @@ def from_keras(model: Any, layout: Layout = "channels_last", *, sidecar: bool = 
     """
     if not _is_container(model):
         raise ConversionError(
-            f"from_keras takes a keras.Sequential, found {type(model).__name__}; to change the "
+            f"from_keras takes a keras.Sequential, found {_dotted(model)}; to change the "
             "weights of any Keras model in place, use converters.transform(model, t)"
         )
     if not model.built:
@@ -160,6 +160,12 @@ def layers_of(model: Any) -> tuple[list[Layer], Any]:
             live = live.get_layer(part)
         _fill(layer, live)
     return layers, shape
+
+
+def _dotted(model: Any) -> str:
+    """The class of what was given: a model of tf_keras has the same name as one of Keras."""
+    name = f"{type(model).__module__}.{type(model).__name__}"
+    return f"{name}, of Keras 2: save it, and load the file" if name[:8] == "tf_keras" else name
 
 
 def _sync(model: Any) -> None:

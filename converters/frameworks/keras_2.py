@@ -112,11 +112,11 @@ def _settings(kind: str, own: dict[str, Any], before: Mapping[str, Any]) -> dict
 
 def _input_shape(layers: Any) -> Any:
     """What the first layer of a Sequential says of its input, if it is no InputLayer."""
-    first: Any = layers[0] if isinstance(layers, list) and layers else None
-    own = first.get("config") if isinstance(first, dict) else None
-    if not isinstance(own, dict) or first.get("class_name") == "InputLayer":
+    first = layers[0] if isinstance(layers, list) and layers else None
+    if not isinstance(first, dict) or first.get("class_name") == "InputLayer":
         return None
-    return own.get("batch_input_shape")
+    own = first.get("config")
+    return own.get("batch_input_shape") if isinstance(own, dict) else None
 
 
 def _both_ways(entry: Any) -> dict[str, Any]:

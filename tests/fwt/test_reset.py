@@ -133,7 +133,6 @@ TORCH = {
     "attention_apart": lambda: t.MultiheadAttention(40, 4, kdim=30, vdim=20, add_bias_kv=True),
     "encoder": lambda: t.TransformerEncoderLayer(40, 4, 60),
     "bilinear": lambda: t.Bilinear(10, 20, 30),
-    "pruned": lambda: torch.nn.utils.prune.random_unstructured(t.Linear(70, 90), "weight", 0.5),
 }
 
 
@@ -144,6 +143,14 @@ def test_torch(name):
     layer = TORCH[name]()
     converters.transform(layer, fwt.reset(0, like="torch"))
     compare(capture(layer), theirs, pools)
+
+
+def test_a_layer_that_torch_pruned_is_reset_whole():
+    layer = torch.nn.utils.prune.random_unstructured(t.Linear(70, 90), "weight", 0.5)
+    converters.transform(layer, fwt.reset(0, like="torch"))
+    assert layer.weight.all()
+    new, *pools = (capture(t.Linear(70, 90)) for _ in range(3))
+    compare(capture(layer), new, pools)
 
 
 he, xavier = nn.initializers.he_uniform, nn.initializers.xavier_uniform

@@ -369,7 +369,24 @@ def _each_slice(function: Any, stack: tuple[int, ...], out: bool = False) -> Any
     for index, axis in reversed(list(enumerate(stack))):
         place = axis - index
         function = jax.vmap(function, (place, 0), place if out else 0)
-    return function
+
+    def placed(arrays: Any, values: Any) -> Any:
+        """On a mesh of Explicit axes, vmap wants both sharded alike, and a search that takes the
+        slices in turn wants to have them all."""
+        sharding: Any = getattr(jax.typeof(arrays[0]), "sharding", None)
+        spec = (*getattr(sharding, "spec", ()), *[None] * len(arrays[0].shape))
+        kinds = getattr(getattr(sharding, "mesh", None), "axis_types", ())
+        here = jax.sharding.PartitionSpec(*(spec[a] for a in stack))
+        explicit = any(k == jax.sharding.AxisType.Explicit for k in kinds)
+        if any(here) and explicit and out:
+            values = jax.tree.map(lambda x: jax.sharding.reshard(x, here), values)
+        elif any(here) and explicit:
+            whole = [None if a in stack else s for a, s in enumerate(spec[: arrays[0].ndim])]
+            spread = jax.sharding.PartitionSpec(*whole)
+            arrays = jax.tree.map(lambda x: jax.sharding.reshard(x, spread), arrays)
+        return function(arrays, values)
+
+    return placed if stack else function
 
 
 def _regrown(

@@ -252,6 +252,8 @@ def _lamp_of_one(worth: Any, alive: Any) -> Any:
 def _erk(leaves: Sequence[Leaf], sparsity: Any, k: Any, like: Any) -> list[Any]:
     """Erdős-Rényi with kernels (Evci et al., "Rigging the Lottery", 2020): the density of a leaf
     goes with ``sum(shape) / prod(shape)``; those that would pass 1 are dense."""
+    if not leaves:  # a stack of no layers
+        return []
     traced = not isinstance(k, int) or any(isinstance(x.dead, Wide) for x in leaves)
     xp: Any = jnp if traced else np
     sizes = np.array([x.size for x in leaves], np.float64)

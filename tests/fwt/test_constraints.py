@@ -22,10 +22,10 @@ from fwt import _axes
 
 C = fwt.constraints
 
-VECTORS = (("d/kernel", (5, 3)), ("c/kernel", (3, 2, 4, 5)), ("d/weight", (3, 7)))
-MATRICES = (("d/kernel", (7, 3)), ("d/weight", (6, 4)), ("c/kernel", (2, 2, 1, 5)))
-SQUARE = (("d/kernel", (5, 5)), ("c/kernel", (2, 1, 2, 4)), ("d/weight", (1, 1)))
-WINDOWS = (("c/kernel", (3, 3, 2, 4)), ("c/kernel", (4, 2, 3, 1)), ("c/kernel", (5, 2, 3)))
+VECTORS = (("d/kernel", (5, 3)), ("conv/kernel", (3, 2, 4, 5)), ("d/weight", (3, 7)))
+MATRICES = (("d/kernel", (7, 3)), ("d/weight", (6, 4)), ("conv/kernel", (2, 2, 1, 5)))
+SQUARE = (("d/kernel", (5, 5)), ("conv/kernel", (2, 1, 2, 4)), ("d/weight", (1, 1)))
+WINDOWS = (("conv/kernel", (3, 3, 2, 4)), ("conv/kernel", (4, 2, 3, 1)), ("conv/kernel", (5, 2, 3)))
 
 
 def rows(v, axes):
@@ -357,7 +357,7 @@ TABLE = [
         C.hyperplane(NORMAL[:, None], -2.0),
         plane(NORMAL[:, None], -2.0, True),
         on_plane(NORMAL, -2.0),
-        (("d/kernel", (5, 3)), ("c/kernel", (2, 5, 4))),
+        (("d/kernel", (5, 3)), ("conv/kernel", (2, 5, 4))),
     ),
     Row(
         "halfspace",

@@ -103,13 +103,14 @@ def _layer(name: str, module: torch.nn.Module) -> Layer:
         elif hasattr(module, key):
             settings[key] = getattr(module, key)
     arrays = {k: to_numpy(v, f"{name}.{k}") for k, v in arrays.items()}
-    return _with_defaults(Layer(name, kind, settings, arrays))
+    known = {k: v for k, v in defaults.items() if v is not inspect.Parameter.empty}
+    return Layer(name, kind, settings, arrays, known)
 
 
 def _with_defaults(layer: Layer) -> Layer:
     defaults = _defaults(_class(layer.kind))
     known = {k: v for k, v in defaults.items() if v is not inspect.Parameter.empty}
-    return dataclasses.replace(layer, defaults=known)
+    return dataclasses.replace(layer, settings={**known, **layer.settings}, defaults=known)
 
 
 def _is_composite(cls: type) -> bool:

@@ -111,13 +111,14 @@ def _layer(name: str, module: torch.nn.Module) -> Layer:
     arrays = {k: to_numpy(v, f"{name}.{k}") for k, v in arrays.items()}
     if table.CUSTOM["torch"].get(kind) is None:
         _check_as_new(module, cls, settings, place)
-    return _with_defaults(Layer(name, kind, settings, arrays))
+    known = {k: v for k, v in defaults.items() if v is not inspect.Parameter.empty}
+    return Layer(name, kind, settings, arrays, known)
 
 
 def _with_defaults(layer: Layer) -> Layer:
     defaults = _defaults(_class(layer.kind))
     known = {k: v for k, v in defaults.items() if v is not inspect.Parameter.empty}
-    return dataclasses.replace(layer, defaults=known)
+    return dataclasses.replace(layer, settings={**known, **layer.settings}, defaults=known)
 
 
 def _check_as_new(module: torch.nn.Module, cls: Any, settings: dict[str, Any], place: str) -> None:

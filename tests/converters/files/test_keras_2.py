@@ -199,3 +199,16 @@ def test_where_the_function_of_keras_2_can_go(tmp_path):
         converters.save(tmp_path / "x.h5", *frames)
     converters.to_onnx(*gate, tmp_path / "gate.onnx")
     assert_predicts(converters.from_onnx(tmp_path / "gate.onnx"), "2.21", "hard_LSTM")
+
+
+@pytest.mark.parametrize("name", ["images", "trained"])
+def test_what_it_trained_with_goes_into_files_of_keras_3(name, tmp_path):
+    import keras
+
+    model = converters.load(put(tmp_path, "2.13", name, ".h5"), sidecar=True)
+    converters.save(tmp_path / "new.keras", *model)
+    real = keras.saving.load_model(tmp_path / "new.keras")
+    assert_predicts(lambda x: real(x, training=False), "2.13", name)
+    if name == "trained":
+        assert isinstance(real.layers[0].kernel_regularizer, keras.regularizers.L2)
+        assert not real.layers[0].trainable

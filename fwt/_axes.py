@@ -342,7 +342,9 @@ class Places:
         if stack is None:
             return Axes(path, shape, None)
         names, transposed = self._rules.names(path, tuple(stack), layer)
-        return Axes(path, shape, _with_stack(names, stack, len(shape)), transposed)
+        # A bias that proves (out, in) at the end is that of linen's transpose_kernel=True.
+        turned = transposed and names[-2:] == ("out", "in")
+        return Axes(path, shape, _with_stack(names, stack, len(shape)), transposed, turned=turned)
 
     @functools.cached_property
     def _traced(self) -> dict[str, _modules.Traced]:

@@ -68,7 +68,13 @@ def run(*arguments, cwd=None, code=0, **environment):
     return done
 
 
-@pytest.mark.parametrize("script", sorted((ROOT / "examples").glob("*.py")), ids=lambda p: p.stem)
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(p, id=p.stem, marks=[] if p.stem.startswith("torch") else pytest.mark.thorough)
+        for p in sorted((ROOT / "examples").glob("*.py"))
+    ],
+)
 def test_examples_run(script, tmp_path):
     run(str(script), cwd=tmp_path, KERAS_BACKEND="jax")  # as they ask for where nobody does
 

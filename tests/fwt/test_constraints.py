@@ -518,6 +518,7 @@ def test_half_precision(row, seed, which, half):
 TINY = (ml_dtypes.float8_e4m3fn, ml_dtypes.float8_e5m2, ml_dtypes.float8_e4m3b11fnuz)
 
 
+@pytest.mark.thorough
 def test_8_bit_floats_are_computed_in_float32_and_rounded():
     """The truth is NumPy's rounding of what the float32 leaf becomes."""
     for index, row in enumerate(TABLE):

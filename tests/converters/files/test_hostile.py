@@ -42,7 +42,7 @@ def originals(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("count", thorough_but(1, [60, MUTANTS]))
+@pytest.mark.parametrize("count", thorough_but(1, [30, MUTANTS]))
 def test_mutants_load_or_are_refused(originals, name, count):
     """What crashes, hangs, takes too much memory or raises anything else is listed."""
     counts, failures = fuzz.run(name, 0, count, str(originals))

@@ -16,7 +16,7 @@ from fwt._types import ConversionError, Model
 from fwt.converters.frameworks import altered, keras_config
 from fwt.converters.frameworks import flax as _flax
 from fwt.converters.rows import grouped, table
-from fwt.converters.rows.row import Layer, LiveLeaf, order, parts_of, refuse
+from fwt.converters.rows.row import TRAINING, Layer, LiveLeaf, order, parts_of, refuse
 from fwt.converters.walk import convert
 from fwt.converters.walk.convert import Layout
 
@@ -235,6 +235,7 @@ def _check_known(layer: Any) -> None:
         )
     if isinstance(layer, keras.layers.MultiHeadAttention):
         _check_attention(layer)
+    _check_config(layer)
     activation = getattr(layer, "activation", None)
     if inspect.isfunction(activation):
         # Keras writes any function down by its name alone.
@@ -252,6 +253,25 @@ def _check_known(layer: Any) -> None:
             name = type(wrapped).__name__
             if getattr(keras.layers, name, None) is not type(wrapped):
                 raise refuse(layer.name, f"it wraps {name}, which is a custom layer")
+
+
+def _check_config(layer: Any) -> None:
+    """Raises where a number or name that a layer computes with is not what its config says."""
+    try:
+        new = type(layer).from_config(layer.get_config())
+    except (TypeError, ValueError):
+        return  # which the walk refuses or knows
+    own = {"built", *TRAINING["keras"]}  # and a LoRA, which is read as it computes
+    own |= {n for n, v in vars(layer).items() if n.startswith(("_", "lora_")) or callable(v)}
+    altered.check_as_new(layer, new, f"{layer.name} ({type(layer).__name__})", own)
+    given = getattr(layer, "input_mean", None)
+    if type(layer) is keras.layers.Normalization and given is not None and layer.built:
+        new.build(layer._build_input_shape if hasattr(layer, "_build_input_shape") else
+                  layer.get_build_config()["input_shape"])  # fmt: skip
+        for name in ("mean", "variance"):
+            now, then = (keras.ops.convert_to_numpy(getattr(x, name)) for x in (layer, new))
+            if not np.array_equal(now, then):
+                raise refuse(layer.name, f"its {name} is not the one that it was made with")
 
 
 def _check_attention(layer: Any) -> None:

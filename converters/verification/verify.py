@@ -1,5 +1,6 @@
 """``verify``: two models side by side, layer by layer."""
 
+import dataclasses
 import math
 import os
 import sys
@@ -17,6 +18,7 @@ from fwt._types import ConversionError, Model
 from fwt.converters import judge
 from fwt.converters.files import formats
 from fwt.converters.frameworks import flax as _flax
+from fwt.converters.rows.row import TRAINING
 from fwt.converters.verification.report import Line, Outputs, Report, View, compared, weight_apart
 from fwt.converters.verification.sides import (
     Side,
@@ -100,10 +102,15 @@ def verify(
     if ok and tolerance is None and (first := _hidden(lines)) is not None:
         ok = False
         notes.append(f"the layers behind {first} hide the difference: the output is close")
+    if tolerance is not None and not 0 <= tolerance < math.inf:
+        raise ConversionError(f"verify: tolerance={tolerance} is no part of a row's largest value")
     weights: tuple[Line, ...] = ()
     try:
         there = _moved(x, one.channels_first, other.channels_first)
         models = one.model(x.shape[1:]), other.model(there.shape[1:])
+        if ok and tolerance is None and (apart := _settings(*models)) is not None:
+            ok, first = False, apart.split(":")[0]
+            notes.append(f"no output on these inputs shows it, but a setting differs: {apart}")
         weights = tuple(_weights(*models))
         if ok and weights:
             first = _unseen(one, models, x) if tolerance is None else None
@@ -114,6 +121,45 @@ def verify(
     except ConversionError as error:
         notes.append(f"the weights are not compared: {error}")
     return Report(ok, first, tuple(lines), weights, output, tuple(notes))
+
+
+def _settings(a: Model, b: Model) -> str | None:
+    """The first number among the settings that differs, of models of the same layers: some are
+    told by no inputs but those that lie between them, as the end of a threshold is."""
+    if not isinstance(a.module, Sequential) or not isinstance(b.module, Sequential):
+        return None
+    pairs = list(zip(a.module.layers, b.module.layers, strict=False))
+    kinds = [(type(x.layer), type(y.layer)) for x, y in pairs]
+    if len(a.module.layers) != len(b.module.layers) or any(
+        one is not other for one, other in kinds
+    ):
+        return None
+    for x, y in pairs:
+        if isinstance(x.layer, Sequential):
+            found = _settings(Model(x.layer, {}), Model(y.layer, {}))
+            if found is not None:
+                return f"{x.name}/{found}"
+            continue
+        for field in dataclasses.fields(x.layer):
+            if field.name in TRAINING["flax"] or field.name in _OF_TRAINING:
+                continue
+            mine, theirs = (_floats(getattr(each.layer, field.name), field) for each in (x, y))
+            if mine is None or theirs is None:
+                continue
+            if len(mine) != len(theirs) or not np.allclose(mine, theirs, 1e-6, 0, equal_nan=True):
+                one, other = ([f"{v:g}" for v in values] for values in (mine, theirs))
+                return f"{x.name}: {field.name} is {', '.join(one)} and {', '.join(other)}"
+    return None
+
+
+_OF_TRAINING = ("momentum", "rate", "dropout_rate")
+
+
+def _floats(value: Any, field: Any) -> list[float] | None:
+    """A setting as floats, if that is what it is or is declared to be."""
+    values = list(value) if isinstance(value, list | tuple) else [value]
+    kinds = (float, int) if "float" in str(field.type) else (float,)
+    return [float(v) for v in values] if values and all(type(v) in kinds for v in values) else None
 
 
 def _departed(lines: Sequence[Line]) -> str | None:

@@ -108,6 +108,9 @@ KERAS_REFUSED = {
     "own activation": (lambda: k.MultiHeadAttention(2, 3), None,
                        inside("activation", "_output_dense", keras.activations.relu),
                        "activation of its own"),
+    "own number": (lambda: k.ELU(), (2, 4), attribute("alpha", 3.0), "alpha=3.0"),
+    "own mean": (lambda: k.Normalization(mean=[1.0] * 4, variance=[2.0] * 4), (2, 4),
+                 attribute("mean", np.ones((1, 4), np.float32) * 3), "its mean is not"),
     "int8": (lambda: k.Dense(3), (2, 4), lambda y, x: y.quantize("int8"), "quanti"),
     "float8": (lambda: k.Dense(3), (2, 4), lambda y, x: y.quantize("float8"), "quanti"),
 }  # fmt: skip

@@ -468,3 +468,25 @@ def test_a_file_is_checked_at_the_ends_before_it_is_written(tmp_path):
             continue
         with pytest.raises(converters.ConversionError, match="onnxruntime's output differs by"):
             write._compare(*given)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (t.Hardshrink(2.0), t.Hardshrink(2.5)),
+        (t.Threshold(3, 0.0), t.Threshold(4, 0.0)),
+        (t.Softplus(1, 20), t.Softplus(1, 8)),
+    ],
+    ids=str,
+)
+def test_a_setting_that_no_input_shows(one, other):
+    a, b = chain(one), chain(other)
+    report = converters.verify(a, b, input_shape=(4,))
+    assert (report.ok, report.first) == (False, "0")
+    assert "setting differs" in str(report)
+    assert converters.verify(a, converters.from_torch(a, input_shape=(4,))).ok
+
+
+def test_a_tolerance_is_a_number():
+    with pytest.raises(converters.ConversionError, match="tolerance=inf"):
+        converters.verify(chain(t.ReLU()), chain(t.ReLU()), input_shape=(4,), tolerance=np.inf)

@@ -156,7 +156,9 @@ _OF_TRAINING = ("momentum", "rate", "dropout_rate")
 
 
 def _floats(value: Any, field: Any) -> list[float] | None:
-    """A setting as floats, if that is what it is or is declared to be."""
+    """A setting as floats, if that is what it is or is declared to be; NaN is none."""
+    if value is None and "float" in str(field.type):
+        return [math.nan]
     values = list(value) if isinstance(value, list | tuple) else [value]
     kinds = (float, int) if "float" in str(field.type) else (float,)
     return [float(v) for v in values] if values and all(type(v) in kinds for v in values) else None

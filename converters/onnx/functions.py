@@ -202,6 +202,7 @@ def _each(reader: Reader, functions: Sequence[str], name: str) -> None:
 
 
 def _power(reader: Reader, node: Node) -> None:
+    """Some powers. That of 0.5 is the square root, which differs at -inf and -0 (see from_onnx)."""
     reader.only(node)
     value = array(reader, node, 1)
     number = float(value.reshape(-1)[0]) if value.size == 1 else math.nan

@@ -245,5 +245,6 @@ ALONG = {
 
 @pytest.mark.parametrize("part", thorough_but(1, [0, 1]))
 def test_functions_along_an_axis(tmp_path, part):
-    quick = ("max", "argmax", "nanmax", "logsumexp", "sort", "take, filled", "index")
+    # The any and the median together: TensorFlow's operations and ours once had the same names.
+    quick = ("any", "median of first", "argmax", "nanmax", "logsumexp", "take, filled", "index")
     all_agree(tmp_path / "a.onnx", parts(ALONG, quick)[part], ROWS)

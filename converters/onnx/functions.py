@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from fwt.converters.onnx.graph import Node, axes_of
@@ -166,11 +167,21 @@ def _cast(reader: Reader, node: Node) -> None:
     import onnx
 
     node("saturate")
-    there = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(node("to")))
-    given = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(reader.graph.dtype))
-    same = there == np.float32 if given.kind == "f" or reader.layers else there.kind == given.kind
+    start = onnx.TensorProto.FLOAT if reader.layers else reader.graph.dtype
+    kinds = reader.graph.types.get(node.inputs[0], start), node("to")
+    given, there = (np.dtype(onnx.helper.tensor_dtype_to_np_dtype(k)) for k in kinds)
+    whole = given.kind in "iu"
+    # What JAX has in their place: int32 for int64, if not told otherwise.
+    ours = [jax.dtypes.canonicalize_dtype(d) for d in (given, there)]
+    fits = np.can_cast(given, there) or (whole and ours[0] == ours[1])
+    if reader.layers:
+        same = there == np.float32 and (fits or whole)
+    else:
+        same = fits and (there == np.float32 if given.kind == "f" else given.kind == there.kind)
     if not same or there.kind not in "if":
-        raise refuse(str(node), f"a Cast to {there}")
+        raise refuse(str(node), f"a Cast of {given} to {there}: only to what holds all its numbers")
+    if ours[0] != ours[1]:
+        reader.widened = node
 
 
 def _pointwise(*functions: str) -> Handler:
@@ -191,6 +202,7 @@ def _each(reader: Reader, functions: Sequence[str], name: str) -> None:
 
 
 def _power(reader: Reader, node: Node) -> None:
+    """Some powers. That of 0.5 is the square root, which differs at -inf and -0 (see from_onnx)."""
     reader.only(node)
     value = array(reader, node, 1)
     number = float(value.reshape(-1)[0]) if value.size == 1 else math.nan

@@ -23,6 +23,8 @@ class Reader:
         self.names: set[str] = set()
         # What the last layer lacks and may still get: a "bias", or a "scale" and then a "shift".
         self.lacks: str | None = None
+        # A Cast to a wider dtype, until a layer with weights, which compute in theirs.
+        self.widened: Node | None = None
 
     def name(self, node: Node, weight: str = "") -> str:
         """A new name: that of the weight, less its last part, or one for the operator."""
@@ -38,6 +40,9 @@ class Reader:
     def add(self, name: str, kind: str, arrays: Any = None,
             **settings: Any) -> None:  # fmt: skip
         made = {k: v for k, v in (arrays or {}).items() if v is not None}
+        if self.widened is not None and not made and kind not in ("Flatten", "Unflatten"):
+            raise refuse(str(self.widened), f"the {kind} after it computes in what was before it")
+        self.widened = None if made else self.widened
         self.layers.append(Layer(name, kind, settings, made, DEFAULTS))
         self.lacks = None
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fwt.converters.onnx.trace import Tracer
 
 CAST = "fwt.Cast"  # under a name of ours till the end, for tf2onnx drops one of two casts in a row
-# What onnxruntime has its Where and Max in, for dtypes in which it has not.
+# What onnxruntime has its Where, Max and Min in, for dtypes in which it has not.
 _WIDER = {tf.int8: tf.int32, tf.int16: tf.int32, tf.uint16: tf.int32, tf.uint32: tf.int64}
 
 
@@ -44,6 +44,31 @@ def where(t: "Tracer", which: Any, yes: Any, no: Any) -> Any:
     wide = _WIDER.get(dtype, dtype)
     out = t.op("Where", which, cast(t, yes, wide), cast(t, no, wide), dtype=wide)
     return cast(t, out, dtype)
+
+
+def _extreme(op: str, logical: str) -> Callable[..., Any]:
+    """ONNX's Max or Min."""
+
+    def function(t: "Tracer", x: Any, y: Any) -> Any:
+        if x.dtype == tf.bool:
+            return t.op(logical, x, y)
+        wide = _WIDER.get(x.dtype, x.dtype)
+        return cast(t, t.op(op, cast(t, x, wide), cast(t, y, wide)), x.dtype)
+
+    return function
+
+
+_max, _min = _extreme("Max", "Or"), _extreme("Min", "And")
+
+
+def _single(function: Callable[..., Any]) -> Callable[..., Any]:
+    """In float32 for float16, where what is between would overflow or lose its digits."""
+
+    def in_single(t: "Tracer", x: Any) -> Any:
+        wide = tf.float32 if x.dtype == tf.float16 else x.dtype
+        return cast(t, function(t, cast(t, x, wide)), x.dtype)
+
+    return in_single
 
 
 def is_nan(t: "Tracer", x: Any) -> Any:
@@ -78,6 +103,7 @@ def converted(t: "Tracer", x: Any, dtype: Any) -> Any:
     return cast(t, x, dtype)
 
 
+@_single
 def _log1p(t: "Tracer", x: Any) -> Any:
     """Also near 0, where 1 + x loses the digits of x."""
     part = t.op("Div", x, t.op("Add", x, like(x, 2)))
@@ -86,6 +112,7 @@ def _log1p(t: "Tracer", x: Any) -> Any:
     return where(t, near, small, t.op("Log", t.op("Add", x, like(x, 1))))
 
 
+@_single
 def _expm1(t: "Tracer", x: Any) -> Any:
     half = t.op("Tanh", t.op("Mul", x, like(x, 0.5)))
     twice = t.op("Mul", half, like(x, 2))
@@ -102,23 +129,34 @@ def _sign(t: "Tracer", x: Any) -> Any:
     return where(t, some, t.op("Sign", x), x)
 
 
+@_single
 def _logistic(t: "Tracer", x: Any) -> Any:
     """Not ONNX's Sigmoid, which runtimes round to 0 from -18 on: a logarithm may follow."""
     return t.op("Reciprocal", t.op("Add", t.op("Exp", t.op("Neg", x)), like(x, 1)))
 
 
-# exp(-x^2 + sum of c t^i) t with t = 1 / (1 + x / 2), to 1.2e-7 of the value (Press et al., 1992)
+# exp(-x^2 + sum of c t^i) t with t = 1 / (1 + x / 2), to 1.2e-7 of the value (Press et al., 1992);
+# rounded to float32, to 5e-7.
 _ERFC = (0.17087277, -0.82215223, 1.48851587, -1.13520398, 0.27886807, -0.18628806, 0.09678418,
          0.37409196, 1.00002368, -1.26551223)  # fmt: skip
 
 
+@_single
 def _erfc(t: "Tracer", x: Any) -> Any:
     """Also far out, where 1 - erf(x) has no digits left."""
-    part = t.op("Reciprocal", t.op("Add", t.op("Mul", t.op("Abs", x), like(x, 0.5)), like(x, 1)))
+    if x.dtype == tf.float64:
+        raise refuse(t.place, "it computes erfc in float64, which fwt writes to 7 digits only",
+                     "compute it in float32, or as 1 - erf(x)")  # fmt: skip
+    size = t.op("Min", t.op("Abs", x), like(x, 12))  # from where on it is 0
+    part = t.op("Reciprocal", t.op("Add", t.op("Mul", size, like(x, 0.5)), like(x, 1)))
     power = like(x, _ERFC[0])
     for c in _ERFC[1:]:
         power = t.op("Add", t.op("Mul", power, part), like(x, c))
-    tail = t.op("Mul", part, t.op("Exp", t.op("Sub", power, t.op("Mul", x, x))))
+    # The square of a few leading bits is exact, and the rest of x^2 is small.
+    lead = t.op("Mul", t.op("Floor", t.op("Mul", size, like(x, 16))), like(x, 1 / 16))
+    rest = t.op("Mul", t.op("Sub", size, lead), t.op("Add", size, lead))
+    tail = t.op("Exp", t.op("Neg", t.op("Mul", lead, lead)))
+    tail = t.op("Mul", t.op("Mul", part, tail), t.op("Exp", t.op("Sub", power, rest)))
     far = t.op("Greater", x, like(x, 0.5), dtype=tf.bool)
     return where(t, far, tail, t.op("Sub", like(x, 1), t.op("Erf", x)))
 
@@ -155,11 +193,11 @@ POINTWISE: dict[str, Callable[..., Any]] = {
     "copy": _identity, "copy_p": _identity, "stop_gradient": _identity,
     "optimization_barrier": _identity,
     "add": _same("Add"), "add_any": _same("Add"), "sub": _same("Sub"), "mul": _same("Mul"),
-    "max": _same("Max"), "min": _same("Min"),
+    "max": _max, "min": _min,
     "pow": lambda t, x, y: t.op("Pow", x, cast(t, y, x.dtype)),
     "eq": _same("Equal", tf.bool),
     "ne": lambda t, x, y: t.op("Not", t.op("Equal", x, y, dtype=tf.bool)),
     "lt": _same("Less", tf.bool), "le": _same("LessOrEqual", tf.bool),
     "gt": _same("Greater", tf.bool), "ge": _same("GreaterOrEqual", tf.bool),
-    "clamp": lambda t, low, x, high: t.op("Min", t.op("Max", x, low), high),
+    "clamp": lambda t, low, x, high: _min(t, _max(t, x, low), high),
 }  # fmt: skip

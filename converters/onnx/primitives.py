@@ -106,14 +106,14 @@ def _convert(t: "Tracer", eqn: Any, x: Any) -> Any:
 
 
 def _broadcast(t: "Tracer", eqn: Any, x: Any, *more: Any) -> Any:
-    rank, where = len(eqn.params["shape"]), eqn.params["broadcast_dimensions"]
+    rank, axes = len(eqn.params["shape"]), eqn.params["broadcast_dimensions"]
     have = shape_of(x)
-    if len(have) == 0 or tuple(where)[-len(have) :] == tuple(range(rank - len(have), rank)):
+    if len(have) == 0 or tuple(axes)[-len(have) :] == tuple(range(rank - len(have), rank)):
         return x  # what follows broadcasts it
-    missing = len(where) - len(have)
+    missing = len(axes) - len(have)
     spread: list[Any] = [1] * rank
     aval = eqn.invars[0].aval
-    for index, axis in enumerate(where):
+    for index, axis in enumerate(axes):
         if index >= missing and have[index - missing] != 1:
             spread[axis] = aval.shape[index]
     return t.shaped(x, spread)

@@ -35,6 +35,9 @@ def from_onnx(
     ``torch.onnx.export`` (both exporters), tf2onnx, Keras and :func:`to_onnx` write models of
     layers. Needs onnx: ``pip install 'fwt[onnx]'``.
 
+    A power of 0.5 is read as the square root: of -inf it gives NaN, where ONNX's Pow gives inf, and
+    of -0 it gives -0, where Pow gives 0.
+
     Args:
         path: the file.
         layout: "source", by default: the input and output are those of the file. "channels_last"

@@ -388,12 +388,18 @@ def _finish(proto: Any, names: Sequence[str], out: Any) -> None:
     graph = proto.graph
     renamed = {f"weight_{i}": name for i, name in enumerate(names)}
     renamed[graph.output[0].name] = "output"
+    taken = {name for node in _nodes(graph) for name in node.output}
+    taken |= {tensor.name for tensor in graph.initializer}
     for node in _nodes(graph):
         node.op_type = node.op_type.removeprefix("fwt.")  # see CAST
         node.name = node.name.replace(MARK, node.op_type)
         for name in node.output:
             if MARK in name:
-                renamed.setdefault(name, name.replace(MARK, node.op_type))
+                new = name.replace(MARK, node.op_type)
+                while new in taken:  # by TensorFlow's own
+                    new += "_"
+                taken.add(new)
+                renamed.setdefault(name, new)
     for node in _nodes(graph):
         for listed in (node.input, node.output):
             for i, name in enumerate(listed):

@@ -1,6 +1,6 @@
 """What an optimizer remembers of each weight, where weights are pruned and where they grow."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,56 +9,107 @@ from fwt._types import Masks
 from fwt.pruning import plan as _plan
 
 
-def _places(state: Any, masks: Masks) -> list[tuple[int, int]]:
-    """Which leaves of an optimizer's state hold a number for each weight of a masked param: they
-    stand under its keys and have its shape, whatever tree the optimizer keeps them in.
+class _Place(NamedTuple):
+    """A leaf of an optimizer's state that stands under the keys of a param.
 
-    Returns:
-        Pairs of a leaf's place in the state and its param's place in the params.
+    Attributes:
+        leaf: its place among the leaves of the state.
+        param: the place of its param among the params.
+        tree: the keys above those of the param, such as those of Adam's ``mu``.
+        masked: whether it holds a number for each weight of a masked param.
     """
-    wanted = [x for x in enumerate(jax.tree_util.tree_flatten_with_path(masks)[0]) if x[1][1].shape]
+
+    leaf: int
+    param: int
+    tree: tuple[Any, ...]
+    masked: bool
+
+
+def _places(state: Any, masks: Masks) -> list[_Place]:
+    """Which leaves of an optimizer's state belong to which param: to that with the most keys, for
+    ``dense/kernel`` is the end of ``encoder/dense/kernel`` too."""
+    flat = jax.tree_util.tree_flatten_with_path(masks)[0]
+    params = {keys: i for i, (keys, _) in enumerate(flat)}
     found = []
     for place, (keys, leaf) in enumerate(jax.tree_util.tree_flatten_with_path(state)[0]):
-        for param, (mine, mask) in wanted:
-            same = keys[len(keys) - len(mine) :] == mine and jnp.shape(leaf) == mask.shape
-            if same and jnp.issubdtype(leaf.dtype, jnp.inexact):
-                found.append((place, param))
-                break
+        cut = next((n for n in range(len(keys) + 1) if keys[n:] in params), None)
+        if cut is None or not jnp.issubdtype(getattr(leaf, "dtype", bool), jnp.floating):
+            continue
+        param = params[keys[cut:]]
+        shape = flat[param][1].shape
+        found.append(_Place(place, param, keys[:cut], shape != () and leaf.shape == shape))
     return found
 
 
-def settled(state: Any, masks: Masks, grown: Any) -> Any:
-    """The optimizer's state with zeros in its moments where a mask is False, and what is typical
-    where a weight has just grown."""
+def _masked(state: Any, masks: Masks) -> list[_Place]:
+    return [p for p in _places(state, masks) if p.masked]
+
+
+def settled(state: Any, masks: Masks) -> Any:
+    """The optimizer's state with zeros in its moments where a mask is False."""
     (leaves, structure), by_param = jax.tree.flatten(state), jax.tree.leaves(masks)
-    for (place, param), (idle, typical) in zip(_places(state, masks), grown, strict=True):
-        x = leaves[place]
-        new = jnp.where(jnp.abs(x).astype(jnp.float32) <= idle, typical.astype(x.dtype), x)
-        leaves[place] = _plan.masked(new, by_param[param])
+    for place in _masked(state, masks):
+        leaves[place.leaf] = _plan.masked(leaves[place.leaf], by_param[place.param])
+    return jax.tree.unflatten(structure, leaves)
+
+
+def begun(state: Any, masks: Masks, params: Any, grown: Any) -> Any:
+    """The optimizer's state with what weights begin with that have just grown. No array says which
+    those are: they are the ones that are zero and whose moment is that of a pruned weight.
+
+    Args:
+        state: the optimizer's state.
+        masks: by which they have grown.
+        params: the weights.
+        grown: what :func:`typical` gave when they grew, or :func:`none_grown`.
+    """
+    (leaves, structure), weights = jax.tree.flatten(state), jax.tree.leaves(params)
+    for place, (idle, start) in zip(_masked(state, masks), grown, strict=True):
+        x = leaves[place.leaf]
+        new = (jnp.abs(x).astype(jnp.float32) <= idle) & (weights[place.param] == 0)
+        leaves[place.leaf] = jnp.where(new, start.astype(x.dtype), x)
     return jax.tree.unflatten(structure, leaves)
 
 
 def none_grown(state: Any, masks: Masks) -> Any:
-    """What :func:`settled` takes when no weight has just grown."""
-    return jnp.full((len(_places(state, masks)), 2), -1, jnp.float32)
+    """What :func:`begun` takes when no weight has just grown."""
+    return jnp.full((len(_masked(state, masks)), 2), -1, jnp.float32)
 
 
 def typical(state: Any, masks: Masks, params: Any) -> Any:
-    """For each moment, what it is where nothing is kept, and what weights that grow there begin
-    with: the mean of what is nowhere negative, such as Adam's second moment. From zero, it would
-    make their steps several times as large as others' for long. All else begins as it is."""
-    leaves, rows = jax.tree.leaves(state), []
-    kept, weights = jax.tree.leaves(masks), jax.tree.leaves(params)
-    for place, param in _places(state, masks):
-        x, mask, w = map(_sample, (leaves[place], kept[param], weights[param]))
-        x, w = x.astype(jnp.float32), w.astype(jnp.float32)
-        total = jnp.sum(jnp.where(mask, x, 0))
-        mean = total / jnp.maximum(jnp.sum(mask), 1)
+    """What the moments of weights that are about to grow begin with.
+
+    That is the mean over the kept weights for what is nowhere negative, in no leaf of its tree,
+    such as Adam's ``nu``: from zero, it would make their steps several times as large as others'
+    for long. All else, such as Adam's ``mu``, begins as it is where a weight is pruned.
+
+    Returns:
+        float32[moments, 2], a row for each moment of a masked param: the largest absolute value
+        among pruned weights, and the value that grown ones begin with. -1 as the former says that
+        the moment is to be left alone.
+    """
+    leaves, kept, weights = map(jax.tree.leaves, (state, masks, params))
+    seen: dict[Any, list[Any]] = {}  # by tree
+    rows = []
+    for place in _places(state, masks):
+        x = _sample(leaves[place.leaf]).astype(jnp.float32)
+        gap = total = 0
+        if place.masked:
+            mask, w = _sample(kept[place.param]), _sample(weights[place.param])
+            idle = jnp.max(jnp.where(mask, -1, jnp.abs(x)), initial=-1)
+            x, w = jnp.where(mask, x, 0), w.astype(jnp.float32)
+            total, gap = jnp.sum(x), jnp.sum(jnp.where(mask, jnp.abs(x - w), 0))
+            rows.append((place.tree, idle, total / jnp.maximum(jnp.sum(mask), 1)))
+        seen.setdefault(place.tree, []).append((jnp.all(x >= 0), gap, total))
+    sizes = {}
+    for tree, found in seen.items():
+        signs, gaps, totals = zip(*found, strict=True)
         # Some optimizers keep a copy of the weights too, which has to begin at zero as they do.
-        gap = jnp.sum(jnp.where(mask, jnp.abs(x - w), 0))
-        size = jnp.all(~mask | (x >= 0)) & (gap > total / 2) & jnp.isfinite(mean)
-        idle = jnp.max(jnp.where(mask, -1, jnp.abs(x)), initial=-1)
-        rows.append(jnp.stack([jnp.where(size, idle, -1), mean]))
+        sizes[tree] = jnp.all(jnp.stack(signs)) & (sum(gaps) > sum(totals) / 2)
+    rows = [
+        jnp.stack([jnp.where(sizes[tree] & jnp.isfinite(start), idle, -1), start])
+        for tree, idle, start in rows
+    ]
     return jnp.stack(rows) if rows else jnp.zeros((0, 2), jnp.float32)
 
 

@@ -153,8 +153,10 @@ class SparsifyState(NamedTuple):
         dense: the weights before pruning, for ``straight_through``; else ().
         saved: params and inner state to return to, for ``rewind``; else ().
         start: by path, the ``masks`` of the start, if there is a sparsity too.
-        grown: if the masks have just changed, for each of the optimizer's moments what it is
-            where nothing was kept, and what it becomes where weights have grown.
+        grown: with ``regrow``, a row of two numbers for each moment of a masked leaf; else ().
+            If weights have grown at this update: the largest absolute value of the moment among
+            pruned weights, and the value that the grown ones begin with at the next update. -1 as
+            the former says that there are none, or that they begin as the moment is.
     """
 
     count: Any
@@ -293,7 +295,7 @@ def sparsify(
             dense=jax.tree.map(jnp.array, params) if straight_through else (),
             saved=() if rewind is None else jax.tree.map(jnp.array, (params, first)),
             start=start,
-            grown=_moments.none_grown(first, begin) if rule.resets else (),
+            grown=() if rule.regrow is None else _moments.none_grown(first, begin),
         )
 
     @_tree.each_by_itself
@@ -307,8 +309,10 @@ def sparsify(
         weights = state.dense if straight_through else params
 
         before = state.inner
+        if rule.regrow is not None:
+            before = _moments.begun(before, state.masks, params, state.grown)
         if rule.resets:
-            before = _moments.settled(before, state.masks, state.grown)
+            before = _moments.settled(before, state.masks)
         grads = updates if straight_through else _zeroed(updates, old)
 
         def step() -> tuple[dict[str, Any], Any, Any]:
@@ -340,13 +344,12 @@ def sparsify(
                 made, masks = again(masks)
                 alive = {p: m for p, m in _full(masks, params).items() if p in made}
                 by = _stepped(weights, _tree.Tree(steps).replace(made), alive)
-            if rule.resets and rewind is None:  # a rewound optimizer is as new
-                comes_back = rule.regrow is not None or value < state.sparsity
-                grown = jnp.where(comes_back, _moments.typical(moments, masks, weights), grown)
+            if rule.regrow is not None:
+                grown = _moments.typical(moments, masks, weights)
             new = rule.masks(weights, by, masks, state.start, value, number, updates, total)
             return new, grown
 
-        none = _moments.none_grown(moments, state.masks) if rule.resets else ()
+        none = () if rule.regrow is None else _moments.none_grown(moments, state.masks)
         masks, grown = _once(due, change, (state.masks, none))
         after, saved = _full(masks, params), state.saved
         if straight_through:

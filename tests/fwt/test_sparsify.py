@@ -856,6 +856,53 @@ def test_what_is_exchanged_follows_the_schedule(share, expected):
     assert exchanged == [expected.get(n, 0) for n in range(2, 21)]
 
 
+@pytest.mark.parametrize("where", ["dense/kernel", "encoder/dense/kernel", fwt.kernels])
+def test_moments_belong_to_the_whole_path_of_a_weight(where):
+    kernel, other = weights()["a"]["kernel"], weights(1)["a"]["kernel"]
+    params = {"dense": {"kernel": kernel}, "encoder": {"dense": {"kernel": other}}}
+    tx, plain = sparsify(optax.sgd(0.1, 0.9), ramp, where=where, every=1), optax.sgd(0.1, 0.9)
+    state, alone, theirs = tx.init(params), plain.init(params), params
+    for _ in range(4):
+        before = state.masks
+        updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
+        params = optax.apply_updates(params, updates)
+        updates, alone = plain.update(jax.tree.map(jnp.ones_like, params), alone, theirs)
+        theirs = optax.apply_updates(theirs, updates)
+    expected = jax.tree.map(lambda x, m: jnp.where(m, x, 0), alone[0].trace, before)
+    jax.tree.map(np.testing.assert_array_equal, state.inner[0].trace, expected)
+
+
+def test_a_moment_is_of_one_kind_in_all_leaves():
+    """Where all gradients of a leaf are positive, its first moment has no negative entry either,
+    but it has in other leaves. A kept weight without gradients has not grown."""
+    params = {"a": {"kernel": jnp.arange(1.0, 9).reshape(2, 4)}, "b": {"bias": jnp.ones(3)}}
+    grads = {"a": {"kernel": jnp.ones((2, 4)).at[1, 3].set(0)}, "b": {"bias": -jnp.ones(3)}}
+    tx = sparsify(optax.adam(1e-3), 0.5, regrow=smallest_first, regrow_fraction=0.5, every=3)
+    state = tx.init(params)
+    for _ in range(4):
+        before = state
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    moments, old = state.inner[0], before.inner[0]
+    grown = np.asarray(before.masks["a"]["kernel"]) & (np.asarray(old.nu["a"]["kernel"]) == 0)
+    grown[1, 3] = False
+    assert grown.sum() == 2
+    np.testing.assert_allclose(moments.mu["a"]["kernel"][grown], 0.1, rtol=1e-6)
+    assert moments.nu["a"]["kernel"][grown].min() > 1.5e-3  # from the mean, not from zero
+    assert moments.nu["a"]["kernel"][1, 3] == 0
+
+
+def test_only_regrowth_looks_at_what_is_typical():
+    falling = sparsify(optax.adam(0.05), lambda n: 0.8 - ramp(n), every=2)
+    seen = run(falling, 5)
+    assert seen[0][1].grown == seen[5][1].grown == ()
+    came = kernels(seen[4][1].masks)["a/kernel"] & ~kernels(seen[3][1].masks)["a/kernel"]
+    assert came.any()
+    nu = kernels(seen[5][1].inner[0].nu)["a/kernel"]
+    pull = kernels(weights(105))["a/kernel"]  # the weights start from zero
+    np.testing.assert_allclose(nu[came], 1e-3 * pull[came] ** 2, rtol=1e-4)
+
+
 def test_what_is_typical_of_a_large_leaf():
     rng = np.random.default_rng(0)
     params = {"kernel": jnp.asarray(rng.normal(size=(300, 151)), jnp.float32)}

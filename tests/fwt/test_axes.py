@@ -407,6 +407,21 @@ def test_each_slice_has_the_fans_of_its_layer(initializer):
     assert len(np.unique(w)) > 0.99 * w.size  # no slice repeats another
 
 
+@pytest.mark.parametrize("name", ["he_normal", "orthogonal"])
+def test_jaxs_own_are_drawn_wide_for_a_stack_in_half_precision(name):
+    stack = {"d": {"kernel": jax.ShapeDtypeStruct((3, 40, 40), jnp.bfloat16), "bias": f(3, 40)}}
+    w = leaf(fwt.initialize(getattr(jax.nn.initializers, name)(), 0)(stack))
+    assert w.dtype == jnp.bfloat16
+    assert (w == 0).sum() < 3
+    assert len(np.unique(w)) > 500
+
+    def own(key, shape, dtype):
+        return jax.nn.initializers.orthogonal()(key, shape, dtype)
+
+    with pytest.raises(fwt.LeafError, match="d/kernel: no bfloat16"):
+        fwt.initialize(own, 0)(stack)
+
+
 @pytest.mark.parametrize("like", ["keras", "torch", "flax"])
 def test_reset_of_a_stack(like):
     big = {"d": {"kernel": f(4, 30, 70), "bias": f(4, 70)}, "e": {"scale": f(4, 70)}}

@@ -114,10 +114,35 @@ class Rules:
             told = self._told.get(self._layers[self._parts[path][:-1]][named])
             if told is not None:
                 return told
-            return _depth_of(named, self._beside(path, named) or (), shape, parent)
+            return self._of_bias(path, named, self._beside(path, named) or (), shape)
         if last not in _WEIGHTS or bias is None or bias == shape:
             return _MISSING
-        return _depth_of(last, shape, bias, parent)
+        return self._of_bias(path, last, shape, bias)
+
+    def _of_bias(self, path: str, name: str, weight: Shape, bias: Shape) -> int | None:
+        """The depth of a layer whose weight and bias have these shapes."""
+        dense = _depth_of(name, weight, bias)
+        if name != "kernel":
+            return dense
+        attention = self._names(path)[1] in _ATTENTION_IN
+        general = _general_depths(weight, bias)
+        if attention and len(weight) - general.get(2, len(weight)) == 3:
+            return general[2] if dense is None else self._of_output(path, weight, dense, general[2])
+        return dense if not general else None
+
+    def _of_output(self, path: str, weight: Shape, dense: int, heads: int) -> int | None:
+        """The depth of a kernel before attention that may be a stack of dense layers as well, as
+        the layer after it tells."""
+        for name in _ATTENTION_OUT:
+            layer = self._layers.get((*self._parts[path][:-2], name), {})
+            if "kernel" not in layer or "bias" not in layer:
+                continue
+            out, depth = self.shapes[layer["kernel"]], len(self.shapes[layer["bias"]]) - 1
+            if depth == heads and out[depth:-1] == weight[-2:]:
+                return heads
+            if depth == dense and len(out) - depth == 2 and out[:depth] == weight[:depth]:
+                return dense
+        return None
 
     @staticmethod
     def _of_cell(recurrent: Shape, kernel: Any, bias: Any, parent: str) -> Any:
@@ -354,23 +379,26 @@ def with_heads(path: str, names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-def _depth_of(name: str, weight: Shape, bias: Shape, parent: str) -> int | None:
-    """The depth of a layer whose weight and bias have these shapes."""
-    attention = name == "kernel" and parent in _ATTENTION_IN
-    for plain in (2, 1) if attention else (1,):
+def _depth_of(name: str, weight: Shape, bias: Shape) -> int | None:
+    """The depth of a layer whose weight and bias have these shapes, if its bias has one axis."""
+    depth = len(bias) - 1
+    if depth < 0 or len(weight) - depth < 2 or weight[:depth] != bias[:depth]:
+        return None
+    w, size = weight[depth:], bias[depth]
+    sides = w[:2] if name == "weight" else w[-2:]
+    return depth if size in sides or not depth else None
+
+
+def _general_depths(weight: Shape, bias: Shape) -> dict[int, int]:
+    """By the number of axes that the bias of one layer has, two or more as in a DenseGeneral, the
+    depth at which the shapes fit."""
+    found = {}
+    for plain in range(2, len(bias) + 1):
         depth = len(bias) - plain
-        if depth < 0 or len(weight) - depth < 2 or weight[:depth] != bias[:depth]:
-            continue
-        w, b = weight[depth:], bias[depth:]
-        if plain == 2:
-            fits = len(w) == 3 and w[1:] == b
-        elif name == "weight":
-            fits = b[0] in w[:2] or not depth
-        else:
-            fits = b[0] in w[-2:] or not depth
-        if fits:
-            return depth
-    return None
+        enough = len(weight) - depth > plain
+        if enough and weight[:depth] == bias[:depth] and weight[-plain:] == bias[depth:]:
+            found[plain] = depth
+    return found
 
 
 def order_is_transposed(names: tuple[str, ...]) -> bool:

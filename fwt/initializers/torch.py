@@ -232,7 +232,7 @@ def uniform(a: float = 0.0, b: float = 1.0) -> Bound:
         >>> bool(abs(uniform(-2.0, 2.0)(jax.random.key(0), (100,))).max() > 1)
         True
     """
-    return bound(_uniform, a=number("a", a), b=number("b", b, a))
+    return bound(_uniform, whole=True, a=number("a", a), b=number("b", b, a))
 
 
 @noun
@@ -244,7 +244,7 @@ def normal(mean: float = 0.0, std: float = 1.0) -> Bound:
         >>> bool(abs(normal(3.0, 0.1)(jax.random.key(0), (100,)).mean() - 3) < 0.1)
         True
     """
-    return bound(_normal, mean=number("mean", mean), std=number("std", std, 0))
+    return bound(_normal, whole=True, mean=number("mean", mean), std=number("std", std, 0))
 
 
 @noun
@@ -295,7 +295,7 @@ def constant(val: float) -> Bound:
         >>> constant(0.5)(None, (2,)).tolist()
         [0.5, 0.5]
     """
-    return bound(_constant, val=number("val", val))
+    return bound(_constant, whole=True, val=number("val", val))
 
 
 @noun

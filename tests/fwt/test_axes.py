@@ -14,6 +14,7 @@ import fwt
 from fwt import _axes, _tree
 from fwt import constraints as C
 from fwt import patterns as P
+from fwt.initializers import _bound as initializers
 
 KEY = jax.random.key(0)
 
@@ -84,6 +85,7 @@ ENSEMBLE = {
     )[0].items()
 }
 AT = "layers/MultiHeadDotProductAttention_0"
+HEADS = {"query": {"kernel": f(4, 4, 16), "bias": f(4, 16)}}
 GPT2 = {
     "h.0.attn.c_attn.weight": f(4, 12), "h.0.attn.c_attn.bias": f(12),
     "h.0.attn.c_proj.weight": f(4, 4), "h.0.attn.c_proj.bias": f(4),
@@ -136,6 +138,17 @@ NANO = {
         ({"a": {"kernel": f(3, 4, 5)}, "b": {"kernel": f(3, 5, 4)}}, "a/kernel", None),
         ({"pos": {"bias": f(4, 8)}, "d": {"kernel": f(4, 8, 3)}}, "d/kernel", None),
         ({"wi": {"kernel": f(8, 3, 16), "bias": f(16, 3)}}, "wi/kernel", None),
+        # a stack of dense layers, or one DenseGeneral
+        ({"proj": {"kernel": f(4, 4, 16), "bias": f(4, 16)}}, "proj/kernel", None),
+        ({"proj": {"kernel": f(4, 4, 16), "bias": f(4, 16)}}, "proj/bias", None),
+        ({"proj": {"kernel": f(2, 2, 2, 5), "bias": f(2, 2, 5)}}, "proj/kernel", None),
+        ({"query": {"kernel": f(4, 4, 16), "bias": f(4, 16)}}, "query/kernel", None),
+        (HEADS | {"out": {"kernel": f(4, 16, 6), "bias": f(6)}}, "query/kernel", "in heads dim"),
+        (HEADS | {"out": {"kernel": f(4, 16, 6), "bias": f(6)}}, "query/bias", "out out"),
+        (HEADS | {"out": {"kernel": f(4, 16, 6), "bias": f(4, 6)}}, "query/kernel", "stack in out"),
+        ({"query": {"kernel": f(3, 4, 4, 5), "bias": f(3, 4, 5)},
+          "out": {"kernel": f(3, 4, 5, 6), "bias": f(3, 6)}}, "query/kernel",
+         "stack in heads dim"),
         # torch's names
         ({"features.0.weight": f(64, 3, 5, 5), "features.0.bias": f(64)},
          "features.0.weight", "out in spatial spatial"),
@@ -325,6 +338,15 @@ def test_what_depends_on_unknown_axes_is_refused():
         C.unit_norm()(jnp.ones((3, 4, 5)), "in out")
 
 
+def test_a_numbered_axis_must_not_mix_the_layers_of_a_stack():
+    tree = {"d": {"kernel": 3 + jnp.arange(72.0).reshape(3, 4, 6), "bias": jnp.ones((3, 6))}}
+    for constraint in (C.max_norm(1.0, axis=0), C.l1_ball(axis=(-3, -2)), C.zero_mean(axis=0)):
+        with pytest.raises(fwt.AxesError, match=r"d/kernel.*stack of layers along axis 0.*axis=-2"):
+            fwt.project(constraint)(tree)
+    norms = jnp.linalg.norm(fwt.project(C.unit_norm(axis=-2))(tree)["d"]["kernel"], axis=1)
+    np.testing.assert_allclose(norms, 1, rtol=1e-5)
+
+
 # -- each slice is a layer --------------------------------------------------------------------
 
 SLICES = 3
@@ -405,6 +427,18 @@ def test_each_slice_has_the_fans_of_its_layer(initializer):
     assert 0.99 * limit < np.abs(w).max((1, 2)).min()
     assert np.abs(w).max() <= limit
     assert len(np.unique(w)) > 0.99 * w.size  # no slice repeats another
+
+
+def test_an_initializer_is_drawn_whole_only_where_it_says_so():
+    def _normal(key, shape, dtype, axes):  # named as one that needs no fans
+        return jnp.full(shape, 1.0 / axes.fans("keras")[0], dtype)
+
+    drawn = leaf(
+        fwt.initialize(initializers.bound(_normal), 0)(
+            {"d": {"kernel": f(3, 6, 9), "bias": f(3, 9)}}
+        )
+    )
+    np.testing.assert_allclose(drawn, 1 / 6)
 
 
 @pytest.mark.parametrize("name", ["he_normal", "orthogonal"])

@@ -1,5 +1,6 @@
 """What the names of leaves, and the shapes beside them, say of their axes."""
 
+import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -37,6 +38,23 @@ def parts(path: str) -> tuple[str, ...]:
     return tuple(out) or ("",)
 
 
+@dataclasses.dataclass
+class _Subtree:
+    """The leaves below one path: whether their first axes are alike, and what is found of them."""
+
+    paths: list[str] = dataclasses.field(default_factory=list)
+    alike: bool = True
+    first: int | None = None
+    least: list[tuple[int, str]] | None = None
+    fits: dict[int, bool] = dataclasses.field(default_factory=dict)
+
+    def add(self, path: str, shape: Shape) -> None:
+        self.paths.append(path)
+        first = shape[0] if len(shape) > 1 else None
+        self.first = first if self.first is None else self.first
+        self.alike = self.alike and first is not None and first == self.first
+
+
 class Rules:
     """The leaves of a tree by their names and shapes.
 
@@ -62,7 +80,8 @@ class Rules:
         self._layers: dict[tuple[str, ...], dict[str, str]] = {}
         for path, each in self._parts.items():
             self._layers.setdefault(each[:-1], {})[each[-1]] = path
-        self._below: dict[tuple[str, ...], list[str]] | None = None
+        self._voted: dict[bool, set[str]] = {}
+        self._subtrees: dict[tuple[str, ...], _Subtree] | None = None
 
     def _names(self, path: str) -> tuple[str, str]:
         each = self._parts[path]
@@ -157,35 +176,38 @@ class Rules:
 
     def _by_subtree(self, path: str) -> Any:
         """The depth, as a subtree tells it all of whose leaves have the same first axes."""
-        if self._below is None:
-            self._below = {}
+        if self._subtrees is None:
+            self._subtrees = {}
             for each, here in self._parts.items():
                 for cut in range(len(here)):
-                    self._below.setdefault(here[:cut], []).append(each)
-        where, sharing = self._parts[path][:-1], []
-        while True:
-            below = self._below.get(where, [])
-            first = {self.shapes[p][:1] for p in below}
-            if len(first) > 1 or any(len(self.shapes[p]) < 2 for p in below):
+                    self._subtrees.setdefault(here[:cut], _Subtree()).add(each, self.shapes[each])
+        here, found = self._parts[path], _MISSING
+        for cut in reversed(range(len(here))):  # the largest has the last word
+            subtree = self._subtrees[here[:cut]]
+            if not subtree.alike:
                 break
-            sharing.append(below)
-            if not where:
-                break
-            where = where[:-1]
-        for below in reversed(sharing):
-            found = self._shared(path, below)
-            if found is not _MISSING:
-                return found
-        return _MISSING
+            shared = self._shared(path, subtree)
+            found = found if shared is _MISSING else shared
+        return found
 
-    def _shared(self, path: str, below: list[str]) -> Any:
-        said = [d for p in below for d in [self._definite(p, p == path)] if d is not None]
-        depth = min(said, default=0)
+    def _shared(self, path: str, subtree: "_Subtree") -> Any:
+        if subtree.least is None:
+            said = [(self._definite(p, False), p) for p in subtree.paths]
+            subtree.least = sorted((d, p) for d, p in said if d is not None)[:2]
+        # What a leaf proves to the others it may not prove to itself.
+        least = [(d, p) for d, p in subtree.least if p != path or self._definite(p, True) == d]
+        depth = least[0][0] if least else 0
+        if depth not in subtree.fits:
+            subtree.fits[depth] = self._fits(subtree.paths, depth)
+        return depth if subtree.fits[depth] else _MISSING
+
+    def _fits(self, below: list[str], depth: int) -> bool:
+        """Whether these leaves may be a stack of that depth."""
         ranks = [(r, self._names(p)[1]) for p in below for r in [self._weight_rank(p)] if r]
         same = len({self.shapes[p][:depth] for p in below}) == 1
         legal = all(r - depth >= 2 + ("conv" in layer.lower()) for r, layer in ranks) and ranks
         vectors = all(len(self.shapes[p]) > depth for p in below)
-        return depth if depth and same and legal and vectors and len(below) > 1 else _MISSING
+        return bool(depth and same and legal and vectors and len(below) > 1)
 
     def _definite(self, path: str, own: bool) -> int | None:
         """The depth of a leaf whose layer alone settles it."""
@@ -227,7 +249,7 @@ class Rules:
         def kernels(names: tuple[str, ...]) -> Iterator[Shape]:
             for name in names:
                 other = self._layers.get((*above, name), {}).get("kernel")
-                if other is not None:
+                if other is not None and len(self.shapes[other]) > 1:
                     yield self.shapes[other]
 
         outs = list(kernels(_ATTENTION_OUT))
@@ -308,10 +330,15 @@ class Rules:
         votes = self._votes(gpt2=True)
         if not votes and any("gpt2" in part.lower() for part in self._parts[path]):
             votes = {"in out"}
-        return tuple(votes.pop().split()) if len(votes) == 1 else None
+        return tuple(next(iter(votes)).split()) if len(votes) == 1 else None
 
     def _votes(self, gpt2: bool) -> set[str]:
         """The orders of axes that the biases in this tree prove."""
+        if gpt2 not in self._voted:
+            self._voted[gpt2] = self._count(gpt2)
+        return self._voted[gpt2]
+
+    def _count(self, gpt2: bool) -> set[str]:
         votes = set()
         for path, each in self._parts.items():
             last, parent = each[-1], each[-2] if len(each) > 1 else ""

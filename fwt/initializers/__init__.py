@@ -123,9 +123,9 @@ def _delta_orthogonal(key: Any, shape: Any, dtype: Any, axes: Axes, scale: float
     return in_layout(make(key, tuple(shape[i] for i in order), dtype), order)
 
 
-zeros = Bound("zeros", _zeros)
+zeros = Bound("zeros", _zeros, whole=True)
 """All zeros: ``zeros(key, shape, dtype)``."""
-ones = Bound("ones", _ones)
+ones = Bound("ones", _ones, whole=True)
 """All ones: ``ones(key, shape, dtype)``."""
 
 

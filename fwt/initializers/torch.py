@@ -8,6 +8,7 @@ axes of a leaf, and they do to it what torch does to the same weight in its own 
 Source of the distributions: ``torch.nn.init`` of torch 2; every one is tested against it.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -396,7 +397,7 @@ def _kaiming_of(name: str, a: float, mode: str, nonlinearity: str, distribution:
 
 
 def _named(name: str, made: Bound) -> Bound:
-    return Bound(name, made.function, made.settings)
+    return dataclasses.replace(made, name=name)
 
 
 @noun

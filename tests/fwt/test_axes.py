@@ -11,7 +11,7 @@ import torch
 from flax import nnx
 
 import fwt
-from fwt import _axes, _tree
+from fwt import _axes, _modules, _rules, _tree
 from fwt import constraints as C
 from fwt import patterns as P
 from fwt.initializers import _bound as initializers
@@ -149,6 +149,7 @@ NANO = {
         ({"query": {"kernel": f(3, 4, 4, 5), "bias": f(3, 4, 5)},
           "out": {"kernel": f(3, 4, 5, 6), "bias": f(3, 6)}}, "query/kernel",
          "stack in heads dim"),
+        ({"key": {"kernel": f(4, 2, 8)}, "out": {"kernel": f(8)}}, "key/kernel", "in heads dim"),
         # torch's names
         ({"features.0.weight": f(64, 3, 5, 5), "features.0.bias": f(64)},
          "features.0.weight", "out in spatial spatial"),
@@ -183,6 +184,36 @@ def test_what_the_tree_tells(tree, path, expected):
 )
 def test_a_linen_module_is_traced(module, shape, expected):
     assert names(fwt.Model(module, variables(module, *shape)), "layers/up/kernel") == expected
+
+
+def test_a_linen_module_is_traced_once(monkeypatch):
+    module = Scanned(Dense(bias=False))
+    model = fwt.Model(module, variables(module, 2, 5))
+    first = names(model, "layers/up/kernel")
+    monkeypatch.setattr(_modules, "_inputs", lambda *a: pytest.fail("traced again"))
+    assert names(model, "layers/up/kernel") == first == "stack in out"
+
+
+@pytest.mark.parametrize(
+    "leaves",
+    [
+        {f"l{i}": {f"a{j}": {"kernel": f(4, 8, 8)} for j in range(10)} for i in range(80)},
+        {f"layers.{i}.mlp.weight": f(8, 8) for i in range(800)},
+    ],
+)
+def test_a_leaf_costs_the_same_in_a_large_tree(leaves, monkeypatch):
+    calls = [0]
+    beside = _rules.Rules._beside
+
+    def counted(*args):
+        calls[0] += 1
+        return beside(*args)
+
+    monkeypatch.setattr(_rules.Rules, "_beside", counted)
+    places = _axes.Places(_tree.Tree({"m": leaves}))
+    for path in places.shapes:
+        places(path)
+    assert calls[0] < 30 * len(places.shapes)
 
 
 def test_a_lifted_layer_of_a_sequential():

@@ -402,15 +402,15 @@ def by_slice(transform):
         fwt.project(C.unit_norm),
         fwt.project(C.max_norm(1.0, axis="all")),
         fwt.project(C.spectral_ball(1.0)),
-        fwt.project(C.k_sparse(2)),
-        fwt.project(C.simplex(1.0)),
+        pytest.param(fwt.project(C.k_sparse(2)), marks=pytest.mark.thorough),
+        pytest.param(fwt.project(C.simplex(1.0)), marks=pytest.mark.thorough),
         fwt.project(C.box(-1.0, 1.0)),
         fwt.project(lambda w, axes: w / jnp.abs(w).max()),
         fwt.prune(0.37),
-        fwt.prune(0.5, like="torch"),
-        fwt.prune(scope={"**": 0.6}, like="tfmot"),
+        pytest.param(fwt.prune(0.5, like="torch"), marks=pytest.mark.thorough),
+        pytest.param(fwt.prune(scope={"**": 0.6}, like="tfmot"), marks=pytest.mark.thorough),
         fwt.prune(0.4, pattern=P.channel),
-        fwt.prune(0.5, pattern=P.block((3, 3))),
+        pytest.param(fwt.prune(0.5, pattern=P.block((3, 3))), marks=pytest.mark.thorough),
         fwt.prune(0.5, pattern=P.n_m(1, 3)),
     ],
 )
@@ -419,7 +419,14 @@ def test_each_slice_is_transformed_by_itself(transform):
     np.testing.assert_array_equal(leaf(transform(STACK)), expected)
 
 
-@pytest.mark.parametrize("scope", ["global", "normalized", "erk", "lamp"])
+@pytest.mark.parametrize(
+    "scope",
+    [
+        "global",
+        "erk",
+        *(pytest.param(s, marks=pytest.mark.thorough) for s in ("normalized", "lamp")),
+    ],
+)
 def test_slices_count_as_layers_do(scope):
     layers = {f"d{i}": {"kernel": STACK["d"]["kernel"][i]} for i in range(SLICES)}
     prune = fwt.prune(0.43, scope=scope)
@@ -502,7 +509,7 @@ def test_reset_of_a_stack(like):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"regrow": "rigl"},
+        pytest.param({"regrow": "rigl"}, marks=pytest.mark.thorough),
         pytest.param({}, marks=pytest.mark.thorough),
         pytest.param({"scope": "erk", "regrow": "rigl"}, marks=pytest.mark.thorough),
     ],
@@ -515,6 +522,7 @@ def test_sparsify_counts_each_slice(settings):
     assert ((new == 0).sum((1, 2)) == 27).all()
 
 
+@pytest.mark.thorough
 def test_a_stack_of_many_layers_compiles_one_search():
     def prune(w):
         return fwt.prune(0.5, axes={"**": "stack in out"})({"d": {"kernel": w}})["d"]["kernel"]

@@ -347,8 +347,8 @@ class Places:
         return Axes(path, shape, _with_stack(names, stack, len(shape)), transposed, turned=turned)
 
     @functools.cached_property
-    def _traced(self) -> dict[str, _modules.Traced]:
-        return _modules.traced(self.module, self.tree)
+    def _traced(self) -> Mapping[str, _modules.Traced]:
+        return _modules.traced(self.module, self.tree, _of_layer)
 
     def _from_module(self, path: str) -> Axes | None:
         """The axes as the layer of a linen module tells them that sees the leaf, or a slice of
@@ -356,27 +356,30 @@ class Places:
         inner = self._traced.get(path)
         if inner is None:
             return None
-        stack = self._stack_of(path)
+        stack = self._stacks.get(inner.layer)
         if stack is None:
             return None
-        from fwt.converters.rows import table
-
-        shape = self.shapes[path]
-        told = table.known(inner.layer, inner.name, len(inner.shape))
+        shape, told = self.shapes[path], inner.known
         if told.names is None or len(told.names) != len(inner.shape):
             return self._from_tree(path, stack, "")
         names = _with_stack(_rules.with_heads(path, told.names), stack, len(shape))
         return Axes(path, shape, names, told.transposed, told.groups, told.turned)
 
-    def _stack_of(self, path: str) -> tuple[int, ...] | None:
-        """The axes that a layer does not see; None where its shapes fit several."""
-        layer = self._traced[path].layer.path
-        fits: set[tuple[int, ...]] | None = None
-        for other, inner in self._traced.items():
-            if inner.layer.path == layer and other in self.shapes:
-                mine = _missing(self.shapes[other], inner.shape)
-                fits = mine if fits is None else fits & mine
-        return fits.pop() if fits is not None and len(fits) == 1 else None
+    @functools.cached_property
+    def _stacks(self) -> dict[tuple[str, ...], tuple[int, ...]]:
+        """By layer, the axes that it does not see, unless its shapes fit several."""
+        fits: dict[tuple[str, ...], set[tuple[int, ...]]] = {}
+        for path, inner in self._traced.items():
+            if path in self.shapes:
+                mine = _missing(self.shapes[path], inner.shape)
+                fits[inner.layer] = fits.get(inner.layer, mine) & mine
+        return {layer: next(iter(each)) for layer, each in fits.items() if len(each) == 1}
+
+
+def _of_layer(layer: Any, leaf: str, rank: int) -> Known:
+    from fwt.converters.rows import table
+
+    return table.known(layer, leaf, rank)
 
 
 def _leading(names: Sequence[str]) -> int:

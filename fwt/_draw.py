@@ -86,11 +86,12 @@ def _draw(specs: Any, keys: Any) -> list[Any]:
     new = []
     for (init, shape, dtype, path), key in zip(specs, keys, strict=True):
         # JAX's own, drawn in half precision, have few distinct values and many exact zeros.
-        jaxs = initializers.is_jaxs(init) and _tree.is_narrow(dtype)
+        drawer = init.chosen if isinstance(init, InTurn) else init
+        jaxs = initializers.is_jaxs(drawer) and _tree.is_narrow(dtype)
         asked = jnp.dtype(jnp.float32) if jaxs else dtype
         try:
             value = _nodes.unboxed(init(key, shape, asked))
-        except (ArithmeticError, TypeError, ValueError) as error:
+        except (ArithmeticError, NotImplementedError, TypeError, ValueError) as error:
             if isinstance(error, FwtError):
                 raise
             raise LeafError(f"{path}: no {dtype}{list(shape)} from {init}: {error}") from error

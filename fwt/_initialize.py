@@ -23,7 +23,8 @@ def initialize(
 
     Each leaf's key is folded from its path, so that adding a layer changes no other, and from what
     the verb is, so that one seed serves all verbs. Values are drawn in float32 at least and rounded
-    to the leaf's dtype.
+    to the leaf's dtype: in half precision an end that is excluded, such as the 1 of
+    ``uniform(1.0)``, may be reached by rounding.
 
     Args:
         initializer: one of ``fwt.initializers``, or any ``(key, shape, dtype) -> array``. Ours

@@ -2,8 +2,9 @@
 and those of a linen module, which is traced."""
 
 import dataclasses
+import functools
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -156,14 +157,24 @@ def einsum_names(equation: str) -> tuple[str, ...] | None:
 
 class Traced(NamedTuple):
     """What one leaf of a linen module is where its layer runs: within a scan or vmap it is one
-    slice."""
+    slice.
 
-    layer: Any
-    name: str
+    Attributes:
+        layer: the path of its layer.
+        shape: of the leaf.
+        known: what the layer's class tells of it.
+    """
+
+    layer: tuple[str, ...]
     shape: tuple[int, ...]
+    known: Known
 
 
-def traced(module: Any, tree: _tree.Tree) -> dict[str, Traced]:
+# Of a layer, the name of a leaf and its rank, what the layer's class tells.
+Tell = Callable[[Any, str, int], Known]
+
+
+def traced(module: Any, tree: _tree.Tree, tell: Tell) -> Mapping[str, Traced]:
     """By path, the leaves of a linen module as its layers see them, from a run on shapes alone.
 
     Any input on which the module runs with these weights will do: the module's own
@@ -177,7 +188,16 @@ def traced(module: Any, tree: _tree.Tree) -> dict[str, Traced]:
         given = hasattr(x, "shape") and hasattr(x, "dtype")
         return jax.ShapeDtypeStruct(x.shape, x.dtype) if given else x
 
-    root = jax.tree_util.tree_unflatten(tree._treedef, [shaped(x) for x in tree._all])
+    case = (module, tree._treedef, tuple(shaped(x) for x in tree._all), tell)
+    try:
+        hash(case)
+    except TypeError:  # a module with an array or a dict among its settings
+        return _trace(*case)
+    return _trace_once(*case)
+
+
+def _trace(module: Any, treedef: Any, leaves: Any, tell: Tell) -> Mapping[str, Traced]:
+    root = jax.tree_util.tree_unflatten(treedef, leaves)
     shapes = getattr(root, "variables", root)
     if not isinstance(shapes, Mapping):
         return {}
@@ -187,18 +207,35 @@ def traced(module: Any, tree: _tree.Tree) -> dict[str, Traced]:
     def run(values: Any, x: Any) -> Any:
         return module.apply(values, x, rngs=rngs, mutable=True)
 
+    nn = sys.modules["flax.linen"]
     for inputs in _inputs(module, shapes):
-        found: dict[str, Traced] = {}
+        found: dict[str, _Seen] = {}
         try:
             with nn.intercept_methods(_watching(found)):
                 jax.eval_shape(run, shapes, inputs)
         except Exception:  # noqa: BLE001 - whatever a user's module says to an input that it is not for
             continue
-        return found
+        # Without the layers, which hold on to what they were traced with.
+        return {path: seen.traced(tell) for path, seen in found.items()}
     return {}
 
 
-def _watching(found: dict[str, Traced]) -> Any:
+_trace_once = functools.lru_cache(maxsize=32)(_trace)
+
+
+class _Seen(NamedTuple):
+    """One leaf, and the layer that reads it."""
+
+    layer: Any
+    name: str
+    shape: tuple[int, ...]
+
+    def traced(self, tell: Tell) -> Traced:
+        known = dataclasses.replace(tell(self.layer, self.name, len(self.shape)), owner=None)
+        return Traced(self.layer.path, self.shape, known)
+
+
+def _watching(found: dict[str, _Seen]) -> Any:
     def interceptor(call: Any, args: Any, kwds: Any, context: Any) -> Any:
         layer = context.module
         scope = getattr(layer, "scope", None)
@@ -210,7 +247,7 @@ def _watching(found: dict[str, Traced]) -> Any:
             path = "/".join(_tree.escape(str(p)) for p in (*layer.path, name))
             shape = tuple(leaves[0].shape)
             if path not in found or len(shape) <= len(found[path].shape):
-                found[path] = Traced(layer, name, shape)
+                found[path] = _Seen(layer, name, shape)
         return call(*args, **kwds)
 
     return interceptor

@@ -1,5 +1,6 @@
 """What the names of leaves, and the shapes beside them, say of their axes."""
 
+import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -37,6 +38,23 @@ def parts(path: str) -> tuple[str, ...]:
     return tuple(out) or ("",)
 
 
+@dataclasses.dataclass
+class _Subtree:
+    """The leaves below one path: whether their first axes are alike, and what is found of them."""
+
+    paths: list[str] = dataclasses.field(default_factory=list)
+    alike: bool = True
+    first: int | None = None
+    least: list[tuple[int, str]] | None = None
+    fits: dict[int, bool] = dataclasses.field(default_factory=dict)
+
+    def add(self, path: str, shape: Shape) -> None:
+        self.paths.append(path)
+        first = shape[0] if len(shape) > 1 else None
+        self.first = first if self.first is None else self.first
+        self.alike = self.alike and first is not None and first == self.first
+
+
 class Rules:
     """The leaves of a tree by their names and shapes.
 
@@ -62,7 +80,8 @@ class Rules:
         self._layers: dict[tuple[str, ...], dict[str, str]] = {}
         for path, each in self._parts.items():
             self._layers.setdefault(each[:-1], {})[each[-1]] = path
-        self._below: dict[tuple[str, ...], list[str]] | None = None
+        self._voted: dict[bool, set[str]] = {}
+        self._subtrees: dict[tuple[str, ...], _Subtree] | None = None
 
     def _names(self, path: str) -> tuple[str, str]:
         each = self._parts[path]
@@ -114,10 +133,35 @@ class Rules:
             told = self._told.get(self._layers[self._parts[path][:-1]][named])
             if told is not None:
                 return told
-            return _depth_of(named, self._beside(path, named) or (), shape, parent)
+            return self._of_bias(path, named, self._beside(path, named) or (), shape)
         if last not in _WEIGHTS or bias is None or bias == shape:
             return _MISSING
-        return _depth_of(last, shape, bias, parent)
+        return self._of_bias(path, last, shape, bias)
+
+    def _of_bias(self, path: str, name: str, weight: Shape, bias: Shape) -> int | None:
+        """The depth of a layer whose weight and bias have these shapes."""
+        dense = _depth_of(name, weight, bias)
+        if name != "kernel":
+            return dense
+        attention = self._names(path)[1] in _ATTENTION_IN
+        general = _general_depths(weight, bias)
+        if attention and len(weight) - general.get(2, len(weight)) == 3:
+            return general[2] if dense is None else self._of_output(path, weight, dense, general[2])
+        return dense if not general else None
+
+    def _of_output(self, path: str, weight: Shape, dense: int, heads: int) -> int | None:
+        """The depth of a kernel before attention that may be a stack of dense layers as well, as
+        the layer after it tells."""
+        for name in _ATTENTION_OUT:
+            layer = self._layers.get((*self._parts[path][:-2], name), {})
+            if "kernel" not in layer or "bias" not in layer:
+                continue
+            out, depth = self.shapes[layer["kernel"]], len(self.shapes[layer["bias"]]) - 1
+            if depth == heads and out[depth:-1] == weight[-2:]:
+                return heads
+            if depth == dense and len(out) - depth == 2 and out[:depth] == weight[:depth]:
+                return dense
+        return None
 
     @staticmethod
     def _of_cell(recurrent: Shape, kernel: Any, bias: Any, parent: str) -> Any:
@@ -132,35 +176,38 @@ class Rules:
 
     def _by_subtree(self, path: str) -> Any:
         """The depth, as a subtree tells it all of whose leaves have the same first axes."""
-        if self._below is None:
-            self._below = {}
+        if self._subtrees is None:
+            self._subtrees = {}
             for each, here in self._parts.items():
                 for cut in range(len(here)):
-                    self._below.setdefault(here[:cut], []).append(each)
-        where, sharing = self._parts[path][:-1], []
-        while True:
-            below = self._below.get(where, [])
-            first = {self.shapes[p][:1] for p in below}
-            if len(first) > 1 or any(len(self.shapes[p]) < 2 for p in below):
+                    self._subtrees.setdefault(here[:cut], _Subtree()).add(each, self.shapes[each])
+        here, found = self._parts[path], _MISSING
+        for cut in reversed(range(len(here))):  # the largest has the last word
+            subtree = self._subtrees[here[:cut]]
+            if not subtree.alike:
                 break
-            sharing.append(below)
-            if not where:
-                break
-            where = where[:-1]
-        for below in reversed(sharing):
-            found = self._shared(path, below)
-            if found is not _MISSING:
-                return found
-        return _MISSING
+            shared = self._shared(path, subtree)
+            found = found if shared is _MISSING else shared
+        return found
 
-    def _shared(self, path: str, below: list[str]) -> Any:
-        said = [d for p in below for d in [self._definite(p, p == path)] if d is not None]
-        depth = min(said, default=0)
+    def _shared(self, path: str, subtree: "_Subtree") -> Any:
+        if subtree.least is None:
+            said = [(self._definite(p, False), p) for p in subtree.paths]
+            subtree.least = sorted((d, p) for d, p in said if d is not None)[:2]
+        # What a leaf proves to the others it may not prove to itself.
+        least = [(d, p) for d, p in subtree.least if p != path or self._definite(p, True) == d]
+        depth = least[0][0] if least else 0
+        if depth not in subtree.fits:
+            subtree.fits[depth] = self._fits(subtree.paths, depth)
+        return depth if subtree.fits[depth] else _MISSING
+
+    def _fits(self, below: list[str], depth: int) -> bool:
+        """Whether these leaves may be a stack of that depth."""
         ranks = [(r, self._names(p)[1]) for p in below for r in [self._weight_rank(p)] if r]
         same = len({self.shapes[p][:depth] for p in below}) == 1
         legal = all(r - depth >= 2 + ("conv" in layer.lower()) for r, layer in ranks) and ranks
         vectors = all(len(self.shapes[p]) > depth for p in below)
-        return depth if depth and same and legal and vectors and len(below) > 1 else _MISSING
+        return bool(depth and same and legal and vectors and len(below) > 1)
 
     def _definite(self, path: str, own: bool) -> int | None:
         """The depth of a leaf whose layer alone settles it."""
@@ -202,7 +249,7 @@ class Rules:
         def kernels(names: tuple[str, ...]) -> Iterator[Shape]:
             for name in names:
                 other = self._layers.get((*above, name), {}).get("kernel")
-                if other is not None:
+                if other is not None and len(self.shapes[other]) > 1:
                     yield self.shapes[other]
 
         outs = list(kernels(_ATTENTION_OUT))
@@ -283,10 +330,15 @@ class Rules:
         votes = self._votes(gpt2=True)
         if not votes and any("gpt2" in part.lower() for part in self._parts[path]):
             votes = {"in out"}
-        return tuple(votes.pop().split()) if len(votes) == 1 else None
+        return tuple(next(iter(votes)).split()) if len(votes) == 1 else None
 
     def _votes(self, gpt2: bool) -> set[str]:
         """The orders of axes that the biases in this tree prove."""
+        if gpt2 not in self._voted:
+            self._voted[gpt2] = self._count(gpt2)
+        return self._voted[gpt2]
+
+    def _count(self, gpt2: bool) -> set[str]:
         votes = set()
         for path, each in self._parts.items():
             last, parent = each[-1], each[-2] if len(each) > 1 else ""
@@ -354,23 +406,26 @@ def with_heads(path: str, names: tuple[str, ...]) -> tuple[str, ...]:
     return names
 
 
-def _depth_of(name: str, weight: Shape, bias: Shape, parent: str) -> int | None:
-    """The depth of a layer whose weight and bias have these shapes."""
-    attention = name == "kernel" and parent in _ATTENTION_IN
-    for plain in (2, 1) if attention else (1,):
+def _depth_of(name: str, weight: Shape, bias: Shape) -> int | None:
+    """The depth of a layer whose weight and bias have these shapes, if its bias has one axis."""
+    depth = len(bias) - 1
+    if depth < 0 or len(weight) - depth < 2 or weight[:depth] != bias[:depth]:
+        return None
+    w, size = weight[depth:], bias[depth]
+    sides = w[:2] if name == "weight" else w[-2:]
+    return depth if size in sides or not depth else None
+
+
+def _general_depths(weight: Shape, bias: Shape) -> dict[int, int]:
+    """By the number of axes that the bias of one layer has, two or more as in a DenseGeneral, the
+    depth at which the shapes fit."""
+    found = {}
+    for plain in range(2, len(bias) + 1):
         depth = len(bias) - plain
-        if depth < 0 or len(weight) - depth < 2 or weight[:depth] != bias[:depth]:
-            continue
-        w, b = weight[depth:], bias[depth:]
-        if plain == 2:
-            fits = len(w) == 3 and w[1:] == b
-        elif name == "weight":
-            fits = b[0] in w[:2] or not depth
-        else:
-            fits = b[0] in w[-2:] or not depth
-        if fits:
-            return depth
-    return None
+        enough = len(weight) - depth > plain
+        if enough and weight[:depth] == bias[:depth] and weight[-plain:] == bias[depth:]:
+            found[plain] = depth
+    return found
 
 
 def order_is_transposed(names: tuple[str, ...]) -> bool:

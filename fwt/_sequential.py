@@ -102,6 +102,7 @@ class Sequential(nn.Module, KnowsAxes):
                 "batch axis, None for any)"
             )
         object.__setattr__(self, "input_shape", shape)
+        object.__setattr__(self, "_by_name", {n.name: n.layer for n in self.layers})
         super().__post_init__()
 
     @nn.compact
@@ -134,7 +135,7 @@ class Sequential(nn.Module, KnowsAxes):
         from fwt.converters.rows import table
 
         parts = _tree.split(path) or [""]
-        layer = next((n.layer for n in self.layers if n.name == _tree.unescape(parts[0])), None)
+        layer = vars(self)["_by_name"].get(_tree.unescape(parts[0]))
         rest = "/".join(parts[1:])
         if isinstance(layer, Sequential):
             return layer._known_axes(rest, rank)

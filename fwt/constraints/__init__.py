@@ -184,8 +184,8 @@ def box(lower: Any, upper: Any) -> Bound:
         >>> box(-1.0, 0.5)(jax.numpy.array([-3.0, 0.25, 2.0])).tolist()
         [-1.0, 0.25, 0.5]
     """
-    check("lower", lower, float("-inf"))
-    check("upper", upper, float("-inf"))
+    check("lower", lower, float("-inf"), arrays=True)
+    check("upper", upper, float("-inf"), arrays=True)
     plain = not any(isinstance(x, jax.Array | np.ndarray) for x in (lower, upper))
     if plain and lower > upper:
         raise FwtError(f"upper must be at least lower={lower:g}, found {upper:g}")
@@ -208,7 +208,7 @@ def hypercube(scale: Any = 1.0) -> Bound:
         >>> hypercube()(jax.numpy.array([-3.0, 0.25, 2.0])).tolist()
         [0.0, 0.25, 1.0]
     """
-    check("scale", scale, 0)
+    check("scale", scale, 0, arrays=True)
     made = bound(_vectors.box, "projection", "plain", lower=0.0, upper=scale)
     return dataclasses.replace(made, name="hypercube")
 
@@ -226,7 +226,7 @@ def linf_ball(scale: Any = 1.0) -> Bound:
         >>> linf_ball(0.5)(jax.numpy.array([-3.0, 0.25, 2.0])).tolist()
         [-0.5, 0.25, 0.5]
     """
-    check("scale", scale, 0)
+    check("scale", scale, 0, arrays=True)
     made = bound(_vectors.box, "projection", "plain", lower=-scale, upper=scale)
     return dataclasses.replace(made, name="linf_ball")
 
@@ -363,8 +363,8 @@ def hyperplane(normal: Any = 1.0, offset: Any = 0.0, axis: Axis = None) -> Bound
         >>> hyperplane(1.0, 4.0, axis="all")(jax.numpy.array([1.0, 2.0])).tolist()
         [1.5, 2.5]
     """
-    check("normal", normal, float("-inf"))
-    check("offset", offset, float("-inf"))
+    check("normal", normal, float("-inf"), arrays=True)
+    check("offset", offset, float("-inf"), arrays=True)
     return bound(_vectors.hyperplane, "projection", "mask", normal=normal, offset=offset, axis=axis)
 
 
@@ -384,8 +384,8 @@ def halfspace(normal: Any = 1.0, offset: Any = 0.0, axis: Axis = None) -> Bound:
         >>> halfspace(1.0, 2.0, axis="all")(jax.numpy.array([1.0, 2.0])).tolist()
         [0.5, 1.5]
     """
-    check("normal", normal, float("-inf"))
-    check("offset", offset, float("-inf"))
+    check("normal", normal, float("-inf"), arrays=True)
+    check("offset", offset, float("-inf"), arrays=True)
     return bound(_vectors.halfspace, "projection", "mask", normal=normal, offset=offset, axis=axis)
 
 
@@ -482,7 +482,7 @@ def quantized(
     """
     whole("bits", bits, 2 if symmetric else 1, 16)
     if scale is not None:
-        check("scale", scale, float(np.finfo(np.float32).tiny))
+        check("scale", scale, float(np.finfo(np.float32).tiny), arrays=True)
     affine_grid = scale is not None and not symmetric
     if affine_grid != (zero_point is not None):
         raise FwtError("zero_point goes with a scale and symmetric=False, and they with it")

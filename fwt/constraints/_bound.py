@@ -83,9 +83,17 @@ def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-def check(name: str, value: Any, low: float, high: float = float("inf")) -> None:
-    """Numbers are checked at once; traced and array settings can't be."""
+def check(
+    name: str, value: Any, low: float, high: float = float("inf"), arrays: bool = False
+) -> None:
+    """Numbers are checked at once; traced and array settings can't be, but an array must not stand
+    for one number unless the constraint takes ``arrays``."""
     if isinstance(value, jax.Array | np.ndarray):
+        if value.ndim and not arrays:
+            raise FwtError(
+                f"{name} must be one number, the same for each vector, found an array of shape "
+                f"{value.shape}: give one number, or one constraint with its own where= for each"
+            )
         return
     if isinstance(value, bool) or not isinstance(value, int | float | np.number):
         raise FwtError(f"{name} must be a number, found {value!r}")

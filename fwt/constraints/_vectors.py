@@ -44,7 +44,15 @@ def over(axes: Axes, axis: Axis) -> tuple[int, ...]:
         raise AxesError(
             f"{axes.path} has shape {axes.shape}, so axis={said} is not one of its axes"
         )
-    return tuple(sorted({a % rank for a in listed}))
+    dims = tuple(sorted({a % rank for a in listed}))
+    mixed = [i for i in dims if i in axes.stack]
+    if mixed:  # a leaf whose axes are not numbered comes here as one slice
+        raise AxesError(
+            f"{axes.path} of shape {axes.shape} is a stack of layers along axis {mixed[0]}, which "
+            f"axis={axis} would mix: number the axes of each layer alone, from the end, such as "
+            "axis=-2, or leave axis out; if it is no stack, say what its axes are with axes="
+        )
+    return dims
 
 
 def check_fits(axes: Axes, name: str, shape: tuple[int, ...]) -> None:

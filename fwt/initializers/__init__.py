@@ -123,9 +123,9 @@ def _delta_orthogonal(key: Any, shape: Any, dtype: Any, axes: Axes, scale: float
     return in_layout(make(key, tuple(shape[i] for i in order), dtype), order)
 
 
-zeros = Bound("zeros", _zeros)
+zeros = Bound("zeros", _zeros, whole=True)
 """All zeros: ``zeros(key, shape, dtype)``."""
-ones = Bound("ones", _ones)
+ones = Bound("ones", _ones, whole=True)
 """All ones: ``ones(key, shape, dtype)``."""
 
 
@@ -136,7 +136,7 @@ def constant(value: Any) -> Bound:
         >>> constant(0.5)(None, (2,)).tolist()
         [0.5, 0.5]
     """
-    return bound(_constant, value=numbers("value", value))
+    return bound(_constant, whole=True, value=numbers("value", value))
 
 
 @noun
@@ -149,7 +149,7 @@ def uniform(scale: float = 1e-2) -> Bound:
         >>> bool((w >= 0).all() and (w < 1).all())
         True
     """
-    return bound(_uniform, scale=scale)
+    return bound(_uniform, whole=True, scale=scale)
 
 
 @noun
@@ -161,7 +161,7 @@ def normal(stddev: float = 1e-2) -> Bound:
         >>> bool(normal(2.0)(jax.random.key(0), (1000,)).std() > 1.8)
         True
     """
-    return bound(_normal, stddev=stddev)
+    return bound(_normal, whole=True, stddev=stddev)
 
 
 @noun

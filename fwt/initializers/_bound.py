@@ -24,12 +24,15 @@ class Bound:
         function: ``(key, shape, dtype, axes, **settings) -> array``.
         settings: the arguments.
         axes: of the leaf that it is for; None reads a shape as (..., in, out), as JAX does.
+        whole: whether each number is drawn by itself, whatever the axes, so that a stack of layers
+            is no different from one.
     """
 
     name: str
     function: Callable[..., Any]
     settings: tuple[tuple[str, Any], ...] = ()
     axes: Axes | None = None
+    whole: bool = False
 
     def __call__(self, key: Any = None, shape: Any = None, dtype: Any = jnp.float32) -> Any:
         if shape is None and key is None:  # a noun may be written bare or called
@@ -47,7 +50,7 @@ class Bound:
         for name in {"value", "val"} & set(settings):
             _check_holds(dtype, settings[name])
         drawn = jnp.dtype(jnp.float32) if _tree.is_narrow(dtype) else dtype
-        if axes.stack and self.function.__name__ not in _WHOLE:
+        if axes.stack and not self.whole:
             one = axes.one
 
             def draw(key: Any) -> Any:
@@ -84,10 +87,6 @@ def _check_holds(dtype: Any, value: Any) -> None:
         raise ValueError(f"{value} is out of what {dtype} can hold")
 
 
-# What gives each number by itself: a stack of layers is no different from one.
-_WHOLE = ("_zeros", "_ones", "_constant", "_uniform", "_normal")
-
-
 def _stacked(draw: Callable[[Any], Any], key: Any, axes: Axes) -> Any:
     """Each slice of a stack, drawn by itself from a key folded from its number."""
     sizes = tuple(axes.shape[i] for i in axes.stack)
@@ -105,10 +104,10 @@ def plain_axes(name: str, shape: tuple[int, ...]) -> Axes:
     return Axes(name, shape, names if shape else ())
 
 
-def bound(function: Callable[..., Any], **settings: Any) -> Bound:
-    """A Bound named after its function, ``_normal`` for ``normal``."""
+def bound(function: Callable[..., Any], *, whole: bool = False, **settings: Any) -> Bound:
+    """A Bound named after its function, ``_normal`` for ``normal``; see there for ``whole``."""
     frozen = tuple((name, _frozen(value)) for name, value in settings.items())
-    return Bound(function.__name__.removeprefix("_"), function, frozen)
+    return Bound(function.__name__.removeprefix("_"), function, frozen, whole=whole)
 
 
 def _frozen(value: Any) -> Any:

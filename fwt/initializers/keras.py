@@ -126,7 +126,7 @@ def zeros() -> Bound:
         >>> zeros()(None, (2,)).tolist()
         [0.0, 0.0]
     """
-    return bound(_constant, value=0.0)
+    return bound(_constant, whole=True, value=0.0)
 
 
 @noun
@@ -137,7 +137,7 @@ def ones() -> Bound:
         >>> ones()(None, (2,)).tolist()
         [1.0, 1.0]
     """
-    return bound(_constant, value=1.0)
+    return bound(_constant, whole=True, value=1.0)
 
 
 @noun
@@ -148,7 +148,7 @@ def constant(value: Any = 0.0) -> Bound:
         >>> constant(0.5)(None, (2,)).tolist()
         [0.5, 0.5]
     """
-    return bound(_constant, value=numbers("value", value))
+    return bound(_constant, whole=True, value=numbers("value", value))
 
 
 @noun

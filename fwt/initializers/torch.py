@@ -8,6 +8,7 @@ axes of a leaf, and they do to it what torch does to the same weight in its own 
 Source of the distributions: ``torch.nn.init`` of torch 2; every one is tested against it.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -232,7 +233,7 @@ def uniform(a: float = 0.0, b: float = 1.0) -> Bound:
         >>> bool(abs(uniform(-2.0, 2.0)(jax.random.key(0), (100,))).max() > 1)
         True
     """
-    return bound(_uniform, a=number("a", a), b=number("b", b, a))
+    return bound(_uniform, whole=True, a=number("a", a), b=number("b", b, a))
 
 
 @noun
@@ -244,7 +245,7 @@ def normal(mean: float = 0.0, std: float = 1.0) -> Bound:
         >>> bool(abs(normal(3.0, 0.1)(jax.random.key(0), (100,)).mean() - 3) < 0.1)
         True
     """
-    return bound(_normal, mean=number("mean", mean), std=number("std", std, 0))
+    return bound(_normal, whole=True, mean=number("mean", mean), std=number("std", std, 0))
 
 
 @noun
@@ -295,7 +296,7 @@ def constant(val: float) -> Bound:
         >>> constant(0.5)(None, (2,)).tolist()
         [0.5, 0.5]
     """
-    return bound(_constant, val=number("val", val))
+    return bound(_constant, whole=True, val=number("val", val))
 
 
 @noun
@@ -396,7 +397,7 @@ def _kaiming_of(name: str, a: float, mode: str, nonlinearity: str, distribution:
 
 
 def _named(name: str, made: Bound) -> Bound:
-    return Bound(name, made.function, made.settings)
+    return dataclasses.replace(made, name=name)
 
 
 @noun

@@ -11,9 +11,10 @@ import torch
 from flax import nnx
 
 import fwt
-from fwt import _axes, _tree
+from fwt import _axes, _modules, _rules, _tree
 from fwt import constraints as C
 from fwt import patterns as P
+from fwt.initializers import _bound as initializers
 
 KEY = jax.random.key(0)
 
@@ -84,6 +85,7 @@ ENSEMBLE = {
     )[0].items()
 }
 AT = "layers/MultiHeadDotProductAttention_0"
+HEADS = {"query": {"kernel": f(4, 4, 16), "bias": f(4, 16)}}
 GPT2 = {
     "h.0.attn.c_attn.weight": f(4, 12), "h.0.attn.c_attn.bias": f(12),
     "h.0.attn.c_proj.weight": f(4, 4), "h.0.attn.c_proj.bias": f(4),
@@ -136,6 +138,18 @@ NANO = {
         ({"a": {"kernel": f(3, 4, 5)}, "b": {"kernel": f(3, 5, 4)}}, "a/kernel", None),
         ({"pos": {"bias": f(4, 8)}, "d": {"kernel": f(4, 8, 3)}}, "d/kernel", None),
         ({"wi": {"kernel": f(8, 3, 16), "bias": f(16, 3)}}, "wi/kernel", None),
+        # a stack of dense layers, or one DenseGeneral
+        ({"proj": {"kernel": f(4, 4, 16), "bias": f(4, 16)}}, "proj/kernel", None),
+        ({"proj": {"kernel": f(4, 4, 16), "bias": f(4, 16)}}, "proj/bias", None),
+        ({"proj": {"kernel": f(2, 2, 2, 5), "bias": f(2, 2, 5)}}, "proj/kernel", None),
+        ({"query": {"kernel": f(4, 4, 16), "bias": f(4, 16)}}, "query/kernel", None),
+        (HEADS | {"out": {"kernel": f(4, 16, 6), "bias": f(6)}}, "query/kernel", "in heads dim"),
+        (HEADS | {"out": {"kernel": f(4, 16, 6), "bias": f(6)}}, "query/bias", "out out"),
+        (HEADS | {"out": {"kernel": f(4, 16, 6), "bias": f(4, 6)}}, "query/kernel", "stack in out"),
+        ({"query": {"kernel": f(3, 4, 4, 5), "bias": f(3, 4, 5)},
+          "out": {"kernel": f(3, 4, 5, 6), "bias": f(3, 6)}}, "query/kernel",
+         "stack in heads dim"),
+        ({"key": {"kernel": f(4, 2, 8)}, "out": {"kernel": f(8)}}, "key/kernel", "in heads dim"),
         # torch's names
         ({"features.0.weight": f(64, 3, 5, 5), "features.0.bias": f(64)},
          "features.0.weight", "out in spatial spatial"),
@@ -170,6 +184,36 @@ def test_what_the_tree_tells(tree, path, expected):
 )
 def test_a_linen_module_is_traced(module, shape, expected):
     assert names(fwt.Model(module, variables(module, *shape)), "layers/up/kernel") == expected
+
+
+def test_a_linen_module_is_traced_once(monkeypatch):
+    module = Scanned(Dense(bias=False))
+    model = fwt.Model(module, variables(module, 2, 5))
+    first = names(model, "layers/up/kernel")
+    monkeypatch.setattr(_modules, "_inputs", lambda *a: pytest.fail("traced again"))
+    assert names(model, "layers/up/kernel") == first == "stack in out"
+
+
+@pytest.mark.parametrize(
+    "leaves",
+    [
+        {f"l{i}": {f"a{j}": {"kernel": f(4, 8, 8)} for j in range(10)} for i in range(80)},
+        {f"layers.{i}.mlp.weight": f(8, 8) for i in range(800)},
+    ],
+)
+def test_a_leaf_costs_the_same_in_a_large_tree(leaves, monkeypatch):
+    calls = [0]
+    beside = _rules.Rules._beside
+
+    def counted(*args):
+        calls[0] += 1
+        return beside(*args)
+
+    monkeypatch.setattr(_rules.Rules, "_beside", counted)
+    places = _axes.Places(_tree.Tree({"m": leaves}))
+    for path in places.shapes:
+        places(path)
+    assert calls[0] < 30 * len(places.shapes)
 
 
 def test_a_lifted_layer_of_a_sequential():
@@ -325,6 +369,15 @@ def test_what_depends_on_unknown_axes_is_refused():
         C.unit_norm()(jnp.ones((3, 4, 5)), "in out")
 
 
+def test_a_numbered_axis_must_not_mix_the_layers_of_a_stack():
+    tree = {"d": {"kernel": 3 + jnp.arange(72.0).reshape(3, 4, 6), "bias": jnp.ones((3, 6))}}
+    for constraint in (C.max_norm(1.0, axis=0), C.l1_ball(axis=(-3, -2)), C.zero_mean(axis=0)):
+        with pytest.raises(fwt.AxesError, match=r"d/kernel.*stack of layers along axis 0.*axis=-2"):
+            fwt.project(constraint)(tree)
+    norms = jnp.linalg.norm(fwt.project(C.unit_norm(axis=-2))(tree)["d"]["kernel"], axis=1)
+    np.testing.assert_allclose(norms, 1, rtol=1e-5)
+
+
 # -- each slice is a layer --------------------------------------------------------------------
 
 SLICES = 3
@@ -349,15 +402,15 @@ def by_slice(transform):
         fwt.project(C.unit_norm),
         fwt.project(C.max_norm(1.0, axis="all")),
         fwt.project(C.spectral_ball(1.0)),
-        fwt.project(C.k_sparse(2)),
-        fwt.project(C.simplex(1.0)),
+        pytest.param(fwt.project(C.k_sparse(2)), marks=pytest.mark.thorough),
+        pytest.param(fwt.project(C.simplex(1.0)), marks=pytest.mark.thorough),
         fwt.project(C.box(-1.0, 1.0)),
         fwt.project(lambda w, axes: w / jnp.abs(w).max()),
         fwt.prune(0.37),
-        fwt.prune(0.5, like="torch"),
-        fwt.prune(scope={"**": 0.6}, like="tfmot"),
+        pytest.param(fwt.prune(0.5, like="torch"), marks=pytest.mark.thorough),
+        pytest.param(fwt.prune(scope={"**": 0.6}, like="tfmot"), marks=pytest.mark.thorough),
         fwt.prune(0.4, pattern=P.channel),
-        fwt.prune(0.5, pattern=P.block((3, 3))),
+        pytest.param(fwt.prune(0.5, pattern=P.block((3, 3))), marks=pytest.mark.thorough),
         fwt.prune(0.5, pattern=P.n_m(1, 3)),
     ],
 )
@@ -366,7 +419,14 @@ def test_each_slice_is_transformed_by_itself(transform):
     np.testing.assert_array_equal(leaf(transform(STACK)), expected)
 
 
-@pytest.mark.parametrize("scope", ["global", "normalized", "erk", "lamp"])
+@pytest.mark.parametrize(
+    "scope",
+    [
+        "global",
+        "erk",
+        *(pytest.param(s, marks=pytest.mark.thorough) for s in ("normalized", "lamp")),
+    ],
+)
 def test_slices_count_as_layers_do(scope):
     layers = {f"d{i}": {"kernel": STACK["d"]["kernel"][i]} for i in range(SLICES)}
     prune = fwt.prune(0.43, scope=scope)
@@ -407,6 +467,33 @@ def test_each_slice_has_the_fans_of_its_layer(initializer):
     assert len(np.unique(w)) > 0.99 * w.size  # no slice repeats another
 
 
+def test_an_initializer_is_drawn_whole_only_where_it_says_so():
+    def _normal(key, shape, dtype, axes):  # named as one that needs no fans
+        return jnp.full(shape, 1.0 / axes.fans("keras")[0], dtype)
+
+    drawn = leaf(
+        fwt.initialize(initializers.bound(_normal), 0)(
+            {"d": {"kernel": f(3, 6, 9), "bias": f(3, 9)}}
+        )
+    )
+    np.testing.assert_allclose(drawn, 1 / 6)
+
+
+@pytest.mark.parametrize("name", ["he_normal", "orthogonal"])
+def test_jaxs_own_are_drawn_wide_for_a_stack_in_half_precision(name):
+    stack = {"d": {"kernel": jax.ShapeDtypeStruct((3, 40, 40), jnp.bfloat16), "bias": f(3, 40)}}
+    w = leaf(fwt.initialize(getattr(jax.nn.initializers, name)(), 0)(stack))
+    assert w.dtype == jnp.bfloat16
+    assert (w == 0).sum() < 3
+    assert len(np.unique(w)) > 500
+
+    def own(key, shape, dtype):
+        return jax.nn.initializers.orthogonal()(key, shape, dtype)
+
+    with pytest.raises(fwt.LeafError, match="d/kernel: no bfloat16"):
+        fwt.initialize(own, 0)(stack)
+
+
 @pytest.mark.parametrize("like", ["keras", "torch", "flax"])
 def test_reset_of_a_stack(like):
     big = {"d": {"kernel": f(4, 30, 70), "bias": f(4, 70)}, "e": {"scale": f(4, 70)}}
@@ -422,7 +509,7 @@ def test_reset_of_a_stack(like):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"regrow": "rigl"},
+        pytest.param({"regrow": "rigl"}, marks=pytest.mark.thorough),
         pytest.param({}, marks=pytest.mark.thorough),
         pytest.param({"scope": "erk", "regrow": "rigl"}, marks=pytest.mark.thorough),
     ],
@@ -435,6 +522,7 @@ def test_sparsify_counts_each_slice(settings):
     assert ((new == 0).sum((1, 2)) == 27).all()
 
 
+@pytest.mark.thorough
 def test_a_stack_of_many_layers_compiles_one_search():
     def prune(w):
         return fwt.prune(0.5, axes={"**": "stack in out"})({"d": {"kernel": w}})["d"]["kernel"]

@@ -50,7 +50,8 @@ def at(where: Where, transform: Transform) -> Transform:
 
     Paths stay absolute, and the ``where`` of the inner transform (its default too) is
     intersected with this one. Any function of a tree can be narrowed, for the other leaves are
-    hidden from it: ``jax.tree.map`` passes them by.
+    hidden from it: ``jax.tree.map`` passes them by. Of a tied array (one array under several
+    paths) the function sees every path, and must give all of them one value.
 
     Args:
         where: as in :func:`fwt.select`.
@@ -60,7 +61,10 @@ def at(where: Where, transform: Transform) -> Transform:
         The narrowed transform; leaves outside come back as the same objects.
 
     Raises:
-        WhereError: if nothing matches; it says which of the two narrowed to nothing.
+        WhereError: if nothing matches; the error says whether it was this ``where`` or that of the
+            inner transform.
+        LeafError: if the transform changes the tree, or gives the paths of a tied array different
+            values.
 
     Example:
         >>> import fwt, numpy as np
@@ -72,7 +76,7 @@ def at(where: Where, transform: Transform) -> Transform:
 
     def apply(params: Params) -> Params:
         tree = _tree.Tree(params, wants_statistics(transform))
-        kept = tree.select(where)
+        kept = tree.whole(tree.select(where))
         hide = {
             p: _tree.Unselected(x.shape, x.dtype) for p, x in tree.leaves.items() if p not in kept
         }
@@ -84,7 +88,7 @@ def at(where: Where, transform: Transform) -> Transform:
                 f"the transform inside at(...) must keep the tree as it is, but {changed!r} "
                 f"{'appeared' if changed in new else 'went missing'}"
             )
-        return tree.replace(new)
+        return tree.replace(tree.once(new))
 
     return with_statistics(apply, [transform])
 

@@ -80,10 +80,12 @@ def assign(values: Mapping[str, Any]) -> Transform:
             leaf's shape and dtype.
 
     Returns:
-        A transform; the other leaves come back as the same objects.
+        A transform. Where a leaf is tied (one array under several paths), a value for one of its
+        paths is set at all of them. All other leaves come back as the same objects.
 
     Raises:
-        LeafError: naming path, expected and found.
+        LeafError: if the tree has no such leaf, if an array has not the shape and dtype of its
+            leaf, or if two paths of a tied array are given different values.
 
     Example:
         >>> import numpy as np
@@ -122,6 +124,6 @@ def assign(values: Mapping[str, Any]) -> Transform:
                 )
             as_numpy = isinstance(leaf, np.ndarray) and not isinstance(value, jax.Array)
             new[path] = np.array(value) if as_numpy else jnp.asarray(_tree.computable(path, value))
-        return tree.replace(new)
+        return tree.replace(tree.once(new))
 
     return apply

@@ -151,11 +151,25 @@ class Tree:
                     out.setdefault(path, _nodes.turned(one, self.leaves[path], new[given]))
         return out
 
+    def whole(self, paths: Iterable[str]) -> list[str]:
+        """These paths and all that are tied to them, in path order."""
+        chosen = set(paths)
+        for group in self.ties:
+            if not chosen.isdisjoint(group):
+                chosen |= set(group)
+        return [p for p in self.leaves if p in chosen]
+
     def once(self, new: Mapping[str, Any]) -> dict[str, Any]:
-        """The same with one value for all that is tied, which must agree on it."""
+        """``new`` with one value for each tie: the other paths of it are left out.
+
+        Raises:
+            LeafError: if the paths of a tie were given different values.
+        """
         out = dict(new)
         for group in self.ties:
             first, *others = [p for p in group if p in out] or [""]
+            if all(out[p] is self.leaves[p] for p in (first, *others) if p):
+                continue  # nothing is new
             for path in others:
                 value = _nodes.turned(self.leaves[first], self.leaves[path], out[first])
                 agree = _nodes.same_values(value, out[path])

@@ -1,6 +1,7 @@
 """What is no part of the params, or of a path: boxes, optimizer states; and what is one array."""
 
 import dataclasses
+import warnings
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -346,6 +347,45 @@ def test_one_array_at_two_paths(name):
         fwt.apply_masks(masks)(tree)
 
 
+def outcome(t, tree):
+    """What a transform gives: values or an error, and warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            new = [np.asarray(x).tolist() for x in jax.tree.leaves(t(tree))]
+        except fwt.FwtError as error:
+            new = str(error)
+    return new, [str(w.message) for w in caught]
+
+
+@pytest.mark.parametrize("name", dict(tied_trees()))
+@pytest.mark.parametrize(
+    "t",
+    [
+        fwt.prune(0.5),
+        fwt.prune(0.5, where="head/kernel"),
+        fwt.prune(0.5, where="head/*"),
+        fwt.initialize(fwt.initializers.normal(), 0, where="**"),
+        fwt.project(fwt.constraints.unit_norm),
+        fwt.at("head/kernel", fwt.prune(0.5)),
+    ],
+)
+def test_at_everything_is_the_transform_itself_on_ties_too(name, t):
+    tree = dict(tied_trees())[name]
+    assert outcome(fwt.at("**", t), tree) == outcome(t, tree)
+
+
+def test_assign_gives_a_tie_one_value():
+    for name, tree in tied_trees():
+        head = tree["head"]["kernel"]
+        one, other = np.ones(W.shape, np.float32), np.zeros(head.shape, np.float32)
+        with pytest.raises(fwt.LeafError, match="were given different values"):
+            fwt.assign({"emb/embedding": one, "head/kernel": other})(tree)
+        new = fwt.assign({"emb/embedding": one, "head/kernel": other + 1})(tree)
+        assert share(new), name
+        assert new["head"]["kernel"].all()
+
+
 def test_ties_that_a_transform_of_the_users_own_would_undo():
     def different(tree):
         return jax.tree_util.tree_map_with_path(lambda keys, x: x + len(str(keys)), tree)
@@ -353,6 +393,11 @@ def test_ties_that_a_transform_of_the_users_own_would_undo():
     tree = dict(tied_trees())["jax"]
     with pytest.raises(fwt.LeafError, match="were given different values"):
         fwt.straight_through(different)(tree)
+    with pytest.raises(fwt.LeafError, match="were given different values"):
+        fwt.at("**", different)(tree)
+    for _, tree in tied_trees():  # what is left alone comes back as the same objects
+        new = fwt.at("**", fwt.prune(0.5, where="body/*"))(tree)
+        assert new["head"]["kernel"] is tree["head"]["kernel"]
 
 
 def test_what_is_no_tie():

@@ -25,6 +25,12 @@ def initialize(
     the verb is, so that one seed serves all verbs. Values are drawn in float32 at least and rounded
     to the leaf's dtype.
 
+    A tied array (one array under several paths) gets one new value. A JAX array whose entries are
+    all equal, such as the ``zeros`` of a template, is a filling and ties nothing: each of its paths
+    gets a value of its own. NumPy memory that is shared, a variable that an nnx module shares, and
+    what a file calls one array stay tied whatever they hold. ``jit`` gives each leaf an array of
+    its own, so in it only what a file or ``nnx.jit`` calls one stays tied.
+
     Args:
         initializer: one of ``fwt.initializers``, or any ``(key, shape, dtype) -> array``. Ours
             learn the axes of each leaf; JAX's own assume (..., in, out), so on other leaves they

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from fwt._types import LeafError, Model
 
@@ -384,24 +385,45 @@ def memory(leaf: Any) -> Any:
     return leaf.__array_interface__["data"][0], leaf.dtype.name, tuple(axes)
 
 
-def turned(one: Any, other: Any, value: Any) -> Any:
-    """What ``other`` becomes when ``one``, which it is tied to, becomes ``value``: that, or its
-    transpose where both are views of one memory."""
+def is_filling(leaf: Any) -> bool:
+    """Whether it is a JAX array with all entries equal, such as zeros. JAX arrays don't change, so
+    one that stands at two places is most often a template that was written down once."""
+    if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
+        return False
+    with jax.ensure_compile_time_eval():
+        first, last = leaf[(0,) * leaf.ndim], leaf[(-1,) * leaf.ndim]
+        return bool(first == last) and bool((leaf == first).all())  # most differ there already
+
+
+def turn(one: Any, other: Any) -> list[int]:
+    """The axes of ``one`` in the order in which ``other`` has them, which is tied to it."""
     rank, both = len(one.shape), isinstance(one, np.ndarray) and isinstance(other, np.ndarray)
-    if not both or one.strides == other.strides or len(np.shape(value)) != rank:
-        return value  # a mask of rank 0 is that of any shape
-    if memory(one) != memory(other):
-        return value
+    if not both or one.strides == other.strides or memory(one) != memory(other):
+        return list(range(rank))
 
     def order(x: Any) -> list[int]:
         return sorted(range(rank), key=lambda i: (-x.strides[i], -x.shape[i]))
 
     axes = dict(zip(order(other), order(one), strict=True))
-    return value.transpose([axes[i] for i in range(rank)])
+    return [axes[i] for i in range(rank)]
+
+
+def turned(one: Any, other: Any, value: Any) -> Any:
+    """What ``other`` becomes when ``one``, which it is tied to, becomes ``value``: that, or its
+    transpose where both are views of one memory."""
+    axes = turn(one, other)
+    if axes == sorted(axes) or len(np.shape(value)) != len(axes):
+        return value  # a mask of rank 0 is that of any shape
+    return value.transpose(axes)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _same_bits(one: Any, other: Any, dtype: str) -> Any:
+    return (lax.bitcast_convert_type(one, dtype) == lax.bitcast_convert_type(other, dtype)).all()
 
 
 def same_values(one: Any, other: Any) -> bool | None:
-    """Whether two arrays are equal bit for bit; None where that can't be told yet."""
+    """Whether two arrays are equal bit for bit; None under a trace, which hides it."""
     if one is other:
         return True
     if isinstance(one, jax.core.Tracer) or isinstance(other, jax.core.Tracer):
@@ -411,8 +433,6 @@ def same_values(one: Any, other: Any) -> bool | None:
     both = isinstance(one, jax.Array) and isinstance(other, jax.Array)
     if both and one.dtype.kind in "fiu" and one.sharding == other.sharding:
         with jax.ensure_compile_time_eval():  # where they are, for they may be large
-            bits = f"uint{8 * one.dtype.itemsize}"
-            ours, theirs = (jax.lax.bitcast_convert_type(x, bits) for x in (one, other))
-            return bool(jnp.array_equal(ours, theirs))
+            return bool(_same_bits(one, other, f"uint{8 * one.dtype.itemsize}"))
     mine, other = (np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in (one, other))
     return bool(np.array_equal(mine, other))

@@ -55,11 +55,12 @@ class Tree:
 
     Leaves that are one array, or that are said to be one by the file that they come from, are
     tied: ``select`` takes all of a tie or nothing, under its first path, and ``replace`` gives all
-    of them the new value. Tracers of one ``jit`` are different ones, so there only what a file
-    said is known.
+    of them the new value. A JAX array with all entries equal, such as zeros, ties nothing: it is
+    what a template was filled with. ``jit`` makes a tracer of its own for each leaf, so there only
+    what a file said is known.
 
     With ``statistics`` the ``batch_stats`` of a variables dict are leaves too, under the paths of
-    their layers, and ``statistics`` says which leaves they are.
+    their layers, and the attribute ``statistics`` holds these paths.
     """
 
     def __init__(self, params: Params, statistics: bool = False, *, whole: bool = False):
@@ -105,10 +106,11 @@ class Tree:
             p: x for p, x in seen.items() if isinstance(x, Unselected)
         }
         self._several = {"/".join(map(escape, p)): x for p, x in walk.several.items()}
-        groups = told.get("ties", ())
-        self.ties, self._perhaps = self._ties(
+        groups = told.get("ties", ()) if _TIES.get() else ()
+        self._told_ties = [
             {"/".join(map(escape, name.split("."))) for name in group} for group in groups
-        )
+        ]
+        self._tied = _TIES.get()
         # Of a live model or an nnx module, the other paths of a tied weight, with its shape there.
         self.also: dict[str, dict[str, Any]] = {
             path: also for path, also in told.get("also", {}).items() if path in self.leaves
@@ -117,15 +119,29 @@ class Tree:
             if first := next((p for p in found if p in self.leaves), None):
                 self.also[first] = {p: s for p, s in found.items() if p not in self.leaves}
 
-    def _ties(self, told: Iterable[set[str]]) -> tuple[list[list[str]], list[list[str]]]:
-        """The paths that share one array, in path order, and those that may under a trace."""
+    @property
+    def ties(self) -> list[list[str]]:
+        """The groups of paths that share one array, each in path order."""
+        return self._groups[0]
+
+    @property
+    def _perhaps(self) -> list[list[str]]:
+        """The groups that a file says are one, where a trace hides whether they still are."""
+        return self._groups[1]
+
+    @functools.cached_property
+    def _groups(self) -> tuple[list[list[str]], list[list[str]]]:
+        # Only where they are asked for, since values are compared, and these may be large.
         found: dict[Any, list[str]] = {}
-        for path, leaf in self.leaves.items() if _TIES.get() else ():
+        for path, leaf in self.leaves.items() if self._tied else ():
             if path not in self.statistics and (key := _nodes.memory(leaf)) is not None:
                 found.setdefault(key, []).append(path)
-        ties, perhaps = [group for group in found.values() if len(group) > 1], []
-        for group in told:
-            known = [p for p in self.leaves if p in group]
+        ties, perhaps = [], []
+        for group in found.values():
+            if len(group) > 1 and not _nodes.is_filling(self.leaves[group[0]]):
+                ties.append(group)
+        for said in self._told_ties:
+            known = [p for p in self.leaves if p in said]
             equal = [_nodes.same_values(self.leaves[known[0]], self.leaves[p]) for p in known[1:]]
             if not equal or False in equal:
                 continue  # where one of them has come to differ, they are tied no more

@@ -15,6 +15,7 @@ from flax import nnx, struct
 from flax.training.train_state import TrainState
 
 import fwt
+from fwt import _nodes
 
 W = jax.random.normal(jax.random.key(0), (4, 6))
 PARAMS = {"d": {"kernel": W, "bias": jnp.ones(6)}}
@@ -398,6 +399,34 @@ def test_ties_that_a_transform_of_the_users_own_would_undo():
     for _, tree in tied_trees():  # what is left alone comes back as the same objects
         new = fwt.at("**", fwt.prune(0.5, where="body/*"))(tree)
         assert new["head"]["kernel"] is tree["head"]["kernel"]
+
+
+def test_a_filling_of_a_template_is_no_tie():
+    z = jnp.zeros((4, 6))
+    tree = {"a": {"kernel": z}, "b": {"kernel": z}}
+    t = fwt.initialize(fwt.initializers.normal(), 0)
+    eager, jitted = t(tree), jax.jit(t)(tree)
+    assert not np.array_equal(eager["a"]["kernel"], eager["b"]["kernel"])
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, eager, jitted)))
+    view = np.zeros((4, 6), np.float32)  # memory that can be written to is shared on purpose
+    new = t({"a": {"kernel": view}, "b": {"kernel": view[:]}})
+    assert np.array_equal(new["a"]["kernel"], new["b"]["kernel"])
+    one = jnp.zeros((4, 6)).at[1, 1].set(1)
+    new = t({"a": {"kernel": one}, "b": {"kernel": one}})
+    assert np.array_equal(new["a"]["kernel"], new["b"]["kernel"])
+
+
+def test_values_are_compared_only_where_ties_are_asked_for(monkeypatch):
+    calls = []
+    same = _nodes.same_values
+    monkeypatch.setattr(_nodes, "same_values", lambda *x: calls.append(x) or same(*x))
+    told = '{"ties": [["a.kernel", "b.kernel"]]}'
+    tree = _nodes.FromFile({"a": {"kernel": W}, "b": {"kernel": W + 0}}, told)
+    assert len(fwt.paths(tree)) == 2
+    assert not calls
+    new = fwt.prune(0.5)(tree)
+    assert len(calls) == 1
+    assert zeros(new) == [12, 12]
 
 
 def test_what_is_no_tie():

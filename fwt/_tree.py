@@ -175,6 +175,18 @@ class Tree:
                 chosen |= set(group)
         return [p for p in self.leaves if p in chosen]
 
+    def others(self, path: str) -> dict[str, list[int]]:
+        """The other paths of the array at a path, each with its axes in the order of this one's."""
+        leaf = self.leaves[path]
+        group = next((g for g in self.ties if path in g), [path])
+        found = {p: _nodes.turn(self.leaves[p], leaf) for p in group if p != path}
+        for p, shape in self.also.get(path, {}).items():
+            # A live model's may be turned, and equal sizes would not show it.
+            same = tuple(shape) == tuple(leaf.shape)
+            if same and (self._closed is not None or len(set(shape)) == len(shape)):
+                found[p] = list(range(len(shape)))
+        return found
+
     def once(self, new: Mapping[str, Any]) -> dict[str, Any]:
         """``new`` with one value for each tie: the other paths of it are left out.
 

@@ -401,6 +401,29 @@ def test_ties_that_a_transform_of_the_users_own_would_undo():
         assert new["head"]["kernel"] is tree["head"]["kernel"]
 
 
+def test_globs_find_a_tie_by_each_of_its_paths():
+    for name, tree in tied_trees():
+        head = tree["head"]["kernel"].shape
+        where = ["head/kernel", "body/kernel"]
+        new = fwt.prune(scope={"head/*": 0.25, "**": 0.5}, where=where)(tree)
+        assert zeros(new) == [12, 6, 6], name  # body, emb, head
+        names = "out in" if head == (4, 6) else "in out"
+        unit = fwt.project(fwt.constraints.unit_norm, where="head/kernel", axes={"head/*": names})
+        rows = np.linalg.norm(unit(tree)["emb"]["embedding"], axis=1)
+        np.testing.assert_allclose(rows, 1, rtol=1e-5)
+        for t in (
+            fwt.prune(scope={"tail/*": 0.5, "**": 0.5}, where="**"),
+            fwt.project(fwt.constraints.unit_norm, where="**", axes={"tail/*": names}),
+        ):
+            with pytest.raises(fwt.FwtError, match="matches no"):
+                t(tree)
+    net = Net(nnx.Rngs(0))
+    new = fwt.prune(scope={"b/*": 0.25}, where="b/kernel")(net)
+    assert int((new.a.kernel[...] == 0).sum()) == 16
+    ours = fwt.project(fwt.constraints.unit_norm, where="b/kernel", axes={"b/*": "out in"})(net)
+    np.testing.assert_allclose(np.linalg.norm(ours.a.kernel[...], axis=1), 1, rtol=1e-5)
+
+
 def test_a_filling_of_a_template_is_no_tie():
     z = jnp.zeros((4, 6))
     tree = {"a": {"kernel": z}, "b": {"kernel": z}}

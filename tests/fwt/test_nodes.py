@@ -424,6 +424,16 @@ def test_globs_find_a_tie_by_each_of_its_paths():
     np.testing.assert_allclose(np.linalg.norm(ours.a.kernel[...], axis=1), 1, rtol=1e-5)
 
 
+def test_a_summary_counts_a_tie_once():
+    for name, tree in tied_trees():
+        told = fwt.summary(tree)
+        assert [line.tied for line in told.lines] == ["", "", "emb/embedding"], name
+        assert told.size == 48
+        assert "head/kernel (is emb/embedding)" in str(told)
+    pruned = fwt.prune(0.5, where="head/kernel")(dict(tied_trees())["jax"])
+    assert fwt.summary(pruned).zeros == 12
+
+
 def test_a_filling_of_a_template_is_no_tie():
     z = jnp.zeros((4, 6))
     tree = {"a": {"kernel": z}, "b": {"kernel": z}}

@@ -94,7 +94,7 @@ def at(where: Where, transform: Transform) -> Transform:
 
 
 def straight_through(transform: Transform) -> Transform:
-    """The transform forward, the identity backward (the straight-through estimator).
+    """A transform that is differentiated as the identity (the straight-through estimator).
 
     Source: Bengio, Léonard and Courville, "Estimating or Propagating Gradients Through
     Stochastic Neurons", 2013.
@@ -103,11 +103,12 @@ def straight_through(transform: Transform) -> Transform:
         transform: a function from params to params that keeps paths, shapes and dtypes.
 
     Returns:
-        A transform with exactly the same values whose derivative is the identity. Leaves that
-        the transform leaves alone come back as the same objects.
+        A transform that gives exactly the same values and whose derivative is the identity. Leaves
+        that the transform does not change come back as the same objects.
 
     Raises:
-        LeafError: if the transform changes the tree, a shape or a dtype.
+        LeafError: if the transform changes the tree, a shape or a dtype, or gives the paths of a
+            tied array different values.
 
     Example:
         >>> import fwt, jax, jax.numpy as jnp

@@ -1,4 +1,5 @@
-"""What the nodes of a pytree are: containers, layers, boxes around one array, optimizer states."""
+"""What each node of a pytree is: a container, a layer, a box around one array, or the state of an
+optimizer. And which arrays are one."""
 
 import functools
 import json
@@ -18,8 +19,8 @@ from fwt._types import LeafError, Model
 
 @jax.tree_util.register_pytree_node_class
 class Unselected:
-    """What stands where :func:`fwt.at` hid a leaf: a node without leaves, so that ``jax.tree.map``
-    and our own transforms pass it by."""
+    """The stand-in for a leaf that :func:`fwt.at` hides: a node without leaves, so that
+    ``jax.tree.map`` and our own transforms pass it by."""
 
     def __init__(self, shape: tuple[int, ...], dtype: Any):
         self.shape, self.dtype = tuple(shape), np.dtype(dtype)
@@ -66,7 +67,7 @@ def _parsed(told: str) -> Mapping[str, Any]:
 
 
 def told_of(root: Any) -> Mapping[str, Any]:
-    """What a tree, or the params in it, knows of its file."""
+    """What the file of a tree said of it, if the tree, or its ``params``, is a FromFile."""
     inner = root.get("params") if isinstance(root, Mapping) else None
     found = next((x for x in (root, inner) if isinstance(x, FromFile) and x.told), None)
     return _NONE if found is None else _parsed(found.told)
@@ -106,7 +107,7 @@ def children(node: Any) -> list[tuple[Any, Any]] | None:
 
 
 def part(key: Any) -> str:
-    """The part of a path that a key is."""
+    """The text of a pytree key, as one part of a path."""
     for attribute in ("key", "name", "idx"):
         if hasattr(key, attribute):
             return str(getattr(key, attribute))
@@ -135,7 +136,8 @@ def _is_custom(node: Any) -> bool:
 
 
 def is_box(node: Any, kids: list[tuple[Any, Any]], own: str) -> bool:
-    """Whether a node only wraps what stands at ``own``, so that it is no part of the path."""
+    """Whether a node only wraps one array, so that it adds nothing to the path; ``own`` is the last
+    part of the path that leads to it."""
     known = (_of("flax.core.meta", "AxisMetadata"), _of("flax.nnx", "Variable"))
     if isinstance(node, known):
         return True
@@ -154,7 +156,8 @@ def is_box(node: Any, kids: list[tuple[Any, Any]], own: str) -> bool:
 
 
 def is_several(node: Any, kids: list[tuple[Any, Any]], own: str) -> bool:
-    """Whether a node stands for one weight and holds it in several arrays, as a quantised one."""
+    """Whether a node holds one weight in several arrays, as a quantised weight does; ``own`` is the
+    last part of the path that leads to it."""
     if any(part(key) == "qvalue" for key, _ in kids):
         return True
     if own not in ("kernel", "weight") or not _is_custom(node):
@@ -163,7 +166,7 @@ def is_several(node: Any, kids: list[tuple[Any, Any]], own: str) -> bool:
 
 
 def unboxed(node: Any, own: str = "") -> Any:
-    """Nested mappings as dicts, with what is in the boxes in the place of the boxes."""
+    """Nested mappings as dicts, with each box replaced by what it holds."""
     if isinstance(node, Mapping):
         return {name: unboxed(value, str(name)) for name, value in node.items()}
     kids = children(node)
@@ -176,7 +179,7 @@ _STATE_NAMES = {"opt_state", "opt_states", "optim_state", "optimizer_state", "op
 
 
 def _is_evident(name: str, node: Any) -> bool:
-    """Whether a node by itself says that it is the state of an optimizer."""
+    """Whether the name or the class of a node says that it is the state of an optimizer."""
     cls = type(node)
     if name in _STATE_NAMES:
         return children(node) is not None
@@ -189,7 +192,7 @@ def _is_evident(name: str, node: Any) -> bool:
 
 
 def _is_state(name: str, node: Any) -> bool:
-    """The same, or a container of such and of nothing that could be weights."""
+    """Whether a node is the state of an optimizer, or holds such states and no weights."""
     if _is_evident(name, node):
         return True
     kids = children(node) or []
@@ -198,7 +201,7 @@ def _is_state(name: str, node: Any) -> bool:
 
 
 def _holds_weights(node: Any) -> bool:
-    """Whether there are weights in it, or masks of weights."""
+    """Whether a node holds an array that could be weights, or a mask of weights."""
     return any(
         is_array(x) and len(x.shape) > 0 and (jnp.issubdtype(x.dtype, jnp.inexact) or _is_bool(x))
         for x in jax.tree.leaves(node)
@@ -217,16 +220,16 @@ def _is_bool(x: Any) -> bool:
 
 
 class Walk:
-    """The leaves of a tree in JAX's order, and what they are called.
+    """The leaves of a tree in JAX's order, and the path of each.
 
     Attributes:
         leaves: every leaf, hidden ones too.
-        parts: the parts of each one's path, None where it is no part of the params.
+        parts: the parts of the path of each leaf, None where it is no part of the params.
         statistics: whether each is a running statistic, if these are asked for.
         several: by the parts of its path, a node that holds one weight in several arrays.
         graphs: whether there are nnx modules.
         states: whether there is the state of an optimizer.
-        variables: the parts and shape of each place of an nnx variable, by its id.
+        variables: by the id of an nnx variable, the parts and shape of each path that leads to it.
         layers: by the parts of its path, each object that holds others, such as an Equinox module.
     """
 
@@ -305,7 +308,8 @@ class Walk:
     def _params_of(
         self, node: Any, names: list[str], kids: list[Any], parts: tuple[str, ...]
     ) -> list[bool] | None:
-        """Which children hold params, of a node with the state of an optimizer among them."""
+        """For each child whether it holds params, if the state of an optimizer is among the
+        children; None if there is no such state."""
         states = [_is_state(n, child) for n, child in zip(names, kids, strict=True)]
         if not parts and not any(states) and _is_evident("", node):
             return [False] * len(kids)
@@ -328,8 +332,8 @@ class Walk:
 
 
 def walk(params: Any, whole: bool = False, statistics: bool = False, inside: bool = False) -> Walk:
-    """The walk over a tree: over its params alone where it holds the state of an optimizer too,
-    unless the whole of it is asked for; with ``inside`` into nnx modules.
+    """The walk over a tree. Where it holds the state of an optimizer, only the params beside that
+    count, unless ``whole`` is set; nnx modules are opened only if ``inside`` is set.
 
     Raises:
         LeafError: if nothing says which of it are the params.
@@ -347,8 +351,8 @@ def walk(params: Any, whole: bool = False, statistics: bool = False, inside: boo
 
 
 def opened(params: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """A tree with the state of each nnx module in the place of the module, where each variable
-    stands once however often it is shared, and the way back."""
+    """A tree with each nnx module replaced by its state, in which a shared variable stands once,
+    and the function that puts the modules back."""
     nnx = sys.modules["flax.nnx"]
     treedef: Any
     outer, treedef = jax.tree.flatten(params, is_leaf=is_graph)
@@ -371,8 +375,8 @@ def opened(params: Any) -> tuple[Any, Callable[[Any], Any]]:
 
 
 def memory(leaf: Any) -> Any:
-    """What two leaves have in common that are one array, perhaps transposed; None for what is
-    never tied: scalars, masks, and arrays without memory of their own."""
+    """What is equal for two leaves exactly if they are one array, perhaps transposed. None for what
+    is never tied: scalars, masks, empty arrays, and arrays that repeat memory (broadcast)."""
     if not leaf.shape or 0 in leaf.shape or leaf.dtype == bool:
         return None
     if isinstance(leaf, jax.Array):

@@ -274,7 +274,11 @@ class Places:
     def check_used(self, paths: Sequence[str]) -> None:
         """Each glob of ``axes=`` must fit some leaf, or it is a typing mistake."""
         for glob, names in self._said.items():
-            hits = [p for p in paths if _tree.matches(glob, p)]
+            hits = [
+                p
+                for p in paths
+                if any(_tree.matches(glob, each) for each in (p, *self.tree.others(p)))
+            ]
             said = f"axes={{{glob!r}: {' '.join(names)!r}}}"
             if not hits:
                 raise AxesError(f"axes={{{glob!r}: ...}} matches no leaf{_tree.near(glob, paths)}")
@@ -303,8 +307,16 @@ class Places:
 
     def _by_user(self, path: str) -> tuple[str, ...] | None:
         rank = len(self.shapes[path])
-        fits = (n for g, n in self._said.items() if len(n) == rank and _tree.matches(g, path))
-        return next(fits, None)
+        if not any(len(names) == rank for names in self._said.values()):
+            return None
+        orders = {path: list(range(rank))}
+        if path in self.tree.leaves:  # all paths of a tie speak for it
+            orders |= self.tree.others(path)
+        for glob, names in self._said.items():
+            for each, order in orders.items() if len(names) == rank else ():
+                if _tree.matches(glob, each):
+                    return tuple(names[i] for i in order)
+        return None
 
     def known(self, path: str) -> Known:
         """What the classes of layers say of a leaf."""

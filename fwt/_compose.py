@@ -50,7 +50,8 @@ def at(where: Where, transform: Transform) -> Transform:
 
     Paths stay absolute, and the ``where`` of the inner transform (its default too) is
     intersected with this one. Any function of a tree can be narrowed, for the other leaves are
-    hidden from it: ``jax.tree.map`` passes them by.
+    hidden from it: ``jax.tree.map`` passes them by. Of a tied array (one array under several
+    paths) the function sees every path, and must give all of them one value.
 
     Args:
         where: as in :func:`fwt.select`.
@@ -60,7 +61,10 @@ def at(where: Where, transform: Transform) -> Transform:
         The narrowed transform; leaves outside come back as the same objects.
 
     Raises:
-        WhereError: if nothing matches; it says which of the two narrowed to nothing.
+        WhereError: if nothing matches; the error says whether it was this ``where`` or that of the
+            inner transform.
+        LeafError: if the transform changes the tree, or gives the paths of a tied array different
+            values.
 
     Example:
         >>> import fwt, numpy as np
@@ -72,7 +76,7 @@ def at(where: Where, transform: Transform) -> Transform:
 
     def apply(params: Params) -> Params:
         tree = _tree.Tree(params, wants_statistics(transform))
-        kept = tree.select(where)
+        kept = tree.whole(tree.select(where))
         hide = {
             p: _tree.Unselected(x.shape, x.dtype) for p, x in tree.leaves.items() if p not in kept
         }
@@ -84,13 +88,13 @@ def at(where: Where, transform: Transform) -> Transform:
                 f"the transform inside at(...) must keep the tree as it is, but {changed!r} "
                 f"{'appeared' if changed in new else 'went missing'}"
             )
-        return tree.replace(new)
+        return tree.replace(tree.once(new))
 
     return with_statistics(apply, [transform])
 
 
 def straight_through(transform: Transform) -> Transform:
-    """The transform forward, the identity backward (the straight-through estimator).
+    """A transform that is differentiated as the identity (the straight-through estimator).
 
     Source: Bengio, Léonard and Courville, "Estimating or Propagating Gradients Through
     Stochastic Neurons", 2013.
@@ -99,11 +103,12 @@ def straight_through(transform: Transform) -> Transform:
         transform: a function from params to params that keeps paths, shapes and dtypes.
 
     Returns:
-        A transform with exactly the same values whose derivative is the identity. Leaves that
-        the transform leaves alone come back as the same objects.
+        A transform that gives exactly the same values and whose derivative is the identity. Leaves
+        that the transform does not change come back as the same objects.
 
     Raises:
-        LeafError: if the transform changes the tree, a shape or a dtype.
+        LeafError: if the transform changes the tree, a shape or a dtype, or gives the paths of a
+            tied array different values.
 
     Example:
         >>> import fwt, jax, jax.numpy as jnp

@@ -26,6 +26,12 @@ def initialize(
     to the leaf's dtype: in half precision an end that is excluded, such as the 1 of
     ``uniform(1.0)``, may be reached by rounding.
 
+    A tied array (one array under several paths) gets one new value. A JAX array whose entries are
+    all equal, such as the ``zeros`` of a template, is a filling and ties nothing: each of its paths
+    gets a value of its own. NumPy memory that is shared, a variable that an nnx module shares, and
+    what a file calls one array stay tied whatever they hold. ``jit`` gives each leaf an array of
+    its own, so in it only what a file or ``nnx.jit`` calls one stays tied.
+
     Args:
         initializer: one of ``fwt.initializers``, or any ``(key, shape, dtype) -> array``. Ours
             learn the axes of each leaf; JAX's own assume (..., in, out), so on other leaves they
@@ -81,10 +87,12 @@ def assign(values: Mapping[str, Any]) -> Transform:
             leaf's shape and dtype.
 
     Returns:
-        A transform; the other leaves come back as the same objects.
+        A transform. Where a leaf is tied (one array under several paths), a value for one of its
+        paths is set at all of them. All other leaves come back as the same objects.
 
     Raises:
-        LeafError: naming path, expected and found.
+        LeafError: if the tree has no such leaf, if an array has not the shape and dtype of its
+            leaf, or if two paths of a tied array are given different values.
 
     Example:
         >>> import numpy as np
@@ -123,6 +131,6 @@ def assign(values: Mapping[str, Any]) -> Transform:
                 )
             as_numpy = isinstance(leaf, np.ndarray) and not isinstance(value, jax.Array)
             new[path] = np.array(value) if as_numpy else jnp.asarray(_tree.computable(path, value))
-        return tree.replace(new)
+        return tree.replace(tree.once(new))
 
     return apply

@@ -1,4 +1,5 @@
-"""What the nodes of a pytree are: containers, layers, boxes around one array, optimizer states."""
+"""What each node of a pytree is: a container, a layer, a box around one array, or the state of an
+optimizer. And which arrays are one."""
 
 import functools
 import json
@@ -11,14 +12,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from fwt._types import LeafError, Model
 
 
 @jax.tree_util.register_pytree_node_class
 class Unselected:
-    """What stands where :func:`fwt.at` hid a leaf: a node without leaves, so that ``jax.tree.map``
-    and our own transforms pass it by."""
+    """The stand-in for a leaf that :func:`fwt.at` hides: a node without leaves, so that
+    ``jax.tree.map`` and our own transforms pass it by."""
 
     def __init__(self, shape: tuple[int, ...], dtype: Any):
         self.shape, self.dtype = tuple(shape), np.dtype(dtype)
@@ -65,7 +67,7 @@ def _parsed(told: str) -> Mapping[str, Any]:
 
 
 def told_of(root: Any) -> Mapping[str, Any]:
-    """What a tree, or the params in it, knows of its file."""
+    """What the file of a tree said of it, if the tree, or its ``params``, is a FromFile."""
     inner = root.get("params") if isinstance(root, Mapping) else None
     found = next((x for x in (root, inner) if isinstance(x, FromFile) and x.told), None)
     return _NONE if found is None else _parsed(found.told)
@@ -105,7 +107,7 @@ def children(node: Any) -> list[tuple[Any, Any]] | None:
 
 
 def part(key: Any) -> str:
-    """The part of a path that a key is."""
+    """The text of a pytree key, as one part of a path."""
     for attribute in ("key", "name", "idx"):
         if hasattr(key, attribute):
             return str(getattr(key, attribute))
@@ -134,7 +136,8 @@ def _is_custom(node: Any) -> bool:
 
 
 def is_box(node: Any, kids: list[tuple[Any, Any]], own: str) -> bool:
-    """Whether a node only wraps what stands at ``own``, so that it is no part of the path."""
+    """Whether a node only wraps one array, so that it adds nothing to the path; ``own`` is the last
+    part of the path that leads to it."""
     known = (_of("flax.core.meta", "AxisMetadata"), _of("flax.nnx", "Variable"))
     if isinstance(node, known):
         return True
@@ -153,7 +156,8 @@ def is_box(node: Any, kids: list[tuple[Any, Any]], own: str) -> bool:
 
 
 def is_several(node: Any, kids: list[tuple[Any, Any]], own: str) -> bool:
-    """Whether a node stands for one weight and holds it in several arrays, as a quantised one."""
+    """Whether a node holds one weight in several arrays, as a quantised weight does; ``own`` is the
+    last part of the path that leads to it."""
     if any(part(key) == "qvalue" for key, _ in kids):
         return True
     if own not in ("kernel", "weight") or not _is_custom(node):
@@ -162,7 +166,7 @@ def is_several(node: Any, kids: list[tuple[Any, Any]], own: str) -> bool:
 
 
 def unboxed(node: Any, own: str = "") -> Any:
-    """Nested mappings as dicts, with what is in the boxes in the place of the boxes."""
+    """Nested mappings as dicts, with each box replaced by what it holds."""
     if isinstance(node, Mapping):
         return {name: unboxed(value, str(name)) for name, value in node.items()}
     kids = children(node)
@@ -175,7 +179,7 @@ _STATE_NAMES = {"opt_state", "opt_states", "optim_state", "optimizer_state", "op
 
 
 def _is_evident(name: str, node: Any) -> bool:
-    """Whether a node by itself says that it is the state of an optimizer."""
+    """Whether the name or the class of a node says that it is the state of an optimizer."""
     cls = type(node)
     if name in _STATE_NAMES:
         return children(node) is not None
@@ -188,7 +192,7 @@ def _is_evident(name: str, node: Any) -> bool:
 
 
 def _is_state(name: str, node: Any) -> bool:
-    """The same, or a container of such and of nothing that could be weights."""
+    """Whether a node is the state of an optimizer, or holds such states and no weights."""
     if _is_evident(name, node):
         return True
     kids = children(node) or []
@@ -197,7 +201,7 @@ def _is_state(name: str, node: Any) -> bool:
 
 
 def _holds_weights(node: Any) -> bool:
-    """Whether there are weights in it, or masks of weights."""
+    """Whether a node holds an array that could be weights, or a mask of weights."""
     return any(
         is_array(x) and len(x.shape) > 0 and (jnp.issubdtype(x.dtype, jnp.inexact) or _is_bool(x))
         for x in jax.tree.leaves(node)
@@ -216,16 +220,16 @@ def _is_bool(x: Any) -> bool:
 
 
 class Walk:
-    """The leaves of a tree in JAX's order, and what they are called.
+    """The leaves of a tree in JAX's order, and the path of each.
 
     Attributes:
         leaves: every leaf, hidden ones too.
-        parts: the parts of each one's path, None where it is no part of the params.
+        parts: the parts of the path of each leaf, None where it is no part of the params.
         statistics: whether each is a running statistic, if these are asked for.
         several: by the parts of its path, a node that holds one weight in several arrays.
         graphs: whether there are nnx modules.
         states: whether there is the state of an optimizer.
-        variables: the parts and shape of each place of an nnx variable, by its id.
+        variables: by the id of an nnx variable, the parts and shape of each path that leads to it.
         layers: by the parts of its path, each object that holds others, such as an Equinox module.
     """
 
@@ -304,7 +308,8 @@ class Walk:
     def _params_of(
         self, node: Any, names: list[str], kids: list[Any], parts: tuple[str, ...]
     ) -> list[bool] | None:
-        """Which children hold params, of a node with the state of an optimizer among them."""
+        """For each child whether it holds params, if the state of an optimizer is among the
+        children; None if there is no such state."""
         states = [_is_state(n, child) for n, child in zip(names, kids, strict=True)]
         if not parts and not any(states) and _is_evident("", node):
             return [False] * len(kids)
@@ -327,8 +332,8 @@ class Walk:
 
 
 def walk(params: Any, whole: bool = False, statistics: bool = False, inside: bool = False) -> Walk:
-    """The walk over a tree: over its params alone where it holds the state of an optimizer too,
-    unless the whole of it is asked for; with ``inside`` into nnx modules.
+    """The walk over a tree. Where it holds the state of an optimizer, only the params beside that
+    count, unless ``whole`` is set; nnx modules are opened only if ``inside`` is set.
 
     Raises:
         LeafError: if nothing says which of it are the params.
@@ -346,8 +351,8 @@ def walk(params: Any, whole: bool = False, statistics: bool = False, inside: boo
 
 
 def opened(params: Any) -> tuple[Any, Callable[[Any], Any]]:
-    """A tree with the state of each nnx module in the place of the module, where each variable
-    stands once however often it is shared, and the way back."""
+    """A tree with each nnx module replaced by its state, in which a shared variable stands once,
+    and the function that puts the modules back."""
     nnx = sys.modules["flax.nnx"]
     treedef: Any
     outer, treedef = jax.tree.flatten(params, is_leaf=is_graph)
@@ -370,8 +375,8 @@ def opened(params: Any) -> tuple[Any, Callable[[Any], Any]]:
 
 
 def memory(leaf: Any) -> Any:
-    """What two leaves have in common that are one array, perhaps transposed; None for what is
-    never tied: scalars, masks, and arrays without memory of their own."""
+    """What is equal for two leaves exactly if they are one array, perhaps transposed. None for what
+    is never tied: scalars, masks, empty arrays, and arrays that repeat memory (broadcast)."""
     if not leaf.shape or 0 in leaf.shape or leaf.dtype == bool:
         return None
     if isinstance(leaf, jax.Array):
@@ -384,24 +389,45 @@ def memory(leaf: Any) -> Any:
     return leaf.__array_interface__["data"][0], leaf.dtype.name, tuple(axes)
 
 
-def turned(one: Any, other: Any, value: Any) -> Any:
-    """What ``other`` becomes when ``one``, which it is tied to, becomes ``value``: that, or its
-    transpose where both are views of one memory."""
+def is_filling(leaf: Any) -> bool:
+    """Whether it is a JAX array with all entries equal, such as zeros. JAX arrays don't change, so
+    one that stands at two places is most often a template that was written down once."""
+    if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
+        return False
+    with jax.ensure_compile_time_eval():
+        first, last = leaf[(0,) * leaf.ndim], leaf[(-1,) * leaf.ndim]
+        return bool(first == last) and bool((leaf == first).all())  # most differ there already
+
+
+def turn(one: Any, other: Any) -> list[int]:
+    """The axes of ``one`` in the order in which ``other`` has them, which is tied to it."""
     rank, both = len(one.shape), isinstance(one, np.ndarray) and isinstance(other, np.ndarray)
-    if not both or one.strides == other.strides or len(np.shape(value)) != rank:
-        return value  # a mask of rank 0 is that of any shape
-    if memory(one) != memory(other):
-        return value
+    if not both or one.strides == other.strides or memory(one) != memory(other):
+        return list(range(rank))
 
     def order(x: Any) -> list[int]:
         return sorted(range(rank), key=lambda i: (-x.strides[i], -x.shape[i]))
 
     axes = dict(zip(order(other), order(one), strict=True))
-    return value.transpose([axes[i] for i in range(rank)])
+    return [axes[i] for i in range(rank)]
+
+
+def turned(one: Any, other: Any, value: Any) -> Any:
+    """What ``other`` becomes when ``one``, which it is tied to, becomes ``value``: that, or its
+    transpose where both are views of one memory."""
+    axes = turn(one, other)
+    if axes == sorted(axes) or len(np.shape(value)) != len(axes):
+        return value  # a mask of rank 0 is that of any shape
+    return value.transpose(axes)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _same_bits(one: Any, other: Any, dtype: str) -> Any:
+    return (lax.bitcast_convert_type(one, dtype) == lax.bitcast_convert_type(other, dtype)).all()
 
 
 def same_values(one: Any, other: Any) -> bool | None:
-    """Whether two arrays are equal bit for bit; None where that can't be told yet."""
+    """Whether two arrays are equal bit for bit; None under a trace, which hides it."""
     if one is other:
         return True
     if isinstance(one, jax.core.Tracer) or isinstance(other, jax.core.Tracer):
@@ -411,8 +437,6 @@ def same_values(one: Any, other: Any) -> bool | None:
     both = isinstance(one, jax.Array) and isinstance(other, jax.Array)
     if both and one.dtype.kind in "fiu" and one.sharding == other.sharding:
         with jax.ensure_compile_time_eval():  # where they are, for they may be large
-            bits = f"uint{8 * one.dtype.itemsize}"
-            ours, theirs = (jax.lax.bitcast_convert_type(x, bits) for x in (one, other))
-            return bool(jnp.array_equal(ours, theirs))
+            return bool(_same_bits(one, other, f"uint{8 * one.dtype.itemsize}"))
     mine, other = (np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in (one, other))
     return bool(np.array_equal(mine, other))

@@ -14,7 +14,11 @@ from fwt._types import Model, Params
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """One leaf: its path, layer class, shape, dtype, number of weights, and how many are zero."""
+    """One leaf: its path, layer class, shape, dtype, number of weights, and how many are zero.
+
+    Attributes:
+        tied: the path of the line above with which this one is one array; "" for none.
+    """
 
     path: str
     layer: str
@@ -22,6 +26,7 @@ class Line:
     dtype: str
     size: int
     zeros: int | None
+    tied: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,13 +41,13 @@ class Summary:
 
     @property
     def size(self) -> int:
-        """The number of weights."""
-        return sum(line.size for line in self.lines)
+        """The number of weights; one array under several paths counts once."""
+        return sum(line.size for line in self.lines if not line.tied)
 
     @property
     def zeros(self) -> int:
         """How many of them are zero, as far as their values are known."""
-        return sum(line.zeros or 0 for line in self.lines)
+        return sum(line.zeros or 0 for line in self.lines if not line.tied)
 
     def __rich__(self) -> Any:
         from rich.table import Table
@@ -66,7 +71,8 @@ class Summary:
                 overflow="fold",
             )
         for line in self.lines:
-            cells = [line.path, *([line.layer] if layered else []), _shape(line.shape)]
+            path = f"{line.path} (is {line.tied})" if line.tied else line.path
+            cells = [path, *([line.layer] if layered else []), _shape(line.shape)]
             cells += [line.dtype] if len(dtypes) > 1 else []
             table.add_row(*map(Text, [*cells, f"{line.size:,}", _share(line.zeros, line.size)]))
         blank = [""] * (len(table.columns) - 3)
@@ -102,7 +108,7 @@ def summary(params: Params) -> Summary:
 
     Returns:
         A :class:`Summary` to print, or to read line by line. Zeros of ``ShapeDtypeStruct`` leaves
-        are unknown.
+        are unknown. One array under several paths has a line for each and counts once in the total.
 
     Example:
         >>> import numpy as np
@@ -119,7 +125,8 @@ def summary(params: Params) -> Summary:
             for n in getattr(params.module, "layers", ())
             if hasattr(n, "layer")
         }
-    lines = [_line(path, leaf, layers, "") for path, leaf in tree.leaves.items()]
+    tied = {p: group[0] for group in tree.ties for p in group[1:]}
+    lines = [_line(p, x, layers, "", tied.get(p, "")) for p, x in tree.leaves.items()]
     variables = params.variables if isinstance(params, Model) else params
     if _tree.is_variables(variables):
         for collection in variables:
@@ -129,9 +136,9 @@ def summary(params: Params) -> Summary:
     return Summary(tuple(lines))
 
 
-def _line(path: str, leaf: Any, layers: Mapping[str, str], prefix: str) -> Line:
+def _line(path: str, leaf: Any, layers: Mapping[str, str], prefix: str, tied: str = "") -> Line:
     abstract = isinstance(leaf, jax.ShapeDtypeStruct | jax.core.Tracer)
     size = math.prod(leaf.shape)
     zeros = None if abstract else size - int(np.count_nonzero(np.asarray(leaf)))
     layer = layers.get(path.rpartition("/")[0], "")
-    return Line(prefix + path, layer, tuple(leaf.shape), str(leaf.dtype), size, zeros)
+    return Line(prefix + path, layer, tuple(leaf.shape), str(leaf.dtype), size, zeros, tied)

@@ -25,7 +25,7 @@ from fwt._paths import unescape as unescape
 from fwt._types import Array, FwtError, LeafError, Model, Params, Where, WhereError
 
 Purpose = Literal["initialize", "lsuv", "prune", "random", "regrow", "reset", "sparsify"]
-"""What a key is used for: draws for two purposes are independent, be their seeds the same."""
+"""What a key is used for: two purposes draw independent numbers from one seed."""
 
 
 _GLOBS = list | tuple | set | frozenset
@@ -33,7 +33,8 @@ _TIES = ContextVar("whether ties are looked for", default=True)
 
 
 def each_by_itself(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function with no leaf tied to another: an optimizer gives each an update of its own."""
+    """The function, run so that no leaf counts as tied: an optimizer gives each path of a tied
+    array an update of its own."""
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -47,19 +48,20 @@ def each_by_itself(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class Tree:
-    """The array leaves of ``params`` in path order, and the way back.
+    """The array leaves of ``params`` in path order, and the way back to a tree like ``params``.
 
-    A Model stands for its variables, a variables dict or a train state for its ``params``; boxes
-    around an array, such as nnx's variables and flax's ``Partitioned``, are no part of a path, nor
-    is the state of an optimizer a part of the params. With ``whole`` such a state is.
+    Of a Model its variables are taken, of a variables dict or a train state its ``params``. A box
+    around an array, such as an nnx variable or flax's ``Partitioned``, adds nothing to a path. The
+    state of an optimizer is left out, unless ``whole`` is set.
 
     Leaves that are one array, or that are said to be one by the file that they come from, are
     tied: ``select`` takes all of a tie or nothing, under its first path, and ``replace`` gives all
-    of them the new value. Tracers of one ``jit`` are different ones, so there only what a file
-    said is known.
+    of them the new value. A JAX array with all entries equal, such as zeros, ties nothing: it is
+    what a template was filled with. ``jit`` makes a tracer of its own for each leaf, so there only
+    what a file said is known.
 
     With ``statistics`` the ``batch_stats`` of a variables dict are leaves too, under the paths of
-    their layers, and ``statistics`` says which leaves they are.
+    their layers, and the attribute ``statistics`` holds these paths.
     """
 
     def __init__(self, params: Params, statistics: bool = False, *, whole: bool = False):
@@ -105,10 +107,11 @@ class Tree:
             p: x for p, x in seen.items() if isinstance(x, Unselected)
         }
         self._several = {"/".join(map(escape, p)): x for p, x in walk.several.items()}
-        groups = told.get("ties", ())
-        self.ties, self._perhaps = self._ties(
+        groups = told.get("ties", ()) if _TIES.get() else ()
+        self._told_ties = [
             {"/".join(map(escape, name.split("."))) for name in group} for group in groups
-        )
+        ]
+        self._tied = _TIES.get()
         # Of a live model or an nnx module, the other paths of a tied weight, with its shape there.
         self.also: dict[str, dict[str, Any]] = {
             path: also for path, also in told.get("also", {}).items() if path in self.leaves
@@ -117,15 +120,29 @@ class Tree:
             if first := next((p for p in found if p in self.leaves), None):
                 self.also[first] = {p: s for p, s in found.items() if p not in self.leaves}
 
-    def _ties(self, told: Iterable[set[str]]) -> tuple[list[list[str]], list[list[str]]]:
-        """The paths that share one array, in path order, and those that may under a trace."""
+    @property
+    def ties(self) -> list[list[str]]:
+        """The groups of paths that share one array, each in path order."""
+        return self._groups[0]
+
+    @property
+    def _perhaps(self) -> list[list[str]]:
+        """The groups that a file says are one, where a trace hides whether they still are."""
+        return self._groups[1]
+
+    @functools.cached_property
+    def _groups(self) -> tuple[list[list[str]], list[list[str]]]:
+        # Only where they are asked for, since values are compared, and these may be large.
         found: dict[Any, list[str]] = {}
-        for path, leaf in self.leaves.items() if _TIES.get() else ():
+        for path, leaf in self.leaves.items() if self._tied else ():
             if path not in self.statistics and (key := _nodes.memory(leaf)) is not None:
                 found.setdefault(key, []).append(path)
-        ties, perhaps = [group for group in found.values() if len(group) > 1], []
-        for group in told:
-            known = [p for p in self.leaves if p in group]
+        ties, perhaps = [], []
+        for group in found.values():
+            if len(group) > 1 and not _nodes.is_filling(self.leaves[group[0]]):
+                ties.append(group)
+        for said in self._told_ties:
+            known = [p for p in self.leaves if p in said]
             equal = [_nodes.same_values(self.leaves[known[0]], self.leaves[p]) for p in known[1:]]
             if not equal or False in equal:
                 continue  # where one of them has come to differ, they are tied no more
@@ -136,12 +153,12 @@ class Tree:
         return ties, perhaps
 
     def root(self, path: str) -> str:
-        """The path that the key of a leaf is folded from: of what a file says is one array, and a
-        trace can't see to be, the first, so that its draws are one too."""
+        """The path that the key of a leaf is folded from: its own, or, where a file says that it is
+        tied and a trace hides its values, the first path of the tie, so that all draw the same."""
         return next((group[0] for group in self._perhaps if path in group), path)
 
     def _with_ties(self, new: Mapping[str, Any]) -> dict[str, Any]:
-        """The same with a value for all that is tied to what has one."""
+        """``new`` with a value for each path that is tied to one in ``new``."""
         out = dict(new)
         for group in self.ties:
             given = next((p for p in group if p in new), None)
@@ -151,11 +168,37 @@ class Tree:
                     out.setdefault(path, _nodes.turned(one, self.leaves[path], new[given]))
         return out
 
+    def whole(self, paths: Iterable[str]) -> list[str]:
+        """These paths and all that are tied to them, in path order."""
+        chosen = set(paths)
+        for group in self.ties:
+            if not chosen.isdisjoint(group):
+                chosen |= set(group)
+        return [p for p in self.leaves if p in chosen]
+
+    def others(self, path: str) -> dict[str, list[int]]:
+        """The other paths of the array at a path, each with its axes in the order of this one's."""
+        leaf = self.leaves[path]
+        group = next((g for g in self.ties if path in g), [path])
+        found = {p: _nodes.turn(self.leaves[p], leaf) for p in group if p != path}
+        for p, shape in self.also.get(path, {}).items():
+            # A live model's may be turned, and equal sizes would not show it.
+            same = tuple(shape) == tuple(leaf.shape)
+            if same and (self._closed is not None or len(set(shape)) == len(shape)):
+                found[p] = list(range(len(shape)))
+        return found
+
     def once(self, new: Mapping[str, Any]) -> dict[str, Any]:
-        """The same with one value for all that is tied, which must agree on it."""
+        """``new`` with one value for each tie: the other paths of it are left out.
+
+        Raises:
+            LeafError: if the paths of a tie were given different values.
+        """
         out = dict(new)
         for group in self.ties:
             first, *others = [p for p in group if p in out] or [""]
+            if all(out[p] is self.leaves[p] for p in (first, *others) if p):
+                continue  # nothing is new
             for path in others:
                 value = _nodes.turned(self.leaves[first], self.leaves[path], out[first])
                 agree = _nodes.same_values(value, out[path])
@@ -169,15 +212,16 @@ class Tree:
         return out
 
     def replace(self, new: Mapping[str, Any], ties: bool = True) -> Params:
-        """The same tree with other leaves at these paths, and at what is tied to them unless told
-        otherwise; the rest are the same objects."""
+        """The tree with new leaves at these paths and, unless ``ties`` is False, at the paths tied
+        to them; all other leaves are the same objects."""
         leaves = list(self._all)
         for path, value in (self._with_ties(new) if ties else new).items():
             leaves[self._places[path]] = value
         return self._built(leaves)
 
     def map_all(self, new: Mapping[str, Any], other: Callable[[Any], Any]) -> Params:
-        """The same tree with ``new`` at its paths and ``other(leaf)`` at every other array."""
+        """The tree with the values of ``new`` at their paths, and the ties of these, and
+        ``other(leaf)`` in the place of every other array."""
         mine = {self._places[p]: x for p, x in self._with_ties(new).items()}
         leaves = [
             mine[i] if i in mine else other(x) if is_array(x) else x
@@ -190,11 +234,11 @@ class Tree:
         return new if self._closed is None else self._closed(new)
 
     def select(self, where: Where) -> list[str]:
-        """The paths that ``where`` names, in path order; none at all is an error.
+        """The paths that ``where`` names, in path order; of a tie, the first one stands for all.
 
-        What is tied stands under its first path. Where ``where`` names a part of a tie only, as
-        the kernels do of an embedding that is a head's kernel too, nothing is done to it, and a
-        warning says so, unless one of its paths is named in full.
+        A tie is selected if ``where`` names all of its paths, or one of them without wildcards. If
+        it names only some, as the role ``kernels`` does of an embedding that is a head's kernel
+        too, the tie is left out with a warning. A WhereError if nothing is selected.
         """
         chosen = self._chosen(where)
         self._refuse_several(chosen)
@@ -219,7 +263,7 @@ class Tree:
         return found
 
     def named(self, where: Where) -> list[str]:
-        """Every path that ``where`` names, to look at; none at all is an error."""
+        """Every path that ``where`` names, tied or not, to read; a WhereError if there is none."""
         chosen = self._chosen(where)
         chosen |= {p for p, also in self.also.items() if not chosen.isdisjoint(also)}
         return [p for p in self.leaves if p in chosen]
@@ -250,7 +294,12 @@ class Tree:
                 )
 
     def match(self, masks: Mapping[str, Any]) -> dict[str, Any]:
-        """The masks that mask something, checked against this tree."""
+        """The masks by path, without a rank-0 True, which leaves its leaf as it is.
+
+        Raises:
+            LeafError: if the paths, shapes or dtypes don't fit this tree, or the paths of a tie
+                have different masks.
+        """
         for path in self.leaves:
             if path not in masks:
                 raise LeafError(f"masks: no mask for {path!r}{near(path, masks)}")
@@ -281,14 +330,14 @@ class Tree:
 
 
 def as_variables(tree: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A variables dict with params, from one or from the tree of its params."""
+    """A variables dict that has ``params``: the given one, or one around the given params."""
     if not is_variables(tree):
         return {"params": tree}
     return tree if "params" in tree else {"params": {}, **tree}
 
 
 def _warn(text: str) -> None:
-    """A warning at the line of the user's that called us."""
+    """Warns at the line of the user's code that called fwt."""
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("fwt"):
         level, frame = level + 1, frame.f_back
@@ -296,7 +345,7 @@ def _warn(text: str) -> None:
 
 
 def _widest(node: Any) -> Any:
-    """The array of a node that has most entries."""
+    """The largest array in a node."""
     return max((x for x in jax.tree.leaves(node) if is_array(x)), key=lambda x: np.prod(x.shape))
 
 
@@ -353,7 +402,7 @@ def _from_bools(
             )
         return np.asarray(leaf)
 
-    # An entry speaks for its leaf or for all leaves below it.
+    # A bool holds for the leaf at its path, or for all leaves below it.
     bools = jax.tree.map(as_array, where)
     wanted = Tree(bools).leaves
     collections = bools.variables if isinstance(bools, Model) else bools
@@ -407,11 +456,11 @@ def _nothing(where: Where, leaves: Mapping[str, Any], hidden: Any, chosen: set[s
 
 
 def computable(path: str, leaf: Any, dtype: Any = None) -> Any:
-    """The leaf as something that JAX computes on without changing its dtype.
+    """The leaf, cast to ``dtype`` if one is given, checked so that JAX keeps its dtype.
 
     Raises:
-        LeafError: for a 64-bit leaf without x64, which JAX would silently make 32-bit, and for
-            scales, which are no weights.
+        LeafError: for a 64-bit leaf without x64, which JAX would silently make 32-bit, for
+            float8_e8m0fnu, which holds scales and no weights, and for a shape without values.
     """
     if dtype is not None:
         leaf = leaf.astype(jnp.dtype(dtype))
@@ -438,7 +487,7 @@ def refuse_64(path: str, leaf: Any) -> None:
 
 
 def refuse_scales(path: str, dtype: Any) -> None:
-    """Raises for the one float that has neither zero nor sign: a new value would be a NaN there."""
+    """Raises for float8_e8m0fnu, which has neither zero nor sign: most new values would be NaN."""
     if np.dtype(dtype).name == "float8_e8m0fnu":
         raise LeafError(
             f"{path} is float8_e8m0fnu, which holds powers of two alone, no zero and no sign: it "
@@ -448,7 +497,7 @@ def refuse_scales(path: str, dtype: Any) -> None:
 
 
 def wide_dtype(dtype: Any) -> Any:
-    """The dtype to compute in: float32 at least."""
+    """The dtype to compute in: the given one, or float32 if that is wider."""
     narrow = np.dtype(dtype).itemsize < 4  # of which not all promote by themselves
     return jnp.dtype(jnp.float32 if narrow else jnp.promote_types(dtype, jnp.float32))
 
@@ -459,8 +508,8 @@ def is_narrow(dtype: Any) -> bool:
 
 
 def rounded(x: Any, dtype: Any) -> Any:
-    """``x`` in another dtype. A finite number that is too large for an 8-bit float becomes its
-    largest, for most of them have a NaN in the place of infinity."""
+    """``x`` cast to ``dtype``. A finite number beyond the range of an 8-bit float becomes the
+    largest of that dtype, since most 8-bit floats have no infinity and would give a NaN."""
     if jnp.issubdtype(dtype, jnp.floating) and np.dtype(dtype).itemsize == 1:
         info = jnp.finfo(dtype)
         most, least = float(info.max), float(info.smallest_subnormal)
@@ -476,7 +525,7 @@ def as_key(key: Any, purpose: Purpose) -> Any:
 
 
 def leaf_keys(key: Any, purpose: Purpose, paths: Iterable[str]) -> list[Any]:
-    """A key for each leaf, from its path: other leaves don't matter."""
+    """A key for each path, which depends on that path alone and on no other leaf."""
     base = as_key(key, purpose)
     return [_folded(base, path) for path in paths]
 
@@ -494,7 +543,7 @@ def _one_key(key: Any) -> Any:
 
 
 def _folded(key: Array, text: str) -> Array:
-    """The key with 64 bits of the SHA-256 of a text in it."""
+    """The key with the first 64 bits of the text's SHA-256 folded in."""
     digest = hashlib.sha256(text.encode()).digest()
     for start in (0, 4):
         key = jax.random.fold_in(key, int.from_bytes(digest[start : start + 4], "big"))
@@ -526,9 +575,9 @@ def select(params: Params, where: Where = "**") -> dict[str, Any]:
 
     Args:
         params: any pytree of arrays.
-        where: a glob (``*`` within one part, ``**`` across), a list of globs, a predicate
-            ``(path, ShapeDtypeStruct) -> bool``, a tree of concrete bools, or a role such as
-            ``fwt.kernels``.
+        where: a glob (``*`` matches within one part of a path, ``**`` any number of parts), a list
+            of globs, a predicate ``(path, ShapeDtypeStruct) -> bool``, a tree of concrete bools, or
+            a role such as ``fwt.kernels``.
 
     Returns:
         ``{path: array}`` in path order, the very objects of the tree.

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -160,8 +160,9 @@ class Plan:
                 _gone(place.stack, _living(f, start[place.path])) if place.path in start else None
                 for place, f in zip(places, fits, strict=True)
             ]
+            others = {p: tree.others(p) for p in names} if isinstance(self.scope, Mapping) else {}
             found, groups, ks = self._groups(
-                places, leaves, values, fits, plain, alive, added, least
+                places, leaves, values, fits, plain, alive, added, least, others
             )
             if grow is not None:
                 worth = worths(grow[0], "regrow")
@@ -257,6 +258,7 @@ class Plan:
         alive: Mapping[str, Any] | None,
         added: list[Any],
         least: list[Any],
+        others: Mapping[str, Collection[str]],
     ) -> tuple[list[Source], list[list[Source]], list[Any]]:
         """The keys of each leaf, in the groups that are counted as one, and how many go of each;
         none where the pattern alone says it."""
@@ -301,6 +303,7 @@ class Plan:
                 a if living else None,
                 n,
                 p,
+                others.get(p.path, ()),
             )
             for p, s, m, w, d, a, n in rows
         ]

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -35,6 +35,7 @@ class Leaf(NamedTuple):
         alive: a mask of those that are not; None if all are.
         least: how many of them go at least, one count a slice; None for none.
         axes: what the axes of the whole leaf mean.
+        others: the other paths of a tied array.
     """
 
     path: str
@@ -46,6 +47,7 @@ class Leaf(NamedTuple):
     alive: Any = None
     least: Any = None
     axes: Axes | None = None
+    others: Collection[str] = ()
 
     @property
     def slices(self) -> int:
@@ -72,19 +74,24 @@ def check(scope: Any) -> None:
             )
 
 
-def shares(scope: Mapping[str, Any], paths: Sequence[str], sparsity: Any) -> list[Any]:
-    """The sparsity of each leaf: that of the first glob that matches it."""
+def shares(scope: Mapping[str, Any], leaves: Sequence[Leaf], sparsity: Any) -> list[Any]:
+    """The sparsity of each leaf: that of the first glob that matches it, by any of its paths."""
+
+    def matches(glob: str, leaf: Leaf) -> bool:
+        return any(_tree.matches(glob, p) for p in (leaf.path, *leaf.others))
+
     for glob in scope:
-        if not any(_tree.matches(glob, p) for p in paths):
+        if not any(matches(glob, x) for x in leaves):
+            paths = [p for x in leaves for p in (x.path, *x.others)]
             raise WhereError(
                 f"scope={{{glob!r}: ...}} matches no selected leaf{_tree.near(glob, paths)}"
             )
     found = []
-    for path in paths:
-        mine = next((g for g in scope if _tree.matches(g, path)), None)
+    for leaf in leaves:
+        mine = next((g for g in scope if matches(g, leaf)), None)
         if mine is None:
             raise WhereError(
-                f"scope= gives no sparsity for {path!r}: name it, add '**' for the "
+                f"scope= gives no sparsity for {leaf.path!r}: name it, add '**' for the "
                 "rest, or leave it out with where="
             )
         share = scope[mine]
@@ -109,7 +116,7 @@ def allocate(
     sizes = [x.size for x in leaves]
     dead = [x.dead for x in leaves]
     if isinstance(scope, Mapping):
-        each = shares(scope, [x.path for x in leaves], sparsity)
+        each = shares(scope, leaves, sparsity)
         return False, _bounded(_counted(each, sizes, dead, like), leaves)
     if scope == "layer":
         each = [sparsity] * len(leaves)

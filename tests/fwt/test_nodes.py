@@ -1,6 +1,7 @@
 """What is no part of the params, or of a path: boxes, optimizer states; and what is one array."""
 
 import dataclasses
+import warnings
 from typing import Any, NamedTuple
 
 import equinox as eqx
@@ -14,6 +15,7 @@ from flax import nnx, struct
 from flax.training.train_state import TrainState
 
 import fwt
+from fwt import _nodes
 
 W = jax.random.normal(jax.random.key(0), (4, 6))
 PARAMS = {"d": {"kernel": W, "bias": jnp.ones(6)}}
@@ -346,6 +348,45 @@ def test_one_array_at_two_paths(name):
         fwt.apply_masks(masks)(tree)
 
 
+def outcome(t, tree):
+    """What a transform gives: values or an error, and warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            new = [np.asarray(x).tolist() for x in jax.tree.leaves(t(tree))]
+        except fwt.FwtError as error:
+            new = str(error)
+    return new, [str(w.message) for w in caught]
+
+
+@pytest.mark.parametrize("name", dict(tied_trees()))
+@pytest.mark.parametrize(
+    "t",
+    [
+        fwt.prune(0.5),
+        fwt.prune(0.5, where="head/kernel"),
+        fwt.prune(0.5, where="head/*"),
+        fwt.initialize(fwt.initializers.normal(), 0, where="**"),
+        fwt.project(fwt.constraints.unit_norm),
+        fwt.at("head/kernel", fwt.prune(0.5)),
+    ],
+)
+def test_at_everything_is_the_transform_itself_on_ties_too(name, t):
+    tree = dict(tied_trees())[name]
+    assert outcome(fwt.at("**", t), tree) == outcome(t, tree)
+
+
+def test_assign_gives_a_tie_one_value():
+    for name, tree in tied_trees():
+        head = tree["head"]["kernel"]
+        one, other = np.ones(W.shape, np.float32), np.zeros(head.shape, np.float32)
+        with pytest.raises(fwt.LeafError, match="were given different values"):
+            fwt.assign({"emb/embedding": one, "head/kernel": other})(tree)
+        new = fwt.assign({"emb/embedding": one, "head/kernel": other + 1})(tree)
+        assert share(new), name
+        assert new["head"]["kernel"].all()
+
+
 def test_ties_that_a_transform_of_the_users_own_would_undo():
     def different(tree):
         return jax.tree_util.tree_map_with_path(lambda keys, x: x + len(str(keys)), tree)
@@ -353,6 +394,72 @@ def test_ties_that_a_transform_of_the_users_own_would_undo():
     tree = dict(tied_trees())["jax"]
     with pytest.raises(fwt.LeafError, match="were given different values"):
         fwt.straight_through(different)(tree)
+    with pytest.raises(fwt.LeafError, match="were given different values"):
+        fwt.at("**", different)(tree)
+    for _, tree in tied_trees():  # what is left alone comes back as the same objects
+        new = fwt.at("**", fwt.prune(0.5, where="body/*"))(tree)
+        assert new["head"]["kernel"] is tree["head"]["kernel"]
+
+
+def test_globs_find_a_tie_by_each_of_its_paths():
+    for name, tree in tied_trees():
+        head = tree["head"]["kernel"].shape
+        where = ["head/kernel", "body/kernel"]
+        new = fwt.prune(scope={"head/*": 0.25, "**": 0.5}, where=where)(tree)
+        assert zeros(new) == [12, 6, 6], name  # body, emb, head
+        names = "out in" if head == (4, 6) else "in out"
+        unit = fwt.project(fwt.constraints.unit_norm, where="head/kernel", axes={"head/*": names})
+        rows = np.linalg.norm(unit(tree)["emb"]["embedding"], axis=1)
+        np.testing.assert_allclose(rows, 1, rtol=1e-5)
+        for t in (
+            fwt.prune(scope={"tail/*": 0.5, "**": 0.5}, where="**"),
+            fwt.project(fwt.constraints.unit_norm, where="**", axes={"tail/*": names}),
+        ):
+            with pytest.raises(fwt.FwtError, match="matches no"):
+                t(tree)
+    net = Net(nnx.Rngs(0))
+    new = fwt.prune(scope={"b/*": 0.25}, where="b/kernel")(net)
+    assert int((new.a.kernel[...] == 0).sum()) == 16
+    ours = fwt.project(fwt.constraints.unit_norm, where="b/kernel", axes={"b/*": "out in"})(net)
+    np.testing.assert_allclose(np.linalg.norm(ours.a.kernel[...], axis=1), 1, rtol=1e-5)
+
+
+def test_a_summary_counts_a_tie_once():
+    for name, tree in tied_trees():
+        told = fwt.summary(tree)
+        assert [line.tied for line in told.lines] == ["", "", "emb/embedding"], name
+        assert told.size == 48
+        assert "head/kernel (is emb/embedding)" in str(told)
+    pruned = fwt.prune(0.5, where="head/kernel")(dict(tied_trees())["jax"])
+    assert fwt.summary(pruned).zeros == 12
+
+
+def test_a_filling_of_a_template_is_no_tie():
+    z = jnp.zeros((4, 6))
+    tree = {"a": {"kernel": z}, "b": {"kernel": z}}
+    t = fwt.initialize(fwt.initializers.normal(), 0)
+    eager, jitted = t(tree), jax.jit(t)(tree)
+    assert not np.array_equal(eager["a"]["kernel"], eager["b"]["kernel"])
+    assert all(jax.tree.leaves(jax.tree.map(np.array_equal, eager, jitted)))
+    view = np.zeros((4, 6), np.float32)  # memory that can be written to is shared on purpose
+    new = t({"a": {"kernel": view}, "b": {"kernel": view[:]}})
+    assert np.array_equal(new["a"]["kernel"], new["b"]["kernel"])
+    one = jnp.zeros((4, 6)).at[1, 1].set(1)
+    new = t({"a": {"kernel": one}, "b": {"kernel": one}})
+    assert np.array_equal(new["a"]["kernel"], new["b"]["kernel"])
+
+
+def test_values_are_compared_only_where_ties_are_asked_for(monkeypatch):
+    calls = []
+    same = _nodes.same_values
+    monkeypatch.setattr(_nodes, "same_values", lambda *x: calls.append(x) or same(*x))
+    told = '{"ties": [["a.kernel", "b.kernel"]]}'
+    tree = _nodes.FromFile({"a": {"kernel": W}, "b": {"kernel": W + 0}}, told)
+    assert len(fwt.paths(tree)) == 2
+    assert not calls
+    new = fwt.prune(0.5)(tree)
+    assert len(calls) == 1
+    assert zeros(new) == [12, 12]
 
 
 def test_what_is_no_tie():

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fwt import _tree
+from fwt import _nodes, _tree
 from fwt._sequential import Sequential
 from fwt._types import ConversionError, FileFormatError, Model
 from fwt.converters import io as _io
@@ -107,7 +107,7 @@ def filled(
             )
         found = _found(model.variables, rename or {}, path)
         flat = dict(_source.flat_names(model.variables))
-        ordered = _source.has_order(flat, _source.of(model.variables))
+        ordered = _source.has_order(flat, _nodes.told_of(model.variables))
         pairs = (
             _in_order(found, known, path, ordered)
             if match == "order"

@@ -297,7 +297,10 @@ def load(
         ``Model(module, variables)`` with NumPy leaves. A file that holds weights only gives
         ``Model(None, variables)``, the leaves under the file's own names and in its layout, unless
         ``architecture`` says what they are. Such variables keep the order of the names, what is one
-        array, and metadata through every transform, and :func:`save` writes them again.
+        array, and metadata through every transform, and :func:`save` writes them again. They do so
+        as a part of the structure, so that ``jax.tree.map`` over two trees wants both from files
+        that say the same; ``{name: dict(tree) for name, tree in variables.items()}`` is the same
+        without it.
 
     Raises:
         FileFormatError: for a file that is missing, truncated, malformed or hostile, or that holds
@@ -306,12 +309,15 @@ def load(
 
     Example:
         >>> import tempfile, os, numpy as np
-        >>> import fwt
+        >>> import fwt, jax
         >>> path = os.path.join(tempfile.mkdtemp(), "w.safetensors")
         >>> fwt.converters.save(path, None, {"params": {"d": {"kernel": np.ones((2, 3))}}})
         >>> module, variables = fwt.converters.load(path)
         >>> fwt.paths(variables)
         ['d/kernel']
+        >>> plain = {name: dict(tree) for name, tree in variables.items()}
+        >>> jax.tree.map(np.add, plain, plain)["params"]["d"]["kernel"].shape
+        (2, 3)
     """
     path = _io.given_path(path)
     how = Reading(key, fold, max_bytes, shardings, sidecar, external_data)

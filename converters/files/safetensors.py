@@ -6,12 +6,14 @@ its NumPy side lacks the 8-bit floats.
 
 import json
 import re
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fwt import _nodes
 from fwt._types import ConversionError, FileFormatError, Model
 from fwt.converters import io as _io
 from fwt.converters.files import source as _source
@@ -35,8 +37,7 @@ DTYPES = {
     "F8_E5M2FNUZ": "float8_e5m2fnuz",
 }  # fmt: skip
 _NAMES = {name: code for code, name in DTYPES.items()}
-_SOURCE = "fwt.source"  # what a .pt file says and the format has no place for
-_OURS = ("fwt", _SOURCE)
+_ARCHITECTURE, _SOURCE = _source.OURS  # the latter is what the format has no place for
 INDEX = "model.safetensors.index.json"
 
 
@@ -45,7 +46,7 @@ def load_safetensors(path: Path, how: Reading) -> Model:
     with reading(path):
         budget = Budget(path, how.max_bytes)
         flat, metadata = _read(path, budget)
-        return _model(flat, metadata, path, how)
+        return _model(flat, metadata, path, how, budget)
 
 
 def load_sharded(path: Path, how: Reading) -> Model:
@@ -65,10 +66,8 @@ def load_sharded(path: Path, how: Reading) -> Model:
                 raise FileFormatError(f"{path}: {name} stands in one of the index and {shard} only")
             flat |= held
         flat = {name: flat[name] for name in where}
-        beside = {n: v for n, v in metadata.items() if n != "total_size"}
-        ours = {n: v for n, v in beside.items() if n in _OURS or _is_tie(n, v, flat)}
-        index = {n: v for n, v in beside.items() if n not in ours and n != "format"}
-        return _model(flat, {**own, **ours}, path, how, index)
+        budget = Budget(path, how.max_bytes, sum(leaf.nbytes for leaf in flat.values()))
+        return _model(flat, own, path, how, budget, metadata)
 
 
 def _read(path: Path, budget: Budget | None) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -113,65 +112,100 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _model(
     flat: dict[str, np.ndarray],
-    metadata: Mapping[str, str],
+    own: Mapping[str, str],
     path: Path,
     how: Reading,
-    index: Mapping[str, Any] | None = None,
+    budget: Budget,
+    index: Mapping[str, Any] = types.MappingProxyType({}),
 ) -> Model:
+    """The model of some tensors with the metadata of their file, and of the index if there is
+    one."""
     if how.key is not None:
         raise FileFormatError(f"{path}: key={how.key!r}: it holds one set of weights only")
-    ours = "fwt" in metadata
+    metadata = {**own, **{n: v for n, v in index.items() if isinstance(v, str)}}
     told = _source.checked(Budget(path).parsed(metadata.get(_SOURCE, "{}"), "its source"))
-    kept = {n: v for n, v in metadata.items() if n not in _OURS}
+    # A tensor of two names is written once, and the metadata says the other.
+    second = _second_names(metadata, told, flat)
+    for name, first in second.items():
+        budget.spend(name, flat[first].nbytes)  # another format may copy it
+        flat[name] = flat[first]
+    flat = _source.tied(flat, told)
+    of_index = _source.without_ours({n: v for n, v in index.items() if n not in second})
+    kept = _source.without_ours({n: v for n, v in metadata.items() if n in own or n in second})
     if kept.get("format") == "np":  # which says nothing of the names, and hides them from others
         del kept["format"]
-    # A tensor of two names is written once, and the metadata says the other.
-    flat |= {n: flat[v] for n, v in kept.items() if _is_tie(n, v, flat)}
-    told |= {"safetensors": kept, "index": dict(index or {}), "ties": _source.ties(flat)}
-    if ours:
-        Budget(path).parsed(metadata["fwt"], "its architecture")
-        model = architecture.described(metadata["fwt"], nested(flat, "/", path), path)
+    for name in ("total_size", "format"):
+        of_index.pop(name, None)
+    told |= {"safetensors": kept, "index": of_index, "ties": _source.ties(flat)}
+    if _ARCHITECTURE in metadata:
+        text = metadata[_ARCHITECTURE]
+        Budget(path).parsed(text, "its architecture")
+        model = architecture.described(text, nested(flat, "/", path), path)
         if model.module is not None:
             return model
         return Model(None, _source.with_source(model.variables, told))
     return Model(None, _source.with_source(nested(flat, ".", path), told))
 
 
-def _is_tie(name: str, value: Any, flat: Mapping[str, Any]) -> bool:
-    """Whether an entry of the metadata says that a tensor has a second name."""
-    if name in flat or not isinstance(value, str) or value not in flat:
+def _second_names(
+    metadata: Mapping[str, str], told: Mapping[str, Any], flat: Mapping[str, Any]
+) -> dict[str, str]:
+    """The names that stand in the metadata alone, and the tensor that each is: a file of ours lists
+    them, and other programs write them as any other entry."""
+    if "ties" not in told:
+        return {n: v for n, v in metadata.items() if _is_tie(n, v, flat)}
+    out: dict[str, str] = {}
+    for group in told["ties"]:
+        if first := next((n for n in group if n in flat), None):
+            out |= {n: first for n in group if n not in flat}
+    return out
+
+
+def _is_tie(name: str, value: str, flat: Mapping[str, Any]) -> bool:
+    """Whether an entry of the metadata by itself says that a tensor has a second name."""
+    if name in flat or value not in flat:
         return False
     return "." in name or name == value.rpartition(".")[2]
 
 
-_TORCH = re.compile("(weight|bias)(_[a-z0-9_]+)?|running_(mean|var)|num_batches_tracked")
+_TORCH = re.compile("weight(_[a-z0-9_]+)?|running_(mean|var)")
+_FLAX = {"kernel", "scale", "embedding"}
 
 
 def _named(module: Any, variables: Any) -> tuple[dict[str, np.ndarray], dict[str, str]]:
     """The tensors and metadata of a file: with the architecture, or under the names that the
     weights came with."""
     tensors = _io.same_names(variables, Path()) if module is None else None
-    told = _source.of(variables) if module is None else {}
-    metadata = dict(told.get("safetensors", {}))
+    told = _nodes.told_of(variables) if module is None else {}
+    metadata = _source.without_ours(told.get("safetensors", {}))
     if tensors is None:
-        metadata = {**metadata, "format": "np", "fwt": architecture.description(module)}
+        metadata = {**metadata, "format": "np", _ARCHITECTURE: architecture.description(module)}
         tensors = _io.slashed(variables)
     else:
         tensors = _source.tied(tensors, told)
-        ends = [name.rpartition(".")[2] for name in tensors]
-        of_torch = told.get("names") or told.get("torch") or any(map(_TORCH.fullmatch, ends))
+        ends = {name.rpartition(".")[2] for name in tensors}
+        named_so = any(map(_TORCH.fullmatch, ends)) and not ends & _FLAX
+        of_torch = told.get("names") or told.get("torch") or named_so
         metadata.setdefault("format", "pt" if of_torch else "np")
         beside = {n: told[n] for n in ("names", "torch") if told.get(n)}
-        if beside and _source.has_order(tensors, told):
-            metadata[_SOURCE] = json.dumps(beside)
+        if not _source.has_order(tensors, told):
+            beside = {}
         for group in told.get("ties", ()):
             metadata = {n: v for n, v in metadata.items() if not (n in group and v in group)}
-        for group in _source.ties(_source.in_order(tensors, told)):
+        ties, dropped = _source.ties(_source.in_order(tensors, told)), {}
+        for group in ties:
             kept = next((n for n in group if n not in told.get("safetensors", {})), group[0])
             for name in group:
-                if name != kept and name not in ("format", *_OURS):
-                    metadata[name] = kept
+                if name != kept and name not in metadata and name not in _source.OURS:
+                    dropped[name] = kept
                     del tensors[name]
+        metadata |= dropped
+        # As others write it, a tie may look like any other entry.
+        evident = _second_names(metadata, {}, tensors) == dropped
+        if (ties and beside) or not evident or len(dropped) < sum(len(g) - 1 for g in ties):
+            beside["ties"] = ties
+        if beside:
+            metadata[_SOURCE] = json.dumps(beside)
     for name, leaf in tensors.items():
         if leaf.dtype.name not in _NAMES:
             raise refuse(name, f"dtype {leaf.dtype} can't be written to .safetensors")
@@ -188,7 +222,7 @@ def save_sharded(folder: Path, module: Any, variables: Any, shard_bytes: int) ->
     """A folder of shards of at most so many bytes each, and their index."""
     tensors, metadata = _named(module, variables)
     dropped = {n: v for n, v in metadata.items() if n not in tensors and v in tensors}
-    in_index = {n: v for n, v in metadata.items() if n in _OURS or n in dropped}
+    in_index = {n: v for n, v in metadata.items() if n in _source.OURS or n in dropped}
     own = {n: v for n, v in metadata.items() if n not in in_index}
     shards: list[dict[str, np.ndarray]] = [{}]
     room = shard_bytes
@@ -205,7 +239,8 @@ def save_sharded(folder: Path, module: Any, variables: Any, shard_bytes: int) ->
             _write(_io.Counted(file), shard, own)
         where |= dict.fromkeys(shard, name)
     total = {"total_size": sum(leaf.nbytes for leaf in tensors.values())}
-    beside = _source.of(variables).get("index", {}) if module is None else {}
+    told = _nodes.told_of(variables) if module is None else {}
+    beside = _source.without_ours(told.get("index", {}))
     index = {"metadata": {**beside, **total, **in_index}, "weight_map": where}
     (folder / INDEX).write_text(json.dumps(index, indent=2))
 

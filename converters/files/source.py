@@ -10,7 +10,7 @@ It is JSON text at a :class:`fwt._nodes.FromFile`, a dict of the variables, with
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,9 @@ from flax import serialization
 
 from fwt import _nodes
 from fwt._nodes import FromFile
+
+OURS = ("fwt", "fwt.source")  # the metadata of a .safetensors file that we write ourselves
+_PLAIN = (bool, int, float, str, type(None))
 
 serialization.register_serialization_state(
     FromFile,
@@ -38,17 +41,15 @@ def with_source(variables: Mapping[str, Any], told: Mapping[str, Any]) -> dict[s
     return own
 
 
-def of(variables: Any) -> dict[str, Any]:
-    """What the file of these variables said; nothing if they are of no file."""
-    params = variables.get("params") if isinstance(variables, Mapping) else None
-    found = next((x for x in (variables, params) if isinstance(x, FromFile) and x.told), None)
-    return {} if found is None else dict(json.loads(found.told))
+def _place(told: Mapping[str, Any]) -> Callable[[str], int]:
+    """The place of a name in the order of a file; of a name that it lacks, behind all others."""
+    place = {name: i for i, name in enumerate(told.get("names", ()))}
+    return lambda name: place.get(name, len(place))
 
 
 def in_order(flat: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
     """Arrays by name in the order of the file that they come from, others behind."""
-    place = {name: i for i, name in enumerate(told.get("names", ()))}
-    return {n: flat[n] for n in sorted(flat, key=lambda n: place.get(n, len(place)))}
+    return {n: flat[n] for n in sorted(flat, key=_place(told))}
 
 
 def has_order(flat: Mapping[str, Any], told: Mapping[str, Any]) -> bool:
@@ -80,14 +81,14 @@ def nested_ties(variables: Mapping[str, Any], told: Mapping[str, Any]) -> None:
     """Makes the arrays of a tree one where its file had one, in place."""
     params = variables["params"]
     for group in told.get("ties", ()):
-        places = [p for p in (_place(params, name) for name in group) if p is not None]
+        places = [p for p in (_found(params, name) for name in group) if p is not None]
         for node, last in places[1:]:
             first = places[0][0][places[0][1]]
             if _nodes.same_values(first, node[last]):
                 node[last] = first
 
 
-def _place(tree: Any, name: str) -> tuple[Any, str] | None:
+def _found(tree: Any, name: str) -> tuple[Any, str] | None:
     *parents, last = name.split(".")
     for part in parents:
         tree = tree.get(part) if isinstance(tree, Mapping) else None
@@ -96,7 +97,7 @@ def _place(tree: Any, name: str) -> tuple[Any, str] | None:
 
 def text_of(variables: Any, flat: Mapping[str, np.ndarray] | None) -> str | None:
     """What a file of ours says of the source of its arrays, given by names joined by dots."""
-    told = of(variables)
+    told = dict(_nodes.told_of(variables))
     told["ties"] = ties(tied(flat, told)) if flat is not None else []
     told = {name: value for name, value in told.items() if value}
     return json.dumps(told) if told else None
@@ -111,7 +112,8 @@ def restored(variables: Mapping[str, Any], text: Any) -> dict[str, Any]:
 
 
 def checked(told: Any) -> dict[str, Any]:
-    """What a file says, as far as it has the form that it should have."""
+    """What a file says, which has to have the form that it should have. What other files say in
+    our own name is left out, since our next file would say it again."""
 
     def text(value: Any) -> bool:
         return isinstance(value, str)
@@ -122,25 +124,34 @@ def checked(told: Any) -> dict[str, Any]:
     def mapping(value: Any) -> bool:
         return isinstance(value, dict)
 
+    def plain(value: Any) -> bool:
+        return mapping(value) and all(type(v) in _PLAIN for v in value.values())
+
     forms = {
         "names": texts,
         "ties": lambda value: isinstance(value, list) and all(map(texts, value)),
-        "torch": lambda value: mapping(value) and all(map(mapping, value.values())),
+        "torch": lambda value: mapping(value) and all(map(plain, value.values())),
         "safetensors": lambda value: mapping(value) and all(map(text, value.values())),
         "index": mapping,
     }
     if not isinstance(told, dict) or not all(n in forms and forms[n](v) for n, v in told.items()):
         raise ValueError("what it says of the source of its arrays is malformed")
+    for name in {"safetensors", "index"} & set(told):
+        told = {**told, name: without_ours(told[name])}
     return told
+
+
+def without_ours(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The metadata of a .safetensors file without what only we write there."""
+    return {name: value for name, value in metadata.items() if name not in OURS}
 
 
 def torch_metadata(found: Any) -> dict[str, dict[str, Any]]:
     """The ``_metadata`` of a state dict, as far as it is plain: versions by names of modules."""
-    plain = (bool, int, float, str, type(None))
     out = {}
     for module, entry in found.items() if isinstance(found, Mapping) else ():
         if isinstance(module, str) and isinstance(entry, Mapping):
-            own = {k: v for k, v in entry.items() if isinstance(k, str) and type(v) in plain}
+            own = {k: v for k, v in entry.items() if isinstance(k, str) and type(v) in _PLAIN}
             out[module] = own
     return out
 
@@ -148,7 +159,7 @@ def torch_metadata(found: Any) -> dict[str, dict[str, Any]]:
 def flat_names(variables: Any) -> Iterator[tuple[str, Any]]:
     """The arrays of one collection after the other under names joined by dots, in the order of
     the file that they come from."""
-    place = {name: i for i, name in enumerate(of(variables).get("names", ()))}
+    place = _place(_nodes.told_of(variables))
 
     def under(node: Any, name: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
         for key, value in node.items():
@@ -158,4 +169,4 @@ def flat_names(variables: Any) -> Iterator[tuple[str, Any]]:
                 yield ".".join((*name, key)), value
 
     for tree in variables.values():
-        yield from sorted(under(tree, ()), key=lambda pair: place.get(pair[0], len(place)))
+        yield from sorted(under(tree, ()), key=lambda pair: place(pair[0]))

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from fwt import _nodes
 from fwt._types import ConversionError, FileFormatError, Model
 from fwt.converters import io as _io
 from fwt.converters.files import source as _source
@@ -467,7 +468,7 @@ def save_torch(file: Any, module: Any, variables: Any, layout: str | None) -> No
     """A state dict that ``torch.load(weights_only=True)`` takes."""
     if module is None:
         _io.slashed(variables)  # which raises for what is no array
-        told = _source.of(variables)
+        told = _nodes.told_of(variables)
         found = _io.same_names(variables, Path())
         if found is None:
             raise ConversionError(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
+import ml_dtypes
 import numpy as np
 
 from fwt import _tree
@@ -341,13 +342,31 @@ def leaves(model: Any) -> list[LiveLeaf]:
     _sync(model)
     out: list[LiveLeaf] = []
     seen: dict[int, LiveLeaf] = {}
-    visited: set[int] = set()
+    held: dict[int, list[tuple[LiveLeaf, str, Any]]] = {}  # the leaves of a layer
+    above: list[int] = []
 
     def visit(layer: Any, parts: list[str]) -> None:
-        if id(layer) in visited:  # a layer that is called twice
+        if id(layer) in above:  # a layer that is inside itself
             return
-        visited.add(id(layer))
         children = list(layer._flatten_layers(include_self=False, recursive=False))
+        if id(layer) in held:  # one layer in two places
+            again(layer, parts)
+        else:
+            look(layer, children, parts)
+        above.append(id(layer))
+        for child, label in zip(children, _unique([c.name for c in children]), strict=True):
+            visit(child, [*parts, label])
+        above.pop()
+
+    def again(layer: Any, parts: list[str]) -> None:
+        kind = _public_name(layer)
+        if kind.startswith("Conv") and kind.endswith("Transpose"):
+            parts, _ = _in_groups(layer, parts)
+        for leaf, name, shape in held[id(layer)]:
+            leaf.also["/".join(_tree.escape(p) for p in [*parts, name])] = shape
+
+    def look(layer: Any, children: list[Any], parts: list[str]) -> None:
+        found_here = held[id(layer)] = []
         theirs = {id(v) for child in children for v in child.variables}
         kind = _public_name(layer)
         names = table.leaf_names("keras", kind)
@@ -383,6 +402,7 @@ def leaves(model: Any) -> list[LiveLeaf]:
             path = "/".join(_tree.escape(p) for p in [*parts, name])
             if id(variable) in seen:
                 seen[id(variable)].also[path] = value.shape
+                found_here.append((seen[id(variable)], name, value.shape))
                 continue
             put = variable.assign
             if label in names and getattr(layer, label, variable) is not variable:
@@ -391,9 +411,8 @@ def leaves(model: Any) -> list[LiveLeaf]:
             collection = "batch_stats" if variable.name in _STATISTICS else "params"
             leaf = LiveLeaf(path, value, known, write, collection)
             out.append(leaf)
+            found_here.append((leaf, name, value.shape))
             seen[id(variable)] = leaf
-        for child, label in zip(children, _unique([c.name for c in children]), strict=True):
-            visit(child, [*parts, label])
 
     visit(model, [])
     return out
@@ -444,15 +463,18 @@ def _summed(layer: Any, variable: Any, value: np.ndarray, place: str) -> Callabl
     before, name = np.asarray(keras.ops.convert_to_numpy(variable)), variable.name
 
     def put(new: np.ndarray) -> None:
-        if np.array_equal(new, value):
+        if np.array_equal(new, value, equal_nan=True):
             variable.assign(before)
             return
         variable.assign(np.zeros_like(before))
         rest: Any = _computed(layer, variable, place)
         variable.assign(new - rest)
         found: Any = _computed(layer, variable, place)
-        allowed = 4 * np.finfo(np.float32).eps * np.maximum(abs(new), abs(rest))  # of one rounding
-        if np.array_equal(found == 0, new == 0) and (abs(found - new) <= allowed).all():
+        eps = ml_dtypes.finfo(before.dtype).eps
+        with np.errstate(invalid="ignore"):  # of what is not finite
+            close = abs(found - new) <= 4 * eps * np.maximum(abs(new), abs(rest))  # of one rounding
+        same = (found == new) | (np.isnan(found) & np.isnan(new))
+        if np.array_equal(found == 0, new == 0) and (close | same).all():
             return
         variable.assign(before)
         raise refuse(

@@ -1,12 +1,13 @@
 """Live PyTorch models."""
 
+import bisect
 import dataclasses
 import functools
 import inspect
 import itertools
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -389,14 +390,21 @@ def leaves(model: torch.nn.Module) -> list[LiveLeaf]:
     """
     out: list[LiveLeaf] = []
     seen: dict[Any, LiveLeaf] = {}  # by id and by place
-    spans: list[tuple[str, Any, int, int]] = []
-    holders: dict[int, list[int]] = {}  # of a parameter, the leaves that it is or that it makes
+    spans: Spans = {}
+    holders: dict[str, list[int]] = {}  # of some memory, the leaves that it is or that it makes
     inside: list[str] = []  # what parametrize computes with
-    for prefix, module in model.named_modules():
+    held: dict[int, list[tuple[LiveLeaf, str, Any]]] = {}  # the leaves of a module
+    for prefix, module in _places(model):
         if isinstance(module, torch.nn.utils.parametrize.ParametrizationList):
             inside.append(f"{prefix}.")
         if prefix.startswith(tuple(inside)) or f"{prefix}." in inside:
             continue
+        above = [_tree.escape(p) for p in prefix.split(".") if p]
+        if id(module) in held:  # one module in two places
+            for leaf, flax_name, shape in held[id(module)]:
+                leaf.also["/".join([*above, _tree.escape(flax_name)])] = shape
+            continue
+        own = held[id(module)] = []
         _check_quantised(module, prefix)
         kind = _public_name(module)
         groups = 1
@@ -404,19 +412,23 @@ def leaves(model: torch.nn.Module) -> list[LiveLeaf]:
             kind = f"Grouped{kind}"
         names = table.leaf_names("torch", kind)
         computed, parts = torch_computed.computed(module, prefix or kind)
-        made_of = {n for held in parts.values() for n in held}
+        made_of = {id(v) for several in parts.values() for v in several.values()}
         plain_ones = module.named_parameters(recurse=False)
         statistics = _statistics(module)
         for name, parameter in itertools.chain(plain_ones, computed.items(), statistics.items()):
             place = f"{prefix}.{name}" if prefix else name
             _check_initialised(parameter, place)
-            if id(parameter) in made_of:
+            if id(parameter) in made_of and name not in computed:
                 continue
             if not parameter.is_floating_point() and name not in statistics:
                 continue
+            memory = [
+                _tied(part, f"{prefix}.{n}" if prefix else n, spans)
+                for n, part in parts.get(name, {name: parameter}).items()
+            ]
             first = seen.get(id(parameter))
             if first is None and name not in computed:
-                first = seen.get(_tied(parameter, place, spans))
+                first = seen.get(memory[0])
             value = to_numpy(parameter, place)
             flax_name, letters, flax_letters, _ = names.get(name, (name, [], [], "params"))
             there = order(letters, flax_letters, value.ndim) if letters else None
@@ -426,21 +438,23 @@ def leaves(model: torch.nn.Module) -> list[LiveLeaf]:
             known = table.live("torch", module, kind, letters, flax_letters, value.ndim, share)
             if there is not None:
                 value = value.transpose(there)
-            path = "/".join(_tree.escape(p) for p in (*filter(None, prefix.split(".")), flax_name))
+            path = "/".join([*above, _tree.escape(flax_name)])
             if first is not None:
                 first.also[path] = value.shape
+                own.append((first, flax_name, value.shape))
                 continue
             write = (
                 torch_computed.writer(module, name, parameter, place)
                 if name in computed
                 else functools.partial(_copy, parameter)
             )
-            for part in parts.get(name, {id(parameter)}):
+            for part in memory:
                 holders.setdefault(part, []).append(len(out))
             collection = "batch_stats" if name in statistics else "params"
             back = functools.partial(_write, write, there, share)
             leaf = LiveLeaf(path, value, known, back, collection)
             out.append(leaf)
+            own.append((leaf, flax_name, value.shape))
             seen[id(parameter)] = seen[place] = leaf
     for several in holders.values():
         for index in several if len(several) > 1 else ():
@@ -462,25 +476,41 @@ def _refuse_shared(path: str, other: str, value: np.ndarray) -> None:
                  "change both", "give each its own, parameter.clone()")  # fmt: skip
 
 
-def _tied(parameter: Any, place: str, spans: list[tuple[str, Any, int, int]]) -> str | None:
-    """The place of a parameter that is the same view of the same memory; a partial overlap
-    raises."""
+def _places(
+    module: torch.nn.Module, prefix: str = "", above: tuple[int, ...] = ()
+) -> Iterator[tuple[str, torch.nn.Module]]:
+    """The modules in a module under every name that they have, but none inside itself."""
+    yield prefix, module
+    for name, child in module._modules.items():
+        if child is not None and id(child) not in (*above, id(module)):
+            yield from _places(child, f"{prefix}.{name}" if prefix else name, (*above, id(module)))
+
+
+# By device, in the order of memory: where each tensor starts and ends, its place and its view.
+Spans = dict[Any, list[tuple[int, int, str, Any]]]
+
+
+def _tied(parameter: Any, place: str, spans: Spans) -> str:
+    """The first place of what is the same view of the same memory; a partial overlap raises."""
     if parameter.is_meta or not parameter.numel():
-        return None
+        return place
     strides = zip(parameter.shape, parameter.stride(), strict=True)
     start = parameter.data_ptr()
     end = start + (1 + sum((n - 1) * s for n, s in strides)) * parameter.element_size()
-    view = (parameter.device, parameter.dtype, parameter.shape, parameter.stride())
-    for other, its_view, its_start, its_end in spans:
-        if view[0] == its_view[0] and start < its_end and its_start < end:
+    view = (parameter.dtype, parameter.shape, parameter.stride())
+    known = spans.setdefault(parameter.device, [])
+    # None overlaps another, so that only the two neighbours of its start can be in the way.
+    index = bisect.bisect_right(known, start, key=lambda span: span[0])
+    for its_start, its_end, other, its_view in known[max(index - 1, 0) : index + 1]:
+        if start < its_end and its_start < end:
             if start == its_start and view == its_view:
                 return other
             raise ConversionError(
                 f"{place} and {other} share memory without being the same weight: give each its "
                 "own, parameter.clone()"
             )
-    spans.append((place, view, start, end))
-    return None
+    known.insert(index, (start, end, place, view))
+    return place
 
 
 def _check_quantised(module: torch.nn.Module, place: str) -> None:

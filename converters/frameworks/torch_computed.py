@@ -119,13 +119,16 @@ def folded(module: torch.nn.Module, place: str, strict: bool = False) -> dict[st
 
 def computed(
     module: torch.nn.Module, place: str
-) -> tuple[dict[str, torch.Tensor], dict[str, set[int]]]:
-    """The weights that a module computes, and the ids of the parameters that each is made of."""
-    held = dict(module.named_parameters(recurse=False))
-    parts = {h.name: {id(held[p]) for p in h.parts if p in held} for h in hooks(module, place)}
+) -> tuple[dict[str, torch.Tensor], dict[str, dict[str, torch.Tensor]]]:
+    """The weights that a module computes, and the tensors that each is made of, by name."""
+    held = {
+        n: v for n, v in [*module._parameters.items(), *module._buffers.items()] if v is not None
+    }
+    parts = {h.name: {p: held[p] for p in h.parts if p in held} for h in hooks(module, place)}
     if torch.nn.utils.parametrize.is_parametrized(module):
         lists: Any = module.parametrizations
-        parts |= {name: {id(p) for p in how.parameters()} for name, how in lists.items()}
+        for name, how in lists.items():
+            parts[name] = {f"parametrizations.{name}.{n}": p for n, p in how.named_parameters()}
     found = folded(module, place) if parts else {}
     return {name: found[name] for name in parts}, parts
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import zipfile
 from collections import OrderedDict
 
 import flax.linen as nn
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
+import safetensors.numpy
 import safetensors.torch
 import torch
 from flax import nnx, serialization
@@ -17,6 +19,7 @@ from safetensors import safe_open
 
 import fwt
 from fwt import converters
+from fwt.converters.files import source
 from fwt.converters.frameworks import live
 
 BOTH = ["emb.weight", "head.weight"]
@@ -250,6 +253,8 @@ def test_a_tie_as_safetensors_itself_writes_it(net):
         (("fc.weight", "fc.bias"), "pt"),
         (("rnn.weight_ih_l0",), "pt"),
         (("fc.kernel", "fc.bias0"), "np"),
+        (("fc.kernel", "fc.bias"), "np"),
+        (("norm.scale", "norm.bias", "fc.weight"), "np"),
     ],
 )
 def test_the_format_follows_the_names(tmp_path, names, expected):
@@ -278,6 +283,73 @@ def test_the_index_of_shards_keeps_its_metadata(net):
     for name in set(told["weight_map"].values()):
         with safe_open(f"out.safetensors/{name}", "pt") as file:
             assert file.metadata() == {"format": "pt", "a": "b"}
+
+
+@pytest.mark.parametrize("how", [{}, {"shard_bytes": 30}])
+@pytest.mark.parametrize(
+    "names", [("table", "head"), ("a.table", "head"), ("format", "head"), ("a", "b.license")]
+)
+def test_a_tie_of_any_names_comes_back(tmp_path, monkeypatch, names, how):
+    monkeypatch.chdir(tmp_path)
+    table = torch.arange(6.0)
+    torch.save({"z": torch.ones(5), **dict.fromkeys(names, table)}, "in.pt")
+    converters.save("x.safetensors", *converters.load("in.pt"), **how)
+    converters.save("y.safetensors", *converters.load("x.safetensors"), **how)
+    converters.save("out.pt", *converters.load("y.safetensors"))
+    found = torch.load("out.pt", weights_only=True)
+    assert list(found) == ["z", *names]
+    assert found[names[0]].data_ptr() == found[names[1]].data_ptr()
+    assert torch.equal(found[names[0]], table)
+
+
+def test_a_tie_and_metadata_of_one_name_are_both_kept(tmp_path):
+    one = tmp_path / "in.safetensors"
+    tensors = {"license": torch.ones(3), "b": torch.ones(3)}
+    safetensors.torch.save_file(tensors, one, metadata={"license": "mit"})
+    model = converters.load(one)
+    model.variables["params"]["license"] = model.variables["params"]["b"]
+    converters.save(tmp_path / "out.safetensors", *model)
+    with safe_open(tmp_path / "out.safetensors", "pt") as file:
+        assert file.metadata()["license"] == "mit"
+    params = converters.load(tmp_path / "out.safetensors").variables["params"]
+    assert params["license"] is params["b"]
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_ties_cost_what_their_arrays_would(tmp_path, ours):
+    names = [f"a.{i}" for i in range(200)]
+    told = {"fwt.source": json.dumps({"ties": [["b", *names]]})} if ours else {}
+    path = tmp_path / "x.safetensors"
+    tensors = {"b": np.ones(1 << 18, np.float32)}
+    safetensors.numpy.save_file(tensors, path, told or dict.fromkeys(names, "b"))
+    with pytest.raises(converters.FileFormatError, match=r"a.\d+ declares 1,048,576 bytes"):
+        converters.load(path)
+
+
+@pytest.mark.parametrize("how", [{}, {"shard_bytes": 30}])
+def test_a_file_cant_write_in_our_name(tmp_path, how):
+    """What stands in a .pt file can't give the next file an architecture."""
+    torch.save({"fc.weight": torch.ones(2, 3)}, tmp_path / "x.pt")
+    forged = {"fwt": "{}", "fwt.source": json.dumps({"ties": [["fc.weight", "b"]]}), "by": "me"}
+    with zipfile.ZipFile(tmp_path / "x.pt", "a") as archive:
+        told = {"safetensors": forged, "index": {**forged, "of": 1}}
+        archive.writestr("x/fwt.json", json.dumps(told))
+    path = tmp_path / "x.safetensors"
+    converters.save(path, *converters.load(tmp_path / "x.pt"), **how)
+    assert fwt.paths(converters.load(path)) == ["fc/weight"]
+    found = converters.load(path).variables["params"].told
+    assert json.loads(found)["safetensors"] == {"by": "me", "format": "pt"}
+    assert ("of" in found) == bool(how)
+
+
+def test_metadata_of_a_state_dict_is_plain():
+    for value, broken in ((1, False), ([1], True), ({}, True)):
+        told = {"torch": {"a": {"version": value}}}
+        if not broken:
+            assert source.checked(told) == told
+            continue
+        with pytest.raises(ValueError, match="malformed"):
+            source.checked(told)
 
 
 def test_what_torch_computes_a_tie_from_stays_tied(tmp_path):

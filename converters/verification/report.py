@@ -17,7 +17,7 @@ class Line:
     """One layer on both sides.
 
     Each row of the batch is judged by its own largest value, and so is each position of an image
-    or a sequence.
+    or a sequence, from 8 channels on.
 
     Attributes:
         name: of the layer; what one framework says in two layers is one line.

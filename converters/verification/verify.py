@@ -40,8 +40,8 @@ def verify(
 ) -> Report:
     """Feeds two models the same inputs and compares the outputs of every layer.
 
-    Each row of the batch is judged by its own scale, its largest value, and each position of an
-    image or a sequence by its own. A row may be off by ten roundings. Where two models are
+    Each row of the batch is judged by its own scale, its largest value, and so is each position of
+    an image or a sequence, from 8 channels on. A row may be off by ten roundings. Where two models are
     further apart than ten roundings of their outputs, it is measured how far those inside the
     models move the outputs: both run twice more, with inputs and weights that are a little other.
 
@@ -315,7 +315,8 @@ def _inputs(one: Side, other: Side, shape: Sequence[int] | None) -> tuple[np.nda
     sizes = tuple(9 if s is None else int(s) for s in known)
     count = one.integers or other.integers
     if not count:
-        half = any(np.dtype(d).itemsize == 2 for d in (*one.dtypes, *other.dtypes))
+        held = (*one.dtypes, *other.dtypes, *one.computes, *other.computes)
+        half = any(np.dtype(d).itemsize == 2 for d in held)
         return judge.numbers(sizes, half), []
     rows, limit = _rows(one, other, count), _ROWS * max(math.prod(sizes), 1)
     notes = []

@@ -468,3 +468,103 @@ def test_a_file_is_checked_at_the_ends_before_it_is_written(tmp_path):
             continue
         with pytest.raises(converters.ConversionError, match="onnxruntime's output differs by"):
             write._compare(*given)
+
+
+# -- what arrays are apart -------------------------------------------------------------------------
+
+EPS = 2.0**-23
+
+
+def test_whole_numbers_are_compared_exactly():
+    for dtype, a, b in (
+        ("int64", 2_000_000, 2_000_001),
+        ("int64", 2**60, 2**60 + 1),
+        ("uint8", 200, 201),
+        ("bool", True, False),
+    ):
+        one, other = (np.asarray([[v, 1]], dtype) for v in (a, b))
+        assert judge.apart(one, one, eps=EPS).equal
+        told = judge.apart(one, other, [np.ones((1, 2))], eps=EPS)
+        assert not told.equal
+        assert told.excess > 1
+    one, other = (np.asarray([[v, 1]]) for v in (2_000_000, 2_000_001))
+    assert judge.apart(one, other, eps=EPS, tolerance=1e-6).equal
+
+
+def test_a_position_that_rounding_does_not_move_may_not_move():
+    a = np.ones((1, 5, 8), np.float32)
+    moved = np.full(a.shape, 1e-2, np.float32)
+    moved[0, 2] = 0
+    off = a.copy()
+    off[0, [0, 1, 3, 4]] *= 1.05
+    assert judge.apart(a, off, [moved], eps=EPS).equal
+    off[0, 2] *= 1.05
+    assert not judge.apart(a, off, [moved], eps=EPS).equal
+
+
+def test_a_row_of_zeros_is_no_proof():
+    class Sine(t.Module):
+        def forward(self, x):
+            return x.sin()
+
+    one, other = (chain(t.Linear(5, 7, bias=False), Sine(), t.Linear(7, 3, bias=False))
+                  for _ in range(2))  # fmt: skip
+    with torch.no_grad():
+        other[0].weight.copy_(other[0].weight.flip(0))
+        other[2].weight.copy_(other[2].weight.flip(1) * 0.5)
+        for net in (one, other):
+            net[0].weight *= 1e6
+    report = converters.verify(one, other, input_shape=(5,))
+    assert not report.ok
+    assert report.output.status == "not compared"
+    assert "rounding alone moves the outputs by more than their size" in str(report)
+
+
+def identity_file(shape, factor=1.0):
+    """An ONNX graph of one input and its product with a number."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    kind = onnx.TensorProto.FLOAT
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Mul", ["input", "by"], ["y"])], "g",
+        [onnx.helper.make_tensor_value_info("input", kind, shape)],
+        [onnx.helper.make_tensor_value_info("y", kind, shape)],
+        [onnx.helper.make_tensor("by", kind, [], [factor])])  # fmt: skip
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)])
+    model.ir_version = 8
+    return model.SerializeToString()
+
+
+def test_what_is_checked_before_a_file_is_written(tmp_path):
+    """A batch of one by its values; a file of which nothing can be compared says so."""
+    from fwt.converters.onnx import write
+
+    class Times(nn.Module):
+        by: float
+        off: float = 0.0
+        sine: bool = False
+
+        def __call__(self, x):
+            # What a compiler makes of a batch of one may be other than of many.
+            y = x * self.by + (self.off if len(x) == 1 else 0.0)
+            return jax.numpy.sin(y * 1e9) if self.sine else y
+
+    def check(module, factor):
+        message = identity_file(["n", 3], factor)
+        write._compare(message, tmp_path, module, {}, (3,), np.dtype(np.float32))
+
+    check(Times(2.0), 2.0)
+    check(Times(np.nan), np.nan)
+    with pytest.raises(converters.ConversionError, match="output differs by"):
+        check(Times(2.0, 0.5), 2.0)
+    with pytest.raises(converters.ConversionError, match="output differs by"):
+        check(Times(2.0), np.nan)
+    with pytest.raises(converters.ConversionError, match="nothing could be compared: rounding"):
+        check(Times(2.0, sine=True), 1e-9)
+
+
+def test_half_precision_is_fed_what_it_holds():
+    net = keras.Sequential([keras.Input((8,)), k.Dense(3, dtype="mixed_float16")])
+    report = converters.verify(net, net)
+    assert report.ok
+    assert "NaN" not in str(report)

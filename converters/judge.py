@@ -20,7 +20,8 @@ class Apart(NamedTuple):
     """How far two outputs are from each other.
 
     Each row of the batch is judged by itself, by its largest value; of an image or a sequence with
-    8 channels or more, each position. The last four are of the row that is furthest off, for what it is allowed.
+    8 channels or more, each position. The last four are of the row that is furthest off, for what
+    it is allowed.
 
     Attributes:
         equal: whether no row is further off than it is allowed, and some row was compared.

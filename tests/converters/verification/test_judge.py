@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 import torch
+from marks import thorough_but
 
 from fwt import converters
 from fwt.converters import judge
@@ -200,7 +201,11 @@ def test_what_is_planted_is_found_in_its_layer(name, layer, index):
 
 
 @pytest.mark.parametrize(
-    ("name", "layer"), [p for p in PLANTED if p[0] in ("perceptron", "images")]
+    ("name", "layer"),
+    thorough_but(
+        lambda place: place in (("perceptron", "5"), ("perceptron", "8"), ("images", "5")),
+        [p for p in PLANTED if p[0] in ("perceptron", "images")],
+    ),
 )
 def test_what_is_planted_is_found_in_other_frameworks(name, layer):
     net, other, shape = planted(name, layer, 0)
@@ -568,3 +573,65 @@ def test_half_precision_is_fed_what_it_holds():
     report = converters.verify(net, net)
     assert report.ok
     assert "NaN" not in str(report)
+
+
+def hides(*layers):
+    torch.manual_seed(3)
+    return t.Sequential(*[make() for make in layers])
+
+
+def other_weights(net, *paths):
+    other = copy.deepcopy(net)
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for path in paths:
+            other.state_dict()[path].normal_()
+    return other
+
+
+def test_layers_behind_hide_nothing():
+    """A saturated output, and units that are dead, of models that are far apart."""
+    net = hides(lambda: t.Linear(6, 16), t.Tanh, lambda: t.Linear(16, 1), t.Sigmoid)
+    with torch.no_grad():
+        net[2].bias.fill_(40)
+    report = converters.verify(net, other_weights(net, "0.weight"), input_shape=(6,))
+    assert (report.ok, report.first) == (False, "0"), report
+    twice = copy.deepcopy(net)
+    with torch.no_grad():
+        twice[2].weight *= 2
+        twice[2].bias *= 2
+    report = converters.verify(net, twice, input_shape=(6,))
+    assert (report.ok, report.first) == (False, "2"), report
+    dead = hides(lambda: t.Linear(6, 16), t.ReLU, lambda: t.Linear(16, 3))
+    with torch.no_grad():
+        dead[0].weight *= 1e-9
+        dead[0].bias.fill_(-40)
+    report = converters.verify(dead, other_weights(dead, "2.weight"), input_shape=(6,))
+    assert (report.ok, report.first) == (False, "2"), report
+    assert "but the layer does if it is fed other numbers" in report.notes[-1]
+
+
+def test_units_in_another_order_or_scaled_are_equal():
+    """What a layer takes back that the one before it did."""
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
+    net = chain(t.Conv2d(3, 8, 3), t.ReLU(), t.Conv2d(8, 5, 2), t.Flatten(), t.Linear(45, 3))
+    for by in (1.0, 4.0, 3.0):
+        other = copy.deepcopy(net)
+        with torch.no_grad():
+            at = order if by == 1 else torch.arange(8)
+            other[0].weight.copy_(net[0].weight[at] * by)
+            other[0].bias.copy_(net[0].bias[at] * by)
+            other[2].weight.copy_(net[2].weight[:, at] / by)
+        for b in (other, converters.from_torch(other, (3, 6, 6))):
+            report = converters.verify(net, b, input_shape=(3, 6, 6))
+            assert report.ok, report
+    net = chain(t.Linear(6, 8), t.BatchNorm1d(8), t.Tanh(), t.Linear(8, 3))
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        other[0].bias += 2
+        other[1].running_mean += 2
+        other[3].weight.neg_()
+        other[1].weight.neg_()
+        other[1].bias.neg_()
+    report = converters.verify(net, other, input_shape=(6,))
+    assert report.ok, report

@@ -69,10 +69,10 @@ def side(path: Path, external: bool) -> Side:
     kind = inputs[0].type.tensor_type
     shape = tuple(d.dim_value or None for d in kind.shape.dim)
     dtype = onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)
-    floats = {n: np.dtype(onnx.helper.tensor_dtype_to_np_dtype(t.data_type))
+    stored = {n: np.dtype(onnx.helper.tensor_dtype_to_np_dtype(t.data_type))
               for n, t in weights.items()}  # fmt: skip
 
-    total = sum(math.prod(t.dims) * floats[n].itemsize for n, t in weights.items())
+    total = sum(math.prod(t.dims) * stored[n].itemsize for n, t in weights.items())
 
     def moved(by: float) -> Any:
         """The model, each array of weights moved by a part of itself, and no single number: that
@@ -80,7 +80,7 @@ def side(path: Path, external: bool) -> Side:
         other = onnx.ModelProto()
         other.CopyFrom(proto)
         for tensor in other.graph.initializer:
-            if jnp.issubdtype(floats[tensor.name], jnp.floating) and math.prod(tensor.dims) > 1:
+            if jnp.issubdtype(stored[tensor.name], jnp.floating) and math.prod(tensor.dims) > 1:
                 value = _graph.array_of(tensor, path, external)
                 new = judge.nudged(value, by).astype(value.dtype)
                 tensor.CopyFrom(onnx.numpy_helper.from_array(new, tensor.name))
@@ -111,5 +111,5 @@ def side(path: Path, external: bool) -> Side:
     count, rows = some_integers(dtype), None
     if count is not None and table is not None:
         count, rows = int(table.dims[0]), _graph.array_of(table, path, external)
-    return Side(run, shape[1:], channels_first, model, count, rows, True, list(floats.values()),
+    return Side(run, shape[1:], channels_first, model, count, rows, True, list(stored.values()),
                 model_first=channels_first)  # fmt: skip

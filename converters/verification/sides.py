@@ -80,7 +80,10 @@ def flax_side(model: Model) -> Side:
         variables = dict(model.variables)
         if by:
             variables = jax.tree.map(lambda v: judge.nudged(v, by), variables)
-        y = _through(model.module, variables, x, (), taps)
+        y: Any = x
+        for parts, layer, own in each_layer(model.module, variables):
+            y = call(layer, own, y)
+            taps[layer_name(parts)] = np.asarray(y)
         return np.asarray(y), taps
 
     parts, first = [], model.module
@@ -111,17 +114,17 @@ def _kinds(module: Any) -> Iterator[tuple[str, Any]]:
             yield type(layer).__name__, _permutes(layer)
 
 
-def _through(
-    module: Sequential, variables: Any, x: Any, inside: tuple[str, ...], taps: Taps
-) -> Any:
+def each_layer(
+    module: Sequential, variables: Any, inside: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
+    """The layers of a chain in order: the parts of each one's name, the layer, its variables."""
     for named in module.layers:
         own = {c: tree[named.name] for c, tree in variables.items() if named.name in tree}
+        parts = (*inside, named.name)
         if isinstance(named.layer, Sequential):
-            x = _through(named.layer, own, x, (*inside, named.name), taps)
+            yield from each_layer(named.layer, own, parts)
         else:
-            x = call(named.layer, own, x)
-            taps[layer_name((*inside, named.name))] = np.asarray(x)
-    return x
+            yield parts, named.layer, own
 
 
 def nnx_side(model: Any) -> Side:

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 import pytest
 import torch
+from marks import thorough_but
 
 from fwt import converters
 from fwt.converters import judge
@@ -200,7 +201,11 @@ def test_what_is_planted_is_found_in_its_layer(name, layer, index):
 
 
 @pytest.mark.parametrize(
-    ("name", "layer"), [p for p in PLANTED if p[0] in ("perceptron", "images")]
+    ("name", "layer"),
+    thorough_but(
+        lambda place: place in (("perceptron", "5"), ("perceptron", "8"), ("images", "5")),
+        [p for p in PLANTED if p[0] in ("perceptron", "images")],
+    ),
 )
 def test_what_is_planted_is_found_in_other_frameworks(name, layer):
     net, other, shape = planted(name, layer, 0)
@@ -490,3 +495,165 @@ def test_a_setting_that_no_input_shows(one, other):
 def test_a_tolerance_is_a_number():
     with pytest.raises(converters.ConversionError, match="tolerance=inf"):
         converters.verify(chain(t.ReLU()), chain(t.ReLU()), input_shape=(4,), tolerance=np.inf)
+
+
+# -- what arrays are apart -------------------------------------------------------------------------
+
+EPS = 2.0**-23
+
+
+def test_whole_numbers_are_compared_exactly():
+    for dtype, a, b in (
+        ("int64", 2_000_000, 2_000_001),
+        ("int64", 2**60, 2**60 + 1),
+        ("uint8", 200, 201),
+        ("bool", True, False),
+    ):
+        one, other = (np.asarray([[v, 1]], dtype) for v in (a, b))
+        assert judge.apart(one, one, eps=EPS).equal
+        told = judge.apart(one, other, [np.ones((1, 2))], eps=EPS)
+        assert not told.equal
+        assert told.excess > 1
+    one, other = (np.asarray([[v, 1]]) for v in (2_000_000, 2_000_001))
+    assert judge.apart(one, other, eps=EPS, tolerance=1e-6).equal
+
+
+def test_a_position_that_rounding_does_not_move_may_not_move():
+    a = np.ones((1, 5, 8), np.float32)
+    moved = np.full(a.shape, 1e-2, np.float32)
+    moved[0, 2] = 0
+    off = a.copy()
+    off[0, [0, 1, 3, 4]] *= 1.05
+    assert judge.apart(a, off, [moved], eps=EPS).equal
+    off[0, 2] *= 1.05
+    assert not judge.apart(a, off, [moved], eps=EPS).equal
+
+
+def test_a_row_of_zeros_is_no_proof():
+    class Sine(t.Module):
+        def forward(self, x):
+            return x.sin()
+
+    one, other = (chain(t.Linear(5, 7, bias=False), Sine(), t.Linear(7, 3, bias=False))
+                  for _ in range(2))  # fmt: skip
+    with torch.no_grad():
+        other[0].weight.copy_(other[0].weight.flip(0))
+        other[2].weight.copy_(other[2].weight.flip(1) * 0.5)
+        for net in (one, other):
+            net[0].weight *= 1e6
+    report = converters.verify(one, other, input_shape=(5,))
+    assert not report.ok
+    assert report.output.status == "not compared"
+    assert "rounding alone moves the outputs by more than their size" in str(report)
+
+
+def identity_file(shape, factor=1.0):
+    """An ONNX graph of one input and its product with a number."""
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxruntime")
+    kind = onnx.TensorProto.FLOAT
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("Mul", ["input", "by"], ["y"])], "g",
+        [onnx.helper.make_tensor_value_info("input", kind, shape)],
+        [onnx.helper.make_tensor_value_info("y", kind, shape)],
+        [onnx.helper.make_tensor("by", kind, [], [factor])])  # fmt: skip
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)])
+    model.ir_version = 8
+    return model.SerializeToString()
+
+
+def test_what_is_checked_before_a_file_is_written(tmp_path):
+    """A batch of one by its values; a file of which nothing can be compared says so."""
+    from fwt.converters.onnx import write
+
+    class Times(nn.Module):
+        by: float
+        off: float = 0.0
+        sine: bool = False
+
+        def __call__(self, x):
+            # What a compiler makes of a batch of one may be other than of many.
+            y = x * self.by + (self.off if len(x) == 1 else 0.0)
+            return jax.numpy.sin(y * 1e9) if self.sine else y
+
+    def check(module, factor):
+        message = identity_file(["n", 3], factor)
+        write._compare(message, tmp_path, module, {}, (3,), np.dtype(np.float32))
+
+    check(Times(2.0), 2.0)
+    check(Times(np.nan), np.nan)
+    with pytest.raises(converters.ConversionError, match="output differs by"):
+        check(Times(2.0, 0.5), 2.0)
+    with pytest.raises(converters.ConversionError, match="output differs by"):
+        check(Times(2.0), np.nan)
+    with pytest.raises(converters.ConversionError, match="nothing could be compared: rounding"):
+        check(Times(2.0, sine=True), 1e-9)
+
+
+def test_half_precision_is_fed_what_it_holds():
+    net = keras.Sequential([keras.Input((8,)), k.Dense(3, dtype="mixed_float16")])
+    report = converters.verify(net, net)
+    assert report.ok
+    assert "NaN" not in str(report)
+
+
+def hides(*layers):
+    torch.manual_seed(3)
+    return t.Sequential(*[make() for make in layers])
+
+
+def other_weights(net, *paths):
+    other = copy.deepcopy(net)
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for path in paths:
+            other.state_dict()[path].normal_()
+    return other
+
+
+def test_layers_behind_hide_nothing():
+    """A saturated output, and units that are dead, of models that are far apart."""
+    net = hides(lambda: t.Linear(6, 16), t.Tanh, lambda: t.Linear(16, 1), t.Sigmoid)
+    with torch.no_grad():
+        net[2].bias.fill_(40)
+    report = converters.verify(net, other_weights(net, "0.weight"), input_shape=(6,))
+    assert (report.ok, report.first) == (False, "0"), report
+    twice = copy.deepcopy(net)
+    with torch.no_grad():
+        twice[2].weight *= 2
+        twice[2].bias *= 2
+    report = converters.verify(net, twice, input_shape=(6,))
+    assert (report.ok, report.first) == (False, "2"), report
+    dead = hides(lambda: t.Linear(6, 16), t.ReLU, lambda: t.Linear(16, 3))
+    with torch.no_grad():
+        dead[0].weight *= 1e-9
+        dead[0].bias.fill_(-40)
+    report = converters.verify(dead, other_weights(dead, "2.weight"), input_shape=(6,))
+    assert (report.ok, report.first) == (False, "2"), report
+    assert "but the layer does if it is fed other numbers" in report.notes[-1]
+
+
+def test_units_in_another_order_or_scaled_are_equal():
+    """What a layer takes back that the one before it did."""
+    order = torch.randperm(8, generator=torch.Generator().manual_seed(0))
+    net = chain(t.Conv2d(3, 8, 3), t.ReLU(), t.Conv2d(8, 5, 2), t.Flatten(), t.Linear(45, 3))
+    for by in (1.0, 4.0, 3.0):
+        other = copy.deepcopy(net)
+        with torch.no_grad():
+            at = order if by == 1 else torch.arange(8)
+            other[0].weight.copy_(net[0].weight[at] * by)
+            other[0].bias.copy_(net[0].bias[at] * by)
+            other[2].weight.copy_(net[2].weight[:, at] / by)
+        for b in (other, converters.from_torch(other, (3, 6, 6))):
+            report = converters.verify(net, b, input_shape=(3, 6, 6))
+            assert report.ok, report
+    net = chain(t.Linear(6, 8), t.BatchNorm1d(8), t.Tanh(), t.Linear(8, 3))
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        other[0].bias += 2
+        other[1].running_mean += 2
+        other[3].weight.neg_()
+        other[1].weight.neg_()
+        other[1].bias.neg_()
+    report = converters.verify(net, other, input_shape=(6,))
+    assert report.ok, report

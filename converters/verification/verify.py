@@ -92,6 +92,8 @@ def verify(
         >>> report.ok, report.first, [line.name for line in report.layers]
         (True, None, ['0', '1'])
     """
+    if tolerance is not None and not 0 <= tolerance < math.inf:
+        raise ConversionError(f"verify: tolerance={tolerance} is no part of a row's largest value")
     one, other = _side(a, external_data), _side(b, external_data)
     notes: list[str] = []
     if inputs is None:
@@ -116,8 +118,6 @@ def verify(
         notes.append(_nothing(x, output))
     elif not ok and first is None:
         notes.append("no layer that both have departs: see those of one alone")
-    if tolerance is not None and not 0 <= tolerance < math.inf:
-        raise ConversionError(f"verify: tolerance={tolerance} is no part of a row's largest value")
     weights: tuple[Line, ...] = ()
     changed: set[str] | None = None  # the layers with other weights, if they have the same names
     models = None

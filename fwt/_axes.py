@@ -88,7 +88,8 @@ class Axes:
             raise AxesError(
                 f"{each}{self.path} of shape {self.shape}: nothing says which axis is its input "
                 f"and which its output{self._doubt}; say so with axes={{{self.path!r}: "
-                f"{self._example!r}}} (one name per axis, 'in' and 'out' among them)"
+                f"{self._example!r}}} if that is what it is (one name per axis: 'in', 'out', "
+                "'stack' for a batch of layers, 'h w' for a window, 'heads dim' for attention)"
             )
         return self.names
 
@@ -301,7 +302,7 @@ class Places:
         live = path in KNOWN.get()
         depth = 0 if live else self._rules.depth(path)
         found = self._from_tree(path, None if depth is None else range(depth), told.layer)
-        if not live and (depth != 0 or (len(shape) > 2 and not found.known)):
+        if not live and (depth != 0 or len(shape) > 2):
             found = self._from_module(path) or found
         return found
 

@@ -218,6 +218,8 @@ class Plan:
         # The magnitude of a gradient needs no array of its own.
         bare = score is scores.gradient and "grads" in context
         tree = _tree.Tree(params)
+        if "grads" in context:
+            context["grads"] = tree.summed(context["grads"])
         found = _tree.Tree(context["grads"] if bare else score(params, **context)).leaves
         worths = []
         for path, leaf in zip(names, leaves, strict=True):

@@ -547,3 +547,32 @@ def test_constrain_takes_an_equinox_module_that_holds_a_function():
     updates, _ = tx.update(grads, tx.init(eqx.filter(net, eqx.is_inexact_array)), net)
     new = eqx.apply_updates(net, updates)
     assert np.linalg.norm(new.layers[0].weight, axis=1).max() <= 0.1 + 1e-6
+
+
+class _Bare(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.Conv(6, (3,), use_bias=False)(x), None
+
+
+class _Scanned(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        scan = nn.scan(_Bare, variable_axes={"params": 0}, split_rngs={"params": True}, length=4)
+        return scan(name="l")(x, None)[0]
+
+
+def test_the_module_tells_what_the_tree_does_not():
+    """Convolutions without biases in a scan, and a DenseGeneral over two axes: by shape alone each
+    is one convolution."""
+    x = jnp.ones((2, 8, 6))
+    model = fwt.Model(_Scanned(), _Scanned().init(jax.random.key(0), x))
+    (path,) = fwt.paths(model)
+    assert _axes.Places(_tree.Tree(model))(path).names == ("stack", "k", "in", "out")
+    scale = 10.0 ** np.arange(4).reshape(4, 1, 1, 1)
+    scaled = fwt.assign({path: fwt.select(model)[path] * scale.astype(np.float32)})(model)
+    zeros = (fwt.select(fwt.prune(0.5)(scaled))[path] == 0).mean((1, 2, 3))
+    np.testing.assert_array_equal(zeros, 0.5)
+    general = nn.DenseGeneral(16, axis=(-2, -1))
+    model = fwt.Model(general, general.init(jax.random.key(0), x))
+    assert _axes.Places(_tree.Tree(model))("kernel").names == ("in", "in", "out")

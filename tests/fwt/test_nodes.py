@@ -502,3 +502,15 @@ def test_equinox_shared():
     emb, head = new.shared()
     assert head.weight is emb.weight
     assert int((head.weight == 0).sum()) == 12
+
+
+def test_the_gradient_of_a_tie_is_the_sum_of_both():
+    key = jax.random.split(jax.random.key(0), 2)
+    shared, x = (jax.random.normal(k, (8, 8)) for k in key)
+    tree = {"a": {"kernel": shared}, "b": {"kernel": shared}}
+    grads = jax.grad(lambda p: (jnp.tanh(x @ p["a"]["kernel"]) @ p["b"]["kernel"]).sum())(tree)
+    truth = jax.grad(lambda w: (jnp.tanh(x @ w) @ w).sum())(shared)
+    found = fwt.prune(0.5, fwt.scores.gradient, grads=grads)(tree)
+    kept = jnp.argsort(-jnp.abs(truth).ravel())[:32]
+    assert (np.flatnonzero(found["a"]["kernel"]) == np.sort(kept)).all()
+    assert found["b"]["kernel"] is found["a"]["kernel"]

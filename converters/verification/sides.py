@@ -38,6 +38,7 @@ class Side:
     dtypes: Sequence[Any] = ()  # of its weights
     computes: Sequence[Any] = ()  # dtypes that it computes in and its outputs don't tell
     model_first: bool = False  # whether channels come first at the ends of its Flax model
+    names: Any = None  # of its modules and weights, for models that can't be converted
 
 
 def takes_first(layers: Iterable[tuple[str, Sequence[int] | None]], inside: bool) -> bool:
@@ -297,8 +298,11 @@ def torch_side(model: Any) -> Side:
     count = leaf.num_embeddings if starts else None
     rows = array(leaf.weight) if starts else None
 
+    modules = [(name, type(module)) for name, module in model.named_modules()]
+    names = modules, [(name, getattr(w, "shape", ())) for name, w in model.state_dict().items()]
+
     def converted(shape: tuple[int, ...]) -> Model:
         return _torch.from_torch(model, input_shape=shape)
 
     return Side(run, None, channels_first, converted, count, rows, True,
-                [array(w.flatten()[:1]).dtype for w in weights])  # fmt: skip
+                [array(w.flatten()[:1]).dtype for w in weights], names=names)  # fmt: skip

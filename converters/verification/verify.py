@@ -131,17 +131,24 @@ def verify(
         changed = {_layer(line.name) for line in weights}
     except ConversionError as error:
         notes.append(f"the weights are not compared: {error}")
+        if one.names is not None and one.names == other.names:
+            changed = {line.name for line in lines}
     if ok and tolerance is None and (first := _hidden(lines, carries, changed)) is not None:
         ok = False
         notes.append(f"the layers behind {first} hide the difference: the output is close")
     if ok and weights and models:
-        first = _unseen(one, models, x) if tolerance is None else None
         why = "one does if they differ by more in the same direction"
-        if first is None and tolerance is None:
-            first, why = _idle(models, x, lines, one), "the layer does if it is fed other numbers"
-        ok = first is None
-        notes.append("no output on these inputs shows that the weights differ" if ok else
-                     f"no output shows how the weights of {first} differ, but {why}")  # fmt: skip
+        try:
+            first = _unseen(one, models, x) if tolerance is None else None
+            if first is None and tolerance is None:
+                first = _idle(models, x, lines, one)
+                why = "the layer does if it is fed other numbers"
+            ok = first is None
+            hidden = f"no output shows how the weights of {first} differ, but {why}"
+            equal = "no output on these inputs shows that the weights differ"
+            notes.append(equal if ok else hidden)
+        except ConversionError as error:
+            notes.append(f"the weights are not compared: {error}")
     return Report(ok, first, tuple(lines), weights, output, tuple(notes))
 
 

@@ -157,14 +157,15 @@ EVERY = [
 def test_narrow_floats_are_drawn_in_float32_and_rounded(space, name):
     """The truth is NumPy's rounding of what a float32 leaf gets."""
     shape = (3, 4, 12) if name in ("delta_orthogonal", "dirac") else (12, 16)
+    layer = "conv" if len(shape) == 3 else "d"
     noun = getattr(space, name)(*ARGUMENTS.get(name, ()))
     wide = np.asarray(
-        fwt.initialize(noun, 0)({"conv": {"kernel": np.zeros(shape, np.float32)}})["conv"]["kernel"]
+        fwt.initialize(noun, 0)({layer: {"kernel": np.zeros(shape, np.float32)}})[layer]["kernel"]
     )
     first = EVERY.index((space, name))
     for dtype in (NARROW[first % 4], NARROW[(first + 2) % 4]):
-        leaf = {"conv": {"kernel": np.zeros(shape, dtype)}}
-        found = np.asarray(fwt.initialize(noun, 0)(leaf)["conv"]["kernel"])
+        leaf = {layer: {"kernel": np.zeros(shape, dtype)}}
+        found = np.asarray(fwt.initialize(noun, 0)(leaf)[layer]["kernel"])
         assert found.dtype == dtype
         assert found.tobytes() == wide.astype(dtype).tobytes()
 

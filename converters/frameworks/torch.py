@@ -478,7 +478,7 @@ def _refuse_shared(path: str, other: str, value: np.ndarray) -> None:
 
 def _places(
     module: torch.nn.Module, prefix: str = "", above: tuple[int, ...] = ()
-) -> Iterator[tuple[str, torch.nn.Module]]:
+) -> Iterator[tuple[str, Any]]:
     """The modules in a module under every name that they have, but none inside itself."""
     yield prefix, module
     for name, child in module._modules.items():

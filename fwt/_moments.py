@@ -90,10 +90,11 @@ def typical(state: Any, masks: Masks, params: Any) -> Any:
     """
     leaves, kept, weights = map(jax.tree.leaves, (state, masks, params))
     seen: dict[Any, list[Any]] = {}  # by tree
-    rows = []
+    rows: list[Any] = []
     for place in _places(state, masks):
         x = _sample(leaves[place.leaf]).astype(jnp.float32)
-        gap = total = 0
+        gap: Any = 0
+        total: Any = 0
         if place.masked:
             mask, w = _sample(kept[place.param]), _sample(weights[place.param])
             idle = jnp.max(jnp.where(mask, -1, jnp.abs(x)), initial=-1)

@@ -156,13 +156,13 @@ class Plan:
         else:
             by_path = {} if steps is None else _tree.Tree(steps).leaves
             added = [by_path[p] for p in names] if by_path else []
-            least = [
+            floors = [
                 _gone(place.stack, _living(f, start[place.path])) if place.path in start else None
                 for place, f in zip(places, fits, strict=True)
             ]
             others = {p: tree.others(p) for p in names} if isinstance(self.scope, Mapping) else {}
             found, groups, ks = self._groups(
-                places, leaves, values, fits, plain, alive, added, least, others
+                places, leaves, values, fits, plain, alive, added, floors, others
             )
             if grow is not None:
                 worth = worths(grow[0], "regrow")
@@ -259,7 +259,7 @@ class Plan:
         plain: bool,
         alive: Mapping[str, Any] | None,
         added: list[Any],
-        least: list[Any],
+        floors: list[Any],
         others: Mapping[str, Collection[str]],
     ) -> tuple[list[Source], list[list[Source]], list[Any]]:
         """The keys of each leaf, in the groups that are counted as one, and how many go of each;
@@ -293,7 +293,7 @@ class Plan:
         dead: list[Any] = [None] * len(found)
         if self.like == "torch" or (living and self.scope == "erk"):
             dead = [_gone(p.stack, m) for p, m in zip(places, living, strict=True)]
-        rows = zip(places, found, most, worths, dead, living or dead, least, strict=True)
+        rows = zip(places, found, most, worths, dead, living or dead, floors, strict=True)
         parts = [
             _scope.Leaf(
                 p.path,
@@ -312,10 +312,11 @@ class Plan:
         joint, counts = _scope.allocate(parts, self.scope, self.sparsity, self.like)
         if joint:
             return found, [found], counts
-        ks, rest = [], iter(counts)
+        ks, start = [], 0
         for place in places:
-            mine = [next(rest) for _ in range(place.size(place.stack))]
-            ks.append(_by_slice(mine, place) if place.stack else mine[0])
+            stop = start + place.size(place.stack)
+            ks.append(_by_slice(counts, start, stop, place))
+            start = stop
         return found, [[s] for s in found], ks
 
 
@@ -332,10 +333,15 @@ def moved(params: Params, steps: Any) -> Params:
 _ALL = select.Cut(np.uint32(0), np.uint32(0))  # keeps the Trues of a mask
 
 
-def _by_slice(counts: list[Any], place: _axes.Axes) -> Wide:
-    """The counts of the slices of a stack, in its sizes."""
+def _by_slice(counts: Any, start: int, stop: int, place: _axes.Axes) -> Any:
+    """Of the counts of all slices those of a leaf: one count, or for a stack some in its sizes."""
+    if not place.stack and not isinstance(counts, Wide):
+        return counts[start]
     sizes = tuple(place.shape[i] for i in place.stack)
-    both = zip(*map(wide, counts), strict=True) if counts else ((), ())
+    if isinstance(counts, Wide):
+        return Wide(*(jnp.reshape(x[start:stop], sizes) for x in counts))
+    mine = [wide(n) for n in counts[start:stop]]
+    both = zip(*mine, strict=True) if mine else ((), ())
     return Wide(*(jnp.asarray(list(x), jnp.uint32).reshape(sizes) for x in both))
 
 
@@ -573,11 +579,11 @@ def _worth(plain: bool, worth: Any, scope: Any) -> Any:
 _zeros = jax.jit(passes.zeros)
 
 
-def _gone(stack: tuple[int, ...], living: Any) -> list[Any]:
-    """How many of each slice are gone."""
+def _gone(stack: tuple[int, ...], living: Any) -> Any:
+    """How many of each slice are gone, a list of ints or a Wide of arrays."""
     if stack:
         rest = tuple(i for i in range(living.ndim) if i not in stack)
         found = jnp.ravel(jnp.sum(~living, rest, dtype=jnp.uint32))
     else:
         found = _zeros(living)[None]
-    return [wide(x) if isinstance(x, jax.core.Tracer) else int(x) for x in found]
+    return wide(found) if isinstance(found, jax.core.Tracer) else [int(x) for x in found]

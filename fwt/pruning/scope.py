@@ -1,6 +1,7 @@
 """How many weights go in which leaf: the scopes of pruning, and how other libraries count."""
 
 import functools
+import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -31,9 +32,10 @@ class Leaf(NamedTuple):
         size: how many units it has, weights or windows; so many each slice has.
         most: how many of them may go.
         worth: an array of what they are worth, which may be signed; of all slices.
-        dead: how many of them are gone already, one count a slice; None where that does not count.
+        dead: how many of them are gone already, one count a slice, a list of ints or a Wide of
+            arrays; None where that does not count.
         alive: a mask of those that are not; None if all are.
-        least: how many of them go at least, one count a slice; None for none.
+        floor: how many of them go at least, in the same way; None for none.
         axes: what the axes of the whole leaf mean.
         others: the other paths of a tied array.
     """
@@ -45,7 +47,7 @@ class Leaf(NamedTuple):
     worth: Any
     dead: Any = None
     alive: Any = None
-    least: Any = None
+    floor: Any = None
     axes: Axes | None = None
     others: Collection[str] = ()
 
@@ -102,45 +104,55 @@ def shares(scope: Mapping[str, Any], leaves: Sequence[Leaf], sparsity: Any) -> l
 
 def allocate(
     leaves: Sequence[Leaf], scope: Any, sparsity: Any, like: Like | None
-) -> tuple[bool, list[Any]]:
-    """Whether all leaves are one selection, and how many units go: of each slice of each leaf, or
-    of all."""
-    whole = leaves
-    leaves = [
-        x._replace(
-            dead=None if x.dead is None else x.dead[i], least=0 if x.least is None else x.least[i]
-        )
-        for x in whole
-        for i in range(x.slices)
-    ]
-    sizes = [x.size for x in leaves]
-    dead = [x.dead for x in leaves]
-    if isinstance(scope, Mapping):
-        each = shares(scope, leaves, sparsity)
-        return False, _bounded(_counted(each, sizes, dead, like), leaves)
-    if scope == "layer":
+) -> tuple[bool, Any]:
+    """Whether all leaves are one selection, and how many units go of all, a list of one count; or
+    of each slice of each leaf, a list of ints or a Wide of arrays."""
+    sizes = [x.size for x in leaves for _ in range(x.slices)]
+    dead = _joined([x.dead for x in leaves], leaves)
+    if isinstance(scope, Mapping) or scope == "layer":
         each = [sparsity] * len(leaves)
+        if isinstance(scope, Mapping):
+            each = shares(scope, leaves, sparsity)
+        each = [s for s, x in zip(each, leaves, strict=True) for _ in range(x.slices)]
         return False, _bounded(_counted(each, sizes, dead, like), leaves)
-    gone = _sum(dead) if like == "torch" else None
-    (k,) = _counted([sparsity], [sum(sizes)], [gone], like)
-    k = _largest(k, _sum([x.least for x in leaves]))
+    gone = _sum(dead) if like == "torch" else 0
+    gone = [gone] if isinstance(gone, int) else stacked([gone])
+    k = _counted([sparsity], [sum(sizes)], gone, like)
+    k = Wide(k.high[0], k.low[0]) if isinstance(k, Wide) else k[0]
+    k = _maximum(k, _sum(_joined([x.floor for x in leaves], leaves)))
     if scope in ("global", "normalized"):
-        return True, [_least(k, sum(x.most for x in leaves))]
+        return True, [_minimum(k, sum(x.most * x.slices for x in leaves))]
     if scope == "lamp":
-        return False, _lamp(whole, k)
-    return False, _erk(leaves, sparsity, k, like)
+        return False, _lamp(leaves, k)
+    return False, _erk(leaves, sparsity, k, like, dead)
 
 
-def _sum(counts: Sequence[Any]) -> Any:
-    if all(isinstance(c, int) for c in counts):
+def _joined(counts: Sequence[Any], leaves: Sequence[Leaf]) -> Any:
+    """The counts of all leaves, one after another; 0 for None."""
+    each = [[0] * x.slices if c is None else c for c, x in zip(counts, leaves, strict=True)]
+    if not any(isinstance(c, Wide) for c in each):
+        return [n for c in each for n in c]
+    return Wide(*(jnp.concatenate(xs) for xs in zip(*map(_flat, each), strict=True)))
+
+
+def _flat(counts: Any) -> Wide:
+    """A list of ints as a Wide of arrays, which a graph takes at once and not one by one."""
+    if isinstance(counts, Wide):
+        return counts
+    rows = np.array([wide(n) for n in counts], np.uint32).reshape(len(counts), 2)
+    return Wide(rows[:, 0], rows[:, 1])
+
+
+def _sum(counts: Any) -> Any:
+    if not isinstance(counts, Wide):
         return sum(counts)
-    out = wide(0)
-    for c in counts:
-        out = plus(out, wide(c))
+    out, each = wide(0), counts.high << 16 | counts.low
+    for start in range(0, each.size, 1 << 15):
+        out = plus(out, total(each[start : start + (1 << 15)]))
     return out
 
 
-def _least(a: Any, b: Any) -> Any:
+def _minimum(a: Any, b: Any) -> Any:
     if isinstance(a, int) and isinstance(b, int):
         return min(a, b)
     a, b = wide(a), wide(b)
@@ -148,63 +160,77 @@ def _least(a: Any, b: Any) -> Any:
     return Wide(*(jnp.where(smaller, x, y) for x, y in zip(a, b, strict=True)))
 
 
-def _largest(a: Any, b: Any) -> Any:
+def _maximum(a: Any, b: Any) -> Any:
     if isinstance(b, int) and (isinstance(a, int) or b == 0):
         return max(a, b) if isinstance(a, int) else a
-    least = _least(a, b)
-    return minus(plus(wide(a), wide(b)), least)
+    return minus(plus(wide(a), wide(b)), _minimum(a, b))
 
 
-def _bounded(ks: Sequence[Any], leaves: Sequence[Leaf]) -> list[Any]:
-    ks = [_largest(k, x.least) for k, x in zip(ks, leaves, strict=True)]
-    return [k if x.most == x.size else _least(k, x.most) for k, x in zip(ks, leaves, strict=True)]
+def _bounded(ks: Any, leaves: Sequence[Leaf]) -> Any:
+    floor = _joined([x.floor for x in leaves], leaves)
+    most = [x.most for x in leaves for _ in range(x.slices)]
+    if not isinstance(ks, Wide) and not isinstance(floor, Wide):
+        return [min(max(row), m) for *row, m in zip(ks, floor, most, strict=True)]
+    ks = _flat(ks)
+    if any(x.floor is not None for x in leaves):
+        ks = _maximum(ks, _flat(floor))
+    return _minimum(ks, _flat(most)) if any(x.most < x.size for x in leaves) else ks
 
 
-def _counted(
-    each: Sequence[Any], sizes: Sequence[int], dead: Sequence[Any], like: Like | None
-) -> list[Any]:
+def _counted(each: Sequence[Any], sizes: Sequence[int], dead: Any, like: Like | None) -> Any:
     """How many of ``n`` units a sparsity prunes, as ``like`` counts; with those gone before."""
-    if not any(isinstance(x, jax.core.Tracer | Wide) for x in (*each, *dead)):
+    traced = any(isinstance(x, jax.core.Tracer) for x in each)
+    if not traced and not isinstance(dead, Wide):
         return [_one(s, n, d, like) for s, n, d in zip(each, sizes, dead, strict=True)]
+    if not each:  # a stack of no layers
+        return _flat([])
     if like in ("jaxpruner", "tfmot"):
-        s = jnp.stack([jnp.asarray(x, jnp.float32) for x in each])
+        s = _stack(each)
         if max(sizes) >= 1 << 32:
             raise FwtError(
                 f"like={like!r} counts in float32, and {max(sizes)} weights are too many"
             )
         whole = jnp.asarray(sizes, jnp.uint32)  # as float32 it may be more
         kept = _kept_like(s, whole.astype(jnp.float32), jnp).astype(jnp.uint32)
-        found = wide(whole - jnp.minimum(kept, whole))
-    else:
-        gone = [wide(0 if d is None else d) for d in dead]
-        left = [minus(wide(n), g) for n, g in zip(sizes, gone, strict=True)]
-        if all(isinstance(s, int | float) for s in each):  # then some are gone already
-            pruned = [
-                _least(wide(s), n) if isinstance(s, int) else count(s, n)
-                for s, n in zip(each, left, strict=True)
-            ]
-            return [plus(k, g) for k, g in zip(pruned, gone, strict=True)]
-        s = jnp.stack([jnp.asarray(x, jnp.float32) for x in each])
-        found = plus(jax.vmap(count)(s, stacked(left)), stacked(gone))
-    return [Wide(high, low) for high, low in zip(found.high, found.low, strict=True)]
+        return wide(whole - jnp.minimum(kept, whole))
+    gone = Wide(*map(jnp.asarray, _flat(dead)))
+    left = minus(_flat(sizes), gone)
+    if not all(isinstance(s, int | float) for s in each):
+        return plus(jax.vmap(count)(_stack(each), left), gone)
+    pruned, start = [], 0  # numbers count otherwise than arrays do
+    for s, same in itertools.groupby(each):
+        stop = start + len(list(same))
+        here = Wide(*(x[start:stop] for x in left))
+        each_of = jax.vmap(functools.partial(count, s))
+        pruned.append(_minimum(s, here) if isinstance(s, int) else each_of(here))
+        start = stop
+    return plus(Wide(*(jnp.concatenate(xs) for xs in zip(*pruned, strict=True))), gone)
+
+
+def _stack(each: Sequence[Any]) -> Any:
+    """Sparsities as one array, each that is there several times converted once."""
+    first: dict[int, Any] = {id(x): x for x in each}
+    at = {key: i for i, key in enumerate(first)}
+    values = jnp.stack([jnp.asarray(x, jnp.float32) for x in first.values()])
+    return values[np.array([at[id(x)] for x in each])]
 
 
 def stacked(counts: Sequence[Wide]) -> Wide:
     return Wide(*(jnp.stack([jnp.asarray(x, jnp.uint32) for x in xs]) for xs in zip(*counts)))
 
 
-def _one(s: Any, n: int, dead: int | None, like: Any) -> int:
+def _one(s: Any, n: int, dead: int, like: Any) -> int:
     if like in ("jaxpruner", "tfmot"):
         s = np.float32(float(s))
         return n - min(int(_kept_like(s, np.float32(n), np)), n) if n else 0
     if like == "torch":
-        left = n - (dead or 0)
+        left = n - dead
         if isinstance(s, int) and s > left:
             raise FwtError(
                 f"sparsity={s} with like='torch' is a number of weights to prune, but "
                 f"only {left} of {n} are left"
             )
-        return (dead or 0) + (s if isinstance(s, int) else count(s, left))
+        return dead + (s if isinstance(s, int) else count(s, left))
     return int(count(s, n))
 
 
@@ -213,20 +239,16 @@ def _kept_like(s: Any, n: Any, xp: Any) -> Any:
     return xp.minimum(xp.maximum(xp.round(n * (xp.float32(1) - s)), 1), n)
 
 
-def _lamp(leaves: Sequence[Leaf], k: Any) -> list[Any]:
+def _lamp(leaves: Sequence[Leaf], k: Any) -> Any:
     """Lee et al., "Layer-adaptive sparsity for the magnitude-based pruning", 2021: the square of a
     weight over the sum of the squares that are not below it, compared over all leaves."""
     scores = [_lamp_scores(x.axes and x.axes.stack, x.worth, x.alive) for x in leaves]
     found = sources(scores, True)
     cuts = select.smallest([found], [k])
-    gone = [
-        g
-        for s, c in zip(found, cuts, strict=True)
-        for g in select.count_gone(s.key, s.arrays, c, axis=1)
-    ]
+    gone = [select.count_gone(s.key, s.arrays, c, axis=1) for s, c in zip(found, cuts, strict=True)]
     if isinstance(k, int) and not any(isinstance(g, jax.core.Tracer) for g in gone):
-        return [int(g) for g in gone]
-    return [wide(g) for g in gone]
+        return [int(x) for g in gone for x in g]
+    return wide(jnp.concatenate(gone))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -256,12 +278,13 @@ def _lamp_of_one(worth: Any, alive: Any) -> Any:
     return jnp.where(jnp.arange(x.size) < gone, -1, found)
 
 
-def _erk(leaves: Sequence[Leaf], sparsity: Any, k: Any, like: Any) -> list[Any]:
+def _erk(leaves: Sequence[Leaf], sparsity: Any, k: Any, like: Any, dead: Any) -> Any:
     """Erdős-Rényi with kernels (Evci et al., "Rigging the Lottery", 2020): the density of a leaf
     goes with ``sum(shape) / prod(shape)``; those that would pass 1 are dense."""
+    whole, leaves = leaves, [x for x in leaves for _ in range(x.slices)]
     if not leaves:  # a stack of no layers
         return []
-    traced = not isinstance(k, int) or any(isinstance(x.dead, Wide) for x in leaves)
+    traced = not isinstance(k, int) or isinstance(dead, Wide)
     xp: Any = jnp if traced else np
     sizes = np.array([x.size for x in leaves], np.float64)
     raw = np.array([sum(x.shape) / max(math.prod(x.shape), 1) for x in leaves])
@@ -282,17 +305,20 @@ def _erk(leaves: Sequence[Leaf], sparsity: Any, k: Any, like: Any) -> list[Any]:
     density = xp.where(xp.asarray(dense)[row], 1.0, scale[row] * raw)
     if like in ("jaxpruner", "tfmot"):
         each = list(1 - density)
-        return _bounded(_counted(each, [x.size for x in leaves], [None] * len(each), like), leaves)
+        counts = _counted(each, [x.size for x in leaves], [0] * len(each), like)
+        return _bounded(counts, whole)
     caps: Any = sizes
     if leaves[0].dead is not None:  # what is gone stays so, where the count allows it
-        left = [minus(wide(x.size), wide(x.dead)) if xp is jnp else x.size - x.dead for x in leaves]
-        room = xp.asarray([x.high << 16 | x.low if xp is jnp else x for x in left])
-        room = room.astype(xp.float32 if xp is jnp else xp.float64)
+        if traced:
+            left = minus(_flat([x.size for x in leaves]), _flat(dead))
+            room: Any = (left.high << 16 | left.low).astype(jnp.float32)
+        else:
+            room = sizes - np.array(dead, np.float64)
         caps = xp.where(room.sum() >= kept, room, sizes)
     base = _apportioned(density * sizes, caps, k, everything, xp)
-    return [
-        x.size - int(b) if xp is np else minus(wide(x.size), wide(b)) for x, b in zip(leaves, base)
-    ]
+    if traced:
+        return minus(_flat([x.size for x in leaves]), wide(base))
+    return [x.size - int(b) for x, b in zip(leaves, base, strict=True)]
 
 
 def _apportioned(quotas: Any, caps: Any, k: Any, everything: int, xp: Any) -> Any:

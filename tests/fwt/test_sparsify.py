@@ -778,6 +778,56 @@ def test_the_start_under_scan_and_vmap_over_traced_schedules():
     assert gone.tolist() == [[at_start] * 5, [at_start] * 5, full]
 
 
+def equations(jaxpr):
+    inner = (x for e in jaxpr.eqns for x in jax.tree.leaves([*e.params.values()]))
+    return len(jaxpr.eqns) + sum(equations(x) for x in inner if hasattr(x, "eqns"))
+
+
+def stack(slices):
+    draw = np.random.default_rng(slices).normal(size=(slices, 6, 5))
+    params = {"s": {"kernel": jnp.asarray(draw, jnp.float32)}, "k": jnp.ones((7, 3))}
+    most = {"s": {"kernel": jnp.linspace(-1, 1, slices)[:, None, None]}, "k": -1}
+    return params, jax.tree.map(jnp.greater, params, most)
+
+
+STACKED = {"where": "**", "axes": {"s/kernel": "stack in out"}, "every": 1}
+
+
+@pytest.mark.parametrize(
+    ("scope", "settings"),
+    [
+        ("layer", {}),
+        ("erk", {}),
+        ("global", {}),
+        ("layer", {"like": "jaxpruner"}),
+        ("layer", {"like": "torch"}),
+    ],
+)
+def test_many_slices_make_no_larger_graph(scope, settings):
+    sizes = []
+    for slices in (3, 24):
+        params, begin = stack(slices)
+        sparsity = 0.5 if settings.get("like") == "torch" else RISING
+        tx = sparsify(optax.sgd(0.1), sparsity, scope=scope, masks=begin, **STACKED, **settings)
+        state = tx.init(params)
+        sizes.append(equations(jax.make_jaxpr(tx.update)(params, state, params)))
+    assert sizes[0] == sizes[1]
+
+
+def test_each_slice_prunes_at_least_what_the_start_did():
+    params, begin = stack(5)
+    tx = sparsify(optax.sgd(0.01), RISING, masks=begin, **STACKED)
+    floor = (~np.asarray(begin["s"]["kernel"])).sum((1, 2))
+    state, update = tx.init(params), jax.jit(tx.update)
+    for n in (1, 2):
+        updates, state = update(params, state, params)
+        params = optax.apply_updates(params, updates)
+        gone = (~np.asarray(state.masks["s"]["kernel"])).sum((1, 2))
+        assert gone.tolist() == np.maximum(floor, round(0.3 * n * 30)).tolist()
+        assert (~np.asarray(state.masks["k"])).sum() == round(0.3 * n * 21)
+    assert floor.min() < 9 < 18 < floor.max()
+
+
 # -- regrowth ---------------------------------------------------------------------------------
 
 WITH_SIZES = {

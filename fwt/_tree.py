@@ -188,18 +188,6 @@ class Tree:
                 found[p] = list(range(len(shape)))
         return found
 
-    def summed(self, grads: Params) -> Params:
-        """The gradients, at each path of a tie the sum of those at all: what the one array has."""
-        given = Tree(grads)
-        new = {}
-        for group in self.ties:
-            if all(p in given.leaves for p in group):
-                one = self.leaves[group[0]]
-                parts = (_nodes.turned(self.leaves[p], one, given.leaves[p]) for p in group)
-                total = functools.reduce(lambda a, b: a + b, parts)
-                new |= {p: _nodes.turned(one, self.leaves[p], total) for p in group}
-        return given.replace(new, ties=False) if new else grads
-
     def once(self, new: Mapping[str, Any]) -> dict[str, Any]:
         """``new`` with one value for each tie: the other paths of it are left out.
 

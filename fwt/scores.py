@@ -6,13 +6,14 @@ ours is itself with that context bound: ``saliency(grads=g)``.
 """
 
 import functools
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from fwt import _tree
+from fwt import _nodes, _tree
 from fwt._types import FwtError, LeafError, Model, Params, Score, Scores
 from fwt.selection.keys import magnitude_key
 
@@ -519,3 +520,16 @@ def _squared_inputs(layer: Any, x: Any, shape: Any) -> Any:
 
 
 FACTORIES = (grasp, second_order_taylor, synflow, wanda)  # what has to be called first
+
+
+def _of_ties(tree: _tree.Tree, grads: Params) -> Params:
+    """The gradients, at each path of a tie the sum of those at all: what the one array has."""
+    given = _tree.Tree(grads)
+    new: dict[str, Any] = {}
+    for group in tree.ties:
+        if all(p in given.leaves for p in group):
+            one = tree.leaves[group[0]]
+            parts = [_nodes.turned(tree.leaves[p], one, given.leaves[p]) for p in group]
+            total: Any = functools.reduce(operator.add, parts)
+            new |= {p: _nodes.turned(one, tree.leaves[p], total) for p in group}
+    return given.replace(new, ties=False) if new else grads

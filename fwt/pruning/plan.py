@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import inspect
 import math
-import operator
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fwt import _axes, _nodes, _tree, patterns, scores
+from fwt import _axes, _tree, patterns, scores
 from fwt._types import FwtError, LeafError, Params, Score, Where, resolve
 from fwt.pruning import scope as _scope
 from fwt.selection import passes, select
@@ -220,7 +219,7 @@ class Plan:
         bare = score is scores.gradient and "grads" in context
         tree = _tree.Tree(params)
         if "grads" in context:
-            context["grads"] = _summed(tree, context["grads"])
+            context["grads"] = scores._of_ties(tree, context["grads"])
         found = _tree.Tree(context["grads"] if bare else score(params, **context)).leaves
         worths = []
         for path, leaf in zip(names, leaves, strict=True):
@@ -329,18 +328,6 @@ def moved(params: Params, steps: Any) -> Params:
         return leaf if step is None else optax.apply_updates(leaf, step)
 
     return jax.tree.map(one, params, steps, is_leaf=lambda x: x is None)
-
-
-def _summed(tree: _tree.Tree, grads: Params) -> Params:
-    """The gradients, at each path of a tie the sum of those at all: what the one array has."""
-    given, new = _tree.Tree(grads), {}
-    for group in tree.ties:
-        if all(p in given.leaves for p in group):
-            one = tree.leaves[group[0]]
-            parts = [_nodes.turned(tree.leaves[p], one, given.leaves[p]) for p in group]
-            total: Any = functools.reduce(operator.add, parts)
-            new |= {p: _nodes.turned(one, tree.leaves[p], total) for p in group}
-    return given.replace(new, ties=False) if new else grads
 
 
 _ALL = select.Cut(np.uint32(0), np.uint32(0))  # keeps the Trues of a mask

@@ -237,6 +237,7 @@ def test_a_truncated_file_is_one_line_and_leaves_the_output(files):
 
 
 @pytest.mark.optimised
+@pytest.mark.thorough
 def test_the_demo(tmp_path):
     from fwt import _demo
 

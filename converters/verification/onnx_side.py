@@ -47,10 +47,14 @@ def side(path: Path, external: bool) -> Side:
         if len(inputs) != 1 or len(graph.output) != 1:
             raise ConversionError("verify: only an ONNX graph of one input and one output")
         scopes: dict[str, str] = {}
+        last = ""
         for node in graph.node:
             scope = node.name.strip("/").rpartition("/")[0]
             if scope and node.output and node.output[0]:
-                scopes[layer_name(scope.split("/"))] = node.output[0]
+                name = layer_name(scope.split("/"))
+                # tf2onnx moves the Transpose of a layer behind the layers that follow it.
+                if node.op_type != "Transpose" or name not in scopes or name == last:
+                    scopes[name], last = node.output[0], name
         for name in scopes.values():
             if name != graph.output[0].name:
                 graph.output.add(name=name)

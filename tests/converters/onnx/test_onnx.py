@@ -123,7 +123,9 @@ def test_every_row_runs_in_onnxruntime_and_comes_back(tmp_path, framework, name,
     try:
         read = converters.from_onnx(path)
     except converters.FileFormatError:
-        assert name == "Normalization" or any(n in name for n in NOT_READ)
+        # JAX's logsumexp is twenty operators, which only our own metadata name.
+        sums = name == "Reduce" and "logsumexp" in str(model.module)
+        assert name == "Normalization" or sums or any(n in name for n in NOT_READ)
     else:
         close(in_flax(read, x), expected)
 

@@ -138,7 +138,8 @@ def writer(
 ) -> Callable[[torch.Tensor], None]:
     """A function that writes a computed weight into its parts, and checks that it comes out."""
     hook = next((h for h in hooks(module, place) if h.name == name), None)
-    how: Any = None if hook else module.parametrizations[name]  # type: ignore[index]
+    lists: Any = getattr(module, "parametrizations", {})  # which torch types as a module or tensor
+    how: Any = None if hook else lists[name]
     owner = module if hook else how
     state = owner.state_dict()
     saved = {n: state[n].clone() for n in (hook.parts if hook else state)}

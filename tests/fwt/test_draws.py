@@ -15,7 +15,7 @@ from scipy import stats
 import fwt
 from fwt import _tree
 
-I, S, C = fwt.initializers, fwt.scores, fwt.constraints  # noqa: E741
+init, S, C = fwt.initializers, fwt.scores, fwt.constraints
 SHAPE = (64, 65)
 PATH = "d/kernel"
 
@@ -61,9 +61,9 @@ def pruned(score, seed):
 DRAWS = {
     "raw": [lambda seed: jax.random.normal(jax.random.key(seed), SHAPE)],
     "initialize": [
-        lambda seed: fwt.initialize(I.normal(1.0), seed)(tree())["d"]["kernel"],
+        lambda seed: fwt.initialize(init.normal(1.0), seed)(tree())["d"]["kernel"],
         lambda seed: fwt.initialize(jax.nn.initializers.uniform(), seed)(tree())["d"]["kernel"],
-        lambda seed: fwt.initialize(I.keras.orthogonal, seed)(tree())["d"]["kernel"],
+        lambda seed: fwt.initialize(init.keras.orthogonal, seed)(tree())["d"]["kernel"],
     ],
     "reset": [lambda seed: fwt.reset(seed, like="torch")(tree())["d"]["kernel"]],
     "lsuv": [lsuv],
@@ -103,7 +103,7 @@ def test_each_purpose_has_its_own_draws():
 
 @pytest.mark.parametrize("scope", ["layer", "global"])
 def test_random_pruning_does_not_see_the_values(scope):
-    for fresh in (fwt.initialize(I.normal(1.0), 0), fwt.reset(0, "keras"), fwt.reset(0, "flax")):
+    for fresh in (fwt.initialize(init.normal(1.0), 0), fwt.reset(0, "keras"), fwt.reset(0, "flax")):
         kept = np.asarray(
             fwt.prune(0.5, S.random, key=0, scope=scope)(fresh(tree()))["d"]["kernel"]
         )
@@ -125,7 +125,7 @@ def test_the_score_and_what_regrows_get_other_keys():
 def test_a_seed_and_its_key_are_the_same(seed):
     legacy = hasattr(seed, "dtype") and seed.dtype == np.uint32
     for t in (
-        lambda key: fwt.initialize(I.normal, key),
+        lambda key: fwt.initialize(init.normal, key),
         lambda key: fwt.prune(0.5, S.random, key=key),
         lambda key: fwt.reset(key, "flax"),
     ):
@@ -147,7 +147,7 @@ NARROW = (np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn, ml_dtypes.flo
 ARGUMENTS = {"constant": (0.3,), "sparse": (0.5,), "variance_scaling": (2.0, "fan_in", "normal")}
 EVERY = [
     (space, name)
-    for space in (I, I.keras, I.torch)
+    for space in (init, init.keras, init.torch)
     for name in space.__all__
     if name != "calculate_gain"
 ]
@@ -174,7 +174,7 @@ def test_half_precision_has_few_zeros_and_many_values():
     leaf = {"d": {"kernel": np.zeros((512, 512), ml_dtypes.bfloat16)}}
     module = fwt.Sequential([("d", nn.Dense(512, use_bias=False))])
     for t in (
-        fwt.initialize(I.normal(1.0), 0),
+        fwt.initialize(init.normal(1.0), 0),
         fwt.initialize(jax.nn.initializers.normal(1.0), 0),
         fwt.initialize(jax.nn.initializers.he_normal(), 0),
         fwt.reset(0, like="flax"),
@@ -199,12 +199,12 @@ def test_a_users_own_initializer_gets_the_dtype_of_the_leaf():
 
 def test_what_an_8_bit_float_can_not_hold_is_no_nan():
     leaf = {"d": {"kernel": np.ones((9, 9), ml_dtypes.float8_e4m3fn)}}
-    w = np.asarray(fwt.initialize(I.normal(1e4), 0)(leaf)["d"]["kernel"].astype(np.float32))
+    w = np.asarray(fwt.initialize(init.normal(1e4), 0)(leaf)["d"]["kernel"].astype(np.float32))
     assert np.abs(w).max() == 448
     assert np.isfinite(w).all()
 
 
-@pytest.mark.parametrize("space", [I, I.keras, I.torch])
+@pytest.mark.parametrize("space", [init, init.keras, init.torch])
 @pytest.mark.parametrize(
     ("dtype", "value"),
     [(ml_dtypes.int4, 8), (np.int8, 300), (np.uint8, -1), (np.int8, 0.5), (np.float16, 1e5),
@@ -264,12 +264,12 @@ SCALE = ml_dtypes.float8_e8m0fnu
         fwt.masks(0.5),
         fwt.masks_of,
         fwt.project(C.max_norm(1.0)),
-        fwt.initialize(I.normal, 0),
+        fwt.initialize(init.normal, 0),
         fwt.reset(0, "keras"),
         fwt.apply_masks({"d": {"kernel": np.zeros((4, 4), bool)}}),
         lambda p: fwt.optim.sparsify(optax.sgd(0.1), 0.5).init(p),
         lambda p: C.non_negative()(p["d"]["kernel"]),
-        lambda p: I.normal()(jax.random.key(0), (4, 4), SCALE),
+        lambda p: init.normal()(jax.random.key(0), (4, 4), SCALE),
         lambda p: fwt.prune(0.5, dtype=SCALE)({"d": {"kernel": np.ones((4, 4), np.float32)}}),
     ],
 )
@@ -298,7 +298,7 @@ def test_whole_numbers(dtype):
     found = np.asarray(S.magnitude(params)["d"]["kernel"]).astype(np.int64)
     assert found.tolist() == [[abs(low), high, 1, 0]]
     with pytest.raises(fwt.LeafError, match="d/kernel"):
-        fwt.initialize(I.normal, 0)(params)
+        fwt.initialize(init.normal, 0)(params)
     with pytest.raises(fwt.LeafError, match="d/kernel"):
         fwt.project(C.unit_norm)(params)
     new = np.asarray(fwt.project(C.non_negative)(params)["d"]["kernel"]).astype(np.int64)

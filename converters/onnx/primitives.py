@@ -11,7 +11,7 @@ import numpy as np
 import tensorflow as tf
 from jax import lax
 
-from fwt.converters.onnx.pointwise import converted, is_nan, like, where
+from fwt.converters.onnx.pointwise import cast, converted, is_nan, like, where
 from fwt.converters.rows.row import refuse
 
 if TYPE_CHECKING:
@@ -213,7 +213,11 @@ def padded(x: Any, pairs: Sequence[tuple[int, int]], fill: float = 0.0) -> Any:
 
 def _reduce(function: Callable[..., Any]) -> Callable[..., Any]:
     def op(t: "Tracer", eqn: Any, x: Any) -> Any:
-        return function(t.tensor(t.full(x, eqn.invars[0].aval)), axis=list(eqn.params["axes"]))
+        x, axes = t.tensor(t.full(x, eqn.invars[0].aval)), list(eqn.params["axes"])
+        if not x.dtype.is_integer or x.dtype.size == 8:
+            return function(x, axis=axes)
+        # onnxruntime ends at the largest int32 where JAX goes on from the least.
+        return cast(t, function(cast(t, x, tf.int64), axis=axes), x.dtype)
 
     return op
 

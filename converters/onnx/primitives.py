@@ -214,6 +214,8 @@ def padded(x: Any, pairs: Sequence[tuple[int, int]], fill: float = 0.0) -> Any:
 def _reduce(function: Callable[..., Any]) -> Callable[..., Any]:
     def op(t: "Tracer", eqn: Any, x: Any) -> Any:
         x, axes = t.tensor(t.full(x, eqn.invars[0].aval)), list(eqn.params["axes"])
+        if x.dtype.is_integer and function is tf.reduce_prod:
+            raise refuse(t.place, "onnxruntime does not go round in a product of whole numbers")
         if not x.dtype.is_integer or x.dtype.size == 8:
             return function(x, axis=axes)
         # onnxruntime ends at the largest int32 where JAX goes on from the least.

@@ -3,10 +3,13 @@
 ``verify`` asks it, and ``to_onnx`` before it writes.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -14,6 +17,37 @@ ROUNDINGS = 10  # how many roundings two equal models may be apart
 _VECTOR = 8  # fewer channels say too little of their own scale
 _CANCELS = 4  # how much more than measured rounding may move a position
 _TOLD = 4  # one row in so many must be told apart from rounding, else nothing is compared
+
+
+@contextlib.contextmanager
+def full_products() -> Iterator[None]:
+    """Matrix products and convolutions of float32 are computed in float32, whatever frameworks are
+    there: on GPUs and TPUs most round what they multiply to 10 bits or fewer, if not told."""
+    before: list[tuple[Any, str, Any]] = []
+    torch, tensorflow = sys.modules.get("torch"), sys.modules.get("tensorflow")
+    if torch is not None:
+        of = torch.backends
+        if hasattr(of.cudnn, "conv"):
+            name, value = "fp32_precision", "ieee"
+            holders = [of.cuda.matmul, of.cudnn.conv, of.cudnn.rnn]
+            holders += [of.mkldnn.matmul, of.mkldnn.conv, of.mkldnn.rnn]
+        else:  # before 2.9
+            name, value = "allow_tf32", False
+            holders = [of.cuda.matmul, of.cudnn]
+        for holder in holders:
+            before.append((holder, name, getattr(holder, name)))
+            setattr(holder, name, value)
+    tf32 = tensorflow and tensorflow.config.experimental.tensor_float_32_execution_enabled()
+    if tf32:
+        tensorflow.config.experimental.enable_tensor_float_32_execution(False)
+    try:
+        with jax.default_matmul_precision("highest"):
+            yield
+    finally:
+        for holder, name, value in before:
+            setattr(holder, name, value)
+        if tf32:
+            tensorflow.config.experimental.enable_tensor_float_32_execution(True)
 
 
 class Apart(NamedTuple):

@@ -34,7 +34,9 @@ class Windows:
         if self.pool == "max":
             return jnp.max(x, inner)
         if self.pool == "l2":
-            return jnp.sqrt(jnp.sum(x * x, inner))
+            most = jnp.max(jnp.abs(x), inner, keepdims=True)
+            unit = jnp.where((most > 0) & (most < jnp.inf), most, 1)  # squares may overflow
+            return jnp.squeeze(unit, inner) * jnp.sqrt(jnp.sum((x / unit) ** 2, inner))
         return jnp.mean(x, inner) if self.pool == "mean" else jnp.sum(x, inner)
 
     def spread(self, mask: Array) -> Array:

@@ -500,6 +500,7 @@ def _write(
         raise
 
 
+@judge.full_products()
 def _compare(
     message: bytes, folder: Path, module: Any, variables: Any, shape: Any, dtype: np.dtype
 ) -> None:

@@ -43,6 +43,7 @@ from fwt.converters.verification.sides import (
 _LARGER = 2.0**-4  # relative to the scale: what is no longer a small difference
 
 
+@judge.full_products()
 def verify(
     a: Any,
     b: Any,
@@ -76,6 +77,8 @@ def verify(
         tolerance: how far a row may be off relative to its largest value, in place of ten
             roundings.
         external_data: whether an ONNX file may have its weights in another in its folder.
+
+    Products of float32 are computed in float32 here, on GPUs and TPUs too.
 
     Returns:
         A report: ``print`` it, or ask it for ``ok``, ``first``, ``to_json()``. Where nothing

@@ -88,22 +88,26 @@ def sparsegpt(
     pattern.fits(list(map(_axes.Places(tree, None, module), chosen)), {})
     new: dict[str, Any] = {}
     x: Any = jnp.asarray(batch)
-    for named in module.layers:
-        path = f"{_tree.escape(named.name)}/kernel"
-        now = tree.replace(new)
-        if path in chosen:
-            inputs = _inputs(path, named.layer, x)
-            kernel = jnp.asarray(tree.leaves[path])
-            count = None if groups else float(sparsity or 0)
-            flat = kernel.reshape(-1, kernel.shape[-1]).astype(jnp.float32)
-            cut = settings.get("n", 1), m
-            found = _mended(flat, inputs, damping, count, cut, block)
-            if not isinstance(found, jax.core.Tracer) and not jnp.isfinite(found).all():
-                raise LeafError(f"{path}: its inputs on the batch, or it itself, are not finite")
-            new[path] = found.reshape(kernel.shape).astype(kernel.dtype)
+    # On GPUs and TPUs products of float32 are rounded by default, which no inverse bears.
+    with jax.default_matmul_precision("highest"):
+        for named in module.layers:
+            path = f"{_tree.escape(named.name)}/kernel"
             now = tree.replace(new)
-        mine = {k: {named.name: v[named.name]} for k, v in now.items() if named.name in v}
-        x = Sequential([named]).apply(mine, x)
+            if path in chosen:
+                inputs = _inputs(path, named.layer, x)
+                kernel = jnp.asarray(tree.leaves[path])
+                count = None if groups else float(sparsity or 0)
+                flat = kernel.reshape(-1, kernel.shape[-1]).astype(jnp.float32)
+                cut = settings.get("n", 1), m
+                found = _mended(flat, inputs, damping, count, cut, block)
+                if not isinstance(found, jax.core.Tracer) and not jnp.isfinite(found).all():
+                    raise LeafError(
+                        f"{path}: its inputs on the batch, or it itself, are not finite"
+                    )
+                new[path] = found.reshape(kernel.shape).astype(kernel.dtype)
+                now = tree.replace(new)
+            mine = {k: {named.name: v[named.name]} for k, v in now.items() if named.name in v}
+            x = Sequential([named]).apply(mine, x)
     missed = [p for p in chosen if p not in new]
     if missed:
         raise LeafError(

@@ -184,3 +184,28 @@ def test_weights_that_are_not_compared_are_told():
     report = converters.verify(net, copy.deepcopy(net), input_shape=(3,))
     assert report.ok
     assert "the weights are not compared" in str(report)
+
+
+def test_products_are_not_rounded(monkeypatch):
+    """Whatever was told to multiply fewer bits is told again afterwards."""
+    seen = []
+
+    def noted(self, x, forward=torch.nn.Linear.forward):
+        products = torch.backends.cuda.matmul
+        torch_says = getattr(products, "fp32_precision", None) or products.allow_tf32
+        seen.append((torch_says, jax.config.jax_default_matmul_precision))
+        return forward(self, x)
+
+    monkeypatch.setattr(torch.nn.Linear, "forward", noted)
+    net = torch.nn.Sequential(torch.nn.Linear(3, 2))
+    held = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with jax.default_matmul_precision("bfloat16"):
+            assert converters.verify(net, net, input_shape=(3,)).ok
+            net(torch.ones(1, 3))
+        inside, after = seen[0], seen[-1]
+        assert inside[0] in ("ieee", False) and inside[1] == "highest"
+        assert after[0] in ("tf32", True) and after[1] == "bfloat16"
+    finally:
+        torch.set_float32_matmul_precision(held)

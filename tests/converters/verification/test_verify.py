@@ -205,7 +205,7 @@ def test_products_are_not_rounded(monkeypatch):
             assert converters.verify(net, net, input_shape=(3,)).ok
             net(torch.ones(1, 3))
         inside, after = seen[0], seen[-1]
-        assert inside[0] in ("ieee", False) and inside[1] == "highest"
-        assert after[0] in ("tf32", True) and after[1] == "bfloat16"
+        assert inside in (("ieee", "highest"), (False, "highest"))
+        assert after in (("tf32", "bfloat16"), (True, "bfloat16"))
     finally:
         torch.set_float32_matmul_precision(held)

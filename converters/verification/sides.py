@@ -15,7 +15,7 @@ from fwt._sequential import Sequential, call
 from fwt._types import ConversionError, Model
 from fwt.converters import judge
 from fwt.converters.rows import table
-from fwt.converters.rows.row import joined
+from fwt.converters.rows.row import Framework, is_training, joined
 
 Taps = dict[str, np.ndarray]
 
@@ -39,6 +39,38 @@ class Side:
     computes: Sequence[Any] = ()  # dtypes that it computes in and its outputs don't tell
     model_first: bool = False  # whether channels come first at the ends of its Flax model
     names: Any = None  # of its modules and weights, for models that can't be converted
+    settings: Sequence[tuple[str, float]] = ()  # numbers, of such models
+
+
+OF_TRAINING = ("momentum", "rate", "dropout_rate", "dropout", "recurrent_dropout")
+_AT_RANDOM = ("Drop", "Noise", "Random")  # parts of the names of layers that only train
+
+
+def _numbers(
+    framework: Framework, layers: Iterable[tuple[str, Any, Any]]
+) -> list[tuple[str, float]]:
+    """The floats among the settings of layers, but those of training, by place.
+
+    Args:
+        framework: theirs.
+        layers: each one's name, it, and its settings, a dictionary that may hold more.
+    """
+    found: list[tuple[str, float]] = []
+
+    def under(place: str, value: Any) -> None:
+        if type(value) is float:
+            found.append((place, value))
+        pairs: Any = enumerate(value) if isinstance(value, list | tuple) else ()
+        if isinstance(value, dict):
+            pairs = [(k, v) for k, v in value.items() if not str(k).startswith("_")
+                     and k not in OF_TRAINING and not is_training(framework, str(k))]  # fmt: skip
+        for name, one in pairs:
+            under(f"{place}: {name}" if ":" not in place else f"{place}/{name}", one)
+
+    for place, layer, settings in layers:
+        if not any(part in type(layer).__name__ for part in _AT_RANDOM):
+            under(place, settings)
+    return found
 
 
 def takes_first(layers: Iterable[tuple[str, Sequence[int] | None]], inside: bool) -> bool:
@@ -210,10 +242,20 @@ def keras_side(model: Any) -> Side:
     count = getattr(first, "input_dim", None) or some_integers(_dtype(taken))
     rows = first.get_weights()[0] if isinstance(first, keras.layers.Embedding) else None
     dtypes = [v.dtype for v in model.variables]
-    computes = {str(x.compute_dtype) for x in model._flatten_layers()}
+    layers = list(model._flatten_layers(include_self=False))
+    computes = {str(x.compute_dtype) for x in (model, *layers)}
+    names = [type(x) for x in layers], [tuple(v.shape) for v in model.variables]
+    settings = _numbers("keras", ((x.name, x, _config(x)) for x in layers))
     return Side(run, own, channels_first, lambda _: _keras.from_keras(model), count, rows, inside,
                 [_dtype(d) for d in dtypes], [_dtype(d) for d in computes],
-                channels_first and not inside)  # fmt: skip
+                channels_first and not inside, names, settings)  # fmt: skip
+
+
+def _config(layer: Any) -> Any:
+    try:
+        return {} if hasattr(layer, "layers") else layer.get_config()
+    except NotImplementedError:  # of a user's own class
+        return {}
 
 
 def _dtype(name: Any) -> Any:
@@ -301,8 +343,12 @@ def torch_side(model: Any) -> Side:
     modules = [(name, type(module)) for name, module in model.named_modules()]
     names = modules, [(name, getattr(w, "shape", ())) for name, w in model.state_dict().items()]
 
+    own = ((name or type(m).__name__, m, vars(m)) for name, m in model.named_modules())
+    settings = _numbers("torch", own)
+
     def converted(shape: tuple[int, ...]) -> Model:
         return _torch.from_torch(model, input_shape=shape)
 
     return Side(run, None, channels_first, converted, count, rows, True,
-                [array(w.flatten()[:1]).dtype for w in weights], names=names)  # fmt: skip
+                [array(w.flatten()[:1]).dtype for w in weights], names=names,
+                settings=settings)  # fmt: skip

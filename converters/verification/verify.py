@@ -31,6 +31,7 @@ from fwt.converters.verification.report import (
     weight_apart,
 )
 from fwt.converters.verification.sides import (
+    OF_TRAINING,
     Side,
     each_layer,
     flax_side,
@@ -127,15 +128,18 @@ def verify(
     try:
         there = _moved(x, one.channels_first, other.channels_first)
         models = one.model(x.shape[1:]), other.model(there.shape[1:])
-        if ok and tolerance is None and (apart := _settings(*models)) is not None:
-            ok, first = False, apart.split(":")[0]
-            notes.append(f"no output on these inputs shows it, but a setting differs: {apart}")
+        setting = _settings(*models)
         weights = tuple(_weights(*models))
         changed = {_layer(line.name) for line in weights}
     except ConversionError as error:
         notes.append(f"the weights are not compared: {error}")
+        setting = None
         if one.names is not None and one.names == other.names:
             changed = {line.name for line in lines}
+            setting = _setting(one.settings, other.settings)
+    if ok and tolerance is None and setting is not None:
+        ok, first = False, setting.split(":")[0]
+        notes.append(f"no output on these inputs shows it, but a setting differs: {setting}")
     if ok and tolerance is None and (first := _hidden(lines, carries, changed)) is not None:
         ok = False
         notes.append(f"the layers behind {first} hide the difference: the output is close")
@@ -173,7 +177,7 @@ def _settings(a: Model, b: Model) -> str | None:
                 return f"{x.name}/{found}"
             continue
         for field in dataclasses.fields(x.layer):
-            if field.name in TRAINING["flax"] or field.name in _OF_TRAINING:
+            if field.name in TRAINING["flax"] or field.name in OF_TRAINING:
                 continue
             mine, theirs = (_floats(getattr(each.layer, field.name), field) for each in (x, y))
             if mine is None or theirs is None:
@@ -184,7 +188,14 @@ def _settings(a: Model, b: Model) -> str | None:
     return None
 
 
-_OF_TRAINING = ("momentum", "rate", "dropout_rate")
+def _setting(a: Sequence[tuple[str, float]], b: Sequence[tuple[str, float]]) -> str | None:
+    """The first number that differs, among the settings of models that can't be converted."""
+    if len(a) != len(b):
+        return None
+    for (place, mine), (_, theirs) in zip(a, b, strict=True):
+        if not np.isclose(mine, theirs, 1e-6, 0, equal_nan=True):
+            return f"{place} is {mine:g} and {theirs:g}"
+    return None
 
 
 def _floats(value: Any, field: Any) -> list[float] | None:

@@ -494,6 +494,35 @@ def test_a_setting_that_no_input_shows(one, other):
     assert converters.verify(a, converters.from_torch(a, input_shape=(4,))).ok
 
 
+class Capped(torch.nn.Module):
+    """Which no converter takes."""
+
+    def __init__(self, most, drop_prob=0.0):
+        super().__init__()
+        self.most, self.drop = most, torch.nn.Dropout(drop_prob)
+
+    def forward(self, x):
+        return torch.clamp(self.drop(x), max=self.most)
+
+
+def masked(value, rate=0.0):
+    """Whose mask goes to a layer, as in Keras alone."""
+    layers = [keras.layers.Masking(value, name="masking"), keras.layers.LSTM(2, dropout=rate)]
+    return keras.Sequential([keras.Input((5, 4)), *layers])
+
+
+@pytest.mark.parametrize(("make", "shape"), [(Capped, (4,)), (masked, (5, 4))])
+def test_settings_of_models_that_can_not_be_converted(make, shape):
+    a, b, c = make(1e12), make(1e13), make(1e12, 0.25)
+    for other in (b, c):
+        if make is masked:
+            other.set_weights(a.get_weights())
+    report = converters.verify(a, b, input_shape=shape)
+    assert (report.ok, report.first) == (False, "masking" if make is masked else "Capped")
+    assert "setting differs" in str(report)
+    assert converters.verify(a, c, input_shape=shape).ok  # in training alone they are two
+
+
 def test_a_tolerance_is_a_number():
     with pytest.raises(converters.ConversionError, match="tolerance=inf"):
         converters.verify(chain(t.ReLU()), chain(t.ReLU()), input_shape=(4,), tolerance=np.inf)

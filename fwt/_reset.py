@@ -4,9 +4,10 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -123,7 +124,10 @@ def reset(
         known = {p: _filled(tree.leaves[p], s) for p, s in start.items() if s is not None}
 
         def choose(path: str, shape: tuple[int, ...]) -> tuple[Any, str]:
-            made, root = of_one(view.leaf(path))
+            leaf = view.leaf(path)
+            if like == "flax" and (whole := _whole(leaf, tree.leaves[path].shape)) is not None:
+                return whole, path
+            made, root = of_one(leaf)
             stacked = view.places[path].stack
             return (_draw.fitted(made, view.places[path]) if stacked else made), root
 
@@ -339,7 +343,7 @@ def _orthogonal_gates(key: Any, shape: Any, dtype: Any, axes: Any, gates: int) -
     return as_matrix(draw, axes, (*axes.inputs, *axes.outputs), len(axes.inputs))
 
 
-def _by_flax(make: Any, axes: Any, key: Any, shape: Any, dtype: Any) -> Any:
+def _by_flax(key: Any, shape: Any, dtype: Any, axes: Any, make: Any) -> Any:
     """A layer's own initializer, called as Flax calls it: several axes of one side are one."""
     ins, outs = (axes.inputs, axes.outputs) if axes.known else ((), ())
     if len(ins) + len(outs) < 3 or not ins or not outs:
@@ -347,8 +351,35 @@ def _by_flax(make: Any, axes: Any, key: Any, shape: Any, dtype: Any) -> Any:
     return as_matrix(lambda flat: make(key, flat, dtype), axes, (*ins, *outs), len(ins))
 
 
-def _by_known_flax(key: Any, shape: Any, dtype: Any, axes: Any, make: Any) -> Any:
-    return _by_flax(make, axes, key, shape, dtype)
+def _in_one(key: Any, shape: Any, dtype: Any, axes: Any, make: Any, flat: Any) -> Any:
+    return make(key, flat, dtype).reshape(shape)
+
+
+def _by(function: Any, leaf: _Leaf, make: Any, **settings: Any) -> Any:
+    if getattr(make, "__module__", "").startswith(("jax.", "flax.")) and hashes(make):
+        return bound(function, make=make, **settings).at(leaf.axes)
+    # A user's own: it may depend on more than its arguments, so it must not be compiled by us.
+    return functools.partial(function, axes=leaf.axes, make=make, **settings)
+
+
+def _whole(leaf: _Leaf, shape: tuple[int, ...]) -> Any:
+    """The initializer of a kernel with a matrix for each batch or position, if Flax draws them all
+    as one: its fans count them all."""
+    layer = leaf.known.owner
+    if leaf.name != "kernel" or not isinstance(layer, nn.ConvLocal | nn.DenseGeneral):
+        return None
+    if isinstance(layer, nn.ConvLocal):
+        rank, flat = len(layer.kernel_size) + 2, shape
+    else:
+        many, ins, outs = (
+            len(tuple(x)) if isinstance(x, Iterable) else 1
+            for x in (layer.batch_dims, layer.axis, layer.features)
+        )
+        rank = many + ins + outs
+        flat = math.prod(shape[: many + ins]), math.prod(shape[many + ins :])
+        if not many:
+            return None
+    return _by(_in_one, leaf, layer.kernel_init, flat=flat) if len(shape) == rank else None
 
 
 def _own(leaf: _Leaf) -> Any:
@@ -368,10 +399,7 @@ def _own(leaf: _Leaf) -> Any:
     make = getattr(layer, f"{name}_init", None)
     if make is None or not callable(make):
         return None if make is None else initializers.constant(make)
-    if getattr(make, "__module__", "").startswith(("jax.", "flax.")) and hashes(make):
-        return bound(_by_known_flax, make=make).at(leaf.axes)
-    # A user's own: it may depend on more than its arguments, so it must not be compiled by us.
-    return functools.partial(_by_flax, make, leaf.axes)
+    return _by(_by_flax, leaf, make)
 
 
 # -- the recipes ------------------------------------------------------------------------------

@@ -297,6 +297,12 @@ def verify(
         path if _is_onnx(path) else _both(path, path, architecture, key=key)[0]
         for path in (first, second)
     )
+    for path, found in ((first, one), (second, other)):
+        if not isinstance(found, Path) and found.module is None:
+            raise FwtError(
+                f"{path}: weights alone can't run: --architecture says which model they are of; "
+                "fwt diff compares the weights of two files"
+            )
     _report(one, other, as_json, tolerance)
 
 

@@ -455,10 +455,9 @@ def _side(model: Any, external: bool = False) -> Side:
 
             return onnx_side.side(Path(model), external)
         model = formats.load(Path(model))
-        if model.module is None:
-            raise ConversionError("verify: a file of weights alone can't run: load it with "
-                                  "architecture=")  # fmt: skip
     if isinstance(model, tuple) and len(model) == 2:
+        if model[0] is None:
+            raise ConversionError("verify: weights alone can't run: load them with architecture=")
         return flax_side(Model(_flax.sequential_of(model[0]), model[1]))
     if keras is not None and isinstance(model, keras.Model):
         return keras_side(model)

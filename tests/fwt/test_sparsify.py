@@ -405,7 +405,9 @@ def test_channels_and_scopes_in_training():
 
 
 @pytest.mark.optimised
-@pytest.mark.parametrize("settings", [{"regrow": "set"}, {"straight_through": True}, {"rewind": 0}])
+@pytest.mark.parametrize(
+    "settings", thorough_but(1, [{"regrow": "set"}, {"straight_through": True}, {"rewind": 0}])
+)
 def test_vmap_over_seeds_and_sparsities_scan_and_eager_agree(settings):
     def train(seed, target):
         tx = sparsify(

@@ -27,7 +27,7 @@ from marks import thorough_but
 import fwt
 from fwt import converters
 
-MUTANTS = int(os.environ.get("MUTANTS", "1000"))
+MUTANTS = int(os.environ.get("MUTANTS", "500"))
 FORMATS = (
     *("keras", "Keras weights", "Keras HDF5", "torch", "safetensors", "NumPy", "msgpack", "Orbax"),
     *("safetensors in shards", "Keras weights in shards"),
@@ -42,7 +42,7 @@ def originals(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("count", thorough_but(1, [30, MUTANTS]))
+@pytest.mark.parametrize("count", thorough_but(1, [20, MUTANTS]))
 def test_mutants_load_or_are_refused(originals, name, count):
     """What crashes, hangs, takes too much memory or raises anything else is listed."""
     counts, failures = fuzz.run(name, 0, count, str(originals))

@@ -316,7 +316,7 @@ def test_the_guides_table_is_that_of_the_rows():
 
 
 @pytest.mark.optimised
-@pytest.mark.parametrize("seed", thorough_but(8, range(60)))
+@pytest.mark.parametrize("seed", thorough_but(8, range(40)))
 def test_random_stacks(seed):
     import stacks
 

@@ -156,6 +156,8 @@ def test_on_the_command_line(tmp_path):
         assert (code, said.splitlines()[0]) == (0, "equal")
     more = ("-a", tmp_path / "net.keras")
     assert fwt_command("verify", tmp_path / "a.pt", tmp_path / "net.keras", *more)[0] == 0
+    with pytest.raises(fwt.FwtError, match=r"a\.pt: weights alone can't run: --architecture"):
+        fwt_command("verify", tmp_path / "net.keras", tmp_path / "a.pt")
     module, variables = converters.load(tmp_path / "net.keras")
     variables["params"]["first"]["kernel"] *= 1.01
     converters.save(tmp_path / "b.npz", module, variables)

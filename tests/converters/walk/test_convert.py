@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.utils.prune
-from marks import thorough_but
 
 import fwt
 from fwt import converters
@@ -434,7 +433,8 @@ for found in (
 """
 
 
-@pytest.mark.parametrize("backend", thorough_but(1, ["jax", "torch"]))
+@pytest.mark.thorough
+@pytest.mark.parametrize("backend", ["jax", "torch"])
 def test_keras_on_other_backends(backend):
     import os
 

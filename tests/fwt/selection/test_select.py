@@ -517,6 +517,7 @@ def test_on_a_mesh_only_counts_cross_devices(tmp_path, scopes):
         env={
             **os.environ,
             "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=8",
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         },
         capture_output=True,
         text=True,

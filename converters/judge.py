@@ -7,7 +7,7 @@ import contextlib
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -27,8 +27,8 @@ def full_products() -> Iterator[None]:
     torch, tensorflow = sys.modules.get("torch"), sys.modules.get("tensorflow")
     if torch is not None:
         of = torch.backends
+        name, value = "fp32_precision", cast(Any, "ieee")
         if hasattr(of.cudnn, "conv"):
-            name, value = "fp32_precision", "ieee"
             holders = [of.cuda.matmul, of.cudnn.conv, of.cudnn.rnn]
             holders += [of.mkldnn.matmul, of.mkldnn.conv, of.mkldnn.rnn]
         else:  # before 2.9
@@ -37,9 +37,10 @@ def full_products() -> Iterator[None]:
         for holder in holders:
             before.append((holder, name, getattr(holder, name)))
             setattr(holder, name, value)
-    tf32 = tensorflow and tensorflow.config.experimental.tensor_float_32_execution_enabled()
+    tf: Any = tensorflow and tensorflow.config.experimental
+    tf32 = tf and tf.tensor_float_32_execution_enabled()
     if tf32:
-        tensorflow.config.experimental.enable_tensor_float_32_execution(False)
+        tf.enable_tensor_float_32_execution(False)
     try:
         with jax.default_matmul_precision("highest"):
             yield
@@ -47,7 +48,7 @@ def full_products() -> Iterator[None]:
         for holder, name, value in before:
             setattr(holder, name, value)
         if tf32:
-            tensorflow.config.experimental.enable_tensor_float_32_execution(True)
+            tf.enable_tensor_float_32_execution(True)
 
 
 class Apart(NamedTuple):

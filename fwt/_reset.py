@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -369,7 +369,8 @@ def _whole(leaf: _Leaf, shape: tuple[int, ...]) -> Any:
     if leaf.name != "kernel" or not isinstance(layer, nn.ConvLocal | nn.DenseGeneral):
         return None
     if isinstance(layer, nn.ConvLocal):
-        rank, flat = len(layer.kernel_size) + 2, shape
+        size = layer.kernel_size
+        rank, flat = (len(size) if isinstance(size, Sequence) else 1) + 2, shape
     else:
         many, ins, outs = (
             len(tuple(x)) if isinstance(x, Iterable) else 1

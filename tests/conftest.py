@@ -42,6 +42,15 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     jax.config.update("jax_compilation_cache_dir", _OURS)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish():
+    """A worker has ten seconds to end, which may be too few for what runs at its exit."""
+    running = "coverage" in sys.modules and sys.modules["coverage"].Coverage.current()
+    if running:
+        running.stop()
+        running.save()
+
+
 def pytest_unconfigure():
     if _OURS:
         shutil.rmtree(_OURS, ignore_errors=True)
@@ -66,12 +75,13 @@ def pytest_configure(config):
 
 
 # What may hang on how XLA optimises: both runs have it, the thorough one with the optimised code.
-BOTH = ("test_select", "test_prune", "test_tree", "test_verbs")
+BOTH = ("test_select", "test_prune", "test_tree")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Properties are part of both runs."""
+    """Properties are part of both runs, and what is compiled in one way stands together."""
+    items.sort(key=lambda item: item.get_closest_marker("optimised") is not None)
     if THOROUGH:
         for item in items:
             prop = getattr(getattr(item, "obj", None), "is_hypothesis_test", False)

@@ -404,7 +404,6 @@ def test_channels_and_scopes_in_training():
     assert gone(state.masks) == {"a/kernel": 42, "b/kernel": 14}
 
 
-@pytest.mark.optimised
 @pytest.mark.parametrize(
     "settings", thorough_but(1, [{"regrow": "set"}, {"straight_through": True}, {"rewind": 0}])
 )

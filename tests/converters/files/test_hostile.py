@@ -27,7 +27,7 @@ from marks import thorough_but
 import fwt
 from fwt import converters
 
-MUTANTS = int(os.environ.get("MUTANTS", "500"))
+MUTANTS = int(os.environ.get("MUTANTS", "300"))
 FORMATS = (
     *("keras", "Keras weights", "Keras HDF5", "torch", "safetensors", "NumPy", "msgpack", "Orbax"),
     *("safetensors in shards", "Keras weights in shards"),

@@ -348,6 +348,7 @@ def test_what_is_wrong_is_said_and_nothing_is_written(model, tmp_path, monkeypat
     assert report.first == "2"
 
 
+@pytest.mark.thorough
 def test_it_is_quiet_and_needs_no_keras(tmp_path):
     code = f"""
     import sys, numpy as np, jax, flax.linen as nn, fwt

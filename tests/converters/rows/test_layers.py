@@ -192,9 +192,8 @@ def test_a_straight_functional_model_is_a_sequence(tmp_path):
 
 @pytest.mark.optimised
 @pytest.mark.thorough
-@pytest.mark.parametrize("name", ["VGG16", "VGG19"])
-def test_vgg_goes_round(name):
-    net = getattr(keras.applications, name)(weights=None, input_shape=(32, 32, 3), classes=7)
+def test_vgg_goes_round():
+    net = keras.applications.VGG16(weights=None, input_shape=(32, 32, 3), classes=7)
     rng = np.random.default_rng(0)
     for v in net.variables:
         scale = np.sqrt(2 / max(np.prod(v.shape[:-1]), 1))
@@ -316,7 +315,7 @@ def test_the_guides_table_is_that_of_the_rows():
 
 
 @pytest.mark.optimised
-@pytest.mark.parametrize("seed", thorough_but(8, range(40)))
+@pytest.mark.parametrize("seed", thorough_but(8, range(28)))
 def test_random_stacks(seed):
     import stacks
 

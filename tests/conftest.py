@@ -59,7 +59,7 @@ def pytest_unconfigure():
 # How many examples a property draws: in the suite, in the thorough run of CI, and by hand.
 for profile, examples, fixed in (
     ("fwt", 10, True),
-    ("thorough", 20, True),
+    ("thorough", 14, True),
     ("search", 1000, False),
 ):
     hypothesis.settings.register_profile(

@@ -197,9 +197,11 @@ def test_all_ties_may_stay(path):
         assert int(mask.sum()) == keep
 
 
-@pytest.mark.parametrize("count", thorough_but(lambda n: n in (2, 11), [0, 2, 4, 11]))
-@pytest.mark.parametrize("apart", [False, True])
-def test_several_counts_of_the_same_leaves(count, apart):
+@pytest.mark.parametrize(
+    ("apart", "count"),
+    thorough_but(4, [(False, 2), (True, 2), (False, 11), (True, 11), (False, 0), (True, 4)]),
+)
+def test_several_counts_of_the_same_leaves(apart, count):
     rng = np.random.default_rng(0)
     leaves = [rng.normal(size=(70, 93)), rng.integers(-2, 3, size=(3, 45, 100)), rng.normal(size=8)]
     leaves = [x.astype(np.float32) for x in leaves]

@@ -17,10 +17,6 @@ if any(word.removeprefix("-m") == "thorough" for word in sys.argv):
 os.environ.setdefault("KERAS_BACKEND", "jax" if "FWT_THOROUGH" in os.environ else "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-if "FWT_THOROUGH" not in os.environ and jaxlib.version.__version_info__ < (0, 11):  # has them
-    flags = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false".strip()
-
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
@@ -29,6 +25,12 @@ import jax
 import pytest
 
 THOROUGH = "FWT_THOROUGH" in os.environ
+
+if not THOROUGH and jaxlib.version.__version_info__ < (0, 11):  # which has them
+    held = os.environ.get("XLA_FLAGS", "")
+    os.environ["XLA_FLAGS"] = f"{held} --xla_cpu_use_fusion_emitters=false".strip()
+    jax.devices()  # reads them. TensorFlow has an XLA of its own, which may not know this one.
+    os.environ["XLA_FLAGS"] = held
 
 # Of the many objects that tracing makes, few are in circles: looking for these at each 700th costs
 # a twentieth of the time.

@@ -61,6 +61,12 @@ def originals(folder):
         if suffix in (".safetensors", ".npz", ".msgpack", ".pt") and not more:
             converters.save(path.with_stem(f"{name} odd"), None, odd)
             out[name].append(path.with_stem(f"{name} odd"))
+    import torch
+
+    older = Path(folder) / "older.pt"
+    state = {"a": torch.ones(3, 2), "b": torch.arange(4), "more": {1}}
+    torch.save(state, older, _use_new_zipfile_serialization=False)
+    out["torch"].append(older)
     import h5py
 
     packed = Path(folder) / "packed.weights.h5"

@@ -1,0 +1,182 @@
+"""Checkpoints of torch that hold more than a state dict, and torch's older format."""
+
+import argparse
+import collections
+import warnings
+import zipfile
+
+import numpy as np
+import pytest
+import torch
+
+import fwt
+from fwt import converters
+
+
+def net():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.PReLU(3))
+
+
+class Config:
+    """A user's own class, which is not to be imported."""
+
+    def __init__(self):
+        self.steps = [1, 2]
+
+    def __reduce__(self):
+        return (_called, (1,), {"steps": self.steps})
+
+
+def _called(_):
+    raise AssertionError("a file has called a function")
+
+
+def same(path, state, **how):
+    """The weights of a file are these tensors."""
+    found = fwt.select(converters.load(path, **how).variables, "**")
+    names = {name.replace(".", "/"): value for name, value in state.items()}
+    names = {n: v for n, v in names.items() if isinstance(v, torch.Tensor)}
+    assert found.keys() == names.keys()
+    for name, value in names.items():
+        np.testing.assert_array_equal(found[name], value.detach().resolve_conj().numpy())
+
+
+BESIDE = {
+    "a Namespace": argparse.Namespace(lr=1e-3, layers=[1, 2]),
+    "NumPy scalars": {"best": np.float64(0.9), "mean": np.float32(0.5)},
+    "an array": np.arange(6.0).reshape(2, 3),
+    "a set": {1, "a", (2, 3)},
+    "a Counter": collections.Counter("aab"),
+    "a defaultdict": collections.defaultdict(list, a=[1]),
+    "a module": torch.nn.Sequential(torch.nn.Conv1d(2, 3, 1), torch.nn.ReLU()),
+    "a class": Config,
+    "a user's object": Config(),
+    "a dtype, a size, a device": [torch.float16, torch.Size([1, 2]), torch.device("cpu")],
+    "an optimizer": torch.optim.Adam(torch.nn.Linear(2, 2).parameters()).state_dict(),
+    "a generator's state": torch.get_rng_state(),
+    "a sparse tensor": torch.eye(3).to_sparse(),
+    "a quantised tensor": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
+    "complex32": torch.ones(2, dtype=torch.complex32),
+}
+
+
+@pytest.mark.parametrize("older", [False, True])
+@pytest.mark.parametrize("name", BESIDE)
+def test_what_stands_beside_the_weights_does_nothing(tmp_path, name, older):
+    state = net().state_dict()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of quantised tensors
+        checkpoint = {"epoch": 3, "more": BESIDE[name], "model": {"weights": state}}
+        torch.save(checkpoint, tmp_path / "c.ckpt", _use_new_zipfile_serialization=not older)
+    same(tmp_path / "c.ckpt", state, key="model/weights")
+    with pytest.raises(converters.FileFormatError, match="expected a state dict of tensors, but"):
+        converters.load(tmp_path / "c.ckpt")
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_an_object_under_the_key_is_refused_by_its_class(tmp_path, older):
+    how = {"_use_new_zipfile_serialization": not older}
+    torch.save({"model": net(), **net().state_dict(), "config": Config()}, tmp_path / "c.pt", **how)
+    with pytest.raises(
+        converters.FileFormatError, match=r"'model' is a torch.nn.modules.container"
+    ):
+        converters.load(tmp_path / "c.pt")
+    with pytest.raises(
+        converters.FileFormatError, match=r"found a torch.*Sequential; save model.st"
+    ):
+        converters.load(tmp_path / "c.pt", key="model")
+    torch.save({**net().state_dict(), "config": Config()}, tmp_path / "c.pt", **how)
+    with pytest.raises(
+        converters.FileFormatError, match=r"'config' is a .*test_torch_files\._call"
+    ):
+        converters.load(tmp_path / "c.pt")
+
+
+def test_torchscript_is_refused_by_its_class(tmp_path):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.script(net()).save(tmp_path / "j.pt")
+    with pytest.raises(converters.FileFormatError, match=r"found a __torch__.*Sequential"):
+        converters.load(tmp_path / "j.pt")
+
+
+def test_plain_values_beside_tensors_are_left_out_with_a_warning(tmp_path):
+    state = {**net().state_dict(), "tags": {"a"}, "step": 3, "_extra_state": None}
+    torch.save(state, tmp_path / "s.pt")
+    with pytest.warns(UserWarning, match=r"'tags' \(a set\), 'step' \(an int\), '_extra_state'"):
+        same(tmp_path / "s.pt", state)
+
+
+TENSORS = {
+    "dtypes": {
+        str(d).removeprefix("torch."): torch.arange(6).to(d).reshape(2, 3)
+        for d in (torch.float64, torch.float16, torch.int16, torch.bool, torch.complex64,
+                  torch.uint8, torch.int64)
+    },
+    "views": {"a": torch.arange(12.0).reshape(3, 4).T, "b": torch.arange(9.0)[2:8:3],
+              "c": torch.ones(()), "d": torch.zeros(0, 3)},
+    "conj": {"a": torch.view_as_complex(torch.randn(3, 2)).conj()},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_the_format_before_1_6(tmp_path, name):
+    torch.save(TENSORS[name], tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    same(tmp_path / "old.pth", TENSORS[name])
+
+
+def test_the_older_format_keeps_order_and_ties(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Embedding(5, 3), torch.nn.Linear(3, 5, bias=False))
+    model[1].weight = model[0].weight
+    torch.save(model.state_dict(), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    loaded = converters.load(tmp_path / "old.pt")
+    params = loaded.variables["params"]
+    assert params["0"]["weight"] is params["1"]["weight"]
+    converters.save(tmp_path / "new.pt", *loaded)
+    new = torch.load(tmp_path / "new.pt", weights_only=True)
+    assert list(new) == ["0.weight", "1.weight"]
+    assert new["0.weight"].data_ptr() == new["1.weight"].data_ptr()
+
+
+def test_parameters_with_attributes(tmp_path):
+    layer = torch.nn.Linear(2, 3)
+    layer.weight.tag = "mine"
+    state = layer.state_dict(keep_vars=True)
+    torch.save(state, tmp_path / "p.pt")
+    same(tmp_path / "p.pt", state)
+
+
+def test_big_endian_numbers(tmp_path):
+    state = {
+        "a": torch.randn(3, 2), "b": torch.arange(5), "c": torch.view_as_complex(torch.randn(3, 2)),
+        "d": torch.arange(6).to(torch.uint16).reshape(2, 3), "e": torch.ones(3).bfloat16(),
+    }  # fmt: skip
+    torch.save(state, tmp_path / "little.pt")
+    sizes = {"0": 4, "1": 8, "2": 4, "3": 2, "4": 2}  # of one number in each storage
+    with (
+        zipfile.ZipFile(tmp_path / "little.pt") as old,
+        zipfile.ZipFile(tmp_path / "big.pt", "w") as new,
+    ):
+        for info in old.infolist():
+            data = old.read(info)
+            if info.filename.endswith("byteorder"):
+                data = b"big"
+            elif "/data/" in info.filename:
+                data = np.frombuffer(data, f"u{sizes[info.filename.split('/')[-1]]}").byteswap()
+            new.writestr(info.filename, bytes(data))
+    state["e"] = state["e"].float()
+    found = fwt.select(converters.load(tmp_path / "big.pt").variables, "**")
+    for name, value in state.items():
+        np.testing.assert_array_equal(np.asarray(found[name]).astype(value.numpy().dtype), value)
+
+
+def test_an_older_file_that_lies(tmp_path):
+    torch.save({"a": torch.ones(300)}, tmp_path / "o.pt", _use_new_zipfile_serialization=False)
+    data = (tmp_path / "o.pt").read_bytes()
+    for wrong in (data[:-8], data[:-1208] + (1 << 62).to_bytes(8, "little") + data[-1200:]):
+        (tmp_path / "o.pt").write_bytes(wrong)
+        with pytest.raises(
+            converters.FileFormatError, match=r"storage '.*' declares|not a readable"
+        ):
+            converters.load(tmp_path / "o.pt")

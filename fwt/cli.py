@@ -10,10 +10,12 @@ import dataclasses
 import json
 import math
 import os
+import re
+import shlex
 import sys
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -46,6 +48,14 @@ RenameOption = Annotated[
 ]
 MatchOption = Annotated[
     str, typer.Option(help="With --architecture: name, or order to take arrays as they come.")
+]
+DropOption = Annotated[
+    list[str] | None,
+    typer.Option(help="With --architecture: a glob of names that are not wanted; repeatable."),
+]
+StrictOption = Annotated[
+    bool,
+    typer.Option(help="With --architecture: whether all names and shapes must fit."),
 ]
 KeepOption = Annotated[
     bool, typer.Option("--keep-parts", help="Keep the parts of torch's prune, weight_norm, ...")
@@ -199,15 +209,17 @@ def inspect(
     architecture: ArchitectureOption = None,
     key: KeyOption = None,
     rename: RenameOption = None,
+    drop: DropOption = None,
     match: MatchOption = "name",
+    strict: StrictOption = True,
     keep_parts: KeepOption = False,
     max_bytes: MaxOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show what a file holds: layers, shapes, dtypes, zeros."""
     model = _load(
-        file, architecture=architecture, key=key, rename=rename, match=match,
-        fold=not keep_parts, max_bytes=max_bytes,
+        file, architecture=architecture, key=key, rename=rename, drop=drop or (), match=match,
+        strict=strict, fold=not keep_parts, max_bytes=max_bytes,
     )  # fmt: skip
     (_print_json if as_json else _print_summary)(file, model)
 
@@ -219,7 +231,9 @@ def convert(
     architecture: ArchitectureOption = None,
     key: KeyOption = None,
     rename: RenameOption = None,
+    drop: DropOption = None,
     match: MatchOption = "name",
+    strict: StrictOption = True,
     keep_parts: KeepOption = False,
     max_bytes: MaxOption = None,
     shard_bytes: Annotated[
@@ -233,8 +247,8 @@ def convert(
 ) -> None:
     """Convert a file to another format: exactly, or not at all."""
     model = _load(
-        source, architecture=architecture, key=key, rename=rename, match=match,
-        fold=not keep_parts, max_bytes=max_bytes, sidecar=True,
+        source, architecture=architecture, key=key, rename=rename, drop=drop or (), match=match,
+        strict=strict, fold=not keep_parts, max_bytes=max_bytes, sidecar=True,
     )  # fmt: skip
     if model.module is None and _format(source).fill is not None:
         raise FwtError(
@@ -504,17 +518,41 @@ def demo(
     _demo.run(out)
 
 
+_OPTIONS = "architecture|key|match|max_bytes|shard_bytes|where|tolerance|layout|scope"
+
+
+def _in_options(text: str) -> str:
+    """An error in Python's words as one line in those of the command line."""
+
+    def each(option: str, join: str) -> Callable[[re.Match[str]], str]:
+        def said(found: re.Match[str]) -> str:
+            given = re.findall(r"'([^']*)'(?:: '([^']*)')?", found[1])
+            return " ".join(f"--{option} {shlex.quote(a + join + b)}" for a, b in given)
+
+        return said
+
+    text = " ".join(text.split())
+    text = re.sub(r"\brename=(\{'[^{}]*\})", each("rename", "="), text)
+    text = re.sub(r"\baxes=(\{'[^{}]*\})", each("axes", "="), text)
+    text = re.sub(r"\bdrop=(\['[^\[\]]*\])", each("drop", ""), text)
+    text = re.sub(r"\bwhere=(\['[^\[\]]*\])", each("where", ""), text)
+    text = re.sub(r"\bstrict=(False)?", "--no-strict", text).replace("fold=False", "--keep-parts")
+    text = re.sub(rf"\b({_OPTIONS})=(?=['\d])", lambda m: f"--{m[1].replace('_', '-')} ", text)
+    return re.sub(rf"\b({_OPTIONS}|rename|drop|axes)=(?=$|[ ,;:.])",
+                  lambda m: f"--{m[1].replace('_', '-')}", text)  # fmt: skip
+
+
 def main() -> NoReturn:
     """The ``fwt`` command: one clear line for anything that is wrong."""
 
     def line(message: Warning | str, *_: Any, **__: Any) -> None:
-        print(f"warning: {message}", file=sys.stderr)
+        print(f"warning: {_in_options(str(message))}", file=sys.stderr)
 
     warnings.showwarning = line
     try:
         app(standalone_mode=True)
     except FwtError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"error: {_in_options(str(error))}", file=sys.stderr)
         sys.exit(1)
     except (TypeError, ValueError, ArithmeticError, OSError) as error:
         # Some library's word on a value that nobody checked before it: still one line.

@@ -5,9 +5,10 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -86,14 +87,22 @@ def _shapes(module: Sequential) -> Any:
     return jax.tree.map(lambda s: np.broadcast_to(np.zeros((), s.dtype), s.shape), shapes)
 
 
+class Names(NamedTuple):
+    """How the names of a file are those of an architecture; see :func:`fwt.converters.load`."""
+
+    rename: Mapping[str, str] | None = None
+    drop: Sequence[str] = ()
+    match: str = "name"
+    strict: bool = True
+
+
 def filled(
     model: Model,
     architecture: Any,
     path: Path,
     fill_keras: Callable[[list[Layer]], None] | None,
     load: Callable[[Path], Model],
-    rename: Mapping[str, str] | None,
-    match: str,
+    how: Names,
 ) -> Model:
     """The architecture with the weights of a file that has names only."""
     known, native = _known(architecture, load)
@@ -105,13 +114,15 @@ def filled(
                 f"{architecture}: a config alone has no shapes: give a .keras file, or build the "
                 "model"
             )
-        found = _found(model.variables, rename or {}, path)
+        found = _found(model.variables, how, path)
         flat = dict(_source.flat_names(model.variables))
         ordered = _source.has_order(flat, _nodes.told_of(model.variables))
         pairs = (
             _in_order(found, known, path, ordered)
-            if match == "order"
-            else _by_name(found, known, path, ordered)
+            if how.match == "order"
+            else _by_name(
+                found, known, path, ordered, how.strict, isinstance(architecture, Sequential)
+            )
         )
         return _put(_summed(pairs), known, path)
 
@@ -147,9 +158,15 @@ Shape = tuple[int, ...]
 
 
 def _compare(
-    wanted: Mapping[str, Shape], found: Mapping[str, Shape], path: Path, by: str, hint: str
+    wanted: Mapping[str, Shape],
+    found: Mapping[str, Shape],
+    path: Path,
+    by: str,
+    hint: str,
+    strict: bool = True,
 ) -> None:
-    """Raises with all names that are missing, unexpected or of another shape."""
+    """Raises with all names that are missing, unexpected or of another shape; warns of them if
+    not strict."""
     told = {
         "missing": [n for n in wanted if n not in found],
         "unexpected": [n for n in found if n not in wanted],
@@ -161,7 +178,10 @@ def _compare(
     }
     if any(told.values()):
         said = "; ".join(f"{what}: {_some(names)}" for what, names in told.items() if names)
-        raise FileFormatError(f"{path}: it does not fit the architecture by {by}: {said}{hint}")
+        count = sum(found.get(n) == shape for n, shape in wanted.items())
+        if strict or not count:
+            raise FileFormatError(f"{path}: it does not fit the architecture by {by}: {said}{hint}")
+        warnings.warn(f"{path}: loaded {count} of {len(wanted)} arrays; {said}", stacklevel=5)
 
 
 def _numbered(known: Model) -> Model:
@@ -235,9 +255,15 @@ def _unfillable(path: Path) -> FileFormatError:
 
 
 def _by_name(
-    found: Mapping[str, np.ndarray], known: Model, path: Path, ordered: bool
+    found: Mapping[str, np.ndarray],
+    known: Model,
+    path: Path,
+    ordered: bool,
+    strict: bool,
+    bare: bool,
 ) -> list[Pair]:
-    """The arrays under the names that fit best: torch's, Flax's or Keras's."""
+    """The arrays under the names that fit best: torch's, Flax's or Keras's; ``bare`` is an
+    architecture without weights."""
     shapes = {n: v.shape for n, v in found.items()}
     sketch = Model(known.module, jax.tree.map(_sketched, dict(known.variables)))
     candidates = _candidates(sketch, path)
@@ -248,14 +274,45 @@ def _by_name(
         return sum(np.shape(slots[n]) == shapes[n] for n in same), len(same)
 
     kind, slots = max(candidates, key=fitting)
-    hint = "; rename={'old': 'new'} changes the start of names"
     wanted = {n: np.shape(v) for n, v in slots.items()}
+    hint = _hint(wanted, shapes)
     if wanted != shapes and _orders(found, candidates, ordered):
         hint += ", and match='order' takes them in the file's order, whose shapes fit"
-    _compare(wanted, shapes, path, f"{kind}'s names", hint)
+    missing = [n for n in wanted if shapes.get(n) != wanted[n]]
+    if missing and bare and not strict:
+        raise FileFormatError(
+            f"{path}: nothing is there for {missing[0]}, and the architecture has no weights of "
+            "its own: give a model with them"
+        )
+    _compare(wanted, shapes, path, f"{kind}'s names", hint, strict)
     # Only the names that fit are worth the numbers.
     numbered = dict(_candidates(_numbered(known), path, kind))[kind]
-    return [(numbered[n], found[n], n) for n in numbered]
+    held = dict(found)
+    if missing:
+        own = dict(_candidates(known, path, kind))[kind]
+        held |= {n: own[n] for n in missing}
+    return [(numbered[n], held[n], n) for n in numbered]
+
+
+def _hint(wanted: Mapping[str, Shape], found: Mapping[str, Shape]) -> str:
+    """The way out that makes the names of a file those of an architecture, if there is one."""
+    starts = {n[:i]: None for n in found for i, c in enumerate(n) if c == "."}
+    for start in sorted({"": None} | starts, key=len)[:1000]:
+        begins = f"{start}." if start else ""
+        inside = {n[len(begins) :]: s for n, s in found.items() if n.startswith(begins)}
+        if not all(inside.get(n) == s for n, s in wanted.items()):
+            continue
+        said = [f"rename={{{start!r}: ''}}"] if start else []
+        own = {begins + n for n in wanted}
+        globs = []
+        for name in (n for n in found if n not in own):
+            above = (name[:i] for i, c in enumerate(name) if c == ".")
+            free = (p for p in above if not any(n.startswith(f"{p}.") for n in own))
+            globs.append(next((f"{p}.**" for p in free), name))
+        if globs:
+            said.append(f"drop={list(dict.fromkeys(globs))[:9]!r}")
+        return f"; {' and '.join(said)} makes it fit" if said else ""
+    return "; rename={'old': 'new'} changes the start of names, and strict=False takes what fits"
 
 
 def _sketched(x: Any) -> np.ndarray:
@@ -283,24 +340,37 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:8]) + more
 
 
-def _found(variables: Any, rename: Mapping[str, str], path: Path) -> dict[str, np.ndarray]:
+def _found(variables: Any, how: Names, path: Path) -> dict[str, np.ndarray]:
     out: dict[str, np.ndarray] = {}
     used: set[str] = set()
+    rename = {old.rstrip("."): new.rstrip(".") for old, new in (how.rename or {}).items()}
+    dropped: set[str] = set()
     for name, value in _source.flat_names(variables):
         if name.endswith("num_batches_tracked") and not np.shape(value):
             continue
+        if hits := [g for g in how.drop if _tree.matches(g.replace(".", "/"), _slashed(name))]:
+            dropped.update(hits)
+            continue
         for old, new in rename.items():
-            if name == old or name.startswith(f"{old}."):
-                name = (new + name[len(old) :]).lstrip(".")
+            if not old or name == old or name.startswith(f"{old}."):
+                name = ".".join(p for p in (new, name[len(old) :].lstrip(".")) if p)
                 used.add(old)
                 break
         if name in out:
             raise FileFormatError(f"{path}: two arrays are named {name!r}")
         out[name] = value
+    if unused := [g for g in how.drop if g not in dropped]:
+        raise FileFormatError(
+            f"{path}: drop: no name matches {unused[0]!r}{_tree.near(unused[0], list(out))}"
+        )
     if left := [old for old in rename if old not in used]:
         near = _tree.near(left[0], list(out))
         raise FileFormatError(f"{path}: rename: no name starts with {left[0]!r}{near}")
     return out
+
+
+def _slashed(name: str) -> str:
+    return "/".join(_tree.escape(part) for part in name.split("."))
 
 
 def _candidates(model: Model, path: Path, only: str | None = None) -> list[Candidate]:

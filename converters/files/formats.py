@@ -7,7 +7,7 @@ allocates before it has checked sizes. A save appears whole or not at all.
 import dataclasses
 import os
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -262,7 +262,9 @@ def load(
     architecture: Any = None,
     key: str | None = None,
     rename: Mapping[str, str] | None = None,
+    drop: Sequence[str] = (),
     match: str = "name",
+    strict: bool = True,
     fold: bool = True,
     max_bytes: int | None = None,
     shardings: Any = None,
@@ -281,9 +283,14 @@ def load(
             a ``fwt.Model``, a Keras model or a torch Sequential.
         key: which part of a file that holds several, such as "model" or "state/params".
         rename: with ``architecture``, what names start with there and what they shall start with
-            instead: ``{"features.0": "conv"}``.
+            instead: ``{"features.0": "conv"}``; ``{"module.": ""}`` takes a start off.
+        drop: with ``architecture``, globs of names in the file that are not wanted, such as
+            ``["optimizer.**", "n_averaged"]``.
         match: with ``architecture``, "name", or "order" to take arrays in the file's order, each
             of which must have the right shape.
+        strict: with ``architecture``, whether all names and shapes must fit. If not, what is
+            missing, unexpected or of another shape is told in a warning, and the architecture
+            keeps its own weights there.
         fold: whether the parts that torch's prune, weight_norm, spectral_norm and parametrize keep
             become the weight that they compute.
         max_bytes: how much compressed parts may grow to; half of the machine's memory by default.
@@ -329,16 +336,19 @@ def load(
             raise FileFormatError(f"match must be 'name' or 'order', found {match!r}")
         if max_bytes is not None and (not isinstance(max_bytes, int) or max_bytes < 1):
             raise FileFormatError(f"max_bytes={max_bytes!r}: expected a number of bytes")
+        named = rename or drop or match != "name" or not strict
+        if architecture is None and named:
+            raise FileFormatError(f"{path}: rename=, drop=, match= and strict= need architecture=")
+        if not strict and match == "order":
+            raise FileFormatError(f"{path}: strict=False goes by names, not with match='order'")
         if architecture is None:
-            if rename or match != "name":
-                raise FileFormatError(f"{path}: rename= and match= need architecture=")
             return _whole(found, path, how)
         fill = None
         model = Model(None, {})
-        if found.fill is not None and (rename or match != "name"):
+        if found.fill is not None and named:
             raise FileFormatError(
-                f"{path}: Keras tells its arrays by their places: rename= and match= are for files "
-                "with names"
+                f"{path}: Keras tells its arrays by their places: rename=, drop=, match= and "
+                "strict= are for files with names"
             )
         if found.fill is None:
             model = _whole(found, path, how)
@@ -348,7 +358,8 @@ def load(
             def fill(layers: list[Layer]) -> None:
                 own(layers, path, how)
 
-        return _fill.filled(model, architecture, path, fill, load, rename, match)
+        how_named = _fill.Names(rename, drop, match, strict)
+        return _fill.filled(model, architecture, path, fill, load, how_named)
     except OSError as error:
         raise FileFormatError(f"{path}: can't read it ({error.strerror or error})") from error
 

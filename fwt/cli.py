@@ -33,6 +33,24 @@ app = typer.Typer(
     help="Functional weight transforms: change the weights of Keras, PyTorch and Flax models.",
 )
 
+
+def _version(asked: bool) -> None:
+    if asked:
+        import fwt
+
+        print(f"fwt {fwt.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
 In = Annotated[Path, typer.Argument(help="A file or folder of any format, told by its content.")]
 Out = Annotated[Path, typer.Argument(help="Where to write; the suffix is the format.")]
 ArchitectureOption = Annotated[

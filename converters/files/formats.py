@@ -91,7 +91,7 @@ _TORCH = Format(
     torch_file.load_torch,
     torch_file.save_torch,
     framework="PyTorch",
-    holds="weights: a state dict, or a checkpoint with one (`key=`)",
+    holds="weights: a state dict, a checkpoint with one (`key=`), or `.bin.index.json` of shards",
 )
 _SAFETENSORS = Format(
     "safetensors",
@@ -194,7 +194,8 @@ def by_content(path: Path) -> Format | None:
     ):
         return _TORCH  # an older format, which it refuses by name
     if head[:1] == b"{":
-        return _WEIGHT_SHARDS if path.name.endswith(".weights.json") else _SHARDED
+        ends = {".weights.json": _WEIGHT_SHARDS, ".bin.index.json": _TORCH}
+        return next((f for end, f in ends.items() if path.name.endswith(end)), _SHARDED)
     if head[:1] == b"\x08" and head[2:3] in (b"\x12", b"\x1a", b"\x22", b"\x3a", b"\x42"):
         return _ONNX
     if head == b"\x80" or (head and (0x81 <= head[0] <= 0x8F or head[0] in (0xDE, 0xDF))):
@@ -205,6 +206,8 @@ def by_content(path: Path) -> Format | None:
 def _of_folder(path: Path) -> Format | None:
     if any(path.glob("*.safetensors.index.json")):
         return _SHARDED
+    if any(path.glob("*.bin.index.json")):
+        return _TORCH
     if any(path.glob("*.weights.json")):
         return _WEIGHT_SHARDS
     if orbax.is_orbax(path) or any(orbax.is_orbax(p) for p in path.iterdir() if p.is_dir()):
@@ -224,6 +227,21 @@ def _may_be_replaced(path: Path) -> bool:
     except (ValueError, KeyError, TypeError, AttributeError):
         return False
     return names == held | set(index)
+
+
+def inside(path: Path) -> Path:
+    """The one file of weights in a folder of no format of its own, as Hugging Face has them; any
+    other path as it is."""
+    if not path.is_dir() or by_content(path) is not None:
+        return path
+    ends = (*_SAFETENSORS.suffixes, *_TORCH.suffixes)
+    found = sorted(p for p in path.iterdir() if p.name.endswith(ends) and p.is_file())
+    if len(found) > 1:
+        names = ", ".join(p.name for p in found[:6])
+        raise FileFormatError(
+            f"{path}: it holds {len(found)} files of weights: give one of {names}"
+        )
+    return found[0] if found else path
 
 
 def format_of(path: Path) -> Format:
@@ -329,6 +347,7 @@ def load(
     path = _io.given_path(path)
     how = Reading(key, fold, max_bytes, shardings, sidecar, external_data)
     try:
+        path = inside(path)
         found = format_of(path)
         if shardings is not None and found is not _ORBAX:
             raise FileFormatError(f"{path}: shardings= is for Orbax; use jax.device_put")

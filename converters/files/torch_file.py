@@ -6,7 +6,7 @@ import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -26,36 +26,65 @@ _OURS = "fwt.json"  # a member beside torch's own: what a state dict has no plac
 
 
 def load_torch(path: Path, how: Reading) -> Model:
-    """A torch state dict, as weights under torch's own names and in torch's layout."""
+    """A torch state dict, as weights under torch's own names and in torch's layout; of one in
+    several files the index, or the folder that holds it."""
+    if path.is_dir() or path.name.endswith(".json"):
+        return _sharded(path, how)
     with reading(path):
-        _check_kind(path)
-        budget, ours = Budget(path, how.max_bytes), cast(dict[str, Any], {})
-        if torch_pickle.is_older(path):
-            return _model(torch_pickle.loaded_older(path, budget), path, how, ours)
-        with opened(path) as archive:
-            names = [n for n in archive.namelist() if n.endswith("/data.pkl")]
-            if len(names) != 1:
-                raise FileFormatError(f"{path}: expected one data.pkl, found {len(names)}")
-            stem, order = names[0][: -len("data.pkl")], b"little"
-            if f"{stem}byteorder" in archive.namelist():
-                order = bytes(member(archive, f"{stem}byteorder", budget))
-                if order not in (b"little", b"big"):
-                    raise FileFormatError(f"{path}: byte order {order!r}")
-
-            def stored(name: str, _: int) -> Any:
-                return member(archive, f"{stem}data/{name}", budget)
-
-            pickled = bytes(member(archive, names[0], budget))
-            loaded = torch_pickle.loaded(pickled, budget, stored, order == b"big")
-            if f"{stem}{_OURS}" in archive.namelist():
-                ours = budget.parsed(member(archive, f"{stem}{_OURS}", budget), _OURS)
-        return _model(loaded, path, how, ours)
+        loaded, ours = _loaded(path, how)
+        state = _io.under(loaded, how.key, path)
+        metadata = getattr(state, "metadata", None)
+        return _model(_state(state, path), path, how, ours, metadata)
 
 
-def _model(loaded: Any, path: Path, how: Reading, ours: Mapping[str, Any]) -> Model:
-    """The part of a checkpoint that is asked for; ``ours`` is what a file of ours says beside."""
-    state = _io.under(loaded, how.key, path)
-    flat = _state(state, path)
+def _sharded(path: Path, how: Reading) -> Model:
+    """The index of a state dict in several files, or the folder that holds one."""
+    path = _io.index_in(path, ".bin.index.json")
+    with reading(path):
+        if how.key is not None:
+            raise FileFormatError(f"{path}: key={how.key!r}: it holds one set of weights only")
+        where = _io.read_json(path)["weight_map"]
+        held: dict[str, np.ndarray] = {}
+        for shard in dict.fromkeys(where.values()):
+            there = _io.sibling(path, shard)
+            state = _state(_loaded(there, how)[0], there)
+            if set(state) != {name for name, place in where.items() if place == shard}:
+                raise FileFormatError(f"{path}: {shard} holds other names than the index says")
+            held |= state
+        return _model({name: held[name] for name in where}, path, how, {}, None)
+
+
+def _loaded(path: Path, how: Reading) -> tuple[Any, dict[str, Any]]:
+    """What a file holds, and what a file of ours says beside it."""
+    _check_kind(path)
+    budget = Budget(path, how.max_bytes)
+    if torch_pickle.is_older(path):
+        return torch_pickle.loaded_older(path, budget), {}
+    with opened(path) as archive:
+        names = [n for n in archive.namelist() if n.endswith("/data.pkl")]
+        if len(names) != 1:
+            raise FileFormatError(f"{path}: expected one data.pkl, found {len(names)}")
+        stem, order = names[0][: -len("data.pkl")], b"little"
+        if f"{stem}byteorder" in archive.namelist():
+            order = bytes(member(archive, f"{stem}byteorder", budget))
+            if order not in (b"little", b"big"):
+                raise FileFormatError(f"{path}: byte order {order!r}")
+
+        def stored(name: str, _: int) -> Any:
+            return member(archive, f"{stem}data/{name}", budget)
+
+        pickled = bytes(member(archive, names[0], budget))
+        loaded = torch_pickle.loaded(pickled, budget, stored, order == b"big")
+        ours = {}
+        if f"{stem}{_OURS}" in archive.namelist():
+            ours = budget.parsed(member(archive, f"{stem}{_OURS}", budget), _OURS)
+        return loaded, ours
+
+
+def _model(
+    flat: dict[str, np.ndarray], path: Path, how: Reading, ours: Mapping[str, Any], metadata: Any
+) -> Model:
+    """Weights alone of these tensors; ``ours`` is what a file of ours says beside."""
     flat = folded(flat, path) if how.fold else flat
     variables = nested(flat, ".", path)
     variables.setdefault("params", {})
@@ -63,7 +92,7 @@ def _model(loaded: Any, path: Path, how: Reading, ours: Mapping[str, Any]) -> Mo
     if ours.get("ordered", True):
         told["names"] = list(flat)
     told["ties"] = _source.ties(flat)
-    told["torch"] = _source.torch_metadata(getattr(state, "metadata", None))
+    told["torch"] = _source.torch_metadata(metadata)
     return Model(None, _source.with_source(variables, told))
 
 
@@ -114,7 +143,7 @@ def _state(loaded: Any, path: Path) -> dict[str, np.ndarray]:
         more = ", ..." if len(left) > 5 else ""
         warnings.warn(
             f"{path}: left out, since they are no tensors: {', '.join(left[:5])}{more}",
-            stacklevel=6,
+            stacklevel=5,
         )
     return flat
 

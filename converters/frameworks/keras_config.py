@@ -97,6 +97,13 @@ def _line(body: Mapping[str, Any], entries: list[Any], place: str) -> list[Any]:
 
     def names(key: str) -> list[str]:
         ends = body.get(key)
+        if isinstance(ends, Mapping):
+            what = key.partition("_")[0]
+            raise ConversionError(
+                f"{place}: its {what}s are a dict with {', '.join(map(repr, ends))}: a Sequential "
+                f"takes and gives one array, so build the model with a single {what}; to change "
+                "its weights in place, use converters.transform(model, t)"
+            )
         flat = [ends] if ends and not isinstance(ends[0], list) else ends or []
         return [end[0] for end in flat]
 

@@ -67,6 +67,13 @@ def originals(folder):
     state = {"a": torch.ones(3, 2), "b": torch.arange(4), "more": {1}}
     torch.save(state, older, _use_new_zipfile_serialization=False)
     out["torch"].append(older)
+    index = Path(folder) / "torch shards" / "pytorch_model.bin.index.json"
+    index.parent.mkdir()
+    where = {"a.b": "one.bin", "c": "two.bin"}
+    for name, shard in where.items():
+        torch.save({name: torch.ones(2, 3)}, index.parent / shard)
+    index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    out["torch"].append(index.parent)
     import h5py
 
     packed = Path(folder) / "packed.weights.h5"

@@ -15,7 +15,7 @@ from fwt import converters
 
 def net():
     torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.PReLU(3))
+    return torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
 
 
 class Config:
@@ -180,3 +180,38 @@ def test_an_older_file_that_lies(tmp_path):
             converters.FileFormatError, match=r"storage '.*' declares|not a readable"
         ):
             converters.load(tmp_path / "o.pt")
+
+
+def test_shards_and_folders_of_hugging_face(tmp_path):
+    import json
+
+    state = net().state_dict()
+    where = {n: f"pytorch_model-0000{1 + i % 2}-of-00002.bin" for i, n in enumerate(state)}
+    for shard in set(where.values()):
+        torch.save({n: state[n] for n, s in where.items() if s == shard}, tmp_path / shard)
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": where}))
+    same(index, state)
+    same(tmp_path, state)
+    loaded = converters.load(tmp_path)
+    converters.save(tmp_path / "one.pt", *loaded)
+    assert list(torch.load(tmp_path / "one.pt", weights_only=True)) == list(where)
+    where["more"] = where.pop("0.bias")
+    index.write_text(json.dumps({"weight_map": where}))
+    with pytest.raises(converters.FileFormatError, match="holds other names than the index says"):
+        converters.load(index)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
+def test_a_folder_with_one_file_of_weights(tmp_path, name):
+    state = net().state_dict()
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    if name == "model.safetensors":
+        converters.save(tmp_path / name, *converters.load(tmp_path))
+        with pytest.raises(converters.FileFormatError, match="2 files of weights: give one of"):
+            converters.load(tmp_path)
+        (tmp_path / "pytorch_model.bin").unlink()
+    (tmp_path / "config.json").write_text("{}")
+    same(tmp_path, state)
+    model = converters.load(tmp_path, architecture=net())
+    np.testing.assert_array_equal(model.variables["params"]["0"]["bias"], state["0.bias"])

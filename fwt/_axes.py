@@ -1,12 +1,13 @@
 """What each axis of a leaf means: nothing else in fwt guesses."""
 
+import contextlib
 import dataclasses
 import functools
 import itertools
 import math
 import re
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, Literal
 
@@ -245,6 +246,27 @@ class KnowsAxes:
 KNOWN: ContextVar[Mapping[str, Known]] = ContextVar(
     "known axes", default=types.MappingProxyType({})
 )
+_TOLD = jax.make_user_context("")  # what a jitted function was traced with counts for jit too
+
+
+@contextlib.contextmanager
+def knowing(known: Mapping[str, Known]) -> Iterator[None]:
+    """Inside, the axes of leaves are what the classes of a live model tell."""
+    told = [(path, dataclasses.replace(k, owner=None), _settings(k.owner))
+            for path, k in sorted(known.items())]  # fmt: skip
+    token = KNOWN.set(known)
+    try:
+        with _TOLD(repr(told)):
+            yield
+    finally:
+        KNOWN.reset(token)
+
+
+def _settings(layer: Any) -> Any:
+    """The class of a layer and its plain settings, on which what is drawn for it may depend."""
+    plain = (bool, int, float, str, tuple, type(None))
+    settings = getattr(layer, "__dict__", {})
+    return type(layer).__qualname__, {k: v for k, v in settings.items() if isinstance(v, plain)}
 
 
 class Places:

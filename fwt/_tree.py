@@ -157,7 +157,7 @@ class Tree:
         tied and a trace hides its values, the first path of the tie, so that all draw the same."""
         return next((group[0] for group in self._perhaps if path in group), path)
 
-    def _with_ties(self, new: Mapping[str, Any]) -> dict[str, Any]:
+    def with_ties(self, new: Mapping[str, Any]) -> dict[str, Any]:
         """``new`` with a value for each path that is tied to one in ``new``."""
         out = dict(new)
         for group in self.ties:
@@ -167,6 +167,11 @@ class Tree:
                 for path in group:
                     out.setdefault(path, _nodes.turned(one, self.leaves[path], new[given]))
         return out
+
+    def untied(self) -> dict[str, Any]:
+        """The leaves, each tie by its first path alone."""
+        more = {p for group in self.ties for p in group[1:]}
+        return {p: x for p, x in self.leaves.items() if p not in more}
 
     def whole(self, paths: Iterable[str]) -> list[str]:
         """These paths and all that are tied to them, in path order."""
@@ -215,14 +220,14 @@ class Tree:
         """The tree with new leaves at these paths and, unless ``ties`` is False, at the paths tied
         to them; all other leaves are the same objects."""
         leaves = list(self._all)
-        for path, value in (self._with_ties(new) if ties else new).items():
+        for path, value in (self.with_ties(new) if ties else new).items():
             leaves[self._places[path]] = value
         return self._built(leaves)
 
     def map_all(self, new: Mapping[str, Any], other: Callable[[Any], Any]) -> Params:
         """The tree with the values of ``new`` at their paths, and the ties of these, and
         ``other(leaf)`` in the place of every other array."""
-        mine = {self._places[p]: x for p, x in self._with_ties(new).items()}
+        mine = {self._places[p]: x for p, x in self.with_ties(new).items()}
         leaves = [
             mine[i] if i in mine else other(x) if is_array(x) else x
             for i, x in enumerate(self._all)
@@ -253,7 +258,19 @@ class Tree:
             elif named and len(named) < len(group):
                 left.append(_tied(where, group, named))
                 chosen -= set(group)
-            if group not in self._perhaps:
+                continue
+            if named and group in self._perhaps:
+                raise LeafError(
+                    f"{' and '.join(group)} are one array in the file that they come from, and "
+                    "inside jit nothing tells whether they still are: call the transform outside "
+                    "of jit, or make the tree plain dicts, as the docstring of load does, to "
+                    "treat them as two"
+                )
+            if len(named) and group in self.ties:
+                # Its axes may be in another order under another name: those that are named count.
+                one = next((p for p in named if p in exact), group[0])
+                chosen -= set(group) - {one}
+            else:
                 chosen -= set(group[1:])
         found = [p for p in self.leaves if p in chosen]
         if left and not found:

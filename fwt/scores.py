@@ -50,6 +50,8 @@ def _map(function: Callable[..., Any], params: Params, **others: Any) -> Scores:
     """``function(path, leaf, other leaves...)`` on every floating leaf, in float32 at least, for a
     product of two small numbers is 0 in half precision; the rest stay."""
     tree = _tree.Tree(params)
+    if "grads" in others:
+        others["grads"] = of_ties(tree, others["grads"])
     trees = {name: _tree.Tree(other).leaves for name, other in others.items()}
     new = {}
     for path, leaf in tree.leaves.items():
@@ -74,12 +76,14 @@ def _same(path: str, leaf: Any, other: Any, name: str) -> None:
         raise LeafError(f"{name}: {path} expected shape {leaf.shape}, found {other.shape}")
 
 
-def _times(function: Callable[[Any, Any], Any], params: Params, grads: Any) -> Scores:
-    def each(path: str, w: Any, g: Any) -> Any:
-        _same(path, w, g, "grads")
-        return function(w, g)
+def _times(
+    function: Callable[[Any, Any], Any], params: Params, other: Any, name: str = "grads"
+) -> Scores:
+    def each(path: str, w: Any, x: Any) -> Any:
+        _same(path, w, x, name)
+        return function(w, x)
 
-    return _map(each, params, grads=grads)
+    return _map(each, params, **{name: other})
 
 
 @_noun
@@ -239,7 +243,7 @@ def fisher(params: Params, *, grads: Any = None, accumulated: Any = None) -> Sco
     """
     if accumulated is None:
         accumulated = _squares(params, _needed("fisher", grads))
-    return _times(lambda w, h: w * w * h / 2, params, accumulated)
+    return _times(lambda w, h: w * w * h / 2, params, accumulated, "accumulated")
 
 
 def _squares(params: Params, grads: Any) -> Scores:
@@ -286,16 +290,21 @@ def obd(params: Params, *, hessian: Any) -> Scores:
         >>> obd(params, hessian={"d": {"kernel": np.array([[3.0, 0.5]], np.float32)}})
         {'d': {'kernel': Array([[6., 4.]], dtype=float32)}}
     """
-    return _times(lambda w, h: w * w * h / 2, params, hessian)
+    return _times(lambda w, h: w * w * h / 2, params, hessian, "hessian")
 
 
 def _gradient_and_product(loss: Callable[..., Any], params: Params, along: str) -> Any:
-    """The gradient, and the Hessian times the gradient or the weights, by path."""
+    """The gradient, and the Hessian times the gradient or the weights, by path; of a tie by its
+    first path."""
     tree = _tree.Tree(params)
-    moving = {p: jnp.asarray(x) for p, x in tree.leaves.items() if _differentiable(x)}
+    own = {p: jnp.asarray(x) for p, x in tree.untied().items() if _differentiable(x)}
+    moving = {p: _wide(x) for p, x in own.items()}
 
     def slope(leaves: Mapping[str, Any]) -> Any:
-        return jax.grad(lambda new: loss(tree.replace(new)))(leaves)
+        def of(new: Mapping[str, Any]) -> Any:
+            return loss(tree.replace({p: x.astype(own[p].dtype) for p, x in new.items()}))
+
+        return jax.grad(of)(leaves)
 
     grads = slope(moving)
     product = jax.jvp(slope, (moving,), (grads if along == "grads" else moving,))[1]
@@ -412,10 +421,12 @@ def synflow(module: Any, input_shape: Any = None, **collections: Any) -> Score:
         tree = _tree.Tree(params)
         positive = jax.tree.map(_absolute, variables)
         weights = _tree.Tree(positive)
-        moving = {p: x for p, x in weights.leaves.items() if _differentiable(x)}
+        kept = tree.untied()
+        moving = {p: x for p, x in weights.leaves.items() if p in kept and _differentiable(x)}
 
         def flow(leaves: Mapping[str, Any]) -> Any:
-            return jnp.sum(module.apply(weights.replace(leaves), jnp.ones((1, *shape))))
+            own = weights.replace(tree.with_ties(leaves))
+            return jnp.sum(module.apply(own, jnp.ones((1, *shape))))
 
         total, slopes = jax.value_and_grad(flow)(moving)
         if not isinstance(total, jax.core.Tracer) and not jnp.isfinite(total):
@@ -493,7 +504,12 @@ def wanda(module: Any, batch: Any, **collections: Any) -> Score:
         for path, square in squares.items():
             if not isinstance(square, jax.core.Tracer) and not jnp.isfinite(square).all():
                 raise LeafError(f"wanda: the inputs of {path} on the batch are not finite")
-        new = {p: jnp.abs(x) for p, x in tree.leaves.items() if _differentiable(x)}
+        for group in tree.ties:  # which meets the inputs of all its layers
+            one, met = tree.leaves[group[0]], [p for p in group if p in squares]
+            parts = [_nodes.turned(tree.leaves[p], one, squares.pop(p)) for p in met]
+            if parts:
+                squares[group[0]] = functools.reduce(operator.add, parts)
+        new = {p: jnp.abs(x) for p, x in tree.untied().items() if _differentiable(x)}
         return tree.replace(
             {p: x * jnp.sqrt(squares[p]) if p in squares else x for p, x in new.items()}
         )
@@ -505,9 +521,8 @@ def wanda(module: Any, batch: Any, **collections: Any) -> Score:
 def _squared_inputs(layer: Any, x: Any, shape: Any) -> Any:
     """For each weight of a linear layer, the sum of the squares of the inputs that it meets: the
     derivative of the summed outputs by the kernel, at inputs squared."""
-    x = jnp.asarray(x)
-    squared = (x * x).astype(_tree.wide_dtype(x.dtype))
-    # In float32, whatever the layer computes in: squares of half precision overflow.
+    # In float32, whatever the layer computes in: squares of half precision overflow, or are 0.
+    squared = _wide(x) ** 2
     bare = layer.clone(parent=None, name=None, dtype=squared.dtype)
 
     def summed(kernel: Any) -> Any:
@@ -522,7 +537,7 @@ def _squared_inputs(layer: Any, x: Any, shape: Any) -> Any:
 FACTORIES = (grasp, second_order_taylor, synflow, wanda)  # what has to be called first
 
 
-def _of_ties(tree: _tree.Tree, grads: Params) -> Params:
+def of_ties(tree: _tree.Tree, grads: Params) -> Params:
     """The gradients, at each path of a tie the sum of those at all: what the one array has."""
     given = _tree.Tree(grads)
     new: dict[str, Any] = {}

@@ -72,11 +72,8 @@ def transform(model: Any, t: Transform) -> Any:
     also = {leaf.path: leaf.also for leaf in leaves if leaf.also}
     if also:
         tree["params"] = FromFile(tree["params"], json.dumps({"also": also}))
-    token = _axes.KNOWN.set(known)
-    try:
+    with _axes.knowing(known):
         after = _tree.Tree(t(tree), statistics).leaves
-    finally:
-        _axes.KNOWN.reset(token)
     if set(after) != set(before):
         path = sorted(set(after) ^ set(before))[0]
         raise LeafError(f"the transform must keep the tree as it is, but {path!r} is not in both")

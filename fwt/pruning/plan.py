@@ -218,8 +218,9 @@ class Plan:
         # The magnitude of a gradient needs no array of its own.
         bare = score is scores.gradient and "grads" in context
         tree = _tree.Tree(params)
-        if "grads" in context:
-            context["grads"] = scores._of_ties(tree, context["grads"])
+        ours = getattr(getattr(score, "func", score), "__module__", "") == scores.__name__
+        if "grads" in context and (bare or not ours):  # ours do so themselves
+            context["grads"] = scores.of_ties(tree, context["grads"])
         found = _tree.Tree(context["grads"] if bare else score(params, **context)).leaves
         worths = []
         for path, leaf in zip(names, leaves, strict=True):
@@ -229,7 +230,6 @@ class Plan:
                     f"the same tree{_tree.near(path, found)}"
                 )
             worth = found[path]
-            ours = getattr(getattr(score, "func", score), "__module__", "") == scores.__name__
             if ours and not jnp.issubdtype(leaf.dtype, jnp.floating) and worth is tree.leaves[path]:
                 raise LeafError(
                     f"{path} is {leaf.dtype}: the score {_name(score)} needs floating weights"

@@ -35,7 +35,7 @@ def drawn(
         leaf = _target(path, tree.leaves[path], dtype)
         initializer, root = choose(path, tuple(leaf.shape))
         specs.append((initializer, leaf.shape, leaf.dtype, path))
-        roots.append(tree.root(root))
+        roots.append(root)
     keys = _tree.leaf_keys(key, purpose, roots)
     # A user's own function may depend on more than its arguments: it is not compiled by us.
     ours = all(isinstance(s[0], initializers.Bound) and hashes(s[0]) for s in specs)

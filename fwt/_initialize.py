@@ -129,8 +129,10 @@ def assign(values: Mapping[str, Any]) -> Transform:
                     f"assign: {path} expected dtype {leaf.dtype}, found {value.dtype}; "
                     f"give array.astype({str(leaf.dtype)!r})"
                 )
+            if not isinstance(value, jax.Array):
+                value = np.array(value)  # which its owner may change afterwards
             as_numpy = isinstance(leaf, np.ndarray) and not isinstance(value, jax.Array)
-            new[path] = np.array(value) if as_numpy else jnp.asarray(_tree.computable(path, value))
+            new[path] = value if as_numpy else jnp.asarray(_tree.computable(path, value))
         return tree.replace(tree.once(new))
 
     return apply

@@ -421,8 +421,12 @@ def turned(one: Any, other: Any, value: Any) -> Any:
     return value.transpose(axes)
 
 
-@functools.partial(jax.jit, static_argnums=2)
-def _same_bits(one: Any, other: Any, dtype: str) -> Any:
+@jax.jit
+def same_bits(one: Any, other: Any) -> Any:
+    """Whether two arrays of one shape and dtype are equal bit for bit, traced or not."""
+    if one.dtype.kind in "bc":
+        return (one == other).all()
+    dtype = f"uint{8 * one.dtype.itemsize}"
     return (lax.bitcast_convert_type(one, dtype) == lax.bitcast_convert_type(other, dtype)).all()
 
 
@@ -437,6 +441,6 @@ def same_values(one: Any, other: Any) -> bool | None:
     both = isinstance(one, jax.Array) and isinstance(other, jax.Array)
     if both and one.dtype.kind in "fiu" and one.sharding == other.sharding:
         with jax.ensure_compile_time_eval():  # where they are, for they may be large
-            return bool(_same_bits(one, other, f"uint{8 * one.dtype.itemsize}"))
+            return bool(same_bits(one, other))
     mine, other = (np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in (one, other))
     return bool(np.array_equal(mine, other))

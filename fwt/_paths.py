@@ -3,7 +3,7 @@
 import difflib
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fwt._types import WhereError
@@ -98,3 +98,12 @@ def near(path: str, known: Iterable[str]) -> str:
     close += [lower[p] for p in difflib.get_close_matches(plain.lower(), lower, n=3, cutoff=0.5)]
     close = list(dict.fromkeys(close))[:3] or known[:3]
     return f"; close: {', '.join(map(repr, close))}" if close else ""
+
+
+def tied_in_part(where: Any, group: Sequence[str], named: Sequence[str]) -> str:
+    """What is said of a tie of which ``where`` names some paths."""
+    said = repr(where) if isinstance(where, str | list | tuple) else f"{where}"
+    return (
+        f"{' and '.join(group)} are one array (they are tied), of which where={said:.80} names "
+        f"{' and '.join(named)} only, so it is left as it is: where={group[0]!r} takes it"
+    )

@@ -4,10 +4,9 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sized
 from typing import Any, Literal
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,6 +29,7 @@ _Kind = Literal[
     "flax rnn",
     "keras rnn",
     "kernel",
+    "nnx rnn",
     "packed attention",
     "prelu",
     "scale",
@@ -43,6 +43,7 @@ _CELLS = {
     "mgu": ("fn", {"if", "in", "hf", "hn"}),
     "simple": ("", {"i", "h"}),
 }
+_NNX_CELL = {"dense_i", "dense_h"}  # of nnx, with all gates side by side
 _ATTENTION = {"query", "key", "value"}
 # What a norm starts its running statistics at, by the names of each framework. Those of Flax are
 # told by where they stand alone, for params may be named so too.
@@ -199,6 +200,8 @@ class _Leaf:
             return "keras rnn"
         if self.cell is not None and self.name in ("kernel", "bias"):
             return "flax rnn"
+        if self.around >= _NNX_CELL and self.owner in _NNX_CELL:
+            return "nnx rnn"
         if re.fullmatch(r"in_proj_(weight|bias)|[qkv]_proj_weight|bias_[kv]", self.name):
             return "packed attention"
         if self.owner == "out_proj" and {"in_proj_weight", "q_proj_weight"} & self.view.names(
@@ -274,6 +277,7 @@ class _View:
 
     def __init__(self, places: _axes.Places):
         self.known, self.statistics = places.known, places.tree.statistics
+        self._tree, self._traced = places.tree, lambda: places._traced
         self.places = {path: places(path) for path in places.shapes}
         self.shapes = {path: place.one.shape for path, place in self.places.items()}
         self._below: dict[str, dict[str, tuple[int, ...]]] = {}
@@ -283,6 +287,15 @@ class _View:
             self._below.setdefault("/".join(parts[:-1]), {})[_tree.unescape(parts[-1])] = shape
             if len(parts) > 1:
                 self._layers.setdefault("/".join(parts[:-2]), set()).add(_tree.unescape(parts[-2]))
+
+    def holder(self, path: str) -> Any:
+        """The nnx module that holds a leaf, if the tree has them."""
+        return self._tree.layers.get(tuple(map(_tree.unescape, _tree.split(path)[:-1])))
+
+    def layer(self, path: str) -> str:
+        """The class of a leaf's layer, as a run of the linen module tells it."""
+        seen = self._traced().get(path)
+        return self.known(path).layer or (seen.known.layer if seen else "")
 
     def names(self, parent: str) -> set[str]:
         return set(self._below.get(parent, ()))
@@ -301,15 +314,19 @@ class _View:
         return _Leaf(
             path,
             _tree.unescape(parts[-1]).removesuffix("_orig"),
-            _tree.unescape(parts[-2]) if len(parts) > 1 else "",
+            _gate(_tree.unescape(parts[-2])) if len(parts) > 1 else "",
             above,
             self.shapes[path],
             self.places[path].one,
             self.known(path),
             {name.removesuffix("_orig"): s for name, s in beside.items()},
-            frozenset(self._layers.get(above, ())),
+            frozenset(map(_gate, self._layers.get(above, ()))),
             self,
         )
+
+
+def _gate(name: str) -> str:
+    return "if" if name == "if_" else name  # nnx's, for "if" is a word of Python
 
 
 # -- values that no initializer of a framework gives by itself --------------------------------
@@ -363,24 +380,35 @@ def _by(function: Any, leaf: _Leaf, make: Any, **settings: Any) -> Any:
 
 
 def _whole(leaf: _Leaf, shape: tuple[int, ...]) -> Any:
-    """The initializer of a kernel with a matrix for each batch or position, if Flax draws them all
-    as one: its fans count them all."""
-    layer = leaf.known.owner
-    if leaf.name != "kernel" or not isinstance(layer, nn.ConvLocal | nn.DenseGeneral):
+    """The initializer of a kernel that Flax draws as one although it is several matrices, one for
+    each batch or position or of an einsum: its fans count them all."""
+    layer = leaf.known.owner or leaf.view.holder(leaf.path)
+    kind = leaf.view.layer(leaf.path) if layer is None else type(layer).__name__
+    if leaf.name != "kernel" or kind not in _IN_ONE:
         return None
-    if isinstance(layer, nn.ConvLocal):
-        size = layer.kernel_size
-        rank, flat = (len(size) if isinstance(size, Sequence) else 1) + 2, shape
+
+    def count(*names: str) -> int:
+        found = next((getattr(layer, n) for n in names if hasattr(layer, n)), ())
+        return len(found) if isinstance(found, Sized) else 1
+
+    flat = shape
+    if kind == "ConvLocal":
+        rank = count("kernel_size") + 2
+    elif kind == "Einsum":
+        rank = count("shape", "kernel_shape")
     else:
-        many, ins, outs = (
-            len(tuple(x)) if isinstance(x, Iterable) else 1
-            for x in (layer.batch_dims, layer.axis, layer.features)
-        )
-        rank = many + ins + outs
-        flat = math.prod(shape[: many + ins]), math.prod(shape[many + ins :])
-        if not many:
+        batches, ins = count("batch_dims", "batch_axis"), count("axis")
+        rank = batches + ins + count("features", "out_features")
+        flat = math.prod(shape[: batches + ins]), math.prod(shape[batches + ins :])
+        if not batches:
             return None
-    return _by(_in_one, leaf, layer.kernel_init, flat=flat) if len(shape) == rank else None
+    if layer is not None and rank not in (0, len(shape)):
+        return None  # of a stack of such layers
+    make = getattr(layer, "kernel_init", None) or initializers.lecun_normal()
+    return _by(_in_one, leaf, make, flat=flat)
+
+
+_IN_ONE = ("ConvLocal", "Einsum", "DenseGeneral", "LinearGeneral")
 
 
 def _own(leaf: _Leaf) -> Any:
@@ -545,6 +573,11 @@ def _flax(leaf: _Leaf) -> tuple[Bound, str]:
             return (initializers.ones if forget else zeros), path
         made: Any = initializers.orthogonal() if leaf.owner[0] == "h" else lecun
         return made, path
+    if kind == "nnx rnn":
+        if leaf.name == "bias":
+            return zeros, path
+        whole = initializers.orthogonal().at(leaf.axes)
+        return (whole if leaf.owner == "dense_h" else lecun), path
     raise leaf.refuse("flax", "it is not known to be a weight of a Flax layer")
 
 

@@ -4,7 +4,7 @@ import functools
 import hashlib
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fwt import _nodes
+from fwt import _nodes, _paths
 from fwt._nodes import Unselected as Unselected
 from fwt._nodes import is_array as is_array
 from fwt._nodes import is_variables as is_variables
@@ -58,7 +58,7 @@ class Tree:
     tied: ``select`` takes all of a tie or nothing, under its first path, and ``replace`` gives all
     of them the new value. A JAX array with all entries equal, such as zeros, ties nothing: it is
     what a template was filled with. ``jit`` makes a tracer of its own for each leaf, so there only
-    what a file said is known.
+    what a file said is known, and ``replace`` keeps equal what is equal when it runs.
 
     With ``statistics`` the ``batch_stats`` of a variables dict are leaves too, under the paths of
     their layers, and the attribute ``statistics`` holds these paths.
@@ -126,7 +126,7 @@ class Tree:
         return self._groups[0]
 
     @property
-    def _perhaps(self) -> list[list[str]]:
+    def perhaps(self) -> list[list[str]]:
         """The groups that a file says are one, where a trace hides whether they still are."""
         return self._groups[1]
 
@@ -152,11 +152,6 @@ class Tree:
                 ties = [g for g in ties if not set(g) & set(known)] + [known]
         return ties, perhaps
 
-    def root(self, path: str) -> str:
-        """The path that the key of a leaf is folded from: its own, or, where a file says that it is
-        tied and a trace hides its values, the first path of the tie, so that all draw the same."""
-        return next((group[0] for group in self._perhaps if path in group), path)
-
     def with_ties(self, new: Mapping[str, Any]) -> dict[str, Any]:
         """``new`` with a value for each path that is tied to one in ``new``."""
         out = dict(new)
@@ -166,6 +161,10 @@ class Tree:
                 one = self.leaves[given]
                 for path in group:
                     out.setdefault(path, _nodes.turned(one, self.leaves[path], new[given]))
+        for first, *others in self.perhaps:
+            for path in [p for p in others if p in out and first in out]:
+                same = _nodes.same_bits(self.leaves[first], self.leaves[path])
+                out[path] = jnp.where(same, out[first], out[path])
         return out
 
     def untied(self) -> dict[str, Any]:
@@ -251,22 +250,17 @@ class Tree:
         exact = {w for w in given if isinstance(w, str)} if isinstance(given, _GLOBS) else set()
         left = []
         others = [[path, *also] for path, also in self.also.items()]
-        for group in [*self.ties, *others, *self._perhaps]:
+        for group in [*self.ties, *others, *self.perhaps]:
             named = [p for p in group if p in chosen]
             if named and not exact.isdisjoint(group):
                 chosen |= set(group)
             elif named and len(named) < len(group):
-                left.append(_tied(where, group, named))
+                left.append(_paths.tied_in_part(where, group, named))
                 chosen -= set(group)
                 continue
-            if named and group in self._perhaps:
-                raise LeafError(
-                    f"{' and '.join(group)} are one array in the file that they come from, and "
-                    "inside jit nothing tells whether they still are: call the transform outside "
-                    "of jit, or make the tree plain dicts, as the docstring of load does, to "
-                    "treat them as two"
-                )
-            if len(named) and group in self.ties:
+            if group in self.perhaps:
+                continue
+            if named and group in self.ties:
                 # Its axes may be in another order under another name: those that are named count.
                 one = next((p for p in named if p in exact), group[0])
                 chosen -= set(group) - {one}
@@ -364,14 +358,6 @@ def _warn(text: str) -> None:
 def _widest(node: Any) -> Any:
     """The largest array in a node."""
     return max((x for x in jax.tree.leaves(node) if is_array(x)), key=lambda x: np.prod(x.shape))
-
-
-def _tied(where: Where, group: Sequence[str], named: Sequence[str]) -> str:
-    said = repr(where) if isinstance(where, str | list | tuple) else f"{where}"
-    return (
-        f"{' and '.join(group)} are one array (they are tied), of which where={said:.80} names "
-        f"{' and '.join(named)} only, so it is left as it is: where={group[0]!r} takes it"
-    )
 
 
 def _resolve(where: Where, shapes: Mapping[str, jax.ShapeDtypeStruct], tree: Tree) -> set[str]:

@@ -134,7 +134,7 @@ def random(params: Params, *, key: Any) -> Scores:
         70.0
     """
     tree = _tree.Tree(params)
-    keys = _tree.leaf_keys(key, "random", map(tree.root, tree.leaves))
+    keys = _tree.leaf_keys(key, "random", tree.leaves)
     pairs = zip(keys, tree.leaves.items(), strict=True)
     return tree.replace({p: jax.random.uniform(k, x.shape, jnp.float32) for k, (p, x) in pairs})
 

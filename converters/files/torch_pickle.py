@@ -6,6 +6,7 @@ import math
 import pickle
 import pickletools
 import reprlib
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -139,6 +140,11 @@ _FOREIGN = {
 _DICTS = {("collections", "Counter"), ("collections", "defaultdict"), ("builtins", "dict")}
 
 
+def _part(x: np.ndarray, offset: int, size: Any, stride: Any) -> np.ndarray:
+    steps = tuple(s * x.itemsize for s in stride)
+    return np.lib.stride_tricks.as_strided(x[offset:], size, steps)
+
+
 def _is_dict(x: Any) -> bool:
     return isinstance(x, dict)
 
@@ -233,6 +239,8 @@ class _Unpickler(pickle.Unpickler):
         self.items: dict[str, int] = {}
         self.used: set[int] = set()
         self.tensors: dict[Any, np.ndarray] = {}
+        self.views: dict[int, tuple[Any, ...]] = {}  # the first of each storage
+        self.marks: dict[int, np.ndarray] = {}  # of a storage with several, what they hold
         self.unknown: dict[str, type[Unknown]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
@@ -361,7 +369,24 @@ class _Unpickler(pickle.Unpickler):
             self.budget.spend("a tensor", self.tensors[view].nbytes)  # another format may copy it
         else:
             self.tensors[view] = self._value(storage, offset, size, stride, told)
+            if self.views.setdefault(place, (offset, size, stride)) != (offset, size, stride):
+                self._mark(storage, place, offset, size, stride)
         return self.tensors[view]
+
+    def _mark(self, storage: np.ndarray, place: int, *view: Any) -> None:
+        """Warns of a tensor that shares numbers with another, and not as a whole."""
+        if place not in self.marks:
+            self.budget.spend("a tensor", storage.size)
+            self.marks[place] = np.zeros(storage.size, bool)
+            _part(self.marks[place], *self.views[place])[...] = True
+        part = _part(self.marks[place], *view)
+        if part.any():
+            warnings.warn(
+                f"{self.path}: a tensor of shape {list(view[1])} is another view of the memory of "
+                "one before it; here they are two arrays, and what changes one leaves the other",
+                stacklevel=2,
+            )
+        part[...] = True
 
     def _value(
         self, storage: np.ndarray, offset: int, size: Any, stride: Any, told: Any

@@ -175,8 +175,23 @@ def _sync(model: Any) -> None:
         model.jax_state_sync()
 
 
+def _check_globals(layer: Layer) -> None:
+    """Refuses what Keras computes otherwise under its present settings and backend."""
+    if layer.kind == "Normalization" and keras.config.epsilon() != _EPSILON:
+        raise refuse(str(layer), f"it divides by at least keras.config.epsilon(), which is "
+                     f"{keras.config.epsilon():g}", f"set it to {_EPSILON:g}")  # fmt: skip
+    pads = layer.kind.startswith("AveragePooling") and layer.settings.get("padding") == "same"
+    if pads and keras.backend.backend() == "torch":
+        raise refuse(str(layer), "on its torch backend Keras counts what padding='same' adds, and "
+                     "no other does", "take another KERAS_BACKEND")  # fmt: skip
+
+
+_EPSILON = 1e-7  # Keras's own
+
+
 def _fill(layer: Layer, live: Any) -> None:
     """The arrays of a live layer, and of what it wraps."""
+    _check_globals(layer)
     if not layer.inner:
         _check_plain(live, str(layer))
         layer.arrays = _arrays(live, str(layer))
@@ -327,6 +342,7 @@ def to_keras(module: Any, variables: Any, input_shape: Sequence[int | None] | No
 
 
 def _assign(layer: Layer, live: Any) -> None:
+    _check_globals(layer)
     if layer.inner:
         roles = ("forward_layer", "backward_layer") if len(layer.inner) > 1 else ("layer",)
         for part, role in zip(layer.inner, roles, strict=True):

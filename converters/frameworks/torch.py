@@ -109,6 +109,9 @@ def _layer(name: str, module: torch.nn.Module) -> Layer:
             settings[key] = module.bias is not None
         elif hasattr(module, key):
             settings[key] = getattr(module, key)
+    if kind == "RMSNorm" and settings.get("eps", 0) is None:
+        doubles = any(v.dtype == torch.float64 for v in module.parameters())
+        settings["eps"] = torch.finfo(torch.float64 if doubles else torch.float32).eps
     arrays = {k: to_numpy(v, f"{name}.{k}") for k, v in arrays.items()}
     if table.CUSTOM["torch"].get(kind) is None:
         _check_as_new(module, cls, settings, place)

@@ -105,15 +105,15 @@ def side(path: Path, external: bool) -> Side:
         found = dict(zip([o.name for o in session.get_outputs()], values, strict=True))
         return values[0], {layer: found[name] for layer, name in scopes.items()}
 
-    def model(_: tuple[int, ...]) -> Model:
+    def model(*_: Any) -> Model:
         return read.from_onnx(path, external_data=external)
 
     kinds = [(_KINDS.get(n.op_type, n.op_type), _permutes(n)) for n in graph.node]
     channels_first = takes_first(kinds, True)
     table: Any = next((weights[n.input[0]] for n in graph.node if n.op_type == "Gather"
                        and n.input[0] in weights), None)  # fmt: skip
-    count, rows = some_integers(dtype), None
+    count, rows = some_integers(dtype), []
     if count is not None and table is not None:
-        count, rows = int(table.dims[0]), _graph.array_of(table, path, external)
+        count, rows = int(table.dims[0]), [_graph.array_of(table, path, external)]
     return Side(run, shape[1:], channels_first, model, count, rows, True, list(stored.values()),
                 model_first=channels_first)  # fmt: skip

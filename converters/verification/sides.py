@@ -31,9 +31,9 @@ class Side:
     run: Callable[[np.ndarray, float], tuple[np.ndarray, Taps]]
     shape: tuple[int | None, ...] | None
     channels_first: bool  # at its ends
-    model: Callable[[tuple[int, ...]], Model]  # for inputs of a shape, without the batch axis
+    model: Callable[..., Model]  # for inputs of a shape, without the batch axis
     integers: int | None = None  # the input is whole numbers below this
-    table: Any = None  # of which these are the rows
+    tables: Sequence[Any] = ()  # of embeddings, of which these are the rows
     turned: bool = False  # whether channels may come first inside
     dtypes: Sequence[Any] = ()  # of its weights
     computes: Sequence[Any] = ()  # dtypes that it computes in and its outputs don't tell
@@ -82,7 +82,7 @@ def takes_first(layers: Iterable[tuple[str, Sequence[int] | None]], inside: bool
     """
     turned = False
     for kind, dims in layers:
-        n = len(dims or ())
+        n, kind = len(dims or ()), kind.removeprefix("Parametrized")
         if n > 2 and tuple(dims or ()) in ((0, *range(2, n), 1), (0, n - 1, *range(1, n - 1))):
             turned = not turned
         rows = table.rows_of("torch", kind) + table.rows_of("keras", kind)
@@ -94,6 +94,11 @@ def takes_first(layers: Iterable[tuple[str, Sequence[int] | None]], inside: bool
 
 
 _WINDOWS = ("Conv", "BatchNorm2d", "BatchNorm3d", "Upsampl", "UpSampl")
+
+
+# Layers that only move numbers, behind which whole numbers stay what they are.
+_MOVES = ("Reshape", "Flatten", "Unflatten", "Permute", "RepeatVector", "Identity", "Dropout",
+          "Sequential")  # fmt: skip
 
 
 def _permutes(layer: Any) -> tuple[int, ...] | None:
@@ -119,20 +124,16 @@ def flax_side(model: Model) -> Side:
             taps[layer_name(parts)] = np.asarray(y)
         return np.asarray(y), taps
 
-    parts, first = [], model.module
-    while isinstance(first, Sequential) and first.layers:
-        parts.append(first.layers[0].name)
-        first = first.layers[0].layer
+    layers = [(x, own) for _, x, own in each_layer(model.module, dict(model.variables))]
+    first = next((x for x, _ in layers if type(x).__name__ not in _MOVES), None)
     count = getattr(first, "num_embeddings", None) or getattr(first, "num_tokens", None)
-    own: Any = dict(model.variables).get("params", {})
-    for part in parts:
-        own = own.get(part, {})
-    rows = own.get("embedding") if hasattr(own, "get") else None
+    rows = [own["params"]["embedding"] for x, own in layers
+            if count and getattr(x, "num_embeddings", None) == count]  # fmt: skip
     dtypes = [v.dtype for v in jax.tree.leaves(model.variables) if hasattr(v, "dtype")]
     told = [getattr(named.layer, "dtype", None) for named in model.module.layers]
     dtypes += [np.dtype(d) for d in told if d is not None]
     channels_first = takes_first(_kinds(model.module), False)
-    return Side(run, model.module.input_shape, channels_first, lambda _: model, count, rows,
+    return Side(run, model.module.input_shape, channels_first, lambda *_: model, count, rows,
                 dtypes=dtypes, model_first=channels_first)  # fmt: skip
 
 
@@ -182,14 +183,14 @@ def nnx_side(model: Any) -> Side:
             return np.asarray(under(copied, x, ())), taps
         return np.asarray(copied(x)), taps
 
-    def converted(_: tuple[int, ...]) -> Model:
+    def converted(*_: Any) -> Model:
         from fwt.converters.frameworks import nnx as _nnx
 
         return _nnx.from_nnx(model)
 
     first = model.layers[0] if type(model) is nnx.Sequential and model.layers else None
     count = first.num_embeddings if isinstance(first, nnx.Embed) else None
-    rows = first.embedding[...] if isinstance(first, nnx.Embed) else None
+    rows = [first.embedding[...]] if isinstance(first, nnx.Embed) else []
     dtypes = [v.dtype for v in jax.tree.leaves(nnx.state(model)) if hasattr(v, "dtype")]
     kinds = _kinds(model) if type(model) is nnx.Sequential else ()
     channels_first = takes_first(kinds, False)
@@ -234,19 +235,23 @@ def keras_side(model: Any) -> Side:
 
     shape = getattr(model, "input_shape", None)
     own = tuple(shape[1:]) if isinstance(shape, tuple) else None
-    first = next((x for x in model.layers if not isinstance(x, keras.layers.InputLayer)), None)
+    flat = [x for x in model._flatten_layers(include_self=False) if not hasattr(x, "layers")]
+    moves = (*_MOVES, "InputLayer")
+    first = next((x for x in flat if type(x).__name__ not in moves), None)
     formats = {getattr(x, "data_format", None) for x in model.layers}
     inside = "channels_first" in formats
     channels_first = takes_first(_kinds(model), inside)
     taken = getattr(next(iter(getattr(model, "inputs", None) or ()), None), "dtype", "float32")
-    count = getattr(first, "input_dim", None) or some_integers(_dtype(taken))
-    rows = first.get_weights()[0] if isinstance(first, keras.layers.Embedding) else None
+    found = [x for x in flat if isinstance(x, keras.layers.Embedding)]
+    whole = some_integers(_dtype(taken))
+    count = getattr(first, "input_dim", None) or (found[0].input_dim if whole and found else whole)
+    rows = [x.get_weights()[0] for x in found if x.input_dim == count]
     dtypes = [v.dtype for v in model.variables]
     layers = list(model._flatten_layers(include_self=False))
     computes = {str(x.compute_dtype) for x in (model, *layers)}
     names = [type(x) for x in layers], [tuple(v.shape) for v in model.variables]
     settings = _numbers("keras", ((x.name, x, _config(x)) for x in layers))
-    return Side(run, own, channels_first, lambda _: _keras.from_keras(model), count, rows, inside,
+    return Side(run, own, channels_first, lambda *_: _keras.from_keras(model), count, rows, inside,
                 [_dtype(d) for d in dtypes], [_dtype(d) for d in computes],
                 channels_first and not inside, names, settings)  # fmt: skip
 
@@ -335,10 +340,11 @@ def torch_side(model: Any) -> Side:
 
     kinds = ((type(m).__name__, _permutes(m)) for m in model.modules())
     channels_first = takes_first(kinds, True)
-    leaf: Any = next((m for m in model.modules() if not list(m.children())), None)
-    starts = isinstance(leaf, torch.nn.Embedding)
-    count = leaf.num_embeddings if starts else None
-    rows = array(leaf.weight) if starts else None
+    leaves = [m for m in model.modules() if not list(m.children())]
+    leaf: Any = next((m for m in leaves if type(m).__name__ not in _MOVES), None)
+    count = leaf.num_embeddings if isinstance(leaf, torch.nn.Embedding) else None
+    found = [m for m in leaves if isinstance(m, torch.nn.Embedding)]
+    rows = [array(m.weight) for m in found if m.num_embeddings == count]
 
     modules = [(name, type(module)) for name, module in model.named_modules()]
     names = modules, [(name, getattr(w, "shape", ())) for name, w in model.state_dict().items()]
@@ -346,8 +352,9 @@ def torch_side(model: Any) -> Side:
     own = ((name or type(m).__name__, m, vars(m)) for name, m in model.named_modules())
     settings = _numbers("torch", own)
 
-    def converted(shape: tuple[int, ...]) -> Model:
-        return _torch.from_torch(model, input_shape=shape)
+    def converted(shape: tuple[int, ...], source: bool = False) -> Model:
+        how: dict[str, Any] = {"layout": "source"} if source else {}
+        return _torch.from_torch(model, input_shape=shape, **how)
 
     return Side(run, None, channels_first, converted, count, rows, True,
                 [array(w.flatten()[:1]).dtype for w in weights], names=names,

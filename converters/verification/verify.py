@@ -1,5 +1,6 @@
 """``verify``: two models side by side, layer by layer."""
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -108,7 +109,7 @@ def verify(
     if not x.ndim or not len(x):
         output = Line("output", x.shape, 0.0, 0.0, 0, "not compared")
         return Report(False, None, (), (), output, (_nothing(x, output),))
-    lines, output, lost, carries = _lines(one, other, x, tolerance)
+    other, (lines, output, lost, carries) = _turned(one, other, x, tolerance)
     if one.channels_first != other.channels_first and one.turned == other.turned:
         ends = ("first", "last") if other.channels_first else ("last", "first")
         notes.append(f"the second model takes channels {ends[0]}, the first takes them {ends[1]}: "
@@ -128,6 +129,9 @@ def verify(
     try:
         there = _moved(x, one.channels_first, other.channels_first)
         models = one.model(x.shape[1:]), other.model(there.shape[1:])
+        if x.shape == there.shape and any(_weights(*models)):  # perhaps of the source's own layout
+            source = one.model(x.shape[1:], True), other.model(x.shape[1:], True)
+            models = models if any(_weights(*source)) else source
         setting = _settings(*models)
         weights = tuple(_weights(*models))
         changed = {_layer(line.name) for line in weights}
@@ -263,6 +267,30 @@ def _nothing(x: np.ndarray, output: Line) -> str:
 
 
 Held = dict[str | None, Outputs]  # by layer; None is the output of the model
+
+
+def _turned(
+    one: Side, other: Side, x: np.ndarray, tolerance: float | None
+) -> tuple[Side, tuple[list[Line], Line, tuple[int, ...], set[str]]]:
+    """The second side and what :func:`_lines` finds: its inputs turned if the layers say so, and
+    as they are if that makes the models equal, since not every layer says where channels are."""
+    if one.channels_first == other.channels_first or x.ndim < 3:
+        return other, _lines(one, other, x, tolerance)
+    try:
+        found = _lines(one, other, x, tolerance)
+        failed = None
+    except ConversionError as error:
+        failed = error
+    if failed is None and found[1].status in ("exact", "close"):
+        return other, found
+    plain = dataclasses.replace(other, channels_first=one.channels_first)
+    with contextlib.suppress(ConversionError):
+        again = _lines(one, plain, x, tolerance)
+        if again[1].status in ("exact", "close"):
+            return plain, again
+    if failed is not None:
+        raise failed
+    return other, found
 
 
 def _lines(
@@ -427,8 +455,11 @@ def _idle(
         name, weights = layer_name(parts), jax.tree.leaves(own)
         pairs = list(zip(weights, jax.tree.leaves(others), strict=False))
         far = any(_step(np.asarray(v), np.asarray(w)) is not None for v, w in pairs)
-        if far and settled and name in close and jnp.issubdtype(y.dtype, jnp.floating):
+        rows = getattr(layer, "num_embeddings", None)
+        floats = settled and jnp.issubdtype(y.dtype, jnp.floating)
+        if far and name in close and (rows or floats):
             fed = np.random.default_rng(0).normal(size=y.shape).astype(y.dtype)
+            fed = np.arange(rows) if rows else fed
             if _lines(_alone(layer, own), _alone(there, others), fed)[1].status == "differs":
                 return name
         settled = name in close and (settled or bool(weights))
@@ -443,7 +474,7 @@ def _alone(layer: Any, own: Any) -> Side:
         moved = jax.tree.map(lambda v: judge.nudged(v, by), own) if by else own
         return np.asarray(call(layer, moved, x)), {}
 
-    return Side(run, None, False, lambda _: Model(layer, own))
+    return Side(run, None, False, lambda *_: Model(layer, own))
 
 
 def _side(model: Any, external: bool = False) -> Side:
@@ -500,12 +531,17 @@ _ROWS = 128  # of a batch, for the rows of a table
 
 
 def _rows(one: Side, other: Side, count: int) -> np.ndarray:
-    """The rows of a table of embeddings in which two models may differ, the furthest first."""
-    if one.table is None or other.table is None or one.table.shape != other.table.shape:
+    """The rows of tables of embeddings in which two models may differ, the furthest first."""
+    pairs = list(zip(one.tables, other.tables, strict=False))
+    if not pairs or len(one.tables) != len(other.tables):
         return np.arange(count)
-    a, b = (np.asarray(s.table, np.float64).reshape(count, -1) for s in (one, other))
-    with np.errstate(all="ignore"):
-        gap = np.max(np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, np.abs(a - b)), 1)
-        far = np.nan_to_num(gap / np.max(np.maximum(np.abs(a), np.abs(b)), 1), nan=np.inf)
-    far[gap == 0] = 0
-    return np.argsort(-far, kind="stable")[: np.count_nonzero(far)]
+    furthest = np.zeros(count)
+    for pair in pairs:
+        if pair[0].shape != pair[1].shape:
+            return np.arange(count)
+        a, b = (np.asarray(table, np.float64).reshape(count, -1) for table in pair)
+        with np.errstate(all="ignore"):
+            gap = np.max(np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, np.abs(a - b)), 1)
+            far = np.nan_to_num(gap / np.max(np.maximum(np.abs(a), np.abs(b)), 1), nan=np.inf)
+        furthest = np.maximum(furthest, np.where(gap == 0, 0, far))
+    return np.argsort(-furthest, kind="stable")[: np.count_nonzero(furthest)]

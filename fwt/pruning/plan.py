@@ -77,6 +77,8 @@ class Plan:
                 f"scope={scope!r} gives some leaves more zeros than {pattern!r} lets go: take "
                 "'layer', 'global', 'normalized' or a dict"
             )
+        if like == "torch" and _is_count(sparsity):
+            sparsity = int(sparsity)
         whole = like == "torch" and isinstance(sparsity, int) and not isinstance(sparsity, bool)
         self.sparsity = sparsity if whole else _number("sparsity", sparsity)
         if whole and sparsity < 0:
@@ -133,6 +135,7 @@ class Plan:
                 raise LeafError(f"{path} is {leaf.dtype}: pruning needs real weights")
         leaves = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in leaves]
         places = self._places(tree, names)
+        _scope.check_ties(self.scope, tree.perhaps, names)
         fits = self._fits(tree, names, places)
         apart = self.threshold is None and self.scope not in ("global", "normalized")
         stacks = [place.stack if apart else () for place in places]
@@ -451,6 +454,13 @@ def _number(name: str, value: Any) -> Any:
     if name == "sparsity" and not 0 <= found <= 1:
         raise FwtError(f"sparsity is the share of weights to prune, 0 to 1; found {found}")
     return value if isinstance(value, jax.Array) else float(found)  # an array counts as float32
+
+
+def _is_count(value: Any) -> bool:
+    """Whether it is a whole number as an array."""
+    kinds = np.ndarray | np.generic | jax.Array
+    known = isinstance(value, kinds) and not isinstance(value, jax.core.Tracer)
+    return known and value.ndim == 0 and value.dtype.kind in "iu"
 
 
 def _refuse_more_than(pattern: patterns.Pattern, shares: Any) -> None:

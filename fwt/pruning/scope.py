@@ -13,7 +13,7 @@ from jax import lax
 
 from fwt import _tree
 from fwt._axes import Axes
-from fwt._types import FwtError, WhereError
+from fwt._types import FwtError, LeafError, WhereError
 from fwt.selection import select
 from fwt.selection.counts import Wide, count, difference, less, minus, plus, total, wide
 from fwt.selection.keys import sources
@@ -54,6 +54,19 @@ class Leaf(NamedTuple):
     @property
     def slices(self) -> int:
         return 1 if self.axes is None else self.axes.size(self.axes.stack)
+
+
+def check_ties(scope: Any, perhaps: Sequence[Sequence[str]], names: Sequence[str]) -> None:
+    """Raises for a scope over all leaves if some of them are perhaps one array, as a trace hides
+    of what a file calls one: they would have to be counted once."""
+    for group in perhaps if isinstance(scope, str) and scope != "layer" else ():
+        if len(set(group) & set(names)) > 1:
+            raise LeafError(
+                f"{' and '.join(group)} are one array in the file that they come from, and inside "
+                f"jit nothing tells whether they still are, so scope={scope!r} can't count them: "
+                "call it outside of jit, or make the tree plain dicts, as the docstring of load "
+                "does, to treat them as two"
+            )
 
 
 def check(scope: Any) -> None:

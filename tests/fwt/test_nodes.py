@@ -514,3 +514,21 @@ def test_the_gradient_of_a_tie_is_the_sum_of_both():
     kept = jnp.argsort(-jnp.abs(truth).ravel())[:32]
     assert (np.flatnonzero(found["a"]["kernel"]) == np.sort(kept)).all()
     assert found["b"]["kernel"] is found["a"]["kernel"]
+
+
+def test_a_transposed_view_has_the_axes_of_the_path_that_is_named():
+    w = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
+    tree = {"a": {"kernel": w}, "b": {"kernel": w.T}}
+    for where, axis in (("a/kernel", 0), ("b/kernel", 0)):
+        new = fwt.project(fwt.constraints.unit_norm, where=where)(tree)
+        assert np.array_equal(new["a"]["kernel"], new["b"]["kernel"].T)
+        name = where[0]
+        np.testing.assert_allclose(np.linalg.norm(new[name]["kernel"], axis=axis), 1, rtol=1e-6)
+
+
+def test_assign_keeps_nothing_of_the_users_own_array():
+    for leaf in (np.zeros(9, np.float32), jnp.zeros(9)):
+        mine = np.ones(9, np.float32)
+        new = fwt.assign({"a": mine})({"a": leaf})["a"]
+        mine[:] = 5
+        assert np.all(np.asarray(new) == 1)

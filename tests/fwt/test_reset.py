@@ -1,5 +1,7 @@
 """reset against new layers of the real frameworks, and lsuv."""
 
+import re
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -198,6 +200,39 @@ def test_flax(name):
     if not {"own", "general", "kernel"} & set(name.split("_")):  # by names alone
         named = fwt.select(fwt.reset(5, like="flax")(drawn[0]), "**")
         compare({p: np.asarray(w) for p, w in named.items()}, theirs, pools)
+
+
+NNX = {
+    "OptimizedLSTMCell": lambda r: nnx.OptimizedLSTMCell(20, 32, rngs=r),
+    "LSTMCell": lambda r: nnx.LSTMCell(20, 32, rngs=r),
+    "GRUCell": lambda r: nnx.GRUCell(20, 32, rngs=r),
+    "SimpleCell": lambda r: nnx.SimpleCell(20, 32, rngs=r),
+    "RNN": lambda r: nnx.RNN(nnx.GRUCell(20, 32, rngs=r), rngs=r),
+    "Einsum": lambda r: nnx.Einsum("abc,cde->abde", (16, 15, 9), rngs=r),
+    "LinearGeneral": lambda r: nnx.LinearGeneral(16, (14, 7), batch_axis={0: 5}, rngs=r),
+}
+
+
+@pytest.mark.parametrize("name", NNX)
+def test_nnx(name):
+    drawn = [NNX[name](nnx.Rngs(seed)) for seed in range(3)]
+
+    def arrays(module):
+        return {p: np.asarray(w) for p, w in fwt.select(nnx.state(module, nnx.Param), "**").items()}
+
+    theirs, *pools = map(arrays, drawn)
+    found = arrays(fwt.reset(5, like="flax")(drawn[0]))
+    compare(found, theirs, pools)
+    for path, w in theirs.items():
+        if re.search("(dense_h|h[ifgo])/kernel", path):
+            for each in (w, found[path]):
+                np.testing.assert_allclose(each @ each.T, np.eye(32), atol=1e-5)
+
+
+def test_nnx_cells_of_all_gates_have_no_value_like_others():
+    for like in ("keras", "torch"):
+        with pytest.raises(fwt.LeafError, match="dense_h/"):
+            fwt.reset(0, like)(nnx.GRUCell(9, 12, rngs=nnx.Rngs(0)))
 
 
 def test_a_padding_row_stays_zero():

@@ -241,3 +241,52 @@ def test_more_wrong_calls(problem):
         fwt.prune(0.5, S.wanda(net, x * jnp.nan))(params)
     plain = fwt.prune(0.5, lambda p, grads: grads, grads=params)(params)  # not keyword-only
     assert int((plain["a"]["kernel"] == 0).sum()) == 10
+
+
+def test_scores_of_a_tie_are_those_of_its_one_weight():
+    k, x = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(4, 4), (9, 4)]))
+
+    def loss(p):
+        return (jnp.tanh(x @ p["a"]["kernel"]) @ p["b"]["kernel"]).var()
+
+    def of_one(p):
+        return loss({"a": p["w"], "b": p["w"]})
+
+    both, one = {"a": {"kernel": k}, "b": {"kernel": k}}, {"w": {"kernel": k}}
+    grads, total = jax.grad(loss)(both), jax.grad(of_one)(one)
+    net = fwt.Sequential([("a", nn.Dense(4, use_bias=False)), ("b", nn.Dense(4, use_bias=False))],
+                         (4,))  # fmt: skip
+
+    class One(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            layer = nn.Dense(4, use_bias=False, name="w")
+            return layer(layer(x))
+
+    pairs = [
+        (S.grasp(loss), S.grasp(of_one)),
+        (S.second_order_taylor(loss), S.second_order_taylor(of_one)),
+        (S.saliency(grads=grads), S.saliency(grads=total)),
+        (S.gradient(grads=grads), S.gradient(grads=total)),
+        (S.fisher(grads=grads), S.fisher(grads=total)),
+        (S.synflow(net), S.synflow(One(), (4,))),
+        (S.wanda(net, x), S.wanda(One(), x)),
+    ]
+    for score, own in pairs:
+        wanted = own(one)["w"]["kernel"]
+        np.testing.assert_allclose(score(both)["a"]["kernel"], wanted, rtol=1e-4, atol=1e-6)
+    for score in (S.saliency, S.gradient, S.taylor):
+        wanted = fwt.masks(0.5, score, grads=total)(one)["w"]["kernel"]
+        assert np.array_equal(fwt.masks(0.5, score, grads=grads)(both)["b"]["kernel"], wanted)
+
+
+def test_scores_of_half_precision_are_in_float32():
+    net = fwt.Sequential([("d", nn.Dense(1, dtype=jnp.float16))])
+    x = jnp.full((1000, 3), 1e-4, jnp.float16) * jnp.array([1, 1.3, 0.9], jnp.float16)
+    params = {"d": {"kernel": jnp.ones((3, 1)), "bias": jnp.zeros(1)}}
+    wide = np.linalg.norm(np.asarray(x, np.float32), axis=0)
+    np.testing.assert_allclose(S.wanda(net, x)(params)["d"]["kernel"].ravel(), wide, rtol=1e-5)
+    w = {"d": {"kernel": jnp.array([[1e-3], [3e-3], [2e-3], [4e-3]], jnp.float16)}}
+    score = S.second_order_taylor(lambda p: p["d"]["kernel"].astype(jnp.float32).sum() * 0.01)
+    kept = np.asarray(fwt.prune(0.5, score)(w)["d"]["kernel"]).ravel() != 0
+    assert kept.tolist() == [False, True, False, True]

@@ -62,6 +62,8 @@ DOES = {
     "jit": lambda m: jax.jit(fwt.prune(0.5, **EITHER))(m),
     "draws under jit": lambda m: jax.jit(fwt.initialize(fwt.initializers.normal(), 0, **EITHER))(m),
     "scores under jit": jax.jit(fwt.prune(0.5, fwt.scores.random, key=0, **EITHER)),
+    "reset under jit": jax.jit(fwt.reset(0, "torch", where=["emb/weight", "head/weight"])),
+    "masks under jit": jax.jit(lambda m: fwt.apply_masks(fwt.masks(0.5, **EITHER)(m))(m)),
     "the variables": lambda m: fwt.Model(None, fwt.prune(0.5, **EITHER)(m.variables)),
     "initialize": fwt.initialize(fwt.initializers.normal(), 0, **EITHER),
     "masks": lambda m: fwt.apply_masks(fwt.masks(0.5, **EITHER)(m))(m),
@@ -86,6 +88,18 @@ def test_order_ties_and_metadata_go_through_every_transform(net, name):
     converters.save("params.pt", None, params)
     order = [n for n in net.state_dict() if "running" not in n and "num_batches" not in n]
     assert list(torch.load("params.pt", weights_only=True)) == order
+
+
+def test_jit_keeps_apart_what_is_no_tie_any_more_and_counts_no_tie_twice(net):
+    variables = converters.load("net.pt").variables
+    for scope in ("global", "lamp"):
+        with pytest.raises(fwt.LeafError, match=r"are one array in the file .* inside jit"):
+            jax.jit(fwt.prune(0.5, scope=scope, **EITHER))(variables)
+    other = jax.tree.map(np.array, variables)
+    other["params"]["head"]["weight"][0, 0] += 1
+    t = fwt.prune(0.5, **EITHER)
+    for one, same in zip(jax.tree.leaves(t(other)), jax.tree.leaves(jax.jit(t)(other))):
+        np.testing.assert_array_equal(one, same)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".npz", ".orbax", ".pt", "shards"])

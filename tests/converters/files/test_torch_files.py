@@ -215,3 +215,17 @@ def test_a_folder_with_one_file_of_weights(tmp_path, name):
     same(tmp_path, state)
     model = converters.load(tmp_path, architecture=net())
     np.testing.assert_array_equal(model.variables["params"]["0"]["bias"], state["0.bias"])
+
+
+def test_other_views_of_one_memory_are_told(tmp_path):
+    a = torch.arange(1.0, 7).reshape(2, 3)
+    for other in (a.t(), a[:1]):
+        torch.save({"a": a, "b": other}, tmp_path / "v.pt")
+        with pytest.warns(UserWarning, match=r"another view of the memory of one before it"):
+            converters.load(tmp_path / "v.pt")
+    parts = torch.arange(10.0)
+    whole = {"a": parts[:4], "b": parts[4:], **torch.nn.LSTM(3, 4).state_dict(), "same": a, "a2": a}
+    torch.save(whole, tmp_path / "v.pt")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        converters.load(tmp_path / "v.pt")

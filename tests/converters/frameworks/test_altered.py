@@ -1,5 +1,6 @@
 """What a live layer computes is converted, or it is refused; the truth is its own output."""
 
+import jax
 import keras
 import numpy as np
 import pytest
@@ -246,3 +247,26 @@ def test_quantised_torch_weights_are_not_passed_over():
     dynamic = torch.ao.nn.quantized.dynamic.Linear(4, 3)
     with pytest.raises(converters.ConversionError, match="quantised weight"):
         converters.transform(t.Sequential(t.Linear(4, 4), dynamic), fwt.prune(0.5))
+
+
+def test_what_keras_computes_otherwise_under_its_global_settings():
+    held = keras.config.epsilon()
+    layer = keras.layers.Normalization(mean=[0.0, 0.0], variance=[1e-8, 1.0])
+    net = keras.Sequential([keras.Input((2,)), layer])
+    model = converters.from_keras(net)
+    keras.config.set_epsilon(1e-2)
+    try:
+        for call in (lambda: converters.from_keras(net), lambda: converters.to_keras(*model)):
+            with pytest.raises(converters.ConversionError, match=r"epsilon\(\), which is 0.01"):
+                call()
+    finally:
+        keras.config.set_epsilon(held)
+
+
+def test_rms_norm_of_float64_has_its_epsilon():
+    net = torch.nn.Sequential(torch.nn.RMSNorm(4)).double()
+    x = torch.full((1, 4), 1e-4, dtype=torch.float64)
+    model = converters.from_torch(net)
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(model(x.numpy()), net(x).detach(), rtol=1e-9)
+        np.testing.assert_allclose(converters.to_torch(*model)(x).detach(), net(x).detach())

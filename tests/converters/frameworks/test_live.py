@@ -776,3 +776,14 @@ def test_an_orthogonal_weight_goes_into_the_parametrization_of_orthogonal_weight
     turned = np.linalg.qr(np.random.default_rng(0).normal(size=(4, 4)))[0].astype(np.float32)
     converters.transform(net, fwt.assign({"0/kernel": turned}))
     np.testing.assert_allclose(net[0].weight.detach(), turned.T, atol=1e-6)
+
+
+def test_a_jitted_transform_knows_which_model_it_is_called_on():
+    unit = jax.jit(fwt.project(fwt.constraints.unit_norm))
+    t = torch.nn
+    conv = t.Sequential(t.Conv2d(4, 6, 3, bias=False))
+    turned = t.Sequential(t.ConvTranspose2d(6, 4, 3, bias=False))  # a weight of the same shape
+    for net in (conv, turned, conv):
+        converters.transform(net, unit)
+    for w in (conv[0].weight, turned[0].weight.transpose(0, 1)):
+        np.testing.assert_allclose(w.detach().flatten(1).norm(dim=1), 1, rtol=1e-5)

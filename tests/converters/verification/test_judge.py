@@ -431,6 +431,28 @@ def test_layouts():
     assert "its inputs were turned" in report.notes[0]
 
 
+SPATIAL = {
+    "weight_norm": lambda: t.utils.parametrizations.weight_norm(t.Conv2d(4, 4, 1)),
+    "BatchNorm2d": lambda: t.BatchNorm2d(4),
+    "InstanceNorm2d": lambda: t.InstanceNorm2d(4, affine=True),
+    "ReflectionPad2d": lambda: t.ReflectionPad2d((0, 0, 0, 0)),
+    "Upsample": lambda: t.Upsample(size=(4, 4)),
+}
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "source", "channels_first"])
+@pytest.mark.parametrize("name", SPATIAL)
+def test_images_as_high_as_they_have_channels(name, layout):
+    torch.manual_seed(0)
+    net = chain(SPATIAL[name](), t.ReLU(), t.Flatten(), t.Linear(64, 2))
+    model = converters.from_torch(net, input_shape=(4, 4, 4), layout=layout)
+    for a, b in ((net, model), (model, net)):
+        assert converters.verify(a, b, input_shape=(4, 4, 4)).ok
+    with torch.no_grad():
+        net[-1].weight[0, 3] += 0.01
+    assert not converters.verify(net, model, input_shape=(4, 4, 4)).ok
+
+
 def test_keras_with_channels_first(tmp_path):
     how = {"data_format": "channels_first"}
     net = keras.Sequential([keras.Input((3, 9, 8)), k.ZeroPadding2D(((1, 0), (0, 2)), **how),
@@ -492,6 +514,44 @@ def test_a_setting_that_no_input_shows(one, other):
     assert (report.ok, report.first) == (False, "0")
     assert "setting differs" in str(report)
     assert converters.verify(a, converters.from_torch(a, input_shape=(4,))).ok
+
+
+class TwoTables(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = torch.nn.Embedding(300, 4), torch.nn.Embedding(300, 4)
+
+    def forward(self, x):
+        return self.one(x) + self.other(x)
+
+
+def behind(*layers):
+    inputs = keras.Input((4,), dtype="int32" if "Resh" in type(layers[0]).__name__ else "float32")
+    return keras.Sequential([inputs, *layers, keras.layers.Embedding(61, 3, name="e")])
+
+
+TABLES = {
+    "behind a Reshape": lambda: behind(keras.layers.Reshape((2, 2), name="r")),
+    "behind bins": lambda: behind(keras.layers.Discretization(bin_boundaries=[*range(60)])),
+    "the second of two": TwoTables,
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_a_row_of_any_table_counts(name):
+    a, b = TABLES[name](), TABLES[name]()
+    torchs = isinstance(a, torch.nn.Module)
+    weights = [w.detach().numpy() for w in a.parameters()] if torchs else a.get_weights()
+    for change, ok in ((0, True), (1, False)):
+        weights = [np.array(w) for w in weights]
+        weights[-1][50] += change
+        if torchs:
+            with torch.no_grad():
+                for p, w in zip(b.parameters(), weights, strict=True):
+                    p.copy_(torch.from_numpy(w))
+        else:
+            b.set_weights(weights)
+        assert converters.verify(a, b, input_shape=(4,)).ok is ok
 
 
 class Capped(torch.nn.Module):

@@ -255,3 +255,10 @@ def test_masks_leave_scalars_alone():
     with pytest.raises(fwt.LeafError, match="eval_shape"):
         fwt.prune(0.5)(shapes)
     assert jax.eval_shape(fwt.prune(0.5), shapes)["d"]["kernel"].shape == (2, 2)
+
+
+@pytest.mark.parametrize("count", [1, np.int64(1), np.int8(7), jnp.int32(7)])
+def test_a_whole_number_is_a_count_for_torch_whatever_holds_it(count):
+    params = {"d": {"kernel": np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)}}
+    new = fwt.prune(count, like="torch")(params)["d"]["kernel"]
+    assert int((new == 0).sum()) == int(count)

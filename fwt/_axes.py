@@ -252,21 +252,17 @@ _TOLD = jax.make_user_context("")  # what a jitted function was traced with coun
 @contextlib.contextmanager
 def knowing(known: Mapping[str, Known]) -> Iterator[None]:
     """Inside, the axes of leaves are what the classes of a live model tell."""
-    told = [(path, dataclasses.replace(k, owner=None), _settings(k.owner))
-            for path, k in sorted(known.items())]  # fmt: skip
+    # Not the paths, which jit knows: models of one architecture are compiled once.
+    told = [
+        (dataclasses.replace(k, owner=None), getattr(k.owner, "padding_idx", None))
+        for _, k in sorted(known.items())
+    ]
     token = KNOWN.set(known)
     try:
         with _TOLD(repr(told)):
             yield
     finally:
         KNOWN.reset(token)
-
-
-def _settings(layer: Any) -> Any:
-    """The class of a layer and its plain settings, on which what is drawn for it may depend."""
-    plain = (bool, int, float, str, tuple, type(None))
-    settings = getattr(layer, "__dict__", {})
-    return type(layer).__qualname__, {k: v for k, v in settings.items() if isinstance(v, plain)}
 
 
 class Places:

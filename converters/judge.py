@@ -23,32 +23,26 @@ _TOLD = 4  # one row in so many must be told apart from rounding, else nothing i
 def full_products() -> Iterator[None]:
     """Matrix products and convolutions of float32 are computed in float32, whatever frameworks are
     there: on GPUs and TPUs most round what they multiply to 10 bits or fewer, if not told."""
-    before: list[tuple[Any, str, Any]] = []
     torch, tensorflow = sys.modules.get("torch"), sys.modules.get("tensorflow")
-    if torch is not None:
-        of = torch.backends
-        name, value = "fp32_precision", cast(Any, "ieee")
-        if hasattr(of.cudnn, "conv"):
-            holders = [of.cuda.matmul, of.cudnn.conv, of.cudnn.rnn]
-            holders += [of.mkldnn.matmul, of.mkldnn.conv, of.mkldnn.rnn]
-        else:  # before 2.9
-            name, value = "allow_tf32", False
-            holders = [of.cuda.matmul, of.cudnn]
-        for holder in holders:
-            before.append((holder, name, getattr(holder, name)))
-            setattr(holder, name, value)
-    tf: Any = tensorflow and tensorflow.config.experimental
-    tf32 = tf and tf.tensor_float_32_execution_enabled()
-    if tf32:
-        tf.enable_tensor_float_32_execution(False)
-    try:
-        with jax.default_matmul_precision("highest"):
-            yield
-    finally:
-        for holder, name, value in before:
-            setattr(holder, name, value)
-        if tf32:
-            tf.enable_tensor_float_32_execution(True)
+    with contextlib.ExitStack() as stack:
+        if torch is not None:
+            of = torch.backends
+            name, value = "fp32_precision", cast(Any, "ieee")
+            if hasattr(of.cudnn, "conv"):
+                holders = [of.cuda.matmul, of.cudnn.conv, of.cudnn.rnn]
+                holders += [of.mkldnn.matmul, of.mkldnn.conv, of.mkldnn.rnn]
+            else:  # before 2.9
+                name, value = "allow_tf32", False
+                holders = [of.cuda.matmul, of.cudnn]
+            for holder in holders:
+                stack.callback(setattr, holder, name, getattr(holder, name))
+                setattr(holder, name, value)
+        tf: Any = tensorflow and tensorflow.config.experimental
+        if tf and tf.tensor_float_32_execution_enabled():
+            stack.callback(tf.enable_tensor_float_32_execution, True)
+            tf.enable_tensor_float_32_execution(False)
+        stack.enter_context(jax.default_matmul_precision("highest"))
+        yield
 
 
 class Apart(NamedTuple):

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fwt import _axes, _draw, _tree
+from fwt import _axes, _draw, _nodes, _tree
 from fwt._types import Initializer, LeafError, Params, Transform, Where, resolve
 
 
@@ -133,6 +133,13 @@ def assign(values: Mapping[str, Any]) -> Transform:
                 value = np.array(value)  # which its owner may change afterwards
             as_numpy = isinstance(leaf, np.ndarray) and not isinstance(value, jax.Array)
             new[path] = value if as_numpy else jnp.asarray(_tree.computable(path, value))
+        for group in tree.perhaps:
+            first, *others = [p for p in group if p in new] or [""]
+            if any(_nodes.same_values(new[first], new[p]) is not True for p in others):
+                raise LeafError(
+                    f"assign: {' and '.join(group)} are one array in the file that they come "
+                    "from: give one of them, or both the same"
+                )
         return tree.replace(tree.once(new))
 
     return apply

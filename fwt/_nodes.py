@@ -434,10 +434,10 @@ def same_values(one: Any, other: Any) -> bool | None:
     """Whether two arrays are equal bit for bit; None under a trace, which hides it."""
     if one is other:
         return True
-    if isinstance(one, jax.core.Tracer) or isinstance(other, jax.core.Tracer):
-        return None
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
+    if isinstance(one, jax.core.Tracer) or isinstance(other, jax.core.Tracer):
+        return None
     both = isinstance(one, jax.Array) and isinstance(other, jax.Array)
     if both and one.dtype.kind in "fiu" and one.sharding == other.sharding:
         with jax.ensure_compile_time_eval():  # where they are, for they may be large

@@ -202,7 +202,7 @@ def _print_summary(path: Path, model: "Model") -> None:
 def _format(path: Path) -> Any:
     from fwt.converters.files import formats
 
-    return formats.format_of(path)
+    return formats.format_of(formats.inside(path))
 
 
 def _print_json(path: Path, model: "Model") -> None:
@@ -550,13 +550,16 @@ def _in_options(text: str) -> str:
         return said
 
     text = " ".join(text.split())
-    text = re.sub(r"\brename=(\{'[^{}]*\})", each("rename", "="), text)
-    text = re.sub(r"\baxes=(\{'[^{}]*\})", each("axes", "="), text)
-    text = re.sub(r"\bdrop=(\['[^\[\]]*\])", each("drop", ""), text)
-    text = re.sub(r"\bwhere=(\['[^\[\]]*\])", each("where", ""), text)
-    text = re.sub(r"\bstrict=(False)?", "--no-strict", text).replace("fold=False", "--keep-parts")
-    text = re.sub(rf"\b({_OPTIONS})=(?=['\d])", lambda m: f"--{m[1].replace('_', '-')} ", text)
-    return re.sub(rf"\b({_OPTIONS}|rename|drop|axes)=(?=$|[ ,;:.])",
+    start = r"(?<![\w/\\.-])"  # not in a path
+    for option, join in (("rename", "="), ("axes", "=")):
+        text = re.sub(rf"{start}{option}=(\{{'[^{{}}]*\}})", each(option, join), text)
+    for option in ("drop", "where"):
+        text = re.sub(rf"{start}{option}=(\['[^\[\]\"]*\])", each(option, ""), text)
+    text = re.sub(rf"{start}strict=False", "--no-strict", text)
+    text = re.sub(rf"{start}fold=False", "--keep-parts", text)
+    text = re.sub(rf"{start}strict=(?=$|[ ,;:])", "--no-strict", text)
+    text = re.sub(rf"{start}({_OPTIONS})=(?=['\d])", lambda m: f"--{m[1].replace('_', '-')} ", text)
+    return re.sub(rf"{start}({_OPTIONS}|rename|drop|axes)=(?=$|[ ,;:]|\.(?!\.))",
                   lambda m: f"--{m[1].replace('_', '-')}", text)  # fmt: skip
 
 

@@ -297,6 +297,7 @@ def _gradient_and_product(loss: Callable[..., Any], params: Params, along: str) 
     """The gradient, and the Hessian times the gradient or the weights, by path; of a tie by its
     first path."""
     tree = _tree.Tree(params)
+    _refuse_hidden(tree)
     own = {p: jnp.asarray(x) for p, x in tree.untied().items() if _differentiable(x)}
     moving = {p: _wide(x) for p, x in own.items()}
 
@@ -309,6 +310,16 @@ def _gradient_and_product(loss: Callable[..., Any], params: Params, along: str) 
     grads = slope(moving)
     product = jax.jvp(slope, (moving,), (grads if along == "grads" else moving,))[1]
     return tree, moving, grads, product
+
+
+def _refuse_hidden(tree: _tree.Tree) -> None:
+    """Raises for what a file calls one array, where a trace hides whether it still is."""
+    for group in tree.perhaps:
+        raise LeafError(
+            f"{' and '.join(group)} are one array in the file that they come from, and inside jit "
+            "nothing tells whether they still are, as this score has to know: call it outside of "
+            "jit, or make the tree plain dicts, as the docstring of load does"
+        )
 
 
 def _differentiable(x: Any) -> bool:
@@ -421,6 +432,7 @@ def synflow(module: Any, input_shape: Any = None, **collections: Any) -> Score:
         tree = _tree.Tree(params)
         positive = jax.tree.map(_absolute, variables)
         weights = _tree.Tree(positive)
+        _refuse_hidden(tree)
         kept = tree.untied()
         moving = {p: x for p, x in weights.leaves.items() if p in kept and _differentiable(x)}
 
@@ -504,6 +516,7 @@ def wanda(module: Any, batch: Any, **collections: Any) -> Score:
         for path, square in squares.items():
             if not isinstance(square, jax.core.Tracer) and not jnp.isfinite(square).all():
                 raise LeafError(f"wanda: the inputs of {path} on the batch are not finite")
+        _refuse_hidden(tree)
         for group in tree.ties:  # which meets the inputs of all its layers
             one, met = tree.leaves[group[0]], [p for p in group if p in squares]
             parts = [_nodes.turned(tree.leaves[p], one, squares.pop(p)) for p in met]
@@ -541,10 +554,15 @@ def of_ties(tree: _tree.Tree, grads: Params) -> Params:
     """The gradients, at each path of a tie the sum of those at all: what the one array has."""
     given = _tree.Tree(grads)
     new: dict[str, Any] = {}
-    for group in tree.ties:
+    for group in [*tree.ties, *tree.perhaps]:
         if all(p in given.leaves for p in group):
             one = tree.leaves[group[0]]
             parts = [_nodes.turned(tree.leaves[p], one, given.leaves[p]) for p in group]
             total: Any = functools.reduce(operator.add, parts)
+            if group in tree.perhaps:  # if they are one when the program runs
+                same = [_nodes.same_bits(one, tree.leaves[p]) for p in group[1:]]
+                tied = functools.reduce(operator.and_, same)
+                new |= {p: jnp.where(tied, total, given.leaves[p]) for p in group}
+                continue
             new |= {p: _nodes.turned(one, tree.leaves[p], total) for p in group}
     return given.replace(new, ties=False) if new else grads

@@ -309,8 +309,10 @@ def _hint(wanted: Mapping[str, Shape], found: Mapping[str, Shape]) -> str:
             above = (name[:i] for i, c in enumerate(name) if c == ".")
             free = (p for p in above if not any(n.startswith(f"{p}.") for n in own))
             globs.append(next((f"{p}.**" for p in free), name))
+        if len(set(globs)) > 9:
+            break
         if globs:
-            said.append(f"drop={list(dict.fromkeys(globs))[:9]!r}")
+            said.append(f"drop={list(dict.fromkeys(globs))!r}")
         return f"; {' and '.join(said)} makes it fit" if said else ""
     return "; rename={'old': 'new'} changes the start of names, and strict=False takes what fits"
 
@@ -344,22 +346,24 @@ def _found(variables: Any, how: Names, path: Path) -> dict[str, np.ndarray]:
     out: dict[str, np.ndarray] = {}
     used: set[str] = set()
     rename = {old.rstrip("."): new.rstrip(".") for old, new in (how.rename or {}).items()}
+    drop = [how.drop] if isinstance(how.drop, str) else list(how.drop)
     dropped: set[str] = set()
     for name, value in _source.flat_names(variables):
-        if name.endswith("num_batches_tracked") and not np.shape(value):
-            continue
-        if hits := [g for g in how.drop if _tree.matches(g.replace(".", "/"), _slashed(name))]:
-            dropped.update(hits)
-            continue
+        both = [name]
         for old, new in rename.items():
             if not old or name == old or name.startswith(f"{old}."):
-                name = ".".join(p for p in (new, name[len(old) :].lstrip(".")) if p)
+                both.append(".".join(p for p in (new, name[len(old) :].lstrip(".")) if p))
                 used.add(old)
                 break
+        hits = [g for g in drop for n in both if _tree.matches(g.replace(".", "/"), _slashed(n))]
+        dropped.update(hits)
+        if hits or (name.endswith("num_batches_tracked") and not np.shape(value)):
+            continue
+        name = both[-1]
         if name in out:
             raise FileFormatError(f"{path}: two arrays are named {name!r}")
         out[name] = value
-    if unused := [g for g in how.drop if g not in dropped]:
+    if unused := [g for g in drop if g not in dropped]:
         raise FileFormatError(
             f"{path}: drop: no name matches {unused[0]!r}{_tree.near(unused[0], list(out))}"
         )

@@ -229,6 +229,9 @@ def _may_be_replaced(path: Path) -> bool:
     return names == held | set(index)
 
 
+_NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
+
+
 def inside(path: Path) -> Path:
     """The one file of weights in a folder of no format of its own, as Hugging Face has them; any
     other path as it is."""
@@ -236,6 +239,9 @@ def inside(path: Path) -> Path:
         return path
     ends = (*_SAFETENSORS.suffixes, *_TORCH.suffixes)
     found = sorted(p for p in path.iterdir() if p.name.endswith(ends) and p.is_file())
+    found = [p for p in found if not p.name.startswith(_NO_WEIGHTS)]
+    if len(safe := [p for p in found if p.suffix == ".safetensors"]) == 1:
+        found = safe
     if len(found) > 1:
         names = ", ".join(p.name for p in found[:6])
         raise FileFormatError(

@@ -148,7 +148,17 @@ def _state(loaded: Any, path: Path) -> dict[str, np.ndarray]:
     return flat
 
 
-_VALUES = (bool, int, float, complex, str, bytes, set, type(None))  # which are no weights
+_VALUES = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    bytes,
+    set,
+    frozenset,
+    type(None),
+)  # which are no weights
 
 
 def _kind(value: Any) -> str:

@@ -91,12 +91,13 @@ _OPCODES = frozenset(
 
 
 def _check_pickle(pickled: bytes, path: Path, budget: Budget) -> None:
-    """Refuses opcodes that build more than plain data, and values that are small in the file and
-    large when they are gone over, such as tuples of one tuple twice, of one tuple twice, ..."""
-    stack: list[int | None] = []  # how much each value holds; None is a mark
-    memo: dict[int, int] = {}
+    """Refuses opcodes that build more than plain data and stand-ins, and values that are small in
+    the file and large or deep when they are gone over, such as tuples of one tuple twice, of one
+    tuple twice, ..."""
+    stack: list[list[int] | None] = []  # of each value how much it holds, how deep; a mark
+    memo: dict[int, list[int]] = {}  # which grow where they stand
     limit = 1_000_000 + 64 * len(pickled)
-    made = 0
+    made = copied = 0
     for opcode, argument, _ in pickletools.genops(pickled):
         name = opcode.name
         if name not in _OPCODES:
@@ -109,23 +110,36 @@ def _check_pickle(pickled: bytes, path: Path, budget: Budget) -> None:
             memo[index] = stack[-1]
             continue
         if "GET" in name:
-            stack.append(memo.get(int(argument or 0), 1))
+            stack.append(memo.get(int(argument or 0), [1, 0]))
             continue
         before = list(opcode.stack_before)
-        size = 1
+        held: list[list[int]] = []
         made += 1
         if pickletools.markobject in before:
             while stack and (top := stack.pop()) is not None:
-                size += top
+                held.append(top)
             before = before[: before.index(pickletools.markobject)]
-        for _wanted in before:
-            size += (stack.pop() if stack else 0) or 0
-        if size > limit:
+        held += [(stack.pop() if stack else None) or [0, 0] for _wanted in before]
+        # The container lies below what it gets.
+        value = held.pop() if name in _GROWS else [0, -1]
+        given = sum(n for n, _ in held)
+        size, depth = 1 + value[0] + given, max([value[1], *(1 + d for _, d in held), 0])
+        # What is called may copy what it is given, and what is a key is gone over each time.
+        copied += given if name in _COPIES else 0
+        if max(size, copied) > limit:
             raise FileFormatError(f"{path}: a value of the pickle repeats others too often")
+        if depth > 500:
+            raise FileFormatError(f"{path}: a value of the pickle is nested {depth} times")
         marks = pickletools.markobject in opcode.stack_after
-        stack += [None] if marks else [size] * len(opcode.stack_after)
+        value[:] = size, depth
+        stack += [None] if marks else [value] * len(opcode.stack_after)
         if made % 4_096 == 0:
             budget.spend("its pickle", 64 * 4_096)  # what a value takes, about
+    budget.spend("its pickle", 64 * copied)
+
+
+_GROWS = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"}
+_COPIES = {"REDUCE", "NEWOBJ", "NEWOBJ_EX", "FROZENSET", "ADDITEMS", "SETITEM", "SETITEMS"}
 
 
 def short(value: Any) -> str:
@@ -239,8 +253,9 @@ class _Unpickler(pickle.Unpickler):
         self.items: dict[str, int] = {}
         self.used: set[int] = set()
         self.tensors: dict[Any, np.ndarray] = {}
-        self.views: dict[int, tuple[Any, ...]] = {}  # the first of each storage
-        self.marks: dict[int, np.ndarray] = {}  # of a storage with several, what they hold
+        self.swapped: dict[Any, np.ndarray] = {}
+        self.views: dict[Any, tuple[Any, ...]] = {}  # the first of each storage
+        self.marks: dict[Any, np.ndarray] = {}  # of a storage with several, what they hold
         self.unknown: dict[str, type[Unknown]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
@@ -249,7 +264,7 @@ class _Unpickler(pickle.Unpickler):
         if (module, name) in _DICTS:
             return _Call(lambda *given: dict(given[-1] if given and _is_dict(given[-1]) else {}))
         if module in ("builtins", "__builtin__") and name in ("set", "frozenset"):
-            return _Call(set)
+            return _Call(frozenset if name == "frozenset" else set)
         if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_tensor_v3"):
             return _Call(self._tensor_v2 if name.endswith("2") else self._tensor_v3)
         if module == "torch._utils" and name.startswith("_rebuild_parameter"):
@@ -332,7 +347,9 @@ class _Unpickler(pickle.Unpickler):
         kind = dtype_of(str(dtype))
         if storage.size % kind.itemsize:
             raise FileFormatError(f"{self.path}: {storage.size} bytes of {dtype}")
-        values = self._native(storage.view(kind))
+        # Kept, for what is one tensor is told by where its numbers are.
+        place = storage.__array_interface__["data"][0], kind.name
+        values = self.swapped.setdefault(place, self._native(storage.view(kind)))
         return self._tensor_v2(values, offset, size, stride, metadata=metadata)
 
     def _unread(self, *of: Any) -> Any:
@@ -363,8 +380,8 @@ class _Unpickler(pickle.Unpickler):
         if 0 in size:
             return np.zeros(size, storage.dtype)
         # What is the same view of the same memory is one array under two names.
-        place = storage.__array_interface__["data"][0]
-        view = (place, storage.dtype.name, *numbers, len(size), *sorted(told.items()))
+        place = storage.__array_interface__["data"][0], storage.dtype.name
+        view = (place, *numbers, len(size), *sorted(told.items()))
         if view in self.tensors:
             self.budget.spend("a tensor", self.tensors[view].nbytes)  # another format may copy it
         else:
@@ -373,7 +390,7 @@ class _Unpickler(pickle.Unpickler):
                 self._mark(storage, place, offset, size, stride)
         return self.tensors[view]
 
-    def _mark(self, storage: np.ndarray, place: int, *view: Any) -> None:
+    def _mark(self, storage: np.ndarray, place: Any, *view: Any) -> None:
         """Warns of a tensor that shares numbers with another, and not as a whole."""
         if place not in self.marks:
             self.budget.spend("a tensor", storage.size)

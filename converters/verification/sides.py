@@ -63,7 +63,8 @@ def _numbers(
         pairs: Any = enumerate(value) if isinstance(value, list | tuple) else ()
         if isinstance(value, dict):
             pairs = [(k, v) for k, v in value.items() if not str(k).startswith("_")
-                     and k not in OF_TRAINING and not is_training(framework, str(k))]  # fmt: skip
+                     and k not in OF_TRAINING and "drop" not in str(k)
+                     and not is_training(framework, str(k))]  # fmt: skip
         for name, one in pairs:
             under(f"{place}: {name}" if ":" not in place else f"{place}/{name}", one)
 

@@ -195,7 +195,9 @@ def _settings(a: Model, b: Model) -> str | None:
 def _setting(a: Sequence[tuple[str, float]], b: Sequence[tuple[str, float]]) -> str | None:
     """The first number that differs, among the settings of models that can't be converted."""
     if len(a) != len(b):
-        return None
+        places = [[p for p, _ in each] for each in (a, b)]
+        lone = [p for p in (*places[0], *places[1]) if p not in places[0] or p not in places[1]]
+        return f"{lone[0]} is a number in one of them only" if lone else None
     for (place, mine), (_, theirs) in zip(a, b, strict=True):
         if not np.isclose(mine, theirs, 1e-6, 0, equal_nan=True):
             return f"{place} is {mine:g} and {theirs:g}"
@@ -459,7 +461,9 @@ def _idle(
         floats = settled and jnp.issubdtype(y.dtype, jnp.floating)
         if far and name in close and (rows or floats):
             fed = np.random.default_rng(0).normal(size=y.shape).astype(y.dtype)
-            fed = np.arange(rows) if rows else fed
+            if rows:
+                apart = [np.asarray(v != w).any(1) for v, w in pairs if np.ndim(v) == 2]
+                fed = np.flatnonzero(apart[0])[: 8 * _ROWS] if apart else np.arange(1)
             if _lines(_alone(layer, own), _alone(there, others), fed)[1].status == "differs":
                 return name
         settled = name in close and (settled or bool(weights))

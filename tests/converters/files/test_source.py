@@ -95,6 +95,15 @@ def test_jit_keeps_apart_what_is_no_tie_any_more_and_counts_no_tie_twice(net):
     for scope in ("global", "lamp"):
         with pytest.raises(fwt.LeafError, match=r"are one array in the file .* inside jit"):
             jax.jit(fwt.prune(0.5, scope=scope, **EITHER))(variables)
+    grads = jax.tree.map(np.ones_like, variables["params"])
+    taylor = fwt.scores.taylor(grads=grads)
+    for one, same in zip(jax.tree.leaves(taylor(variables["params"])),
+                         jax.tree.leaves(jax.jit(taylor)(variables["params"]))):  # fmt: skip
+        np.testing.assert_allclose(one, same, rtol=1e-6)
+    both = {p: np.full_like(fwt.select(variables, p)[p], i) for i, p in enumerate(EITHER["where"])}
+    for call in (fwt.assign(both), jax.jit(fwt.assign(both))):
+        with pytest.raises(fwt.LeafError, match="one array"):
+            call(variables)
     other = jax.tree.map(np.array, variables)
     other["params"]["head"]["weight"][0, 0] += 1
     t = fwt.prune(0.5, **EITHER)

@@ -8,6 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 import torch
+from command import cli
 
 import fwt
 from fwt import converters
@@ -208,11 +209,12 @@ def test_a_folder_with_one_file_of_weights(tmp_path, name):
     torch.save(state, tmp_path / "pytorch_model.bin")
     if name == "model.safetensors":
         converters.save(tmp_path / name, *converters.load(tmp_path))
-        with pytest.raises(converters.FileFormatError, match="2 files of weights: give one of"):
-            converters.load(tmp_path)
+        same(tmp_path, state)  # of the two it is the one that runs no code
         (tmp_path / "pytorch_model.bin").unlink()
     (tmp_path / "config.json").write_text("{}")
+    torch.save({"lr": 1}, tmp_path / "training_args.bin")
     same(tmp_path, state)
+    assert "0/weight" in cli("inspect", tmp_path, cwd=tmp_path).stdout
     model = converters.load(tmp_path, architecture=net())
     np.testing.assert_array_equal(model.variables["params"]["0"]["bias"], state["0.bias"])
 
@@ -229,3 +231,46 @@ def test_other_views_of_one_memory_are_told(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         converters.load(tmp_path / "v.pt")
+
+
+def pickle_with(*parts):
+    return b"\x80\x02" + b"".join(parts) + b"."
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ((b")" + b"\x85" * 1000, b"q\x00}h\x00Ns"), "nested 501 times"),
+        ((b"}q\x00(", b"".join(b"K%cN" % i for i in range(200)), b"u0",
+          b"".join(b"ccollections\ndefaultdict\nh\x00\x85R0" for _ in range(9000)), b"}"),
+         "repeats others too often|more than such a file may hold"),
+    ],
+)  # fmt: skip
+def test_pickles_that_are_deep_or_copy_much_are_refused(tmp_path, body, said):
+    with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+        archive.writestr("a/data.pkl", pickle_with(*body))
+    with pytest.raises(converters.FileFormatError, match=said):
+        converters.load(tmp_path / "x.pt")
+
+
+def test_one_memory_of_two_dtypes(tmp_path):
+    """Two views of an untyped storage, the first of smaller numbers."""
+    storage = torch.UntypedStorage(64)
+    small, large = torch.tensor([], dtype=torch.float8_e5m2), torch.tensor([], dtype=torch.uint64)
+    state = {"a": small.set_(storage, 0, (64,)), "b": large.set_(storage, 0, (8,))}
+    for tensor in state.values():
+        tensor.untyped_storage().fill_(0)
+    torch.save(state, tmp_path / "v.pt")
+    found = converters.load(tmp_path / "v.pt").variables["params"]
+    assert {n: x.shape for n, x in found.items()} == {"a": (64,), "b": (8,)}
+
+
+def test_many_tensors_and_deep_configs_are_no_attack(tmp_path):
+    state = {f"layer.{i}.weight": torch.ones(1) for i in range(5000)}
+    config = {}
+    for _ in range(100):
+        config = {"inner": config, "more": [1, {"a": 2}]}
+    torch.save({"model": state, "config": config}, tmp_path / "m.pt")
+    assert len(fwt.select(converters.load(tmp_path / "m.pt", key="model").variables, "**")) == 5000
+    converters.save(tmp_path / "own.pt", None, converters.load(tmp_path / "m.pt", key="model")[1])
+    assert len(fwt.select(converters.load(tmp_path / "own.pt").variables, "**")) == 5000

@@ -192,7 +192,7 @@ def by_content(path: Path) -> Format | None:
         head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
         or head[257:262] == b"ustar"
     ):
-        return _TORCH  # an older format, which it refuses by name
+        return _TORCH  # the format before 1.6, or a tar, which it refuses by name
     if head[:1] == b"{":
         ends = {".weights.json": _WEIGHT_SHARDS, ".bin.index.json": _TORCH}
         return next((f for end, f in ends.items() if path.name.endswith(end)), _SHARDED)
@@ -301,7 +301,8 @@ def load(
     Keras 2 and 3, torch state dicts, safetensors and their shards, ``.npz``, Flax's msgpack, Orbax.
 
     Args:
-        path: the file; of sharded weights the index or the folder, of Orbax the folder.
+        path: the file; of sharded weights the index or the folder, of Orbax the folder; or a
+            folder with one file of weights (of several, the one ``.safetensors``).
         architecture: the model whose weights these are: a file with one (``.keras``, ``.h5``, one
             of :func:`save`, or the ``.json`` of Keras's ``to_json``), a :class:`fwt.Sequential`,
             a ``fwt.Model``, a Keras model or a torch Sequential.

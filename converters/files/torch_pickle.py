@@ -1,6 +1,7 @@
 """The pickles in torch's files, read without torch: tensors and plain data, and for whatever else
 they name a stand-in that does nothing. Nothing is imported, and nothing of theirs is called."""
 
+import functools
 import io
 import math
 import pickle
@@ -97,7 +98,7 @@ def _check_pickle(pickled: bytes, path: Path, budget: Budget) -> None:
     stack: list[list[int] | None] = []  # of each value how much it holds, how deep; a mark
     memo: dict[int, list[int]] = {}  # which grow where they stand
     limit = 1_000_000 + 64 * len(pickled)
-    made = copied = 0
+    made = gone_over = 0
     for opcode, argument, _ in pickletools.genops(pickled):
         name = opcode.name
         if name not in _OPCODES:
@@ -124,9 +125,9 @@ def _check_pickle(pickled: bytes, path: Path, budget: Budget) -> None:
         value = held.pop() if name in _GROWS else [0, -1]
         given = sum(n for n, _ in held)
         size, depth = 1 + value[0] + given, max([value[1], *(1 + d for _, d in held), 0])
-        # What is called may copy what it is given, and what is a key is gone over each time.
-        copied += given if name in _COPIES else 0
-        if max(size, copied) > limit:
+        # What is called goes over what it is given, and so does what takes it as a key.
+        gone_over += given if name in _GO_OVER else 0
+        if max(size, gone_over) > limit:
             raise FileFormatError(f"{path}: a value of the pickle repeats others too often")
         if depth > 500:
             raise FileFormatError(f"{path}: a value of the pickle is nested {depth} times")
@@ -135,11 +136,10 @@ def _check_pickle(pickled: bytes, path: Path, budget: Budget) -> None:
         stack += [None] if marks else [value] * len(opcode.stack_after)
         if made % 4_096 == 0:
             budget.spend("its pickle", 64 * 4_096)  # what a value takes, about
-    budget.spend("its pickle", 64 * copied)
 
 
 _GROWS = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"}
-_COPIES = {"REDUCE", "NEWOBJ", "NEWOBJ_EX", "FROZENSET", "ADDITEMS", "SETITEM", "SETITEMS"}
+_GO_OVER = {"REDUCE", "NEWOBJ", "NEWOBJ_EX", "FROZENSET", "ADDITEMS", "SETITEM", "SETITEMS"}
 
 
 def short(value: Any) -> str:
@@ -157,10 +157,6 @@ _DICTS = {("collections", "Counter"), ("collections", "defaultdict"), ("builtins
 def _part(x: np.ndarray, offset: int, size: Any, stride: Any) -> np.ndarray:
     steps = tuple(s * x.itemsize for s in stride)
     return np.lib.stride_tricks.as_strided(x[offset:], size, steps)
-
-
-def _is_dict(x: Any) -> bool:
-    return isinstance(x, dict)
 
 
 class _StorageType:
@@ -260,11 +256,11 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
-            return _OrderedDict
+            return _Call(functools.partial(self._copy, _OrderedDict))
         if (module, name) in _DICTS:
-            return _Call(lambda *given: dict(given[-1] if given and _is_dict(given[-1]) else {}))
+            return _Call(functools.partial(self._copy, dict))
         if module in ("builtins", "__builtin__") and name in ("set", "frozenset"):
-            return _Call(frozenset if name == "frozenset" else set)
+            return _Call(functools.partial(self._copy, set if name == "set" else frozenset))
         if module == "torch._utils" and name in ("_rebuild_tensor_v2", "_rebuild_tensor_v3"):
             return _Call(self._tensor_v2 if name.endswith("2") else self._tensor_v3)
         if module == "torch._utils" and name.startswith("_rebuild_parameter"):
@@ -284,6 +280,12 @@ class _Unpickler(pickle.Unpickler):
             raise FileFormatError(f"{self.path}: its pickle names over 10,000 classes")
         what = f"{module}.{name}"[:200]
         return self.unknown.setdefault(what, type("Unknown", (Unknown,), {"what": what}))
+
+    def _copy(self, kind: Any, *given: Any) -> Any:
+        """A dict or set of the last of what it is given, if that holds something."""
+        held = given[-1] if given and isinstance(given[-1], dict | list | tuple | set) else ()
+        self.budget.spend("a copy in its pickle", 100 * len(held))  # what an entry takes, about
+        return kind(held)
 
     def _same(self, data: Any, *_: Any) -> Any:
         return data

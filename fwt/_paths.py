@@ -107,3 +107,12 @@ def tied_in_part(where: Any, group: Sequence[str], named: Sequence[str]) -> str:
         f"{' and '.join(group)} are one array (they are tied), of which where={said:.80} names "
         f"{' and '.join(named)} only, so it is left as it is: where={group[0]!r} takes it"
     )
+
+
+def hidden_tie(group: Sequence[str], why: str) -> str:
+    """What is said of a tie of a file where a trace hides whether it still is one."""
+    return (
+        f"{' and '.join(group)} are one array in the file that they come from, and inside jit "
+        f"nothing tells whether they still are, but {why}: call it outside of jit, or make the "
+        "tree plain dicts, as the docstring of load does, to treat them as two"
+    )

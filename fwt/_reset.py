@@ -382,9 +382,11 @@ def _by(function: Any, leaf: _Leaf, make: Any, **settings: Any) -> Any:
 def _whole(leaf: _Leaf, shape: tuple[int, ...]) -> Any:
     """The initializer of a kernel that Flax draws as one although it is several matrices, one for
     each batch or position or of an einsum: its fans count them all."""
+    if leaf.name != "kernel":
+        return None
     layer = leaf.known.owner or leaf.view.holder(leaf.path)
     kind = leaf.view.layer(leaf.path) if layer is None else type(layer).__name__
-    if leaf.name != "kernel" or kind not in _IN_ONE:
+    if kind not in _IN_ONE:
         return None
 
     def count(*names: str) -> int:

@@ -156,15 +156,18 @@ class Tree:
         """``new`` with a value for each path that is tied to one in ``new``."""
         out = dict(new)
         for group in self.ties:
-            given = next((p for p in group if p in new), None)
+            given: Any = next((p for p in group if p in new), None)
             if given is not None:
                 one = self.leaves[given]
                 for path in group:
                     out.setdefault(path, _nodes.turned(one, self.leaves[path], new[given]))
-        for first, *others in self.perhaps:
-            for path in [p for p in others if p in out and first in out]:
-                same = _nodes.same_bits(self.leaves[first], self.leaves[path])
-                out[path] = jnp.where(same, out[first], out[path])
+        for group in self.perhaps:
+            given = next((p for p in group if p in new), None)
+            for path in [p for p in group if given not in (p, None)]:
+                mine = out.get(path, self.leaves[path])
+                if mine.dtype == new[given].dtype:  # a mask is no leaf
+                    same = _nodes.same_bits(self.leaves[given], self.leaves[path])
+                    out[path] = jnp.where(same, new[given], mine)
         return out
 
     def untied(self) -> dict[str, Any]:
@@ -258,14 +261,10 @@ class Tree:
                 left.append(_paths.tied_in_part(where, group, named))
                 chosen -= set(group)
                 continue
-            if group in self.perhaps:
-                continue
-            if named and group in self.ties:
-                # Its axes may be in another order under another name: those that are named count.
-                one = next((p for p in named if p in exact), group[0])
-                chosen -= set(group) - {one}
-            else:
-                chosen -= set(group[1:])
+            # Its axes may be in another order under another name: those that are named count.
+            tied = [p for p in named if p in exact] if group in self.ties else []
+            if group not in self.perhaps:
+                chosen -= set(group) - {tied[0] if tied else group[0]}
         found = [p for p in self.leaves if p in chosen]
         if left and not found:
             raise WhereError("; ".join(left))

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fwt import _nodes, _tree
+from fwt import _nodes, _paths, _tree
 from fwt._types import FwtError, LeafError, Model, Params, Score, Scores
 from fwt.selection.keys import magnitude_key
 
@@ -315,11 +315,7 @@ def _gradient_and_product(loss: Callable[..., Any], params: Params, along: str) 
 def _refuse_hidden(tree: _tree.Tree) -> None:
     """Raises for what a file calls one array, where a trace hides whether it still is."""
     for group in tree.perhaps:
-        raise LeafError(
-            f"{' and '.join(group)} are one array in the file that they come from, and inside jit "
-            "nothing tells whether they still are, as this score has to know: call it outside of "
-            "jit, or make the tree plain dicts, as the docstring of load does"
-        )
+        raise LeafError(_paths.hidden_tie(group, "this score is that of one weight or of two"))
 
 
 def _differentiable(x: Any) -> bool:

@@ -31,7 +31,8 @@ class Side:
     run: Callable[[np.ndarray, float], tuple[np.ndarray, Taps]]
     shape: tuple[int | None, ...] | None
     channels_first: bool  # at its ends
-    model: Callable[..., Model]  # for inputs of a shape, without the batch axis
+    # For inputs of a shape, without the batch axis, and whether in the layout of the source.
+    model: Callable[..., Model]
     integers: int | None = None  # the input is whole numbers below this
     tables: Sequence[Any] = ()  # of embeddings, of which these are the rows
     turned: bool = False  # whether channels may come first inside

@@ -65,7 +65,8 @@ def verify(
 
     Two models with the same layers and weights by name must also agree in every layer, but for
     the order of its units and for a factor and a number of each that the next layer takes back.
-    Weights that are apart must not be hidden by what their layer is fed.
+    Weights that are apart must not be hidden by what their layer is fed. Products of float32 are
+    computed in float32, on GPUs and TPUs too.
 
     Args:
         a: a live Keras model, a torch or nnx module, a ``fwt.Model``, or a file with a model.
@@ -79,8 +80,6 @@ def verify(
         tolerance: how far a row may be off relative to its largest value, in place of ten
             roundings.
         external_data: whether an ONNX file may have its weights in another in its folder.
-
-    Products of float32 are computed in float32 here, on GPUs and TPUs too.
 
     Returns:
         A report: ``print`` it, or ask it for ``ok``, ``first``, ``to_json()``. Where nothing
@@ -130,8 +129,9 @@ def verify(
         there = _moved(x, one.channels_first, other.channels_first)
         models = one.model(x.shape[1:]), other.model(there.shape[1:])
         if x.shape == there.shape and any(_weights(*models)):  # perhaps of the source's own layout
-            source = one.model(x.shape[1:], True), other.model(x.shape[1:], True)
-            models = models if any(_weights(*source)) else source
+            with contextlib.suppress(ConversionError):
+                source = one.model(x.shape[1:], True), other.model(x.shape[1:], True)
+                models = models if any(_weights(*source)) else source
         setting = _settings(*models)
         weights = tuple(_weights(*models))
         changed = {_layer(line.name) for line in weights}

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fwt import _tree
+from fwt import _paths, _tree
 from fwt._axes import Axes
 from fwt._types import FwtError, LeafError, WhereError
 from fwt.selection import select
@@ -61,12 +61,7 @@ def check_ties(scope: Any, perhaps: Sequence[Sequence[str]], names: Sequence[str
     of what a file calls one: they would have to be counted once."""
     for group in perhaps if isinstance(scope, str) and scope != "layer" else ():
         if len(set(group) & set(names)) > 1:
-            raise LeafError(
-                f"{' and '.join(group)} are one array in the file that they come from, and inside "
-                f"jit nothing tells whether they still are, so scope={scope!r} can't count them: "
-                "call it outside of jit, or make the tree plain dicts, as the docstring of load "
-                "does, to treat them as two"
-            )
+            raise LeafError(_paths.hidden_tie(group, f"scope={scope!r} would count it twice"))
 
 
 def check(scope: Any) -> None:

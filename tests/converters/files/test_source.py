@@ -56,12 +56,15 @@ def check(net, name):
     return state
 
 
+ONE = {"emb/weight": np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)}
 DOES = {
     "prune": fwt.prune(0.5, **EITHER),
     "prune of jax arrays": lambda m: fwt.prune(0.5, **EITHER)(jax.tree.map(jnp.asarray, m)),
     "jit": lambda m: jax.jit(fwt.prune(0.5, **EITHER))(m),
     "draws under jit": lambda m: jax.jit(fwt.initialize(fwt.initializers.normal(), 0, **EITHER))(m),
     "scores under jit": jax.jit(fwt.prune(0.5, fwt.scores.random, key=0, **EITHER)),
+    "at under jit": jax.jit(fwt.at("emb/weight", fwt.prune(0.5, where="**"))),
+    "assign under jit": jax.jit(lambda m: fwt.assign(ONE)(m)),
     "reset under jit": jax.jit(fwt.reset(0, "torch", where=["emb/weight", "head/weight"])),
     "masks under jit": jax.jit(lambda m: fwt.apply_masks(fwt.masks(0.5, **EITHER)(m))(m)),
     "the variables": lambda m: fwt.Model(None, fwt.prune(0.5, **EITHER)(m.variables)),

@@ -675,7 +675,7 @@ def only(path):
     ),
 )
 def test_a_kill_at_any_moment_leaves_the_old_or_the_new(tmp_path, name, kills):
-    """Of writers that replace what the one before them wrote."""
+    """Each writer replaces what the one before it wrote, until it is killed."""
     path = tmp_path / name
     tree = {"params": {f"a{i}": np.full(300_000, 3, np.float32) for i in range(6)}}
     more = {"shard_bytes": 2_000_000} if "shards" in name else {}

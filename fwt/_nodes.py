@@ -114,6 +114,44 @@ def part(key: Any) -> str:
     return str(key)
 
 
+_FOREIGN = {
+    ("torch", "Module"): "model", ("keras", "Layer"): "model", ("tf_keras", "Layer"): "model",
+    ("torch", "Tensor"): "tensor", ("tensorflow", "Tensor"): "tensor",
+    ("keras", "Variable"): "variable", ("keras", "KerasVariable"): "variable",
+    ("tensorflow", "Variable"): "variable",
+}  # fmt: skip
+
+
+def foreign(x: Any) -> tuple[str, str]:
+    """The framework that a live model, tensor or variable is of, and which of these it is; two
+    empty strings of anything else."""
+    for cls in type(x).__mro__:
+        root = cls.__module__.partition(".")[0]
+        if kind := _FOREIGN.get((root, cls.__name__)):
+            return ("keras" if root == "tf_keras" else root), kind
+    return "", ""
+
+
+def refuse_foreign(x: Any, parts: tuple[str, ...]) -> None:
+    """Raises of a leaf that holds weights which no pytree function can reach."""
+    framework, kind = foreign(x)
+    if not kind:
+        return
+    place, what = "/".join(parts) or "the argument", f"a {framework} {type(x).__name__}"
+    if kind == "model":
+        raise LeafError(
+            f"{place} is {what}, a live model: fwt.converters.transform(model, t) changes its "
+            f"weights in place; fwt.converters.from_{framework}(model) gives a Model, which every "
+            "function of fwt takes"
+        )
+    way = "x.detach().numpy()" if framework == "torch" else "np.asarray(x)"
+    raise LeafError(
+        f"{place} is {what}, and fwt takes arrays of JAX and NumPy: give it {way}; "
+        "fwt.converters.transform(model, t) changes a live model in place, and "
+        "fwt.converters.load(path) reads its files"
+    )
+
+
 # -- boxes --------------------------------------------------------------------------------------
 
 # What libraries call the one array in a box.
@@ -267,6 +305,8 @@ class Walk:
             self._above.add(id(node))
         kids = children(node)
         if kids is None:
+            if mine and not isinstance(node, np.ndarray | jax.Array):
+                refuse_foreign(node, parts)
             self.leaves.append(node)
             self.parts.append(parts if mine else None)
             self.statistics.append(statistic)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fwt import _tree
+from fwt._sequential import Sequential
 from fwt._types import ConversionError, FileFormatError, Model
 from fwt.converters import io as _io
 from fwt.converters.files import fill as _fill
@@ -393,7 +394,7 @@ def load(
 def save(
     path: str | os.PathLike[str],
     module: Any,
-    variables: Any,
+    variables: Any = None,
     *,
     layout: str | None = None,
     shard_bytes: int | None = None,
@@ -406,9 +407,9 @@ def save(
             only: ``.weights.h5``, ``.pt``, ``.pth`` or ``.bin`` (a state dict for
             ``torch.load(weights_only=True)`` and the module that ``to_torch`` gives), ``.msgpack``.
             ``.weights.h5`` is for the model that ``to_keras`` gives.
-        module: a :class:`fwt.Sequential`, or None to write the variables as they are
-            (not to Keras's formats).
-        variables: ``{"params": ..., "batch_stats": ...}``.
+        module: a :class:`fwt.Sequential`, a linen ``nn.Sequential``, a ``Model`` of one, or None
+            to write the variables as they are (not to Keras's formats).
+        variables: ``{"params": ..., "batch_stats": ...}``; a Model has its own.
         layout: for torch, the layout of the model's ends, as in ``to_torch``: "channels_first"
             unless told otherwise, or "source".
         shard_bytes: for ``.safetensors`` and ``.weights.h5``: the path becomes a folder of shards
@@ -428,7 +429,8 @@ def save(
         >>> fwt.converters.load(path).module == fwt.Sequential([("dense", nn.Dense(2))], (3,))
         True
     """
-    path = Path(path)
+    path = _io.given_path(path)
+    module, variables = _flax.given(module, variables, "save(path, model)")
     found = by_suffix(path)
     if found is None or (found.save is None and found.save_folder is None):
         known = ", ".join(s for s, f in SUFFIXES.items() if f.save or f.save_folder)
@@ -442,8 +444,17 @@ def save(
             "model's own ends"
         )
     module = _flax.sequential_of(module)
+    if not isinstance(module, Sequential | None) and found is not _ONNX:
+        what = type(module).__name__
+        raise ConversionError(
+            f"{path}: {what} is no fwt.Sequential, so its architecture can't be written: "
+            f"save({str(path)!r}, None, variables) writes the weights alone"
+        )
     if not isinstance(variables, Mapping):
-        raise ConversionError(f"expected a variables dict, found {type(variables).__name__}")
+        raise ConversionError(
+            "expected a variables dict, found "
+            f"{'nothing' if variables is None else type(variables).__name__}"
+        )
     variables = _tree.as_variables(variables)
     if module is None and found.needs_module:
         raise ConversionError(

@@ -15,6 +15,25 @@ from fwt.converters.rows import table
 from fwt.converters.rows.row import Layer, Row, joined, parts_of, refuse, same
 
 
+def given(module: Any, variables: Any, call: str) -> tuple[Any, Any]:
+    """The module and variables that a user gave, as two arguments or as one Model; ``call`` is how
+    the function is called with one."""
+    framework, kind = _nodes.foreign(module)
+    if kind:
+        raise ConversionError(
+            f"{type(module).__name__} is a live {framework} {kind}: {call} takes the Model that "
+            f"from_{framework}(model) gives"
+        )
+    if not isinstance(module, Model):
+        return module, variables
+    if variables is not None:
+        raise ConversionError(
+            f"a Model holds its variables, so {type(variables).__name__} after it is one argument "
+            f"too many: {call}, and what follows by name"
+        )
+    return module.module, module.variables
+
+
 def sequential_of(module: Any) -> Any:
     """A linen ``nn.Sequential`` as a :class:`fwt.Sequential`; anything else as it is."""
     if type(module) is not nn.Sequential:

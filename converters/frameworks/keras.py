@@ -302,12 +302,14 @@ def _check_attention(layer: Any) -> None:
             raise refuse(layer.name, f"its {part.name} has an activation of its own")
 
 
-def to_keras(module: Any, variables: Any, input_shape: Sequence[int | None] | None = None) -> Any:
+def to_keras(
+    module: Any, variables: Any = None, input_shape: Sequence[int | None] | None = None
+) -> Any:
     """A Flax model as a Keras Sequential with the same predictions.
 
     Args:
-        module: a :class:`fwt.Sequential`.
-        variables: its variables, float32.
+        module: a :class:`fwt.Sequential`, a linen ``nn.Sequential``, or a ``Model`` of one.
+        variables: its variables, float32; a Model has its own.
         input_shape: the shape of its input without the batch axis; None takes the module's own,
             or what follows from the first layers.
 
@@ -324,6 +326,7 @@ def to_keras(module: Any, variables: Any, input_shape: Sequence[int | None] | No
         >>> [layer.name for layer in to_keras(net, variables).layers]
         ['dense']
     """
+    module, variables = _flax.given(module, variables, "to_keras(model)")
     layers, shape = keras_config.to_keras_layers(module, variables, input_shape, state=True)
     config = keras_config.keras_config(layers, shape)["config"]
     try:

@@ -194,12 +194,12 @@ def _layer(layer: Any, place: str) -> tuple[Any, dict[str, Any]]:
     return cls(**settings), variables
 
 
-def to_nnx(module: Any, variables: Any) -> nnx.Sequential:
+def to_nnx(module: Any, variables: Any = None) -> nnx.Sequential:
     """A Flax model of this library as an ``nnx.Sequential``, with the same predictions.
 
     Args:
-        module: a :class:`fwt.Sequential`, or a linen ``nn.Sequential``.
-        variables: its variables.
+        module: a :class:`fwt.Sequential`, a linen ``nn.Sequential``, or a ``Model`` of one.
+        variables: its variables; a Model has its own.
 
     Returns:
         An ``nnx.Sequential`` in eval mode of nnx's own layers; what nnx lacks is a small module of
@@ -215,6 +215,7 @@ def to_nnx(module: Any, variables: Any) -> nnx.Sequential:
         >>> to_nnx(net, variables)(jax.numpy.ones((4, 3))).shape
         (4, 2)
     """
+    module, variables = _flax.given(module, variables, "to_nnx(model)")
     module = _flax.sequential_of(module)
     _flax.read_flax(module, variables)  # which checks the names
     model = _written(module, _nodes.unboxed(_tree.as_variables(variables)))

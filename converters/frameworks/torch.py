@@ -313,7 +313,7 @@ def from_torch(
 
 def to_torch(
     module: Any,
-    variables: Any,
+    variables: Any = None,
     input_shape: Sequence[int | None] | None = None,
     layout: Layout = "channels_first",
 ) -> torch.nn.Sequential:
@@ -324,8 +324,8 @@ def to_torch(
     does not.
 
     Args:
-        module: a :class:`fwt.Sequential`, or a linen ``nn.Sequential``.
-        variables: its variables.
+        module: a :class:`fwt.Sequential`, a linen ``nn.Sequential``, or a ``Model`` of one.
+        variables: its variables; a Model has its own.
         input_shape: the shape of its input without the batch axis, in Flax's order; None takes
             the module's own, or works where nothing depends on it.
         layout: as in :func:`from_torch`.
@@ -345,6 +345,7 @@ def to_torch(
           (dense): Linear(in_features=3, out_features=2, bias=True)
         )
     """
+    module, variables = _flax.given(module, variables, "to_torch(model)")
     module = _flax.sequential_of(module)
     new = _layers_of(module, variables, input_shape, layout)
     new = _sidecar.restored(new, module, "torch", state=True)

@@ -21,7 +21,7 @@ from fwt import _tree
 from fwt import layers as fl
 from fwt._nodes import unboxed
 from fwt._sequential import Sequential, _flags, call
-from fwt._types import ConversionError
+from fwt._types import ConversionError, Model
 from fwt.converters import io as _io
 from fwt.converters import judge
 from fwt.converters.frameworks import flax as _flax
@@ -34,8 +34,8 @@ LIMIT = 2**31 - 2**20  # of a protobuf message, less what is around the weights
 
 def to_onnx(
     module: Any,
-    variables: Any,
-    path: str | os.PathLike[str],
+    variables: Any = None,
+    path: str | os.PathLike[str] | None = None,
     input_shape: Sequence[int] | None = None,
     opset: int = 17,
     *,
@@ -55,8 +55,8 @@ def to_onnx(
 
     Args:
         module: a :class:`fwt.Sequential`, a linen ``nn.Sequential``, or any linen module of one
-            array.
-        variables: its variables, or its params.
+            array; or a ``Model`` of one, ``to_onnx(model, path)``.
+        variables: its variables, or its params; a Model has its own.
         path: where to, such as ``"net.onnx"``.
         input_shape: the shape of one input without the batch axis; that of the module by default.
         opset: the version of ONNX's operators, 15 to 18.
@@ -87,6 +87,9 @@ def to_onnx(
         >>> session.run(None, {"input": np.ones((5, 3), np.float32)})[0].shape
         (5, 2)
     """
+    if path is None and isinstance(module, Model):
+        variables, path = None, variables
+    module, variables = _flax.given(module, variables, "to_onnx(model, path)")
     path = _io.given_path(path)
     given = _Given(module, variables, input_shape, opset, input_dtype)
     proto, weights = given.converted()

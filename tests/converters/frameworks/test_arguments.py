@@ -1,0 +1,121 @@
+"""What a user gives at first: a live model where a tree is wanted, a Model where two things are."""
+
+import flax.linen as nn
+import jax
+import keras
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from flax import nnx
+
+import fwt
+from fwt import converters
+
+KERAS = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, name="d")])
+TORCH = torch.nn.Sequential(torch.nn.Linear(3, 2))
+NET = fwt.Sequential([("d", nn.Dense(2)), nn.relu], input_shape=(3,))
+X = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+
+
+def model():
+    return fwt.Model(NET, NET.init(jax.random.key(1), X))
+
+
+VERBS = {
+    "paths": fwt.paths,
+    "summary": fwt.summary,
+    "select": lambda tree: fwt.select(tree, "**"),
+    "prune": fwt.prune(0.5),
+    "initialize": fwt.initialize(fwt.initializers.he_normal(), key=0),
+    "project": fwt.project(fwt.constraints.max_norm(1.0)),
+    "masks_of": fwt.masks_of,
+    "kernels": lambda tree: fwt.select(tree, fwt.kernels),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize(
+    "live",
+    [KERAS, KERAS.layers[0], TORCH, torch.nn.LSTM(2, 3), {"a": 1, "net": TORCH}],
+    ids=["keras", "a Keras layer", "torch", "a torch module", "in a dict"],
+)
+def test_a_live_model_is_no_tree(verb, live):
+    framework = "keras" if isinstance(live, keras.Layer) else "torch"
+    with pytest.raises(fwt.FwtError, match=rf"transform\(model, t\).*from_{framework}\(model\)"):
+        VERBS[verb](live)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize(
+    "tree",
+    [TORCH.state_dict(), dict(TORCH.named_parameters()), {"v": KERAS.variables[0]}],
+    ids=["a state dict", "parameters", "a Keras variable"],
+)
+def test_tensors_of_a_framework_are_no_arrays(verb, tree):
+    with pytest.raises(fwt.FwtError, match=r"takes arrays.*: give it .*converters.load\(path\)"):
+        VERBS[verb](tree)
+
+
+def test_one_model_is_enough(tmp_path):
+    own = model()
+    wanted = own(X)
+    np.testing.assert_allclose(converters.to_keras(own).predict(X, verbose=0), wanted, atol=1e-6)
+    with torch.no_grad():
+        found = converters.to_torch(own)(torch.from_numpy(X)).numpy()
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    np.testing.assert_allclose(converters.to_nnx(own)(X), wanted, atol=1e-6)
+    converters.to_onnx(own, tmp_path / "net.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
+    np.testing.assert_allclose(session.run(None, {"input": X})[0], wanted, atol=1e-6)
+    for name in ("net.keras", "net.safetensors", "net.orbax", "net.pt", "net2.onnx"):
+        converters.save(tmp_path / name, own)
+    again = converters.load(tmp_path / "net.safetensors")
+    np.testing.assert_array_equal(again(X), wanted)
+    alone = converters.load(tmp_path / "net.pt")
+    converters.save(tmp_path / "alone.npz", alone)
+    assert fwt.paths(converters.load(tmp_path / "alone.npz")) == fwt.paths(alone)
+
+
+def test_by_name_what_follows_a_model(tmp_path):
+    own = model()
+    assert converters.to_keras(own, input_shape=(3,)).input_shape == (None, 3)
+    with pytest.raises(fwt.ConversionError, match=r"tuple after it .*: to_keras\(model\)"):
+        converters.to_keras(own, (3,))
+    with pytest.raises(fwt.ConversionError, match="a Model holds its variables"):
+        converters.save(tmp_path / "x.npz", own, own.variables)
+
+
+@pytest.mark.parametrize("live", [KERAS, TORCH], ids=["keras", "torch"])
+def test_a_live_model_is_no_flax_model(live, tmp_path):
+    for call in (
+        converters.to_keras,
+        converters.to_torch,
+        converters.to_nnx,
+        lambda m: converters.to_onnx(m, path=tmp_path / "x.onnx"),
+        lambda m: converters.save(tmp_path / "x.keras", m),
+    ):
+        with pytest.raises(fwt.ConversionError, match=r"takes the Model that from_\w+\(model\)"):
+            call(live)
+
+
+class Own(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2)(x)
+
+
+def test_a_module_of_ones_own_has_weights_to_save(tmp_path):
+    own = Own()
+    variables = own.init(jax.random.key(0), X)
+    with pytest.raises(fwt.ConversionError, match=r"save\('.*', None, variables\) writes the w"):
+        converters.save(tmp_path / "own.safetensors", own, variables)
+    converters.save(tmp_path / "own.safetensors", None, variables)
+    assert fwt.paths(converters.load(tmp_path / "own.safetensors")) == [
+        "Dense_0/bias",
+        "Dense_0/kernel",
+    ]
+    with pytest.raises(fwt.ConversionError, match=r"None, variables"):
+        converters.save(tmp_path / "own.npz", nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
+    with pytest.raises(fwt.ConversionError, match="found nothing"):
+        converters.save(tmp_path / "own.npz", None)

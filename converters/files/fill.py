@@ -35,7 +35,7 @@ _STATS = ("running_mean", "running_var", "mean", "var", "moving_mean", "moving_v
 def _known(architecture: Any, load: Callable[[Path], Model]) -> tuple[Model | None, Any]:
     """An architecture as a model, and as Keras's own layers and input shape where it has some."""
     if isinstance(architecture, Model):
-        return architecture, None
+        return Model(_flax.sequential_of(architecture.module), architecture.variables), None
     if isinstance(architecture, Sequential):
         return Model(architecture, _shapes(architecture)), None
     keras, torch = sys.modules.get("keras"), sys.modules.get("torch")

@@ -1,10 +1,12 @@
 """Live Keras models, on any backend."""
 
+import contextlib
 import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -55,6 +57,22 @@ def _computed(owner: Any, variable: Any, place: str) -> np.ndarray | None:
     if value.size != math.prod(variable.shape):
         raise refuse(place, f"its {name} has shape {value.shape}, its variable {variable.shape}")
     return value.reshape(variable.shape)
+
+
+@contextlib.contextmanager
+def without_tensorflow() -> Iterator[None]:
+    """Keras looks for TensorFlow's objects in each config, and imports it for that, whatever its
+    backend: where nobody has imported it, nobody has an object of it."""
+    lazy = getattr(sys.modules.get("keras.src.utils.module_utils"), "tensorflow", None)
+    if "tensorflow" in sys.modules or getattr(lazy, "_available", True) is not None:
+        yield
+        return
+    assert lazy is not None
+    lazy._available = False
+    try:
+        yield
+    finally:
+        lazy._available = None
 
 
 def _check_plain(layer: Any, place: str) -> None:
@@ -149,6 +167,7 @@ def _is_container(model: Any) -> bool:
     return isinstance(model, keras.Model) and own and cls.__name__ in keras_config.CONTAINERS
 
 
+@without_tensorflow()
 def layers_of(model: Any) -> tuple[list[Layer], Any]:
     """The layers of a live model with their arrays, and its input shape."""
     _sync(model)
@@ -302,6 +321,7 @@ def _check_attention(layer: Any) -> None:
             raise refuse(layer.name, f"its {part.name} has an activation of its own")
 
 
+@without_tensorflow()
 def to_keras(
     module: Any, variables: Any = None, input_shape: Sequence[int | None] | None = None
 ) -> Any:

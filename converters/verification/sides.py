@@ -252,7 +252,8 @@ def keras_side(model: Any) -> Side:
     layers = list(model._flatten_layers(include_self=False))
     computes = {str(x.compute_dtype) for x in (model, *layers)}
     names = [type(x) for x in layers], [tuple(v.shape) for v in model.variables]
-    settings = _numbers("keras", ((x.name, x, _config(x)) for x in layers))
+    with _keras.without_tensorflow():
+        settings = _numbers("keras", ((x.name, x, _config(x)) for x in layers))
     return Side(run, own, channels_first, lambda *_: _keras.from_keras(model), count, rows, inside,
                 [_dtype(d) for d in dtypes], [_dtype(d) for d in computes],
                 channels_first and not inside, names, settings)  # fmt: skip

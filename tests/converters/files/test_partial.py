@@ -2,6 +2,8 @@
 
 import re
 
+import flax.linen as nn
+import jax
 import numpy as np
 import pytest
 import torch
@@ -124,3 +126,18 @@ def test_the_command_line_speaks_of_its_options(tmp_path):
     np.testing.assert_array_equal(variables["params"]["0"]["kernel"].T, net()[0].weight.detach())
     torch.save({**net().state_dict(), "more": ONE}, tmp_path / "w.pt")
     assert "loaded 8 of 8 arrays" in cli(*words, "--no-strict", cwd=tmp_path).stderr
+
+
+def test_a_linen_sequential_takes_a_file_of_torch(tmp_path):
+    net = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.ReLU(), torch.nn.Linear(5, 3))
+    torch.save(net.state_dict(), tmp_path / "t.pt")
+    module = nn.Sequential([nn.Dense(5), nn.relu, nn.Dense(3)])
+    x = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
+    own = fwt.Model(module, module.init(jax.random.key(0), x))
+    with torch.no_grad():
+        wanted = net(torch.from_numpy(x)).numpy()
+    rename = {"0": "layers_0", "2": "layers_2"}
+    for how in ({"match": "order"}, {"rename": rename}):
+        found = converters.load(tmp_path / "t.pt", architecture=own, **how)
+        np.testing.assert_allclose(found(x), wanted, atol=1e-6)
+        np.testing.assert_allclose(module.apply(found.variables, x), wanted, atol=1e-6)

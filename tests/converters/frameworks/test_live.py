@@ -1,6 +1,9 @@
 """converters.transform: live models of any shape, in place."""
 
 import copy
+import os
+import subprocess
+import sys
 
 import cases
 import jax
@@ -787,3 +790,44 @@ def test_a_jitted_transform_knows_which_model_it_is_called_on():
         converters.transform(net, unit)
     for w in (conv[0].weight, turned[0].weight.transpose(0, 1)):
         np.testing.assert_allclose(w.detach().flatten(1).norm(dim=1), 1, rtol=1e-5)
+
+
+ON_JAX = """
+import sys, keras, numpy as np
+import fwt
+from fwt import converters
+
+start = keras.initializers.GlorotUniform(seed=0)
+dense = keras.layers.Dense(4, kernel_initializer=start, name="d")
+layers = [keras.Input((5,)), dense, keras.layers.BatchNormalization()]
+net = keras.Sequential(layers)
+model = converters.from_keras(net, sidecar=True)
+converters.to_keras(model)
+converters.transform(net, fwt.prune(0.5))
+assert converters.verify(net, fwt.prune(0.5)(model)).ok
+assert "tensorflow" not in sys.modules
+
+norms = []
+
+def bound(batch, logs):
+    if batch or norms:  # the first call is one that nothing was brought home for
+        net.jax_state_sync()
+        norms.append(np.linalg.norm(net.layers[0].get_weights()[0], axis=0).max())
+    converters.transform(net, fwt.project(fwt.constraints.max_norm(0.5)))
+
+net.compile(keras.optimizers.SGD(0.1), "mse")
+x = np.random.default_rng(0).normal(size=(24, 5))
+callback = keras.callbacks.LambdaCallback(on_train_batch_end=bound)
+net.fit(x, 3 * x[:, :4], batch_size=8, epochs=2, verbose=0, callbacks=[callback])
+kernel = net.layers[0].get_weights()[0]
+assert np.linalg.norm(kernel, axis=0).max() <= 0.5 * (1 + 1e-6)  # the next step began there
+assert len(norms) == 5 and all(0.5 < n < 1.2 for n in norms), norms
+"""
+
+
+def test_in_a_callback_of_keras_on_jax_and_without_tensorflow(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-c", ON_JAX], cwd=tmp_path, capture_output=True, text=True,
+        env={**os.environ, "KERAS_BACKEND": "jax"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr[-2000:]

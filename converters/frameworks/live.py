@@ -26,7 +26,8 @@ def transform(model: Any, t: Transform) -> Any:
     the kernel of a head too, the weight is left as it is, and a warning says so.
 
     Args:
-        model: a built Keras model, a torch module, or a :class:`fwt.Model`.
+        model: a built Keras model, a torch module, or a :class:`fwt.Model`. Of what only runs a
+            module, such as DataParallel, the paths are those of the module inside.
         t: any transform.
 
     Returns:

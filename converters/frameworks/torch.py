@@ -199,6 +199,26 @@ def _composite(module: Any, place: str) -> dict[str, Any]:
     return {}
 
 
+def unwrapped(model: Any) -> Any:
+    """The module in what only runs it: DataParallel, torch.compile, an average of weights."""
+    wrappers = {
+        "torch.nn.parallel.data_parallel.DataParallel": "module",
+        "torch.nn.parallel.distributed.DistributedDataParallel": "module",
+        "torch.optim.swa_utils.AveragedModel": "module",
+        "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",  # which is imported late
+    }
+    cls = type(model)
+    while name := wrappers.get(f"{cls.__module__}.{cls.__qualname__}"):
+        if model._forward_hooks or model._forward_pre_hooks:
+            raise ConversionError(
+                f"{cls.__name__} has forward hooks, which can change what it does: remove them, or "
+                f"give the module inside, model.{name}"
+            )
+        model = getattr(model, name)
+        cls = type(model)
+    return model
+
+
 def _is_container(module: torch.nn.Module) -> bool:
     """A Sequential, whatever its class, or a list of modules, which is used in order."""
     if isinstance(module, torch.nn.Sequential):
@@ -259,7 +279,8 @@ def from_torch(
 
     A Sequential inside another stays one, a ModuleList is used in order, and weights that
     ``torch.nn.utils.prune``, ``parametrize``, ``weight_norm`` or ``spectral_norm`` compute are
-    taken as they are computed.
+    taken as they are computed. Of DataParallel, DistributedDataParallel, a compiled module and an
+    AveragedModel the module inside is taken.
 
     Args:
         model: a ``torch.nn.Sequential``; the names of its layers are kept.
@@ -286,6 +307,7 @@ def from_torch(
         >>> bool(np.allclose(model(x), net(torch.from_numpy(x)).detach(), atol=1e-6))
         True
     """
+    model = unwrapped(model)
     if not _is_container(model):
         raise ConversionError(
             f"from_torch takes a torch.nn.Sequential, found {type(model).__name__}; to change the "
@@ -398,7 +420,7 @@ def leaves(model: torch.nn.Module) -> list[LiveLeaf]:
     holders: dict[str, list[int]] = {}  # of some memory, the leaves that it is or that it makes
     inside: list[str] = []  # what parametrize computes with
     held: dict[int, list[tuple[LiveLeaf, str, Any]]] = {}  # the leaves of a module
-    for prefix, module in _places(model):
+    for prefix, module in _places(unwrapped(model)):
         if isinstance(module, torch.nn.utils.parametrize.ParametrizationList):
             inside.append(f"{prefix}.")
         if prefix.startswith(tuple(inside)) or f"{prefix}." in inside:

@@ -290,6 +290,7 @@ def torch_side(model: Any) -> Side:
 
     from fwt.converters.frameworks import torch as _torch
 
+    model = _torch.unwrapped(model)
     weights = [w for w in (*model.parameters(), *model.buffers()) if w.is_floating_point()]
 
     def run(x: np.ndarray, by: float = 0.0) -> tuple[np.ndarray, Taps]:

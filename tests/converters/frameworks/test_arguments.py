@@ -119,3 +119,49 @@ def test_a_module_of_ones_own_has_weights_to_save(tmp_path):
         converters.save(tmp_path / "own.npz", nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
     with pytest.raises(fwt.ConversionError, match="found nothing"):
         converters.save(tmp_path / "own.npz", None)
+
+
+def distributed(net):
+    """As DistributedDataParallel holds a module; a real one needs a group of processes."""
+    made = torch.nn.parallel.DistributedDataParallel.__new__(
+        torch.nn.parallel.DistributedDataParallel
+    )
+    torch.nn.Module.__init__(made)
+    made.module = net
+    return made
+
+
+WRAPPERS = {
+    "DataParallel": torch.nn.DataParallel,
+    "DistributedDataParallel": distributed,
+    "compiled": torch.compile,
+    "averaged": torch.optim.swa_utils.AveragedModel,
+    "averaged and parallel": lambda net: torch.nn.DataParallel(
+        torch.optim.swa_utils.AveragedModel(net)
+    ),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_the_module_in_what_runs_it_is_taken(wrapper, tmp_path):
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Tanh(), torch.nn.Linear(4, 2)).eval()
+    wrapped = WRAPPERS[wrapper](net)
+    found = converters.from_torch(wrapped)
+    with torch.no_grad():
+        np.testing.assert_allclose(found(X), net(torch.from_numpy(X)).numpy(), atol=1e-6)
+    assert converters.verify(wrapped, found, input_shape=(3,)).ok
+    seen = []
+    converters.transform(wrapped, lambda tree: seen.append(fwt.paths(tree)) or fwt.prune(0.5)(tree))
+    assert seen == [fwt.paths(found)]
+    inner = [m for m in wrapped.modules() if isinstance(m, torch.nn.Linear)]
+    assert [int((m.weight == 0).sum()) for m in inner] == [6, 4]
+    torch.save(net.state_dict(), tmp_path / "w.pt")
+    again = converters.load(tmp_path / "w.pt", architecture=wrapped)
+    assert fwt.paths(again) == fwt.paths(found)
+
+
+def test_a_hook_of_what_runs_a_module_is_refused():
+    wrapped = torch.nn.DataParallel(TORCH)
+    wrapped.register_forward_hook(lambda module, args, y: 2 * y)
+    with pytest.raises(fwt.ConversionError, match=r"DataParallel has forward hooks.*model\.module"):
+        converters.from_torch(wrapped)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fwt import _nodes, _paths, _tree
+from fwt import _calls, _nodes, _paths, _tree
 from fwt._types import FwtError, LeafError, Model, Params, Score, Scores
 from fwt.selection.keys import magnitude_key
 
@@ -453,7 +453,8 @@ def wanda(module: Any, batch: Any, **collections: Any) -> Score:
     paper compares weights of one output: so does ``pattern=n_m(...)``.
 
     Args:
-        module: a linen module, such as :class:`fwt.Sequential`.
+        module: a linen module, such as :class:`fwt.Sequential`, or an nnx module, which runs in
+            eval mode; the score is then of such a module, or of its state.
         batch: calibration inputs, as ``module.apply`` takes them.
         **collections: what the module needs beside params (``batch_stats=...``), where the score
             is not called with a Model or variables that hold it.
@@ -472,43 +473,19 @@ def wanda(module: Any, batch: Any, **collections: Any) -> Score:
         >>> wanda(net, jnp.array([[1.0, 5.0]]))(params)["d"]["kernel"].tolist()
         [[3.0], [5.0]]
     """
-    import flax.linen as nn
-
-    from fwt.layers import GroupedConvTranspose
 
     def score(params: Params) -> Scores:
-        variables = _variables("wanda", module, params, collections)
+        graph = _nodes.is_graph(module)
+        variables = params if graph else _variables("wanda", module, params, collections)
         squares: dict[str, Any] = {}
+        shapes = {p: x.shape for p, x in _tree.Tree(variables).leaves.items()}
 
-        def interceptor(call: Any, args: Any, kwds: Any, context: Any) -> Any:
-            path = "/".join(_tree.escape(str(p)) for p in (*context.module.path, "kernel"))
-            mine = context.method_name == "__call__" and path in kernels
-            if mine and not inside:
-                if not isinstance(context.module, linear):
-                    raise LeafError(
-                        f"wanda: {path} is of a {type(context.module).__name__}, which is no "
-                        "linear layer: take another score"
-                    )
-                inside.append(path)  # the layer is called once more, under this interceptor
-                found = _squared_inputs(context.module, args[0], kernels[path].shape)
-                inside.pop()
-                if isinstance(found, jax.core.Tracer) and not traced:
-                    raise LeafError(
-                        f"wanda: {path} runs inside a lifted transformation (an RNN's "
-                        "scan, remat, jit), where its inputs can't be kept"
-                    )
-                squares[path] = squares[path] + found if path in squares else found
-            return call(*args, **kwds)
+        def see(path: str, layer: Any, x: Any) -> None:
+            found = _squared_inputs(layer, x, shapes[path])
+            squares[path] = squares[path] + found if path in squares else found
 
         tree = _tree.Tree(params)
-        kernels = _tree.Tree(variables).leaves
-        inside: list[str] = []
-        linear = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Conv, nn.ConvLocal, nn.ConvTranspose,
-                  GroupedConvTranspose)  # fmt: skip
-        values = jax.tree.leaves((variables, batch))
-        traced = any(isinstance(x, jax.core.Tracer) for x in values)
-        with nn.intercept_methods(interceptor):
-            module.apply(variables, batch)
+        _calls.run("wanda", module, variables, batch, see)
         for path, square in squares.items():
             if not isinstance(square, jax.core.Tracer) and not jnp.isfinite(square).all():
                 raise LeafError(f"wanda: the inputs of {path} on the batch are not finite")
@@ -532,13 +509,10 @@ def _squared_inputs(layer: Any, x: Any, shape: Any) -> Any:
     derivative of the summed outputs by the kernel, at inputs squared."""
     # In float32, whatever the layer computes in: squares of half precision overflow, or are 0.
     squared = _wide(x) ** 2
-    bare = layer.clone(parent=None, name=None, dtype=squared.dtype)
+    bare = layer.clone(dtype=squared.dtype)
 
     def summed(kernel: Any) -> Any:
-        params = {"kernel": kernel}
-        if layer.has_variable("params", "bias"):
-            params["bias"] = jnp.zeros_like(layer.get_variable("params", "bias"))
-        return jnp.sum(bare.apply({"params": params}, squared))
+        return jnp.sum(bare.apply({"params": {"kernel": kernel}}, squared))
 
     return jax.grad(summed)(jnp.zeros(shape, squared.dtype))
 

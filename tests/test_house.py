@@ -29,7 +29,7 @@ fwt._initialize fwt._reset fwt._lsuv fwt._draw fwt._project
 fwt.pruning
 fwt.initializers fwt.constraints fwt.scores fwt.patterns
 fwt.selection
-fwt._sequential
+fwt._sequential fwt._calls
 fwt.layers
 fwt._compose fwt._summary fwt._axes
 fwt._rules fwt._modules
@@ -52,7 +52,7 @@ TOP_LEVEL_IS_TOO_SLOW = "start-up: the command line and `import fwt` load only w
 LAZY = {
     "fwt.cli": TOP_LEVEL_IS_TOO_SLOW,
     "fwt._demo": TOP_LEVEL_IS_TOO_SLOW,
-    "fwt.scores": TOP_LEVEL_IS_TOO_SLOW,
+    "fwt._calls": TOP_LEVEL_IS_TOO_SLOW,
     "fwt.converters.files.fill": "imports Keras or torch, for a live architecture only",
     "fwt.converters.files.formats": "imports onnx, for ONNX files only",
     "fwt.converters.frameworks.live": "imports Keras or torch, whichever the model is of",

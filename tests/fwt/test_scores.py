@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 
 import fwt
 from fwt import layers as fl
@@ -165,6 +166,63 @@ def test_wanda_in_prune_and_what_it_refuses():
     bare = nn.Dense(2)
     values = bare.init(jax.random.key(0), x)
     assert S.wanda(bare, x)(values)["params"]["kernel"].shape == (8, 2)
+
+
+class Graph(nnx.Module):
+    """Layers of each linear kind, one of them twice under the same kernel."""
+
+    def __init__(self, rngs):
+        self.d = nnx.Linear(4, 6, rngs=rngs)
+        self.g = nnx.LinearGeneral((3, 2), (5,), axis=(-2, -1), rngs=rngs)
+        self.c = nnx.Conv(5, 3, (3,), strides=2, kernel_dilation=2, padding="VALID", rngs=rngs)
+        self.t = nnx.ConvTranspose(3, 2, (4,), strides=2, transpose_kernel=False, rngs=rngs)
+        self.e = nnx.Einsum("bti,io->bto", (2, 4), (4,), rngs=rngs)
+        self.again = nnx.Linear(4, 6, rngs=rngs)
+        self.again.kernel = self.d.kernel
+        self.n = nnx.BatchNorm(6, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.n(jnp.tanh(self.d(x)))
+        x = self.c(self.g(x.reshape(*x.shape[:2], 3, 2)))
+        return self.again(jnp.tanh(self.e(self.t(x))))
+
+
+def test_wanda_of_nnx():
+    graph = Graph(nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(0), (7, 9, 4)) * jnp.array([1, 5, 0.1, 2])
+    before = nnx.state(graph)
+    found = fwt.select(S.wanda(graph, x)(graph), fwt.kernels)
+    assert jax.tree.all(jax.tree.map(np.array_equal, before, nnx.state(graph)))
+
+    met = {}  # by hand: the inputs of each, in eval mode
+    graph.eval()
+
+    def kept(name, y):
+        met[name] = np.asarray(y, np.float64)
+        return y
+
+    y = graph.n(jnp.tanh(graph.d(kept("d", x))))
+    y = graph.c(kept("c", graph.g(kept("g", y.reshape(7, 9, 3, 2)))))
+    graph.again(kept("again", jnp.tanh(graph.e(kept("e", graph.t(kept("t", y)))))))
+    both = np.sqrt((met["d"] ** 2).sum((0, 1)) + (met["again"] ** 2).sum((0, 1)))
+    rows = {
+        "again/kernel": both[:, None],
+        "e/kernel": np.sqrt((met["e"] ** 2).sum((0, 1)))[:, None],
+        "g/kernel": np.sqrt((met["g"] ** 2).sum((0, 1)))[..., None],
+    }
+    parts = [met["c"][:, t : t + 2 * y.shape[1] : 2][:, : y.shape[1]] for t in (0, 2, 4)]
+    rows["c/kernel"] = np.sqrt([(p**2).sum((0, 1)) for p in parts])[..., None]
+    for path, norms in rows.items():
+        weights = fwt.select(graph, path)[path]
+        np.testing.assert_allclose(found[path], np.abs(weights) * norms, rtol=1e-4, err_msg=path)
+    assert float(jnp.abs(found["t/kernel"]).min()) > 0
+    pruned = fwt.prune(0.5, S.wanda(graph, x))(graph)
+    assert int((pruned.d.kernel[...] == 0).sum()) == 12
+    state = nnx.state(graph, nnx.Param)
+    again = fwt.select(S.wanda(graph, x)(state), fwt.kernels)
+    assert all(np.array_equal(again[p], w) for p, w in found.items())
+    with pytest.raises(fwt.FwtError, match="no samples"):
+        S.wanda(graph, x[:0])(graph)
 
 
 def test_random_is_by_path_and_bare_or_called(problem):

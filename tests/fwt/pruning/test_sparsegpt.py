@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import fwt
 from fwt import layers as fl
@@ -85,6 +86,81 @@ def test_a_conv_net_layer_by_layer():
     assert np.array_equal(some["params"]["d"]["kernel"], variables["params"]["d"]["kernel"])
 
 
+class Block(nn.Module):
+    """What no line of layers is: attention, a sum of two branches, a layer inside another."""
+
+    @nn.compact
+    def __call__(self, x):
+        y = nn.MultiHeadDotProductAttention(num_heads=2, name="a")(nn.LayerNorm(name="n")(x))
+        x = x + y
+        return x + nn.Dense(8, name="down")(nn.gelu(nn.Dense(24, name="up")(x)))
+
+
+class Graph(nnx.Module):
+    def __init__(self, rngs):
+        self.a = nnx.MultiHeadAttention(2, 8, decode=False, rngs=rngs)
+        self.n = nnx.LayerNorm(8, rngs=rngs)
+        self.up, self.down = nnx.Linear(8, 24, rngs=rngs), nnx.Linear(24, 8, rngs=rngs)
+
+    def __call__(self, x):
+        x = x + self.a(self.n(x))
+        return x + self.down(nnx.gelu(self.up(x)))
+
+
+def block():
+    x = jnp.cumsum(jax.random.normal(jax.random.key(0), (60, 5, 8)), -1) / 2
+    module = Block()
+    variables = module.init(jax.random.key(1), x)
+    graph = Graph(nnx.Rngs(0))
+    nnx.update(graph, variables["params"])
+    np.testing.assert_allclose(graph(x), module.apply(variables, x), atol=1e-5)
+    return module, variables, graph, x
+
+
+def test_any_linen_module_and_nnx():
+    module, variables, graph, x = block()
+    new = fwt.sparsegpt(module, variables, x, 0.5)
+    for path, w in fwt.select(new, fwt.kernels).items():
+        assert int((w == 0).sum()) == w.size // 2, path
+    y = module.apply(variables, x)
+
+    def far(params):
+        return float(jnp.mean((module.apply(params, x) - y) ** 2))
+
+    outer = ["a/out/kernel", "down/kernel"]
+    some = fwt.sparsegpt(module, variables, x, 0.5, where=outer)
+    assert far(some) < 0.7 * far(fwt.prune(0.5, where=outer)(variables))
+    before = nnx.state(graph, nnx.Param)
+    state = nnx.state(graph, nnx.Param)
+    for given in (graph, state):
+        made = fwt.select(fwt.sparsegpt(graph, given, x, 0.5), fwt.kernels)
+        wanted = fwt.select(new, fwt.kernels)
+        assert made.keys() == wanted.keys()
+        for path, w in wanted.items():
+            np.testing.assert_allclose(made[path], w, atol=2e-3, err_msg=path)
+    assert jax.tree.all(jax.tree.map(np.array_equal, before, nnx.state(graph, nnx.Param)))
+    assert type(graph.up) is nnx.Linear
+
+
+class Twice(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        layer = nn.Dense(8, name="d")
+        return layer(jnp.tanh(layer(x)))
+
+
+def test_what_can_not_be_mended_is_refused_by_name():
+    *_, x = block()
+    for module, said in (
+        (Twice(), "d/kernel meets inputs in two places"),
+        (nn.Sequential([nn.RNN(nn.SimpleCell(8))]), "lifted transformation"),
+        (nn.Sequential([nn.Conv(4, (3,), feature_group_count=2)]), "is of a Conv, and only"),
+    ):
+        variables = module.init(jax.random.key(0), x)
+        with pytest.raises(fwt.LeafError, match=said):
+            fwt.sparsegpt(module, variables, x, 0.5)
+
+
 def test_silent_inputs_go_and_wrong_calls_say_so():
     net, variables, x = dense()
     quiet = x.at[:, :12].set(0)
@@ -101,7 +177,8 @@ def test_silent_inputs_go_and_wrong_calls_say_so():
     bad("0 to 1", net, variables, x, 5)
     bad("unstructured or n_m", net, variables, x, 0.5, pattern=fwt.patterns.channel)
     bad("multiple of 4", net, variables, x, pattern=two_of_four, block=6)
-    bad("fwt.Sequential", nn.Dense(2), variables, x, 0.5)
+    bad("takes a Flax module", print, variables, x, 0.5)
+    bad("no samples", net, variables, x[:0], 0.5)
     bad("not finite", net, variables, x.at[0, 0].set(jnp.nan), 0.5)
     narrow, few, y = dense(6)
     with pytest.raises(fwt.LeafError, match=r"6 inputs, which 4 does not divide.*no leaf is left"):

@@ -1,0 +1,180 @@
+"""The linear layers of a linen or nnx module while it runs, and what each of them is given."""
+
+import functools
+import sys
+from collections.abc import Callable, Mapping
+from contextvars import ContextVar
+from typing import Any
+
+import jax
+
+from fwt import _nodes, _tree
+from fwt._types import FwtError, LeafError
+
+# Takes the path of a kernel, its layer as a linen module without a bias, and the layer's input;
+# gives a kernel that the layer takes instead, or None.
+See = Callable[[str, Any, Any], Any]
+# By the id of an nnx layer, what is called with each of its inputs.
+_WATCHED: ContextVar[Mapping[int, Callable[[Any], Any]] | None] = ContextVar(
+    "watched", default=None
+)
+
+
+def run(what: str, module: Any, variables: Any, batch: Any, see: See) -> None:
+    """Runs a module on a batch and shows each call of a layer with a kernel.
+
+    Args:
+        what: who asks, for errors.
+        module: a linen module, or an nnx module.
+        variables: its variables; of an nnx module, this itself or its state.
+        batch: what the module takes.
+        see: is called before the layer runs.
+
+    Raises:
+        FwtError: for another module, or a batch without samples.
+        LeafError: for a kernel of a layer that is not linear, or whose inputs are hidden by a
+            lifted transformation.
+    """
+    if any(0 in getattr(x, "shape", ()) for x in jax.tree.leaves(batch)):
+        raise FwtError(f"{what}: the batch has no samples, so nothing tells what the layers meet")
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((variables, batch)))
+
+    def told(path: str, layer: Any, x: Any) -> Any:
+        if isinstance(x, jax.core.Tracer) and not traced:
+            raise LeafError(
+                f"{what}: {path} runs inside a lifted transformation (an RNN's scan, remat, jit), "
+                "where its inputs can't be kept"
+            )
+        return see(path, layer, x)
+
+    if _nodes.is_graph(module):
+        _run_nnx(what, module, variables, batch, told)
+    elif hasattr(module, "apply"):
+        _run_linen(what, module, variables, batch, told)
+    else:
+        raise FwtError(f"{what} takes a Flax module, found {module!r:.80}")
+
+
+def _not_linear(what: str, path: str, layer: Any) -> LeafError:
+    return LeafError(
+        f"{what}: {path} is of a {type(layer).__name__}, which is no linear layer: take another "
+        "score, or leave it out with where="
+    )
+
+
+def _run_linen(what: str, module: Any, variables: Any, batch: Any, see: See) -> None:
+    import flax.linen as nn
+
+    from fwt.layers import GroupedConvTranspose
+
+    linear = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Conv, nn.ConvLocal, nn.ConvTranspose,
+              GroupedConvTranspose)  # fmt: skip
+    kernels = _tree.Tree(variables).leaves
+    inside: list[str] = []  # a layer that is called once more, under this interceptor
+
+    def interceptor(call: Any, args: Any, kwds: Any, context: Any) -> Any:
+        layer = context.module
+        path = "/".join(_tree.escape(str(p)) for p in (*layer.path, "kernel"))
+        if inside or context.method_name != "__call__" or path not in kernels:
+            return call(*args, **kwds)
+        if not isinstance(layer, linear):
+            raise _not_linear(what, path, layer)
+        inside.append(path)
+        try:
+            new = see(path, layer.clone(parent=None, name=None, use_bias=False), args[0])
+            if new is None:
+                return call(*args, **kwds)
+            own = {**layer.variables["params"], "kernel": new}
+            return layer.clone(parent=None, name=None).apply({"params": own}, *args, **kwds)
+        finally:
+            inside.pop()
+
+    with nn.intercept_methods(interceptor):
+        module.apply(variables, batch)
+
+
+# -- nnx ----------------------------------------------------------------------------------------
+
+# The linen class of an nnx layer, and what it calls its settings.
+_SAME = {n: n for n in ("kernel_size", "strides", "padding", "kernel_dilation", "mask")}
+_TWINS: dict[str, tuple[str, dict[str, str]]] = {
+    "Linear": ("Dense", {"features": "out_features"}),
+    "LinearGeneral": (
+        "DenseGeneral",
+        {"features": "out_features", "axis": "axis", "batch_dims": "batch_axis"},
+    ),
+    "Einsum": ("Einsum", {"shape": "kernel_shape", "einsum_str": "einsum_str"}),
+    "Conv": (
+        "Conv",
+        {"features": "out_features", "input_dilation": "input_dilation",
+         "feature_group_count": "feature_group_count", **_SAME},
+    ),
+    "ConvTranspose": (
+        "ConvTranspose",
+        {"features": "out_features", "transpose_kernel": "transpose_kernel", **_SAME},
+    ),
+}  # fmt: skip
+
+
+def _twin(layer: Any) -> Any:
+    """An nnx layer as a linen layer without a bias; None of a layer that is not linear."""
+    import flax.linen as nn
+    from flax import nnx
+
+    cls, names = _TWINS.get(type(layer).__name__, ("", {}))
+    if not cls or type(layer) is not getattr(nnx, type(layer).__name__):
+        return None
+    settings = {ours: getattr(layer, theirs) for ours, theirs in names.items()}
+    if "batch_dims" in settings:  # of nnx, with the sizes of these axes
+        settings["batch_dims"] = tuple(settings["batch_dims"])
+    return getattr(nn, cls)(use_bias=False, **settings)
+
+
+@functools.cache  # JAX never forgets a class that nnx made a node
+def _watching(cls: Any) -> Any:
+    def call(self: Any, x: Any, *args: Any, **kwds: Any) -> Any:
+        watch = (_WATCHED.get() or {}).get(id(self))
+        new = None if watch is None else watch(x)
+        if new is not None:
+            self.kernel = sys.modules["flax.nnx"].Param(new)
+        return cls.__call__(self, x, *args, **kwds)
+
+    made = type(cls)  # of nnx
+    return made(cls.__name__, (cls,), {"__call__": call})
+
+
+def _copied(module: Any, params: Any) -> Any:
+    """A copy of an nnx module in eval mode, with the values of another or of a state."""
+    from flax import nnx
+
+    own = nnx.clone(params if _nodes.is_graph(params) else module)
+    if not _nodes.is_graph(params):
+        nnx.update(own, params)
+    own.eval()
+    return own
+
+
+def _run_nnx(what: str, module: Any, params: Any, batch: Any, see: See) -> None:
+    own = _copied(module, params)
+    tree = _tree.Tree(own)
+    layers = [
+        ("/".join(map(_tree.escape, (*parts, "kernel"))), layer)
+        for parts, layer in tree.layers.items()
+        if hasattr(layer, "kernel")
+    ]
+    paths = {id(layer.kernel): path for path, layer in layers if path in tree.leaves}
+    watched = {}
+    for _, layer in layers:
+        path = paths.get(id(layer.kernel), "")  # a shared kernel is one
+        twin = _twin(layer)
+        if path and twin is None:
+            raise _not_linear(what, path, layer)
+        if path:
+            watched[id(layer)] = functools.partial(see, path, twin)
+            cls: Any = type(layer)
+            layer.__class__ = _watching(cls)
+    token = _WATCHED.set(watched)
+    try:
+        own(batch)
+    finally:
+        _WATCHED.reset(token)

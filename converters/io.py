@@ -199,6 +199,7 @@ def folder_files(path: Path) -> list[Path]:
 
 
 _RATIO = 1_100  # deflate reaches 1,032
+_JSON = 100_000_000  # the largest text that is parsed
 
 
 class Budget:
@@ -280,8 +281,14 @@ def _size_of_list(path: Path) -> int:
     return min(found, size)
 
 
-def member(archive: zipfile.ZipFile, name: str, budget: Budget) -> bytearray:
-    """A member of an archive, its size checked first."""
+def member(
+    archive: zipfile.ZipFile,
+    name: str,
+    budget: Budget,
+    check: Callable[[bytes | bytearray, int], None] = lambda start, size: None,
+) -> bytearray:
+    """A member of an archive, its size checked first. ``check`` looks at its first bytes, knowing
+    its size, before the rest is decompressed."""
     path = budget.path
     try:
         info = archive.getinfo(name)
@@ -297,17 +304,24 @@ def member(archive: zipfile.ZipFile, name: str, budget: Budget) -> bytearray:
         budget.spend(name, info.file_size)
     else:
         budget.expand(name, info.compress_size, info.file_size)
-    data = bytearray(info.file_size)
+    if name.endswith(".json") and info.file_size > _JSON:
+        raise FileFormatError(f"{path}: {name} declares more than {_JSON:,} bytes of JSON")
     if info.compress_type == zipfile.ZIP_STORED:
+        data = bytearray(info.file_size)
         _stored(archive, info, data)
+        check(data, len(data))
         return data
+    data = bytearray()  # which grows with what is there, whatever is declared
     with archive.open(info) as stream:
-        done = 0
-        while done < len(data) and (chunk := stream.read(min(len(data) - done, 1 << 24))):
-            data[done : done + len(chunk)] = chunk
-            done += len(chunk)
+        while len(data) < info.file_size:
+            chunk = stream.read(min(info.file_size - len(data), 1 << 24))
+            if not chunk:
+                break
+            if not data:
+                check(chunk, info.file_size)
+            data += chunk
             progress(len(chunk))
-        if done < len(data) or stream.read(1):
+        if len(data) < info.file_size or stream.read(1):
             raise FileFormatError(f"{path}: {name} is truncated")
     return data
 
@@ -356,11 +370,10 @@ def write_array(file: Any, value: np.ndarray) -> None:
         file.write(data[start : start + (1 << 24)])
 
 
-def read_json(path: Path, limit: int = 100_000_000) -> Any:
-    """A JSON file of at most so many bytes."""
-    size = path.stat().st_size
-    if size > limit:
-        raise FileFormatError(f"{path}: more than {limit:,} bytes of JSON")
+def read_json(path: Path) -> Any:
+    """A JSON file of bounded size."""
+    if path.stat().st_size > _JSON:
+        raise FileFormatError(f"{path}: more than {_JSON:,} bytes of JSON")
     return Budget(path).parsed(path.read_bytes(), "its JSON")
 
 

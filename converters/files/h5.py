@@ -19,6 +19,7 @@ from fwt.converters import io as _io
 from fwt.converters.files.h5_read import (
     array_of,
     attribute,
+    check_start,
     names_in,
     node_at,
     opened_h5,
@@ -69,7 +70,7 @@ def keras_of(path: Path, how: Reading) -> tuple[list[Layer], Any]:
         with opened(path) as archive:
             config = _config_of(archive, budget)
             layers, shape = keras_config.keras_layers(config, str(path))
-            weights = member(archive, "model.weights.h5", budget)
+            weights = member(archive, "model.weights.h5", budget, check_start)
             with opened_h5(weights, budget) as file:
                 fill_groups(layers, _weights_of(file, budget), path)
         return layers, shape

@@ -22,6 +22,48 @@ _GZIP, _SHUFFLE = 1, 2
 _DEPTH = 32
 
 
+class _View(io.RawIOBase):
+    """Bytes as a file to read, without a copy of them."""
+
+    def __init__(self, data: bytearray):
+        self._data, self._at = memoryview(data), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        starts = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: len(self._data)}
+        self._at = starts[whence] + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        piece = self._data[self._at : self._at + len(buffer)]
+        buffer[: len(piece)] = piece
+        self._at += len(piece)
+        return len(piece)
+
+
+def check_start(start: bytes | bytearray, size: int) -> None:
+    """Raises of what can be no HDF5 file of so many bytes, as its first ones tell: its superblock
+    says where it ends and where its root group is."""
+    if start[:8] != b"\x89HDF\r\n\x1a\n":
+        raise ValueError("its weights are no HDF5 file")
+    version = start[8]
+    at, width = {0: (40, start[13]), 1: (44, start[13])}.get(version, (28, start[9]))
+    if version > 3 or width != 8:
+        return  # which HDF5 itself judges
+    root = at + 24 if version < 2 else at + 8
+    end, header = (int.from_bytes(start[i : i + 8], "little") for i in (at, root))
+    if not size // 2 - (1 << 20) < end <= size:
+        raise ValueError(f"its weights declare {size:,} bytes, of which HDF5 uses {end:,}")
+    found = start[header : header + 4]
+    if header > end or (len(found) == 4 and found != b"OHDR" and found[0] != 1):
+        raise ValueError("its weights are an HDF5 file without a root group")
+
+
 @contextlib.contextmanager
 def opened_h5(source: Path | bytearray, budget: Budget) -> Iterator[Any]:
     """An HDF5 file, its bytes at hand where the library is not to be trusted."""
@@ -30,7 +72,7 @@ def opened_h5(source: Path | bytearray, budget: Budget) -> Iterator[Any]:
         if isinstance(source, Path):
             plain = stack.enter_context(open(source, "rb"))
             budget.raw = stack.enter_context(mmap.mmap(plain.fileno(), 0, access=mmap.ACCESS_READ))
-        opened_as = source if isinstance(source, Path) else io.BytesIO(source)
+        opened_as = source if isinstance(source, Path) else _View(source)
         yield stack.enter_context(h5py.File(opened_as, "r"))
 
 

@@ -45,7 +45,8 @@ def load_npz(path: Path, how: Reading) -> Model:
             if not name.endswith(".npy"):
                 raise FileFormatError(f"{path}: {name} is no array")
             stem = name.removesuffix(".npy")
-            flat[stem] = _npy(member(archive, name, budget), stem, dtypes.get(stem), path)
+            data = member(archive, name, budget, _check_npy)
+            flat[stem] = _npy(data, stem, dtypes.get(stem), path)
         if told:
             if how.key is not None:
                 raise FileFormatError(f"{path}: key={how.key!r}: it holds one model only")
@@ -59,6 +60,11 @@ def load_npz(path: Path, how: Reading) -> Model:
             flat = {f"params/{name}": value for name, value in flat.items()}
         tree = _io.under(nested(flat, "/" if slashes else ".", path), how.key, path)
         return Model(None, _io.as_variables(tree, path))
+
+
+def _check_npy(start: bytes | bytearray, size: int) -> None:
+    if start[:6] != b"\x93NUMPY":
+        raise ValueError("a member that is no array of NumPy")
 
 
 def _npy(data: bytearray, name: str, told: str | None, path: Path) -> np.ndarray:

@@ -12,12 +12,14 @@ import struct
 import subprocess
 import sys
 import time
+import tracemalloc
 import zipfile
 import zlib
 
 import flax.linen as nn
 import fuzz
 import h5py
+import keras
 import numpy as np
 import pytest
 from file_cases import DENSE, image_net, kernel, pt, random_model, tensor_pickle, write_keras
@@ -227,6 +229,41 @@ def test_torchs_tar_and_foreign_pickles_are_told_by_name(tmp_path):
     with tarfile.open(tmp_path / "t.pt", "w") as tar:
         tar.add(tmp_path / "old.pt", "pickle")
     refused(tmp_path / "t.pt", "torch's oldest format, a tar archive")
+
+
+def deflated(path, members, zeros=700_000_000):
+    """An archive whose last member goes on with so many zeros."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        for name, start in members.items():
+            with archive.open(name, "w") as stream:
+                stream.write(start)
+                for _ in range(zeros >> 20 if name == list(members)[-1] else 0):
+                    stream.write(bytes(1 << 20))
+
+
+def test_what_is_no_hdf5_is_not_decompressed(tmp_path):
+    net = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    net.save(tmp_path / "net.keras")
+    with zipfile.ZipFile(tmp_path / "net.keras") as archive:
+        held = {n: archive.read(n) for n in archive.namelist()}
+    weights = held.pop("model.weights.h5")
+    assert weights[8] == 0  # such a superblock has the file's end at 40, its root group at 64
+    rootless = struct.pack("<QQQQ", 699_000_000, 2**64 - 1, 0, 96)
+    cases = {
+        "no HDF5": {**held, "model.weights.h5": b""},
+        "without a root group": {**held, "model.weights.h5": weights[:40] + rootless},
+        "of which HDF5 uses": {**held, "model.weights.h5": weights},
+        "of JSON": {"model.weights.h5": weights, "config.json": b"{"},
+        "no array of NumPy": {"a.npy": b"PK"},
+    }
+    for why, members in cases.items():
+        path = tmp_path / ("w.npz" if "a.npy" in members else "w.keras")
+        deflated(path, members)
+        tracemalloc.start()
+        refused(path, why)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 200_000_000 + path.stat().st_size, why
 
 
 # -- archives ---------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import jax
 import ml_dtypes
 import numpy as np
 
-from fwt import _tree
+from fwt import _nodes, _tree
 from fwt._types import ConversionError, FileFormatError, FwtError
 
 
@@ -414,7 +414,9 @@ def arrays(collection: str, tree: Any) -> dict[str, np.ndarray]:
     for keys, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
         if not _tree.is_array(leaf) or isinstance(leaf, jax.ShapeDtypeStruct):
             place = f"{collection}{jax.tree_util.keystr(keys)}"
-            raise ConversionError(f"{place}: {leaf!r:.60} is no array, so it can't be written")
+            _nodes.refuse_foreign(leaf, (place,))
+            what = type(leaf).__name__
+            raise ConversionError(f"{place} is a {what} and no array, so it can't be written")
     leaves = _tree.Tree({"params": tree}, whole=True).leaves
     for path in leaves:
         parts = parts_of_path(path)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fwt import _tree
+from fwt import _nodes, _tree
 from fwt._sequential import Sequential
 from fwt._types import ConversionError, FileFormatError, Model
 from fwt.converters import io as _io
@@ -445,10 +445,10 @@ def save(
         )
     module = _flax.sequential_of(module)
     if not isinstance(module, Sequential | None) and found is not _ONNX:
-        what = type(module).__name__
+        held = "nnx.state(module)" if _nodes.is_graph(module) else "variables"
         raise ConversionError(
-            f"{path}: {what} is no fwt.Sequential, so its architecture can't be written: "
-            f"save({str(path)!r}, None, variables) writes the weights alone"
+            f"{path}: {type(module).__name__} is no fwt.Sequential, so its architecture can't be "
+            f"written: save({str(path)!r}, None, {held}) writes the weights alone"
         )
     if not isinstance(variables, Mapping):
         raise ConversionError(

@@ -115,8 +115,11 @@ def test_a_module_of_ones_own_has_weights_to_save(tmp_path):
         "Dense_0/bias",
         "Dense_0/kernel",
     ]
-    with pytest.raises(fwt.ConversionError, match=r"None, variables"):
-        converters.save(tmp_path / "own.npz", nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
+    graph = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    with pytest.raises(fwt.ConversionError, match=r"None, nnx.state\(module\)\) w"):
+        converters.save(tmp_path / "own.npz", graph)
+    converters.save(tmp_path / "own.npz", None, nnx.state(graph))
+    assert fwt.paths(converters.load(tmp_path / "own.npz")) == ["bias", "kernel"]
     with pytest.raises(fwt.ConversionError, match="found nothing"):
         converters.save(tmp_path / "own.npz", None)
 

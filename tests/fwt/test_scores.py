@@ -187,6 +187,7 @@ class Graph(nnx.Module):
         return self.again(jnp.tanh(self.e(self.t(x))))
 
 
+@pytest.mark.thorough
 def test_wanda_of_nnx():
     graph = Graph(nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (7, 9, 4)) * jnp.array([1, 5, 0.1, 2])

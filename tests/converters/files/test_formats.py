@@ -269,7 +269,8 @@ def test_an_order_that_a_format_does_not_keep_is_not_guessed(tmp_path):
         if not kept:
             with pytest.raises(converters.FileFormatError, match="this format sorts names"):
                 converters.load(tmp_path / "w.safetensors", architecture=model, match="order")
-    net = keras.Sequential([keras.Input((5,)), k.Dense(4), k.Dense(4), k.Dense(3)])
+    net = [keras.Input((5,)), k.Dense(4), k.BatchNormalization(), k.Dense(4), k.Dense(3)]
+    net = keras.Sequential(net)
     cases.randomise_keras(net)
     np.savez(tmp_path / "list.npz", *net.get_weights())
     found = converters.load(tmp_path / "list.npz", architecture=net, match="order")

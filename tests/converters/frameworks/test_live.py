@@ -825,6 +825,7 @@ assert len(norms) == 5 and all(0.5 < n < 1.2 for n in norms), norms
 """
 
 
+@pytest.mark.thorough
 def test_in_a_callback_of_keras_on_jax_and_without_tensorflow(tmp_path):
     run = subprocess.run(
         [sys.executable, "-c", ON_JAX], cwd=tmp_path, capture_output=True, text=True,

@@ -117,6 +117,7 @@ def block():
     return module, variables, graph, x
 
 
+@pytest.mark.thorough
 def test_any_linen_module_and_nnx():
     module, variables, graph, x = block()
     new = fwt.sparsegpt(module, variables, x, 0.5)

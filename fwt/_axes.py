@@ -246,6 +246,7 @@ class KnowsAxes:
 KNOWN: ContextVar[Mapping[str, Known]] = ContextVar(
     "known axes", default=types.MappingProxyType({})
 )
+_COUNTS = ("padding_idx", "unit_forget_bias")  # what reset asks a live layer for
 _TOLD = jax.make_user_context("")  # what a jitted function was traced with counts for jit too
 
 
@@ -254,7 +255,7 @@ def knowing(known: Mapping[str, Known]) -> Iterator[None]:
     """Inside, the axes of leaves are what the classes of a live model tell."""
     # Not the paths, which jit knows: models of one architecture are compiled once.
     told = [
-        (dataclasses.replace(k, owner=None), getattr(k.owner, "padding_idx", None))
+        (dataclasses.replace(k, owner=None), *(getattr(k.owner, n, None) for n in _COUNTS))
         for _, k in sorted(known.items())
     ]
     token = KNOWN.set(known)
@@ -318,11 +319,26 @@ class Places:
             names = _rules.with_heads(path, told.names)
             return Axes(path, shape, names, told.transposed, told.groups, told.turned)
         live = path in KNOWN.get()
+        if not live and self._without_bias(path):
+            if len(shape) > 2 and "conv" not in path.lower():
+                raise AxesError(
+                    f"{path} of shape {shape} may be a stack of layers, which its bias would tell, "
+                    f"but optax hides that (as masked and multi_transform do): say "
+                    f"axes={{{path!r}: '...'}}, one name per axis, such as 'stack in out'"
+                )
+            if path.endswith("weight"):  # torch's order, or the other one
+                return Axes(path, shape, ("",) * len(shape))
         depth = 0 if live else self._rules.depth(path)
         found = self._from_tree(path, None if depth is None else range(depth), told.layer)
         if not live and (depth != 0 or len(shape) > 2):
             found = self._from_module(path) or found
         return found
+
+    def _without_bias(self, path: str) -> bool:
+        """Whether optax hides the bias beside a kernel."""
+        *parents, last = map(_tree.unescape, _tree.split(path) or [""])
+        hidden = ((*parents, "bias") in self.tree.masked) if self.tree.masked else False
+        return hidden and last in ("kernel", "weight") and len(self.shapes[path]) > 1
 
     def _by_user(self, path: str) -> tuple[str, ...] | None:
         rank = len(self.shapes[path])

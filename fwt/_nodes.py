@@ -213,28 +213,52 @@ def unboxed(node: Any, own: str = "") -> Any:
 
 # -- optimizer states ---------------------------------------------------------------------------
 
-_STATE_NAMES = {"opt_state", "opt_states", "optim_state", "optimizer_state", "optimizer"}
+_STATE_NAMES = {"opt_state", "opt_states", "optim_state", "optimizer_state"}
+# What optax calls the parts of its states, as a checkpoint gives them back in dicts; and those of
+# them that are one number, which no layer has under such a name.
+_NUMBERS = {
+    "b1", "count", "estim_lr", "gradient_step", "max_lr", "mini_step", "num_steps", "step_count",
+    "t", "weight_sum",
+}  # fmt: skip
+_FIELDS = _NUMBERS | {
+    "acc_grads", "base_optimizer_state", "e_g", "e_x", "exp_avg", "exp_avg_sq", "g", "grad_acc",
+    "grad_sum", "hyperparams", "hyperparams_states", "inner_opt_state", "inner_state",
+    "inner_states", "m", "mu", "n", "nu", "nu_max", "numerator_weighted", "params0",
+    "prev_updates", "skip_state", "step_sizes", "sum_of_squares", "trace", "v", "v_col", "v_row",
+    "z",
+}  # fmt: skip
 
 
-def _is_evident(name: str, node: Any) -> bool:
-    """Whether the name or the class of a node says that it is the state of an optimizer."""
+def _is_evident(name: str, node: Any, named: bool = True) -> bool:
+    """Whether the class of a node says that it is the state of an optimizer, or, where names count,
+    its name and those of what it holds."""
     cls = type(node)
-    if name in _STATE_NAMES:
-        return children(node) is not None
     if cls.__module__.split(".")[0] in ("optax", "fwt", "jaxpruner"):
-        return cls.__name__.endswith("State") and len(jax.tree.leaves(node)) > 0
+        state = cls.__name__.endswith("State") or cls.__name__ == "ApplyEvery"
+        return state and len(jax.tree.leaves(node)) > 0
     if isinstance(node, _of("flax.nnx", "Variable")):
         return any(c.__name__ == "OptState" for c in cls.__mro__)
-    # Adam and its like, as a checkpoint gives them back.
-    return isinstance(node, Mapping) and "mu" in node and "count" in node
+    if not named:
+        return False
+    if name in _STATE_NAMES:
+        return children(node) is not None
+    if name == "optimizer" and any(_is_state(part(k), x) for k, x in children(node) or []):
+        return True  # a layer may be called so too
+    if not isinstance(node, Mapping) or not node or not _FIELDS.issuperset(map(str, node)):
+        return False
+    # Of layers that are called so none is a number, and none stands at a place of a chain.
+    numbers = any(children(node[n]) is None and np.ndim(node[n]) == 0 for n in _NUMBERS & set(node))
+    chained = name.isdigit() or name == "optimizer"
+    place = chained and all(children(x) is not None for x in node.values())
+    return (numbers and len(node) > 1) or place
 
 
-def _is_state(name: str, node: Any) -> bool:
+def _is_state(name: str, node: Any, named: bool = True) -> bool:
     """Whether a node is the state of an optimizer, or holds such states and no weights."""
-    if _is_evident(name, node):
+    if _is_evident(name, node, named):
         return True
     kids = children(node) or []
-    rest = [child for key, child in kids if not _is_state(part(key), child)]
+    rest = [child for key, child in kids if not _is_state(part(key), child, named)]
     return len(rest) < len(kids) and not any(_holds_weights(child) for child in rest)
 
 
@@ -269,6 +293,7 @@ class Walk:
         states: whether there is the state of an optimizer.
         variables: by the id of an nnx variable, the parts and shape of each path that leads to it.
         layers: by the parts of its path, each object that holds others, such as an Equinox module.
+        masked: the parts of the path of each leaf that optax hides.
     """
 
     def __init__(self, params: Any, aware: bool, statistics: bool, inside: bool, whole: bool):
@@ -281,6 +306,7 @@ class Walk:
         self.graphs = self.states = False
         self.variables: dict[int, list[tuple[tuple[str, ...], Any]]] = {}
         self.layers: dict[tuple[str, ...], Any] = {}
+        self.masked: set[tuple[str, ...]] = set()
         self._aware, self._inside = aware, inside
         self._shown = ("params", "batch_stats") if statistics else ("params",)
         self._above: set[int] = set()  # a module may hold what it is in
@@ -297,6 +323,7 @@ class Walk:
         mine: bool,
         scoped: str = "",
         statistic: bool = False,
+        named: bool = True,
     ) -> None:
         if is_graph(node):
             self.graphs = True
@@ -311,10 +338,12 @@ class Walk:
             self.parts.append(parts if mine else None)
             self.statistics.append(statistic)
             return
-        self.states |= _is_evident(name, node)
+        self.states |= _is_evident(name, node, named)
         own = parts[-1] if parts else ""
+        if not kids and type(node).__name__ == "MaskedNode":
+            self.masked.add(parts)
         if is_box(node, kids, own):
-            mine = mine and not (self._aware and _is_evident(name, node))
+            mine = mine and not (self._aware and _is_evident(name, node, named))
             kept = isinstance(node, _of("flax.nnx", "BatchStat"))
             statistic |= kept and len(self._shown) > 1
             # As in a variables dict: statistics where they are asked for, the state of keys never.
@@ -323,7 +352,7 @@ class Walk:
             for _, child in kids:
                 if mine and is_array(child) and isinstance(node, _of("flax.nnx", "Variable")):
                     self.variables.setdefault(id(node), []).append((parts, child.shape))
-                self._visit(child, parts, "", mine, scoped, statistic)
+                self._visit(child, parts, "", mine, scoped, statistic, named)
             return
         if mine and is_several(node, kids, own):
             self.several[parts] = node
@@ -335,23 +364,26 @@ class Walk:
         if variables:
             wanted, strip = [n in self._shown for n in names], not parts
         if mine and self._aware:
-            found = self._params_of(node, names, [child for _, child in kids], parts)
+            found = self._params_of(node, names, [child for _, child in kids], parts, named)
             if found is not None:
                 wanted, strip = found, strip or (not parts and "params" in names)
                 inner = "if there"  # the params of a train state may be a variables dict
         for label, (_, child), own_child in zip(names, kids, wanted, strict=True):
             below = parts if strip and own_child else (*parts, label)
             counts = statistic or (variables and label == "batch_stats")
-            self._visit(child, below, label, mine and own_child, inner if own_child else "", counts)
+            # What is among the params is a layer, whatever it is called.
+            calls = named and not (variables and label in self._shown)
+            own_scope = inner if own_child else ""
+            self._visit(child, below, label, mine and own_child, own_scope, counts, calls)
         self._above.discard(id(node))
 
     def _params_of(
-        self, node: Any, names: list[str], kids: list[Any], parts: tuple[str, ...]
+        self, node: Any, names: list[str], kids: list[Any], parts: tuple[str, ...], named: bool
     ) -> list[bool] | None:
         """For each child whether it holds params, if the state of an optimizer is among the
         children; None if there is no such state."""
-        states = [_is_state(n, child) for n, child in zip(names, kids, strict=True)]
-        if not parts and not any(states) and _is_evident("", node):
+        states = [_is_state(n, child, named) for n, child in zip(names, kids, strict=True)]
+        if not parts and not any(states) and _is_evident("", node, named):
             return [False] * len(kids)
         if not any(states):
             return None

@@ -80,7 +80,7 @@ class Tree:
             params, self._closed = _nodes.opened(params)
             walk = _nodes.walk(params, whole, statistics)
             walk.layers = inside.layers
-        self.layers = walk.layers
+        self.layers, self.masked = walk.layers, walk.masked
         self._all = walk.leaves
         self._treedef = jax.tree_util.tree_structure(
             params, is_leaf=lambda x: isinstance(x, Unselected)
@@ -210,9 +210,11 @@ class Tree:
                 value = _nodes.turned(self.leaves[first], self.leaves[path], out[first])
                 agree = _nodes.same_values(value, out[path])
                 if agree is False:
+                    told = any({first, path} <= group for group in self._told_ties)
+                    way = "plain dicts, as the docstring of load does" if told else "a copy of one"
                     raise LeafError(
                         f"{first} and {path} are one array (they are tied), but were given "
-                        "different values: give both the same, or untie them with a copy of one"
+                        f"different values: give both the same, or untie them with {way}"
                     )
                 if agree:
                     del out[path]

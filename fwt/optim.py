@@ -122,6 +122,17 @@ def _check_addable(params: Any, steps: Any) -> None:
 
 
 def _difference(old: Any, step: Any, moved: Any, wanted: Any) -> Any:
+    """The update that takes a leaf to what is wanted of it, where the step takes it to ``moved``.
+    What is left alone, an infinity too, takes the step as it is; a zero, which the sum may miss,
+    does not."""
+    change = _change(old, step, moved, wanted)
+    if wanted is moved:
+        return change
+    same = (jnp.asarray(wanted) == moved) & (jnp.asarray(wanted) != 0)
+    return jnp.where(same, jnp.asarray(step).astype(change.dtype), change)
+
+
+def _change(old: Any, step: Any, moved: Any, wanted: Any) -> Any:
     if wanted is moved:
         return step
     old, wanted = jnp.asarray(old), jnp.asarray(wanted)
@@ -306,6 +317,10 @@ def sparsify(
             raise FwtError("sparsify needs the weights: call tx.update(grads, state, params)")
         number = state.count + 1
         old = _full(state.masks, params)
+        given = _tree.Tree(updates).leaves
+        if missing := [p for p in old if p not in given]:
+            said = "with optax.lookahead, whose params are two trees, prune what it gives"
+            raise FwtError(f"sparsify: {missing[0]!r} has no gradient: {said}")
         weights = state.dense if straight_through else params
 
         before = state.inner
@@ -353,7 +368,7 @@ def sparsify(
         masks, grown = _once(due, change, (state.masks, none))
         after, saved = _full(masks, params), state.saved
         if straight_through:
-            out = jax.tree.map(_difference, params, steps, dense, _zeroed(dense, after))
+            out = jax.tree.map(_change, params, steps, dense, _zeroed(dense, after))
         else:  # what has just grown starts at zero, where the step took it
             out = _stepped(params, steps, after)
         if rewind is not None:
@@ -483,7 +498,7 @@ class _Rule:
         if self.regrow is not None:
             place = f"regrow={regrow!r}: " if isinstance(regrow, str) else "regrow=: "
             _plan.context_of(self.regrow, context, place)
-        self.resets = not straight_through and (self.regrow is not None or callable(sparsity))
+        self.resets = not straight_through and not self.fixed
         self.sums = not self.fixed and "accumulated" in _plan.named(resolve(score))
         if self.sums and not hasattr(_inner(score), "accumulate"):
             raise FwtError(

@@ -130,7 +130,9 @@ def axis_names(letters: list[str], rank: int) -> tuple[str, ...] | None:
     """The letters of one Flax array as names of axes; None where none is an input or output."""
     fill = rank - sum(not x.startswith("*") for x in letters)
     full = [y for x in letters for y in ([x[1:]] * fill if x.startswith("*") else [x])]
-    words = {"i": "in", "j": "in", "o": "out", "c": "out", "g": "group", "m": "out"}
+    # Of a recurrent layer: the state that it takes, its gates, and what a projection gives.
+    words = {"i": "in", "j": "in", "o": "out", "c": "out", "g": "group", "m": "out",
+             "r": "in", "y": "in", "q": "out", "p": "out"}  # fmt: skip
     names = tuple(words.get(x, x) for x in full)
     return names if {"in", "out"} & set(names) else None
 

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from fwt import _nodes, _tree
+from fwt import layers as _layers
 from fwt._sequential import Sequential
 from fwt._types import ConversionError, FileFormatError, Model
 from fwt.converters import io as _io
@@ -117,14 +118,42 @@ def filled(
         found = _found(model.variables, how, path)
         flat = dict(_source.flat_names(model.variables))
         ordered = _source.has_order(flat, _nodes.told_of(model.variables))
-        pairs = (
-            _in_order(found, known, path, ordered)
-            if how.match == "order"
-            else _by_name(
-                found, known, path, ordered, how.strict, isinstance(architecture, Sequential)
+        if how.match == "order":
+            return _put(_summed(_in_order(found, known, path, ordered)), known, path)
+        own = None if native is None else _by_own_names(found, native)
+        bare = isinstance(architecture, Sequential)
+        try:
+            pairs = _by_name(found, known, path, ordered, how.strict, bare)
+            made = _put(_summed(pairs), known, path)
+        except FileFormatError:
+            if own is None:
+                raise
+            return own
+        here, there = (jax.tree.leaves(x and x.variables) for x in (made, own))
+        if own is not None and not all(map(np.array_equal, here, there)):
+            raise FileFormatError(
+                f"{path}: its names are Flax's and Keras's, whose rows behind a Flatten stand in "
+                "another order in this channels-first model: load the .keras or .weights.h5 file "
+                "that Keras saves, which says whose it is"
             )
-        )
-        return _put(_summed(pairs), known, path)
+        return made
+
+
+def _by_own_names(found: Mapping[str, np.ndarray], native: Any) -> Model | None:
+    """The Keras model with the arrays that its own variables' names say, if these are all."""
+    layers, shape = native
+    places = {
+        ".".join([*parts_of(part.name), *name.split("/")]): (part, name)
+        for part in _every(layers)
+        for name in part.arrays
+    }
+    wanted = {n: np.shape(part.arrays[name]) for n, (part, name) in places.items()}
+    if wanted != {n: v.shape for n, v in found.items()}:
+        return None
+    for n, (part, name) in places.items():
+        part.arrays[name] = found[n]
+    new, there = convert.convert(layers, "keras", "flax", shape, "source")
+    return _flax.write_flax(new, there)
 
 
 def _filled_keras(
@@ -132,6 +161,7 @@ def _filled_keras(
 ) -> Model:
     if native is None:
         assert known is not None
+        _refuse_turned(known.module, path)
         layers, shape = keras_config.to_keras_layers(*_numbered(known), None, any_dtype=True)
     else:
         layers, shape = native
@@ -148,6 +178,20 @@ def _filled_keras(
         return _put([(places[n], v, n) for n, v in held.items()], known, path)
     new, found = convert.convert(layers, "keras", "flax", shape, "source")
     return _flax.write_flax(new, found)
+
+
+def _refuse_turned(module: Any, path: Path) -> None:
+    """Raises for what may be a channels-first model of Keras: it and the one that ``to_keras``
+    gives have files of the same names and shapes, with other rows behind a Flatten."""
+    layers = getattr(module, "layers", ())
+    turned = getattr(module, "turned", False)
+    first = layers and type(layers[0].layer) is _layers.Permute
+    if (turned or first) and any(type(n.layer) is _layers.Flatten for n in layers):
+        raise FileFormatError(
+            f"{path}: the architecture may be of a channels-first Keras model, in whose files the "
+            "rows behind a Flatten stand in another order: give that model or its .keras file as "
+            "architecture"
+        )
 
 
 def _every(layers: list[Layer]) -> list[Layer]:

@@ -155,9 +155,12 @@ def from_keras(model: Any, layout: Layout = "channels_last", *, sidecar: bool = 
     layers, shape = layers_of(model)
     new, found = convert.convert(layers, "keras", "flax", shape, layout)
     made = _flax.write_flax(new, found)
-    if not sidecar:
-        return made
-    return keras_config.with_sidecar(made, layers, shape, layout)
+    first = any(x.settings.get("data_format") == "channels_first" for x in layers)
+    if sidecar:
+        made = keras_config.with_sidecar(made, layers, shape, layout)
+    if first:  # files of the given model's own weights have other rows than this one's
+        object.__setattr__(made.module, "turned", True)
+    return made
 
 
 def _is_container(model: Any) -> bool:

@@ -4,6 +4,7 @@ import re
 
 import flax.linen as nn
 import jax
+import keras
 import numpy as np
 import pytest
 import torch
@@ -11,6 +12,8 @@ from command import cli
 
 import fwt
 from fwt import converters
+
+k = keras.layers
 
 
 def net(seed=0):
@@ -141,3 +144,41 @@ def test_a_linen_sequential_takes_a_file_of_torch(tmp_path):
         found = converters.load(tmp_path / "t.pt", architecture=own, **how)
         np.testing.assert_allclose(found(x), wanted, atol=1e-6)
         np.testing.assert_allclose(module.apply(found.variables, x), wanted, atol=1e-6)
+
+
+def test_rows_behind_a_flatten_are_those_of_the_file_s_own_model(tmp_path):
+    """A channels-first model's files have the names and shapes of a channels-last one's."""
+    layers = [k.Conv2D(3, 2, data_format="channels_first"), k.Flatten(), k.Dense(2)]
+    live = keras.Sequential([keras.Input((4, 6, 5)), *layers])
+    live.save(tmp_path / "m.keras")
+    live.save_weights(tmp_path / "m.weights.h5")
+    names = [v.path.split("/", 1)[1] for v in live.weights]
+    np.savez(tmp_path / "m.npz", **dict(zip(names, map(np.asarray, live.weights), strict=True)))
+    source = converters.load(tmp_path / "m.keras")
+    converters.save(tmp_path / "m.safetensors", source)
+    wanted = converters.from_keras(live, layout="source").variables
+    for given in (live, tmp_path / "m.keras"):
+        found = converters.load(tmp_path / "m.weights.h5", architecture=given)
+        assert jax.tree.all(jax.tree.map(np.array_equal, found.variables, wanted))
+        with pytest.raises(fwt.ConversionError, match=r"names are Flax's and Keras's.*rows"):
+            converters.load(tmp_path / "m.npz", architecture=given)
+    for given in (
+        source,
+        source.module,
+        converters.from_keras(live),
+        converters.from_keras(live, sidecar=True),
+        tmp_path / "m.safetensors",
+    ):
+        with pytest.raises(fwt.ConversionError, match="may be of a channels-first Keras model"):
+            converters.load(tmp_path / "m.weights.h5", architecture=given)
+    # Of channels-last models, and of those without a Flatten, each way is one.
+    layers = [k.Conv2D(3, 2), k.Flatten(), k.Dense(2)]
+    live = keras.Sequential([keras.Input((6, 5, 4)), *layers])
+    live.save_weights(tmp_path / "l.weights.h5")
+    names = [v.path.split("/", 1)[1] for v in live.weights]
+    np.savez(tmp_path / "l.npz", **dict(zip(names, map(np.asarray, live.weights), strict=True)))
+    wanted = converters.from_keras(live).variables
+    for name in ("l.weights.h5", "l.npz"):
+        for given in (live, converters.from_keras(live)):
+            found = converters.load(tmp_path / name, architecture=given)
+            assert jax.tree.all(jax.tree.map(np.array_equal, found.variables, wanted))

@@ -75,6 +75,10 @@ class Graph:
             extra = len(small)
             self.shapes, self.types = _shapes(proto, path, small)
         self.nodes = _needed(self.nodes, self.output)
+        for n in self.nodes:
+            for i, name in enumerate(n.inputs):
+                if name in self.of_batch and i not in _MAY_TAKE.get(n.op, ()):
+                    raise refuse(str(n), f"its input {name!r} is the batch's size as a number")
         self.place = {id(n): i for i, n in enumerate(self.nodes)}
         self.users: dict[str, list[Node]] = {}
         for n in self.nodes:
@@ -98,19 +102,21 @@ class Graph:
         shape = self.shapes.get(node.inputs[0]) if node.inputs else None
         if shape is None and node.inputs and hasattr(self.known.get(node.inputs[0]), "shape"):
             shape = self.known[node.inputs[0]].shape
-        if node.op == "Shape" and shape is not None and shape.count(None) < 2:
+        if node.op == "Shape" and shape is not None and shape.count(None) < 3:
             sizes = [-1 if s is None else s for s in shape]
             value = np.array(sizes[node("start", 0) : node("end")], np.int64)
             self._know(node.outputs[0], value, None in shape)
             return
         given = [self.known.get(n) if n else None for n in node.inputs]
         numbers = given and all(g is not None or not n for g, n in zip(given, node.inputs))
-        batch = any(n in self.of_batch for n in node.inputs)
-        if numbers and not (batch and node.op not in MOVES):
+        batch = [i for i, n in enumerate(node.inputs) if n in self.of_batch]
+        moves = node.op in MOVES and (node.op in _MAY_TAKE or not any(batch))
+        if numbers and (moves or not batch):
             values = folded(self, node, given)
-            if values is not None:
+            lost = batch and node.op == "Cast" and not np.any(values and values[0] == -1)
+            if values is not None and not lost:
                 for name, value in zip(node.outputs, values, strict=True):
-                    self._know(name, value, batch)
+                    self._know(name, value, bool(batch))
                 return
         self.nodes.append(node)
 
@@ -223,6 +229,10 @@ def _check_functions(proto: Any, path: Path) -> None:
 
     if count(proto.graph.node, ()) > MOST_NODES:
         raise FileFormatError(f"{path}: its functions make more than {MOST_NODES:,} nodes")
+
+
+# Where the batch's size may be an input: it is the size of an axis there.
+_MAY_TAKE = {"Reshape": (1,), "Expand": (1,), "Concat": (), "Resize": (3,), "ConstantOfShape": (0,)}
 
 
 def _only_reshapes(nodes: list[Node], name: str) -> bool:

@@ -100,7 +100,8 @@ def verify(
         raise ConversionError(f"verify: tolerance={tolerance} is no part of a row's largest value")
     one, other = _side(a, external_data), _side(b, external_data)
     notes: list[str] = []
-    if inputs is None:
+    made = inputs is None
+    if made:
         inputs, notes = _inputs(one, other, input_shape)
     x = np.asarray(inputs)
     if x.dtype.kind not in "fiub":
@@ -108,7 +109,9 @@ def verify(
     if not x.ndim or not len(x):
         output = Line("output", x.shape, 0.0, 0.0, 0, "not compared")
         return Report(False, None, (), (), output, (_nothing(x, output),))
-    other, (lines, output, lost, carries) = _turned(one, other, x, tolerance)
+    free = made and input_shape is None and one.shape is None
+    one, other, x, found = _turned(one, other, x, tolerance, free)
+    lines, output, lost, carries = found
     if one.channels_first != other.channels_first and one.turned == other.turned:
         ends = ("first", "last") if other.channels_first else ("last", "first")
         notes.append(f"the second model takes channels {ends[0]}, the first takes them {ends[1]}: "
@@ -271,33 +274,54 @@ def _nothing(x: np.ndarray, output: Line) -> str:
 Held = dict[str | None, Outputs]  # by layer; None is the output of the model
 
 
+Found = tuple[list[Line], Line, tuple[int, ...], set[str]]
+
+
 def _turned(
-    one: Side, other: Side, x: np.ndarray, tolerance: float | None
-) -> tuple[Side, tuple[list[Line], Line, tuple[int, ...], set[str]]]:
-    """The second side and what :func:`_lines` finds: its inputs turned if the layers say so, and
-    as they are if that makes the models equal, since not every layer says where channels are."""
-    if one.channels_first == other.channels_first or x.ndim < 3:
-        return other, _lines(one, other, x, tolerance)
-    try:
-        found = _lines(one, other, x, tolerance)
-        failed = None
-    except ConversionError as error:
-        failed = error
-    if failed is None and found[1].status in ("exact", "close"):
-        return other, found
-    plain = dataclasses.replace(other, channels_first=one.channels_first)
-    with contextlib.suppress(ConversionError):
-        again = _lines(one, plain, x, tolerance)
-        if again[1].status in ("exact", "close"):
-            return plain, again
-    if failed is not None:
-        raise failed
-    return other, found
+    one: Side, other: Side, x: np.ndarray, tolerance: float | None, free: bool
+) -> tuple[Side, Side, np.ndarray, Found]:
+    """The sides and the inputs as they fit together, and what :func:`_lines` finds.
+
+    The inputs are turned if the layers say so. They go in as they are if that makes such models
+    equal, since not every layer says where channels are; and another way only where these can't be
+    run at all.
+
+    Args:
+        one: the first model.
+        other: the second.
+        x: inputs in the layout of the first.
+        tolerance: see ``verify``.
+        free: whether the first model does not say what it takes, so that ``x`` may be turned too.
+    """
+
+    def tried(a: Side, b: Side, given: np.ndarray) -> tuple[Side, Side, np.ndarray, Found] | None:
+        try:
+            return a, b, given, _lines(a, b, given, tolerance)
+        except ConversionError as error:
+            failed.append(error)
+            return None
+
+    failed: list[ConversionError] = []
+    first = tried(one, other, x)
+    if x.ndim > 2 and one.channels_first != other.channels_first:
+        if first is not None and first[3][1].status in ("exact", "close"):
+            return first
+        plain = tried(one, other.laid_out(one.channels_first), x)
+        if plain is not None and (first is None or plain[3][1].status in ("exact", "close")):
+            return plain
+    if first is not None:
+        return first
+    if x.ndim > 2:
+        layouts = [x, _moved(x, True, False), _moved(x, False, True)] if free else [x]
+        for given in layouts:
+            for a, b in ((False, False), (True, False), (False, True)):
+                found = tried(one.laid_out(a), other.laid_out(b), given)
+                if found is not None:
+                    return found
+    raise failed[0]
 
 
-def _lines(
-    one: Side, other: Side, x: np.ndarray, tolerance: float | None = None
-) -> tuple[list[Line], Line, tuple[int, ...], set[str]]:
+def _lines(one: Side, other: Side, x: np.ndarray, tolerance: float | None = None) -> Found:
     """A line for each layer and one for the output, the rows that are NaN in both, and which of
     the layers that differ carry the same in another way."""
     there = _moved(x, one.channels_first, other.channels_first)

@@ -132,7 +132,7 @@ def flax_side(model: Model) -> Side:
             variables = jax.tree.map(lambda v: judge.nudged(v, by), variables)
         y: Any = x
         for parts, layer, own in each_layer(model.module, variables):
-            y = call(layer, own, y)
+            y = call(layer, own, judge.unsettled(y, by) if taps else y)
             taps[layer_name(parts)] = np.asarray(y)
         return np.asarray(y), taps
 
@@ -191,7 +191,7 @@ def nnx_side(model: Any) -> Side:
                 if type(layer) is nnx.Sequential:
                     y = under(layer, y, parts)
                 else:
-                    y = layer(y)
+                    y = layer(judge.unsettled(y, by) if taps else y)
                     taps[joined(parts)] = np.asarray(y)
             return y
 
@@ -230,7 +230,10 @@ def keras_side(model: Any) -> Side:
                 judge.nudged(keras.ops.convert_to_numpy(v), by), dtype=v.dtype))
                 for v in model.variables]  # fmt: skip
             with keras.StatelessScope(state_mapping=moved):
-                return run(x)
+                return through(x, by)
+        return through(x)
+
+    def through(x: np.ndarray, by: float = 0.0) -> tuple[np.ndarray, Taps]:
         taps: Taps = {}
 
         def under(holder: Any, y: Any, inside: tuple[str, ...]) -> Any:
@@ -240,13 +243,17 @@ def keras_side(model: Any) -> Side:
                 if isinstance(layer, keras.Sequential):
                     y = under(layer, y, (*inside, layer.name))
                     continue
+                if by and taps:
+                    y = keras.ops.convert_to_numpy(y)
+                    y = keras.ops.convert_to_tensor(judge.unsettled(y, by).astype(y.dtype))
                 y = layer(y, training=False) if _trains(layer) else layer(y)
                 taps[layer_name((*inside, layer.name))] = keras.ops.convert_to_numpy(y)
             return y
 
-        if isinstance(model, keras.Sequential):
-            under(model, keras.ops.convert_to_tensor(x), ())
-        y = model(x, training=False)
+        chain = isinstance(model, keras.Sequential)
+        y = under(model, keras.ops.convert_to_tensor(x), ()) if chain else None
+        if y is None or not by:
+            y = model(x, training=False)
         return keras.ops.convert_to_numpy(y), taps
 
     shape = getattr(model, "input_shape", None)
@@ -317,9 +324,9 @@ def torch_side(model: Any) -> Side:
             for w in itertools.chain(moved.parameters(), moved.buffers()):
                 if w.is_floating_point():
                     w.copy_(tensor(judge.nudged(array(w), by)))
-        return through(moved, given)
+        return through(moved, given, by)
 
-    def through(model: Any, given: Any) -> tuple[np.ndarray, Taps]:
+    def through(model: Any, given: Any, by: float = 0.0) -> tuple[np.ndarray, Taps]:
         taps: Taps = {}
         hooks, modes = [], {m: m.training for m in model.modules()}
 
@@ -330,8 +337,17 @@ def torch_side(model: Any) -> Side:
 
             return hook
 
+        def unsettled(_: Any, args: Any) -> Any:
+            if len(args) != 1 or args[0] is given or not isinstance(args[0], torch.Tensor):
+                return None
+            if not args[0].is_floating_point():
+                return None
+            return tensor(judge.nudged(array(args[0]), by)).to(args[0])
+
         for name, module in model.named_modules():
             if name and not isinstance(module, torch.nn.Sequential | torch.nn.ModuleList):
+                if by and not list(module.children()):
+                    hooks.append(module.register_forward_pre_hook(unsettled))
                 hooks.append(module.register_forward_hook(keep(name)))
         try:
             with torch.no_grad():

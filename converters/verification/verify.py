@@ -111,14 +111,16 @@ def verify(
         return Report(False, None, (), (), output, (_nothing(x, output),))
     free = made and input_shape is None and one.shape is None
     one, other, x, found = _turned(one, other, x, tolerance, free)
-    lines, output, lost, carries = found
+    lines, output, told, carries = found
     if one.channels_first != other.channels_first and one.turned == other.turned:
         ends = ("first", "last") if other.channels_first else ("last", "first")
         notes.append(f"the second model takes channels {ends[0]}, the first takes them {ends[1]}: "
                      "its inputs were turned")  # fmt: skip
-    if lost:
-        rows = ", ".join([*map(str, lost[:9]), *(["..."] if len(lost) > 9 else [])])
-        notes.append(f"not compared: what is NaN in both outputs, in the rows {rows}")
+    if told is not None:
+        notes += [f"not compared: {why}, in the rows {_some(rows)}" for rows, why in (
+            (told.lost, "what is NaN in both outputs"),
+            (told.unsure, "outputs that rounding alone moves by more than their size, or that grow "
+             "beyond the dtype")) if rows]  # fmt: skip
     ok = output.status in ("exact", "close")
     first = None if ok else _departed(lines)
     if output.status == "not compared":
@@ -164,6 +166,10 @@ def verify(
         except ConversionError as error:
             notes.append(f"the weights are not compared: {error}")
     return Report(ok, first, tuple(lines), weights, output, tuple(notes))
+
+
+def _some(rows: Sequence[int]) -> str:
+    return ", ".join([*map(str, rows[:9]), *(["..."] if len(rows) > 9 else [])])
 
 
 def _settings(a: Model, b: Model) -> str | None:
@@ -274,7 +280,7 @@ def _nothing(x: np.ndarray, output: Line) -> str:
 Held = dict[str | None, Outputs]  # by layer; None is the output of the model
 
 
-Found = tuple[list[Line], Line, tuple[int, ...], set[str]]
+Found = tuple[list[Line], Line, judge.Apart | None, set[str]]
 
 
 def _turned(
@@ -322,8 +328,8 @@ def _turned(
 
 
 def _lines(one: Side, other: Side, x: np.ndarray, tolerance: float | None = None) -> Found:
-    """A line for each layer and one for the output, the rows that are NaN in both, and which of
-    the layers that differ carry the same in another way."""
+    """A line for each layer and one for the output, what was found of that, and which of the
+    layers that differ carry the same in another way."""
     there = _moved(x, one.channels_first, other.channels_first)
     mine, theirs = _ran(one, x, "first"), _ran(other, there, "second")
     values = [held.value.dtype for held in (*mine.values(), *theirs.values())]
@@ -334,7 +340,7 @@ def _lines(one: Side, other: Side, x: np.ndarray, tolerance: float | None = None
         inside += [lambda v: _moved(v, True, False), lambda v: _moved(v, False, True)]
     ends: list[View] = [_as_it_is, lambda v: _moved(v, other.channels_first, one.channels_first)]
 
-    def told() -> tuple[list[Line], Line, tuple[int, ...]]:
+    def told() -> tuple[list[Line], Line, judge.Apart | None]:
         lines = []
         for name in [*mine, *(n for n in theirs if n not in mine)]:
             if name is None:
@@ -353,7 +359,7 @@ def _lines(one: Side, other: Side, x: np.ndarray, tolerance: float | None = None
     # More than ten roundings of its own: only now is measuring them worth its time.
     _measure(one, x, mine, eps)
     _measure(other, there, theirs, eps)
-    lines, output, lost = told()
+    lines, output, last = told()
     axis = 1 if one.channels_first else -1
     carries = {
         line.name
@@ -362,7 +368,7 @@ def _lines(one: Side, other: Side, x: np.ndarray, tolerance: float | None = None
         and any(carried(mine[line.name].value, view(theirs[line.name].value), axis)
                 for view in inside)
     }  # fmt: skip
-    return lines, output, lost, carries
+    return lines, output, last, carries
 
 
 def _as_it_is(v: np.ndarray) -> np.ndarray:

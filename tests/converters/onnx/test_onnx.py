@@ -1009,6 +1009,25 @@ def test_hostile_graphs_are_held_to_their_size(tmp_path):
         converters.from_onnx(path)
 
 
+@pytest.mark.parametrize("batch", [None, 1, 3])
+def test_conversions_of_images_are_proved(tmp_path, batch):
+    """With channels first, and of a fixed batch."""
+    torch.manual_seed(0)
+    net = t.Sequential(t.Conv2d(3, 4, 3), t.ReLU(), t.Flatten(), t.Linear(120, 5)).eval()
+    path = tmp_path / "net.onnx"
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        axes = {} if batch else {"input_names": ["x"], "dynamic_axes": {"x": {0: "n"}}}
+        torch.onnx.export(net, (torch.randn(batch or 1, 3, 8, 7),), str(path), dynamo=False, **axes)
+    for target in ("net.pt", "net.npz", "again.onnx"):
+        code, said = fwt_command("convert", path, tmp_path / target, "--verify")
+        assert (code, said.splitlines()[0]) == (0, "equal"), said
+    assert converters.verify(path, converters.from_onnx(path, layout="channels_last")).ok
+    with torch.no_grad():
+        net[3].weight[0] += 0.01
+    assert not converters.verify(net, path).ok
+
+
 def test_linen_recurrent_layers_go_out(tmp_path):
     x = np.random.default_rng(0).normal(size=(2, 6, 3)).astype(F32)
     both = nn.Bidirectional(nn.RNN(nn.SimpleCell(4)), nn.RNN(nn.SimpleCell(4)))

@@ -202,7 +202,7 @@ def _eye_like(graph: "Graph", node: Node, x: Any) -> Any:
     import onnx
 
     kind = node("dtype")
-    dtype = x.dtype if kind is None else onnx.helper.tensor_dtype_to_np_dtype(kind)
+    dtype: Any = x.dtype if kind is None else onnx.helper.tensor_dtype_to_np_dtype(kind)
     size = math.prod(x.shape) * np.dtype(dtype).itemsize
     return np.eye(*x.shape, k=node("k", 0), dtype=dtype) if size <= graph.left else None
 

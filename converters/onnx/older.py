@@ -4,10 +4,9 @@ It refuses what it has no way for. What it needs or passes over is settled here 
 free sizes, and before opset 7 an array went along an axis that its operator named.
 """
 
+import math
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from fwt._types import FileFormatError
 from fwt.converters.rows.row import refuse
@@ -86,17 +85,20 @@ def _broadcast(proto: Any) -> None:
         for v in (*shapes.value_info, *shapes.input)
         if v.type.tensor_type.HasField("shape")
     }
+    made: dict[tuple[str, int], str] = {}
     for node in nodes:
         axis = named.get(id(node))
         if axis is None and node.op_type != "PRelu":
             continue
         first, second = node.input
         tensor = weights.get(second)
-        count = len(tensor.dims) if tensor is not None else ranks.get(second)
-        if count == 0 or (tensor is not None and int(np.prod(tensor.dims)) == 1):
-            continue
         if tensor is None or first not in ranks:
             raise ValueError(f"{node.op_type} of arrays along an axis, whose ranks are not known")
+        count = len(tensor.dims)
+        if math.prod(tensor.dims) == 1:
+            if axis is not None:
+                node.attribute.remove(axis)
+            continue
         start = 1 if axis is None else axis.i % ranks[first]
         if count != 1 and node.op_type == "PRelu":
             raise ValueError(f"PRelu with a slope of shape {list(tensor.dims)}")
@@ -106,11 +108,12 @@ def _broadcast(proto: Any) -> None:
         if axis is not None:
             node.attribute.remove(axis)
         if after:
-            name = f"{second}/{after}"
-            while name in ranks or name in weights:
-                name += "_"
-            new = proto.graph.initializer.add()
-            new.CopyFrom(tensor)
-            new.name = name
-            new.dims.extend([1] * after)
-            node.input[1] = name
+            if (second, after) not in made:
+                name = f"{second}/{after}"
+                while name in ranks or name in weights:
+                    name += "_"
+                new = proto.graph.initializer.add()
+                new.CopyFrom(tensor)
+                new.name = made[second, after] = name
+                new.dims.extend([1] * after)
+            node.input[1] = made[second, after]

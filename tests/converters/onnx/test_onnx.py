@@ -730,6 +730,8 @@ MEANT = {
     "slopes of channels": (
         node("PRelu", ["x", "c"], ["y"]), np.where(X > 0, X, X * ALONG[:, None])),
     "a selu": (node("Selu", ["x"], ["y"]), 1.0507 * np.where(X > 0, X, 1.6732 * np.expm1(X))),
+    "a number along an axis": (
+        node("Add", ["x", "one"], ["y"], broadcast=1, axis=0), X + 1),
     "a shape": (node("Reshape", ["x"], ["y"], shape=[0, 2, -1]), X.reshape(2, 2, 8)),
 }  # fmt: skip
 
@@ -738,11 +740,11 @@ MEANT = {
 @pytest.mark.parametrize("name", MEANT)
 def test_operators_before_opset_7(tmp_path, name, size):
     op, wanted = MEANT[name]
-    again = [node("Identity", ["x"], ["z"]), op]
     op = onnx.NodeProto.FromString(op.SerializeToString())
     op.input[0] = "z"
-    again[1] = op
-    path = written(tmp_path / "a.onnx", again, {"c": ALONG}, (size, 4, 4), opset=4)
+    again = [node("Identity", ["x"], ["z"]), op]
+    arrays = {"c": ALONG, "one": np.ones(1, F32)}
+    path = written(tmp_path / "a.onnx", again, arrays, (size, 4, 4), opset=4)
     model = converters.from_onnx(path)
     close(np.asarray(model(X)), wanted)
     assert converters.verify(model, path).ok

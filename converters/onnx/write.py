@@ -540,7 +540,8 @@ def _compare(
 
             def run(by: float, given: Any = given) -> list[Any]:
                 moved = jax.tree.map(lambda leaf: judge.nudged(leaf, by), variables)
-                return [call(module, moved, judge.nudged(given, by))]
+                with judge.between_layers(by):
+                    return [call(module, moved, given)]
 
             told = judge.apart(wanted, found, judge.rounding(run, [wanted], eps), eps=eps)
         if told.excess > 1:

@@ -37,6 +37,13 @@ def drawn(
         specs.append((initializer, leaf.shape, leaf.dtype, path))
         roots.append(root)
     keys = _tree.leaf_keys(key, purpose, roots)
+    for path, mine in zip(names, keys, strict=True):
+        if axes := sorted(_mesh.varies(tree.leaves[path]) - _mesh.varies(mine)):
+            raise LeafError(
+                f"{path} is a shard along {axes[0]!r} of jax.shard_map, and each shard would get "
+                "the same numbers: draw outside of it, or, for shards that are layers of their "
+                f"own, fold jax.lax.axis_index({axes[0]!r}) into the key"
+            )
     # A user's own function may depend on more than its arguments: it is not compiled by us.
     ours = all(isinstance(s[0], initializers.Bound) and hashes(s[0]) for s in specs)
     leaves = [tree.leaves[p] for p in names]

@@ -94,10 +94,12 @@ def like(value: Any, leaf: Any) -> Any:
     if not traced and not isinstance(value, jax.core.Tracer) and (there := sharding_of(leaf)):
         return value if value.sharding == there else jax.device_put(value, there)
     if own is not None and _is_explicit(own):
-        return jax.sharding.reshard(value, jax.typeof(leaf).sharding)
-    if _is_explicit(around) and _mesh_of(value) not in (None, around):
+        value = jax.sharding.reshard(value, jax.typeof(leaf).sharding)
+    elif _is_explicit(around) and _mesh_of(value) not in (None, around):
         value = jax.sharding.reshard(value, PartitionSpec())
-    if traced and jax.device_count() > 1:  # XLA alone knows how a leaf on Auto axes is spread
+    if traced and jax.device_count() > 1:
+        # XLA alone knows how a leaf on Auto axes is spread, and what takes nothing from any leaf
+        # would be computed on one device.
         return jnp.where(True, value, leaf.astype(value.dtype))
     return value
 

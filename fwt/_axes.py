@@ -14,7 +14,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from fwt import _modules, _rules, _tree
+from fwt import _mesh, _modules, _rules, _tree
 from fwt._modules import Known as Known
 from fwt._types import AxesError, FwtError, Model
 
@@ -136,11 +136,13 @@ class Axes:
     def in_turn(self, function: Callable[[int, Any], Any], leaf: Any) -> Any:
         """``function(number, slice)`` of each slice, one after the other: for a user's own
         function, which need not be traceable."""
-        rows = jnp.moveaxis(jnp.asarray(leaf), self.stack, range(len(self.stack)))
+        whole = _mesh.gathered(jnp.asarray(leaf), self.stack)
+        rows = jnp.moveaxis(whole, self.stack, range(len(self.stack)))
         flat = rows.reshape(-1, *self.one.shape)
         new = jnp.stack([jnp.asarray(function(i, x)) for i, x in enumerate(flat)])
         back = new.reshape(*rows.shape[: len(self.stack)], *new.shape[1:])
-        return jnp.moveaxis(back, range(len(self.stack)), self.stack)
+        found = jnp.moveaxis(back, range(len(self.stack)), self.stack)
+        return _mesh.like(found, leaf) if found.shape == leaf.shape else found
 
     def _where(self, *names: str) -> tuple[int, ...]:
         return tuple(i for i, n in enumerate(self._known()) if n in names)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fwt import _axes, _nodes, _tree, initializers
+from fwt import _axes, _mesh, _nodes, _tree, initializers
 from fwt._types import AxesError, FwtError, LeafError, Params, hashes
 
 
@@ -37,9 +37,18 @@ def drawn(
         specs.append((initializer, leaf.shape, leaf.dtype, path))
         roots.append(root)
     keys = _tree.leaf_keys(key, purpose, roots)
+    for path, mine in zip(names, keys, strict=True):
+        if axes := sorted(_mesh.varies(tree.leaves[path]) - _mesh.varies(mine)):
+            raise LeafError(
+                f"{path} is a shard along {axes[0]!r} of jax.shard_map, and each shard would get "
+                "the same numbers: draw outside of it, or, for shards that are layers of their "
+                f"own, fold jax.lax.axis_index({axes[0]!r}) into the key"
+            )
     # A user's own function may depend on more than its arguments: it is not compiled by us.
     ours = all(isinstance(s[0], initializers.Bound) and hashes(s[0]) for s in specs)
-    new = (_draw_compiled if ours else _draw)(tuple(specs), keys)
+    leaves = [tree.leaves[p] for p in names]
+    new = (_compiled(_mesh.spread(leaves)) if ours else _draw)(tuple(specs), keys)
+    new = [_mesh.like(x, leaf) for x, leaf in zip(new, leaves, strict=True)]
     return tree.replace(dict(zip(names, new, strict=True)))
 
 
@@ -109,4 +118,7 @@ def _draw(specs: Any, keys: Any) -> list[Any]:
     return new
 
 
-_draw_compiled = functools.partial(jax.jit, static_argnums=0)(_draw)
+@functools.lru_cache
+def _compiled(spread: tuple[Any, ...]) -> Any:
+    shardings = list(spread) if any(spread) else None
+    return _mesh.on_auto_axes(jax.jit(_draw, static_argnums=0, out_shardings=shardings))

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from fwt import _mesh
 from fwt._types import LeafError, Model
 
 
@@ -467,8 +468,13 @@ def is_filling(leaf: Any) -> bool:
     if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
         return False
     with jax.ensure_compile_time_eval():
-        first, last = leaf[(0,) * leaf.ndim], leaf[(-1,) * leaf.ndim]
-        return bool(first == last) and bool((leaf == first).all())  # most differ there already
+        return _all_equal(leaf)
+
+
+@_mesh.on_auto_axes
+def _all_equal(leaf: Any) -> bool:
+    first, last = leaf[(0,) * leaf.ndim], leaf[(-1,) * leaf.ndim]
+    return bool(first == last) and bool((leaf == first).all())  # most differ there already
 
 
 def turn(one: Any, other: Any) -> list[int]:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fwt import _axes, _tree, constraints, initializers
+from fwt import _axes, _mesh, _tree, constraints, initializers
 from fwt._types import (
     Constraint,
     FwtError,
@@ -84,6 +84,8 @@ def project(
         # more than its arguments: those are not compiled by us.
         compiled = ours and hashes(chosen)
         new = (_projected_compiled if compiled else _projected)(chosen, places, leaves, kept)
+        # What a user's own function gives stays where that put it.
+        new = [_mesh.like(x, old) if ours else x for x, old in zip(new, leaves, strict=True)]
         return tree.replace(dict(zip(names, new, strict=True)))
 
     return apply

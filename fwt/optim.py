@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from fwt import _again, _axes, _moments, _tree, constraints, patterns, scores
+from fwt import _again, _axes, _mesh, _moments, _tree, constraints, patterns, scores
 from fwt._types import FwtError, LeafError, Masks, Params, Score, Transform, Where, resolve
 from fwt.pruning import plan as _plan
 from fwt.pruning.scope import Like, Scope
@@ -405,7 +405,7 @@ def _once(due: Any, change: Callable[[Any], Any], carry: Any) -> Any:
         return jnp.zeros_like(state[0]), change(state[1])
 
     start: Any = (due, jax.tree.map(jnp.asarray, carry))
-    return lax.while_loop(lambda state: state[0], trip, start)[1]
+    return lax.while_loop(lambda state: state[0], *_mesh.carried(trip, start))[1]
 
 
 def _full(masks: Any, params: Any) -> dict[str, Any]:

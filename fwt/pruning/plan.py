@@ -1,5 +1,6 @@
 """What is kept of each leaf: the plan behind ``prune``, ``masks`` and ``optim.sparsify``."""
 
+import copy
 import dataclasses
 import functools
 import inspect
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fwt import _axes, _tree, patterns, scores
+from fwt import _axes, _mesh, _tree, patterns, scores
 from fwt._types import FwtError, LeafError, Params, Score, Where, resolve
 from fwt.pruning import scope as _scope
 from fwt.selection import passes, select
@@ -30,11 +31,13 @@ class Chosen(NamedTuple):
     stack: tuple[int, ...]  # where each slice along some axes has a cut of its own
 
     def mask(self) -> Any:
-        return _mask(self.source.key, self.windows, self.stack, self.source.arrays, self.cut)
+        found = _mask(self.source.key, self.windows, self.stack, self.source.arrays, self.cut)
+        return _mesh.like(found, self.leaf)
 
     def pruned(self) -> Any:
         arrays = self.source.arrays
-        return _pruned(self.source.key, self.windows, self.stack, arrays, self.cut, self.leaf)
+        new = _pruned(self.source.key, self.windows, self.stack, arrays, self.cut, self.leaf)
+        return _mesh.like(new, self.leaf)
 
 
 class Plan:
@@ -137,44 +140,62 @@ class Plan:
         places = self._places(tree, names)
         _scope.check_ties(self.scope, tree.perhaps, names)
         fits = self._fits(tree, names, places)
+        worths = [self._worths(self.score, "prune", params, names, leaves, more)]
+        if grow is not None:
+            worths.append(self._worths(grow[0], "regrow", params, names, leaves, more))
+        by_path = {} if steps is None else _tree.Tree(steps).leaves
+        added = [by_path[p] for p in names] if by_path else []
+        others = {p: tree.others(p) for p in names} if isinstance(self.scope, Mapping) else {}
+        # As pairs, for a tree of arrays forgets the order of a dict, and the first glob counts.
+        scope = [*self.scope.items()] if isinstance(self.scope, Mapping) else self.scope
+        given = self.sparsity, self.threshold, scope, None if grow is None else grow[1]
+        living = None if alive is None else {p: alive[p] for p in names}
+        floors = [start.get(p) for p in names]
+        rows = self._cut(given, places, fits, leaves, worths, living, added, floors, others)
+        return tree, {p: Chosen(x, *r) for p, x, r in zip(names, leaves, rows, strict=True)}
+
+    @_mesh.on_auto_axes
+    def _cut(
+        self, given: tuple[Any, ...], places: list[_axes.Axes], fits: list[Any], leaves: list[Any],
+        worths: list[tuple[bool, list[Any]]], alive: Mapping[str, Any] | None, added: list[Any],
+        floors: list[Any], others: Mapping[str, Collection[str]],
+    ) -> list[tuple[Any, ...]]:  # fmt: skip
+        """Of each leaf all of its :class:`Chosen` but the leaf."""
+        self = copy.copy(self)
+        self.sparsity, self.threshold, scope, share = given
+        self.scope = dict(scope) if isinstance(scope, list) else scope
         apart = self.threshold is None and self.scope not in ("global", "normalized")
         stacks = [place.stack if apart else () for place in places]
         windows = [f if isinstance(f, patterns.Windows) else None for f in fits]
 
-        def worths(score: Any, purpose: _tree.Purpose) -> tuple[bool, list[Any]]:
-            """Whether it is the magnitudes that count, and of what."""
-            plain, found = self._worths(score, purpose, params, names, leaves, more)
+        def units(plain: bool, found: list[Any]) -> list[Any]:
             if self.scope == "normalized":
                 found = [
                     place.each(functools.partial(_normalized, plain), x)
                     for place, x in zip(places, found, strict=True)
                 ]
             pairs = zip(windows, found, strict=True)
-            return plain, [x if w is None else _pooled(w, plain, x) for w, x in pairs]
+            return [x if w is None else _pooled(w, plain, x) for w, x in pairs]
 
-        plain, values = worths(self.score, "prune")
+        plain, values = worths[0][0], units(*worths[0])
         if self.threshold is not None:
             cuts = [self._above(x, plain) for x in values]
             found = [Source(key_function(not plain), (x,)) for x in values]
         else:
-            by_path = {} if steps is None else _tree.Tree(steps).leaves
-            added = [by_path[p] for p in names] if by_path else []
-            floors = [
-                _gone(place.stack, _living(f, start[place.path])) if place.path in start else None
-                for place, f in zip(places, fits, strict=True)
+            least = [
+                None if m is None else _gone(place.stack, _living(f, m))
+                for place, f, m in zip(places, fits, floors, strict=True)
             ]
-            others = {p: tree.others(p) for p in names} if isinstance(self.scope, Mapping) else {}
             found, groups, ks = self._groups(
-                places, leaves, values, fits, plain, alive, added, floors, others
+                places, leaves, values, fits, plain, alive, added, least, others
             )
-            if grow is not None:
-                worth = worths(grow[0], "regrow")
-                found, groups = _regrown(found, groups, ks, *worth, grow[1], stacks)
+            if share is not None:
+                worth = worths[1][0], units(*worths[1])
+                found, groups = _regrown(found, groups, ks, *worth, share, stacks)
             ties: select.Ties = "all" if self.like == "tfmot" else "first"
             cuts = _cuts(groups, ks, stacks, ties) if ks else [_ALL] * len(found)
             stacks = stacks if ks else [()] * len(found)
-        rows = zip(leaves, found, cuts, windows, stacks, strict=True)
-        return tree, {p: Chosen(*row) for p, row in zip(names, rows, strict=True)}
+        return list(zip(found, cuts, windows, stacks, strict=True))
 
     def _places(self, tree: Any, names: list[str]) -> list[_axes.Axes]:
         """The axes of each leaf, which tell a stack of layers."""
@@ -204,14 +225,10 @@ class Plan:
         return self.pattern.fits(places, told)
 
     def _worths(
-        self,
-        score: Any,
-        purpose: _tree.Purpose,
-        params: Params,
-        names: list[str],
-        leaves: list[Any],
-        more: Any,
-    ) -> tuple[bool, list[Any]]:
+        self, score: Any, purpose: _tree.Purpose, params: Params, names: list[str],
+        leaves: list[Any], more: Any,
+    ) -> tuple[bool, list[Any]]:  # fmt: skip
+        """Whether it is the magnitudes that count, and of what."""
         if score is scores.magnitude:
             return True, leaves
         wanted = named(score)
@@ -254,17 +271,10 @@ class Plan:
         )
 
     def _groups(
-        self,
-        places: list[_axes.Axes],
-        leaves: list[Any],
-        worths: list[Any],
-        fits: list[Any],
-        plain: bool,
-        alive: Mapping[str, Any] | None,
-        added: list[Any],
-        floors: list[Any],
+        self, places: list[_axes.Axes], leaves: list[Any], worths: list[Any], fits: list[Any],
+        plain: bool, alive: Mapping[str, Any] | None, added: list[Any], floors: list[Any],
         others: Mapping[str, Collection[str]],
-    ) -> tuple[list[Source], list[list[Source]], list[Any]]:
+    ) -> tuple[list[Source], list[list[Source]], list[Any]]:  # fmt: skip
         """The keys of each leaf, in the groups that are counted as one, and how many go of each;
         none where the pattern alone says it."""
         living: list[Any] = []
@@ -383,24 +393,7 @@ def _each_slice(function: Any, stack: tuple[int, ...], out: bool = False) -> Any
     for index, axis in reversed(list(enumerate(stack))):
         place = axis - index
         function = jax.vmap(function, (place, 0), place if out else 0)
-
-    def placed(arrays: Any, values: Any) -> Any:
-        """On a mesh of Explicit axes, vmap wants both sharded alike, and a search that takes the
-        slices in turn wants to have them all."""
-        sharding: Any = getattr(jax.typeof(arrays[0]), "sharding", None)
-        spec = (*getattr(sharding, "spec", ()), *[None] * len(arrays[0].shape))
-        kinds = getattr(getattr(sharding, "mesh", None), "axis_types", ())
-        here = jax.sharding.PartitionSpec(*(spec[a] for a in stack))
-        explicit = any(k == jax.sharding.AxisType.Explicit for k in kinds)
-        if any(here) and explicit and out:
-            values = jax.tree.map(lambda x: jax.sharding.reshard(x, here), values)
-        elif any(here) and explicit:
-            whole = [None if a in stack else s for a, s in enumerate(spec[: arrays[0].ndim])]
-            spread = jax.sharding.PartitionSpec(*whole)
-            arrays = jax.tree.map(lambda x: jax.sharding.reshard(x, spread), arrays)
-        return function(arrays, values)
-
-    return placed if stack else function
+    return function
 
 
 def _regrown(
@@ -524,6 +517,7 @@ def context_of(score: Any, context: Mapping[str, Any], place: str = "") -> dict[
     return found
 
 
+@_mesh.on_auto_axes
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _mask(key: Any, windows: Any, stack: tuple[int, ...], arrays: Any, cut: Any) -> Any:
     def one(arrays: Any, cut: Any) -> Any:
@@ -533,6 +527,7 @@ def _mask(key: Any, windows: Any, stack: tuple[int, ...], arrays: Any, cut: Any)
     return mask if windows is None else windows.spread(mask)
 
 
+@_mesh.on_auto_axes
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _pruned(
     key: Any, windows: Any, stack: tuple[int, ...], arrays: Any, cut: Any, leaf: Any
@@ -544,7 +539,13 @@ def _where(leaf: Any, mask: Any) -> Any:
     return jnp.where(mask, leaf, jnp.zeros((), leaf.dtype))
 
 
-masked = jax.jit(_where)
+_masked = _mesh.on_auto_axes(jax.jit(_where))
+
+
+def masked(leaf: Any, mask: Any) -> Any:
+    return _mesh.like(_masked(leaf, mask), leaf)
+
+
 nonzero = jax.jit(lambda leaf: magnitude_key(leaf) != 0)
 
 

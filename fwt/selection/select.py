@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from fwt import _mesh
 from fwt._types import Array, FwtError
 from fwt.selection import passes as _passes
 from fwt.selection.counts import Wide, difference, less, minus, total, wide
@@ -49,7 +50,7 @@ def row_kept(keys: Array, k: Array) -> Array:
         trial = found | (dtype.type(1) << place)
         return jnp.where(jnp.sum(keys < trial, dtype=jnp.uint32) <= k, trial, found)
 
-    value = lax.fori_loop(0, bits, bit, jnp.zeros((), dtype))
+    value = lax.fori_loop(0, bits, bit, _mesh.alike(jnp.zeros((), dtype), keys, k))
     ties = keys == value
     stay = jnp.sum(keys <= value, dtype=jnp.uint32) - k
     split = (stay != 0) & (stay != jnp.sum(ties, dtype=jnp.uint32))
@@ -62,7 +63,8 @@ def row_kept(keys: Array, k: Array) -> Array:
         return jnp.where(below < stay, trial, found)
 
     # Where no row splits its ties there is nothing to search: a loop of no trips.
-    last = lax.fori_loop(0, jnp.where(split, top, 0), cut_bit, jnp.uint32(0))
+    first = _mesh.alike(jnp.uint32(0), keys, k)
+    last = lax.fori_loop(0, jnp.where(split, top, 0), cut_bit, first)
     return (keys > value) | ties & (stay != 0) & ((places <= last) | ~split)
 
 
@@ -162,6 +164,7 @@ def _tie_cuts(found: Sequence[Source], values: Array, stay: Array, tied: Array) 
     # Before index 0 there is none of them; where all or none stay there is nothing to search.
     nothing = jnp.zeros(len(found), jnp.uint32)
     start = (nothing, sizes, nothing, tied, jnp.int32(0))
+    start = _mesh.alike(start, values, [s.arrays for s in found])
     hi = lax.while_loop(lambda s: jnp.any(searching(s[3])), body, start)[1]
     return jnp.where(stay == 0, 0, hi)
 
@@ -245,12 +248,14 @@ def _quantiles(groups: list[list[Source]], ks: Wide) -> tuple[Array, Array]:
         trial = found | (dtype.type(1) << place)
         return jnp.where(below(trial) <= ranks, trial, found)
 
-    found = lax.fori_loop(0, bits, bit, jnp.zeros((len(groups), 3), dtype))
+    arrays = [[s.arrays for s in group] for group in groups]
+    start = _mesh.alike(jnp.zeros((len(groups), 3), dtype), ks, arrays)
+    found = lax.fori_loop(0, bits, bit, start)
     return found, jnp.stack([p[1] for p in pairs])
 
 
-def _nothing(*_: Any) -> Array:
-    return jnp.uint32(0)
+def _nothing(*given: Any) -> Array:
+    return _mesh.alike(jnp.uint32(0), given)
 
 
 def _cuts(groups: list[list[Source]], ks: Wide, ties: Ties) -> Cut:
@@ -302,7 +307,8 @@ def _cuts(groups: list[list[Source]], ks: Wide, ties: Ties) -> Cut:
         at_hi = jnp.where((new.hi != state.hi)[:, group_of], counts, at_hi)
         return new, at_lo, at_hi
 
-    state, at_lo, at_hi = lax.while_loop(lambda c: jnp.any(~c[0].done), body, (state, at_lo, at_hi))
+    start = _mesh.alike((state, at_lo, at_hi), [s.arrays for s in flat])
+    state, at_lo, at_hi = lax.while_loop(lambda c: jnp.any(~c[0].done), body, start)
     value = (state.hi - 1)[:, group_of]
     kept = jax.vmap(minus)(totals(at_hi), ks)
     tied = at_hi - at_lo
@@ -420,6 +426,18 @@ def smallest(groups: list[list[Source]], ks: list[Any], ties: Ties = "first") ->
         whole = [k if isinstance(k, int) else (int(k.high) << 16) + int(k.low) for k in ks]
         pairs = zip(groups, whole, strict=True)
         return [c for group, k in pairs for c in _concrete_cuts(group, k, len(groups), ties)]
+    rows: dict[Any, list[int]] = {}
+    for i, pair in enumerate(zip(arrays, ks, strict=True)):
+        rows.setdefault(_mesh.varies(pair), []).append(i)
+    if len(rows) > 1 and len(groups) > 1:  # so that no leaf's cut differs between shards in vain
+        each = {
+            i: c
+            for row in rows.values()
+            for i, c in zip(
+                row, smallest([groups[i] for i in row], [ks[i] for i in row], ties), strict=True
+            )
+        }
+        return [each[i] for i in range(len(groups))]
     keys = tuple(tuple(s.key for s in group) for group in groups)
     stacked = Wide(*(jnp.stack([jnp.asarray(x) for x in xs]) for xs in zip(*map(wide, ks))))
     return _search(keys, ties, lax.stop_gradient(arrays), stacked)

@@ -281,6 +281,7 @@ class Layer:
     fused: bool = False  # no layer of its own in the source, but a part of one
     inner: "tuple[Layer, ...]" = ()  # what a wrapper wraps
     holders: tuple[str, ...] = ()  # the classes of the models that it is in
+    dtype: str | None = None  # what it computes in, where it says so
 
     def __str__(self) -> str:
         return f"{self.name} ({self.kind})"

@@ -108,6 +108,7 @@ class Walk(Writer):
     def _step(self, layer: Layer, following: Sequence[Layer]) -> None:
         row, given = self._row(layer)
         place = str(layer)
+        self.dtype = layer.dtype or self.dtype
         rank = None if self.have is None else len(self.have)
         parts = row.lower(self.source, layer, rank) if row.lower else None
         if parts is not None:

@@ -183,6 +183,20 @@ def _complement(momentum: Any) -> Any:
     return None if momentum is None else round(1.0 - momentum, 12)  # 0.1 comes back as 0.1
 
 
+_NORM_SETTINGS = (
+    S("epsilon", "eps", "epsilon", 1e-3, normal=number),
+    S("momentum", "momentum", "momentum", 0.99, torch_io=(_complement, _complement)),
+    S("use_scale", "affine", "scale", True, normal=flag),
+    S("use_bias", "affine", "center", True, normal=flag),
+)
+_NORM_PARAMS = (
+    P("scale: c", "weight: c", "gamma: c", when="use_scale", fill=1.0),
+    P("bias: c", "bias: c", "beta: c", when="use_bias", fill=0.0),
+    P("mean: c", "running_mean: c", "moving_mean: c", collection="batch_stats"),
+    P("var: c", "running_var: c", "moving_variance: c", collection="batch_stats"),
+)
+
+
 def _batch_norm(torch: str, ranks: tuple[int, ...], channel: str | None) -> Row:
     return Row(
         nn.BatchNorm,
@@ -193,18 +207,10 @@ def _batch_norm(torch: str, ranks: tuple[int, ...], channel: str | None) -> Row:
         channel=channel,
         settings=(
             AxisSetting("axis", None, "axis", torch_fixed=1, letter="c"),
-            S("epsilon", "eps", "epsilon", 1e-3, normal=number),
-            S("momentum", "momentum", "momentum", 0.99, torch_io=(_complement, _complement)),
-            S("use_scale", "affine", "scale", True, normal=flag),
-            S("use_bias", "affine", "center", True, normal=flag),
+            *_NORM_SETTINGS,
             Size("num_features", "c"),
         ),
-        params=(
-            P("scale: c", "weight: c", "gamma: c", when="use_scale", fill=1.0),
-            P("bias: c", "bias: c", "beta: c", when="use_bias", fill=0.0),
-            P("mean: c", "running_mean: c", "moving_mean: c", collection="batch_stats"),
-            P("var: c", "running_var: c", "moving_variance: c", collection="batch_stats"),
-        ),
+        params=_NORM_PARAMS,
         keras_defaults={
             "synchronized": False,
             "renorm": False,
@@ -249,7 +255,13 @@ RMS_NORM = Row(
 
 
 def _all_groups(framework: Framework, layer: Layer) -> bool:
+    if framework == "torch":
+        return not layer.settings.get("track_running_stats")
     return framework != "keras" or layer.settings.get("groups") == -1
+
+
+def _tracked(framework: Framework, layer: Layer) -> bool:
+    return framework == "flax" or bool(layer.settings.get("track_running_stats"))
 
 
 def _some_groups(framework: Framework, layer: Layer) -> bool:
@@ -283,6 +295,24 @@ GROUP_NORM = Row(
     ordered=True,
     fits=_some_groups,
 )
+
+
+def _tracked_instance_norm(r: int) -> Row:
+    return Row(
+        fl.TrackedInstanceNorm,
+        f"InstanceNorm{r}d",
+        "BatchNormalization",
+        axes="n *s c -> n *s c",
+        torch_axes="n c *s -> n c *s",
+        ranks=(r + 2,),
+        channel="c",
+        settings=(*_NORM_SETTINGS, Size("num_features", "c")),
+        params=_NORM_PARAMS,
+        special=BatchNormAffine(tracks=True),
+        fits=_tracked,
+        note="with track_running_stats=True a TrackedInstanceNorm, in Keras the BatchNormalization "
+        "that it is at inference",
+    )
 
 
 def _instance_norm(r: int) -> Row:
@@ -358,6 +388,7 @@ ROWS: tuple[Row, ...] = (
     _batch_norm("BatchNorm3d", (5,), "c"),
     LAYER_NORM,
     GROUP_NORM,
+    *(_tracked_instance_norm(r) for r in (1, 2, 3)),
     *(_instance_norm(r) for r in (1, 2, 3)),
     RMS_NORM,
     EMBED,

@@ -501,19 +501,20 @@ class Walk(Writer):
     def _permute(self, layer: Layer, dims: tuple[int, ...]) -> None:
         """Only the source's order changes; the target follows when a layer needs it to."""
         numbers = all(isinstance(d, int) for d in dims)
-        if (
-            not dims
-            or not numbers
-            or sorted(dims) != list(range(len(dims)))
-            or (dims[0] != 0 and not layer.fused)
-        ):
+        if not dims or not numbers or sorted(dims) != list(range(len(dims))):
+            raise refuse(str(layer), f"dims={dims!r} must be an order of all axes")
+        if dims[0] != 0 and not layer.fused and self.layout != "source":
             raise refuse(
-                str(layer), f"dims={dims!r} must be an order of all axes that keeps the batch first"
+                str(layer),
+                f"dims={dims!r} moves the batch, so where the ends have it is not known",
+                "give layout='source' to keep them as they are",
             )
         if self.have is None:
             raise Restart(rank=len(dims))
         if len(dims) != len(self.have):
             raise refuse(str(layer), f"dims={dims!r} does not fit rank {len(self.have)}")
+        if dims[0] != 0 and not layer.fused and self.target == "keras":
+            raise refuse(str(layer), "the batch axis would have to move, which Keras can't do")
         together = self.have == self.want
         self.have = [self.have[d] for d in dims]
         if dims[0] != 0 and self.n is not self.have[0] and not self.batch:

@@ -50,6 +50,7 @@ from fwt.layers.norms import (
     Softmax,
     Softmin,
     Sparsemax,
+    TrackedInstanceNorm,
     UnitNorm,
 )
 from fwt.layers.preprocessing import (
@@ -163,6 +164,7 @@ __all__ = [
     "Tanh",
     "TanhShrink",
     "Threshold",
+    "TrackedInstanceNorm",
     "TrainingOnly",
     "TransformerEncoderLayer",
     "UnitNorm",

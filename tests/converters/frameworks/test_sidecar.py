@@ -41,6 +41,8 @@ def test_every_torch_row_comes_back_bit_for_bit(name):
     for key, value in a.items():
         assert value.dtype == b[key].dtype
         assert torch.equal(value, b[key]), key
+    momenta = [[getattr(m, "momentum", 0) for m in (list(x) or [x])[:1]] for x in (net, back)]
+    assert momenta[0] == momenta[1]  # None, a cumulative mean, too
 
 
 @pytest.mark.parametrize("name", layer_cases.KERAS)

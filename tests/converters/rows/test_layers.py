@@ -225,6 +225,13 @@ def test_torch_recurrent_with_time_first(what, layout):
     model = converters.from_torch(net, input_shape=(2, 3), layout=layout)
     if layout == "source":
         close(in_flax(model, x), expected)
+        back = converters.to_torch(*model, layout="source")
+        close(in_torch(back, x), expected)
+        again = {n: getattr(m, "batch_first", None) for n, m in back.named_children()}
+        assert again == {"0": False, "0__output": False, "2": None, "3": None, "4": False,
+                         "4__output": False, "6": None}  # fmt: skip
+        with pytest.raises(converters.ConversionError, match="layout='source'"):
+            converters.to_torch(*model)
         return
     found = in_flax(model, np.swapaxes(x, 0, 1))
     close(found, np.swapaxes(expected, 0, 1) if what == "sequence" else expected)
@@ -386,6 +393,22 @@ def test_a_training_step_agrees_with_torch_but_for_the_unbiased_variance():
             np.testing.assert_allclose(0.8 * before + 0.2 * batch * n / (n - 1), value, atol=1e-5)
         else:
             np.testing.assert_allclose(ours[path], value, atol=1e-5, err_msg=path)
+
+
+@pytest.mark.parametrize("momentum", [0.3, 0.0])
+def test_an_instance_norm_with_statistics_trains_as_in_torch(momentum):
+    net = torch.nn.Sequential(
+        torch.nn.InstanceNorm2d(3, momentum=momentum, affine=True, track_running_stats=True)
+    )
+    cases.randomise_torch(net)
+    x = inputs(generator("tracked"), (3, 5, 2), None, 4)
+    module, variables = converters.from_torch(net, (3, 5, 2), "source")
+    assert isinstance(module.layers[1].layer, fwt.layers.TrackedInstanceNorm)
+    found, new = module.apply(variables, x, train=True, mutable=["batch_stats"])
+    net.train()
+    close(found, net(torch.from_numpy(x)).detach())
+    for name, there in (("mean", "running_mean"), ("var", "running_var")):
+        close(new["batch_stats"]["0"][name], getattr(net[0], there), name)
 
 
 # -- what readers found -----------------------------------------------------------------------

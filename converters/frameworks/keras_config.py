@@ -214,16 +214,13 @@ def _computes_in(given: Any, place: str) -> str:
     if isinstance(given, dict):
         inner = given.get("config")
         name = inner.get("name") if isinstance(inner, dict) else given.get("class_name")
-    if name not in (None, *_POLICIES):
+    if name not in (None, *policy.POLICIES):
         raise refuse(
             place,
-            f"dtype policy {name!r}: only {', '.join(_POLICIES)} are converted",
+            f"dtype policy {name!r}: only {', '.join(policy.POLICIES)} are converted",
             "rebuild it in one of them",
         )
     return "float32" if name is None else str(name).removeprefix("mixed_")
-
-
-_POLICIES = ("float32", "mixed_float16", "mixed_bfloat16", "float16", "bfloat16", "float64")
 
 
 def _function_name(activation: Any) -> Any:

@@ -189,6 +189,8 @@ def upsample_kind(framework: Framework, layer: Layer, rank: int | None) -> list[
 
 def einsum(framework: Framework, layer: Layer, rank: int | None) -> list[Layer] | None:
     """Keras's EinsumDense over the last axis is a Dense."""
+    if framework != "keras":
+        return None
     settings = dict(layer.settings)
     equation = str(settings.pop("equation", "")).replace(" ", "")
     operands, _, output = equation.partition("->")
@@ -197,10 +199,7 @@ def einsum(framework: Framework, layer: Layer, rank: int | None) -> list[Layer] 
     settings.pop("output_shape", None)
     one = len(second) == 2 and first.endswith(second[0]) and output == first[:-1] + second[1]
     if not one or bias not in (None, second[1]) or second[1] in first:
-        raise refuse(
-            str(layer),
-            f"equation={equation!r}: only one over the last axis is a Dense, with a bias along it",
-        )
+        return None
     kernel = layer.arrays.get("kernel")
     if kernel is None or kernel.ndim != 2:
         raise refuse(str(layer), "the array 'kernel' of two axes is missing")

@@ -22,6 +22,7 @@ from fwt.converters.rows.row import (
     whole,
 )
 from fwt.converters.rows.special import (
+    ArrayShapes,
     AxesNorm,
     BatchNormAffine,
     ChannelNorm,
@@ -179,6 +180,11 @@ def _separable(r: int) -> Row:
     )
 
 
+def _sizes(shape: Any) -> Any:
+    """A shape, or the one size that stands for it."""
+    return (shape,) if isinstance(shape, int) else fl.tuples(shape)
+
+
 def _complement(momentum: Any) -> Any:
     return None if momentum is None else round(1.0 - momentum, 12)  # 0.1 comes back as 0.1
 
@@ -301,7 +307,6 @@ def _tracked_instance_norm(r: int) -> Row:
     return Row(
         fl.TrackedInstanceNorm,
         f"InstanceNorm{r}d",
-        "BatchNormalization",
         axes="n *s c -> n *s c",
         torch_axes="n c *s -> n c *s",
         ranks=(r + 2,),
@@ -364,16 +369,29 @@ PRELU = Row(
     lower=lower.own_slopes,
 )
 EINSUM_DENSE = Row(
-    None,
-    None,
+    fl.EinsumDense,
     "EinsumDense",
-    params=(
-        P("kernel: *k", "-", "kernel: *k"),
-        P("bias: *o", "-", "bias: *o", when="bias_axes"),
+    "EinsumDense",
+    settings=(
+        S("equation", "equation", "equation"),
+        S("output_shape", "output_shape", "output_shape", normal=_sizes),
+        S("bias_axes", "bias_axes", "bias_axes", None),
     ),
+    params=(
+        P("kernel: *k", "weight: *k", "kernel: *k"),
+        P("bias: *e", "bias: *e", "bias: *e", when="bias_axes"),
+    ),
+    kind="einsum",
+    keras_defaults={
+        "quantization_config": None,
+        "lora_rank": None,
+        "lora_alpha": None,
+        "gptq_unpacked_column_size": None,
+    },
+    special=ArrayShapes(),
     fused_activation=True,
     lower=lower.einsum,
-    note="over the last axis: a Dense",
+    note="over the last axis alone: a Dense",
 )
 
 ROWS: tuple[Row, ...] = (

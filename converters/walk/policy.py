@@ -14,6 +14,9 @@ from fwt.converters.rows.row import Framework, Layer, refuse
 
 # What gives the same whether its values are rounded before it or after.
 _MOVES = ("Dropout", "Flatten", "Reshape", "Permute", "Identity")
+COMPUTED = ("float32", "float16", "bfloat16", "float64")
+POLICIES = (*COMPUTED, "mixed_float16", "mixed_bfloat16")  # of Keras
+_CAST = "cast the variables first, jax.tree.map(lambda x: x.astype('float32'), ...)"
 WAY_OUT = "load(path, dtype='float32') and from_keras(model, dtype='float32') drop the policy"
 
 
@@ -97,29 +100,27 @@ def check_torch(layers: Sequence[Layer]) -> None:
 
 def to_keras(layers: Sequence[Layer]) -> None:
     """Gives each layer of Keras its policy as a setting, where it is not float32."""
+    for layer in every(layers):
+        for name, value in layer.arrays.items():
+            if str(value.dtype) not in COMPUTED:
+                raise refuse(f"{layer.name}/{name}", f"dtype {value.dtype}: Keras models are "
+                             f"written in {', '.join(COMPUTED)}", _CAST)  # fmt: skip
     if not any(x.dtype for x in layers):
         return
     names: list[str | None] = []
     for layer in layers:
-        compute, found = layer.dtype, held([layer])
-        variable = next(iter(found)) if len(found) == 1 else None
-        if found and variable not in (compute, "float32"):
-            said = " and ".join(sorted(found))
-            raise refuse(
-                str(layer),
-                f"it computes in {compute} with weights in {said}, for which Keras has no policy",
-                f"cast its variables to {compute}, or to float32",
-            )
-        half = compute in ("float16", "bfloat16")
-        if found and variable != compute and not half:
-            raise refuse(str(layer), f"it computes in {compute} with weights in {variable}, for "
-                         "which Keras has no policy", "cast its variables")  # fmt: skip
-        names.append(None if not found else compute if variable == compute else f"mixed_{compute}")
+        compute, found = str(layer.dtype), held([layer])
+        fitting = [n for n, variable in ((compute, compute), (f"mixed_{compute}", "float32"))
+                   if n in POLICIES and found == {variable}]  # fmt: skip
+        if not fitting and (found or compute not in COMPUTED):
+            said = f" with weights in {' and '.join(sorted(found))}" if found else ""
+            raise refuse(str(layer), f"it computes in {compute}{said}, for which Keras has no "
+                         "policy", _CAST)  # fmt: skip
+        names.append(fitting[0] if fitting else None)
     for index, layer in enumerate(layers):
         # What has no weights takes the policy of what stands nearest before it, or after.
         near = [*reversed(names[: index + 1]), *names[index + 1 :]]
-        fitting = (n for n in near if n and n.removeprefix("mixed_") == layer.dtype)
-        name = next(fitting, layer.dtype)
+        name = next((n for n in near if n and n.removeprefix("mixed_") == layer.dtype), layer.dtype)
         for part in every([layer]):
             part.settings["dtype"] = name
             if "return_sequences" in part.settings and held([part]) & {"float16", "bfloat16"}:

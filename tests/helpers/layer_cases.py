@@ -506,6 +506,26 @@ def _(rng):
     return shape, k.EinsumDense(equation, output_shape=out, bias_axes=bias, activation="relu")
 
 
+# Those of Keras's own tests, with other sizes: (equation, input, output, axes of a bias).
+EINSUMS = (
+    ("ab,b->a", (3,), (), None), ("abc,cde->abde", (2, 3), (2, 4, 5), None),
+    ("abc,cde->abde", (2, 3), (2, 4, 5), "e"), ("abc,cde->abde", (2, 3), (2, 4, 5), "d"),
+    ("abc,cde->abde", (2, 3), (2, 4, 5), "be"), ("BFNH,NHD->BFD", (3, 2, 5), (3, 4), None),
+    ("abc,cd->adb", (2, 3), (4, 2), "d"), ("i,d->id", (), 4, None),
+    ("ibd,nd->ibn", (2, 3), (None, 4), None), ("...bc,bc->...b", (4, 2, 3), 2, "b"),
+    ("...bc,bc->...c", (4, 2, 3), 3, None), ("...c,cde->...de", (2, 3), (4, 5), "de"),
+    ("...c,cde->...de", (2, 3), (4, 5), "d"), ("bc...,cd->bd...", (3, 2, 4), (5, 2, 4), "d"),
+    ("bc...,cde->bde...", (3, 2), (4, 5), "d"), ("abcd,be->aecd", (4, 5, 3), (7, 5, 3), "ec"),
+)  # fmt: skip
+
+
+@case(KERAS, "EinsumDense_any")
+def _(rng):
+    equation, shape, out, bias = pick(rng, *EINSUMS)
+    activation = pick(rng, "tanh", None)
+    return shape, k.EinsumDense(equation, out, activation, bias_axes=bias)
+
+
 @case(KERAS, "Embedding", integers=7)
 def _(rng):
     return ints(rng, rng.integers(1, 3), 1, 4), k.Embedding(7, 3)

@@ -193,7 +193,6 @@ def test_torch_refusals_name_the_setting(layers, said):
         (lambda: keras.layers.Lambda(lambda x: x), "Lambda"),
         (lambda: keras.layers.UpSampling2D(2, interpolation="bicubic"), "bicubic"),
         (lambda: keras.layers.Resizing(3, 4, antialias=True), "antialias=True"),
-        (lambda: keras.layers.EinsumDense("abcd,be->aecd", (7, 5, 3)), "equation"),
         (lambda: keras.layers.Softmax(axis=[1, 2]), "axis"),
         (lambda: keras.layers.Dense(3, activation=lambda x: x + 1), "activation"),
     ],

@@ -141,6 +141,14 @@ def inner_layer(framework: Framework, layer: Layer, rank: int | None) -> list[La
     return [dataclasses.replace(layer.inner[0], name=layer.name)] if layer.inner else None
 
 
+def one_device(framework: Framework, layer: Layer, rank: int | None) -> list[Layer] | None:
+    """Torch's SyncBatchNorm, which gathers its statistics in training only, as a BatchNorm."""
+    if rank is None:
+        raise refuse(str(layer), "the rank of its input is not known", "give input_shape=")
+    settings = {k: v for k, v in layer.settings.items() if k != "process_group"}
+    return [dataclasses.replace(layer, kind=f"BatchNorm{max(rank - 2, 1)}d", settings=settings)]
+
+
 def random_relu(framework: Framework, layer: Layer, rank: int | None) -> list[Layer] | None:
     """RReLU draws its slope in training; at inference it is the middle one."""
     slope = (layer.settings["lower"] + layer.settings["upper"]) / 2

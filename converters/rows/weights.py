@@ -228,6 +228,13 @@ def _batch_norm(torch: str, ranks: tuple[int, ...], channel: str | None) -> Row:
     )
 
 
+SYNC_BATCH_NORM = Row(
+    None,
+    "SyncBatchNorm",
+    params=_NORM_PARAMS,
+    lower=lower.one_device,
+    note="the BatchNorm that it is at inference",
+)
 LAYER_NORM = Row(
     nn.LayerNorm,
     "LayerNorm",
@@ -404,6 +411,7 @@ ROWS: tuple[Row, ...] = (
     _batch_norm("BatchNorm1d", (2, 3), None),
     _batch_norm("BatchNorm2d", (4,), "c"),
     _batch_norm("BatchNorm3d", (5,), "c"),
+    SYNC_BATCH_NORM,
     LAYER_NORM,
     GROUP_NORM,
     *(_tracked_instance_norm(r) for r in (1, 2, 3)),

@@ -213,6 +213,12 @@ def add_torch_spatial():
 add_torch_spatial()
 
 
+@case(TORCH, "SyncBatchNorm")
+def _(rng):
+    layer = t.SyncBatchNorm(3, pick(rng, 1e-5, 0.01), pick(rng, 0.3, None), affine=yes(rng))
+    return (3, *spatial(rng, int(rng.integers(0, 4)), 1, 4)), layer
+
+
 @case(TORCH, "Linear")
 def _(rng):
     i = int(rng.integers(1, 7))

@@ -64,12 +64,16 @@ def test_a_policy_is_dtype_and_param_dtype(policy, tmp_path):
     model.save(tmp_path / "net.keras")
     loaded = converters.load(tmp_path / "net.keras")
     assert loaded.module == made.module
-    for suffix in (".safetensors", ".keras"):
+    if held == "bfloat16":
+        with pytest.raises(converters.ConversionError, match="bfloat16 weights in an"):
+            converters.save(tmp_path / "again.h5", loaded)
+    for suffix in (".safetensors", *([] if held == "bfloat16" else [".h5"]), ".keras"):
         converters.save(tmp_path / f"again{suffix}", loaded)
         loaded = converters.load(tmp_path / f"again{suffix}")
         assert loaded.module == made.module, suffix
     for back in (
         converters.to_keras(made), keras.saving.load_model(tmp_path / "again.keras"),
+        *[keras.saving.load_model(p) for p in tmp_path.glob("*.h5")],
     ):  # fmt: skip
         assert {x.dtype_policy.name for x in back.layers} == {policy}
         assert np.array_equal(predicted(back, x), expected)

@@ -9,7 +9,7 @@ import os
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fwt import _nodes, _tree
 from fwt._sequential import Sequential
@@ -295,6 +295,7 @@ def load(
     shardings: Any = None,
     sidecar: bool = False,
     external_data: bool = False,
+    dtype: Literal["float32"] | None = None,
 ) -> Model:
     """Reads a model or weights from a file or folder, without the framework that wrote it.
 
@@ -325,6 +326,8 @@ def load(
         sidecar: of a Keras model, as in ``from_keras``: what matters in training only is kept in
             ``module.sidecar``, and written along by :func:`save`.
         external_data: of an ONNX file, whether its weights may be in another in its folder.
+        dtype: "float32" for a model that computes in float32, whatever the dtype policy of the
+            file's, and for floating leaves in float32; None, the default, keeps what the file says.
 
     Returns:
         ``Model(module, variables)`` with NumPy leaves. A file that holds weights only gives
@@ -369,7 +372,7 @@ def load(
         if not strict and match == "order":
             raise FileFormatError(f"{path}: strict=False goes by names, not with match='order'")
         if architecture is None:
-            return _whole(found, path, how)
+            return _flax.in_dtype(_whole(found, path, how), dtype)
         fill = None
         model = Model(None, {})
         if found.fill is not None and named:
@@ -386,7 +389,8 @@ def load(
                 own(layers, path, how)
 
         how_named = _fill.Names(rename, drop, match, strict)
-        return _fill.filled(model, architecture, path, fill, load, how_named)
+        made = _fill.filled(model, architecture, path, fill, load, how_named)
+        return _flax.in_dtype(made, dtype)
     except OSError as error:
         raise FileFormatError(f"{path}: can't read it ({error.strerror or error})") from error
 

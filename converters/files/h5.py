@@ -31,7 +31,7 @@ from fwt.converters.frameworks import keras_2, keras_config
 from fwt.converters.io import Budget, Reading, member, opened, progress, reading
 from fwt.converters.rows import table
 from fwt.converters.rows.row import Layer, parts_of, refuse
-from fwt.converters.walk import convert
+from fwt.converters.walk import convert, policy
 
 # The vector of a SpectralNormalization.
 _STATE = re.compile(r"(^|/)(vector_u|sn_u)(:\d+)?$")
@@ -386,6 +386,8 @@ def save_legacy(file: Any, module: Any, variables: Any, layout: str | None) -> N
     """An .h5 file of a whole model, as Keras 3 writes it."""
     layers, shape = keras_config.to_keras_layers(module, variables, None)
     _check_own(layers)
+    if "bfloat16" in policy.held(layers):
+        raise ConversionError("Keras can't read bfloat16 weights in an .h5 file: save a .keras one")
     config = keras_config.keras_config(layers, shape)
     told = {"class_name": config["class_name"], "config": _plain_config(config["config"])}
     buffer = io.BytesIO()

@@ -11,10 +11,10 @@ from fwt._types import FileFormatError, Model
 from fwt.converters.frameworks import flax as _flax
 from fwt.converters.rows import table
 from fwt.converters.rows.row import TRAINING, Layer, listed, refuse
-from fwt.converters.walk import convert
+from fwt.converters.walk import convert, policy
 
-# use_fast_variance decides how exact a norm is.
-_LEFT_OUT = TRAINING["flax"] - {"use_fast_variance"}
+# use_fast_variance decides how exact a norm is, param_dtype is half of a policy.
+_LEFT_OUT = TRAINING["flax"] - {"use_fast_variance", "param_dtype"}
 
 
 def description(module: Any) -> str:
@@ -53,6 +53,9 @@ def module_to_json(module: Any) -> Any:
             continue
         layer = Layer(named.name, type(named.layer).__name__, {})
         settings = {k: v for k, v in flax_settings(named.layer).items() if k not in _LEFT_OUT}
+        for name in ("dtype", "param_dtype"):
+            if name in settings:
+                settings[name] = policy.name_of(settings[name], str(layer))
         if not table.rows_of("flax", layer.kind):
             raise refuse(str(layer), "fwt has no row for this class")
         try:

@@ -21,7 +21,7 @@ from fwt.converters.rows.row import STATE, Framework, Layer, is_training
 
 # Settings that change nothing that a model computes.
 _KEPT = {
-    "torch": ("padding_idx", "norm_type", "scale_grad_by_freq", "sparse", "dropout"),
+    "torch": ("momentum", "padding_idx", "norm_type", "scale_grad_by_freq", "sparse", "dropout"),
     "keras": (*("dropout", "recurrent_dropout", "implementation", "unroll", "use_cudnn"),
               *("unit_forget_bias", "synchronized", "renorm", "zero_output_for_mask")),
     "flax": (),

@@ -23,17 +23,19 @@ from fwt.converters.rows.row import (
 
 
 class BatchNormAffine(Special):
-    """torch has both of scale and bias, or none."""
+    """torch has both of scale and bias, or none. Its momentum=None, a cumulative mean in training,
+    goes with the sidecar. ``tracks``: whether the layer is an InstanceNorm with statistics."""
+
+    def __init__(self, tracks: bool = False):
+        self.tracks = tracks
 
     def read(self, framework: Framework, take: Take, fields: dict[str, Any], at: At) -> None:
         if framework == "flax" and take("use_running_average") is False:
             raise refuse(take.place, "use_running_average=False: it predicts from each batch")
-        if fields.get("momentum", 0) is None:
-            raise refuse(
-                take.place,
-                "momentum=None is a cumulative mean, which only torch has",
-                "give a number",
-            )
+        if framework == "torch" and fields["momentum"] is None:
+            fields["momentum"] = 0.99
+        if framework == "torch" and self.tracks:
+            take("track_running_stats")
         if framework == "torch" and "bias" in take.values:  # a setting of newer versions
             fields["use_bias"] = take("bias") and fields["use_bias"]
 
@@ -42,7 +44,33 @@ class BatchNormAffine(Special):
     ) -> list[Around]:
         if framework == "torch":
             settings["affine"] = fields["use_scale"] or fields["use_bias"]
+            if self.tracks:
+                settings["track_running_stats"] = True
         return []
+
+    def finish(
+        self, framework: Framework, layer: Layer, fields: Mapping[str, Any], sizes: Any, at: At
+    ) -> Layer:
+        if framework == "keras":
+            layer.kind = "BatchNormalization"
+        return layer
+
+
+class ArrayShapes(Special):
+    """What torch is told beside the equation of an einsum: the shapes of its arrays."""
+
+    def read(self, framework: Framework, take: Take, fields: dict[str, Any], at: At) -> None:
+        if framework == "torch":
+            take("weight_shape")
+            take("bias_shape")
+
+    def finish(
+        self, framework: Framework, layer: Layer, fields: Mapping[str, Any], sizes: Any, at: At
+    ) -> Layer:
+        if framework == "torch":
+            for name, value in layer.arrays.items():
+                layer.settings[f"{name}_shape"] = value.shape
+        return layer
 
 
 class InferenceFlag(Special):

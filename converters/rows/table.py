@@ -15,7 +15,9 @@ from typing import Any
 
 import flax.linen as nn
 
+from fwt import layers as fl
 from fwt._axes import Known
+from fwt._modules import einsum_names
 from fwt._types import ConversionError
 from fwt.converters.rows import (
     attention,
@@ -157,6 +159,11 @@ def known(layer: Any, leaf: str, rank: int) -> Known:
         ins = _many(layer.axis) if leaf == "kernel" else 0
         sides = (*["in"] * ins, *["out"] * _many(layer.features))
         return Known((*["stack"] * (rank - len(sides)), *sides), False, kind, layer)
+    if type(layer) is fl.EinsumDense and leaf == "kernel":
+        names = einsum_names(layer.equation)
+        if names is not None:
+            names = (*["stack"] * (rank - len(names)), *names)
+        return Known(names, False, kind, layer)
     for row in (*rows_of("flax", kind), *(r for r in NAMES if r.flax is type(layer))):
         for p in row.params:
             name, letters = p.of("flax")

@@ -15,7 +15,7 @@ from file_cases import image_net, random_model
 from flax import serialization
 
 import fwt
-from fwt import _diff, cli, converters
+from fwt import _diff, _terminal, converters
 from fwt.converters import io as _io
 
 
@@ -229,14 +229,14 @@ def test_a_bar_is_shown_past_a_second_on_a_terminal_only(monkeypatch):
             return True
 
     now = [0.0]
-    monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(_terminal.time, "monotonic", lambda: now[0])
     for kind, seconds, shown in (
         (Terminal, 3, True),
         (Terminal, 0.5, False),
         (io.StringIO, 3, False),
     ):
         monkeypatch.setattr(sys, "stderr", kind())
-        with cli._progress("reading net.keras", 4_000_000):
+        with _terminal.progress("reading net.keras", 4_000_000):
             for _ in range(4):
                 now[0] += seconds / 4
                 _io.progress(1_000_000)

@@ -5,6 +5,7 @@ allocates before it has checked sizes. A save appears whole or not at all.
 """
 
 import dataclasses
+import functools
 import os
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +37,8 @@ class Format:
     fill: Callable[[list[Layer], Path, Reading], None] | None = None
     framework: str = ""  # whose format it is
     needs_module: bool = False  # to write it
+    weights_only: bool = False  # it says nothing of the layers
+    parts: bool = False  # it may hold several, of which key= picks one
     holds: str = ""  # what of a model, for the table of formats
 
 
@@ -65,6 +68,8 @@ _WEIGHTS = Format(
     fill=_fill_weights,
     framework="Keras",
     needs_module=True,
+    weights_only=True,
+    parts=True,
     holds="weights; `architecture=` gives their model",
 )
 _WEIGHT_SHARDS = Format(
@@ -74,6 +79,8 @@ _WEIGHT_SHARDS = Format(
     fill=_fill_shards,
     framework="Keras",
     needs_module=True,
+    weights_only=True,
+    parts=True,
     holds="the same in shards; written with `.weights.h5` and `shard_bytes=`",
 )
 _LEGACY = Format(
@@ -92,6 +99,8 @@ _TORCH = Format(
     torch_file.load_torch,
     torch_file.save_torch,
     framework="PyTorch",
+    weights_only=True,
+    parts=True,
     holds="weights: a state dict, a checkpoint with one (`key=`), or `.bin.index.json` of shards",
 )
 _SAFETENSORS = Format(
@@ -116,6 +125,7 @@ _NPZ = Format(
     plain.load_npz,
     plain.save_npz,
     framework="NumPy",
+    parts=True,
     holds="a model if fwt wrote it (in a member), else weights",
 )
 _MSGPACK = Format(
@@ -124,6 +134,8 @@ _MSGPACK = Format(
     plain.load_msgpack,
     plain.save_msgpack,
     framework="Flax",
+    weights_only=True,
+    parts=True,
     holds="weights: variables, or a state that has them (`key=`)",
 )
 _ORBAX = Format(
@@ -132,6 +144,7 @@ _ORBAX = Format(
     orbax.load_orbax,
     save_folder=orbax.save_orbax,
     framework="Orbax",
+    parts=True,
     holds="a folder: a model if fwt wrote it, else weights (`key=`, `shardings=`)",
 )
 
@@ -165,10 +178,16 @@ FORMATS = (_KERAS, _WEIGHTS, _WEIGHT_SHARDS, _LEGACY, _TORCH, _SAFETENSORS, _SHA
 SUFFIXES = {suffix: f for f in FORMATS for suffix in f.suffixes}
 
 
-def by_suffix(path: Path) -> Format | None:
-    """The format that a name says; the longest suffix counts."""
+def suffix(path: Path) -> str:
+    """The end of a name that says the format, the longest that fits; else what follows its last
+    dot."""
     fitting = [s for s in SUFFIXES if path.name.lower().endswith(s)]
-    return SUFFIXES[max(fitting, key=len)] if fitting else None
+    return max(fitting, key=len) if fitting else path.suffix
+
+
+def by_suffix(path: Path) -> Format | None:
+    """The format that a name says."""
+    return SUFFIXES.get(suffix(path).lower())
 
 
 def by_content(path: Path) -> Format | None:
@@ -386,7 +405,8 @@ def load(
                 own(layers, path, how)
 
         how_named = _fill.Names(rename, drop, match, strict)
-        return _fill.filled(model, architecture, path, fill, load, how_named)
+        whole = functools.partial(load, sidecar=sidecar)
+        return _fill.filled(model, architecture, path, fill, whole, how_named)
     except OSError as error:
         raise FileFormatError(f"{path}: can't read it ({error.strerror or error})") from error
 

@@ -359,14 +359,20 @@ def to_keras_layers(
     return sidecar.restored(fold_activations(new), module, "keras", state), found
 
 
-def with_sidecar(model: Model, layers: list[Layer], shape: Any, layout: Any) -> Model:
+def with_sidecar(
+    model: Model,
+    layers: list[Layer],
+    shape: Any,
+    layout: Any,
+    whole: Mapping[str, Any] | None = None,
+) -> Model:
     """A model that was converted from Keras layers, with a sidecar of what they lose."""
 
     def forth(layers: list[Layer]) -> Model:
         return _flax.write_flax(*convert.convert(layers, "keras", "flax", shape, layout))
 
     return sidecar.with_sidecar(
-        model, layers, "keras", lambda m: to_keras_layers(*m, None)[0], forth
+        model, layers, "keras", lambda m: to_keras_layers(*m, None)[0], forth, whole
     )
 
 

@@ -1,5 +1,6 @@
 """What the command line prints: bars, tables and JSON, and errors in the words of its options."""
 
+import ast
 import contextlib
 import dataclasses
 import json
@@ -9,7 +10,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,7 +97,8 @@ def print_model(path: Path, model: "Model", as_json: bool, architecture: Any = N
             about += f", input {' x '.join('any' if s is None else str(s) for s in shape)}"
     console = _console()
     console.print(about, highlight=False, markup=False)
-    console.print(told, highlight=False)
+    lines = (dataclasses.replace(x, path=x.path.replace("\\/", "/")) for x in told.lines)
+    console.print(dataclasses.replace(told, lines=tuple(lines)), highlight=False)
 
 
 def print_diff(found: Any, as_json: bool, hint: str) -> None:
@@ -122,7 +124,7 @@ def print_diff(found: Any, as_json: bool, hint: str) -> None:
     for c in found.changes:
         numbers = ["" if c.count is None else f"{c.count:,}",
                    "" if c.largest is None else f"{c.largest:.3g}"]  # fmt: skip
-        table.add_row(*map(Text, [c.path, c.what, *numbers]))
+        table.add_row(*map(Text, [c.path.replace("\\/", "/"), c.what, *numbers]))
     if found.changes:
         console.print(table, highlight=False)
     for line in found.layers:
@@ -139,8 +141,6 @@ def print_diff(found: Any, as_json: bool, hint: str) -> None:
 # checked before it.
 ERRORS = (FwtError, TypeError, ValueError, ArithmeticError, OSError, ImportError)
 
-_OPTIONS = "architecture|key|match|max_bytes|shard_bytes|where|tolerance|layout|scope"
-
 
 def line_of(error: Exception) -> str | None:
     """An error as one line in the words of the command line; None for one of our own making."""
@@ -152,25 +152,57 @@ def line_of(error: Exception) -> str | None:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
+_OPTIONS = "architecture|key|match|max_bytes|shard_bytes|where|tolerance|layout|scope|like"
+_AT = r"(?<![\w/\\.-])"  # not in a path
+
+# What Python's words are on the command line.
+_WORDS = (
+    (r"where=fwt\.kernels", "kernels, the default of --where,"),
+    (r"fwt\.paths\(params\)", "fwt inspect"),
+    (r"fwt\.(initialize|prune|project)\b(?!\()", r"fwt \1"),
+    (r"fwt\.(pattern|score|constraint|initializer)s\.", r"--\1 "),
+    (r"; give a module", ": --architecture net.keras says which model they are of"),
+    (r"give the module,", "give their model with --architecture,"),
+    (r"run (it )?with jax\.enable_x64\(True\)( \(or .*?\)\))?(, or, on a tree, give dtype=.*)?$",
+     "set JAX_ENABLE_X64=1 in the environment"),
+    (r"set jax_enable_x64", "set JAX_ENABLE_X64=1 in the environment"),
+    (r"use (converters\.transform\(model, t\))", r"use \1 in Python"),
+    (r"^prune needs a sparsity or a threshold.*", "prune takes --sparsity 0.8 or --threshold 0.1, "
+     "one of the two (--pattern 'n_m(2, 4)' gives a sparsity)"),
+    (r"^(scope|like|layout|sparsity|threshold|tolerance)(?= (must|is) )", r"--\1"),
+    (r": (drop|rename): no name", r": --\1: no name"),
+    (r" or a dict( \{glob: sparsity\})?(?=$|,)| or None(?=, found)", ""),
+    (r"; make a jax\.random\.key of it", ""),
+    (r" \(https://flax\.readthedocs[^)\s]*\)", ""),
+    (rf"{_AT}strict=False", "--no-strict"),
+    (rf"{_AT}fold=False", "--keep-parts"),
+    (rf"{_AT}strict=(?=$|[ ,;:])", "--no-strict"),
+    (r"\\+/", "/"),
+)  # fmt: skip
+
+
 def in_options(text: str) -> str:
     """An error in Python's words as one line in those of the command line."""
-
-    def each(option: str, join: str) -> Callable[[re.Match[str]], str]:
-        def said(found: re.Match[str]) -> str:
-            given = re.findall(r"'([^']*)'(?:: '([^']*)')?", found[1])
-            return " ".join(f"--{option} {shlex.quote(a + join + b)}" for a, b in given)
-
-        return said
-
     text = " ".join(text.split())
-    start = r"(?<![\w/\\.-])"  # not in a path
-    for option, join in (("rename", "="), ("axes", "=")):
-        text = re.sub(rf"{start}{option}=(\{{'[^{{}}]*\}})", each(option, join), text)
-    for option in ("drop", "where"):
-        text = re.sub(rf"{start}{option}=(\['[^\[\]\"]*\])", each(option, ""), text)
-    text = re.sub(rf"{start}strict=False", "--no-strict", text)
-    text = re.sub(rf"{start}fold=False", "--keep-parts", text)
-    text = re.sub(rf"{start}strict=(?=$|[ ,;:])", "--no-strict", text)
-    text = re.sub(rf"{start}({_OPTIONS})=(?=['\d])", lambda m: f"--{m[1].replace('_', '-')} ", text)
-    return re.sub(rf"{start}({_OPTIONS}|rename|drop|axes)=(?=$|[ ,;:]|\.(?!\.))",
+    # Values in Python's spelling: a dict, a list, a text, a number.
+    value = r"(\{'[^{}]*\}|\['[^\[\]]*\]|'[^']*'|-?\d[\d,_]*)"
+    text = re.sub(rf"{_AT}({_OPTIONS}|rename|axes|drop)={value}", _given, text)
+    for found, said in _WORDS:
+        text = re.sub(found, said, text)
+    return re.sub(rf"{_AT}({_OPTIONS}|rename|drop|axes)=(?=$|[ ,;:]|\.(?!\.))",
                   lambda m: f"--{m[1].replace('_', '-')}", text)  # fmt: skip
+
+
+def _given(found: re.Match[str]) -> str:
+    """An argument in Python's spelling as options."""
+    option, text = f"--{found[1].replace('_', '-')}", found[2]
+    if text[0] in "-0123456789":
+        return f"{option} {text}"
+    try:
+        value = ast.literal_eval(text)
+    except (SyntaxError, ValueError):
+        return found[0]
+    if isinstance(value, dict):
+        value = [a if b is ... else f"{a}={b}" for a, b in value.items()]
+    texts = [str(v).replace("\\/", "/") for v in ([value] if isinstance(value, str) else value)]
+    return " ".join(f"{option} {shlex.quote(v)}" for v in texts)

@@ -5,8 +5,6 @@ several files, a line for each that failed, while the others are done), 2 wrong 
 files of diff or verify differ, or what convert --verify read again does.
 """
 
-import ast
-import inspect as _inspect
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,6 +14,18 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from fwt import _terminal
+from fwt._options import (
+    In,
+    Ins,
+    JsonOption,
+    LayoutOption,
+    Make,
+    Out,
+    ToOption,
+    changes,
+    named,
+    reads,
+)
 from fwt._types import FwtError
 
 if TYPE_CHECKING:
@@ -44,131 +54,6 @@ def _common(
     ] = False,
 ) -> None:
     pass
-
-
-In = Annotated[Path, typer.Argument(help="A file or folder of any format, told by its content.")]
-Ins = Annotated[list[Path], typer.Argument(help="Files or folders, told by their content.")]
-Out = Annotated[
-    Path,
-    typer.Argument(help="Where to write; the suffix is the format. Several go to a folder."),
-]
-ToOption = Annotated[
-    str | None, typer.Option("--to", help="The suffix of the files in the folder TARGET.")
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, one line for each file.")]
-WhereOption = Annotated[
-    list[str] | None,
-    typer.Option("--where", "-w", help="A glob on the path, such as 'dense_*/kernel'; repeatable."),
-]
-AxesOption = Annotated[
-    list[str] | None,
-    typer.Option(help="What the axes of leaves mean, such as '**/weight=out in h w'; repeatable."),
-]
-LayoutOption = Annotated[
-    str | None,
-    typer.Option(help="For .pt: channels_first (the default) or source, the order of its ends."),
-]
-
-# The options of reading a file: what each says, and its default.
-_READING: dict[str, tuple[Any, Any]] = {
-    "architecture": (
-        Annotated[
-            Path | None,
-            typer.Option("--architecture", "-a", help="For weights alone: their model's file."),
-        ],
-        None,
-    ),
-    "key": (
-        Annotated[
-            str | None,
-            typer.Option(help="Which part of the file, such as 'model' or 'state/params'."),
-        ],
-        None,
-    ),
-    "rename": (
-        Annotated[
-            list[str] | None,
-            typer.Option(help="With --architecture: OLD=NEW, the start of names; repeatable."),
-        ],
-        None,
-    ),
-    "drop": (
-        Annotated[
-            list[str] | None,
-            typer.Option(help="With --architecture: a glob of names not wanted; repeatable."),
-        ],
-        None,
-    ),
-    "match": (
-        Annotated[
-            str,
-            typer.Option(help="With --architecture: name, or order to take arrays as they come."),
-        ],
-        "name",
-    ),
-    "strict": (
-        Annotated[
-            bool, typer.Option(help="With --architecture: whether all names and shapes must fit.")
-        ],
-        True,
-    ),
-    "keep_parts": (
-        Annotated[
-            bool,
-            typer.Option("--keep-parts", help="Keep the parts of torch's prune, weight_norm, ..."),
-        ],
-        False,
-    ),
-    "max_bytes": (
-        Annotated[int | None, typer.Option(help="How many bytes compressed parts may grow to.")],
-        None,
-    ),
-}
-
-
-def _reads(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives a command the options of reading a file. It takes them as ``how``, which is what
-    ``load`` is called with."""
-
-    def run(**given: Any) -> None:
-        how = {name: given.pop(name) for name in _READING}
-        how["fold"] = not how.pop("keep_parts")
-        how["drop"] = how["drop"] or ()
-        if how["match"] not in ("name", "order"):
-            raise typer.BadParameter(f"--match {how['match']}: expected name or order")
-        pairs = [text.partition("=") for text in how["rename"] or ()]
-        if not all(found for _, found, _ in pairs):
-            raise typer.BadParameter(f"--rename {' '.join(how['rename'])}: expected OLD=NEW")
-        how["rename"] = {old: new for old, _, new in pairs} or None
-        command(how=how, **given)
-
-    taken = _inspect.signature(command)
-    own = [p for name, p in taken.parameters.items() if name != "how"]
-    options = [
-        _inspect.Parameter(name, _inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
-        for name, (kind, default) in _READING.items()
-    ]
-    found: Any = run
-    found.__name__, found.__doc__ = command.__name__, command.__doc__
-    found.__signature__ = taken.replace(parameters=[*own, *options])
-    found.__annotations__ = {p.name: p.annotation for p in [*own, *options]}
-    return run
-
-
-def _where(globs: list[str] | None) -> Any:
-    import fwt
-
-    return globs or fwt.kernels
-
-
-def _axes(texts: list[str] | None) -> dict[str, str] | None:
-    out = {}
-    for text in texts or ():
-        glob, found, names = text.rpartition("=")
-        if not found:
-            raise FwtError(f"--axes {text!r}: expected GLOB=NAMES, such as '**/weight=out in h w'")
-        out[glob] = names
-    return out or None
 
 
 def _load(path: Path, **how: Any) -> "Model":
@@ -252,7 +137,7 @@ def _each_to(
 
 
 @app.command()
-@_reads
+@reads
 def inspect(files: Ins, how: dict[str, Any], as_json: JsonOption = False) -> None:
     """Show what files hold: layers, shapes, dtypes, zeros."""
 
@@ -263,7 +148,7 @@ def inspect(files: Ins, how: dict[str, Any], as_json: JsonOption = False) -> Non
 
 
 @app.command()
-@_reads
+@reads
 def convert(
     sources: Ins,
     target: Out,
@@ -306,13 +191,19 @@ def convert(
 
 
 def _changed(
-    sources: Sequence[Path], target: Path, t: Any, to: str | None, how: dict[str, Any],
-    layout: str | None, as_json: bool,
-) -> None:  # fmt: skip
+    sources: Ins,
+    target: Out,
+    make: Callable[["Model"], Any],
+    to: str | None,
+    how: dict[str, Any],
+    layout: str | None,
+    as_json: bool,
+) -> None:
     """Load, transform, save, and the table of what came out."""
 
     def one(source: Path, target: Path) -> None:
-        model = t(_load(source, **how, sidecar=True))
+        model = _load(source, **how, sidecar=True)
+        model = make(model)(model)
         _save(target, model, layout=layout)
         _terminal.print_model(target, model, as_json)
 
@@ -320,21 +211,32 @@ def _changed(
 
 
 def _both(first: Path, second: Path, how: dict[str, Any], run: bool = False) -> list[Any]:
-    """Two files, of which weights alone are the model that --architecture says they are, and
-    --key is for those that have parts. An ONNX file that is to run stays a path."""
-    keyed = [path for path in (first, second) if _terminal.format_of(path).parts]
+    """Two files, of which weights alone are the model that --architecture says they are. --key is
+    for each that has such a part. An ONNX file that is to run stays a path."""
     out: list[Any] = []
+    failed: list[FwtError] = []
     for path in (first, second):
         if run and _is_onnx(path):
             out.append(path)
             continue
-        own = {**how, "key": how["key"] if path in keyed or not keyed else None}
-        if own["architecture"] is None:
-            out.append(_load(path, **own))
-            continue
-        model = _load(path, **{name: own[name] for name in ("key", "fold", "max_bytes")})
-        out.append(_load(path, **own) if model.module is None else model)
+        try:
+            out.append(_as_model(path, how))
+        except FwtError as error:
+            if how["key"] is None:
+                raise
+            failed.append(error)
+            if len(failed) > 1:  # neither has it
+                raise failed[0] from error
+            out.append(_as_model(path, {**how, "key": None}))
     return out
+
+
+def _as_model(path: Path, how: dict[str, Any]) -> "Model":
+    """A file, whose weights are those of --architecture if it has no layers itself."""
+    if how["architecture"] is None:
+        return _load(path, **how)
+    model = _load(path, **{name: how[name] for name in ("key", "fold", "max_bytes")})
+    return _load(path, **how) if model.module is None else model
 
 
 def _is_onnx(path: Path) -> bool:
@@ -351,7 +253,7 @@ def _report(a: Any, b: Any, as_json: bool, tolerance: float | None = None) -> No
 
 
 @app.command()
-@_reads
+@reads
 def verify(
     first: In,
     second: In,
@@ -373,11 +275,11 @@ def verify(
                 f"{path}: weights alone can't run: --architecture says which model they are of; "
                 "fwt diff compares the weights of two files"
             )
-    _report(*pair, as_json, tolerance)
+    _report(pair[0], pair[1], as_json, tolerance)
 
 
 @app.command()
-@_reads
+@reads
 def diff(first: In, second: In, how: dict[str, Any], as_json: JsonOption = False) -> None:
     """Compare two files bit for bit, whatever their formats; exit code 3 if they differ."""
     from fwt import _diff
@@ -393,11 +295,8 @@ def diff(first: In, second: In, how: dict[str, Any], as_json: JsonOption = False
 
 
 @app.command()
-@_reads
+@changes(_changed)
 def prune(
-    sources: Ins,
-    target: Out,
-    how: dict[str, Any],
     sparsity: Annotated[
         float | None, typer.Option(help="The share of weights to prune, 0 to 1.")
     ] = None,
@@ -418,12 +317,7 @@ def prune(
         str | None, typer.Option(help="Count as torch, jaxpruner or tfmot does.")
     ] = None,
     seed: Annotated[int, typer.Option(help="The seed of random scores.")] = 0,
-    where: WhereOption = None,
-    axes: AxesOption = None,
-    to: ToOption = None,
-    layout: LayoutOption = None,
-    as_json: JsonOption = False,
-) -> None:
+) -> Make:
     """Set the smallest weights to zero (kernels, unless --where says otherwise)."""
     import fwt
 
@@ -436,26 +330,26 @@ def prune(
         sparsity = int(sparsity)  # a number of weights, as torch takes it
     checked: Any = scope  # by prune, whose error names the choices
     whose: Any = like
-    t = fwt.prune(
-        sparsity,
-        _named(fwt.scores, score, "score"),
-        threshold=threshold,
-        scope=checked,
-        pattern=_named(fwt.patterns, pattern, "pattern"),
-        where=_where(where),
-        like=whose,
-        key=seed,
-        axes=_axes(axes),
-    )
-    _changed(sources, target, t, to, how, layout, as_json)
+
+    def make(globs: list[str], axes: Any) -> Any:
+        return fwt.prune(
+            sparsity,
+            named(fwt.scores, score, "score"),
+            threshold=threshold,
+            scope=checked,
+            pattern=named(fwt.patterns, pattern, "pattern"),
+            where=globs or fwt.kernels,
+            like=whose,
+            key=seed,
+            axes=axes,
+        )
+
+    return make
 
 
 @app.command()
-@_reads
+@changes(_changed)
 def initialize(
-    sources: Ins,
-    target: Out,
-    how: dict[str, Any],
     initializer: Annotated[
         str | None,
         typer.Option(
@@ -468,77 +362,39 @@ def initialize(
         typer.Option(help="Instead: as 'keras', 'torch' or 'flax' gives them to new layers."),
     ] = None,
     seed: Annotated[int, typer.Option(help="The seed of the random numbers.")] = 0,
-    where: WhereOption = None,
-    axes: AxesOption = None,
-    to: ToOption = None,
-    layout: LayoutOption = None,
-    as_json: JsonOption = False,
-) -> None:
+) -> Make:
     """Give weights new values: kernels, with --like all, unless --where says otherwise."""
     import fwt
 
     if (initializer is None) == (like is None):
         raise FwtError("initialize takes --initializer or --like, one of them")
-    if initializer is None:
-        checked: Any = like  # by reset, whose error names the choices
-        t = fwt.reset(seed, checked, where or "**", axes=_axes(axes))
-    else:
-        chosen = _named(fwt.initializers, initializer, "initializer")
-        t = fwt.initialize(chosen, seed, _where(where), axes=_axes(axes))
-    _changed(sources, target, t, to, how, layout, as_json)
+    checked: Any = like  # by reset, whose error names the choices
+
+    def make(globs: list[str], axes: Any) -> Any:
+        if initializer is None:
+            return fwt.reset(seed, checked, globs or "**", axes=axes)
+        chosen = named(fwt.initializers, initializer, "initializer")
+        return fwt.initialize(chosen, seed, globs or fwt.kernels, axes=axes)
+
+    return make
 
 
 @app.command()
-@_reads
+@changes(_changed)
 def project(
-    sources: Ins,
-    target: Out,
-    how: dict[str, Any],
     constraint: Annotated[
         str, typer.Option(help="A name in fwt.constraints, or a call of it: max_norm(2.0).")
     ],
-    where: WhereOption = None,
-    axes: AxesOption = None,
-    to: ToOption = None,
-    layout: LayoutOption = None,
-    as_json: JsonOption = False,
-) -> None:
+) -> Make:
     """Move weights into the set of a constraint (kernels, unless --where says otherwise)."""
     import fwt
 
-    chosen = _named(fwt.constraints, constraint, "constraint")
-    t = fwt.project(chosen, _where(where), axes=_axes(axes))
-    _changed(sources, target, t, to, how, layout, as_json)
+    chosen = named(fwt.constraints, constraint, "constraint")
 
+    def make(globs: list[str], axes: Any) -> Any:
+        return fwt.project(chosen, globs or fwt.kernels, axes=axes)
 
-def _named(module: Any, text: str, what: str) -> Any:
-    """``name`` or ``name(arguments)``, of literals only; ``keras.name`` is in a namespace."""
-    from fwt import _tree
-
-    try:
-        parsed = ast.parse(text, mode="eval").body
-        call = parsed if isinstance(parsed, ast.Call) else None
-        name = call.func if call else parsed
-        if isinstance(name, ast.Attribute) and isinstance(name.value, ast.Name):
-            if name.value.id not in ("keras", "torch") or not hasattr(module, name.value.id):
-                raise ValueError("a name, or 'keras' or 'torch' and a name, is expected")
-            module, name = getattr(module, name.value.id), ast.Name(name.attr)
-        if not isinstance(name, ast.Name):
-            raise ValueError("a name is expected")
-        arguments = [ast.literal_eval(a) for a in call.args] if call else []
-        keywords = {k.arg or "**": ast.literal_eval(k.value) for k in call.keywords} if call else {}
-    except (SyntaxError, ValueError) as error:
-        why = "arguments must be literals" if "malformed" in str(error) else error
-        raise FwtError(f"{text!r} is no {what} such as name or name(1.0): {why}") from error
-    if name.id not in module.__all__:
-        raise FwtError(f"{name.id!r} is no {what}{_tree.near(name.id, module.__all__)}")
-    noun = getattr(module, name.id)
-    if call is None and (hasattr(noun, "settings") or getattr(noun, "__fwt_noun__", False)):
-        return noun
-    try:
-        return noun(*arguments, **keywords)
-    except TypeError as error:
-        raise FwtError(f"{what} {text!r}: {error}") from error
+    return make
 
 
 @app.command()

@@ -38,7 +38,6 @@ class Format:
     framework: str = ""  # whose format it is
     needs_module: bool = False  # to write it
     weights_only: bool = False  # it says nothing of the layers
-    parts: bool = False  # it may hold several, of which key= picks one
     holds: str = ""  # what of a model, for the table of formats
 
 
@@ -69,7 +68,6 @@ _WEIGHTS = Format(
     framework="Keras",
     needs_module=True,
     weights_only=True,
-    parts=True,
     holds="weights; `architecture=` gives their model",
 )
 _WEIGHT_SHARDS = Format(
@@ -80,7 +78,6 @@ _WEIGHT_SHARDS = Format(
     framework="Keras",
     needs_module=True,
     weights_only=True,
-    parts=True,
     holds="the same in shards; written with `.weights.h5` and `shard_bytes=`",
 )
 _LEGACY = Format(
@@ -100,7 +97,6 @@ _TORCH = Format(
     torch_file.save_torch,
     framework="PyTorch",
     weights_only=True,
-    parts=True,
     holds="weights: a state dict, a checkpoint with one (`key=`), or `.bin.index.json` of shards",
 )
 _SAFETENSORS = Format(
@@ -125,7 +121,6 @@ _NPZ = Format(
     plain.load_npz,
     plain.save_npz,
     framework="NumPy",
-    parts=True,
     holds="a model if fwt wrote it (in a member), else weights",
 )
 _MSGPACK = Format(
@@ -135,7 +130,6 @@ _MSGPACK = Format(
     plain.save_msgpack,
     framework="Flax",
     weights_only=True,
-    parts=True,
     holds="weights: variables, or a state that has them (`key=`)",
 )
 _ORBAX = Format(
@@ -144,7 +138,6 @@ _ORBAX = Format(
     orbax.load_orbax,
     save_folder=orbax.save_orbax,
     framework="Orbax",
-    parts=True,
     holds="a folder: a model if fwt wrote it, else weights (`key=`, `shardings=`)",
 )
 

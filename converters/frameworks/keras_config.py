@@ -30,7 +30,8 @@ def keras_layers(
     """
     kind = config.get("class_name") if isinstance(config, dict) else type(config).__name__
     if kind not in CONTAINERS:
-        raise ConversionError(f"{place}: expected a keras Sequential, found {kind!r}")
+        what = "a config that names no class" if kind is None else repr(kind)
+        raise ConversionError(f"{place}: expected a keras Sequential, found {what}")
     body = config.get("config")
     entries = body.get("layers") if isinstance(body, dict) else None
     if not isinstance(body, dict) or not isinstance(entries, list):
@@ -180,7 +181,7 @@ def _keras_entry(entry: Any, place: str) -> tuple[str, dict[str, Any]]:
     ):
         raise ConversionError(
             f"{place}: {entry['config'].get('name')} is a custom layer "
-            f"({module}.{kind}), which can't be converted"
+            f"({f'{module}.' if module else ''}{kind}), which can't be converted"
         )
     return kind, dict(entry["config"])
 

@@ -227,7 +227,10 @@ def _both(first: Path, second: Path, how: dict[str, Any], run: bool = False) -> 
             failed.append(error)
             if len(failed) > 1:  # neither has it
                 raise failed[0] from error
-            out.append(_as_model(path, {**how, "key": None}))
+            try:
+                out.append(_as_model(path, {**how, "key": None}))
+            except FwtError:
+                raise error from None
     return out
 
 

@@ -335,7 +335,8 @@ def load(
         shardings: for Orbax, a ``jax.sharding.Sharding`` or a tree of them: the leaves are then
             JAX arrays on those devices, each device reading its own part.
         sidecar: of a Keras model, as in ``from_keras``: what matters in training only is kept in
-            ``module.sidecar``, and written along by :func:`save`.
+            ``module.sidecar``, and so are the model's name, its class and what it was compiled
+            with; :func:`save` writes all of it along.
         external_data: of an ONNX file, whether its weights may be in another in its folder.
 
     Returns:

@@ -171,7 +171,12 @@ def test_what_keras_says_goes_through_other_formats(tmp_path):
     for first, second in (("net.keras", "a.safetensors"), ("a.safetensors", "b.h5"),
                           ("b.h5", "c.npz"), ("c.npz", "d.keras")):  # fmt: skip
         assert fwt_command("convert", tmp_path / first, tmp_path / second)[0] == 0
-    for name in ("b.h5", "d.keras"):
+    # Weights alone come back into what their architecture's file says.
+    for name in ("w.pt", "w.weights.h5"):
+        out, more = tmp_path / f"{name}.keras", ("-a", tmp_path / "net.keras")
+        assert fwt_command("convert", tmp_path / "net.keras", tmp_path / name)[0] == 0
+        assert fwt_command("convert", tmp_path / name, out, *more)[0] == 0
+    for name in ("b.h5", "d.keras", "w.pt.keras", "w.weights.h5.keras"):
         after = keras.saving.load_model(tmp_path / name)
         assert as_lists(after.get_config())["name"] == "outer"
         assert after.loss in ("mean_squared_error", keras.losses.mean_squared_error)
@@ -209,6 +214,24 @@ def test_a_model_with_other_layers_is_written_as_it_is(tmp_path):
     assert len(after.layers) == len(net.layers) - 1
     x = np.random.default_rng(0).normal(size=(2, 9, 7, 3)).astype(np.float32)
     np.testing.assert_allclose(after(x), other.apply(variables, x), rtol=1e-5, atol=1e-6)
+
+
+def test_what_a_sidecar_says_of_the_whole_is_checked(tmp_path):
+    """A config of other layers is not written, and what is no config is refused."""
+    trained_net().save(tmp_path / "net.keras")
+    module, variables = converters.load(tmp_path / "net.keras", sidecar=True)
+    told = json.loads(module.sidecar)
+    told["whole"]["config"]["config"]["layers"][1]["config"]["strides"] = [2, 2]
+    lies = module.clone(sidecar=json.dumps(told))
+    converters.save(tmp_path / "out.keras", lies, variables)
+    x = np.random.default_rng(0).normal(size=(2, 9, 7, 3)).astype(np.float32)
+    after = keras.saving.load_model(tmp_path / "out.keras")
+    np.testing.assert_allclose(after(x), module.apply(variables, x), rtol=1e-5, atol=1e-6)
+    nameless = {"config": {"config": {"name": 1}}}
+    for whole in (3, {"config": 3}, nameless, {**told["whole"], "steps": "many"}):
+        wrong = module.clone(sidecar=json.dumps({**told, "whole": whole}))
+        with pytest.raises(converters.ConversionError, match="sidecar"):
+            converters.save(tmp_path / "out.keras", wrong, variables)
 
 
 def test_spectral_norms_of_keras_are_written_as_what_they_compute(tmp_path):

@@ -28,6 +28,12 @@ def written(module: Any, variables: Any) -> tuple[dict[str, Any], list[Layer]]:
     config = told.get("config")
     if config is None:
         return keras_config.keras_config(layers, shape), layers
+    body = config.get("config") if isinstance(config, dict) else None
+    name = body.get("name", "sequential") if isinstance(body, dict) else None
+    if not isinstance(name, str) or type(told.get("steps", 0)) is not int:
+        raise ConversionError(
+            "the sidecar holds no config of a Keras model; module.clone(sidecar='') drops it"
+        )
     if told.get("steps"):
         warnings.warn(
             f"the state of the optimizer (after {told['steps']:,} steps) is not written: further "
@@ -37,7 +43,7 @@ def written(module: Any, variables: Any) -> tuple[dict[str, Any], list[Layer]]:
     own = _again(config, layers, module, variables)
     if own is not None:
         return config, own
-    made = keras_config.keras_config(layers, shape, config["config"].get("name", "sequential"))
+    made = keras_config.keras_config(layers, shape, name)
     return made | {n: config[n] for n in ("compile_config",) if n in config}, layers
 
 
@@ -54,7 +60,7 @@ def _again(config: Any, layers: list[Layer], module: Any, variables: Any) -> lis
         keras_config.gathered(opened)
         new, found = convert.convert(own, "keras", "flax", shape, "source")
         made = _flax.write_flax(new, found)
-    except (ConversionError, KeyError, ValueError, TypeError):
+    except (ConversionError, KeyError, IndexError, AttributeError, ValueError, TypeError):
         return None
     if made.module != module.clone(sidecar="") or not _same(made.variables, variables):
         return None

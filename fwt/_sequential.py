@@ -188,11 +188,19 @@ def call(layer: Any, variables: Any, x: Any) -> Any:
     return layer.apply(variables, x, **_flags(layer, False))
 
 
+def _kind(x: Any) -> str:
+    """What something is, in a few words: the repr of a module has many lines."""
+    if isinstance(x, type):
+        return f"the class {x.__name__}"
+    own = type(x).__module__.partition(".")[0]
+    return repr(x) if own == "builtins" else f"a {own} {type(x).__name__}"
+
+
 def _named(given: Any) -> tuple[Named, ...]:
     if isinstance(given, Mapping):
         given = given.items()
     if not isinstance(given, Iterable):
-        raise FwtError(f"Sequential takes a list of layers, found {given!r}")
+        raise FwtError(f"Sequential takes a list of layers, found {_kind(given)}")
     out: list[Named] = []
     for index, entry in enumerate(given):
         if isinstance(entry, Named):
@@ -203,7 +211,7 @@ def _named(given: Any) -> tuple[Named, ...]:
             if isinstance(layer, type) or not callable(layer):
                 raise FwtError(
                     f"Sequential: entry {index} must be a linen module (called, as nn.Dense(3)) or "
-                    f"an activation function, found {layer!r}"
+                    f"an activation function, found {_kind(layer)}"
                 )
             layer = _layers.from_function(layer)
         name = name if name is not None else layer.name or str(index)

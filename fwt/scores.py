@@ -382,7 +382,7 @@ def _called(name: str, loss: Any, score: Score) -> Score:
 
 def _variables(name: str, module: Any, params: Params, collections: Mapping[str, Any]) -> Any:
     if not hasattr(module, "apply"):
-        raise FwtError(f"{name} takes a Flax module, found {module!r}")
+        raise FwtError(f"{name} takes a Flax module, found {type(module).__name__}")
     if isinstance(params, Model):
         params = params.variables
     if _tree.is_variables(params):

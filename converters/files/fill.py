@@ -177,7 +177,10 @@ def _filled_keras(
     if native is None and known is not None:
         return _put([(places[n], v, n) for n, v in held.items()], known, path)
     new, found = convert.convert(layers, "keras", "flax", shape, "source")
-    return _flax.write_flax(new, found)
+    made = _flax.write_flax(new, found)
+    if known is None:
+        return made
+    return Model(made.module.clone(sidecar=known.module.sidecar), made.variables)
 
 
 def _refuse_turned(module: Any, path: Path) -> None:

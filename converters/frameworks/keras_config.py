@@ -28,7 +28,8 @@ def keras_layers(
     """
     kind = config.get("class_name") if isinstance(config, dict) else type(config).__name__
     if kind not in CONTAINERS:
-        raise ConversionError(f"{place}: expected a keras Sequential, found {kind!r}")
+        what = "a config that names no class" if kind is None else repr(kind)
+        raise ConversionError(f"{place}: expected a keras Sequential, found {what}")
     body = config.get("config")
     entries = body.get("layers") if isinstance(body, dict) else None
     if not isinstance(body, dict) or not isinstance(entries, list):
@@ -203,7 +204,7 @@ def _keras_entry(entry: Any, place: str) -> tuple[str, dict[str, Any]]:
     ):
         raise ConversionError(
             f"{place}: {entry['config'].get('name')} is a custom layer "
-            f"({module}.{kind}), which can't be converted"
+            f"({f'{module}.' if module else ''}{kind}), which can't be converted"
         )
     return kind, dict(entry["config"])
 
@@ -387,14 +388,20 @@ def to_keras_layers(
     return sidecar.restored(fold_activations(new), module, "keras", state), found
 
 
-def with_sidecar(model: Model, layers: list[Layer], shape: Any, layout: Any) -> Model:
+def with_sidecar(
+    model: Model,
+    layers: list[Layer],
+    shape: Any,
+    layout: Any,
+    whole: Mapping[str, Any] | None = None,
+) -> Model:
     """A model that was converted from Keras layers, with a sidecar of what they lose."""
 
     def forth(layers: list[Layer]) -> Model:
         return _flax.write_flax(*convert.convert(layers, "keras", "flax", shape, layout))
 
     return sidecar.with_sidecar(
-        model, layers, "keras", lambda m: to_keras_layers(*m, None)[0], forth
+        model, layers, "keras", lambda m: to_keras_layers(*m, None)[0], forth, whole
     )
 
 

@@ -123,7 +123,9 @@ def _permutes(layer: Any) -> tuple[int, ...] | None:
 
 def flax_side(model: Model) -> Side:
     if not isinstance(model.module, Sequential):
-        raise ConversionError(f"verify: {type(model.module).__name__} is no Sequential")
+        what = f"a {type(model.module).__name__}, no fwt.Sequential"
+        what = "weights alone, with no module to run" if model.module is None else what
+        raise ConversionError(f"verify: the Model holds {what}")
 
     def run(x: np.ndarray, by: float = 0.0) -> tuple[np.ndarray, Taps]:
         taps: Taps = {}

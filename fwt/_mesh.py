@@ -167,6 +167,7 @@ def carried(body: Callable[[Any], Any], start: Any) -> tuple[Callable[[Any], Any
         return jax.tree.map(alike, body(carry), carry)
 
     while True:
+        structure: Any
         leaves, structure = jax.tree.flatten(start)
         made = jax.make_jaxpr(typed)(start).out_avals
         if all(varies(new) == varies(x) for x, new in zip(leaves, made, strict=True)):

@@ -204,7 +204,8 @@ def _eye_like(graph: "Graph", node: Node, x: Any) -> Any:
     kind = node("dtype")
     dtype: Any = x.dtype if kind is None else onnx.helper.tensor_dtype_to_np_dtype(kind)
     size = math.prod(x.shape) * np.dtype(dtype).itemsize
-    return np.eye(*x.shape, k=node("k", 0), dtype=dtype) if size <= graph.left else None
+    rows, columns = x.shape
+    return np.eye(rows, columns, k=node("k", 0), dtype=dtype) if size <= graph.left else None
 
 
 def _trilu(graph: "Graph", node: Node, x: Any, k: Any = 0) -> Any:

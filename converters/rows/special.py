@@ -575,28 +575,3 @@ class OneNumber(Special):
         if framework == "keras":
             layer.settings["size"] = fields["size"][0]
         return layer
-
-
-class Adaptive(Special):
-    """Adaptive pools: Keras wants every size."""
-
-    def write(
-        self, framework: Framework, fields: dict[str, Any], settings: dict[str, Any], at: At
-    ) -> list[Around]:
-        if framework != "keras":
-            return []
-        known = at.known("an adaptive pool")
-        settings["output_size"] = tuple(
-            n if m is None else m for n, m in zip(known, fields["output_size"], strict=True)
-        )
-        for n, m in zip(known, settings["output_size"], strict=True):
-            # Keras finds the windows in float32, by a product with 1 / m.
-            at_ = np.arange(m + 1, dtype=np.float32) * np.float32(n)
-            exact = np.arange(m + 1) * n
-            for found in (at_ / np.float32(m), at_ * (np.float32(1) / np.float32(m))):
-                low, high = np.floor(found[:-1]), np.ceil(found[1:])
-                if any(low != exact[:-1] // m) or any(high != -(-exact[1:] // m)):
-                    raise refuse(
-                        at.place, f"Keras's adaptive pools round {n} to {m} in another way"
-                    )
-        return []

@@ -32,6 +32,10 @@ def initialize(
     what a file calls one array stay tied whatever they hold. ``jit`` gives each leaf an array of
     its own, so in it only what a file or ``nnx.jit`` calls one stays tied.
 
+    New values are spread over devices as their leaf is, and are the same however that is. Inside
+    ``jax.shard_map`` a shard would be drawn with the fans of its own shape, and with the numbers
+    of every other: a leaf that is a shard is refused, unless the key differs between shards too.
+
     Args:
         initializer: one of ``fwt.initializers``, or any ``(key, shape, dtype) -> array``. Ours
             learn the axes of each leaf; JAX's own assume (..., in, out), so on other leaves they
@@ -50,7 +54,8 @@ def initialize(
     Raises:
         WhereError: if ``where`` matches nothing.
         AxesError: if fans are needed and the axes are unknown.
-        LeafError: for a 64-bit leaf without x64, or an initializer that misses the shape.
+        LeafError: for a 64-bit leaf without x64, an initializer that misses the shape, or a shard
+            inside ``jax.shard_map``.
 
     Example:
         >>> import fwt, numpy as np

@@ -31,6 +31,10 @@ def project(
 ) -> Transform:
     """Moves leaves into the set of a constraint.
 
+    A leaf that is spread over the devices of a mesh is projected as a whole, and the result is
+    spread as it is. Inside ``jax.shard_map`` each shard is projected by itself, as if it were the
+    leaf: call it outside for constraints on whole leaves.
+
     Args:
         constraint: one of ``fwt.constraints``, bare or called, or any
             ``(leaf, axes) -> leaf`` that keeps shape and dtype. Of a stack of layers it gets one

@@ -72,7 +72,7 @@ def reset(
     initializers a live layer was given. Where torch holds two biases and the leaf is their sum,
     it gets the sum of two draws; where Keras draws one orthogonal matrix for all gates of a cell,
     each gate gets its part of it. Values are drawn in float32 at least and rounded to the leaf's
-    dtype.
+    dtype. They are spread over devices as their leaf is; see :func:`fwt.initialize`.
 
     The running statistics of norms (the ``batch_stats`` of a Model or a variables dict, those of a
     live model) start anew as well: means and counters are 0, variances 1. Of the statistics of a

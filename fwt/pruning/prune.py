@@ -30,6 +30,12 @@ def prune(
     A sparsity s prunes exactly round-half-even(s * n) of the n selected weights, whatever the
     ties: among equals the first in path order are kept. NaN counts as the largest.
 
+    Leaves may be spread over the devices of a mesh, with axes of any type: the selection is that
+    of one device (where sums are compared, of blocks say, up to their rounding), and the result is
+    spread as its leaf is. Inside ``jax.shard_map`` a leaf is the
+    shard that a device holds, and each shard is counted by itself: call it outside to count over
+    whole leaves.
+
     Args:
         sparsity: the share to prune, 0 to 1; a Python number, or a traced scalar, so that one
             compiled function serves a schedule, a ``vmap`` and a ``scan`` (it counts as its

@@ -102,7 +102,7 @@ def _layer_and_activation(
             wrapped, its = _keras_entry(settings.pop(role), place)
             own = its.get("name", role)
             parsed = _layer_and_activation(own, wrapped, its, place)
-            inner.append(parsed[0])
+            inner.append(dataclasses.replace(parsed[0], dtype=None))  # the wrapper tells it
             if parsed[0].dtype != dtype:
                 raise refuse(place_of, f"it computes in {dtype}, and {own} in it in "
                              f"{parsed[0].dtype}", "give both the same dtype=")  # fmt: skip

@@ -56,23 +56,6 @@ class BatchNormAffine(Special):
         return layer
 
 
-class ArrayShapes(Special):
-    """What torch is told beside the equation of an einsum: the shapes of its arrays."""
-
-    def read(self, framework: Framework, take: Take, fields: dict[str, Any], at: At) -> None:
-        if framework == "torch":
-            take("weight_shape")
-            take("bias_shape")
-
-    def finish(
-        self, framework: Framework, layer: Layer, fields: Mapping[str, Any], sizes: Any, at: At
-    ) -> Layer:
-        if framework == "torch":
-            for name, value in layer.arrays.items():
-                layer.settings[f"{name}_shape"] = value.shape
-        return layer
-
-
 class InferenceFlag(Special):
     """Dropout: the identity at inference, unless it is told to drop always."""
 

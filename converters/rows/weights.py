@@ -1,5 +1,6 @@
 """Rows of layers with weights: dense, convolution, normalisation, embedding."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -8,6 +9,7 @@ from fwt import layers as fl
 from fwt.converters.rows import lower
 from fwt.converters.rows.padding import ConvPadding, Transposed
 from fwt.converters.rows.row import (
+    At,
     AxesSetting,
     AxisSetting,
     Framework,
@@ -16,13 +18,14 @@ from fwt.converters.rows.row import (
     Row,
     S,
     Size,
+    Special,
+    Take,
     each,
     flag,
     number,
     whole,
 )
 from fwt.converters.rows.special import (
-    ArrayShapes,
     AxesNorm,
     BatchNormAffine,
     ChannelNorm,
@@ -375,6 +378,25 @@ PRELU = Row(
     special=Slopes(),
     lower=lower.own_slopes,
 )
+
+
+class ArrayShapes(Special):
+    """What torch is told beside the equation of an einsum: the shapes of its arrays."""
+
+    def read(self, framework: Framework, take: Take, fields: dict[str, Any], at: At) -> None:
+        if framework == "torch":
+            take("weight_shape")
+            take("bias_shape")
+
+    def finish(
+        self, framework: Framework, layer: Layer, fields: Mapping[str, Any], sizes: Any, at: At
+    ) -> Layer:
+        if framework == "torch":
+            for name, value in layer.arrays.items():
+                layer.settings[f"{name}_shape"] = value.shape
+        return layer
+
+
 EINSUM_DENSE = Row(
     fl.EinsumDense,
     "EinsumDense",

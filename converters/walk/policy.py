@@ -120,10 +120,11 @@ def to_keras(layers: Sequence[Layer]) -> None:
     for index, layer in enumerate(layers):
         # What has no weights takes the policy of what stands nearest before it, or after.
         near = [*reversed(names[: index + 1]), *names[index + 1 :]]
-        fits = (n for n in near if n and n.removeprefix("mixed_") == layer.dtype)
-        chosen = next(fits, layer.dtype)
+        policy = next(
+            (n for n in near if n and n.removeprefix("mixed_") == layer.dtype), layer.dtype
+        )
         for part in every([layer]):
-            part.settings["dtype"] = chosen
+            part.settings["dtype"] = policy
             if "return_sequences" in part.settings and held([part]) & {"float16", "bfloat16"}:
                 # Not every backend can draw the orthogonal one, Keras's default, in these.
                 part.settings.setdefault("recurrent_initializer", "glorot_uniform")

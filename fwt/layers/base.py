@@ -36,7 +36,8 @@ class Layer(nn.Module, kw_only=True):
             def call(self: Any, x: Array, *given: Any, **named: Any) -> Array:
                 return self._cast(own(self, self._cast(x), *given, **named))
 
-            type.__setattr__(cls, "__call__", call)
+            made: Any = cls
+            made.__call__ = call
         super().__init_subclass__(**settings)
 
     def __post_init__(self) -> None:

@@ -130,6 +130,14 @@ def test_layers_of_several_policies():
         converters.to_torch(made)
 
 
+def test_a_model_of_float32_says_no_dtype():
+    inner = k.Dense(2, "relu"), k.LSTM(2), k.LSTMCell(2), k.Softmax()
+    for layer in (*(k.TimeDistributed(inner[i]) for i in (0, 3)), k.Bidirectional(inner[1]),
+                  k.RNN(inner[2]), k.Dense(2, activation=k.ReLU(max_value=1.0))):  # fmt: skip
+        module = converters.from_keras(keras.Sequential([keras.Input((4, 3)), layer])).module
+        assert all(named.layer.dtype is None for named in module.layers)
+
+
 def test_policies_that_no_other_framework_says_are_refused():
     def refused(layers, said, shape=(4, 3), **more):
         model = keras.Sequential([keras.Input(shape, **more), *layers])

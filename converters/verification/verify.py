@@ -424,8 +424,8 @@ def _pairs(a: Model, b: Model) -> list[tuple[str, np.ndarray, np.ndarray]]:
 def _unseen(one: Side, models: tuple[Model, Model], x: np.ndarray) -> str | None:
     """The first layer whose weights are more than ten roundings apart, if that matters.
 
-    It does if the outputs show it when the difference is made larger. Weights that are far apart
-    need not matter: the units of a layer may stand in another order.
+    It does if the outputs show it when the difference is made larger, or small weights of both are.
+    Weights that are far apart need not matter: the units of a layer may stand in another order.
     """
     if any(not isinstance(m.module, Sequential) for m in models):
         return None
@@ -436,8 +436,10 @@ def _unseen(one: Side, models: tuple[Model, Model], x: np.ndarray) -> str | None
         if step is not None:
             steps[path], part = step
             largest = max(largest, part)
-    if not steps or not largest < _LARGER:
+    if not steps:
         return None
+    if largest >= _LARGER:
+        return _unseen_small(one, models, x, list(steps))
     mine, theirs = models[0], Model(models[1].module, models[0].variables)
     given = _moved(x, one.channels_first, one.model_first)
     same = mine.module.layers == theirs.module.layers
@@ -449,8 +451,22 @@ def _unseen(one: Side, models: tuple[Model, Model], x: np.ndarray) -> str | None
            for path, step in steps.items()}  # fmt: skip
     wider = Model(mine.module, tree.replace(new)["params"])
     if _lines(flax_side(mine), flax_side(wider), given)[1].status != "differs":
-        return None
+        return _unseen_small(one, models, x, list(steps))
     return _layer(next(iter(steps)))
+
+
+def _unseen_small(
+    one: Side, models: tuple[Model, Model], x: np.ndarray, paths: Sequence[str]
+) -> str | None:
+    given, new = _moved(x, one.channels_first, one.model_first), []
+    held = {path: (a, b) for path, a, b in _pairs(*models) if path in paths}
+    for index, model in enumerate(models):
+        grown = {path: (pair[index] / np.abs(pair).max()).astype(pair[index].dtype)
+                 for path, pair in held.items() if 0 < np.abs(pair).max() < _LARGER}  # fmt: skip
+        tree = _tree.Tree({"params": dict(model.variables)}, whole=True)
+        new.append(Model(model.module, tree.replace(grown)["params"]))
+    told = _lines(*map(flax_side, new), given)[1].status == "differs"
+    return _layer(next(iter(held))) if told else None
 
 
 def _step(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, float] | None:

@@ -838,3 +838,20 @@ def test_layers_that_do_not_say_where_channels_are(tmp_path, name):
         for b in sides:
             if a != b and (name != "softmax" or ("last" in a) == ("last" in b)):
                 assert converters.verify(sides[a], sides[b]).ok, (a, b)
+
+
+def test_small_weights_that_only_large_inputs_show():
+    torch.manual_seed(0)
+    one = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Sigmoid(), torch.nn.Linear(5, 2))
+    with torch.no_grad():
+        one[0].weight *= 1e-9
+    other, moved = copy.deepcopy(one), copy.deepcopy(one)
+    with torch.no_grad():
+        other[0].weight[2, 3] *= 2
+        order = torch.randperm(5)
+        moved[0].weight.copy_(one[0].weight[order])
+        moved[0].bias.copy_(one[0].bias[order])
+        moved[2].weight.copy_(one[2].weight[:, order])
+    assert converters.verify(one, moved, input_shape=(6,)).ok
+    report = converters.verify(one, other, input_shape=(6,))
+    assert (report.ok, report.first) == (False, "0")

@@ -172,4 +172,4 @@ def carried(body: Callable[[Any], Any], start: Any) -> tuple[Callable[[Any], Any
         made = jax.make_jaxpr(typed)(start).out_avals
         if all(varies(new) == varies(x) for x, new in zip(leaves, made, strict=True)):
             return typed, start
-        start = structure.unflatten(list(map(alike, leaves, made)))
+        start = jax.tree.unflatten(structure, list(map(alike, leaves, made)))

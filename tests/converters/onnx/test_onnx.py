@@ -1030,6 +1030,7 @@ def test_conversions_of_images_are_proved(tmp_path, batch):
     assert not converters.verify(net, path).ok
 
 
+@pytest.mark.thorough
 def test_linen_recurrent_layers_go_out(tmp_path):
     x = np.random.default_rng(0).normal(size=(2, 6, 3)).astype(F32)
     both = nn.Bidirectional(nn.RNN(nn.SimpleCell(4)), nn.RNN(nn.SimpleCell(4)))

@@ -150,6 +150,7 @@ class Twice(nn.Module):
         return layer(jnp.tanh(layer(x)))
 
 
+@pytest.mark.thorough
 def test_what_can_not_be_mended_is_refused_by_name():
     *_, x = block()
     for module, said in (

@@ -249,7 +249,8 @@ def _is_evident(name: str, node: Any, named: bool = True) -> bool:
         return False
     # Of layers that are called so none is a number, and none stands at a place of a chain.
     numbers = any(children(node[n]) is None and np.ndim(node[n]) == 0 for n in _NUMBERS & set(node))
-    chained = name.isdigit() or name == "optimizer"
+    plain = {"mu", "g", "m", "n", "v", "z"} & set(node)  # with no number beside them, layers too
+    chained = (name.isdigit() and not plain) or name == "optimizer"
     place = chained and all(children(x) is not None for x in node.values())
     return (numbers and len(node) > 1) or place
 

@@ -578,9 +578,11 @@ def test_a_layer_may_be_called_as_a_state_is():
         "dec": {"mu": layer, "count": layer},
         "normal": {"mu": jnp.ones((4, 2)), "nu": jnp.ones((4, 2))},
         "0": {"trace": jnp.ones((3, 2))},
+        "1": {"mu": layer},
+        "2": {"z": layer, "n": layer},
     }
     for tree in (params, {"params": params}):
-        assert len(fwt.paths(tree)) == 6
+        assert len(fwt.paths(tree)) == 9
         assert all(int((x == 0).sum()) == x.size // 2
                    for x in fwt.select(fwt.prune(0.5, where="**")(tree)).values())  # fmt: skip
     # Among params nothing is a state, whatever its name.

@@ -60,17 +60,18 @@ class Graph:
             raise FileFormatError(f"{path}: it does not say the rank of its input {self.input!r}")
         self.batch = shape[0]
         self.nodes: list[Node] = []
-        given, told = set(self.known), {}
+        given = set(self.known)
+        told: dict[str, list[int]] = {}
         nodes = _needed([_node(n, path) for n in graph.node], self.output)
-        for _ in range(200):  # once for each recurrent layer, say, that hangs on another
+        for _ in range(200):  # once for each recurrent layer behind another
             self.nodes = []
             for node in nodes:
                 self._take(node)
-            # Shapes may hang on numbers that were computed now.
+            # Shapes may depend on numbers that were computed now.
             small = {n: v for n, v in self.known.items() if n not in given and v is not ZEROS
                      and v.dtype == np.int64 and v.size <= 64 and np.sum(v == -1) < 2
                      and (n not in self.of_batch or _only_reshapes(nodes, n))}  # fmt: skip
-            sizes: dict[str, list[int]] = {n: v.tolist() for n, v in small.items()}
+            sizes = {n: v.tolist() for n, v in small.items()}
             if sizes == told:
                 break
             told = sizes

@@ -6,7 +6,7 @@ import json
 import re
 import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -215,22 +215,42 @@ def unboxed(node: Any, own: str = "") -> Any:
 # -- optimizer states ---------------------------------------------------------------------------
 
 _STATE_NAMES = {"opt_state", "opt_states", "optim_state", "optimizer_state"}
-# What optax calls the parts of its states, as a checkpoint gives them back in dicts; and those of
-# them that are one number, which no layer has under such a name.
-_NUMBERS = {
-    "b1", "count", "estim_lr", "gradient_step", "max_lr", "mini_step", "num_steps", "step_count",
-    "t", "weight_sum",
+# What optax calls the parts of its states, as a checkpoint gives them back in dicts.
+_COUNTERS = {"count", "gradient_step", "mini_step", "num_steps", "step_count"}
+_FIELDS = _COUNTERS | {
+    "acc_grads", "b1", "base_optimizer_state", "e_g", "e_x", "estim_lr", "exp_avg", "exp_avg_sq",
+    "g", "grad_acc", "grad_sum", "hyperparams", "hyperparams_states", "inner_opt_state",
+    "inner_state", "inner_states", "m", "max_lr", "mu", "n", "nu", "nu_max", "numerator_weighted",
+    "params0", "prev_updates", "skip_state", "step_sizes", "sum_of_squares", "t", "trace", "v",
+    "v_col", "v_row", "weight_sum", "z",
 }  # fmt: skip
-_FIELDS = _NUMBERS | {
-    "acc_grads", "base_optimizer_state", "e_g", "e_x", "exp_avg", "exp_avg_sq", "g", "grad_acc",
-    "grad_sum", "hyperparams", "hyperparams_states", "inner_opt_state", "inner_state",
-    "inner_states", "m", "mu", "n", "nu", "nu_max", "numerator_weighted", "params0",
-    "prev_updates", "skip_state", "step_sizes", "sum_of_squares", "trace", "v", "v_col", "v_row",
-    "z",
-}  # fmt: skip
+# The nodes beside a node, and beside each that it is in: the children, itself, and what is further
+# out.
+Around = tuple[list[tuple[Any, Any]], Any, Any] | None
 
 
-def _is_evident(name: str, node: Any, named: bool = True) -> bool:
+def _keys(node: Any) -> frozenset[tuple[str, ...]]:
+    flat = jax.tree_util.tree_flatten_with_path(node)[0]
+    return frozenset(tuple(map(part, keys)) for keys, _ in flat)
+
+
+def _mirrored(node: Any, around: Around) -> bool:
+    """Whether a node has the keys of another that stands beside it or beside what it is in, as the
+    moments of weights have those of the weights."""
+    mine = _keys(node)
+    layered = any(len(keys) > 1 for keys in mine)  # one layer is like another
+    while around is not None and layered:
+        kids, me, around = around
+        for _, other in kids:
+            if other is me or children(other) is None:
+                continue
+            theirs = _keys(other)
+            if mine == theirs or (len(mine) > 1 and mine < theirs):
+                return True
+    return False
+
+
+def _is_evident(name: str, node: Any, named: bool = True, around: Around = None) -> bool:
     """Whether the class of a node says that it is the state of an optimizer, or, where names count,
     its name and those of what it holds."""
     cls = type(node)
@@ -243,25 +263,33 @@ def _is_evident(name: str, node: Any, named: bool = True) -> bool:
         return False
     if name in _STATE_NAMES:
         return children(node) is not None
-    if name == "optimizer" and any(_is_state(part(k), x) for k, x in children(node) or []):
+    if name == "optimizer" and any(_inner_states(node, named, around)):
         return True  # a layer may be called so too
     if not isinstance(node, Mapping) or not node or not _FIELDS.issuperset(map(str, node)):
         return False
-    # Of layers that are called so none is a number, and none stands at a place of a chain.
-    numbers = any(children(node[n]) is None and np.ndim(node[n]) == 0 for n in _NUMBERS & set(node))
-    plain = {"mu", "g", "m", "n", "v", "z"} & set(node)  # with no number beside them, layers too
-    chained = (name.isdigit() and not plain) or name == "optimizer"
-    place = chained and all(children(x) is not None for x in node.values())
-    return (numbers and len(node) > 1) or place
+    # A layer may have such names too: but no counter, and not the keys of all weights.
+    counted = any(
+        children(node[n]) is None and np.ndim(node[n]) == 0 for n in _COUNTERS & set(node)
+    )
+    if counted and any(len(n) > 1 for n in set(node) - _COUNTERS):
+        return True
+    return any(children(x) is not None and _mirrored(x, around) for x in node.values())
 
 
-def _is_state(name: str, node: Any, named: bool = True) -> bool:
+def _inner_states(node: Any, named: bool, around: Around) -> Iterator[bool]:
+    kids = children(node) or []
+    for key, child in kids:
+        yield _is_state(part(key), child, named, (kids, child, around))
+
+
+def _is_state(name: str, node: Any, named: bool = True, around: Around = None) -> bool:
     """Whether a node is the state of an optimizer, or holds such states and no weights."""
-    if _is_evident(name, node, named):
+    if _is_evident(name, node, named, around):
         return True
     kids = children(node) or []
-    rest = [child for key, child in kids if not _is_state(part(key), child, named)]
-    return len(rest) < len(kids) and not any(_holds_weights(child) for child in rest)
+    states = list(_inner_states(node, named, around))
+    rest = [child for (_, child), state in zip(kids, states, strict=True) if not state]
+    return any(states) and not any(_holds_weights(child) for child in rest)
 
 
 def _holds_weights(node: Any) -> bool:
@@ -326,6 +354,7 @@ class Walk:
         scoped: str = "",
         statistic: bool = False,
         named: bool = True,
+        around: Around = None,
     ) -> None:
         if is_graph(node):
             self.graphs = True
@@ -340,12 +369,12 @@ class Walk:
             self.parts.append(parts if mine else None)
             self.statistics.append(statistic)
             return
-        self.states |= _is_evident(name, node, named)
+        self.states |= _is_evident(name, node, named, around)
         own = parts[-1] if parts else ""
         if not kids and type(node).__name__ == "MaskedNode":
             self.masked.add(parts)
         if is_box(node, kids, own):
-            mine = mine and not (self._aware and _is_evident(name, node, named))
+            mine = mine and not (self._aware and _is_evident(name, node, named, around))
             kept = isinstance(node, _of("flax.nnx", "BatchStat"))
             statistic |= kept and len(self._shown) > 1
             # As in a variables dict: statistics where they are asked for, the state of keys never.
@@ -354,7 +383,7 @@ class Walk:
             for _, child in kids:
                 if mine and is_array(child) and isinstance(node, _of("flax.nnx", "Variable")):
                     self.variables.setdefault(id(node), []).append((parts, child.shape))
-                self._visit(child, parts, "", mine, scoped, statistic, named)
+                self._visit(child, parts, "", mine, scoped, statistic, named, around)
             return
         if mine and is_several(node, kids, own):
             self.several[parts] = node
@@ -366,7 +395,7 @@ class Walk:
         if variables:
             wanted, strip = [n in self._shown for n in names], not parts
         if mine and self._aware:
-            found = self._params_of(node, names, [child for _, child in kids], parts, named)
+            found = self._params_of(node, names, kids, parts, named, around)
             if found is not None:
                 wanted, strip = found, strip or (not parts and "params" in names)
                 inner = "if there"  # the params of a train state may be a variables dict
@@ -376,16 +405,24 @@ class Walk:
             # What is among the params is a layer, whatever it is called.
             calls = named and not (variables and label in self._shown)
             own_scope = inner if own_child else ""
-            self._visit(child, below, label, mine and own_child, own_scope, counts, calls)
+            beside = (kids, child, around)
+            self._visit(child, below, label, mine and own_child, own_scope, counts, calls, beside)
         self._above.discard(id(node))
 
     def _params_of(
-        self, node: Any, names: list[str], kids: list[Any], parts: tuple[str, ...], named: bool
+        self,
+        node: Any,
+        names: list[str],
+        inside: list[tuple[Any, Any]],
+        parts: tuple[str, ...],
+        named: bool,
+        around: Around,
     ) -> list[bool] | None:
         """For each child whether it holds params, if the state of an optimizer is among the
         children; None if there is no such state."""
-        states = [_is_state(n, child, named) for n, child in zip(names, kids, strict=True)]
-        if not parts and not any(states) and _is_evident("", node, named):
+        kids = [child for _, child in inside]
+        states = list(_inner_states(node, named, around))
+        if not parts and not any(states) and _is_evident("", node, named, around):
             return [False] * len(kids)
         if not any(states):
             return None

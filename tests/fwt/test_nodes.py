@@ -580,11 +580,14 @@ def test_a_layer_may_be_called_as_a_state_is():
         "0": {"trace": jnp.ones((3, 2))},
         "1": {"mu": layer},
         "2": {"z": layer, "n": layer},
+        "3": {"v": jnp.ones((3, 2)), "g": jnp.ones(2), "t": jnp.float32(1)},
+        "4": {"trace": {"inner": layer}},
+        "5": {"v_row": layer},
     }
     for tree in (params, {"params": params}):
-        assert len(fwt.paths(tree)) == 9
-        assert all(int((x == 0).sum()) == x.size // 2
-                   for x in fwt.select(fwt.prune(0.5, where="**")(tree)).values())  # fmt: skip
+        assert len(fwt.paths(tree)) == 14
+        pruned = fwt.select(fwt.prune(0.5, where="**")(tree)).values()
+        assert all(int((x == 0).sum()) == x.size // 2 for x in pruned)
     # Among params nothing is a state, whatever its name.
     named = {"params": {"opt_state": layer, "1": {"trace": {"d": layer}}}}
     assert fwt.paths(named) == ["1/trace/d/kernel", "opt_state/kernel"]

@@ -47,12 +47,20 @@ def run(what: str, module: Any, variables: Any, batch: Any, see: See) -> None:
             )
         return see(path, layer, x)
 
-    if _nodes.is_graph(module):
-        _run_nnx(what, module, variables, batch, told)
-    elif hasattr(module, "apply"):
-        _run_linen(what, module, variables, batch, told)
-    else:
+    graph = _nodes.is_graph(module)
+    if not graph and not hasattr(module, "apply"):
         raise FwtError(f"{what} takes a Flax module, found {module!r:.80}")
+    try:
+        (_run_nnx if graph else _run_linen)(what, module, variables, batch, told)
+    except FwtError:
+        raise
+    except Exception as error:  # whatever a user's module says
+        why = " ".join(str(error).split())
+        raise FwtError(
+            f"{what}: {type(module).__name__} does not run on the batch alone "
+            f"({type(error).__name__}: {why:.200}): give a module around it that takes the batch "
+            "and nothing more"
+        ) from error
 
 
 def _not_linear(what: str, path: str, layer: Any) -> LeafError:
@@ -163,6 +171,12 @@ def _run_nnx(what: str, module: Any, params: Any, batch: Any, see: See) -> None:
         if hasattr(layer, "kernel")
     ]
     paths = {id(layer.kernel): path for path, layer in layers if path in tree.leaves}
+    met: set[str] = set()
+
+    def told(path: str, layer: Any, x: Any) -> Any:
+        met.add(path)
+        return see(path, layer, x)
+
     watched = {}
     for _, layer in layers:
         path = paths.get(id(layer.kernel), "")  # a shared kernel is one
@@ -170,7 +184,7 @@ def _run_nnx(what: str, module: Any, params: Any, batch: Any, see: See) -> None:
         if path and twin is None:
             raise _not_linear(what, path, layer)
         if path:
-            watched[id(layer)] = functools.partial(see, path, twin)
+            watched[id(layer)] = functools.partial(told, path, twin)
             cls: Any = type(layer)
             layer.__class__ = _watching(cls)
     token = _WATCHED.set(watched)
@@ -178,3 +192,8 @@ def _run_nnx(what: str, module: Any, params: Any, batch: Any, see: See) -> None:
         own(batch)
     finally:
         _WATCHED.reset(token)
+    if missed := [path for path in paths.values() if path not in met]:
+        raise LeafError(
+            f"{what}: {missed[0]} meets no inputs on the batch: its layer does not run, or runs "
+            "inside a lifted transformation (nnx.RNN, remat, jit, scan), where these can't be kept"
+        )

@@ -51,8 +51,10 @@ def _remake(name: str, cls: type, settings: dict[str, Any]) -> Named:
     return Named(name, cls(**settings))
 
 
-def _remake_sequential(layers: Any, input_shape: Any, sidecar: str = "") -> "Sequential":
-    return Sequential(layers, input_shape, sidecar)
+def _remake_sequential(
+    layers: Any, input_shape: Any, sidecar: str = "", turned: bool = False
+) -> "Sequential":
+    return Sequential(layers, input_shape, sidecar, turned)
 
 
 @functools.cache
@@ -74,6 +76,8 @@ class Sequential(nn.Module, KnowsAxes):
         input_shape: the shape of one input without the batch axis, None for an unknown size, if
             known: what writers of Keras models need.
         sidecar: what a converter keeps of another framework for the way back, as JSON.
+        turned: whether it is made of a channels-first Keras model with a Flatten, whose own files
+            have the rows behind that in another order.
 
     Raises:
         FwtError: for a name that is used twice or is not text, or a layer that is no module.
@@ -91,6 +95,7 @@ class Sequential(nn.Module, KnowsAxes):
     layers: Any
     input_shape: Any = None
     sidecar: str = ""
+    turned: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", _named(self.layers))
@@ -163,7 +168,7 @@ class Sequential(nn.Module, KnowsAxes):
         return found
 
     def __reduce__(self) -> Any:
-        return _remake_sequential, (self.layers, self.input_shape, self.sidecar)
+        return _remake_sequential, (self.layers, self.input_shape, self.sidecar, self.turned)
 
     def __repr__(self) -> str:
         lines = []

@@ -14,7 +14,6 @@ import jax
 import numpy as np
 
 from fwt import _nodes, _tree
-from fwt import layers as _layers
 from fwt._sequential import Sequential
 from fwt._types import ConversionError, FileFormatError, Model
 from fwt.converters import io as _io
@@ -130,13 +129,17 @@ def filled(
                 raise
             return own
         here, there = (jax.tree.leaves(x and x.variables) for x in (made, own))
-        if own is not None and not all(map(np.array_equal, here, there)):
+        if own is not None and not all(map(_identical, here, there)):
             raise FileFormatError(
                 f"{path}: its names are Flax's and Keras's, whose rows behind a Flatten stand in "
                 "another order in this channels-first model: load the .keras or .weights.h5 file "
                 "that Keras saves, which says whose it is"
             )
         return made
+
+
+def _identical(a: Any, b: Any) -> bool:
+    return a.shape == b.shape and bool(a.tobytes() == b.tobytes())
 
 
 def _by_own_names(found: Mapping[str, np.ndarray], native: Any) -> Model | None:
@@ -153,7 +156,7 @@ def _by_own_names(found: Mapping[str, np.ndarray], native: Any) -> Model | None:
     for n, (part, name) in places.items():
         part.arrays[name] = found[n]
     new, there = convert.convert(layers, "keras", "flax", shape, "source")
-    return _flax.write_flax(new, there)
+    return keras_config.marked(_flax.write_flax(new, there), layers)
 
 
 def _filled_keras(
@@ -184,16 +187,13 @@ def _filled_keras(
 
 
 def _refuse_turned(module: Any, path: Path) -> None:
-    """Raises for what may be a channels-first model of Keras: it and the one that ``to_keras``
-    gives have files of the same names and shapes, with other rows behind a Flatten."""
-    layers = getattr(module, "layers", ())
-    turned = getattr(module, "turned", False)
-    first = layers and type(layers[0].layer) is _layers.Permute
-    if (turned or first) and any(type(n.layer) is _layers.Flatten for n in layers):
+    """Raises for a model that was made of a channels-first one of Keras: that and the one that
+    ``to_keras`` gives have files of the same names and shapes, with other rows."""
+    if getattr(module, "turned", False):
         raise FileFormatError(
-            f"{path}: the architecture may be of a channels-first Keras model, in whose files the "
-            "rows behind a Flatten stand in another order: give that model or its .keras file as "
-            "architecture"
+            f"{path}: the architecture is made of a channels-first Keras model, in whose own files "
+            "the rows behind a Flatten stand in another order: give that model or its .keras file "
+            "as architecture"
         )
 
 

@@ -58,9 +58,9 @@ def load_keras(path: Path, how: Reading) -> Model:
 def _converted(layers: list[Layer], shape: Any, whole: Mapping[str, Any], how: Reading) -> Model:
     new, found = convert.convert(layers, "keras", "flax", shape, "source")
     made = _flax.write_flax(new, found)
-    if not how.sidecar:
-        return made
-    return keras_config.with_sidecar(made, layers, shape, "source", whole)
+    if how.sidecar:
+        made = keras_config.with_sidecar(made, layers, shape, "source", whole)
+    return keras_config.marked(made, layers)
 
 
 def keras_of(path: Path, how: Reading) -> tuple[list[Layer], Any]:

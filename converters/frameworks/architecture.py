@@ -63,7 +63,7 @@ def module_to_json(module: Any) -> Any:
         except TypeError as error:
             raise refuse(str(layer), f"a setting can't be written ({error})") from error
         layers.append({"name": layer.name, "class": layer.kind, "settings": listed(settings)})
-    beside = {"sidecar": module.sidecar} if module.sidecar else {}
+    beside = {n: v for n in ("sidecar", "turned") if (v := getattr(module, n))}
     return {"layers": layers, "input_shape": listed(module.input_shape), **beside}
 
 
@@ -89,4 +89,5 @@ def module_from_json(told: Any, path: Path) -> Sequential | None:
     beside = told.get("sidecar", "")
     if not isinstance(beside, str):
         raise FileFormatError(f"{path}: its sidecar is no text")
-    return Sequential(tuple(named), told["input_shape"], beside)
+    turned = told.get("turned", False) is True
+    return Sequential(tuple(named), told["input_shape"], beside, turned)

@@ -28,6 +28,11 @@ def given(module: Any, variables: Any, call: str) -> tuple[Any, Any]:
             f"from_{framework}(model) gives"
         )
     if not isinstance(module, Model):
+        if variables is None and module is not None and not call.startswith("save"):
+            raise ConversionError(
+                f"the variables of the {type(module).__name__} are missing: give them after it, or "
+                f"a Model of both, {call}"
+            )
         return module, variables
     if variables is not None:
         raise ConversionError(

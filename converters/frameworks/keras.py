@@ -163,13 +163,9 @@ def from_keras(
     layers, shape = layers_of(model)
     new, found = convert.convert(layers, "keras", "flax", shape, layout)
     made = _flax.write_flax(new, found)
-    first = any(x.settings.get("data_format") == "channels_first" for x in layers)
     if sidecar:
         made = keras_config.with_sidecar(made, layers, shape, layout)
-    made = _flax.in_dtype(made, dtype)
-    if first:  # files of the given model's own weights have other rows than this one's
-        object.__setattr__(made.module, "turned", True)
-    return made
+    return keras_config.marked(_flax.in_dtype(made, dtype), layers)
 
 
 def _is_container(model: Any) -> bool:

@@ -388,6 +388,16 @@ def to_keras_layers(
     return sidecar.restored(fold_activations(new), module, "keras", state), found
 
 
+def marked(model: Model, layers: list[Layer]) -> Model:
+    """A model that was converted from Keras layers, which says so if their own files of weights
+    have other rows than those that ``to_keras`` gives."""
+    every = [part for layer in layers for part in (layer, *layer.inner)]
+    first = any(part.settings.get("data_format") == "channels_first" for part in every)
+    if not first or not any(part.kind == "Flatten" for part in every):
+        return model
+    return Model(model.module.clone(turned=True), model.variables)
+
+
 def with_sidecar(
     model: Model,
     layers: list[Layer],

@@ -43,6 +43,11 @@ def written(module: Any, variables: Any) -> tuple[dict[str, Any], list[Layer]]:
     own = _again(config, layers, module, variables)
     if own is not None:
         return config, own
+    warnings.warn(
+        "the layers are written as the model has them now, without what the file that they come "
+        "from says of their training: its layers would not give this model back",
+        stacklevel=5,
+    )
     made = keras_config.keras_config(layers, shape, name)
     return made | {n: config[n] for n in ("compile_config",) if n in config}, layers
 
@@ -62,7 +67,9 @@ def _again(config: Any, layers: list[Layer], module: Any, variables: Any) -> lis
         made = _flax.write_flax(new, found)
     except (ConversionError, KeyError, IndexError, AttributeError, ValueError, TypeError):
         return None
-    if made.module != module.clone(sidecar="") or not _same(made.variables, variables):
+    if made.module != module.clone(sidecar="", turned=False) or not _same(
+        made.variables, variables
+    ):
         return None
     opened = keras_config.opened_up(own)
     for layer in opened:

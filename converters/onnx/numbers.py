@@ -265,15 +265,30 @@ def _erf(x: Any) -> Any:
     return np.vectorize(math.erf, otypes=[float])(x)
 
 
+def _divided(a: Any, b: Any) -> Any:
+    """Whole numbers are cut towards zero."""
+    if np.issubdtype(np.result_type(a, b), np.floating):
+        return a / b
+    whole = a // b
+    return whole + ((a - whole * b != 0) & ((a < 0) != (b < 0))).astype(whole.dtype)
+
+
+def _power(a: Any, b: Any) -> Any:
+    """In the dtype of the base."""
+    a, b = np.asarray(a), np.asarray(b)
+    exact = np.issubdtype(a.dtype, np.floating) or (b.dtype.kind in "iu" and np.all(b >= 0))
+    return (np.power(a, b) if exact else np.power(a.astype(np.float64), b)).astype(a.dtype)
+
+
 # One value for each value; they tell what a block of such nodes is, and fold numbers.
 POINTWISE: Mapping[str, Callable[..., Any]] = {
     "Identity": lambda n, x: x,
     "Add": lambda n, a, b: a + b,
     "Sub": lambda n, a, b: a - b,
     "Mul": lambda n, a, b: a * b,
-    "Div": lambda n, a, b: a / b if np.issubdtype(np.result_type(a, b), np.floating) else a // b,
-    "Pow": lambda n, a, b: a**b,
-    "Mod": lambda n, a, b: np.mod(a, b),
+    "Div": lambda n, a, b: _divided(a, b),
+    "Pow": lambda n, a, b: _power(a, b),
+    "Mod": lambda n, a, b: (np.fmod if n("fmod", 0) else np.mod)(a, b),
     "Neg": lambda n, x: -x,
     "Abs": lambda n, x: np.abs(x),
     "Sqrt": lambda n, x: np.sqrt(x),

@@ -49,6 +49,12 @@ def settled(layers: Sequence[Layer], source: Framework, target: Framework) -> li
     told, arrays = {x.dtype for x in layers if x.dtype}, held(layers)
     if told <= {"float32"} and arrays <= {"float32"}:
         return [dataclasses.replace(x, dtype=None) for x in layers]
+    if source == "flax" and target == "keras" and not told:
+        for layer in layers:
+            for found in held([layer]) & {"float16", "bfloat16"}:
+                raise refuse(str(layer), f"its weights are {found} and it says no dtype=, so that "
+                             "Flax computes in float32 where the input is, and Keras in "
+                             f"{found}", "give each layer dtype=, or cast the weights")  # fmt: skip
     # What says nothing computes in what it is given: in torch that is the dtype of the arrays.
     start = "float32" if told or len(arrays) != 1 else next(iter(arrays))
     if source != "flax" or not (told or target == "keras"):

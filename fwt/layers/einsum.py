@@ -100,6 +100,8 @@ class EinsumDense(Layer):
         y = jnp.einsum(self.equation, x, w)
         if self.bias_axes is None:
             return y
+        if not self.bias_axes or not set(self.bias_axes) <= set(output):
+            raise ValueError(f"bias_axes={self.bias_axes!r}: expected letters of the output")
         first = min(output.index(n) for n in self.bias_axes)
         own = tuple(sizes[n] if n in self.bias_axes else 1 for n in output[first:])
         return y + self.weight("bias", nn.initializers.zeros, own)

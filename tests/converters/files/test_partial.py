@@ -1,5 +1,6 @@
 """Weights whose names are not quite those of an architecture."""
 
+import copy
 import re
 
 import flax.linen as nn
@@ -146,9 +147,12 @@ def test_a_linen_sequential_takes_a_file_of_torch(tmp_path):
         np.testing.assert_allclose(module.apply(found.variables, x), wanted, atol=1e-6)
 
 
-def test_rows_behind_a_flatten_are_those_of_the_file_s_own_model(tmp_path):
+@pytest.mark.parametrize("nested", [False, True])
+def test_rows_behind_a_flatten_are_those_of_the_file_s_own_model(tmp_path, nested):
     """A channels-first model's files have the names and shapes of a channels-last one's."""
-    layers = [k.Conv2D(3, 2, data_format="channels_first"), k.Flatten(), k.Dense(2)]
+    inside = [k.Conv2D(3, 2, data_format="channels_first"), k.Flatten()]
+    inside = [keras.Sequential(inside)] if nested else inside
+    layers = [k.ReLU(), *inside, k.Dense(2)]
     live = keras.Sequential([keras.Input((4, 6, 5)), *layers])
     live.save(tmp_path / "m.keras")
     live.save_weights(tmp_path / "m.weights.h5")
@@ -168,9 +172,17 @@ def test_rows_behind_a_flatten_are_those_of_the_file_s_own_model(tmp_path):
         converters.from_keras(live),
         converters.from_keras(live, sidecar=True),
         tmp_path / "m.safetensors",
+        fwt.Model(source.module.clone(sidecar=""), source.variables),
+        copy.deepcopy(converters.from_keras(live)),
     ):
-        with pytest.raises(fwt.ConversionError, match="may be of a channels-first Keras model"):
+        with pytest.raises(fwt.ConversionError, match="made of a channels-first Keras model"):
             converters.load(tmp_path / "m.weights.h5", architecture=given)
+    # A model of torch takes the file of the Keras model that it became.
+    net = torch.nn.Sequential(torch.nn.Conv2d(4, 3, 2), torch.nn.Flatten(), torch.nn.Linear(60, 2))
+    model = converters.from_torch(net, (4, 6, 5), layout="source")
+    converters.save(tmp_path / "t.weights.h5", model)
+    found = converters.load(tmp_path / "t.weights.h5", architecture=model)
+    assert jax.tree.all(jax.tree.map(np.array_equal, found.variables, model.variables))
     # Of channels-last models, and of those without a Flatten, each way is one.
     layers = [k.Conv2D(3, 2), k.Flatten(), k.Dense(2)]
     live = keras.Sequential([keras.Input((6, 5, 4)), *layers])
@@ -182,3 +194,9 @@ def test_rows_behind_a_flatten_are_those_of_the_file_s_own_model(tmp_path):
         for given in (live, converters.from_keras(live)):
             found = converters.load(tmp_path / name, architecture=given)
             assert jax.tree.all(jax.tree.map(np.array_equal, found.variables, wanted))
+    weights = live.get_weights()
+    weights[0][0, 0, 0, 0] = np.nan
+    live.set_weights(weights)
+    np.savez(tmp_path / "n.npz", **dict(zip(names, weights, strict=True)))
+    found = converters.load(tmp_path / "n.npz", architecture=live)
+    assert sum(np.isnan(x).sum() for x in jax.tree.leaves(found.variables)) == 1

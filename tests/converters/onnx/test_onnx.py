@@ -1157,3 +1157,32 @@ def test_files_by_their_names_and_on_the_command_line(model, tmp_path, monkeypat
     assert "dense/kernel" in out
     with pytest.raises(converters.ConversionError, match="give a module"):
         converters.save("w.onnx", None, model.variables)
+
+
+@pytest.mark.parametrize(
+    ("op", "attributes", "a", "b"),
+    [
+        ("Mod", {"fmod": 1}, np.float32([-7, 7, 5]), np.float32([3, -3, 2])),
+        ("Mod", {}, np.int64([-7, 7, 5]), np.int64([3, -3, 2])),
+        ("Div", {}, np.int64([-7, 7, 6]), np.int64([2, -2, 3])),
+        ("Pow", {}, np.int64([2, 3, 4]), np.float32([0.5, 1.5, 2])),
+        ("Pow", {}, np.float32([2, 3, 4]), np.int64([-1, 2, 3])),
+    ],
+)
+def test_numbers_of_nodes_are_those_of_onnxruntime(tmp_path, op, attributes, a, b):
+    """As what is added to the input, after a Cast to float32."""
+    make = onnx.helper
+    nodes = [
+        make.make_node(op, ["a", "b"], ["c"], **attributes),
+        make.make_node("Cast", ["c"], ["d"], to=1),
+        make.make_node("Add", ["x", "d"], ["y"]),
+    ]
+    ends = [make.make_tensor_value_info(n, 1, ("n", 3)) for n in ("x", "y")]
+    given = [onnx.numpy_helper.from_array(v, n) for n, v in (("a", a), ("b", b))]
+    graph = make.make_graph(nodes, "g", ends[:1], ends[1:], given)
+    opsets = [make.make_opsetid("", 17)]
+    onnx.save(make.make_model(graph, opset_imports=opsets, ir_version=9), tmp_path / "n.onnx")
+    x = np.zeros((2, 3), np.float32)
+    session = onnxruntime.InferenceSession(tmp_path / "n.onnx")
+    found = converters.from_onnx(tmp_path / "n.onnx")(x)
+    np.testing.assert_allclose(found, session.run(None, {"x": x})[0], rtol=1e-6)

@@ -279,8 +279,12 @@ def test_half_precision_weights_cross_bit_for_bit():
         for key, value in net.state_dict().items():
             assert back.state_dict()[key].dtype == dtype
             assert torch.equal(back.state_dict()[key], value)
-        policy = {x.dtype_policy.name for x in converters.to_keras(*model).layers}
-        assert policy == {str(dtype).removeprefix("torch.")}
+        if dtype != torch.float64:  # Flax would compute float32 inputs in float32, Keras in half
+            with pytest.raises(fwt.ConversionError, match=r"it says no dtype=.*give each layer"):
+                converters.to_keras(model)
+            continue
+        policy = {x.dtype_policy.name for x in converters.to_keras(model).layers}
+        assert policy == {"float64"}
 
 
 def test_training_one_step_agrees_with_torch():

@@ -509,6 +509,9 @@ def nested(flat: Mapping[str, np.ndarray], separator: str, path: Path) -> dict[s
 def under(tree: Any, key: str | None, path: Path) -> Any:
     """What stands in a tree of dicts under a key such as ``model`` or ``state/model``."""
     for part in [] if key is None else key.split("/"):
+        if isinstance(tree, Mapping) and part.isdigit() and int(part) in tree:
+            tree = tree[int(part)]
+            continue
         if not isinstance(tree, Mapping) or part not in tree:
             found = ", ".join(map(repr, tree))[:300] if isinstance(tree, Mapping) else ""
             found = f"but {found}" if found else "and nothing else that has a name"

@@ -48,6 +48,12 @@ def run(what: str, module: Any, variables: Any, batch: Any, see: See) -> None:
         return see(path, layer, x)
 
     graph = _nodes.is_graph(module)
+    framework, _ = _nodes.foreign(module)
+    if framework:
+        raise FwtError(
+            f"{what} takes a Flax module, found a {type(module).__name__} of {framework}: "
+            f"fwt.converters.from_{framework}(model) gives one, and its variables"
+        )
     if not graph and not hasattr(module, "apply"):
         raise FwtError(f"{what} takes a Flax module, found {module!r:.80}")
     try:

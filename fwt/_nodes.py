@@ -142,7 +142,8 @@ def refuse_foreign(x: Any, parts: tuple[str, ...]) -> None:
     if kind == "model":
         raise LeafError(
             f"{place} is {what}, a live model: fwt.converters.transform(model, t) changes its "
-            f"weights in place; fwt.converters.from_{framework}(model) gives a Model, which every "
+            "weights in place, and t=lambda tree: print(fwt.summary(tree)) or tree shows them; of "
+            f"a Sequential fwt.converters.from_{framework}(model) gives a Model, which every "
             "function of fwt takes"
         )
     way = "x.detach().numpy()" if framework == "torch" else "np.asarray(x)"

@@ -381,8 +381,10 @@ def _called(name: str, loss: Any, score: Score) -> Score:
 
 
 def _variables(name: str, module: Any, params: Params, collections: Mapping[str, Any]) -> Any:
-    if not hasattr(module, "apply"):
-        raise FwtError(f"{name} takes a Flax module, found {type(module).__name__}")
+    framework, _ = _nodes.foreign(module)
+    if framework or not hasattr(module, "apply"):
+        way = f"; fwt.converters.from_{framework}(model) gives one" if framework else ""
+        raise FwtError(f"{name} takes a Flax module, found {type(module).__name__}{way}")
     if isinstance(params, Model):
         params = params.variables
     if _tree.is_variables(params):

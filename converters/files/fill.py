@@ -226,6 +226,8 @@ def _compare(
     if any(told.values()):
         said = "; ".join(f"{what}: {_some(names)}" for what, names in told.items() if names)
         count = sum(found.get(n) == shape for n, shape in wanted.items())
+        if not strict:
+            hint = hint.replace(", and strict=False takes what fits", "")
         if strict or not count:
             raise FileFormatError(f"{path}: it does not fit the architecture by {by}: {said}{hint}")
         warnings.warn(f"{path}: loaded {count} of {len(wanted)} arrays; {said}", stacklevel=5)
@@ -342,8 +344,9 @@ def _by_name(
 
 
 def _hint(wanted: Mapping[str, Shape], found: Mapping[str, Shape]) -> str:
-    """The way out that makes the names of a file those of an architecture, if there is one."""
+    """The ways out that make the names of a file those of an architecture, if there are some."""
     starts = {n[:i]: None for n in found for i, c in enumerate(n) if c == "."}
+    ways: list[str] = []
     for start in sorted({"": None} | starts, key=len)[:1000]:
         begins = f"{start}." if start else ""
         inside = {n[len(begins) :]: s for n, s in found.items() if n.startswith(begins)}
@@ -356,11 +359,14 @@ def _hint(wanted: Mapping[str, Shape], found: Mapping[str, Shape]) -> str:
             above = (name[:i] for i, c in enumerate(name) if c == ".")
             free = (p for p in above if not any(n.startswith(f"{p}.") for n in own))
             globs.append(next((f"{p}.**" for p in free), name))
-        if len(set(globs)) > 9:
-            break
         if globs:
             said.append(f"drop={list(dict.fromkeys(globs))!r}")
-        return f"; {' and '.join(said)} makes it fit" if said else ""
+        if len(set(globs)) < 10 and said:
+            ways.append(" and ".join(said))
+    if len(ways) > 1:  # such as the weights and their average
+        return f"; {len(ways)} parts of it fit: {', or '.join(ways[:3])}"
+    if ways:
+        return f"; {ways[0]} makes it fit"
     return "; rename={'old': 'new'} changes the start of names, and strict=False takes what fits"
 
 

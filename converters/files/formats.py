@@ -253,10 +253,11 @@ def inside(path: Path) -> Path:
     ends = (*_SAFETENSORS.suffixes, *_TORCH.suffixes)
     found = sorted(p for p in path.iterdir() if p.name.endswith(ends) and p.is_file())
     found = [p for p in found if not p.name.startswith(_NO_WEIGHTS)]
-    if len(safe := [p for p in found if p.suffix == ".safetensors"]) == 1:
-        found = safe
+    safe = [p for p in found if p.suffix == ".safetensors"]
+    if len(safe) == 1 and all(p.suffix == ".bin" for p in found if p not in safe):
+        found = safe  # Hugging Face's two copies of one model
     if len(found) > 1:
-        names = ", ".join(p.name for p in found[:6])
+        names = ", ".join([*(p.name for p in found[:6]), *(["..."] if len(found) > 6 else [])])
         raise FileFormatError(
             f"{path}: it holds {len(found)} files of weights: give one of {names}"
         )

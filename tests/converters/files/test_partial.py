@@ -200,3 +200,26 @@ def test_rows_behind_a_flatten_are_those_of_the_file_s_own_model(tmp_path, neste
     np.savez(tmp_path / "n.npz", **dict(zip(names, weights, strict=True)))
     found = converters.load(tmp_path / "n.npz", architecture=live)
     assert sum(np.isnan(x).sum() for x in jax.tree.leaves(found.variables)) == 1
+
+
+def test_of_two_parts_that_fit_both_are_named(tmp_path):
+    state = prefixed("model.", **{f"ema.{n}": 2 * v for n, v in net().state_dict().items()})
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(fwt.ConversionError, match=r"2 parts of it fit: .*'ema'.*, or .*'model'"):
+        converters.load(tmp_path / "w.pt", architecture=net())
+    with pytest.raises(fwt.ConversionError) as raised:
+        converters.load(tmp_path / "w.pt", architecture=torch.nn.Sequential(torch.nn.Linear(9, 9)),
+                        strict=False)  # fmt: skip
+    assert "strict=False" not in str(raised.value)
+
+
+def test_a_folder_of_several_files_of_weights_is_ambiguous(tmp_path):
+    for name in ("a.pt", "b.pt"):
+        torch.save(net().state_dict(), tmp_path / name)
+    converters.save(tmp_path / "c.safetensors", converters.from_torch(net()))
+    with pytest.raises(fwt.ConversionError, match=r"3 files of weights: give one of a\.pt, b\.pt"):
+        converters.load(tmp_path)
+    for name in ("a.pt", "b.pt"):
+        (tmp_path / name).unlink()
+    torch.save(net().state_dict(), tmp_path / "pytorch_model.bin")
+    assert converters.load(tmp_path).module is not None

@@ -338,8 +338,11 @@ class Places:
 
     def _without_bias(self, path: str) -> bool:
         """Whether optax hides the bias beside a kernel."""
-        *parents, last = map(_tree.unescape, _tree.split(path) or [""])
-        hidden = ((*parents, "bias") in self.tree.masked) if self.tree.masked else False
+        if not self.tree.masked:
+            return False
+        *parents, last = _rules.parts(path)
+        paths = ("/".join(map(_tree.escape, parts)) for parts in self.tree.masked)
+        hidden = (*parents, "bias") in set(map(_rules.parts, paths))
         return hidden and last in ("kernel", "weight") and len(self.shapes[path]) > 1
 
     def _by_user(self, path: str) -> tuple[str, ...] | None:

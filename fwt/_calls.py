@@ -7,6 +7,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import jax
+import numpy as np
 
 from fwt import _nodes, _tree
 from fwt._types import FwtError, LeafError
@@ -91,11 +92,19 @@ def _run_linen(what: str, module: Any, variables: Any, batch: Any, see: See) -> 
         path = "/".join(_tree.escape(str(p)) for p in (*layer.path, "kernel"))
         if inside or context.method_name != "__call__" or path not in kernels:
             return call(*args, **kwds)
+        x = args[0] if args else next(iter(kwds.values()))
         if not isinstance(layer, linear):
             raise _not_linear(what, path, layer)
+        held: Any = jax.tree.leaves(layer.variables["params"]["kernel"])[0]  # of a box
+        known = not any(isinstance(v, jax.core.Tracer) for v in (held, kernels[path]))
+        if known and not np.array_equal(held, kernels[path], equal_nan=True):
+            raise LeafError(
+                f"{what}: the layer of {path} computes with another kernel than this (as in "
+                "nn.WeightNorm): leave it out with where=, or give the module without that"
+            )
         inside.append(path)
         try:
-            new = see(path, layer.clone(parent=None, name=None, use_bias=False), args[0])
+            new = see(path, layer.clone(parent=None, name=None, use_bias=False), x)
             if new is None:
                 return call(*args, **kwds)
             own = {**layer.variables["params"], "kernel": new}
@@ -146,12 +155,12 @@ def _twin(layer: Any) -> Any:
 
 @functools.cache  # JAX never forgets a class that nnx made a node
 def _watching(cls: Any) -> Any:
-    def call(self: Any, x: Any, *args: Any, **kwds: Any) -> Any:
+    def call(self: Any, *args: Any, **kwds: Any) -> Any:
         watch = (_WATCHED.get() or {}).get(id(self))
-        new = None if watch is None else watch(x)
+        new = None if watch is None else watch(args[0] if args else next(iter(kwds.values())))
         if new is not None:
             self.kernel = sys.modules["flax.nnx"].Param(new)
-        return cls.__call__(self, x, *args, **kwds)
+        return cls.__call__(self, *args, **kwds)
 
     made = type(cls)  # of nnx
     return made(cls.__name__, (cls,), {"__call__": call})

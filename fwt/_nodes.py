@@ -219,11 +219,18 @@ _STATE_NAMES = {"opt_state", "opt_states", "optim_state", "optimizer_state"}
 # What optax calls the parts of its states, as a checkpoint gives them back in dicts.
 _COUNTERS = {"count", "gradient_step", "mini_step", "num_steps", "step_count"}
 _FIELDS = _COUNTERS | {
-    "acc_grads", "b1", "base_optimizer_state", "e_g", "e_x", "estim_lr", "exp_avg", "exp_avg_sq",
-    "g", "grad_acc", "grad_sum", "hyperparams", "hyperparams_states", "inner_opt_state",
-    "inner_state", "inner_states", "m", "max_lr", "mu", "n", "nu", "nu_max", "numerator_weighted",
-    "params0", "prev_updates", "skip_state", "step_sizes", "sum_of_squares", "t", "trace", "v",
-    "v_col", "v_row", "weight_sum", "z",
+    "acc_grads", "adv_state", "b1", "barf", "base_optimizer_state", "best_value", "cache",
+    "count_m2", "cumulative_gradients", "diff_params_memory", "diff_updates_memory", "e_g", "e_x",
+    "ema", "estim_lr", "estim_sq_dist", "exp_avg", "exp_avg_sq", "fast_state", "g", "gamma",
+    "grad", "grad_acc", "grad_sum", "grad_sum_sq", "hessian_fn_state", "hyperparams",
+    "hyperparams_states", "info", "init", "init_params", "init_particles", "inner_opt_state",
+    "inner_state", "inner_states", "is_init_step", "is_initial_step", "key", "lb",
+    "learning_rate", "m", "m1", "m2", "max_dist", "max_lr", "mu", "n", "nu", "nu_max",
+    "numerator_weighted", "opt_state", "params0", "prev_updates", "previous_gradient",
+    "projector", "r", "reward", "s", "scale", "skip_state", "step_sizes", "steps_since_sync",
+    "subgradients", "sum_of_squares", "sum_sq_norm_grads", "t", "trace", "update", "updates", "v",
+    "v_col", "v_row", "value", "weight_sum", "weighted_sq_norm_grads", "weights_memory", "x0",
+    "z",
 }  # fmt: skip
 # The nodes beside a node, and beside each that it is in: the children, itself, and what is further
 # out.
@@ -235,20 +242,20 @@ def _keys(node: Any) -> frozenset[tuple[str, ...]]:
     return frozenset(tuple(map(part, keys)) for keys, _ in flat)
 
 
-def _mirrored(node: Any, around: Around) -> bool:
+def _mirrored(node: Any, around: Around, layered: bool) -> bool:
     """Whether a node has the keys of another that stands beside it or beside what it is in, as the
-    moments of weights have those of the weights."""
-    mine = _keys(node)
-    layered = any(len(keys) > 1 for keys in mine)  # one layer is like another
-    while around is not None and layered:
+    moments of weights have those of the weights; ``layered``: not if these are those of a layer,
+    which is like another. So it is where nothing else holds weights."""
+    mine, alone = _keys(node), True
+    while around is not None:
         kids, me, around = around
         for _, other in kids:
-            if other is me or children(other) is None:
+            if other is me or children(other) is None or not _holds_weights(other):
                 continue
-            theirs = _keys(other)
+            theirs, alone = _keys(other), False
             if mine == theirs or (len(mine) > 1 and mine < theirs):
-                return True
-    return False
+                return not layered or any(len(keys) > 1 for keys in mine)
+    return alone and not layered
 
 
 def _is_evident(name: str, node: Any, named: bool = True, around: Around = None) -> bool:
@@ -272,9 +279,8 @@ def _is_evident(name: str, node: Any, named: bool = True, around: Around = None)
     counted = any(
         children(node[n]) is None and np.ndim(node[n]) == 0 for n in _COUNTERS & set(node)
     )
-    if counted and any(len(n) > 1 for n in set(node) - _COUNTERS):
-        return True
-    return any(children(x) is not None and _mirrored(x, around) for x in node.values())
+    moments = [x for x in node.values() if children(x) is not None]
+    return any(_mirrored(x, around, layered=not counted) for x in moments)
 
 
 def _inner_states(node: Any, named: bool, around: Around) -> Iterator[bool]:

@@ -544,6 +544,9 @@ OPTIMIZERS = {
     "accumulated": optax.MultiSteps(optax.sgd(0.1, 0.9), 2),
     "injected": optax.inject_hyperparams(optax.sgd)(learning_rate=0.1, momentum=0.9),
     "every": optax.chain(optax.adam(0.1), optax.apply_every(3)),
+    "signum": optax.signum(0.1),
+    "optimistic": optax.optimistic_adam_v2(0.1),
+    "sophia": optax.contrib.sophia(0.1),
     "schedule-free": optax.contrib.schedule_free_adamw(0.1),
     "prodigy": optax.contrib.prodigy(),
 }  # fmt: skip
@@ -584,6 +587,8 @@ def test_a_layer_may_be_called_as_a_state_is():
         "4": {"trace": {"inner": layer}},
         "5": {"v_row": layer},
     }
+    vae = [layer, {"mu": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}, "count": np.int32(3)}]
+    assert fwt.paths(vae) == ["0/kernel", "1/count", "1/mu/bias", "1/mu/kernel"]
     for tree in (params, {"params": params}):
         assert len(fwt.paths(tree)) == 14
         pruned = fwt.select(fwt.prune(0.5, where="**")(tree)).values()

@@ -252,7 +252,9 @@ def test_wrong_calls():
 
 def without_biases(tx):
     def labels(params):
-        return jax.tree_util.tree_map_with_path(lambda keys, _: keys[-1].key != "bias", params)
+        return jax.tree_util.tree_map_with_path(
+            lambda keys, _: not keys[-1].key.endswith("bias"), params
+        )
 
     return optax.masked(tx, labels)
 
@@ -264,6 +266,10 @@ def test_a_bias_that_optax_hides_could_have_told_the_axes():
     stack = {"mlp": {"kernel": rng.normal(size=(4, 6, 5)), "bias": np.ones((4, 5))}}
     for tree, rule in (
         (weight, fwt.optim.constrain(optax.sgd(0.1), bounded)),
+        (
+            {"l.weight": np.ones((5, 4)), "l.bias": np.ones(4)},
+            fwt.optim.constrain(optax.sgd(0.1), bounded),
+        ),
         (stack, fwt.optim.constrain(optax.sgd(0.1), bounded)),
         (stack, fwt.optim.sparsify(optax.sgd(0.1), 0.5)),
     ):

@@ -142,8 +142,10 @@ def _expand(graph: "Graph", node: Node, x: Any, shape: Any) -> Any:
 def _fold_cast(graph: "Graph", node: Node, x: Any) -> Any:
     import onnx
 
-    node("saturate")
-    new = _base(x).astype(onnx.helper.tensor_dtype_to_np_dtype(node("to")))
+    dtype: Any = onnx.helper.tensor_dtype_to_np_dtype(node("to"))
+    if node("to") > onnx.TensorProto.BFLOAT16:  # 8 bits and fewer saturate and round in other ways
+        raise refuse(str(node), f"a Cast of numbers to {dtype}")
+    new = _base(x).astype(dtype)
     return np.broadcast_to(new, x.shape)
 
 

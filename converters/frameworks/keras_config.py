@@ -370,6 +370,8 @@ def to_keras_layers(
     """Keras layers of a Flax model, and the input shape that Keras wants to know."""
     module = _flax.sequential_of(module)
     layers = _flax.read_flax(module, variables)
+    if not any_dtype:
+        policy.check_said(layers)
     shape = module.input_shape if input_shape is None else tuple(input_shape)
     new, found = convert.convert(layers, "flax", "keras", shape, "source")
     if found is None:

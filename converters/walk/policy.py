@@ -44,17 +44,21 @@ def every(layers: Sequence[Layer]) -> Iterator[Layer]:
         yield from every(layer.inner)
 
 
+def check_said(layers: Sequence[Layer]) -> None:
+    """Raises where a Flax model has weights in half precision and says no dtype: it computes in
+    float32 where its input is, and Keras in half precision."""
+    for layer in layers if not any(x.dtype for x in layers) else ():
+        for found in held([layer]) & {"float16", "bfloat16"}:
+            raise refuse(str(layer), f"its weights are {found} and it says no dtype=, so that Flax "
+                         f"computes in float32 where the input is, and Keras in {found}",
+                         "give each layer dtype=, or cast the weights")  # fmt: skip
+
+
 def settled(layers: Sequence[Layer], source: Framework, target: Framework) -> list[Layer]:
     """The layers, each with the dtype that it computes in, or none of them with one."""
     told, arrays = {x.dtype for x in layers if x.dtype}, held(layers)
     if told <= {"float32"} and arrays <= {"float32"}:
         return [dataclasses.replace(x, dtype=None) for x in layers]
-    if source == "flax" and target == "keras" and not told:
-        for layer in layers:
-            for found in held([layer]) & {"float16", "bfloat16"}:
-                raise refuse(str(layer), f"its weights are {found} and it says no dtype=, so that "
-                             "Flax computes in float32 where the input is, and Keras in "
-                             f"{found}", "give each layer dtype=, or cast the weights")  # fmt: skip
     # What says nothing computes in what it is given: in torch that is the dtype of the arrays.
     start = "float32" if told or len(arrays) != 1 else next(iter(arrays))
     if source != "flax" or not (told or target == "keras"):

@@ -223,10 +223,11 @@ def lossless(form, suffix, shards):
     import fwt
     from fwt import converters
 
-    net = fwt.Sequential([("d", nn.Dense(2, use_bias=False))], (3,))
     kept = []
     for name in DTYPES:
         dtype = np.dtype(getattr(ml_dtypes, name, name))
+        half = dtype if name in ("float16", "bfloat16") else None  # which Keras computes in
+        net = fwt.Sequential([("d", nn.Dense(2, use_bias=False, dtype=half))], (3,))
         raw = np.random.default_rng(0).integers(0, 256, (3, 2 * dtype.itemsize), dtype=np.uint8)
         leaf = (raw % 2).astype(bool) if name == "bool" else raw.view(dtype)
         leaf = leaf[:, :2]

@@ -509,7 +509,7 @@ def nested(flat: Mapping[str, np.ndarray], separator: str, path: Path) -> dict[s
 def under(tree: Any, key: str | None, path: Path) -> Any:
     """What stands in a tree of dicts under a key such as ``model`` or ``state/model``."""
     for part in [] if key is None else key.split("/"):
-        if isinstance(tree, Mapping) and part.isdigit() and int(part) in tree:
+        if isinstance(tree, Mapping) and part not in tree and part.isdigit() and int(part) in tree:
             tree = tree[int(part)]
             continue
         if not isinstance(tree, Mapping) or part not in tree:

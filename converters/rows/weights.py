@@ -35,6 +35,8 @@ from fwt.converters.rows.special import (
 
 LETTERS = {1: "w", 2: "h w", 3: "d h w"}
 
+# Of a Keras layer that is neither quantised nor adapted.
+_AS_MADE = {"quantization_config": None, "lora_rank": None, "lora_alpha": None}
 DENSE = Row(
     nn.Dense,
     "Linear",
@@ -49,18 +51,12 @@ DENSE = Row(
         P("kernel: i o", "weight: o i", "kernel: i o"),
         P("bias: o", "bias: o", "bias: o", when="use_bias"),
     ),
-    keras_defaults={"quantization_config": None, "lora_rank": None, "lora_alpha": None},
+    keras_defaults=_AS_MADE,
     fused_activation=True,
 )
 
 
-_CONV_DEFAULTS = {
-    "padding": "valid",
-    "data_format": "channels_last",
-    "lora_rank": None,
-    "lora_alpha": None,
-    "quantization_config": None,
-}
+_CONV_DEFAULTS = {"padding": "valid", "data_format": "channels_last", **_AS_MADE}
 
 
 def _axes(r: int) -> dict[str, Any]:
@@ -357,12 +353,7 @@ EMBED = Row(
         S("features", "embedding_dim", "output_dim", normal=whole),
     ),
     params=(P("embedding: v f", "weight: v f", "embeddings: v f"),),
-    keras_defaults={
-        "quantization_config": None,
-        "lora_rank": None,
-        "lora_alpha": None,
-        "input_length": None,
-    },
+    keras_defaults={**_AS_MADE, "input_length": None},
     special=EmbeddingSettings(),
     ordered=True,
     note="padding_idx, which is for training, is dropped, and so is mask_zero, which is refused "
@@ -411,12 +402,7 @@ EINSUM_DENSE = Row(
         P("bias: *e", "bias: *e", "bias: *e", when="bias_axes"),
     ),
     kind="einsum",
-    keras_defaults={
-        "quantization_config": None,
-        "lora_rank": None,
-        "lora_alpha": None,
-        "gptq_unpacked_column_size": None,
-    },
+    keras_defaults={**_AS_MADE, "gptq_unpacked_column_size": None},
     special=ArrayShapes(),
     fused_activation=True,
     lower=lower.einsum,

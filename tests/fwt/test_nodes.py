@@ -555,9 +555,14 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_state_that_a_checkpoint_gives_back_is_no_weight(name):
     params = {"d": {"kernel": jnp.arange(1.0, 21).reshape(5, 4), "bias": jnp.ones(4)}}
-    floats = lambda x: x + 1 if jnp.issubdtype(x.dtype, jnp.floating) else x  # noqa: E731
-    state = jax.tree.map(floats, OPTIMIZERS[name].init(params))
-    through = lambda tree: serialization.msgpack_restore(serialization.to_bytes(tree))  # noqa: E731
+
+    def moved(x):  # so that no moment is zero
+        return x + 1 if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    def through(tree):
+        return serialization.msgpack_restore(serialization.to_bytes(tree))
+
+    state = jax.tree.map(moved, OPTIMIZERS[name].init(params))
     for tree in (
         (params, state),
         through((params, state)),

@@ -74,6 +74,16 @@ def _known(architecture: Any, load: Callable[[Path], Model]) -> tuple[Model | No
         return model, h5.keras_of(path, _io.Reading()) if own else None
 
 
+def _wrapped(architecture: Any) -> Mapping[str, str | None]:
+    """The names of arrays that a live torch module has inside what only runs modules."""
+    torch = sys.modules.get("torch")
+    if torch is None or not isinstance(architecture, torch.nn.Module):
+        return {}
+    from fwt.converters.frameworks import torch_wrappers
+
+    return torch_wrappers.names(architecture)
+
+
 def _shapes(module: Sequential) -> Any:
     if module.input_shape is None or None in module.input_shape:
         raise ConversionError(
@@ -114,7 +124,7 @@ def filled(
                 f"{architecture}: a config alone has no shapes: give a .keras file, or build the "
                 "model"
             )
-        found = _found(model.variables, how, path)
+        found = _found(model.variables, how, path, _wrapped(architecture))
         flat = dict(_source.flat_names(model.variables))
         ordered = _source.has_order(flat, _nodes.told_of(model.variables))
         if how.match == "order":
@@ -395,14 +405,17 @@ def _some(names: list[str]) -> str:
     return ", ".join(names[:8]) + more
 
 
-def _found(variables: Any, how: Names, path: Path) -> dict[str, np.ndarray]:
+def _found(
+    variables: Any, how: Names, path: Path, wrapped: Mapping[str, str | None]
+) -> dict[str, np.ndarray]:
     out: dict[str, np.ndarray] = {}
     used: set[str] = set()
     rename = {old.rstrip("."): new.rstrip(".") for old, new in (how.rename or {}).items()}
     drop = [how.drop] if isinstance(how.drop, str) else list(how.drop)
     dropped: set[str] = set()
     for name, value in _source.flat_names(variables):
-        both = [name]
+        own = wrapped.get(name, name)
+        both = [name] if own is None else [own]
         for old, new in rename.items():
             if not old or name == old or name.startswith(f"{old}."):
                 both.append(".".join(p for p in (new, name[len(old) :].lstrip(".")) if p))
@@ -410,7 +423,8 @@ def _found(variables: Any, how: Names, path: Path) -> dict[str, np.ndarray]:
                 break
         hits = [g for g in drop for n in both if _tree.matches(g.replace(".", "/"), _slashed(n))]
         dropped.update(hits)
-        if hits or (name.endswith("num_batches_tracked") and not np.shape(value)):
+        counts = name.endswith("num_batches_tracked") and not np.shape(value)
+        if hits or counts or own is None:
             continue
         name = both[-1]
         if name in out:

@@ -27,7 +27,7 @@ def transform(model: Any, t: Transform) -> Any:
 
     Args:
         model: a built Keras model, a torch module, or a :class:`fwt.Model`. Of what only runs a
-            module, such as DataParallel, the paths are those of the module inside.
+            module, such as DataParallel, at any depth, the paths are those of the module inside.
         t: any transform.
 
     Returns:

@@ -22,6 +22,7 @@ from fwt.converters import io as _io
 from fwt.converters.frameworks import altered, torch_computed, torch_layers, torch_modules
 from fwt.converters.frameworks import flax as _flax
 from fwt.converters.frameworks import sidecar as _sidecar
+from fwt.converters.frameworks.torch_wrappers import is_container, unwrapped
 from fwt.converters.rows import grouped, table
 from fwt.converters.rows.row import TRAINING, Layer, LiveLeaf, joined, order, parts_of, refuse
 from fwt.converters.walk import convert, policy
@@ -199,33 +200,6 @@ def _composite(module: Any, place: str) -> dict[str, Any]:
     return {}
 
 
-def unwrapped(model: Any) -> Any:
-    """The module in what only runs it: DataParallel, torch.compile, an average of weights."""
-    wrappers = {
-        "torch.nn.parallel.data_parallel.DataParallel": "module",
-        "torch.nn.parallel.distributed.DistributedDataParallel": "module",
-        "torch.optim.swa_utils.AveragedModel": "module",
-        "torch._dynamo.eval_frame.OptimizedModule": "_orig_mod",  # which is imported late
-    }
-    cls = type(model)
-    while name := wrappers.get(f"{cls.__module__}.{cls.__qualname__}"):
-        if model._forward_hooks or model._forward_pre_hooks:
-            raise ConversionError(
-                f"{cls.__name__} has forward hooks, which can change what it does: remove them, or "
-                f"give the module inside, model.{name}"
-            )
-        model = getattr(model, name)
-        cls = type(model)
-    return model
-
-
-def _is_container(module: torch.nn.Module) -> bool:
-    """A Sequential, whatever its class, or a list of modules, which is used in order."""
-    if isinstance(module, torch.nn.Sequential):
-        return type(module).forward is torch.nn.Sequential.forward
-    return type(module) is torch.nn.ModuleList
-
-
 def _check_holder(model: torch.nn.Module, where: str) -> None:
     if model._forward_hooks or model._forward_pre_hooks:
         raise ConversionError(f"{where} has forward hooks, which can change what it does")
@@ -245,7 +219,8 @@ def _children(model: torch.nn.Module, inside: tuple[str, ...], seen: dict[int, s
     for name, module in model._modules.items():  # named_children skips one that stands there twice
         assert module is not None
         place = joined((*inside, name))
-        if _is_container(module):
+        module = unwrapped(module, place)
+        if is_container(module):
             layers += _children(module, (*inside, name), seen)
             continue
         if type(module) is torch.nn.TransformerEncoder:  # its layers keep their paths in it
@@ -280,7 +255,7 @@ def from_torch(
     A Sequential inside another stays one, a ModuleList is used in order, and weights that
     ``torch.nn.utils.prune``, ``parametrize``, ``weight_norm`` or ``spectral_norm`` compute are
     taken as they are computed. Of DataParallel, DistributedDataParallel, a compiled module and an
-    AveragedModel the module inside is taken.
+    AveragedModel, as the model and as a layer of it, the module inside is taken under its name.
 
     Args:
         model: a ``torch.nn.Sequential``; the names of its layers are kept.
@@ -308,7 +283,7 @@ def from_torch(
         True
     """
     model = unwrapped(model)
-    if not _is_container(model):
+    if not is_container(model):
         raise ConversionError(
             f"from_torch takes a torch.nn.Sequential, found {type(model).__name__}; to change the "
             "weights of any torch module in place, use converters.transform(model, t)"
@@ -509,8 +484,10 @@ def _places(
     """The modules in a module under every name that they have, but none inside itself."""
     yield prefix, module
     for name, child in module._modules.items():
+        place = f"{prefix}.{name}" if prefix else name
+        child = unwrapped(child, place)
         if child is not None and id(child) not in (*above, id(module)):
-            yield from _places(child, f"{prefix}.{name}" if prefix else name, (*above, id(module)))
+            yield from _places(child, place, (*above, id(module)))
 
 
 # By device, in the order of memory: where each tensor starts and ends, its place and its view.

@@ -2,6 +2,7 @@
 
 import importlib.util
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,30 @@ from fwt.converters import io as _io
 from fwt.converters import judge
 from fwt.converters.onnx import graph as _graph
 from fwt.converters.onnx import read
-from fwt.converters.verification.sides import Side, Taps, layer_name, some_integers, takes_first
+from fwt.converters.verification.ends import Kind, ends
+from fwt.converters.verification.sides import Side, Taps, layer_name, some_integers
 
 _KINDS = {"BatchNormalization": "BatchNorm2d", "PRelu": "BatchNorm2d",
           "InstanceNormalization": "BatchNorm2d", "GroupNormalization": "GroupNorm",
           "Resize": "Upsample"}  # fmt: skip
 
 
-def _permutes(node: Any) -> tuple[int, ...] | None:
-    return next((tuple(a.ints) for a in node.attribute if node.op_type == "Transpose"), None)
+def _kinds(graph: Any, start: str) -> Iterator[Kind]:
+    """What each node behind the input tells of its axes."""
+    reached = {start}
+    for node in graph.node:
+        if reached.isdisjoint(node.input) or node.op_type == "Shape":
+            continue
+        reached |= {name for name in node.output if name}
+        attributes = {a.name: a for a in node.attribute}
+        kind = _KINDS.get(node.op_type, node.op_type)
+        if node.op_type == "Transpose" and "perm" in attributes:
+            yield Kind(kind, tuple(attributes["perm"].ints))
+        elif node.op_type in ("RNN", "LSTM", "GRU"):
+            layout = attributes["layout"].i if "layout" in attributes else 0
+            yield Kind(kind, batch=1 - layout)
+        else:
+            yield Kind(kind)
 
 
 def side(path: Path, external: bool) -> Side:
@@ -76,6 +92,8 @@ def side(path: Path, external: bool) -> Side:
     stored = {n: np.dtype(onnx.helper.tensor_dtype_to_np_dtype(t.data_type))
               for n, t in weights.items()}  # fmt: skip
 
+    time_first, channels_first = ends("torch", _kinds(graph, inputs[0].name), True)
+    axis = int(time_first)
     total = sum(math.prod(t.dims) * stored[n].itemsize for n, t in weights.items())
 
     def moved(by: float) -> Any:
@@ -93,27 +111,36 @@ def side(path: Path, external: bool) -> Side:
     def run(x: np.ndarray, by: float = 0.0) -> tuple[np.ndarray, Taps]:
         if by not in sessions:
             sessions[by] = made(moved(by) if total < 2**30 else proto)
-        session, size = sessions[by], (shape[0] if shape else None) or max(len(x), 1)
+        session, fixed = sessions[by], shape[axis] if shape else None
+        count = x.shape[axis] if x.ndim > axis else 1
+        size = fixed or max(count, 1)
         parts = []
-        for i in range(0, max(len(x), 1), size):  # as many at once as the graph takes
-            some = x[i : i + size].astype(dtype)
-            lacks = size - len(some) if len(x) > size or shape[0] else 0
-            some = np.concatenate([some, np.repeat(some[-1:], lacks, 0)])
+        for i in range(0, max(count, 1), size):  # as many at once as the graph takes
+            some = x.take(range(i, min(i + size, count)), axis).astype(dtype)
+            lacks = size - some.shape[axis] if count > size or fixed else 0
+            some = np.concatenate([some, *[some.take([-1], axis)] * lacks], axis)
             values = session.run(None, {inputs[0].name: some})
-            parts.append([v[: len(v) - lacks] if lacks else v for v in values])
-        values = [np.concatenate(each) for each in zip(*parts, strict=True)]
+            ats = [_batch(v, axis, size) for v in values]
+            parts.append([v.take(range(size - lacks), at) if lacks else v
+                          for v, at in zip(values, ats, strict=True)])  # fmt: skip
+        values = [np.concatenate(each, at) for *each, at in zip(*parts, ats, strict=True)]
         found = dict(zip([o.name for o in session.get_outputs()], values, strict=True))
         return values[0], {layer: found[name] for layer, name in scopes.items()}
 
     def model(*_: Any) -> Model:
         return read.from_onnx(path, external_data=external)
 
-    kinds = [(_KINDS.get(n.op_type, n.op_type), _permutes(n), False) for n in graph.node]
-    channels_first = takes_first(kinds, True)
     table: Any = next((weights[n.input[0]] for n in graph.node if n.op_type == "Gather"
                        and n.input[0] in weights), None)  # fmt: skip
     count, rows = some_integers(dtype), []
     if count is not None and table is not None:
         count, rows = int(table.dims[0]), [_graph.array_of(table, path, external)]
-    return Side(run, shape[1:], channels_first, model, count, rows, True, list(stored.values()),
-                model_first=channels_first)  # fmt: skip
+    return Side(run, shape[:axis] + shape[axis + 1 :], channels_first, model, count, rows, True,
+                list(stored.values()), model_first=channels_first,
+                time_first=time_first, takes=dtype)  # fmt: skip
+
+
+def _batch(v: np.ndarray, axis: int, size: int) -> int:
+    """The axis of an output that is the batch, if that of the input is ``axis``."""
+    alike = v.ndim > axis and v.shape[axis] == size
+    return axis if alike and (v.shape[0] != size or v.ndim > 2) else 0

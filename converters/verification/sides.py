@@ -14,8 +14,8 @@ from flax import nnx
 from fwt._sequential import Sequential, call
 from fwt._types import ConversionError, Model
 from fwt.converters import judge
-from fwt.converters.rows import table
 from fwt.converters.rows.row import Framework, is_training, joined
+from fwt.converters.verification.ends import Kind, ends
 
 Taps = dict[str, np.ndarray]
 
@@ -25,7 +25,7 @@ class Side:
     """A model: how it runs, its input, and the model that it is in Flax.
 
     ``run`` takes a batch, and a part of itself by which each weight is moved; the model stays as
-    it is.
+    it is. It is asked through ``outputs``.
     """
 
     run: Callable[[np.ndarray, float], tuple[np.ndarray, Taps]]
@@ -41,6 +41,28 @@ class Side:
     model_first: bool = False  # whether channels come first at the ends of its Flax model
     names: Any = None  # of its modules and weights, for models that can't be converted
     settings: Sequence[tuple[str, float]] = ()  # numbers, of such models
+    time_first: bool = False  # whether the batch is the second axis, of sequences
+    takes: Any = None  # the dtype that its input is cast to, if it says one
+
+    def swaps(self, x: np.ndarray) -> bool:
+        """Whether it takes the axes 0 and 1 of a batch the other way round."""
+        return self.time_first and (x.ndim > 2 or (x.ndim == 2 and x.dtype.kind in "iu"))
+
+    def outputs(self, x: np.ndarray, by: float = 0.0) -> tuple[np.ndarray, Taps]:
+        """What it gives for a batch (n, ...): its output and those of its layers, (n, ...)."""
+        if not self.swaps(x):
+            return self.run(x, by)
+        count = len(x)
+        if count == x.shape[1]:  # one row more tells the batch from the time
+            x = np.concatenate([x, x[-1:]])
+
+        def back(v: np.ndarray) -> np.ndarray:
+            if v.ndim > 1 and v.shape[0] != len(x) and v.shape[1] == len(x):
+                v = np.ascontiguousarray(v.swapaxes(0, 1))
+            return v[:count] if v.ndim and v.shape[0] == len(x) else v
+
+        y, taps = self.run(np.ascontiguousarray(x.swapaxes(0, 1)), by)
+        return back(y), {name: back(v) for name, v in taps.items()}
 
     def laid_out(self, channels_first: bool) -> "Side":
         """The side with channels first at its ends, or last, whatever its layers say."""
@@ -82,32 +104,6 @@ def _numbers(
     return found
 
 
-def takes_first(layers: Iterable[tuple[str, Sequence[int] | None, bool]], inside: bool) -> bool:
-    """Whether channels come first in the input of a chain.
-
-    Args:
-        layers: each layer's class, how it permutes axes if it does, and whether it says itself
-            that channels come first.
-        inside: whether layers over windows have them first.
-    """
-    turned = False
-    for kind, dims, says in layers:
-        n, kind = len(dims or ()), kind.removeprefix("Parametrized")
-        if n > 2 and tuple(dims or ()) in ((0, *range(2, n), 1), (0, n - 1, *range(1, n - 1))):
-            turned = not turned
-        if says:
-            return not turned
-        rows = table.rows_of("torch", kind) + table.rows_of("keras", kind)
-        if kind.startswith(_WINDOWS) or "Pool" in kind or any(row.channel for row in rows):
-            return inside != turned
-        if kind in ("Flatten", "Unflatten", "Reshape"):
-            break
-    return False
-
-
-_WINDOWS = ("Conv", "BatchNorm2d", "BatchNorm3d", "Upsampl", "UpSampl")
-
-
 # Layers that only move numbers, behind which whole numbers stay what they are.
 _MOVES = ("Reshape", "Flatten", "Unflatten", "Permute", "RepeatVector", "Identity", "Dropout",
           "Sequential")  # fmt: skip
@@ -146,14 +142,13 @@ def flax_side(model: Model) -> Side:
     dtypes = [v.dtype for v in jax.tree.leaves(model.variables) if hasattr(v, "dtype")]
     told = [getattr(named.layer, "dtype", None) for named in model.module.layers]
     dtypes += [np.dtype(d) for d in told if d is not None]
-    channels_first = takes_first(_kinds(model.module), False)
+    time_first, channels_first = ends("flax", _kinds(model.module), False)
     return Side(run, model.module.input_shape, channels_first, lambda *_: model, count, rows,
-                dtypes=dtypes, model_first=channels_first)  # fmt: skip
+                dtypes=dtypes, model_first=channels_first, time_first=time_first)  # fmt: skip
 
 
-def _kinds(module: Any) -> Iterator[tuple[str, Any, bool]]:
-    """Of each layer its class, how it permutes axes, and whether its axis is the first of one
-    example."""
+def _kinds(module: Any) -> Iterator[Kind]:
+    """What each layer of a Flax, nnx or Keras model tells of its axes."""
     for entry in module.layers:
         layer = getattr(entry, "layer", entry)
         layer = getattr(layer, "layer", layer)  # a linen layer inside nnx
@@ -163,7 +158,7 @@ def _kinds(module: Any) -> Iterator[tuple[str, Any, bool]]:
             axis = getattr(layer, "axes", getattr(layer, "axis", None))
             first = axis == 1 or (isinstance(axis, list | tuple) and list(axis) == [1])
             first = first and ("Norm" in type(layer).__name__ or "PReLU" in type(layer).__name__)
-            yield type(layer).__name__, _permutes(layer), first
+            yield Kind(type(layer).__name__, _permutes(layer), first)
 
 
 def each_layer(
@@ -211,9 +206,9 @@ def nnx_side(model: Any) -> Side:
     rows = [first.embedding[...]] if isinstance(first, nnx.Embed) else []
     dtypes = [v.dtype for v in jax.tree.leaves(nnx.state(model)) if hasattr(v, "dtype")]
     kinds = _kinds(model) if type(model) is nnx.Sequential else ()
-    channels_first = takes_first(kinds, False)
+    time_first, channels_first = ends("flax", kinds, False)
     return Side(run, None, channels_first, converted, count, rows, dtypes=dtypes,
-                model_first=channels_first)  # fmt: skip
+                model_first=channels_first, time_first=time_first)  # fmt: skip
 
 
 def layer_name(parts: Sequence[str]) -> str:
@@ -237,6 +232,8 @@ def keras_side(model: Any) -> Side:
 
     def through(x: np.ndarray, by: float = 0.0) -> tuple[np.ndarray, Taps]:
         taps: Taps = {}
+        given = keras.ops.convert_to_tensor(x)
+        given = given if taken is None else keras.ops.cast(given, taken)
 
         def under(holder: Any, y: Any, inside: tuple[str, ...]) -> Any:
             for layer in holder.layers:
@@ -253,9 +250,9 @@ def keras_side(model: Any) -> Side:
             return y
 
         chain = isinstance(model, keras.Sequential)
-        y = under(model, keras.ops.convert_to_tensor(x), ()) if chain else None
+        y = under(model, given, ()) if chain else None
         if y is None or not by:
-            y = model(x, training=False)
+            y = model(given, training=False)
         return keras.ops.convert_to_numpy(y), taps
 
     shape = getattr(model, "input_shape", None)
@@ -265,10 +262,10 @@ def keras_side(model: Any) -> Side:
     first = next((x for x in flat if type(x).__name__ not in moves), None)
     formats = {getattr(x, "data_format", None) for x in flat}
     inside = "channels_first" in formats
-    channels_first = takes_first(_kinds(model), inside)
-    taken = getattr(next(iter(getattr(model, "inputs", None) or ()), None), "dtype", "float32")
+    _, channels_first = ends("keras", _kinds(model), inside)
+    taken = getattr(next(iter(getattr(model, "inputs", None) or ()), None), "dtype", None)
     found = [x for x in flat if isinstance(x, keras.layers.Embedding)]
-    whole = some_integers(_dtype(taken))
+    whole = some_integers(_dtype(taken or "float32"))
     count = getattr(first, "input_dim", None) or (found[0].input_dim if whole and found else whole)
     rows = [x.get_weights()[0] for x in found if x.input_dim == count]
     dtypes = [v.dtype for v in model.variables]
@@ -279,7 +276,8 @@ def keras_side(model: Any) -> Side:
         settings = _numbers("keras", ((x.name, x, _config(x)) for x in layers))
     return Side(run, own, channels_first, lambda *_: _keras.from_keras(model), count, rows, inside,
                 [_dtype(d) for d in dtypes], [_dtype(d) for d in computes],
-                channels_first and not inside, names, settings)  # fmt: skip
+                channels_first and not inside, names, settings,
+                takes=taken and _dtype(taken))  # fmt: skip
 
 
 def _config(layer: Any) -> Any:
@@ -312,15 +310,17 @@ def torch_side(model: Any) -> Side:
     import torch
 
     from fwt.converters.frameworks import torch as _torch
+    from fwt.converters.frameworks import torch_wrappers
 
-    model = _torch.unwrapped(model)
+    model = torch_wrappers.plain(model)
     weights = [w for w in (*model.parameters(), *model.buffers()) if w.is_floating_point()]
 
     def run(x: np.ndarray, by: float = 0.0) -> tuple[np.ndarray, Taps]:
         given = tensor(x)
         if weights:
             like = weights[0]
-            given = given.to(like.device, like.dtype if given.is_floating_point() else None)
+            floats = given.is_floating_point() or numbers
+            given = given.to(like.device, like.dtype if floats else None)
         if not by:
             return through(model, given)
         moved = copy.deepcopy(model)
@@ -374,11 +374,13 @@ def torch_side(model: Any) -> Side:
             return y.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return y.numpy()
 
-    kinds = ((type(m).__name__, _permutes(m), False) for m in model.modules())
-    channels_first = takes_first(kinds, True)
+    time_first, channels_first = ends("torch", map(_torch_kind, model.modules()), True)
+    # Only of a chain is it known what stands before a layer.
+    chain = isinstance(model, torch.nn.Sequential | torch.nn.TransformerEncoder)
     leaves = [m for m in model.modules() if not list(m.children())]
     leaf: Any = next((m for m in leaves if type(m).__name__ not in _MOVES), None)
     count = leaf.num_embeddings if isinstance(leaf, torch.nn.Embedding) else None
+    numbers = chain and not isinstance(leaf, torch.nn.Embedding | torch.nn.EmbeddingBag)
     found = [m for m in leaves if isinstance(m, torch.nn.Embedding)]
     rows = [array(m.weight) for m in found if m.num_embeddings == count]
 
@@ -394,4 +396,12 @@ def torch_side(model: Any) -> Side:
 
     return Side(run, None, channels_first, converted, count, rows, True,
                 [array(w.flatten()[:1]).dtype for w in weights], names=names,
-                settings=settings)  # fmt: skip
+                settings=settings, time_first=time_first and chain,
+                takes=array(weights[0].flatten()[:1]).dtype if weights else None)  # fmt: skip
+
+
+def _torch_kind(module: Any) -> Kind:
+    # A layer of an encoder leaves it to its attention.
+    first = getattr(getattr(module, "self_attn", module), "batch_first", None)
+    batch = 1 - first if isinstance(first, bool) else None
+    return Kind(type(module).__name__, _permutes(module), batch=batch)

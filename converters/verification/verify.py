@@ -20,7 +20,7 @@ from fwt._types import ConversionError, Model
 from fwt.converters import judge
 from fwt.converters.files import formats
 from fwt.converters.frameworks import flax as _flax
-from fwt.converters.rows.row import TRAINING
+from fwt.converters.verification import settings
 from fwt.converters.verification.report import (
     Line,
     Outputs,
@@ -32,7 +32,6 @@ from fwt.converters.verification.report import (
     weight_apart,
 )
 from fwt.converters.verification.sides import (
-    OF_TRAINING,
     Side,
     each_layer,
     flax_side,
@@ -71,7 +70,8 @@ def verify(
     Args:
         a: a live Keras model, a torch or nnx module, a ``fwt.Model``, or a file with a model.
         b: another of them.
-        inputs: a batch in the layout of ``a``. By default random numbers of several sizes and
+        inputs: a batch in the layout of ``a``, in which each number is rounded to the dtypes that
+            the models take. By default random numbers of several sizes and
             signs, zeros and ones, each in a row of its own; whole numbers, their ends and, of a
             table of embeddings, each row in which the models differ, if they start with one.
             Images are moved between channels first and last where one of them is a torch model
@@ -106,6 +106,9 @@ def verify(
     x = np.asarray(inputs)
     if x.dtype.kind not in "fiub":
         raise ConversionError(f"verify: inputs of {x.dtype} are no batch of numbers")
+    x = _as_taken(x, (one, other))
+    if one.swaps(x) and not made:
+        x = np.ascontiguousarray(x.swapaxes(0, 1))
     if not x.ndim or not len(x):
         output = Line("output", x.shape, 0.0, 0.0, 0, "not compared")
         return Report(False, None, (), (), output, (_nothing(x, output),))
@@ -116,6 +119,10 @@ def verify(
         ends = ("first", "last") if other.channels_first else ("last", "first")
         notes.append(f"the second model takes channels {ends[0]}, the first takes them {ends[1]}: "
                      "its inputs were turned")  # fmt: skip
+    if one.swaps(x) != other.swaps(x):
+        sides = ("first", "second") if one.swaps(x) else ("second", "first")
+        notes.append(f"the {sides[0]} model takes the time first, the {sides[1]} the batch: the "
+                     "inputs of the second were turned")  # fmt: skip
     if told is not None:
         notes += [f"not compared: {why}, in the rows {_some(rows)}" for rows, why in (
             (told.lost, "what is NaN in both outputs"),
@@ -137,7 +144,7 @@ def verify(
             with contextlib.suppress(ConversionError):
                 source = one.model(x.shape[1:], True), other.model(x.shape[1:], True)
                 models = models if any(_weights(*source)) else source
-        setting = _settings(*models)
+        setting = settings.of_layers(*models)
         weights = tuple(_weights(*models))
         changed = {_layer(line.name) for line in weights}
     except ConversionError as error:
@@ -145,7 +152,7 @@ def verify(
         setting = None
         if one.names is not None and one.names == other.names:
             changed = {line.name for line in lines}
-            setting = _setting(one.settings, other.settings)
+            setting = settings.of_numbers(one.settings, other.settings)
     if ok and tolerance is None and setting is not None:
         ok, first = False, setting.split(":")[0]
         notes.append(f"no output on these inputs shows it, but a setting differs: {setting}")
@@ -170,56 +177,6 @@ def verify(
 
 def _some(rows: Sequence[int]) -> str:
     return ", ".join([*map(str, rows[:9]), *(["..."] if len(rows) > 9 else [])])
-
-
-def _settings(a: Model, b: Model) -> str | None:
-    """The first number among the settings that differs, of models of the same layers: some are
-    told by no inputs but those that lie between them, as the end of a threshold is."""
-    if not isinstance(a.module, Sequential) or not isinstance(b.module, Sequential):
-        return None
-    pairs = list(zip(a.module.layers, b.module.layers, strict=False))
-    kinds = [(type(x.layer), type(y.layer)) for x, y in pairs]
-    if len(a.module.layers) != len(b.module.layers) or any(
-        one is not other for one, other in kinds
-    ):
-        return None
-    for x, y in pairs:
-        if isinstance(x.layer, Sequential):
-            found = _settings(Model(x.layer, {}), Model(y.layer, {}))
-            if found is not None:
-                return f"{x.name}/{found}"
-            continue
-        for field in dataclasses.fields(x.layer):
-            if field.name in TRAINING["flax"] or field.name in OF_TRAINING:
-                continue
-            mine, theirs = (_floats(getattr(each.layer, field.name), field) for each in (x, y))
-            if mine is None or theirs is None:
-                continue
-            if len(mine) != len(theirs) or not np.allclose(mine, theirs, 1e-6, 0, equal_nan=True):
-                one, other = ([f"{v:g}" for v in values] for values in (mine, theirs))
-                return f"{x.name}: {field.name} is {', '.join(one)} and {', '.join(other)}"
-    return None
-
-
-def _setting(a: Sequence[tuple[str, float]], b: Sequence[tuple[str, float]]) -> str | None:
-    """The first number that differs, among the settings of models that can't be converted."""
-    if len(a) != len(b):
-        places = [[p for p, _ in each] for each in (a, b)]
-        lone = [p for p in (*places[0], *places[1]) if p not in places[0] or p not in places[1]]
-        return f"{lone[0]} is a number in one of them only" if lone else None
-    for (place, mine), (_, theirs) in zip(a, b, strict=True):
-        if not np.isclose(mine, theirs, 1e-6, 0, equal_nan=True):
-            return f"{place} is {mine:g} and {theirs:g}"
-    return None
-
-
-def _floats(value: Any, field: Any) -> list[float] | None:
-    """A setting as floats, if that is what it is or is declared to be; NaN is none."""
-    if value is None and "float" in str(field.type):
-        return [math.nan]
-    values = list(value) if isinstance(value, list | tuple) else [value]
-    kinds = (float, int) if "float" in str(field.type) else (float,)
-    return [float(v) for v in values] if values and all(type(v) in kinds for v in values) else None
 
 
 def _departed(lines: Sequence[Line]) -> str | None:
@@ -289,8 +246,8 @@ def _turned(
     """The sides and the inputs as they fit together, and what :func:`_lines` finds.
 
     The inputs are turned if the layers say so. They go in as they are if that makes such models
-    equal, since not every layer says where channels are; and another way only where these can't be
-    run at all.
+    equal, since not every layer says where channels, or the batch, are; and another way only where
+    these can't be run at all.
 
     Args:
         one: the first model.
@@ -309,6 +266,10 @@ def _turned(
 
     failed: list[ConversionError] = []
     first = tried(one, other, x)
+    if one.swaps(x) != other.swaps(x) and (first is None or first[3][1].status == "differs"):
+        alike = tried(one, dataclasses.replace(other, time_first=one.time_first), x)
+        if alike is not None and (first is None or alike[3][1].status != "differs"):
+            return alike
     if x.ndim > 2 and one.channels_first != other.channels_first:
         if first is not None and first[3][1].status in ("exact", "close"):
             return first
@@ -377,7 +338,7 @@ def _as_it_is(v: np.ndarray) -> np.ndarray:
 
 def _ran(side: Side, x: np.ndarray, which: str, by: float = 0.0) -> Held:
     try:
-        output, taps = side.run(x, by)
+        output, taps = side.outputs(x, by)
     except Exception as error:  # each framework has its own errors for a shape
         why = " ".join(str(error).split())[:300]
         raise ConversionError(
@@ -498,7 +459,8 @@ def _idle(
     if any(not isinstance(m.module, Sequential) for m in models):
         return None
     close = {line.name for line in lines if line.status in ("exact", "close")}
-    settled, y = True, jnp.asarray(_moved(x, one.channels_first, one.model_first))
+    y = _moved(x, one.channels_first, one.model_first)
+    settled, y = True, jnp.asarray(y.swapaxes(0, 1) if flax_side(models[0]).swaps(y) else y)
     both = (each_layer(m.module, dict(m.variables)) for m in models)
     for (parts, layer, own), (_, there, others) in zip(*both, strict=False):
         name, weights = layer_name(parts), jax.tree.leaves(own)
@@ -567,15 +529,28 @@ def _inputs(one: Side, other: Side, shape: Sequence[int] | None) -> tuple[np.nda
     sizes = tuple(9 if s is None else int(s) for s in known)
     count = one.integers or other.integers
     if not count:
-        held = (*one.dtypes, *other.dtypes, *one.computes, *other.computes)
+        takes = [np.dtype(d) for d in (one.takes, other.takes) if d is not None]
+        held = (*one.dtypes, *other.dtypes, *one.computes, *other.computes, *takes)
         half = any(np.dtype(d).itemsize == 2 for d in held)
-        return judge.numbers(sizes, half), []
+        x = judge.numbers(sizes, half)
+        return (x > 0).astype(x.dtype) if any(d.kind == "b" for d in takes) else x, []
     rows, limit = _rows(one, other, count), _ROWS * max(math.prod(sizes), 1)
     notes = []
     if len(rows) > limit:
         notes.append(f"{limit:,} of the {len(rows):,} rows of the table in which the models may "
                      "differ were fed: give inputs= for more")  # fmt: skip
     return judge.whole_numbers(count, sizes, rows[:limit].tolist()), notes
+
+
+def _as_taken(x: np.ndarray, sides: Sequence[Side]) -> np.ndarray:
+    """The inputs rounded once, to what every model takes, so that all are fed the same numbers."""
+    for side in sides:
+        if side.takes is not None:
+            with np.errstate(all="ignore"):
+                cast = x.astype(side.takes)
+            whole = cast.dtype.kind in "iu" and x.dtype.kind == "f"
+            x = cast if whole else cast.astype(x.dtype)
+    return x
 
 
 _ROWS = 128  # of a batch, for the rows of a table

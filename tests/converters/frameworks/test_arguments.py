@@ -11,6 +11,7 @@ from flax import nnx
 
 import fwt
 from fwt import converters
+from fwt.converters.frameworks import torch_wrappers
 
 KERAS = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2, name="d")])
 TORCH = torch.nn.Sequential(torch.nn.Linear(3, 2))
@@ -125,13 +126,18 @@ def test_a_module_of_ones_own_has_weights_to_save(tmp_path):
 
 
 def distributed(net):
-    """As DistributedDataParallel holds a module; a real one needs a group of processes."""
-    made = torch.nn.parallel.DistributedDataParallel.__new__(
-        torch.nn.parallel.DistributedDataParallel
-    )
-    torch.nn.Module.__init__(made)
-    made.module = net
-    return made
+    """In a group of this process alone."""
+    group = torch.distributed
+    if not group.is_initialized():
+        group.init_process_group("gloo", store=group.HashStore(), rank=0, world_size=1)
+    return torch.nn.parallel.DistributedDataParallel(net)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_group_is_left():
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 WRAPPERS = {
@@ -163,8 +169,48 @@ def test_the_module_in_what_runs_it_is_taken(wrapper, tmp_path):
     assert fwt.paths(again) == fwt.paths(found)
 
 
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_the_module_in_what_runs_it_is_taken_inside_a_model(wrapper, tmp_path):
+    """A layer that is wrapped, and some of them that are wrapped together."""
+    wrap = WRAPPERS[wrapper]
+    inner = torch.nn.Sequential(torch.nn.Tanh(), torch.nn.BatchNorm1d(4))
+    plain = torch.nn.Sequential(torch.nn.Linear(3, 4), inner, torch.nn.Linear(4, 2)).eval()
+    wrapped = torch.nn.Sequential(wrap(plain[0]), wrap(plain[1]), plain[2]).eval()
+    found, wanted = converters.from_torch(wrapped), converters.from_torch(plain)
+    assert fwt.paths(found) == fwt.paths(wanted)
+    with torch.no_grad():
+        np.testing.assert_allclose(found(X), plain(torch.from_numpy(X)).numpy(), atol=1e-6)
+    report = converters.verify(wrapped, found, input_shape=(3,))
+    assert report.ok, report
+    assert [line.name for line in report.layers] == ["0", "1/0", "1/1", "2"]
+    seen = []
+    converters.transform(wrapped, lambda tree: seen.append(fwt.paths(tree)) or fwt.prune(0.5)(tree))
+    assert seen == [fwt.paths(wanted)]
+    first = next(m for m in wrapped.modules() if isinstance(m, torch.nn.Linear))
+    assert int((first.weight == 0).sum()) == 6
+    for net in (wrapped, plain):  # torch's names have _orig_mod and module in them
+        torch.save(net.state_dict(), tmp_path / "w.pt")
+        again = converters.load(tmp_path / "w.pt", architecture=wrapped)
+        np.testing.assert_array_equal(again(X), converters.from_torch(net)(X))
+
+
+def test_the_names_of_what_runs_a_module():
+    net = torch.nn.Sequential(torch.nn.Linear(3, 2))
+    held = torch.optim.swa_utils.AveragedModel(torch.nn.DataParallel(net))
+    assert torch_wrappers.names(net) == {}
+    assert torch_wrappers.names(held) == {
+        "n_averaged": None, "module.module.0.weight": "0.weight", "module.module.0.bias": "0.bias",
+    }  # fmt: skip
+    net.fast = torch.compile(net)  # a module that holds itself
+    seen = []
+    converters.transform(net, lambda tree: seen.extend(fwt.paths(tree)) or tree)
+    assert seen == ["0/bias", "0/kernel"]
+
+
 def test_a_hook_of_what_runs_a_module_is_refused():
     wrapped = torch.nn.DataParallel(TORCH)
     wrapped.register_forward_hook(lambda module, args, y: 2 * y)
     with pytest.raises(fwt.ConversionError, match=r"DataParallel has forward hooks.*model\.module"):
         converters.from_torch(wrapped)
+    with pytest.raises(fwt.ConversionError, match=r"^0: DataParallel has .*, 0\.module$"):
+        converters.from_torch(torch.nn.Sequential(wrapped))

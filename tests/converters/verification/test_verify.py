@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 import torch
 from command import fwt_command
+from marks import thorough_but
 
 import fwt
 from fwt import converters
 from fwt import layers as fl
+from fwt.converters.frameworks.torch_modules import Permute
 
 k, t = keras.layers, torch.nn
 
@@ -211,3 +213,113 @@ def test_products_are_not_rounded(monkeypatch):
         assert after in (("tf32", "bfloat16"), (True, "bfloat16"))
     finally:
         torch.set_float32_matmul_precision(held)
+
+
+def steps(batch_first, what="sequence"):
+    last = "concat" if what == "last" else None
+    return t.Sequential(
+        t.Linear(3, 5), t.GRU(5, 4, 2, bidirectional=True, batch_first=batch_first),
+        converters.Select(what, last, batch_first), t.Linear(8, 2))  # fmt: skip
+
+
+TIME_FIRST = {
+    "the sequence": lambda: steps(False),
+    "its end": lambda: steps(False, "last"),
+    "an encoder": lambda: t.Sequential(
+        t.Linear(3, 6), t.TransformerEncoderLayer(6, 2, 7), t.Linear(6, 2)),
+    "the batch swapped by hand": lambda: t.Sequential(
+        Permute((1, 0, 2)), *steps(True, "last")),
+    "tokens": lambda: t.Sequential(
+        t.Embedding(11, 3), t.LSTM(3, 4), converters.Select("sequence", None, False)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", thorough_but(lambda name: name not in ("its end", "tokens"), TIME_FIRST)
+)
+def test_the_time_first_or_the_batch(name):
+    """What takes the time first is its conversion, whichever of both that takes first."""
+    net = cases.randomise_torch(TIME_FIRST[name]())
+    shape = (8,) if name == "tokens" else (8, 3)  # as long as verify feeds rows
+    models = [converters.from_torch(net, input_shape=shape, layout="source")]
+    if name != "the batch swapped by hand":  # which does not say where the ends have it
+        models.append(converters.from_torch(net, input_shape=shape))
+    off = copy.deepcopy(net)
+    with torch.no_grad():
+        list(off.parameters())[-1][0] += 1e-3
+    for a, b, same in [(net, m, True) for m in models] + [(models[-1], net, True),
+                                                          (models[-1], off, False)]:  # fmt: skip
+        report = converters.verify(a, b, input_shape=shape)
+        assert report.ok == same, report
+        assert report.output.shape[0] == (4 if name == "tokens" else 8)
+        turned = b is not models[0] and len(models) > 1
+        assert ("takes the time first" in str(report)) == turned
+
+
+def test_inputs_with_the_time_first(tmp_path):
+    """A batch is in the layout of the first model, and each row of it has its own scale."""
+    net = cases.randomise_torch(steps(False))
+    model = converters.from_torch(net)
+    x = np.random.default_rng(0).normal(size=(6, 2, 3)).astype(np.float32)
+    x[:, 1] *= 1e-6
+    assert converters.verify(net, model, x).output.shape == (2, 6, 2)
+    assert converters.verify(net, model, x).ok
+    assert converters.verify(model, net, x).output.shape == (6, 2, 2)
+    alone = (t.RNN(3, 4, bias=False, batch_first=first, nonlinearity="relu")
+             for first in (False, True))  # fmt: skip
+    a, b = (t.Sequential(rnn, converters.Select("sequence", None, rnn.batch_first))
+            for rnn in alone)  # fmt: skip
+    b.load_state_dict(a.state_dict())
+    assert converters.verify(a, b, x).ok
+    with torch.no_grad():
+        b[0].weight_ih_l0[0] = torch.nextafter(b[0].weight_ih_l0[0] * 1.001, torch.tensor(9.0))
+    x[:, 0] = np.abs(x[:, 0]) * 1e6
+    assert not converters.verify(a, b, x).ok
+
+
+@pytest.mark.parametrize("batch", [None, 3])
+def test_onnx_files_with_the_time_first(tmp_path, batch):
+    """Of an exporter other than ours: onnxruntime takes (time, batch, channels)."""
+    net = cases.randomise_torch(t.Sequential(
+        t.LSTM(3, 4, bidirectional=True), converters.Select("sequence", None, False),
+        t.Linear(8, 2)))  # fmt: skip
+    path, x = tmp_path / "net.onnx", torch.ones(7, batch or 2, 3)
+    axes = {"x": {0: "time", 1: "batch"}} if batch is None else None
+    torch.onnx.export(net, (x,), path, input_names=["x"], dynamic_axes=axes, dynamo=False)
+    model = converters.from_torch(net)
+    for a, b in ((path, net), (path, model), (model, path), (net, path)):
+        report = converters.verify(a, b, input_shape=(7, 3))
+        assert report.ok, report
+    converters.save(tmp_path / "net.npz", *model)
+    if batch is None:
+        assert fwt_command("convert", path, tmp_path / "again.npz", "--verify")[0] == 0
+        assert fwt_command("verify", tmp_path / "net.npz", path)[0] == 0
+    with torch.no_grad():
+        net[2].bias[1] += 1e-3
+    assert not converters.verify(path, net, input_shape=(7, 3)).ok
+
+
+DTYPES = ("float16", "bfloat16", "float64", "int32", "uint8", "bool")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_dtype_that_a_keras_model_takes(dtype):
+    """Each number is rounded to it once, for both models."""
+    net = cases.randomise_keras(keras.Sequential([
+        keras.Input((6,), dtype=dtype), k.Dense(5, "tanh", name="d"), k.Dense(3)]))  # fmt: skip
+    model = converters.from_keras(net)
+    others = [model]
+    if dtype in ("int32", "bool", "uint8"):
+        others.append(converters.to_torch(*model))
+    for other in others:
+        for a, b in ((net, other), (other, net)):
+            report = converters.verify(a, b)
+            assert report.ok, report
+            assert not report.notes
+    x = np.random.default_rng(0).normal(size=(4, 6)) * 100
+    report = converters.verify(model, net, x)
+    assert report.ok, report
+    assert {line.status for line in report.layers} <= {"exact", "close", "only in the first"}
+    kernel = model.variables["params"]["d"]["kernel"]
+    off = fwt.assign({"d/kernel": kernel * np.float32(1.001)})(model)
+    assert converters.verify(net, off).first == "d"

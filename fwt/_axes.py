@@ -252,20 +252,26 @@ _COUNTS = ("padding_idx", "unit_forget_bias")  # what reset asks a live layer fo
 _TOLD = jax.make_user_context("")  # what a jitted function was traced with counts for jit too
 
 
+# How gradients of a live model become a tree, set likewise.
+GRADIENTS: ContextVar[Callable[[Any], Any]] = ContextVar("gradients", default=lambda grads: grads)
+
+
 @contextlib.contextmanager
-def knowing(known: Mapping[str, Known]) -> Iterator[None]:
-    """Inside, the axes of leaves are what the classes of a live model tell."""
+def knowing(known: Mapping[str, Known], grads: Callable[[Any], Any]) -> Iterator[None]:
+    """Inside, the axes of leaves are what the classes of a live model tell, and gradients are
+    given as that model has them."""
     # Not the paths, which jit knows: models of one architecture are compiled once.
     told = [
         (dataclasses.replace(k, owner=None), *(getattr(k.owner, n, None) for n in _COUNTS))
         for _, k in sorted(known.items())
     ]
-    token = KNOWN.set(known)
+    token, other = KNOWN.set(known), GRADIENTS.set(grads)
     try:
         with _TOLD(repr(told)):
             yield
     finally:
         KNOWN.reset(token)
+        GRADIENTS.reset(other)
 
 
 class Places:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fwt import _calls, _nodes, _paths, _tree
+from fwt import _axes, _calls, _nodes, _paths, _tree
 from fwt._types import FwtError, LeafError, Model, Params, Score, Scores
 from fwt.selection.keys import magnitude_key
 
@@ -524,6 +524,7 @@ FACTORIES = (grasp, second_order_taylor, synflow, wanda)  # what has to be calle
 
 def of_ties(tree: _tree.Tree, grads: Params) -> Params:
     """The gradients, at each path of a tie the sum of those at all: what the one array has."""
+    grads = _axes.GRADIENTS.get()(grads)
     given = _tree.Tree(grads)
     new: dict[str, Any] = {}
     for group in [*tree.ties, *tree.perhaps]:

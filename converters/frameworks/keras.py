@@ -439,14 +439,12 @@ def leaves(model: Any) -> list[LiveLeaf]:
             name, letters, flax_letters, _ = names.get(label, (label, [], [], "params"))
             there = order(letters, flax_letters, value.ndim) if letters else None
             share = groups if label == "kernel" else 1
-            if share > 1:
-                value = grouped.unblocked(value, share)
+            read = functools.partial(_read, there, share)
+            value = read(value)
             known = table.live("keras", layer, kind, letters, flax_letters, value.ndim, share)
             if kind == "EinsumDense" and label == "kernel":
                 names_of = einsum_names(layer.equation)
                 known = dataclasses.replace(known, names=names_of)
-            if there is not None:
-                value = value.transpose(there)
             path = "/".join(_tree.escape(p) for p in [*parts, name])
             if id(variable) in seen:
                 seen[id(variable)].also[path] = value.shape
@@ -457,13 +455,35 @@ def leaves(model: Any) -> list[LiveLeaf]:
                 put = _summed(layer, variable, found, place)
             write = functools.partial(_write, put, there, share)
             collection = "batch_stats" if variable.name in _STATISTICS else "params"
-            leaf = LiveLeaf(path, value, known, write, collection)
+            plain = put == variable.assign
+            leaf = LiveLeaf(path, value, known, write, collection, source=variable,
+                            read=read if plain else None)  # fmt: skip
             out.append(leaf)
             found_here.append((leaf, name, value.shape))
             seen[id(variable)] = leaf
 
     visit(model, [])
     return out
+
+
+def _read(there: tuple[int, ...] | None, groups: int, value: np.ndarray) -> np.ndarray:
+    value = grouped.unblocked(value, groups) if groups > 1 else value
+    return value if there is None else value.transpose(there)
+
+
+TRAINED = "trainable_variables"
+
+
+def trained(model: Any) -> tuple[dict[str, Any], list[Any]]:
+    """The variables by their paths, and those that are trained."""
+    return {v.path: v for v in model.variables}, list(model.trainable_variables)
+
+
+def array_of(gradient: Any) -> np.ndarray:
+    """A gradient as an array; TensorFlow's of a table may hold some of the rows alone."""
+    if hasattr(gradient, "dense_shape"):
+        gradient = sys.modules["tensorflow"].convert_to_tensor(gradient)
+    return np.asarray(keras.ops.convert_to_numpy(gradient))
 
 
 def _unique(names: list[str]) -> list[str]:

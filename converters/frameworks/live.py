@@ -1,5 +1,6 @@
 """``transform``: any transform on a live model of any framework, in place."""
 
+import functools
 import json
 import sys
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 from fwt import _axes, _tree
 from fwt._nodes import FromFile
 from fwt._types import ConversionError, LeafError, Model, Transform, wants_statistics
+from fwt.converters.frameworks import gradients
 
 
 def transform(model: Any, t: Transform) -> Any:
@@ -24,6 +26,11 @@ def transform(model: Any, t: Transform) -> Any:
     path. A ``where`` takes it if it names all of its paths, or one of them in full, without
     wildcards. Where it names a part of them otherwise, as the kernels do of an embedding that is
     the kernel of a head too, the weight is left as it is, and a warning says so.
+
+    The gradients that a score needs are given as the framework has them: ``grads=`` takes the
+    torch module itself after ``loss.backward()``, ``{name: p.grad}`` with the names of
+    ``named_parameters()``, or a list in the order of ``parameters()`` or of Keras's
+    ``trainable_variables``; or a tree with the names and axes that the transform sees.
 
     Args:
         model: a built Keras model, a torch module, or a :class:`fwt.Model`. Of what only runs a
@@ -47,7 +54,8 @@ def transform(model: Any, t: Transform) -> Any:
     if isinstance(model, Model):
         return t(model)
     statistics = wants_statistics(t)
-    leaves = [x for x in _backend(model).leaves(model) if statistics or x.collection == "params"]
+    backend = _backend(model)
+    leaves = [x for x in backend.leaves(model) if statistics or x.collection == "params"]
     if not leaves:
         unbuilt = getattr(model, "built", True) is False
         raise ConversionError(
@@ -66,14 +74,15 @@ def transform(model: Any, t: Transform) -> Any:
     # Under "params", so that a layer that is itself named params is no collection.
     where = {leaf.path: leaf.collection for leaf in leaves}
     tree = {
-        name: _nested({p: x for p, x in before.items() if where[p] == name})
+        name: gradients.nested({p: x for p, x in before.items() if where[p] == name})
         for name in ("params", "batch_stats")
         if name == "params" or name in where.values()
     }
     also = {leaf.path: leaf.also for leaf in leaves if leaf.also}
     if also:
         tree["params"] = FromFile(tree["params"], json.dumps({"also": also}))
-    with _axes.knowing(known):
+    grads = functools.partial(gradients.in_tree, backend, model, leaves)
+    with _axes.knowing(known, grads):
         after = _tree.Tree(t(tree), statistics).leaves
     if set(after) != set(before):
         path = sorted(set(after) ^ set(before))[0]
@@ -108,23 +117,6 @@ def transform(model: Any, t: Transform) -> Any:
             f"{written[-1].path} can't be written ({error}); the model is as it was"
         ) from error
     return model
-
-
-def _nested(flat: dict[str, Any]) -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for path, value in flat.items():
-        *parents, last = [_tree.unescape(p) for p in _tree.split(path)]
-        node = out
-        for part in parents:
-            node = node.setdefault(part, {})
-            if not isinstance(node, dict):
-                break
-        if not isinstance(node, dict) or last in node:
-            raise ConversionError(
-                f"{path}: a weight and a layer have the same name there; rename one of them"
-            )
-        node[last] = value
-    return out
 
 
 def _backend(model: Any) -> Any:

@@ -19,7 +19,13 @@ from torch.nn.modules.dropout import _DropoutNd as _Dropout
 from fwt import _tree
 from fwt._types import ConversionError, Model
 from fwt.converters import io as _io
-from fwt.converters.frameworks import altered, torch_computed, torch_layers, torch_modules
+from fwt.converters.frameworks import (
+    altered,
+    torch_computed,
+    torch_layers,
+    torch_modules,
+    torch_wrappers,
+)
 from fwt.converters.frameworks import flax as _flax
 from fwt.converters.frameworks import sidecar as _sidecar
 from fwt.converters.frameworks.torch_wrappers import is_container, unwrapped
@@ -435,11 +441,8 @@ def leaves(model: torch.nn.Module) -> list[LiveLeaf]:
             flax_name, letters, flax_letters, _ = names.get(name, (name, [], [], "params"))
             there = order(letters, flax_letters, value.ndim) if letters else None
             share = groups if flax_name == "kernel" else 1
-            if share > 1:
-                value = grouped.compact(value, share, place)
+            value = _read(there, share, place, value)
             known = table.live("torch", module, kind, letters, flax_letters, value.ndim, share)
-            if there is not None:
-                value = value.transpose(there)
             path = "/".join([*above, _tree.escape(flax_name)])
             if first is not None:
                 first.also[path] = value.shape
@@ -454,7 +457,8 @@ def leaves(model: torch.nn.Module) -> list[LiveLeaf]:
                 holders.setdefault(part, []).append(len(out))
             collection = "batch_stats" if name in statistics else "params"
             back = functools.partial(_write, write, there, share)
-            leaf = LiveLeaf(path, value, known, back, collection)
+            read = None if name in computed else functools.partial(_read, there, share, place)
+            leaf = LiveLeaf(path, value, known, back, collection, source=parameter, read=read)
             out.append(leaf)
             own.append((leaf, flax_name, value.shape))
             seen[id(parameter)] = seen[place] = leaf
@@ -464,6 +468,24 @@ def leaves(model: torch.nn.Module) -> list[LiveLeaf]:
             write = functools.partial(_refuse_shared, out[index].path, other)
             out[index] = dataclasses.replace(out[index], write=write)
     return out
+
+
+TRAINED = "parameters()"
+
+
+def trained(model: torch.nn.Module) -> tuple[dict[str, Any], list[Any]]:
+    """The parameters by the names that torch has for them, and those that are trained."""
+    named: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
+    inner = torch_wrappers.names(model)
+    named |= {n: named[full] for full, n in inner.items() if n is not None and full in named}
+    return named, list(model.parameters())
+
+
+def array_of(gradient: Any) -> np.ndarray:
+    """A gradient as an array."""
+    if isinstance(gradient, torch.Tensor):
+        return to_numpy(gradient.to_dense() if gradient.is_sparse else gradient, "grads")
+    return np.asarray(gradient)
 
 
 def _statistics(module: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -542,6 +564,11 @@ def _public_name(module: torch.nn.Module) -> str:
         if _class(cls.__name__) is cls:
             return cls.__name__
     return type(module).__name__
+
+
+def _read(there: tuple[int, ...] | None, groups: int, place: str, value: np.ndarray) -> np.ndarray:
+    value = grouped.compact(value, groups, place) if groups > 1 else value
+    return value if there is None else value.transpose(there)
 
 
 def _write(

@@ -23,7 +23,7 @@ _GATES: Mapping[tuple[str, float | None, float | None], str] = {
     ("LeakyRelu", 0.2, None): "leaky_relu",
     ("Affine", 1.0, 0.0): "linear",
 }
-_WITH_ALPHA = {"HardSigmoid": 0.2, "Elu": 1.0, "LeakyRelu": 0.01, "Affine": 1.0}
+_WITH_ALPHA = {"HardSigmoid": 0.2, "Elu": 1.0, "LeakyRelu": 0.01, "Affine": None}
 _WITH_BETA = {"HardSigmoid": 0.5, "Affine": 0.0}
 _RECURRENT = {"RNN": 1, "GRU": 3, "LSTM": 4}
 
@@ -116,6 +116,9 @@ def _activations(node: Node, gates: int, count: int) -> list[str]:
     for kind in given:
         alpha = (alphas.pop(0) if alphas else _WITH_ALPHA[kind]) if kind in _WITH_ALPHA else None
         beta = (betas.pop(0) if betas else _WITH_BETA[kind]) if kind in _WITH_BETA else None
+        if kind == "Affine" and alpha is None:
+            raise refuse(str(node), "the activation Affine without an alpha, for which ONNX names no "
+                         "default", "give activation_alpha")  # fmt: skip
         known = [v for (k, a, b), v in _GATES.items() if k == kind and _near(a, alpha)
                  and _near(b, beta)]  # fmt: skip
         if not known:

@@ -137,7 +137,7 @@ def _resize(reader: Reader, node: Node) -> None:
     shape = reader.shape(node)
     rank = len(shape)
     r = spatial(node, rank)
-    old = node.op == "Upsample"
+    old = node.op == "Upsample" or reader.graph.opset == 10  # (x, scales)
     scales = node("scales") if old and node("scales") else reader.graph.const(node, 1 if old else 2)
     sizes = None if old else reader.graph.const(node, 3)
     mode = node("mode", "nearest")
@@ -163,6 +163,9 @@ def _resize(reader: Reader, node: Node) -> None:
             raise refuse(str(node), f"it resizes by {given}")
         factors = given[2:]
         settings["scale_factor"] = tuple(factors)
+        if old and min(factors, default=1.0) < 1:
+            raise refuse(str(node), f"it resizes by {given}, and which pixels it takes is only told "
+                         "from opset 11 on", "export the model again with opset 11 or later")  # fmt: skip
     whole = all(f == int(f) for f in factors)
     if mode == "nearest":
         rounding = node("nearest_mode", "floor" if old else "round_prefer_floor")

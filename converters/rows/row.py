@@ -299,6 +299,8 @@ class LiveLeaf:
     also: dict[str, tuple[int, ...]] = dataclasses.field(
         default_factory=dict
     )  # where it is tied to
+    source: Any = None  # the parameter that it is, if it is one
+    read: Callable[[Any], Any] | None = None  # from the axes of that to those of the value
 
 
 @dataclasses.dataclass

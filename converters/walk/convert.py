@@ -37,7 +37,9 @@ def convert(
     ):
         raise ConversionError(f"input_shape={shape}: expected sizes of at least 1, or None")
     if source == "keras":
-        _check_masks(layers)
+        way = ("where no input is padded, build the model without the mask (mask_zero=False, no "
+               "Masking); converters.transform(model, t) changes its weights as it is")  # fmt: skip
+        _check_masks(layers, way)
     layers = policy.settled(layers, source, target)
     known: dict[str, int | None] = {"rank": None if shape is None else len(shape) + 1}
     # Each restart fixes the rank, the channel or the batch axis, so four rounds settle all.
@@ -60,7 +62,7 @@ _USE_MASKS = ("Softmax", "GlobalAveragePooling1D", "Bidirectional", "LSTM", "GRU
 _END_MASKS = ("Flatten", "Conv1D", "Conv2D", "Conv3D", "MaxPooling", "AveragePooling")
 
 
-def _check_masks(layers: Sequence[Layer]) -> None:
+def _check_masks(layers: Sequence[Layer], way_out: str = "") -> None:
     """Raises where a mask that Keras sends along would change what a later layer does."""
     masked: Layer | None = None
     for layer in layers:
@@ -68,6 +70,7 @@ def _check_masks(layers: Sequence[Layer]) -> None:
             raise refuse(
                 str(layer),
                 f"in Keras it would use the mask of {masked}, which no other framework sends along",
+                way_out,
             )
         if any(x in layer.kind for x in _END_MASKS):
             masked = None

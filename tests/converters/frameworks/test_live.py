@@ -843,3 +843,126 @@ def test_a_live_model_is_grouped_as_its_framework_counts():
         pattern = fwt.patterns.n_m(2, 4, order=order, flattened={"1/kernel": (2, 3, 4)})
         with pytest.raises(fwt.FwtError, match=r"1/kernel: order=.*leave order= out"):
             converters.transform(net, fwt.prune(pattern=pattern))
+
+
+# -- gradients ------------------------------------------------------------------------------------
+
+
+def torch_with_gradients():
+    t = torch.nn
+    net = cases.randomise_torch(t.Sequential(
+        t.Conv2d(2, 6, (3, 2)), t.ReLU(), t.ConvTranspose2d(6, 4, 2, groups=2), t.Flatten(),
+        t.Linear(4 * 3 * 5, 3)))  # fmt: skip
+    net(
+        torch.randn(7, 2, 4, 5, generator=torch.Generator().manual_seed(0))
+    ).square().sum().backward()
+    return net
+
+
+GRADIENTS = {
+    "the module": lambda net: net,
+    "by name": lambda net: {n: p.grad for n, p in net.named_parameters()},
+    "those that are there": lambda net: {
+        n: p.grad for n, p in net.named_parameters() if p.grad is not None
+    },
+    "in order": lambda net: [p.grad for p in net.parameters()],
+    "as arrays": lambda net: [p.grad.numpy() for p in net.parameters()],
+}
+
+
+@pytest.mark.parametrize("form", GRADIENTS)
+def test_gradients_of_a_torch_module(form):
+    """Saliency is |w g|, whatever the axes: of each weight tensor the smaller half goes."""
+    net = torch_with_gradients()
+    worth = {n: (p * p.grad).abs().detach() for n, p in net.named_parameters()}
+    before = {n: p.detach().clone() for n, p in net.named_parameters()}
+    score = fwt.scores.saliency
+    prune = fwt.prune(0.5, score, grads=GRADIENTS[form](net))
+    for wrap in (lambda m: m, torch.nn.DataParallel):
+        converters.transform(wrap(net), prune)
+        for name, p in net.named_parameters():
+            gone = (p == 0) & (before[name] != 0)
+            if name.endswith("bias"):
+                assert not gone.any()
+                continue
+            assert int(gone.sum()) == p.numel() // 2
+            assert worth[name][gone].max() <= worth[name][~gone].min()
+
+
+def test_gradients_of_each_example_and_of_wrapped_modules():
+    net = torch_with_gradients()
+    grads = {n: torch.stack([p.grad, -2 * p.grad]) for n, p in net.named_parameters()}
+    seen = {}
+
+    def keep(tree):
+        seen.update(fwt.scores.fisher(tree, grads=grads)["params"]["0"])
+        return tree
+
+    converters.transform(net, keep)
+    w = net[0].weight
+    weight, slope = (v.detach().permute(2, 3, 1, 0).numpy() for v in (w, w.grad))
+    wanted = fwt.scores.fisher({"k": weight}, grads={"k": np.stack([slope, -2 * slope])})["k"]
+    np.testing.assert_allclose(seen["kernel"], wanted, rtol=1e-6)
+    held = torch.nn.Sequential(torch.nn.DataParallel(net[0]))
+    grads = {n: p.grad for n, p in held.named_parameters()}
+    assert list(grads) == ["0.module.weight", "0.module.bias"]
+    converters.transform(held, fwt.prune(0.5, fwt.scores.taylor, grads=grads))
+    assert int((net[0].weight == 0).sum()) == net[0].weight.numel() // 2
+
+
+def test_gradients_that_do_not_fit():
+    net = torch_with_gradients()
+    grads = {n: p.grad for n, p in net.named_parameters()}
+
+    def refused(said, given, model=net):
+        with pytest.raises(fwt.FwtError, match=said):
+            converters.transform(model, fwt.prune(0.5, fwt.scores.taylor, grads=given))
+
+    refused(r"no parameter of the model is named '0\.wait'; close: '0\.weight'",
+            {**grads, "0.wait": grads["0.weight"]})  # fmt: skip
+    refused("2 gradients, but the model has 6 parameters", list(grads.values())[:2])
+    refused(
+        r"shape \[6, 2, 3, 2\], found a gradient of \[6\]", {**grads, "0.weight": grads["0.bias"]}
+    )
+    refused("all of them are None", dict.fromkeys(grads))
+    net[0].bias.requires_grad_(False)
+    refused("^grads: 0/bias is frozen", {**grads, "0.bias": None})
+    pruned = torch.nn.Sequential(torch.nn.utils.prune.l1_unstructured(net[0], "weight", 2))
+    refused("0/kernel is computed from other parameters", pruned, pruned)
+
+
+def test_gradients_of_a_keras_model():
+    k = keras.layers
+    net = keras.Sequential([
+        keras.Input((6,), dtype="int32"), k.Embedding(9, 4), k.LSTM(5), k.Dense(3, name="d"),
+    ])  # fmt: skip
+    cases.randomise_keras(net)
+    net.layers[0].trainable = False
+    x = np.arange(12).reshape(2, 6) % 9
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_sum(net(x) ** 2)
+        grads = tape.gradient(loss, net.trainable_variables)
+    else:
+        import jax
+
+        def loss(trained):
+            fixed = [v.value for v in net.non_trainable_variables]
+            return (net.stateless_call(trained, fixed, x)[0] ** 2).sum()
+
+        grads = jax.grad(loss)([v.value for v in net.trainable_variables])
+    kernel = net.layers[-1].kernel
+    worth = np.abs(keras.ops.convert_to_numpy(kernel) * keras.ops.convert_to_numpy(
+        grads[[v is kernel for v in net.trainable_variables].index(True)]))  # fmt: skip
+    prune = fwt.prune(0.4, fwt.scores.saliency, grads=grads)
+    with pytest.raises(fwt.FwtError, match="embedding/embedding is frozen and has no gradient"):
+        converters.transform(net, prune)
+    net.layers[0].trainable = True
+    given = {v.path: g for v, g in zip(net.trainable_variables[1:], grads, strict=True)}
+    prune = fwt.prune(0.4, fwt.scores.saliency, grads=given)
+    converters.transform(net, prune)
+    gone = keras.ops.convert_to_numpy(kernel) == 0
+    assert gone.sum() == 6
+    assert worth[gone].max() <= worth[~gone].min()

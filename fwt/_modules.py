@@ -303,3 +303,9 @@ def _inputs(module: Any, shapes: Any) -> Iterator[Any]:
         for window in ((), (4,), (8, 8)):
             yield jax.ShapeDtypeStruct((1, *window, size), jnp.float32)
     yield jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    # A layer with other weights at each position takes images of one size.
+    local = [s for s in dict.fromkeys(x.shape for x in jax.tree.leaves(shapes)) if len(s) > 2]
+    for *window, taken, _ in local[:4]:
+        for n in range(1, min(taken, 32) + 1):
+            if taken % n == 0:
+                yield jax.ShapeDtypeStruct((1, *window, taken // n), jnp.float32)

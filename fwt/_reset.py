@@ -36,6 +36,7 @@ _Kind = Literal[
     "torch rnn",
 ]
 _TORCH_RNN = re.compile(r"(weight|bias)_(ih|hh|hr)(_l\d+)?(_reverse)?")
+_LOCAL = re.compile(r"((?!Scan|Vmap)[^/]*/)*ConvLocal_\d+/\w+")  # of linen's own names
 # The gates of Flax's cells in Keras's order: {(i)nput, (h)idden} x gate, each with its kernel.
 _CELLS = {
     "lstm": ("ifgo", {"ii", "if", "ig", "io", "hi", "hf", "hg", "ho"}),
@@ -294,9 +295,10 @@ class _View:
         return self._tree.layers.get(tuple(map(_tree.unescape, _tree.split(path)[:-1])))
 
     def layer(self, path: str) -> str:
-        """The class of a leaf's layer, as a run of the linen module tells it."""
+        """The class of a leaf's layer, as a run of the linen module or linen's own name tells."""
         seen = self._traced().get(path)
-        return self.known(path).layer or (seen.known.layer if seen else "")
+        told = self.known(path).layer or (seen.known.layer if seen else "")
+        return told or ("ConvLocal" if _LOCAL.fullmatch(path) else "")
 
     def names(self, parent: str) -> set[str]:
         return set(self._below.get(parent, ()))

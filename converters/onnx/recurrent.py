@@ -117,8 +117,8 @@ def _activations(node: Node, gates: int, count: int) -> list[str]:
         alpha = (alphas.pop(0) if alphas else _WITH_ALPHA[kind]) if kind in _WITH_ALPHA else None
         beta = (betas.pop(0) if betas else _WITH_BETA[kind]) if kind in _WITH_BETA else None
         if kind == "Affine" and alpha is None:
-            raise refuse(str(node), "the activation Affine without an alpha, for which ONNX names no "
-                         "default", "give activation_alpha")  # fmt: skip
+            why = "the activation Affine without an alpha, for which ONNX names no default"
+            raise refuse(str(node), why, "give activation_alpha")
         known = [v for (k, a, b), v in _GATES.items() if k == kind and _near(a, alpha)
                  and _near(b, beta)]  # fmt: skip
         if not known:

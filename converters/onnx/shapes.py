@@ -164,8 +164,8 @@ def _resize(reader: Reader, node: Node) -> None:
         factors = given[2:]
         settings["scale_factor"] = tuple(factors)
         if old and min(factors, default=1.0) < 1:
-            raise refuse(str(node), f"it resizes by {given}, and which pixels it takes is only told "
-                         "from opset 11 on", "export the model again with opset 11 or later")  # fmt: skip
+            why = f"it resizes by {given}, and only from opset 11 on is it told to which pixels"
+            raise refuse(str(node), why, "export the model again with opset 11 or later")
     whole = all(f == int(f) for f in factors)
     if mode == "nearest":
         rounding = node("nearest_mode", "floor" if old else "round_prefer_floor")

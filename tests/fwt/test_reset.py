@@ -235,6 +235,35 @@ def test_nnx_cells_of_all_gates_have_no_value_like_others():
             fwt.reset(0, like)(nnx.GRUCell(9, 12, rngs=nnx.Rngs(0)))
 
 
+class Local(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.ConvLocal(64, (3, 2), use_bias=False, name=self.parts)(x)
+
+    parts: str | None = None
+
+
+@pytest.mark.parametrize("how", ["by linen's name", "a module", "within another"])
+def test_local_convolutions_of_flax(how):
+    """Flax draws one kernel for all positions, so that its fan counts them all."""
+    net = Local("mine" if how == "a module" else None)
+    variables = net.init(jax.random.key(0), np.ones((1, 5, 4, 3), np.float32))
+    fresh = fwt.reset(1, like="flax")
+    if how == "a module":
+        new = fresh(fwt.Model(net, variables)).variables["params"]
+    else:
+        params = variables["params"]
+        params = {"block": {"a": params}} if how == "within another" else params
+        new = fresh(params)
+        new = new["block"]["a"] if how == "within another" else new
+    (old,), (found,) = jax.tree.leaves(variables), jax.tree.leaves(new)
+    assert found.shape == (5, 4, 18, 64)
+    assert not np.array_equal(found, old)
+    old, found = np.asarray(old), np.asarray(found)
+    assert found.std() == pytest.approx(old.std(), rel=0.05)
+    assert old.std() == pytest.approx((5 * 4 * 18) ** -0.5, rel=0.05)
+
+
 def test_a_padding_row_stays_zero():
     layer = t.Embedding(10, 4, padding_idx=-1)
     converters.transform(layer, fwt.reset(0, like="torch"))

@@ -46,7 +46,7 @@ def with_sidecar(
     kept: dict[str, Any] = {}
     for name, layer in _all(layers):
         there = returned.get(name)
-        if there is None or there.kind != layer.kind:
+        if there is None or not _comes_back(layer.kind, there.kind):
             continue
         entry: dict[str, Any] = {}
         settings = {
@@ -69,7 +69,7 @@ def with_sidecar(
             entry["state"] = state
             if _fresh(layer):
                 entry["fresh"] = True
-        if entry:
+        if entry or there.kind != layer.kind:
             kept[name] = {"kind": layer.kind, **entry}
     if not kept and not whole:
         return model
@@ -140,8 +140,9 @@ def _trusted() -> Iterator[None]:
 def _restore(layers: list[Layer], told: dict[str, Any], framework: Framework, state: bool) -> None:
     for name, layer in _all(layers):
         entry = told.get(name)
-        if entry is None or entry["kind"] != layer.kind:
+        if entry is None or not _comes_back(entry["kind"], layer.kind):
             continue
+        layer.kind = entry["kind"]
         same = "arrays" in entry and entry["of"] == _digest(layer)
         for key, value in entry.get("settings", {}).items():
             if not (is_training(framework, key) or key in _KEPT[framework]):
@@ -157,6 +158,11 @@ def _restore(layers: list[Layer], told: dict[str, Any], framework: Framework, st
             if _fresh(layer) and not entry.get("fresh"):  # it was reset, and so is what it counts
                 held.pop("num_batches_tracked", None)
             layer.arrays |= held
+
+
+def _comes_back(kind: str, found: str) -> bool:
+    """Whether a layer can be given back as the class that it was."""
+    return kind == found or (kind == "SyncBatchNorm" and found.startswith("BatchNorm"))
 
 
 def _fresh(layer: Layer) -> bool:

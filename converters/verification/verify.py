@@ -545,11 +545,13 @@ def _inputs(one: Side, other: Side, shape: Sequence[int] | None) -> tuple[np.nda
 def _as_taken(x: np.ndarray, sides: Sequence[Side]) -> np.ndarray:
     """The inputs rounded once, to what every model takes, so that all are fed the same numbers."""
     for side in sides:
-        if side.takes is not None:
-            with np.errstate(all="ignore"):
-                cast = x.astype(side.takes)
-            whole = cast.dtype.kind in "iu" and x.dtype.kind == "f"
-            x = cast if whole else cast.astype(x.dtype)
+        floats = side.takes is not None and jnp.issubdtype(side.takes, jnp.floating)
+        if side.takes is None or (floats and x.dtype.kind in "iu"):  # the rows of a table
+            continue
+        with np.errstate(all="ignore"):
+            cast = x.astype(side.takes)
+        whole = cast.dtype.kind in "iu" and x.dtype.kind == "f"
+        x = cast if whole else cast.astype(x.dtype)
     return x
 
 

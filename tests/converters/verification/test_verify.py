@@ -323,3 +323,12 @@ def test_the_dtype_that_a_keras_model_takes(dtype):
     kernel = model.variables["params"]["d"]["kernel"]
     off = fwt.assign({"d/kernel": kernel * np.float32(1.001)})(model)
     assert converters.verify(net, off).first == "d"
+
+
+def test_rows_of_a_table_are_not_rounded():
+    net = cases.randomise_torch(t.Sequential(t.Embedding(5001, 3), t.Linear(3, 2))).half()
+    other = copy.deepcopy(net)
+    with torch.no_grad():
+        other[0].weight[4097] += 0.5
+    assert converters.verify(net, converters.from_torch(net), input_shape=(2,)).ok
+    assert converters.verify(net, other, input_shape=(2,)).first == "0"

@@ -467,7 +467,7 @@ def leaves(model: Any) -> list[LiveLeaf]:
 
 
 def _read(there: tuple[int, ...] | None, groups: int, value: np.ndarray) -> np.ndarray:
-    value = grouped.unblocked(value, groups) if groups > 1 else value
+    value = grouped.within(value, groups) if groups > 1 else value
     return value if there is None else value.transpose(there)
 
 

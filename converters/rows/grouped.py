@@ -42,13 +42,18 @@ def blocks(kernel: np.ndarray, groups: int) -> np.ndarray:
 
 def unblocked(kernel: np.ndarray, groups: int) -> np.ndarray | None:
     """The inverse of :func:`blocks`; None if there is more than zeros between the groups."""
-    *window, outputs, inputs = kernel.shape
+    *_, outputs, inputs = kernel.shape
     if outputs % groups or inputs % groups:
         return None
+    own = within(kernel, groups)
+    return own if np.count_nonzero(own) == np.count_nonzero(kernel) else None
+
+
+def within(kernel: np.ndarray, groups: int) -> np.ndarray:
+    """What such a kernel holds within the groups, whatever is between them."""
+    *window, outputs, inputs = kernel.shape
     split = kernel.reshape(*window, groups, outputs // groups, groups, inputs // groups)
     own = np.stack([split[..., g, :, g, :] for g in range(groups)], -3)
-    if np.count_nonzero(own) != np.count_nonzero(kernel):
-        return None
     return own.reshape(*window, outputs, inputs // groups)
 
 

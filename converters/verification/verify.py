@@ -459,8 +459,9 @@ def _idle(
     if any(not isinstance(m.module, Sequential) for m in models):
         return None
     close = {line.name for line in lines if line.status in ("exact", "close")}
-    y = _moved(x, one.channels_first, one.model_first)
-    settled, y = True, jnp.asarray(y.swapaxes(0, 1) if flax_side(models[0]).swaps(y) else y)
+    given = _moved(x, one.channels_first, one.model_first)
+    turned = flax_side(models[0]).swaps(given)
+    settled, y = True, jnp.asarray(given.swapaxes(0, 1) if turned else given)
     both = (each_layer(m.module, dict(m.variables)) for m in models)
     for (parts, layer, own), (_, there, others) in zip(*both, strict=False):
         name, weights = layer_name(parts), jax.tree.leaves(own)

@@ -966,3 +966,32 @@ def test_gradients_of_a_keras_model():
     gone = keras.ops.convert_to_numpy(kernel) == 0
     assert gone.sum() == 6
     assert worth[gone].max() <= worth[~gone].min()
+
+
+def test_gradients_of_groups_in_keras():
+    """Between the groups stand zeros that are no weights, whose gradients are of nothing."""
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.ConvTranspose2d(6, 4, 2, groups=2, bias=False))
+    net[0].weight.grad = torch.randn(net[0].weight.shape)
+    held = converters.to_keras(*converters.from_torch(net, input_shape=(6, 3, 5)))
+    (kernel,) = held.trainable_variables
+    assert tuple(kernel.shape) == (2, 2, 4, 6)
+    seen, full = {}, np.random.default_rng(0).normal(size=kernel.shape).astype(np.float32)
+    slope = net[0].weight.grad.numpy().transpose(2, 3, 1, 0)  # (h, w, out / groups, in)
+    for g in range(2):
+        full[:, :, 2 * g : 2 * g + 2, 3 * g : 3 * g + 3] = slope[..., 3 * g : 3 * g + 3]
+
+    def keep(name, grads):
+        def look(tree):
+            found = fwt.scores.saliency(tree, grads=grads)["params"]
+            seen[name] = next(iter(found.values()))["kernel"]
+            return tree
+
+        return look
+
+    converters.transform(net, keep("torch", net))
+    converters.transform(held, keep("keras", [full]))
+    assert seen["torch"].shape == seen["keras"].shape
+    np.testing.assert_allclose(
+        np.sort(seen["torch"], None), np.sort(seen["keras"], None), rtol=1e-6
+    )

@@ -157,7 +157,8 @@ _AT = r"(?<![\w/\\.-])"  # not in a path
 
 # What Python's words are on the command line.
 _WORDS = (
-    (r"where=fwt\.kernels", "kernels, the default of --where,"),
+    (r"where=fwt\.kernels", "--where kernels, the default,"),
+    (r"where=fwt\.biases", "--where biases"),
     (r"fwt\.paths\(params\)", "fwt inspect"),
     (r"fwt\.(initialize|prune|project)\b(?!\()", r"fwt \1"),
     (r"fwt\.(pattern|score|constraint|initializer)s\.", r"--\1 "),

@@ -193,7 +193,7 @@ def convert(
 def _changed(
     sources: Ins,
     target: Out,
-    make: Callable[["Model"], Any],
+    transform: Callable[["Model"], Any],
     to: str | None,
     how: dict[str, Any],
     layout: str | None,
@@ -203,7 +203,7 @@ def _changed(
 
     def one(source: Path, target: Path) -> None:
         model = _load(source, **how, sidecar=True)
-        model = make(model)(model)
+        model = transform(model)
         _save(target, model, layout=layout)
         _terminal.print_model(target, model, as_json)
 
@@ -211,27 +211,39 @@ def _changed(
 
 
 def _both(first: Path, second: Path, how: dict[str, Any], run: bool = False) -> list[Any]:
-    """Two files, of which weights alone are the model that --architecture says they are. --key is
-    for each that has such a part. An ONNX file that is to run stays a path."""
+    """Two files, of which weights alone are the model that --architecture says they are. --key,
+    --rename and --drop are for each file that has what they name. An ONNX file that is to run stays
+    a path."""
+    from fwt.converters.io import UnusedError
+
     out: list[Any] = []
-    failed: list[FwtError] = []
+    unused: dict[tuple[str, str], UnusedError] = {}
     for path in (first, second):
-        if run and _is_onnx(path):
-            out.append(path)
-            continue
-        try:
-            out.append(_as_model(path, how))
-        except FwtError as error:
-            if how["key"] is None:
-                raise
-            failed.append(error)
-            if len(failed) > 1:  # neither has it
-                raise failed[0] from error
+        own, found = dict(how), None
+        while found is None:
             try:
-                out.append(_as_model(path, {**how, "key": None}))
-            except FwtError:
-                raise error from None
+                found = path if run and _is_onnx(path) else _as_model(path, own)
+            except UnusedError as error:
+                if (error.option, error.value) in unused:  # neither file has it
+                    raise unused[error.option, error.value] from error
+                unused[error.option, error.value] = error
+                own = _without(own, error)
+            except FwtError as error:
+                key = unused.get(("key", how["key"]))
+                raise (error if key is None or own["key"] is not None else key) from None
+        out.append(found)
     return out
+
+
+def _without(how: dict[str, Any], error: Any) -> dict[str, Any]:
+    """The options of reading without the one that a file has no use for."""
+    given = how[error.option]
+    left: Any = None
+    if error.option == "rename":
+        left = {old: new for old, new in given.items() if old != error.value}
+    elif error.option == "drop":
+        left = [glob for glob in given if glob != error.value]
+    return {**how, error.option: left}
 
 
 def _as_model(path: Path, how: dict[str, Any]) -> "Model":
@@ -334,7 +346,7 @@ def prune(
     checked: Any = scope  # by prune, whose error names the choices
     whose: Any = like
 
-    def make(globs: list[str], axes: Any) -> Any:
+    def make(globs: list[Any], axes: Any) -> Any:
         return fwt.prune(
             sparsity,
             named(fwt.scores, score, "score"),
@@ -373,7 +385,7 @@ def initialize(
         raise FwtError("initialize takes --initializer or --like, one of them")
     checked: Any = like  # by reset, whose error names the choices
 
-    def make(globs: list[str], axes: Any) -> Any:
+    def make(globs: list[Any], axes: Any) -> Any:
         if initializer is None:
             return fwt.reset(seed, checked, globs or "**", axes=axes)
         chosen = named(fwt.initializers, initializer, "initializer")
@@ -394,7 +406,7 @@ def project(
 
     chosen = named(fwt.constraints, constraint, "constraint")
 
-    def make(globs: list[str], axes: Any) -> Any:
+    def make(globs: list[Any], axes: Any) -> Any:
         return fwt.project(chosen, globs or fwt.kernels, axes=axes)
 
     return make

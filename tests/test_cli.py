@@ -446,6 +446,36 @@ def test_every_command_that_reads_takes_the_options_of_reading(tmp_path):
         fwt_command("diff", tmp_path / "c.pt", tmp_path / "w.pt", "--key", "x")
 
 
+def test_names_of_weights_alone_on_every_command(tmp_path):
+    """An option that only one of two files has a use for is for that one."""
+    net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
+    state = net.state_dict()
+    held = {f"module.{n}": v for n, v in state.items()}
+    torch.save({"state_dict": held, "epoch": 3}, tmp_path / "c.pt")
+    torch.save(state, tmp_path / "w.pt")
+    how = ("--key", "state_dict", "--rename", "module.=", "--drop", "*.num_batches_tracked")
+    for first, second in (("c.pt", "w.pt"), ("w.pt", "c.pt")):
+        code, said = fwt_command("diff", tmp_path / first, tmp_path / second, *how)
+        assert (code, said) == (0, "equal: 6 arrays, bit for bit\n")
+    with pytest.raises(converters.FileFormatError, match=r"c\.pt: rename: no name starts with 'x'"):
+        fwt_command("diff", tmp_path / "c.pt", tmp_path / "w.pt", *how, "--rename", "x=")
+    told = json.loads(fwt_command("inspect", tmp_path / "c.pt", *how, "--json")[1])
+    assert [leaf["path"] for leaf in told["leaves"]][:2] == ["0/bias", "0/weight"]
+    out = tmp_path / "out.safetensors"
+    assert fwt_command("convert", tmp_path / "c.pt", out, *how)[0] == 0
+    assert set(safetensors.numpy.load_file(out)) == {n for n in state if "num_" not in n}
+    # The default where by its name, and a name as torch spells it.
+    more = ("--where", "kernels", "--where", "1.weight", "--sparsity", "0.5")
+    assert fwt_command("prune", tmp_path / "c.pt", tmp_path / "p.pt", *how, *more)[0] == 0
+    pruned = torch.load(tmp_path / "p.pt")
+    zeros = {n: int((v == 0).sum()) for n, v in pruned.items()}
+    assert (zeros["0.weight"], zeros["1.weight"], zeros["0.bias"]) == (6, 2, 0)
+    # A part that neither file has, or that the second lacks beside other parts, is refused.
+    torch.save({"ema": held, "epoch": 3}, tmp_path / "e.pt")
+    with pytest.raises(converters.FileFormatError, match=r"e\.pt: .* there is no 'state_dict'"):
+        fwt_command("diff", tmp_path / "c.pt", tmp_path / "e.pt", "--key", "state_dict")
+
+
 def test_what_holds_weights_only_says_so(there, tmp_path):
     for suffix in (".pt", ".msgpack", ".weights.h5", ".npz"):
         only = suffix != ".npz"
@@ -520,7 +550,12 @@ def odd(tmp_path_factory):
     ("line", "said"),
     [
         ("convert w.pt o.keras", "--architecture net.keras says which model"),
-        ("convert w.pt o.keras --rename 0=a", "--rename, --drop, --match and --no-strict need"),
+        ("convert w.pt o.keras --match order", "--match and --no-strict need --architecture"),
+        ("convert w.pt o.npz --rename 7=a", "--rename: no name starts with '7'; close: '0.weight'"),
+        ("convert w.pt o.npz --rename 0=1", "two arrays are named '1.weight'; --rename or --drop"),
+        ("inspect w.pt --drop *.b", "--drop: no name matches '*.b'; close"),
+        ("diff w.pt net.keras --drop *.b", "w.pt: --drop: no name matches '*.b'"),
+        ("prune net.keras o.keras --sparsity 0.5 --rename a=b", "it holds a model, whose layers"),
         ("convert w.pt o.keras -a net.keras --rename 7=a", "--rename: no name starts with '7'"),
         ("convert w.pt o.keras -a net.keras", "--match order takes them in the file's order"),
         ("inspect c.pt", "--key model picks a part of it"),
@@ -535,7 +570,7 @@ def odd(tmp_path_factory):
         ("prune net.keras o.keras --pattern n_m", "expected n_m(n, m"),
         ("prune net.keras o.keras --pattern n_m(2,4)", "--pattern n_m(2, 4): b/kernel of shape"),
         ("prune w.pt o.pt --sparsity 0.5 --where x", "fwt inspect lists them all"),
-        ("prune wide.npz o.npz --sparsity 0.5", "kernels, the default of --where, matches none"),
+        ("prune wide.npz o.npz --sparsity 0.5", "--where kernels, the default, matches none"),
         ("prune wide.npz o.npz --sparsity 0.5 --where a", "set JAX_ENABLE_X64=1"),
         ("prune tf.safetensors o.npz --sparsity 0.5 --where bert/kernl", "close: 'bert/kernel'"),
         ("project tf.safetensors o.npz --constraint unit_norm --where bert/kernel",

@@ -18,6 +18,7 @@ from fwt._types import ConversionError, FileFormatError, Model
 from fwt.converters import io as _io
 from fwt.converters.files import fill as _fill
 from fwt.converters.files import h5, orbax, plain, safetensors, torch_file
+from fwt.converters.files import names as _names
 from fwt.converters.frameworks import flax as _flax
 from fwt.converters.io import Reading, write_atomically, write_folder_atomically
 from fwt.converters.rows.row import Layer
@@ -145,8 +146,7 @@ _ORBAX = Format(
 def _load_onnx(path: Path, how: Reading) -> Model:
     from fwt.converters.onnx import read
 
-    if how.key is not None:
-        raise FileFormatError(f"{path}: key={how.key!r}: it holds one model only")
+    _io.without_key(path, how)
     return read.from_onnx(path, external_data=how.external)
 
 
@@ -322,10 +322,11 @@ def load(
             of :func:`save`, or the ``.json`` of Keras's ``to_json``), a :class:`fwt.Sequential`,
             a ``fwt.Model``, a Keras model or a torch Sequential.
         key: which part of a file that holds several, such as "model" or "state/params".
-        rename: with ``architecture``, what names start with there and what they shall start with
+        rename: of weights, what names in the file start with and what they shall start with
             instead: ``{"features.0": "conv"}``; ``{"module.": ""}`` takes a start off.
-        drop: with ``architecture``, globs of names in the file that are not wanted, such as
-            ``["optimizer.**", "n_averaged"]``.
+        drop: of weights, globs of names in the file that are not wanted, such as
+            ``["optimizer.**", "n_averaged"]``. A name is spelled as files do, or as trees do,
+            ``optimizer/**``.
         match: with ``architecture``, "name", or "order" to take arrays in the file's order, each
             of which must have the right shape.
         strict: with ``architecture``, whether all names and shapes must fit. If not, what is
@@ -381,28 +382,29 @@ def load(
         if max_bytes is not None and (not isinstance(max_bytes, int) or max_bytes < 1):
             raise FileFormatError(f"max_bytes={max_bytes!r}: expected a number of bytes")
         named = rename or drop or match != "name" or not strict
-        if architecture is None and named:
-            raise FileFormatError(f"{path}: rename=, drop=, match= and strict= need architecture=")
+        how_named = _names.Names(rename, drop, match, strict)
+        if architecture is None and (match != "name" or not strict):
+            raise FileFormatError(f"{path}: match= and strict= need architecture=")
         if not strict and match == "order":
             raise FileFormatError(f"{path}: strict=False goes by names, not with match='order'")
-        if architecture is None:
-            return _flax.in_dtype(_whole(found, path, how), dtype)
         fill = None
         model = Model(None, {})
-        if found.fill is not None and named:
+        if found.fill is None or architecture is None:
+            model = _whole(found, path, how)
+        if found.fill is not None and named and model.module is None:
             raise FileFormatError(
                 f"{path}: Keras tells its arrays by their places: rename=, drop=, match= and "
                 "strict= are for files with names"
             )
-        if found.fill is None:
-            model = _whole(found, path, how)
-        else:
+        if architecture is None:
+            model = _names.renamed(model, how_named, path) if named else model
+            return _flax.in_dtype(model, dtype)
+        if found.fill is not None:
             own = found.fill
 
             def fill(layers: list[Layer]) -> None:
                 own(layers, path, how)
 
-        how_named = _fill.Names(rename, drop, match, strict)
         whole = functools.partial(load, sidecar=sidecar)
         made = _fill.filled(model, architecture, path, fill, whole, how_named)
         return _flax.in_dtype(made, dtype)

@@ -210,7 +210,7 @@ class Plan:
         settings = dict(self.pattern.settings)
         told = {}
         for glob, _ in settings.get("flattened", ()):
-            if not any(_tree.matches(glob, p) for p in names):
+            if not _tree.named(glob, names):
                 raise LeafError(
                     f"flattened={{{glob!r}: ...}} matches no selected leaf{_tree.near(glob, names)}"
                 )

@@ -517,8 +517,10 @@ def test_several_files_at_once(there, tmp_path):
     words = (out / "net.keras", out / "net.npz", out)
     found = cli("project", *words, *VERBS["project"], cwd=there, code=1)
     assert found.stderr.count("it would be written over itself") == 2
+    (tmp_path / "run.pth.tar").write_bytes((there / "w.pt").read_bytes())
     cli("project", "net.keras", out, *VERBS["project"], "--to", ".pt", cwd=there)
-    assert "net.pt" in names(out)
+    cli("convert", tmp_path / "run.pth.tar", out, "--to", ".pt", cwd=there)
+    assert {"net.pt", "run.pt"} <= set(names(out))
     for words in (("net.keras", "net.h5", "x.keras"), ("net.keras", "x.keras", "--to", "pt"),
                   ("net.keras", "net.h5", out), ("net.keras", out, "--to", ".foo")):  # fmt: skip
         cli("convert", *words, cwd=there, code=2)
@@ -554,6 +556,8 @@ def odd(tmp_path_factory):
         ("convert w.pt o.npz --rename 7=a", "--rename: no name starts with '7'; close: '0.weight'"),
         ("convert w.pt o.npz --rename 0=1", "two arrays are named '1.weight'; --rename or --drop"),
         ("inspect w.pt --drop *.b", "--drop: no name matches '*.b'; close"),
+        ("convert c.pt o.ckpt --key model", "weights are written: o.pt takes them"),
+        ("prune c.pt o.pth.tar --key model --sparsity 0.5", "o.pt takes them, as a state dict"),
         ("diff w.pt net.keras --drop *.b", "w.pt: --drop: no name matches '*.b'"),
         ("prune net.keras o.keras --sparsity 0.5 --rename a=b", "it holds a model, whose layers"),
         ("convert w.pt o.keras -a net.keras --rename 7=a", "--rename: no name starts with '7'"),

@@ -20,6 +20,7 @@ from fwt.converters.files import fill as _fill
 from fwt.converters.files import h5, orbax, plain, safetensors, torch_file
 from fwt.converters.files import names as _names
 from fwt.converters.frameworks import flax as _flax
+from fwt.converters.frameworks import given as _given
 from fwt.converters.io import Reading, write_atomically, write_folder_atomically
 from fwt.converters.rows.row import Layer
 
@@ -169,12 +170,14 @@ _ONNX = Format(
 FORMATS = (_KERAS, _WEIGHTS, _WEIGHT_SHARDS, _LEGACY, _TORCH, _SAFETENSORS, _SHARDED, _NPZ,
            _MSGPACK, _ORBAX, _ONNX)  # fmt: skip
 SUFFIXES = {suffix: f for f in FORMATS for suffix in f.suffixes}
+# What the checkpoints of training runs are called: read by their content, and not written.
+_RUNS = (".ckpt", ".pth.tar", ".pt.tar")
 
 
 def suffix(path: Path) -> str:
     """The end of a name that says the format, the longest that fits; else what follows its last
     dot."""
-    fitting = [s for s in SUFFIXES if path.name.lower().endswith(s)]
+    fitting = [s for s in (*SUFFIXES, *_RUNS) if path.name.lower().endswith(s)]
     return max(fitting, key=len) if fitting else path.suffix
 
 
@@ -428,8 +431,8 @@ def save(
             only: ``.weights.h5``, ``.pt``, ``.pth`` or ``.bin`` (a state dict for
             ``torch.load(weights_only=True)`` and the module that ``to_torch`` gives), ``.msgpack``.
             ``.weights.h5`` is for the model that ``to_keras`` gives.
-        module: a :class:`fwt.Sequential`, a linen ``nn.Sequential``, a ``Model`` of one, or None
-            to write the variables as they are (not to Keras's formats).
+        module: a :class:`fwt.Sequential`, a linen ``nn.Sequential``, a ``Model`` of one, an
+            ``nnx.Sequential``, or None to write the variables as they are (not to Keras's formats).
         variables: ``{"params": ..., "batch_stats": ...}``; a Model has its own.
         layout: for torch, the layout of the model's ends, as in ``to_torch``: "channels_first"
             unless told otherwise, or "source".
@@ -451,13 +454,19 @@ def save(
         True
     """
     path = _io.given_path(path)
-    module, variables = _flax.given(module, variables, "save(path, model)")
+    module, variables = _given.given(module, variables, "save(path, model)")
     found = by_suffix(path)
     if found is None or (found.save is None and found.save_folder is None):
         known = ", ".join(s for s, f in SUFFIXES.items() if f.save or f.save_folder)
         said = f"the format {path.suffix or 'without a suffix'!r} is not known"
         if found is not None:
             said = f"{path.name} is written with shard_bytes= and the suffix of one file"
+        if (end := suffix(path)).lower() in _RUNS:
+            other = f"{path.name[: -len(end)]}.pt"
+            raise FileFormatError(
+                f"{path}: a {end} file holds a training run (optimizer, epoch, ...), and only "
+                f"weights are written: {other} takes them, as a state dict"
+            )
         raise FileFormatError(f"{path}: {said}; known to be written are {known}")
     if layout is not None and (module is None or found is not _TORCH):
         raise ConversionError(
@@ -467,14 +476,18 @@ def save(
     module = _flax.sequential_of(module)
     if not isinstance(module, Sequential | None) and found is not _ONNX:
         held = "nnx.state(module)" if _nodes.is_graph(module) else "variables"
+        there = (
+            f"{str(path)[: -len(suffix(path))]}.safetensors" if found.needs_module else str(path)
+        )
         raise ConversionError(
             f"{path}: {type(module).__name__} is no fwt.Sequential, so its architecture can't be "
-            f"written: save({str(path)!r}, None, {held}) writes the weights alone"
+            f"written: save({there!r}, None, {held}) writes the weights alone"
         )
     if not isinstance(variables, Mapping):
         raise ConversionError(
             "expected a variables dict, found "
             f"{'nothing' if variables is None else type(variables).__name__}"
+            f"{_given.weights_of(variables)}"
         )
     variables = _tree.as_variables(variables)
     if module is None and found.needs_module:

@@ -10,14 +10,16 @@ import typer
 
 from fwt._types import FwtError
 
-In = Annotated[Path, typer.Argument(help="A file or folder of any format, told by its content.")]
-Ins = Annotated[list[Path], typer.Argument(help="Files or folders, told by their content.")]
+In = Annotated[Path, typer.Argument(help="A file or folder; its content tells the format.")]
+Ins = Annotated[
+    list[Path], typer.Argument(help="Files or folders; their content tells the format.")
+]
 Out = Annotated[
     Path,
-    typer.Argument(help="Where to write; the suffix is the format. Several go to a folder."),
+    typer.Argument(help="The file to write; its suffix is the format. Of several files: a folder."),
 ]
 ToOption = Annotated[
-    str | None, typer.Option("--to", help="The suffix of the files in the folder TARGET.")
+    str | None, typer.Option("--to", help="The target is a folder: the suffix of its files.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, one line for each file.")]
 WhereOption = Annotated[
@@ -25,17 +27,19 @@ WhereOption = Annotated[
     typer.Option(
         "--where",
         "-w",
-        help="A glob on the path, such as 'dense_*/kernel', or kernels or biases, all of them; "
+        help="Which weights: kernels, biases, or a glob on the path, such as 'dense_*/kernel'; "
         "repeatable.",
     ),
 ]
 AxesOption = Annotated[
     list[str] | None,
-    typer.Option(help="What the axes of leaves mean, such as '**/weight=out in h w'; repeatable."),
+    typer.Option(help="What the axes of weights mean, such as '**/weight=out in h w'; repeatable."),
 ]
 LayoutOption = Annotated[
     str | None,
-    typer.Option(help="For .pt: channels_first (the default) or source, the order of its ends."),
+    typer.Option(
+        help="What a .pt takes and gives: channels_first (the default), or source, as the file."
+    ),
 ]
 
 # The transform of some globs and roles (none are the verb's own choice) and axes.
@@ -55,53 +59,61 @@ _READING: dict[str, tuple[Any, Any]] = {
     "architecture": (
         Annotated[
             Path | None,
-            typer.Option("--architecture", "-a", help="For weights alone: their model's file."),
+            typer.Option(
+                "--architecture", "-a", help="The file of the model that weights alone are of."
+            ),
         ],
         None,
     ),
     "key": (
         Annotated[
             str | None,
-            typer.Option(help="Which part of the file, such as 'model' or 'state/params'."),
+            typer.Option(help="The part of the file to read, such as 'model' or 'state/params'."),
         ],
         None,
     ),
     "rename": (
         Annotated[
             list[str] | None,
-            typer.Option(help="Of weights: OLD=NEW, what names start with; repeatable."),
+            typer.Option(help="OLD=NEW: what weights' names start with; repeatable."),
         ],
         None,
     ),
     "drop": (
         Annotated[
             list[str] | None,
-            typer.Option(help="Of weights: a glob of names not wanted; repeatable."),
+            typer.Option(help="Leave out weights whose names match this glob; repeatable."),
         ],
         None,
     ),
     "match": (
         Annotated[
             str,
-            typer.Option(help="With --architecture: name, or order to take arrays as they come."),
+            typer.Option(help="With --architecture: by name, or in the file's order."),
         ],
         "name",
     ),
     "strict": (
         Annotated[
-            bool, typer.Option(help="With --architecture: whether all names and shapes must fit.")
+            bool, typer.Option(help="With --architecture: all names and shapes must fit, or some.")
         ],
         True,
     ),
     "keep_parts": (
         Annotated[
             bool,
-            typer.Option("--keep-parts", help="Keep the parts of torch's prune, weight_norm, ..."),
+            typer.Option(
+                "--keep-parts",
+                help="Keep the parts that torch's prune, weight_norm, ... compute a weight from.",
+            ),
         ],
         False,
     ),
     "max_bytes": (
-        Annotated[int | None, typer.Option(help="How many bytes compressed parts may grow to.")],
+        Annotated[
+            int | None,
+            typer.Option(help="How many bytes the compressed parts of a file may grow to."),
+        ],
         None,
     ),
 }

@@ -470,10 +470,19 @@ def test_names_of_weights_alone_on_every_command(tmp_path):
     pruned = torch.load(tmp_path / "p.pt")
     zeros = {n: int((v == 0).sum()) for n, v in pruned.items()}
     assert (zeros["0.weight"], zeros["1.weight"], zeros["0.bias"]) == (6, 2, 0)
+    # Of several files, those without parts are read as they are, once one has the part.
+    out = tmp_path / "out"
+    words = (tmp_path / "w.pt", tmp_path / "c.pt", out, "--to", "npz")
+    assert fwt_command("convert", *words, *how)[0] == 0
+    assert fwt_command("diff", out / "w.npz", out / "c.npz")[0] == 0
+    found = cli("inspect", "w.pt", "w.pt", "--key", "state_dict", cwd=tmp_path, code=1)
+    assert found.stderr.count("there is no 'state_dict', but '0.weight'") == 2
     # A part that neither file has, or that the second lacks beside other parts, is refused.
     torch.save({"ema": held, "epoch": 3}, tmp_path / "e.pt")
     with pytest.raises(converters.FileFormatError, match=r"e\.pt: .* there is no 'state_dict'"):
         fwt_command("diff", tmp_path / "c.pt", tmp_path / "e.pt", "--key", "state_dict")
+    found = cli("inspect", "c.pt", "e.pt", "--key", "state_dict", cwd=tmp_path, code=1)
+    assert "error: e.pt: --key state_dict: there is no 'state_dict', but 'ema'" in found.stderr
 
 
 def test_what_holds_weights_only_says_so(there, tmp_path):

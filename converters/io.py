@@ -524,7 +524,9 @@ def under(tree: Any, key: str | None, path: Path) -> Any:
         if not isinstance(tree, Mapping) or part not in tree:
             found = ", ".join(map(repr, tree))[:300] if isinstance(tree, Mapping) else ""
             found = f"but {found}" if found else "and nothing else that has a name"
-            raise UnusedError(f"{path}: key={key!r}: there is no {part!r}, {found}", "key", key)
+            raise UnusedError(
+                f"{path}: key={key!r}: there is no {part!r}, {found}", "key", str(key)
+            )
         tree = tree[part]
     return tree
 

@@ -46,7 +46,7 @@ def chosen(variables: Mapping[str, Any], how: Names, path: Path) -> list[Named]:
     found: list[Named] = []
     for collection, old, value in _source.flat_parts(variables):
         first, new = _first(old, rename, how)
-        used |= {first} - {None}
+        used |= set() if first is None else {first}
         if not new or not all(new):
             raise FileFormatError(f"{path}: rename: {'/'.join(old)!r} would be left without a name")
         found.append(Named(collection, old, new, value))

@@ -28,9 +28,9 @@ def given(module: Any, variables: Any, call: str) -> tuple[Any, Any]:
         )
     if not _nodes.is_graph(module) or isinstance(module, Mapping):
         return _flax.given(module, variables, call)
-    from fwt.converters.frameworks import nnx as _nnx
+    from flax import nnx
 
-    if not isinstance(module, _nnx.nnx.Sequential):
+    if not isinstance(module, nnx.Sequential):
         if saved:
             return module, variables  # whose weights alone can be written, as the error says
         raise ConversionError(
@@ -42,6 +42,8 @@ def given(module: Any, variables: Any, call: str) -> tuple[Any, Any]:
             f"an nnx.Sequential holds its variables, so {type(variables).__name__} after it is one "
             f"argument too many: {call}, and what follows by name"
         )
+    from fwt.converters.frameworks import nnx as _nnx
+
     model = _nnx.from_nnx(module)
     return model.module, model.variables
 

@@ -3,7 +3,7 @@
 import difflib
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from fwt._types import WhereError
@@ -105,7 +105,7 @@ def _in_pieces(path: str) -> str:
     return "/".join(escape(x) for part in split(path) for x in pieces(unescape(part)))
 
 
-def named(pattern: str, paths: Iterable[str]) -> list[str]:
+def named(pattern: str, paths: Collection[str]) -> list[str]:
     r"""The paths that a glob names: as they are spelled or, where that is none of them, as files
     spell them, with dots between the parts, with slashes inside a part, or with Keras 2's ``:0``.
 
@@ -116,9 +116,11 @@ def named(pattern: str, paths: Iterable[str]) -> list[str]:
         >>> named("0.weight", ["0/bias", "0/weight"]), named("bert/*", [r"bert\/kernel"])
         (['0/weight'], ['bert\\/kernel'])
     """
-    paths = list(paths)
+    exact = is_exact(pattern)
+    if exact and pattern in paths:
+        return [pattern]
     found = [p for p in paths if matches(pattern, p)]
-    if found and is_exact(pattern):
+    if exact and found:
         return found
     # Dots and slashes in brackets are characters.
     cut = re.sub(r"\[!?\]?[^\]]*\]|\\/|\.", lambda m: m[0] if m[0][0] == "[" else "/", pattern)
@@ -150,9 +152,14 @@ def near(path: str, known: Iterable[str]) -> str:
 def tied_in_part(where: Any, group: Sequence[str], named: Sequence[str]) -> str:
     """What is said of a tie of which ``where`` names some paths."""
     said = repr(where) if isinstance(where, str | list | tuple) else f"{where}"
+    more: Any = group[0]  # beside what is given
+    if isinstance(where, list | tuple):
+        more = [*where, more]
+    elif isinstance(where, str) or hasattr(where, "paths_of"):
+        more = [where, more]
     return (
         f"{' and '.join(group)} are one array (they are tied), of which where={said:.80} names "
-        f"{' and '.join(named)} only, so it is left as it is: where={group[0]!r} takes it"
+        f"{' and '.join(named)} only, so it is left as it is: where={more!r} takes it too"
     )
 
 

@@ -185,6 +185,7 @@ _WORDS = (
 def in_options(text: str) -> str:
     """An error in Python's words as one line in those of the command line."""
     text = " ".join(text.split())
+    text = re.sub(r"(?<=[\[ ])fwt\.(kernels|biases)(?=[,\]])", r"'\1'", text)  # in a list
     # Values in Python's spelling: a dict, a list, a text, a number.
     value = r"(\{'[^{}]*\}|\['[^\[\]]*\]|'[^']*'|-?\d[\d,_]*)"
     text = re.sub(rf"{_AT}({_OPTIONS}|rename|axes|drop)={value}", _given, text)

@@ -485,6 +485,23 @@ def test_names_of_weights_alone_on_every_command(tmp_path):
     assert "error: e.pt: --key state_dict: there is no 'state_dict', but 'ema'" in found.stderr
 
 
+@pytest.mark.parametrize("where", [(), ("--where", "kernels", "--where", "body.weight")])
+def test_what_is_said_of_a_tie_takes_it(tmp_path, where):
+    net = torch.nn.Module()
+    net.emb, net.head = torch.nn.Embedding(5, 4), torch.nn.Linear(4, 5, bias=False)
+    net.body, net.head.weight = torch.nn.Linear(4, 4), net.emb.weight
+    torch.save(net.state_dict(), tmp_path / "t.pt")
+    words = ("prune", "t.pt", "o.pt", "--sparsity", "0.5")
+    said = cli(*words, *where, cwd=tmp_path).stderr
+    assert len(said.splitlines()) == 1
+    way = said.partition("left as it is: ")[2].partition(" takes it too")[0].split()
+    assert way == [*(where or ("--where", "kernels")), "--where", "emb/weight"]
+    assert not cli(*words, *way, cwd=tmp_path).stderr
+    pruned = torch.load(tmp_path / "o.pt")
+    assert {n: int((v == 0).sum()) for n, v in pruned.items() if n.endswith("weight")} == {
+        "emb.weight": 10, "head.weight": 10, "body.weight": 8}  # fmt: skip
+
+
 def test_what_holds_weights_only_says_so(there, tmp_path):
     for suffix in (".pt", ".msgpack", ".weights.h5", ".npz"):
         only = suffix != ".npz"

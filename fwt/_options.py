@@ -19,7 +19,7 @@ Out = Annotated[
     typer.Argument(help="The file to write; its suffix is the format. Of several files: a folder."),
 ]
 ToOption = Annotated[
-    str | None, typer.Option("--to", help="The target is a folder: the suffix of its files.")
+    str | None, typer.Option("--to", help="Write into a folder, files of this suffix.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, one line for each file.")]
 WhereOption = Annotated[
@@ -38,7 +38,7 @@ AxesOption = Annotated[
 LayoutOption = Annotated[
     str | None,
     typer.Option(
-        help="What a .pt takes and gives: channels_first (the default), or source, as the file."
+        help="Images of a .pt model: channels_first (the default), or source, as in the file."
     ),
 ]
 
@@ -75,7 +75,7 @@ _READING: dict[str, tuple[Any, Any]] = {
     "rename": (
         Annotated[
             list[str] | None,
-            typer.Option(help="OLD=NEW: what weights' names start with; repeatable."),
+            typer.Option(help="Rename weights: OLD=NEW changes the start of names; repeatable."),
         ],
         None,
     ),
@@ -95,7 +95,8 @@ _READING: dict[str, tuple[Any, Any]] = {
     ),
     "strict": (
         Annotated[
-            bool, typer.Option(help="With --architecture: all names and shapes must fit, or some.")
+            bool,
+            typer.Option(help="With --architecture: all weights must fit; or take those that do."),
         ],
         True,
     ),

@@ -391,7 +391,7 @@ def _some(names: list[str]) -> str:
 def _found(variables: Any, how: Names, path: Path) -> dict[str, np.ndarray]:
     out: dict[str, np.ndarray] = {}
     for x in _names.chosen(variables, how, path):
-        if x.new[-1] != "num_batches_tracked" or np.shape(x.value):
+        if not x.old[-1].endswith("num_batches_tracked") or np.shape(x.value):
             _names.put(out, x, path)
     return out
 

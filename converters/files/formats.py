@@ -385,6 +385,12 @@ def load(
         if max_bytes is not None and (not isinstance(max_bytes, int) or max_bytes < 1):
             raise FileFormatError(f"max_bytes={max_bytes!r}: expected a number of bytes")
         named = rename or drop or match != "name" or not strict
+        drop = [drop] if isinstance(drop, str) else drop
+        texts = [*(rename or {}), *(rename or {}).values(), *drop]
+        if not all(isinstance(text, str) for text in texts):
+            raise FileFormatError(
+                "rename= is a dict of names {old: new}, and drop= a list of globs"
+            )
         how_named = _names.Names(rename, drop, match, strict)
         if architecture is None and (match != "name" or not strict):
             raise FileFormatError(f"{path}: match= and strict= need architecture=")

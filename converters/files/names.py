@@ -56,7 +56,7 @@ def chosen(variables: Mapping[str, Any], how: Names, path: Path) -> list[Named]:
             f"{path}: rename: no name starts with {left[0]!r}{near}", "rename", left[0]
         )
     gone: set[int] = set()
-    for glob in [how.drop] if isinstance(how.drop, str) else how.drop:
+    for glob in how.drop:
         hits = _dropped(glob, found, path)
         if not hits:
             near = _tree.near(glob, [".".join(x.new) for x in found])

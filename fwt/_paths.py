@@ -152,14 +152,13 @@ def near(path: str, known: Iterable[str]) -> str:
 def tied_in_part(where: Any, group: Sequence[str], named: Sequence[str]) -> str:
     """What is said of a tie of which ``where`` names some paths."""
     said = repr(where) if isinstance(where, str | list | tuple) else f"{where}"
-    more: Any = group[0]  # beside what is given
-    if isinstance(where, list | tuple):
-        more = [*where, more]
-    elif isinstance(where, str) or hasattr(where, "paths_of"):
-        more = [where, more]
+    beside = ""
+    if isinstance(where, str | list | tuple) or hasattr(where, "paths_of"):
+        given = [*where] if isinstance(where, list | tuple) else [where]
+        beside = f" alone, where={[*given, group[0]]!r} beside the rest"
     return (
         f"{' and '.join(group)} are one array (they are tied), of which where={said:.80} names "
-        f"{' and '.join(named)} only, so it is left as it is: where={more!r} takes it too"
+        f"{' and '.join(named)} only, so it is left as it is: where={group[0]!r} takes it{beside}"
     )
 
 

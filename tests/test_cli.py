@@ -494,7 +494,7 @@ def test_what_is_said_of_a_tie_takes_it(tmp_path, where):
     words = ("prune", "t.pt", "o.pt", "--sparsity", "0.5")
     said = cli(*words, *where, cwd=tmp_path).stderr
     assert len(said.splitlines()) == 1
-    way = said.partition("left as it is: ")[2].partition(" takes it too")[0].split()
+    way = said.partition("takes it alone, ")[2].partition(" beside the rest")[0].split()
     assert way == [*(where or ("--where", "kernels")), "--where", "emb/weight"]
     assert not cli(*words, *way, cwd=tmp_path).stderr
     pruned = torch.load(tmp_path / "o.pt")

@@ -49,6 +49,15 @@ def progress(count: int) -> None:
         watcher(count)
 
 
+class UnusedError(FileFormatError):
+    """An option that a file has no use for, such as a part that it lacks: ``option`` says which,
+    ``value`` is what was given, of several the one. Another file may have."""
+
+    def __init__(self, text: str, option: str, value: str):
+        super().__init__(text)
+        self.option, self.value = option, value
+
+
 def given_path(path: Any) -> Path:
     """What a user gave as the path of a file."""
     if not isinstance(path, str | os.PathLike):
@@ -515,9 +524,18 @@ def under(tree: Any, key: str | None, path: Path) -> Any:
         if not isinstance(tree, Mapping) or part not in tree:
             found = ", ".join(map(repr, tree))[:300] if isinstance(tree, Mapping) else ""
             found = f"but {found}" if found else "and nothing else that has a name"
-            raise FileFormatError(f"{path}: key={key!r}: there is no {part!r}, {found}")
+            raise UnusedError(
+                f"{path}: key={key!r}: there is no {part!r}, {found}", "key", str(key)
+            )
         tree = tree[part]
     return tree
+
+
+def without_key(path: Path, how: Reading) -> None:
+    """Raises for a ``key`` of a file that has no parts."""
+    if how.key is not None:
+        text = f"{path}: key={how.key!r}: it holds one model, or one set of weights, only"
+        raise UnusedError(text, "key", how.key)
 
 
 def is_numeric(dtype: np.dtype) -> bool:

@@ -297,16 +297,14 @@ class Places:
         self._said = {
             g: words(text, f"axes={{{g!r}: {text!r}}}") for g, text in (axes or {}).items()
         }
+        self._hits = {g: set(_tree.named(g, self.shapes)) for g in self._said}
         self._classes = _modules.of_classes(tree)
 
     def check_used(self, paths: Sequence[str]) -> None:
         """Each glob of ``axes=`` must fit some leaf, or it is a typing mistake."""
         for glob, names in self._said.items():
-            hits = [
-                p
-                for p in paths
-                if any(_tree.matches(glob, each) for each in (p, *self.tree.others(p)))
-            ]
+            mine = self._hits[glob]
+            hits = [p for p in paths if not mine.isdisjoint((p, *self.tree.others(p)))]
             said = f"axes={{{glob!r}: {' '.join(names)!r}}}"
             if not hits:
                 raise AxesError(f"axes={{{glob!r}: ...}} matches no leaf{_tree.near(glob, paths)}")
@@ -360,7 +358,7 @@ class Places:
             orders |= self.tree.others(path)
         for glob, names in self._said.items():
             for each, order in orders.items() if len(names) == rank else ():
-                if _tree.matches(glob, each):
+                if each in self._hits[glob]:
                     return tuple(names[i] for i in order)
         return None
 
@@ -384,7 +382,7 @@ class Places:
                 depths[path] = led
         # A glob that names a stack speaks of what else it matches too: of the biases.
         for glob, names in self._said.items():
-            led, hits = _leading(names), [p for p in self.shapes if _tree.matches(glob, p)]
+            led, hits = _leading(names), [p for p in self.shapes if p in self._hits[glob]]
             sizes = {self.shapes[p][:led] for p in hits if depths.get(p) == led}
             for path in hits if led == names.count("stack") > 0 else ():
                 shape = self.shapes[path]

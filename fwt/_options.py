@@ -10,31 +10,40 @@ import typer
 
 from fwt._types import FwtError
 
-In = Annotated[Path, typer.Argument(help="A file or folder of any format, told by its content.")]
-Ins = Annotated[list[Path], typer.Argument(help="Files or folders, told by their content.")]
+In = Annotated[Path, typer.Argument(help="A file or folder; its content tells the format.")]
+Ins = Annotated[
+    list[Path], typer.Argument(help="Files or folders; their content tells the format.")
+]
 Out = Annotated[
     Path,
-    typer.Argument(help="Where to write; the suffix is the format. Several go to a folder."),
+    typer.Argument(help="The file to write; its suffix is the format. Of several files: a folder."),
 ]
 ToOption = Annotated[
-    str | None, typer.Option("--to", help="The suffix of the files in the folder TARGET.")
+    str | None, typer.Option("--to", help="Write into a folder, files of this suffix.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, one line for each file.")]
 WhereOption = Annotated[
     list[str] | None,
-    typer.Option("--where", "-w", help="A glob on the path, such as 'dense_*/kernel'; repeatable."),
+    typer.Option(
+        "--where",
+        "-w",
+        help="Which weights: kernels, biases, or a glob on the path, such as 'dense_*/kernel'; "
+        "repeatable.",
+    ),
 ]
 AxesOption = Annotated[
     list[str] | None,
-    typer.Option(help="What the axes of leaves mean, such as '**/weight=out in h w'; repeatable."),
+    typer.Option(help="What the axes of weights mean, such as '**/weight=out in h w'; repeatable."),
 ]
 LayoutOption = Annotated[
     str | None,
-    typer.Option(help="For .pt: channels_first (the default) or source, the order of its ends."),
+    typer.Option(
+        help="Images of a .pt model: channels_first (the default), or source, as in the file."
+    ),
 ]
 
-# The transform of some globs (none are the verb's own choice) and axes.
-Make = Callable[[list[str], dict[str, str] | None], Any]
+# The transform of some globs and roles (none are the verb's own choice) and axes.
+Make = Callable[[list[Any], dict[str, str] | None], Any]
 _FRONT = ("sources", "target")
 # The options of a command that changes weights, and their defaults.
 _CHANGING: dict[str, tuple[Any, Any]] = {
@@ -50,53 +59,62 @@ _READING: dict[str, tuple[Any, Any]] = {
     "architecture": (
         Annotated[
             Path | None,
-            typer.Option("--architecture", "-a", help="For weights alone: their model's file."),
+            typer.Option(
+                "--architecture", "-a", help="The file of the model that weights alone are of."
+            ),
         ],
         None,
     ),
     "key": (
         Annotated[
             str | None,
-            typer.Option(help="Which part of the file, such as 'model' or 'state/params'."),
+            typer.Option(help="The part of the file to read, such as 'model' or 'state/params'."),
         ],
         None,
     ),
     "rename": (
         Annotated[
             list[str] | None,
-            typer.Option(help="With --architecture: OLD=NEW, the start of names; repeatable."),
+            typer.Option(help="Rename weights: OLD=NEW changes the start of names; repeatable."),
         ],
         None,
     ),
     "drop": (
         Annotated[
             list[str] | None,
-            typer.Option(help="With --architecture: a glob of names not wanted; repeatable."),
+            typer.Option(help="Leave out weights whose names match this glob; repeatable."),
         ],
         None,
     ),
     "match": (
         Annotated[
             str,
-            typer.Option(help="With --architecture: name, or order to take arrays as they come."),
+            typer.Option(help="With --architecture: by name, or in the file's order."),
         ],
         "name",
     ),
     "strict": (
         Annotated[
-            bool, typer.Option(help="With --architecture: whether all names and shapes must fit.")
+            bool,
+            typer.Option(help="With --architecture: all weights must fit; or take those that do."),
         ],
         True,
     ),
     "keep_parts": (
         Annotated[
             bool,
-            typer.Option("--keep-parts", help="Keep the parts of torch's prune, weight_norm, ..."),
+            typer.Option(
+                "--keep-parts",
+                help="Keep the parts that torch's prune, weight_norm, ... compute a weight from.",
+            ),
         ],
         False,
     ),
     "max_bytes": (
-        Annotated[int | None, typer.Option(help="How many bytes compressed parts may grow to.")],
+        Annotated[
+            int | None,
+            typer.Option(help="How many bytes the compressed parts of a file may grow to."),
+        ],
         None,
     ),
 }
@@ -127,18 +145,12 @@ def changes(
     write: Callable[..., None],
 ) -> Callable[[Callable[..., Make]], Callable[..., None]]:
     """Makes a command that changes weights of a function that gives the transform, for the globs
-    and axes of one file; ``write`` does the rest with the options that all of them have."""
+    and axes; ``write`` does the rest with the options that all of them have."""
 
     def decorator(command: Callable[..., Make]) -> Callable[..., None]:
         def run(where: Any, axes: Any, **given: Any) -> None:
             make = command(**{name: given.pop(name) for name in own})
-            globs, named = where or [], _axes(axes)
-
-            def spelled(model: Any) -> Any:
-                return make(*_spelled(globs, named, model))
-
-            make(globs, named)  # which raises for what is wrong whatever the file
-            write(make=spelled, **given)
+            write(transform=make(_globs(where), _axes(axes)), **given)
 
         own = dict(inspect.signature(command).parameters)
         front = [p for p in inspect.signature(write).parameters.values() if p.name in _FRONT]
@@ -163,6 +175,14 @@ def _presented(run: Any, command: Any, parameters: list[inspect.Parameter]) -> A
     return run
 
 
+def _globs(texts: list[str] | None) -> list[Any]:
+    """Globs, of which the name of a role is that role."""
+    import fwt
+
+    roles: dict[str, Any] = {role.name: role for role in (fwt.kernels, fwt.biases)}
+    return [roles.get(text, text) for text in texts or ()]
+
+
 def _axes(texts: list[str] | None) -> dict[str, str] | None:
     out = {}
     for text in texts or ():
@@ -171,26 +191,6 @@ def _axes(texts: list[str] | None) -> dict[str, str] | None:
             raise FwtError(f"--axes {text!r}: expected GLOB=NAMES, such as '**/weight=out in h w'")
         out[glob] = names
     return out or None
-
-
-def _spelled(
-    globs: list[str], axes: dict[str, str] | None, model: Any
-) -> tuple[list[str], dict[str, str] | None]:
-    """Globs and axes in the spelling of a model's paths, where a slash inside a name is escaped; it
-    is shown, and may be given, without that."""
-    import fwt
-    from fwt import _tree
-
-    paths = fwt.paths(model)
-    if not any("\\/" in path for path in paths):
-        return globs, axes
-
-    def each(glob: str) -> list[str]:
-        plain = [p for p in paths if _tree.matches(glob, p.replace("\\/", "/"))]
-        return list(dict.fromkeys([p for p in paths if _tree.matches(glob, p)] + plain)) or [glob]
-
-    meant = {p: names for glob, names in (axes or {}).items() for p in each(glob)}
-    return [p for glob in globs for p in each(glob)], meant or None
 
 
 def named(module: Any, text: str, what: str) -> Any:

@@ -3,7 +3,7 @@
 import difflib
 import functools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from fwt._types import WhereError
@@ -89,6 +89,55 @@ def matches(pattern: str, path: str) -> bool:
     return _glob(pattern).fullmatch(path + "/") is not None
 
 
+def is_exact(pattern: str) -> bool:
+    """Whether a glob is a name, without wildcards."""
+    return not re.search(r"[*?\[]", re.sub(r"\\[\s\S]", "", pattern))
+
+
+def pieces(part: str) -> list[str]:
+    """What a name in a file is made of, whose parts end at dots or slashes; Keras 2's ``:0`` is no
+    part of it."""
+    return re.split(r"[./]", re.sub(r":\d+$", "", part))
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _in_pieces(path: str) -> str:
+    return "/".join(escape(x) for part in split(path) for x in pieces(unescape(part)))
+
+
+def named(pattern: str, paths: Collection[str]) -> list[str]:
+    r"""The paths that a glob names: as they are spelled or, where that is none of them, as files
+    spell them, with dots between the parts, with slashes inside a part, or with Keras 2's ``:0``.
+
+    Raises:
+        WhereError: if the two spellings name different leaves.
+
+    Example:
+        >>> named("0.weight", ["0/bias", "0/weight"]), named("bert/*", [r"bert\/kernel"])
+        (['0/weight'], ['bert\\/kernel'])
+    """
+    exact = is_exact(pattern)
+    if exact and pattern in paths:
+        return [pattern]
+    found = [p for p in paths if matches(pattern, p)]
+    if exact and found:
+        return found
+    # Dots and slashes in brackets are characters.
+    cut = re.sub(r"\[!?\]?[^\]]*\]|\\/|\.", lambda m: m[0] if m[0][0] == "[" else "/", pattern)
+    cut = re.sub(r":\d+$", "", cut)
+    if cut == pattern and not any("." in p or "\\" in p or ":" in p for p in paths):
+        return found
+    other = [p for p in paths if matches(cut, _in_pieces(p))]
+    same = len({_in_pieces(p) for p in other}) < len(other)
+    if same if not found else not set(other) <= set(found):
+        one, two = (found or other)[0], next(p for p in reversed(other) if p not in found)
+        raise WhereError(
+            f"{pattern!r} names {one} and, as a file spells it, {two}: write which is meant, "
+            f"{one!r} or {two!r}"
+        )
+    return found or other
+
+
 def near(path: str, known: Iterable[str]) -> str:
     """``; close: 'a', 'b'``, or nothing."""
     known = list(known)
@@ -103,9 +152,13 @@ def near(path: str, known: Iterable[str]) -> str:
 def tied_in_part(where: Any, group: Sequence[str], named: Sequence[str]) -> str:
     """What is said of a tie of which ``where`` names some paths."""
     said = repr(where) if isinstance(where, str | list | tuple) else f"{where}"
+    beside = ""
+    if isinstance(where, str | list | tuple) or hasattr(where, "paths_of"):
+        given = [*where] if isinstance(where, list | tuple) else [where]
+        beside = f" alone, where={[*given, group[0]]!r} beside the rest"
     return (
         f"{' and '.join(group)} are one array (they are tied), of which where={said:.80} names "
-        f"{' and '.join(named)} only, so it is left as it is: where={group[0]!r} takes it"
+        f"{' and '.join(named)} only, so it is left as it is: where={group[0]!r} takes it{beside}"
     )
 
 

@@ -157,7 +157,8 @@ _AT = r"(?<![\w/\\.-])"  # not in a path
 
 # What Python's words are on the command line.
 _WORDS = (
-    (r"where=fwt\.kernels", "kernels, the default of --where,"),
+    (r"where=fwt\.kernels", "--where kernels, the default,"),
+    (r"where=fwt\.biases", "--where biases"),
     (r"fwt\.paths\(params\)", "fwt inspect"),
     (r"fwt\.(initialize|prune|project)\b(?!\()", r"fwt \1"),
     (r"fwt\.(pattern|score|constraint|initializer)s\.", r"--\1 "),
@@ -184,6 +185,7 @@ _WORDS = (
 def in_options(text: str) -> str:
     """An error in Python's words as one line in those of the command line."""
     text = " ".join(text.split())
+    text = re.sub(r"(?<=[\[ ])fwt\.(kernels|biases)(?=[,\]])", r"'\1'", text)  # in a list
     # Values in Python's spelling: a dict, a list, a text, a number.
     value = r"(\{'[^{}]*\}|\['[^\[\]]*\]|'[^']*'|-?\d[\d,_]*)"
     text = re.sub(rf"{_AT}({_OPTIONS}|rename|axes|drop)={value}", _given, text)

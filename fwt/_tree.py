@@ -18,6 +18,7 @@ from fwt._nodes import is_array as is_array
 from fwt._nodes import is_variables as is_variables
 from fwt._paths import escape as escape
 from fwt._paths import matches as matches
+from fwt._paths import named as named
 from fwt._paths import natural as natural
 from fwt._paths import near as near
 from fwt._paths import split as split
@@ -251,8 +252,9 @@ class Tree:
         """
         chosen = self._chosen(where)
         self._refuse_several(chosen)
-        given = {where} if isinstance(where, str) else where
-        exact = {w for w in given if isinstance(w, str)} if isinstance(given, _GLOBS) else set()
+        given = [where] if isinstance(where, str) else where
+        names = [w for w in given if isinstance(w, str)] if isinstance(given, _GLOBS) else []
+        exact = {p for w in names if _paths.is_exact(w) for p in _paths.named(w, chosen)}
         left = []
         others = [[path, *also] for path, also in self.also.items()]
         for group in [*self.ties, *others, *self.perhaps]:
@@ -281,7 +283,7 @@ class Tree:
         return [p for p in self.leaves if p in chosen]
 
     def _chosen(self, where: Where) -> set[str]:
-        several = {p: _widest(x) for p, x in self._several.items()}
+        several = {p: _nodes.widest(x) for p, x in self._several.items()}
         shapes = {
             p: jax.ShapeDtypeStruct(x.shape, x.dtype)
             for p, x in (self.leaves | self.hidden | several).items()
@@ -356,20 +358,15 @@ def _warn(text: str) -> None:
     warnings.warn(text, stacklevel=level)
 
 
-def _widest(node: Any) -> Any:
-    """The largest array in a node."""
-    return max((x for x in jax.tree.leaves(node) if is_array(x)), key=lambda x: np.prod(x.shape))
-
-
 def _resolve(where: Where, shapes: Mapping[str, jax.ShapeDtypeStruct], tree: Tree) -> set[str]:
     if isinstance(where, str):
-        return {p for p in shapes if matches(where, p)}
-    if isinstance(where, _GLOBS) and all(isinstance(w, str) for w in where):
+        return set(named(where, shapes))
+    if isinstance(where, _GLOBS) and all(map(_is_name, where)):
         chosen: set[str] = set()
-        for pattern in where:
-            hits = {p for p in shapes if matches(pattern, p)}
+        for each in where:
+            hits = _resolve(each, shapes, tree)
             if not hits:
-                raise WhereError(_nothing(pattern, shapes, {}, hits))
+                raise WhereError(_nothing(each, shapes, {}, hits))
             chosen |= hits
         return chosen
     if hasattr(where, "paths_of"):  # a role: it may ask what the modules in the tree say
@@ -384,13 +381,17 @@ def _resolve(where: Where, shapes: Mapping[str, jax.ShapeDtypeStruct], tree: Tre
                     f"(path, ShapeDtypeStruct), but returned {answer!r} for {path!r}"
                 )
         return {p for p, answer in answers.items() if answer}
+    return _from_bools(where, shapes, tree)
+
+
+def _is_name(where: Any) -> bool:
+    return isinstance(where, str) or hasattr(where, "paths_of")
+
+
+def _from_bools(where: Any, shapes: Mapping[str, Any], tree: Tree) -> set[str]:
+    statistics = tree.statistics
     same = {p: path for path, also in tree.also.items() for p in also}
-    return _from_bools(where, shapes, tree.statistics, same)
 
-
-def _from_bools(
-    where: Any, shapes: Mapping[str, Any], statistics: set[str], same: Mapping[str, str]
-) -> set[str]:
     def as_array(leaf: Any) -> np.ndarray:
         if isinstance(leaf, jax.core.Tracer) or np.shape(leaf) != ():
             raise WhereError(
@@ -580,8 +581,8 @@ def select(params: Params, where: Where = "**") -> dict[str, Any]:
     Args:
         params: any pytree of arrays.
         where: a glob (``*`` matches within one part of a path, ``**`` any number of parts), a list
-            of globs, a predicate ``(path, ShapeDtypeStruct) -> bool``, a tree of concrete bools, or
-            a role such as ``fwt.kernels``.
+            of globs and roles (``fwt.kernels``), a predicate ``(path, ShapeDtypeStruct) -> bool``,
+            or a tree of concrete bools. The spelling of files, ``0.weight``, is taken too.
 
     Returns:
         ``{path: array}`` in path order, the very objects of the tree.

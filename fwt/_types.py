@@ -23,7 +23,7 @@ Constraint: TypeAlias = Callable[[Any, Any], Any]
 Where: TypeAlias = (
     str | Sequence[str] | Callable[[str, jax.ShapeDtypeStruct], bool] | Mapping[str, Any] | Any
 )
-"""Which leaves: a glob on the path, a list of globs, a predicate, or a tree of concrete bools."""
+"""Which leaves: a glob on the path, a role, a list of these, a predicate, or a tree of bools."""
 
 
 class FwtError(ValueError):

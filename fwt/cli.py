@@ -73,24 +73,51 @@ def _save(path: Path, model: "Model", **how: Any) -> None:
         converters.save(path, *model, **how)
 
 
-def _each(paths: Sequence[Path], do: Callable[[Path], None]) -> None:
-    """One file as it is. Of several, each that fails gives one line, and the others are done."""
+def _each(
+    paths: Sequence[Path], how: dict[str, Any], do: Callable[[Path, dict[str, Any]], None]
+) -> None:
+    """One file as it is. Of several, each that fails gives one line, and the others are done. What
+    one of them is read with, such as --key, may be of no use to another."""
+    from fwt.converters.io import UnusedError
+
     if len(paths) == 1:
-        do(paths[0])
+        do(paths[0], how)
         return
     codes = set()
-    for path in paths:
+
+    def tried(path: Path, own: dict[str, Any]) -> Exception | None:
         try:
-            do(path)
+            do(path, own)
         except typer.Exit as end:
             codes.add(end.exit_code)
         except _terminal.ERRORS as error:
-            line = _terminal.line_of(error)
-            if line is None:
-                raise
-            about = "" if str(path) in line else f"{path}: "
-            print(f"error: {about}{line}", file=sys.stderr)
-            codes.add(1)
+            return error
+        return None
+
+    def tell(path: Path, error: Exception) -> None:
+        line = _terminal.line_of(error)
+        if line is None:
+            raise error
+        about = "" if str(path) in line else f"{path}: "
+        print(f"error: {about}{line}", file=sys.stderr)
+        codes.add(1)
+
+    waiting: list[tuple[Path, UnusedError]] = []
+    needed = False  # all that they are read with, by one of them
+    for path in paths:
+        error = tried(path, how)
+        needed = needed or error is None
+        if isinstance(error, UnusedError):
+            waiting.append((path, error))
+        elif error is not None:
+            tell(path, error)
+    for path, first in waiting:
+        own, error = how, first
+        while needed and isinstance(error, UnusedError):
+            own = _without(own, error)
+            error = tried(path, own)
+        if error is not None:
+            tell(path, first)
     if codes:
         raise typer.Exit(min(codes))
 
@@ -104,14 +131,18 @@ def _into(sources: Sequence[Path], target: Path, to: str | None) -> bool:
 
 
 def _each_to(
-    sources: Sequence[Path], target: Path, to: str | None, do: Callable[[Path, Path], None]
+    sources: Sequence[Path],
+    target: Path,
+    to: str | None,
+    how: dict[str, Any],
+    do: Callable[[Path, Path, dict[str, Any]], None],
 ) -> None:
     """Each source to its target: as with cp, the last path may be a folder, in which each file
     keeps its name, with the suffix ``to``."""
     from fwt.converters.files import formats
 
     if not _into(sources, target, to):
-        do(sources[0], target)
+        do(sources[0], target, how)
         return
     if formats.by_suffix(target) is not None or target.is_file():
         what = "several files" if len(sources) > 1 else "--to"
@@ -120,20 +151,20 @@ def _each_to(
         raise typer.BadParameter(f"--to {to}: expected one of {', '.join(formats.SUFFIXES)}")
     made: dict[Path, Path] = {}
 
-    def place(source: Path) -> None:
+    def place(source: Path, how: dict[str, Any]) -> None:
         name, end = source.name, formats.suffix(source)
         if to is not None:
             name = f"{name[: len(name) - len(end)]}.{to.lstrip('.')}"
         there = target / name
         if there.exists() and there.samefile(source):
             raise FwtError(f"{source}: it would be written over itself: give another folder")
-        if there in made:
+        if made.get(there, source) != source:
             raise FwtError(f"{source}: {there} is written from {made[there]} already")
         made[there] = source
         target.mkdir(parents=True, exist_ok=True)
-        do(source, there)
+        do(source, there, how)
 
-    _each(sources, place)
+    _each(sources, how, place)
 
 
 @app.command()
@@ -141,10 +172,10 @@ def _each_to(
 def inspect(files: Ins, how: dict[str, Any], as_json: JsonOption = False) -> None:
     """Show what files hold: layers, shapes, dtypes, zeros."""
 
-    def show(path: Path) -> None:
+    def show(path: Path, how: dict[str, Any]) -> None:
         _terminal.print_model(path, _load(path, **how), as_json, how["architecture"])
 
-    _each(files, show)
+    _each(files, how, show)
 
 
 @app.command()
@@ -155,7 +186,7 @@ def convert(
     how: dict[str, Any],
     to: ToOption = None,
     shard_bytes: Annotated[
-        int | None, typer.Option(help="Write a folder of files of at most so many bytes.")
+        int | None, typer.Option(help="Write a folder of shards of at most this many bytes each.")
     ] = None,
     layout: LayoutOption = None,
     verify: Annotated[
@@ -165,7 +196,7 @@ def convert(
 ) -> None:
     """Convert files to another format: exactly, or not at all."""
 
-    def one(source: Path, target: Path) -> None:
+    def one(source: Path, target: Path, how: dict[str, Any]) -> None:
         model = _load(source, **how, sidecar=True)
         if model.module is None and _terminal.format_of(source).fill is not None:
             raise FwtError(
@@ -187,13 +218,13 @@ def convert(
         raise typer.BadParameter(
             f"{target}: into a folder, --to .keras or the like says the format"
         )
-    _each_to(sources, target, to, one)
+    _each_to(sources, target, to, how, one)
 
 
 def _changed(
     sources: Ins,
     target: Out,
-    make: Callable[["Model"], Any],
+    transform: Callable[["Model"], Any],
     to: str | None,
     how: dict[str, Any],
     layout: str | None,
@@ -201,37 +232,49 @@ def _changed(
 ) -> None:
     """Load, transform, save, and the table of what came out."""
 
-    def one(source: Path, target: Path) -> None:
+    def one(source: Path, target: Path, how: dict[str, Any]) -> None:
         model = _load(source, **how, sidecar=True)
-        model = make(model)(model)
+        model = transform(model)
         _save(target, model, layout=layout)
         _terminal.print_model(target, model, as_json)
 
-    _each_to(sources, target, to, one)
+    _each_to(sources, target, to, how, one)
 
 
 def _both(first: Path, second: Path, how: dict[str, Any], run: bool = False) -> list[Any]:
-    """Two files, of which weights alone are the model that --architecture says they are. --key is
-    for each that has such a part. An ONNX file that is to run stays a path."""
+    """Two files, of which weights alone are the model that --architecture says they are. --key,
+    --rename and --drop are for each file that has what they name. An ONNX file that is to run stays
+    a path."""
+    from fwt.converters.io import UnusedError
+
     out: list[Any] = []
-    failed: list[FwtError] = []
+    unused: dict[tuple[str, str], UnusedError] = {}
     for path in (first, second):
-        if run and _is_onnx(path):
-            out.append(path)
-            continue
-        try:
-            out.append(_as_model(path, how))
-        except FwtError as error:
-            if how["key"] is None:
-                raise
-            failed.append(error)
-            if len(failed) > 1:  # neither has it
-                raise failed[0] from error
+        own, found = dict(how), None
+        while found is None:
             try:
-                out.append(_as_model(path, {**how, "key": None}))
-            except FwtError:
-                raise error from None
+                found = path if run and _is_onnx(path) else _as_model(path, own)
+            except UnusedError as error:
+                if (error.option, error.value) in unused:  # neither file has it
+                    raise unused[error.option, error.value] from error
+                unused[error.option, error.value] = error
+                own = _without(own, error)
+            except FwtError as error:
+                key = unused.get(("key", how["key"]))
+                raise (error if key is None or own["key"] is not None else key) from None
+        out.append(found)
     return out
+
+
+def _without(how: dict[str, Any], error: Any) -> dict[str, Any]:
+    """The options of reading without the one that a file has no use for."""
+    given = how[error.option]
+    left: Any = None
+    if error.option == "rename":
+        left = {old: new for old, new in given.items() if old != error.value}
+    elif error.option == "drop":
+        left = [glob for glob in given if glob != error.value]
+    return {**how, error.option: left}
 
 
 def _as_model(path: Path, how: dict[str, Any]) -> "Model":
@@ -264,8 +307,8 @@ def verify(
     tolerance: Annotated[
         float | None,
         typer.Option(
-            help="How far a row may be off, relative to its largest value; by default ten "
-            "roundings."
+            help="How far a row of outputs may be off, of its largest value, such as 1e-3; "
+            "ten roundings if not given."
         ),
     ] = None,
     as_json: JsonOption = False,
@@ -284,7 +327,7 @@ def verify(
 @app.command()
 @reads
 def diff(first: In, second: In, how: dict[str, Any], as_json: JsonOption = False) -> None:
-    """Compare two files bit for bit, whatever their formats; exit code 3 if they differ."""
+    """Compare the weights of two files bit for bit, of any formats; exit code 3 if they differ."""
     from fwt import _diff
 
     models = _both(first, second, how)
@@ -304,20 +347,22 @@ def prune(
         float | None, typer.Option(help="The share of weights to prune, 0 to 1.")
     ] = None,
     threshold: Annotated[
-        float | None, typer.Option(help="Instead: keep the weights with |w| > threshold.")
+        float | None,
+        typer.Option(help="Instead of --sparsity: keep the weights with |w| > threshold."),
     ] = None,
     scope: Annotated[
-        str, typer.Option(help="Where to count: layer, global, normalized, erk or lamp.")
+        str, typer.Option(help="What is compared: each layer, or global, normalized, erk, lamp.")
     ] = "layer",
     pattern: Annotated[
         str,
-        typer.Option(help="What falls together: n_m(2, 4), block((4, 1)), channel."),
+        typer.Option(help="What is pruned together: n_m(2, 4), block((4, 1)), channel."),
     ] = "unstructured",
     score: Annotated[
         str, typer.Option(help="What a weight is worth: magnitude or random.")
     ] = "magnitude",
     like: Annotated[
-        str | None, typer.Option(help="Count as torch, jaxpruner or tfmot does.")
+        str | None,
+        typer.Option(help="Count the weights to prune as torch, jaxpruner or tfmot does."),
     ] = None,
     seed: Annotated[int, typer.Option(help="The seed of random scores.")] = 0,
 ) -> Make:
@@ -334,7 +379,7 @@ def prune(
     checked: Any = scope  # by prune, whose error names the choices
     whose: Any = like
 
-    def make(globs: list[str], axes: Any) -> Any:
+    def make(globs: list[Any], axes: Any) -> Any:
         return fwt.prune(
             sparsity,
             named(fwt.scores, score, "score"),
@@ -362,18 +407,20 @@ def initialize(
     ] = None,
     like: Annotated[
         str | None,
-        typer.Option(help="Instead: as 'keras', 'torch' or 'flax' gives them to new layers."),
+        typer.Option(
+            help="Instead of --initializer: as keras, torch or flax gives them to new layers."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="The seed of the random numbers.")] = 0,
 ) -> Make:
-    """Give weights new values: kernels, with --like all, unless --where says otherwise."""
+    """Draw new values: of kernels, with --like of all weights, unless --where says otherwise."""
     import fwt
 
     if (initializer is None) == (like is None):
         raise FwtError("initialize takes --initializer or --like, one of them")
     checked: Any = like  # by reset, whose error names the choices
 
-    def make(globs: list[str], axes: Any) -> Any:
+    def make(globs: list[Any], axes: Any) -> Any:
         if initializer is None:
             return fwt.reset(seed, checked, globs or "**", axes=axes)
         chosen = named(fwt.initializers, initializer, "initializer")
@@ -394,7 +441,7 @@ def project(
 
     chosen = named(fwt.constraints, constraint, "constraint")
 
-    def make(globs: list[str], axes: Any) -> Any:
+    def make(globs: list[Any], axes: Any) -> Any:
         return fwt.project(chosen, globs or fwt.kernels, axes=axes)
 
     return make

@@ -261,7 +261,7 @@ def _on_groups(
         )
     factors = told.get(axes.path, ())
     for glob, sizes in flattened:
-        if _tree.matches(glob, axes.path):
+        if _tree.named(glob, [axes.path]):
             factors = sizes
     if order in (None, "hwc") or not factors:
         return Groups(n, m, axes.inputs)

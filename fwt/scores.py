@@ -1,8 +1,8 @@
 """Scores: what a weight is worth; higher = keep.
 
-A score is ``(params, *, grads=None, key=None, ...) -> Scores``, the same tree of real numbers. It
-names the context that it needs, and whoever calls it supplies that. Called without params, one of
-ours is itself with that context bound: ``saliency(grads=g)``.
+A score is ``(params, *, grads=None, key=None, ...) -> Scores``, the same tree of real numbers, or
+these by path. It names the context that it needs, and whoever calls it supplies that. Called
+without params, one of ours is itself with that context bound: ``saliency(grads=g)``.
 """
 
 import functools
@@ -64,6 +64,28 @@ def _map(function: Callable[..., Any], params: Params, **others: Any) -> Scores:
             found.append(leaves[path])
         new[path] = function(path, *map(_wide, (leaf, *found)))
     return tree.replace(new)
+
+
+def called(score: Score, tree: _tree.Tree, params: Params, context: Any) -> Mapping[str, Any]:
+    """What a score gives, by path; ``tree`` is that of the params."""
+    if score is gradient and "grads" in context:  # of whose magnitude no array is made
+        return _tree.Tree(context["grads"]).leaves
+    try:
+        found = score(params, **context)
+    except (TypeError, ValueError, AttributeError) as error:
+        other = next((x for x in jax.tree.leaves(params) if not _nodes.is_array(x)), None)
+        if isinstance(error, FwtError) or (other is None and "pytree" not in str(error)):
+            raise
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise LeafError(
+            f"the score {getattr(score, '__name__', score)} failed on a {type(params).__name__}, "
+            "which may hold more than the arrays of weights, or be of another structure than "
+            "grads: in the score, fwt.select(params) and fwt.select(grads) are arrays by path, and "
+            f"it may return such a dict ({why})"
+        ) from error
+    if isinstance(found, dict) and found and all(path in tree.leaves for path in found):
+        return {path: x for path, x in found.items() if _nodes.is_array(x)}
+    return _tree.Tree(found).leaves
 
 
 def _wide(x: Any) -> Any:

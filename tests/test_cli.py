@@ -446,6 +446,62 @@ def test_every_command_that_reads_takes_the_options_of_reading(tmp_path):
         fwt_command("diff", tmp_path / "c.pt", tmp_path / "w.pt", "--key", "x")
 
 
+def test_names_of_weights_alone_on_every_command(tmp_path):
+    """An option that only one of two files has a use for is for that one."""
+    net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
+    state = net.state_dict()
+    held = {f"module.{n}": v for n, v in state.items()}
+    torch.save({"state_dict": held, "epoch": 3}, tmp_path / "c.pt")
+    torch.save(state, tmp_path / "w.pt")
+    how = ("--key", "state_dict", "--rename", "module.=", "--drop", "*.num_batches_tracked")
+    for first, second in (("c.pt", "w.pt"), ("w.pt", "c.pt")):
+        code, said = fwt_command("diff", tmp_path / first, tmp_path / second, *how)
+        assert (code, said) == (0, "equal: 6 arrays, bit for bit\n")
+    with pytest.raises(converters.FileFormatError, match=r"c\.pt: rename: no name starts with 'x'"):
+        fwt_command("diff", tmp_path / "c.pt", tmp_path / "w.pt", *how, "--rename", "x=")
+    told = json.loads(fwt_command("inspect", tmp_path / "c.pt", *how, "--json")[1])
+    assert [leaf["path"] for leaf in told["leaves"]][:2] == ["0/bias", "0/weight"]
+    out = tmp_path / "out.safetensors"
+    assert fwt_command("convert", tmp_path / "c.pt", out, *how)[0] == 0
+    assert set(safetensors.numpy.load_file(out)) == {n for n in state if "num_" not in n}
+    # The default where by its name, and a name as torch spells it.
+    more = ("--where", "kernels", "--where", "1.weight", "--sparsity", "0.5")
+    assert fwt_command("prune", tmp_path / "c.pt", tmp_path / "p.pt", *how, *more)[0] == 0
+    pruned = torch.load(tmp_path / "p.pt")
+    zeros = {n: int((v == 0).sum()) for n, v in pruned.items()}
+    assert (zeros["0.weight"], zeros["1.weight"], zeros["0.bias"]) == (6, 2, 0)
+    # Of several files, those without parts are read as they are, once one has the part.
+    out = tmp_path / "out"
+    words = (tmp_path / "w.pt", tmp_path / "c.pt", out, "--to", "npz")
+    assert fwt_command("convert", *words, *how)[0] == 0
+    assert fwt_command("diff", out / "w.npz", out / "c.npz")[0] == 0
+    found = cli("inspect", "w.pt", "w.pt", "--key", "state_dict", cwd=tmp_path, code=1)
+    assert found.stderr.count("there is no 'state_dict', but '0.weight'") == 2
+    # A part that neither file has, or that the second lacks beside other parts, is refused.
+    torch.save({"ema": held, "epoch": 3}, tmp_path / "e.pt")
+    with pytest.raises(converters.FileFormatError, match=r"e\.pt: .* there is no 'state_dict'"):
+        fwt_command("diff", tmp_path / "c.pt", tmp_path / "e.pt", "--key", "state_dict")
+    found = cli("inspect", "c.pt", "e.pt", "--key", "state_dict", cwd=tmp_path, code=1)
+    assert "error: e.pt: --key state_dict: there is no 'state_dict', but 'ema'" in found.stderr
+
+
+@pytest.mark.parametrize("where", [(), ("--where", "kernels", "--where", "body.weight")])
+def test_what_is_said_of_a_tie_takes_it(tmp_path, where):
+    net = torch.nn.Module()
+    net.emb, net.head = torch.nn.Embedding(5, 4), torch.nn.Linear(4, 5, bias=False)
+    net.body, net.head.weight = torch.nn.Linear(4, 4), net.emb.weight
+    torch.save(net.state_dict(), tmp_path / "t.pt")
+    words = ("prune", "t.pt", "o.pt", "--sparsity", "0.5")
+    said = cli(*words, *where, cwd=tmp_path).stderr
+    assert len(said.splitlines()) == 1
+    way = said.partition("takes it alone, ")[2].partition(" beside the rest")[0].split()
+    assert way == [*(where or ("--where", "kernels")), "--where", "emb/weight"]
+    assert not cli(*words, *way, cwd=tmp_path).stderr
+    pruned = torch.load(tmp_path / "o.pt")
+    assert {n: int((v == 0).sum()) for n, v in pruned.items() if n.endswith("weight")} == {
+        "emb.weight": 10, "head.weight": 10, "body.weight": 8}  # fmt: skip
+
+
 def test_what_holds_weights_only_says_so(there, tmp_path):
     for suffix in (".pt", ".msgpack", ".weights.h5", ".npz"):
         only = suffix != ".npz"
@@ -487,8 +543,10 @@ def test_several_files_at_once(there, tmp_path):
     words = (out / "net.keras", out / "net.npz", out)
     found = cli("project", *words, *VERBS["project"], cwd=there, code=1)
     assert found.stderr.count("it would be written over itself") == 2
+    (tmp_path / "run.pth.tar").write_bytes((there / "w.pt").read_bytes())
     cli("project", "net.keras", out, *VERBS["project"], "--to", ".pt", cwd=there)
-    assert "net.pt" in names(out)
+    cli("convert", tmp_path / "run.pth.tar", out, "--to", ".pt", cwd=there)
+    assert {"net.pt", "run.pt"} <= set(names(out))
     for words in (("net.keras", "net.h5", "x.keras"), ("net.keras", "x.keras", "--to", "pt"),
                   ("net.keras", "net.h5", out), ("net.keras", out, "--to", ".foo")):  # fmt: skip
         cli("convert", *words, cwd=there, code=2)
@@ -520,7 +578,14 @@ def odd(tmp_path_factory):
     ("line", "said"),
     [
         ("convert w.pt o.keras", "--architecture net.keras says which model"),
-        ("convert w.pt o.keras --rename 0=a", "--rename, --drop, --match and --no-strict need"),
+        ("convert w.pt o.keras --match order", "--match and --no-strict need --architecture"),
+        ("convert w.pt o.npz --rename 7=a", "--rename: no name starts with '7'; close: '0.weight'"),
+        ("convert w.pt o.npz --rename 0=1", "two arrays are named '1.weight'; --rename or --drop"),
+        ("inspect w.pt --drop *.b", "--drop: no name matches '*.b'; close"),
+        ("convert c.pt o.ckpt --key model", "weights are written: o.pt takes them"),
+        ("prune c.pt o.pth.tar --key model --sparsity 0.5", "o.pt takes them, as a state dict"),
+        ("diff w.pt net.keras --drop *.b", "w.pt: --drop: no name matches '*.b'"),
+        ("prune net.keras o.keras --sparsity 0.5 --rename a=b", "it holds a model, whose layers"),
         ("convert w.pt o.keras -a net.keras --rename 7=a", "--rename: no name starts with '7'"),
         ("convert w.pt o.keras -a net.keras", "--match order takes them in the file's order"),
         ("inspect c.pt", "--key model picks a part of it"),
@@ -535,7 +600,7 @@ def odd(tmp_path_factory):
         ("prune net.keras o.keras --pattern n_m", "expected n_m(n, m"),
         ("prune net.keras o.keras --pattern n_m(2,4)", "--pattern n_m(2, 4): b/kernel of shape"),
         ("prune w.pt o.pt --sparsity 0.5 --where x", "fwt inspect lists them all"),
-        ("prune wide.npz o.npz --sparsity 0.5", "kernels, the default of --where, matches none"),
+        ("prune wide.npz o.npz --sparsity 0.5", "--where kernels, the default, matches none"),
         ("prune wide.npz o.npz --sparsity 0.5 --where a", "set JAX_ENABLE_X64=1"),
         ("prune tf.safetensors o.npz --sparsity 0.5 --where bert/kernl", "close: 'bert/kernel'"),
         ("project tf.safetensors o.npz --constraint unit_norm --where bert/kernel",

@@ -59,6 +59,7 @@ LAZY = {
     "fwt._calls": TOP_LEVEL_IS_TOO_SLOW,
     "fwt.converters.files.fill": "imports Keras or torch, for a live architecture only",
     "fwt.converters.files.formats": "imports onnx, for ONNX files only",
+    "fwt.converters.frameworks.given": "imports Flax NNX, for an nnx module only",
     "fwt.converters.frameworks.live": "imports Keras or torch, whichever the model is of",
     "fwt.converters.onnx.write": "imports TensorFlow, when a file is written",
     "fwt.converters.verification.verify": "imports onnx, for ONNX files only",

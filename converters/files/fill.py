@@ -6,9 +6,9 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,7 +18,9 @@ from fwt._sequential import Sequential
 from fwt._types import ConversionError, FileFormatError, Model
 from fwt.converters import io as _io
 from fwt.converters.files import h5
+from fwt.converters.files import names as _names
 from fwt.converters.files import source as _source
+from fwt.converters.files.names import Names
 from fwt.converters.frameworks import architecture as _architecture
 from fwt.converters.frameworks import flax as _flax
 from fwt.converters.frameworks import keras_2, keras_config, torch_layers
@@ -95,15 +97,6 @@ def _shapes(module: Sequential) -> Any:
     shapes = jax.eval_shape(module.init, key, x)
     # Zeros that take no memory.
     return jax.tree.map(lambda s: np.broadcast_to(np.zeros((), s.dtype), s.shape), shapes)
-
-
-class Names(NamedTuple):
-    """How the names of a file are those of an architecture; see :func:`fwt.converters.load`."""
-
-    rename: Mapping[str, str] | None = None
-    drop: Sequence[str] = ()
-    match: str = "name"
-    strict: bool = True
 
 
 def filled(
@@ -409,39 +402,13 @@ def _found(
     variables: Any, how: Names, path: Path, wrapped: Mapping[str, str | None]
 ) -> dict[str, np.ndarray]:
     out: dict[str, np.ndarray] = {}
-    used: set[str] = set()
-    rename = {old.rstrip("."): new.rstrip(".") for old, new in (how.rename or {}).items()}
-    drop = [how.drop] if isinstance(how.drop, str) else list(how.drop)
-    dropped: set[str] = set()
-    for name, value in _source.flat_names(variables):
+    for x in _names.chosen(variables, how, path):
+        name = ".".join(x.new)
         own = wrapped.get(name, name)
-        both = [name] if own is None else [own]
-        for old, new in rename.items():
-            if not old or name == old or name.startswith(f"{old}."):
-                both.append(".".join(p for p in (new, name[len(old) :].lstrip(".")) if p))
-                used.add(old)
-                break
-        hits = [g for g in drop for n in both if _tree.matches(g.replace(".", "/"), _slashed(n))]
-        dropped.update(hits)
-        counts = name.endswith("num_batches_tracked") and not np.shape(value)
-        if hits or counts or own is None:
-            continue
-        name = both[-1]
-        if name in out:
-            raise FileFormatError(f"{path}: two arrays are named {name!r}")
-        out[name] = value
-    if unused := [g for g in drop if g not in dropped]:
-        raise FileFormatError(
-            f"{path}: drop: no name matches {unused[0]!r}{_tree.near(unused[0], list(out))}"
-        )
-    if left := [old for old in rename if old not in used]:
-        near = _tree.near(left[0], list(out))
-        raise FileFormatError(f"{path}: rename: no name starts with {left[0]!r}{near}")
+        counts = x.old[-1].endswith("num_batches_tracked") and not np.shape(x.value)
+        if own is not None and not counts:
+            _names.put(out, x if own == name else x._replace(new=tuple(own.split("."))), path)
     return out
-
-
-def _slashed(name: str) -> str:
-    return "/".join(_tree.escape(part) for part in name.split("."))
 
 
 def _candidates(model: Model, path: Path, only: str | None = None) -> list[Candidate]:

@@ -18,7 +18,9 @@ from fwt._types import ConversionError, FileFormatError, Model
 from fwt.converters import io as _io
 from fwt.converters.files import fill as _fill
 from fwt.converters.files import h5, orbax, plain, safetensors, torch_file
+from fwt.converters.files import names as _names
 from fwt.converters.frameworks import flax as _flax
+from fwt.converters.frameworks import given as _given
 from fwt.converters.io import Reading, write_atomically, write_folder_atomically
 from fwt.converters.rows.row import Layer
 
@@ -145,8 +147,7 @@ _ORBAX = Format(
 def _load_onnx(path: Path, how: Reading) -> Model:
     from fwt.converters.onnx import read
 
-    if how.key is not None:
-        raise FileFormatError(f"{path}: key={how.key!r}: it holds one model only")
+    _io.without_key(path, how)
     return read.from_onnx(path, external_data=how.external)
 
 
@@ -169,12 +170,14 @@ _ONNX = Format(
 FORMATS = (_KERAS, _WEIGHTS, _WEIGHT_SHARDS, _LEGACY, _TORCH, _SAFETENSORS, _SHARDED, _NPZ,
            _MSGPACK, _ORBAX, _ONNX)  # fmt: skip
 SUFFIXES = {suffix: f for f in FORMATS for suffix in f.suffixes}
+# What the checkpoints of training runs are called: read by their content, and not written.
+_RUNS = (".ckpt", ".pth.tar", ".pt.tar")
 
 
 def suffix(path: Path) -> str:
     """The end of a name that says the format, the longest that fits; else what follows its last
     dot."""
-    fitting = [s for s in SUFFIXES if path.name.lower().endswith(s)]
+    fitting = [s for s in (*SUFFIXES, *_RUNS) if path.name.lower().endswith(s)]
     return max(fitting, key=len) if fitting else path.suffix
 
 
@@ -322,10 +325,11 @@ def load(
             of :func:`save`, or the ``.json`` of Keras's ``to_json``), a :class:`fwt.Sequential`,
             a ``fwt.Model``, a Keras model or a torch Sequential.
         key: which part of a file that holds several, such as "model" or "state/params".
-        rename: with ``architecture``, what names start with there and what they shall start with
+        rename: of weights, what names in the file start with and what they shall start with
             instead: ``{"features.0": "conv"}``; ``{"module.": ""}`` takes a start off.
-        drop: with ``architecture``, globs of names in the file that are not wanted, such as
-            ``["optimizer.**", "n_averaged"]``.
+        drop: of weights, globs of names in the file that are not wanted, such as
+            ``["optimizer.**", "n_averaged"]``. A name is spelled as files do, or as trees do,
+            ``optimizer/**``.
         match: with ``architecture``, "name", or "order" to take arrays in the file's order, each
             of which must have the right shape.
         strict: with ``architecture``, whether all names and shapes must fit. If not, what is
@@ -381,28 +385,35 @@ def load(
         if max_bytes is not None and (not isinstance(max_bytes, int) or max_bytes < 1):
             raise FileFormatError(f"max_bytes={max_bytes!r}: expected a number of bytes")
         named = rename or drop or match != "name" or not strict
-        if architecture is None and named:
-            raise FileFormatError(f"{path}: rename=, drop=, match= and strict= need architecture=")
+        drop = [drop] if isinstance(drop, str) else drop
+        texts = [*(rename or {}), *(rename or {}).values(), *drop]
+        if not all(isinstance(text, str) for text in texts):
+            raise FileFormatError(
+                "rename= is a dict of names {old: new}, and drop= a list of globs"
+            )
+        how_named = _names.Names(rename, drop, match, strict)
+        if architecture is None and (match != "name" or not strict):
+            raise FileFormatError(f"{path}: match= and strict= need architecture=")
         if not strict and match == "order":
             raise FileFormatError(f"{path}: strict=False goes by names, not with match='order'")
-        if architecture is None:
-            return _flax.in_dtype(_whole(found, path, how), dtype)
         fill = None
         model = Model(None, {})
-        if found.fill is not None and named:
+        if found.fill is None or architecture is None:
+            model = _whole(found, path, how)
+        if found.fill is not None and named and model.module is None:
             raise FileFormatError(
                 f"{path}: Keras tells its arrays by their places: rename=, drop=, match= and "
                 "strict= are for files with names"
             )
-        if found.fill is None:
-            model = _whole(found, path, how)
-        else:
+        if architecture is None:
+            model = _names.renamed(model, how_named, path) if named else model
+            return _flax.in_dtype(model, dtype)
+        if found.fill is not None:
             own = found.fill
 
             def fill(layers: list[Layer]) -> None:
                 own(layers, path, how)
 
-        how_named = _fill.Names(rename, drop, match, strict)
         whole = functools.partial(load, sidecar=sidecar)
         made = _fill.filled(model, architecture, path, fill, whole, how_named)
         return _flax.in_dtype(made, dtype)
@@ -426,8 +437,8 @@ def save(
             only: ``.weights.h5``, ``.pt``, ``.pth`` or ``.bin`` (a state dict for
             ``torch.load(weights_only=True)`` and the module that ``to_torch`` gives), ``.msgpack``.
             ``.weights.h5`` is for the model that ``to_keras`` gives.
-        module: a :class:`fwt.Sequential`, a linen ``nn.Sequential``, a ``Model`` of one, or None
-            to write the variables as they are (not to Keras's formats).
+        module: a :class:`fwt.Sequential`, a linen ``nn.Sequential``, a ``Model`` of one, an
+            ``nnx.Sequential``, or None to write the variables as they are (not to Keras's formats).
         variables: ``{"params": ..., "batch_stats": ...}``; a Model has its own.
         layout: for torch, the layout of the model's ends, as in ``to_torch``: "channels_first"
             unless told otherwise, or "source".
@@ -449,13 +460,19 @@ def save(
         True
     """
     path = _io.given_path(path)
-    module, variables = _flax.given(module, variables, "save(path, model)")
+    module, variables = _given.given(module, variables, "save(path, model)")
     found = by_suffix(path)
     if found is None or (found.save is None and found.save_folder is None):
         known = ", ".join(s for s, f in SUFFIXES.items() if f.save or f.save_folder)
         said = f"the format {path.suffix or 'without a suffix'!r} is not known"
         if found is not None:
             said = f"{path.name} is written with shard_bytes= and the suffix of one file"
+        if (end := suffix(path)).lower() in _RUNS:
+            other = f"{path.name[: -len(end)]}.pt"
+            raise FileFormatError(
+                f"{path}: a {end} file holds a training run (optimizer, epoch, ...), and only "
+                f"weights are written: {other} takes them, as a state dict"
+            )
         raise FileFormatError(f"{path}: {said}; known to be written are {known}")
     if layout is not None and (module is None or found is not _TORCH):
         raise ConversionError(
@@ -465,14 +482,18 @@ def save(
     module = _flax.sequential_of(module)
     if not isinstance(module, Sequential | None) and found is not _ONNX:
         held = "nnx.state(module)" if _nodes.is_graph(module) else "variables"
+        there = (
+            f"{str(path)[: -len(suffix(path))]}.safetensors" if found.needs_module else str(path)
+        )
         raise ConversionError(
             f"{path}: {type(module).__name__} is no fwt.Sequential, so its architecture can't be "
-            f"written: save({str(path)!r}, None, {held}) writes the weights alone"
+            f"written: save({there!r}, None, {held}) writes the weights alone"
         )
     if not isinstance(variables, Mapping):
         raise ConversionError(
             "expected a variables dict, found "
             f"{'nothing' if variables is None else type(variables).__name__}"
+            f"{_given.weights_of(variables)}"
         )
     variables = _tree.as_variables(variables)
     if module is None and found.needs_module:

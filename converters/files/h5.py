@@ -49,8 +49,7 @@ def _pruned(tree: Mapping[str, Any]) -> dict[str, Any]:
 
 def load_keras(path: Path, how: Reading) -> Model:
     """A .keras archive."""
-    if how.key is not None:
-        raise FileFormatError(f"{path}: key={how.key!r}: it holds one model only")
+    _io.without_key(path, how)
     with reading(path):
         return _converted(*_read(path, how), how)
 
@@ -309,8 +308,7 @@ def save_weight_shards(folder: Path, module: Any, variables: Any, shard_bytes: i
 def load_legacy(path: Path, how: Reading) -> Model:
     """An .h5 file of Keras 2 or 3: a model, or weights only under the file's own names."""
     budget = Budget(path, how.max_bytes)
-    if how.key is not None:
-        raise FileFormatError(f"{path}: key={how.key!r}: it holds one model only")
+    _io.without_key(path, how)
     with reading(path), opened_h5(path, budget) as file:
         config, held = legacy_config(file, budget), _legacy_arrays(file, budget)
         if config is None:

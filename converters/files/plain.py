@@ -48,8 +48,7 @@ def load_npz(path: Path, how: Reading) -> Model:
             data = member(archive, name, budget, _check_npy)
             flat[stem] = _npy(data, stem, dtypes.get(stem), path)
         if told:
-            if how.key is not None:
-                raise FileFormatError(f"{path}: key={how.key!r}: it holds one model only")
+            _io.without_key(path, how)
             variables = nested(flat, "/", path)
             if told["module"] is not None:
                 return architecture.described(json.dumps(told), variables, path)

@@ -120,8 +120,7 @@ def _model(
 ) -> Model:
     """The model of some tensors with the metadata of their file, and of the index if there is
     one."""
-    if how.key is not None:
-        raise FileFormatError(f"{path}: key={how.key!r}: it holds one set of weights only")
+    _io.without_key(path, how)
     metadata = {**own, **{n: v for n, v in index.items() if isinstance(v, str)}}
     told = _source.checked(Budget(path).parsed(metadata.get(_SOURCE, "{}"), "its source"))
     # A tensor of two names is written once, and the metadata says the other.

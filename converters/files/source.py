@@ -156,17 +156,23 @@ def torch_metadata(found: Any) -> dict[str, dict[str, Any]]:
     return out
 
 
-def flat_names(variables: Any) -> Iterator[tuple[str, Any]]:
-    """The arrays of one collection after the other under names joined by dots, in the order of
-    the file that they come from."""
+def flat_parts(variables: Any) -> Iterator[tuple[str, tuple[str, ...], Any]]:
+    """The arrays of one collection after the other: the collection, the parts of the name, and the
+    array; in the order of the file that they come from."""
     place = _place(_nodes.told_of(variables))
 
-    def under(node: Any, name: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    def under(node: Any, name: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
         for key, value in node.items():
             if isinstance(value, Mapping):
                 yield from under(value, (*name, key))
             else:
-                yield ".".join((*name, key)), value
+                yield (*name, key), value
 
-    for tree in variables.values():
-        yield from sorted(under(tree, ()), key=lambda pair: place(pair[0]))
+    for collection, tree in variables.items():
+        found = sorted(under(tree, ()), key=lambda pair: place(".".join(pair[0])))
+        yield from ((collection, *pair) for pair in found)
+
+
+def flat_names(variables: Any) -> Iterator[tuple[str, Any]]:
+    """The same with names joined by dots."""
+    return ((".".join(parts), value) for _, parts, value in flat_parts(variables))

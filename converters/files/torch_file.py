@@ -41,8 +41,7 @@ def _sharded(path: Path, how: Reading) -> Model:
     """The index of a state dict in several files, or the folder that holds one."""
     path = _io.index_in(path, ".bin.index.json")
     with reading(path):
-        if how.key is not None:
-            raise FileFormatError(f"{path}: key={how.key!r}: it holds one set of weights only")
+        _io.without_key(path, how)
         where = _io.read_json(path)["weight_map"]
         held: dict[str, np.ndarray] = {}
         for shard in dict.fromkeys(where.values()):

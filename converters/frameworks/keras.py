@@ -18,6 +18,7 @@ from fwt._modules import einsum_names
 from fwt._types import ConversionError, Model
 from fwt.converters.frameworks import altered, keras_config
 from fwt.converters.frameworks import flax as _flax
+from fwt.converters.frameworks import given as _given
 from fwt.converters.rows import grouped, table
 from fwt.converters.rows.row import TRAINING, Layer, LiveLeaf, order, parts_of, refuse
 from fwt.converters.walk import convert
@@ -337,7 +338,8 @@ def to_keras(
     """A Flax model as a Keras Sequential with the same predictions.
 
     Args:
-        module: a :class:`fwt.Sequential`, a linen ``nn.Sequential``, or a ``Model`` of one.
+        module: a :class:`fwt.Sequential`, a linen ``nn.Sequential``, a ``Model`` of one, or an
+            ``nnx.Sequential``, which holds its variables.
         variables: its variables, float32; a Model has its own.
         input_shape: the shape of its input without the batch axis; None takes the module's own,
             or what follows from the first layers.
@@ -355,7 +357,7 @@ def to_keras(
         >>> [layer.name for layer in to_keras(net, variables).layers]
         ['dense']
     """
-    module, variables = _flax.given(module, variables, "to_keras(model)")
+    module, variables = _given.given(module, variables, "to_keras(model)")
     layers, shape = keras_config.to_keras_layers(module, variables, input_shape, state=True)
     config = keras_config.keras_config(layers, shape)["config"]
     try:

@@ -27,6 +27,7 @@ from fwt.converters.frameworks import (
     torch_wrappers,
 )
 from fwt.converters.frameworks import flax as _flax
+from fwt.converters.frameworks import given as _given
 from fwt.converters.frameworks import sidecar as _sidecar
 from fwt.converters.frameworks.torch_wrappers import is_container, unwrapped
 from fwt.converters.rows import grouped, table
@@ -327,7 +328,8 @@ def to_torch(
     does not.
 
     Args:
-        module: a :class:`fwt.Sequential`, a linen ``nn.Sequential``, or a ``Model`` of one.
+        module: a :class:`fwt.Sequential`, a linen ``nn.Sequential``, a ``Model`` of one, or an
+            ``nnx.Sequential``, which holds its variables.
         variables: its variables; a Model has its own.
         input_shape: the shape of its input without the batch axis, in Flax's order; None takes
             the module's own, or works where nothing depends on it.
@@ -348,7 +350,7 @@ def to_torch(
           (dense): Linear(in_features=3, out_features=2, bias=True)
         )
     """
-    module, variables = _flax.given(module, variables, "to_torch(model)")
+    module, variables = _given.given(module, variables, "to_torch(model)")
     module = _flax.sequential_of(module)
     new = _layers_of(module, variables, input_shape, layout)
     new = _sidecar.restored(new, module, "torch", state=True)

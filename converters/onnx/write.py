@@ -21,10 +21,11 @@ from fwt import _tree
 from fwt import layers as fl
 from fwt._nodes import unboxed
 from fwt._sequential import Sequential, _flags, call
-from fwt._types import ConversionError, Model
+from fwt._types import ConversionError
 from fwt.converters import io as _io
 from fwt.converters import judge
 from fwt.converters.frameworks import flax as _flax
+from fwt.converters.frameworks import given as _given
 from fwt.converters.onnx import ours
 from fwt.converters.rows.row import joined, refuse
 
@@ -55,7 +56,7 @@ def to_onnx(
 
     Args:
         module: a :class:`fwt.Sequential`, a linen ``nn.Sequential``, or any linen module of one
-            array; or a ``Model`` of one, ``to_onnx(model, path)``.
+            array; or a ``Model`` of one or an ``nnx.Sequential``, ``to_onnx(model, path)``.
         variables: its variables, or its params; a Model has its own.
         path: where to, such as ``"net.onnx"``.
         input_shape: the shape of one input without the batch axis; that of the module by default.
@@ -87,9 +88,9 @@ def to_onnx(
         >>> session.run(None, {"input": np.ones((5, 3), np.float32)})[0].shape
         (5, 2)
     """
-    if path is None and isinstance(module, Model):
+    if path is None and isinstance(variables, str | os.PathLike):  # after one model
         variables, path = None, variables
-    module, variables = _flax.given(module, variables, "to_onnx(model, path)")
+    module, variables = _given.given(module, variables, "to_onnx(model, path)")
     path = _io.given_path(path)
     given = _Given(module, variables, input_shape, opset, input_dtype)
     proto, weights = given.converted()

@@ -210,7 +210,7 @@ class Plan:
         settings = dict(self.pattern.settings)
         told = {}
         for glob, _ in settings.get("flattened", ()):
-            if not any(_tree.matches(glob, p) for p in names):
+            if not _tree.named(glob, names):
                 raise LeafError(
                     f"flattened={{{glob!r}: ...}} matches no selected leaf{_tree.near(glob, names)}"
                 )
@@ -241,7 +241,7 @@ class Plan:
         ours = getattr(getattr(score, "func", score), "__module__", "") == scores.__name__
         if "grads" in context and (bare or not ours):  # ours do so themselves
             context["grads"] = scores.of_ties(tree, context["grads"])
-        found = _tree.Tree(context["grads"] if bare else score(params, **context)).leaves
+        found = scores.called(score, tree, params, context)
         worths = []
         for path, leaf in zip(names, leaves, strict=True):
             if path not in found:

@@ -86,19 +86,16 @@ def check(scope: Any) -> None:
 
 def shares(scope: Mapping[str, Any], leaves: Sequence[Leaf], sparsity: Any) -> list[Any]:
     """The sparsity of each leaf: that of the first glob that matches it, by any of its paths."""
-
-    def matches(glob: str, leaf: Leaf) -> bool:
-        return any(_tree.matches(glob, p) for p in (leaf.path, *leaf.others))
-
+    paths = [p for x in leaves for p in (x.path, *x.others)]
+    hits = {glob: set(_tree.named(glob, paths)) for glob in scope}
     for glob in scope:
-        if not any(matches(glob, x) for x in leaves):
-            paths = [p for x in leaves for p in (x.path, *x.others)]
+        if not hits[glob]:
             raise WhereError(
                 f"scope={{{glob!r}: ...}} matches no selected leaf{_tree.near(glob, paths)}"
             )
     found = []
     for leaf in leaves:
-        mine = next((g for g in scope if matches(g, leaf)), None)
+        mine = next((g for g in scope if not hits[g].isdisjoint((leaf.path, *leaf.others))), None)
         if mine is None:
             raise WhereError(
                 f"scope= gives no sparsity for {leaf.path!r}: name it, add '**' for the "

@@ -2,6 +2,7 @@
 
 import functools
 
+import equinox
 import flax.linen as nn
 import jax
 import jax.flatten_util
@@ -369,3 +370,39 @@ def test_scores_of_half_precision_are_in_float32():
     score = S.second_order_taylor(lambda p: p["d"]["kernel"].astype(jnp.float32).sum() * 0.01)
     kept = np.asarray(fwt.prune(0.5, score)(w)["d"]["kernel"]).ravel() != 0
     assert kept.tolist() == [False, True, False, True]
+
+
+def _own_trees():
+    key = jax.random.key(3)
+    net = nn.Sequential([nn.Dense(5), nn.BatchNorm(use_running_average=True)])
+    variables = net.init(key, jnp.ones((1, 3)))
+    grads = jax.tree.map(lambda x: jax.random.normal(key, x.shape), variables["params"])
+    mlp = equinox.nn.MLP(3, 2, 5, 1, key=key)
+    of_mlp = equinox.filter_grad(lambda m: (m(jnp.arange(3.0)) ** 2).sum())(mlp)
+    layers = nnx.Linear(3, 5, rngs=nnx.Rngs(0)), nnx.Dropout(0.5, rngs=nnx.Rngs(1)), nnx.relu
+    other = nnx.Sequential(*layers)
+    of_other = nnx.grad(lambda m: (m(jnp.ones((2, 3))) ** 2).sum())(other)
+    return {
+        "variables": (variables, grads),
+        "a Model": (fwt.Model(net, variables), {"params": grads}),
+        "Equinox": (mlp, of_mlp),
+        "nnx": (other, of_other),
+    }
+
+
+@pytest.mark.parametrize("kind", ["variables", "a Model", "Equinox", "nnx"])
+def test_a_score_of_one_s_own_may_give_its_numbers_by_path(kind):
+    tree, grads = _own_trees()[kind]
+
+    def mine(params, *, grads):
+        weights, grads = fwt.select(params), fwt.select(grads)
+        return {p: jnp.abs(w * grads[p]) for p, w in weights.items()}
+
+    def raw(params, *, grads):
+        return jax.tree.map(lambda w, g: jnp.abs(w * g), params, grads)
+
+    found = fwt.select(fwt.masks(0.5, mine, grads=grads)(tree))
+    wanted = fwt.select(fwt.masks(0.5, fwt.scores.saliency, grads=grads)(tree))
+    assert all(map(np.array_equal, found.values(), wanted.values()))
+    with pytest.raises(fwt.LeafError, match=r"score raw failed on .*fwt.select\(params\)"):
+        fwt.masks(0.5, raw, grads=grads)(tree)

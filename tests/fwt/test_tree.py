@@ -66,6 +66,64 @@ def test_globs(pattern, path, expected):
     assert _tree.matches(pattern, path) is expected
 
 
+@pytest.mark.parametrize(
+    ("pattern", "paths", "expected"),
+    [
+        ("0.weight", ["0/weight", "0/bias"], ["0/weight"]),
+        ("0/weight", ["0.weight", "1.weight"], ["0.weight"]),
+        ("**.weight", ["a/0/weight", "a/0/bias"], ["a/0/weight"]),
+        ("*.weight", ["a/0/weight", "0/weight"], ["0/weight"]),
+        ("a.[0.1]/w", ["a/0/w", "a/2/w"], ["a/0/w"]),
+        ("d/kernel:0", ["d/kernel"], ["d/kernel"]),
+        ("d/kernel", ["d/kernel:0", "d/bias:0"], ["d/kernel:0"]),
+        ("bert/kernel", ["bert\\/kernel", "bert\\/bias"], ["bert\\/kernel"]),
+        ("bert/*", ["bert\\/kernel", "x/kernel"], ["bert\\/kernel"]),
+        ("bert.**", ["bert\\/kernel/0", "x/kernel"], ["bert\\/kernel/0"]),
+        # A name in the tree's own spelling is that leaf, and a glob may not name two kinds.
+        ("a/b", ["a/b", "a\\/b"], ["a/b"]),
+        ("a\\/b", ["a/b", "a\\/b"], ["a\\/b"]),
+        ("a.b", ["a.b", "a/b"], ["a.b"]),
+        ("a/*", ["a/b", "a\\/b"], None),
+        ("a.b", ["a/b", "a\\/b"], None),
+        ("**/kernel", ["a.1/kernel", "b/kernel"], ["a.1/kernel", "b/kernel"]),
+        ("**", ["a.b", "a/b"], ["a.b", "a/b"]),
+    ],
+)
+def test_the_spelling_of_files_is_taken(pattern, paths, expected):
+    if expected is None:
+        with pytest.raises(fwt.WhereError, match="write which is meant"):
+            _tree.named(pattern, paths)
+    else:
+        assert _tree.named(pattern, paths) == expected
+
+
+ZERO = np.zeros((2, 3), np.float32)
+
+
+def test_every_name_may_be_spelled_as_in_a_file():
+    tree = {"f": {"0": {"weight": jnp.arange(1.0, 7).reshape(2, 3), "bias": jnp.ones(2)}}}
+    name = "f.0.weight"
+    own = ["f/0/weight"]
+    assert list(fwt.select(tree, name)) == list(fwt.select(tree, [fwt.kernels, name])) == own
+    assert list(fwt.select(tree, [fwt.biases, fwt.kernels])) == ["f/0/bias", *own]
+    for transform in (
+        fwt.prune(0.5, where=name),
+        fwt.prune(scope={name: 0.5}),
+        fwt.at(name, fwt.prune(0.5)),
+        fwt.prune(pattern=fwt.patterns.n_m(1, 3, order="chw", flattened={name: (1, 1, 3)})),
+        fwt.project(fwt.constraints.unit_norm, axes={name: "out in"}),
+        fwt.assign({name: ZERO}),
+    ):
+        new = transform(tree)["f"]["0"]
+        assert not np.array_equal(new["weight"], tree["f"]["0"]["weight"])
+        assert new["bias"] is tree["f"]["0"]["bias"]
+    with pytest.raises(fwt.LeafError, match="given twice"):
+        fwt.assign({name: ZERO, own[0]: ZERO})(tree)
+    # A tie is named by one of its names in the other spelling too.
+    tied = {"e": {"embedding": tree["f"]["0"]["weight"]}, "h": {"w": tree["f"]["0"]["weight"]}}
+    assert fwt.select(fwt.prune(0.5, where="h.w")(tied), "e.embedding")["e/embedding"][0, 0] == 0
+
+
 def test_where_in_every_form(params):
     expected = ["dense_2/kernel", "dense_10/kernel"]
     bools = jax.tree.map(lambda _: False, params)

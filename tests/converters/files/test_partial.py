@@ -8,8 +8,10 @@ import jax
 import keras
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from command import cli
+from flax import serialization
 
 import fwt
 from fwt import converters
@@ -110,13 +112,88 @@ def test_what_fits_is_taken_and_the_rest_is_told(tmp_path):
     [
         ({"drop": ["nothing.**"]}, "drop: no name matches 'nothing.\\*\\*'"),
         ({"strict": False, "match": "order"}, "strict=False goes by names"),
-        ({"drop": ["a"], "architecture": None}, "need architecture="),
+        ({"strict": False, "architecture": None}, "need architecture="),
+        ({"drop": ["a"], "architecture": None}, "drop: no name matches 'a'"),
+        ({"drop": "**", "architecture": None}, r"drop=\['\*\*'\] leaves no array"),
+        ({"drop": [0], "architecture": None}, "a list of globs"),
+        ({"rename": {0: "1"}}, "a dict of names"),
+        ({"rename": {"0.b": ""}, "architecture": None}, "no name starts with '0.b'"),
+        ({"rename": {"0.bias": ""}, "architecture": None}, "'0/bias' would be left without a name"),
+        ({"rename": {"2": "0"}, "architecture": None}, "two arrays are named '0.weight'"),
     ],
 )
 def test_what_does_not_go_together(tmp_path, how, said):
     torch.save(net().state_dict(), tmp_path / "w.pt")
     with pytest.raises(fwt.FileFormatError, match=said):
         converters.load(tmp_path / "w.pt", **{"architecture": net(), **how})
+
+
+def tied_net():
+    net = torch.nn.Sequential()
+    for name, layer in (
+        ("z", torch.nn.Linear(3, 3)),
+        ("head", torch.nn.Linear(3, 3)),
+        ("a", torch.nn.BatchNorm1d(3)),
+        ("relu", torch.nn.ReLU()),
+    ):
+        net.add_module(name, layer)
+    net.head.weight = net.z.weight
+    return net
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".npz"])
+@pytest.mark.parametrize("old", ["module", "module.", "module/"])
+@pytest.mark.parametrize("drop", ["head.bias", "head/*", "**.running_mean", "batch_stats/**"])
+def test_names_of_weights_alone(tmp_path, suffix, old, drop):
+    """What torch itself says of the module inside is the truth: order, ties, versions."""
+    wrapped, own = torch.nn.DataParallel(tied_net()), tied_net()
+    torch.save(wrapped.state_dict(), tmp_path / "w.pt")
+    gone = {
+        "head.bias": ["head.bias"],
+        "head/*": ["head.weight", "head.bias"],
+        "**.running_mean": ["a.running_mean"],
+        "batch_stats/**": ["a.running_mean", "a.running_var", "a.num_batches_tracked"],
+    }[drop]
+    variables = converters.load(tmp_path / "w.pt", rename={old: ""}, drop=[drop]).variables
+    converters.save(tmp_path / f"out{suffix}", None, variables)
+    model = converters.load(tmp_path / f"out{suffix}")
+    converters.save(tmp_path / "back.pt", *fwt.project(lambda x, axes: x)(model))
+    state, wanted = torch.load(tmp_path / "back.pt"), own.state_dict()
+    assert list(state) == [n for n in wanted if n not in gone]
+    for name in state:
+        assert torch.equal(state[name], wrapped.module.state_dict()[name])
+    if drop != "head/*":
+        assert state["z.weight"].data_ptr() == state["head.weight"].data_ptr()
+    versions = {m: v for m, v in wanted._metadata.items() if m != "head" or drop != "head/*"}
+    assert state._metadata == versions
+
+
+def test_a_name_may_hold_slashes_or_dots(tmp_path):
+    held = {"bert/layer_0/kernel": ONE, "bert/bias": 2 * ONE, "x.running_mean": 3 * ONE}
+    safetensors.torch.save_file(held, tmp_path / "w.safetensors")
+    for how, names in (
+        ({"rename": {"bert": ""}}, ["layer_0/kernel", "bias", "x.running_mean"]),
+        ({"rename": {"bert/": "b"}}, ["b/layer_0/kernel", "b/bias", "x.running_mean"]),
+        ({"rename": {"bert.bias": "q.w"}}, ["bert/layer_0/kernel", "q.w", "x.running_mean"]),
+        ({"rename": {"": "m"}, "drop": "bert/bias"},
+         ["m.bert/layer_0/kernel", "m.x.running_mean"]),
+        ({"drop": ["bert/**"]}, ["x.running_mean"]),
+        ({"drop": ["m/x/*"], "rename": {"x": "m.x"}}, ["bert/layer_0/kernel", "bert/bias"]),
+    ):  # fmt: skip
+        model = converters.load(tmp_path / "w.safetensors", **how)
+        converters.save(tmp_path / "o.safetensors", *model)
+        assert sorted(safetensors.torch.load_file(tmp_path / "o.safetensors")) == sorted(names)
+    # Collections of Flax stay what they are.
+    tree = {"params": {"m": {"a.b": np.ones(2)}}, "batch_stats": {"m": {"mean": np.ones(2)}}}
+    (tmp_path / "w.msgpack").write_bytes(serialization.to_bytes(tree))
+    found = converters.load(tmp_path / "w.msgpack", rename={"m": "n.o"}).variables
+    assert jax.tree.structure(found) == jax.tree.structure(
+        {"params": {"n": {"o": {"a.b": 0}}}, "batch_stats": {"n": {"o": {"mean": 0}}}}
+    )
+    tree = {"params": {"a.b": np.ones(2), "a": {"b": np.ones(2)}}}
+    (tmp_path / "w.msgpack").write_bytes(serialization.to_bytes(tree))
+    with pytest.raises(fwt.FileFormatError, match="two arrays are named 'params/x'"):
+        converters.load(tmp_path / "w.msgpack", rename={"a.b": "x"})
 
 
 def test_the_command_line_speaks_of_its_options(tmp_path):

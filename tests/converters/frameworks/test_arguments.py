@@ -1,5 +1,6 @@
 """What a user gives at first: a live model where a tree is wanted, a Model where two things are."""
 
+import equinox
 import flax.linen as nn
 import jax
 import keras
@@ -214,3 +215,67 @@ def test_a_hook_of_what_runs_a_module_is_refused():
         converters.from_torch(wrapped)
     with pytest.raises(fwt.ConversionError, match=r"^0: DataParallel has .*, 0\.module$"):
         converters.from_torch(torch.nn.Sequential(wrapped))
+
+
+EQX = equinox.nn.MLP(4, 2, 3, 1, key=jax.random.key(0))
+
+
+class OwnNnx(nnx.Module):
+    def __init__(self):
+        self.a = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+
+
+TARGETS = {
+    "save": lambda *m: converters.save("nowhere.npz", *m),
+    "to_torch": converters.to_torch,
+    "to_keras": converters.to_keras,
+    "to_onnx": lambda m, *more: converters.to_onnx(m, *more, "nowhere.onnx"),
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_is_no_model_of_ours_has_a_way_out(target):
+    saved = target == "save"
+    for given, said in (
+        (EQX, r"MLP is an Equinox .*filter\(" if saved else r"MLP is an Equinox .*Sequential\("),
+        (OwnNnx(), r"None, nnx.state\(module\)" if saved else r"only an nnx.Sequential"),
+        ({"params": {}}, "None, variables" if saved else r"found variables alone, a dict"),
+        (nnx.state(OwnNnx()), "None, variables" if saved else "found variables alone, a State"),
+    ):
+        with pytest.raises(fwt.ConversionError, match=said):
+            TARGETS[target](given)
+    with pytest.raises(fwt.ConversionError, match="holds its variables, so dict after it"):
+        TARGETS[target](nnx.Sequential(), {"params": {}})
+
+
+def test_the_ways_out_are_ways(tmp_path):
+    with pytest.raises(fwt.ConversionError, match="expected a variables dict, found MLP; of an Eq"):
+        converters.save(tmp_path / "e.npz", None, EQX)
+    with pytest.raises(fwt.ConversionError, match="found OwnNnx; of an nnx module"):
+        converters.save(tmp_path / "e.npz", None, OwnNnx())
+    arrays = {"params": equinox.filter(EQX, equinox.is_array)}
+    converters.save(tmp_path / "e.npz", None, arrays)
+    converters.save(tmp_path / "n.npz", None, nnx.state(OwnNnx()))
+    for name, tree in (("e", EQX), ("n", OwnNnx())):
+        found = converters.load(tmp_path / f"{name}.npz").variables
+        assert all(map(np.array_equal, fwt.select(found).values(), fwt.select(tree).values()))
+
+
+def test_an_nnx_sequential_is_one_model(tmp_path):
+    net = nnx.Sequential(
+        nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.tanh, nnx.BatchNorm(4, rngs=nnx.Rngs(1))
+    )
+    net.layers[2].mean[...] = np.arange(4.0)
+    net.eval()
+    wanted = np.asarray(net(X))
+    converters.save(tmp_path / "n.safetensors", net)
+    again = converters.load(tmp_path / "n.safetensors")
+    live = converters.to_torch(net, input_shape=(3,))
+    with torch.no_grad():
+        found = [np.asarray(again(X)), live(torch.from_numpy(X)).numpy()]
+    found.append(np.asarray(converters.to_keras(net, input_shape=(3,))(X)))
+    converters.to_onnx(net, tmp_path / "n.onnx", input_shape=(3,))
+    session = onnxruntime.InferenceSession(tmp_path / "n.onnx")
+    found.append(session.run(None, {"input": X})[0])
+    for each in found:
+        np.testing.assert_allclose(each, wanted, atol=1e-6)

@@ -49,11 +49,21 @@ class FromFile(dict[str, Any]):
         self.told = told
 
 
+class _Told(str):
+    """The same text, which says in JAX's error of trees that differ in it what to do."""
+
+    def __repr__(self) -> str:
+        return (
+            f"what its file says beside the arrays: {str(self)!r} (a tree without that fits one "
+            "from any file, {name: dict(tree) for name, tree in variables.items()})"
+        )
+
+
 jax.tree_util.register_pytree_with_keys(
     FromFile,
     lambda d: (
         tuple((jax.tree_util.DictKey(k), d[k]) for k in sorted(d)),
-        (tuple(sorted(d)), d.told),
+        (tuple(sorted(d)), _Told(d.told)),
     ),
     lambda aux, kids: FromFile(zip(aux[0], kids, strict=True), aux[1]),
 )

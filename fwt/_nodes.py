@@ -393,12 +393,19 @@ class Walk:
         if kids is None:
             if mine and not isinstance(node, np.ndarray | jax.Array):
                 refuse_foreign(node, parts)
+            if mine and isinstance(node, np.ma.MaskedArray):
+                raise LeafError(
+                    f"{'/'.join(parts) or 'the argument'} is a masked array of NumPy, whose hidden "
+                    "entries JAX would take for numbers: give it x.filled(0)"
+                )
             self.leaves.append(node)
             self.parts.append(parts if mine else None)
             self.statistics.append(statistic)
             return
         self.states |= _is_evident(name, node, named, around)
         own = parts[-1] if parts else ""
+        # As in a variables dict, what is no param is not shown; Equinox's holds statistics.
+        mine = mine and (self._whole or not isinstance(node, _of("equinox.nn", "State")))
         if not kids and type(node).__name__ == "MaskedNode":
             self.masked.add(parts)
         if is_box(node, kids, own):

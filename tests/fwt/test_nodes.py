@@ -666,6 +666,27 @@ def test_all_that_optax_calls_a_part_of_a_state_is_known():
     assert len(states) > 50
 
 
+def test_the_state_of_equinox_holds_statistics_and_no_weights():
+    layer = eqx.nn.make_with_state(eqx.nn.BatchNorm)(4, "batch", mode="ema")
+    assert fwt.paths(layer) == ["0/bias", "0/weight"]
+    new = fwt.initialize(fwt.initializers.constant(3.0), 0, where="**")(layer)
+    assert float(new[0].weight[0]) == 3
+    for x, y in zip(jax.tree.leaves(new[1]), jax.tree.leaves(layer[1]), strict=True):
+        assert x is y
+
+
+@pytest.mark.parametrize(
+    ("leaf", "told"),
+    [
+        (np.ma.masked_array(np.ones((4, 6), "f"), mask=False), r"kernel is a masked.*filled\(0\)"),
+        (np.ones((4, 6), np.dtype("f").newbyteorder("S")), "kernel is .*byte order.*astype"),
+    ],
+)
+def test_arrays_of_numpy_that_jax_lacks_are_refused_by_name(leaf, told):
+    with pytest.raises(fwt.LeafError, match=told):
+        fwt.prune(0.5)({"d": {"kernel": leaf}})
+
+
 def test_a_layer_may_be_called_as_a_state_is():
     layer = {"kernel": jnp.ones((3, 2))}
     params = {

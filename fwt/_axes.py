@@ -325,14 +325,16 @@ class Places:
             names = _rules.with_heads(path, told.names)
             return Axes(path, shape, names, told.transposed, told.groups, told.turned)
         live = path in KNOWN.get()
-        if not live and self._without_bias(path):
-            if len(shape) > 2 and "conv" not in path.lower():
+        if not live and self.tree.masked:
+            told_by = self._rules.missing(path, self._hidden)
+            if told_by and len(shape) > 2:
                 raise AxesError(
-                    f"{path} of shape {shape} may be a stack of layers, which its bias would tell, "
-                    f"but optax hides that (as masked and multi_transform do): say "
-                    f"axes={{{path!r}: '...'}}, one name per axis, such as 'stack in out'"
+                    f"{path} of shape {shape} may be a stack of layers, which {told_by} would "
+                    "tell, but optax hides that (as masked and multi_transform do): say "
+                    f"axes={{{path!r}: '...'}}, one name per axis, such as 'stack in out' or "
+                    "'h w in out', or put fwt's wrapper around that of optax"
                 )
-            if path.endswith("weight"):  # torch's order, or the other one
+            if told_by and path.endswith("weight"):  # torch's order, or the other one
                 return Axes(path, shape, ("",) * len(shape))
         depth = 0 if live else self._rules.depth(path)
         found = self._from_tree(path, None if depth is None else range(depth), told.layer)
@@ -340,14 +342,10 @@ class Places:
             found = self._from_module(path) or found
         return found
 
-    def _without_bias(self, path: str) -> bool:
-        """Whether optax hides the bias beside a kernel."""
-        if not self.tree.masked:
-            return False
-        *parents, last = _rules.parts(path)
-        paths = ("/".join(map(_tree.escape, parts)) for parts in self.tree.masked)
-        hidden = (*parents, "bias") in set(map(_rules.parts, paths))
-        return hidden and last in ("kernel", "weight") and len(self.shapes[path]) > 1
+    @functools.cached_property
+    def _hidden(self) -> set[tuple[str, ...]]:
+        """The parts of the path of each leaf that optax hides."""
+        return {_rules.parts("/".join(map(_tree.escape, each))) for each in self.tree.masked}
 
     def _by_user(self, path: str) -> tuple[str, ...] | None:
         rank = len(self.shapes[path])

@@ -145,6 +145,14 @@ def varies(*trees: Any) -> frozenset[str]:
     return frozenset(found)
 
 
+def key_of_shard(key: Any, leaf: Any) -> Any:
+    """The key for a leaf: one of its own in each shard of ``jax.shard_map``, where the leaf differs
+    from shard to shard and the key does not yet."""
+    for axis in sorted(varies(leaf) - varies(key)):
+        key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+    return key
+
+
 def alike(start: Any, *trees: Any) -> Any:
     """The same arrays, typed as differing between shards wherever these others do too, as a loop
     or a branch of a cond asks that reads both."""

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fwt import _mesh
+from fwt import _mesh, _states
 from fwt._types import LeafError, Model
 
 
@@ -49,11 +49,21 @@ class FromFile(dict[str, Any]):
         self.told = told
 
 
+class _Told(str):
+    """The same text, which says in JAX's error of trees that differ in it what to do."""
+
+    def __repr__(self) -> str:
+        return (
+            f"what its file says beside the arrays: {str(self)!r} (a tree without that fits one "
+            "from any file, {name: dict(tree) for name, tree in variables.items()})"
+        )
+
+
 jax.tree_util.register_pytree_with_keys(
     FromFile,
     lambda d: (
         tuple((jax.tree_util.DictKey(k), d[k]) for k in sorted(d)),
-        (tuple(sorted(d)), d.told),
+        (tuple(sorted(d)), _Told(d.told)),
     ),
     lambda aux, kids: FromFile(zip(aux[0], kids, strict=True), aux[1]),
 )
@@ -215,23 +225,6 @@ def unboxed(node: Any, own: str = "") -> Any:
 
 # -- optimizer states ---------------------------------------------------------------------------
 
-_STATE_NAMES = {"opt_state", "opt_states", "optim_state", "optimizer_state"}
-# What optax calls the parts of its states, as a checkpoint gives them back in dicts.
-_COUNTERS = {"count", "gradient_step", "mini_step", "num_steps", "step_count"}
-_FIELDS = _COUNTERS | {
-    "acc_grads", "adv_state", "b1", "barf", "base_optimizer_state", "best_value", "cache",
-    "count_m2", "cumulative_gradients", "diff_params_memory", "diff_updates_memory", "e_g", "e_x",
-    "ema", "estim_lr", "estim_sq_dist", "exp_avg", "exp_avg_sq", "fast_state", "g", "gamma",
-    "grad", "grad_acc", "grad_sum", "grad_sum_sq", "hessian_fn_state", "hyperparams",
-    "hyperparams_states", "info", "init", "init_params", "init_particles", "inner_opt_state",
-    "inner_state", "inner_states", "is_init_step", "is_initial_step", "key", "lb",
-    "learning_rate", "m", "m1", "m2", "max_dist", "max_lr", "mu", "n", "nu", "nu_max",
-    "numerator_weighted", "opt_state", "params0", "prev_updates", "previous_gradient",
-    "projector", "r", "reward", "s", "scale", "skip_state", "step_sizes", "steps_since_sync",
-    "subgradients", "sum_of_squares", "sum_sq_norm_grads", "t", "trace", "update", "updates", "v",
-    "v_col", "v_row", "value", "weight_sum", "weighted_sq_norm_grads", "weights_memory", "x0",
-    "z",
-}  # fmt: skip
 # The nodes beside a node, and beside each that it is in: the children, itself, and what is further
 # out.
 Around = tuple[list[tuple[Any, Any]], Any, Any] | None
@@ -253,8 +246,10 @@ def _mirrored(node: Any, around: Around, layered: bool) -> bool:
             if other is me or children(other) is None or not _holds_weights(other):
                 continue
             theirs, alone = _keys(other), False
-            if mine == theirs or (len(mine) > 1 and mine < theirs):
-                return not layered or any(len(keys) > 1 for keys in mine)
+            deep = any(len(keys) > 1 for keys in mine)
+            # Of what optax.masked hides nothing is left.
+            if mine == theirs or (mine < theirs and (len(mine) > 1 or (deep and not layered))):
+                return deep or not layered
     return alone and not layered
 
 
@@ -269,18 +264,44 @@ def _is_evident(name: str, node: Any, named: bool = True, around: Around = None)
         return any(c.__name__ == "OptState" for c in cls.__mro__)
     if not named:
         return False
-    if name in _STATE_NAMES:
+    if name in _states.STATE_NAMES:
         return children(node) is not None
     if name == "optimizer" and any(_inner_states(node, named, around)):
         return True  # a layer may be called so too
-    if not isinstance(node, Mapping) or not node or not _FIELDS.issuperset(map(str, node)):
+    if not isinstance(node, Mapping):
         return False
+    names = set(map(str, node))
+    wrapper = len(names) == 1 and names <= _states.WRAPPERS
+    if names >= _states.OURS or (wrapper and _wraps(node)):
+        return True
+    telling = names & _states.TELLING
+    beside = [_states.BESIDE.get(n, set()) for n in telling]
+    if not names or not names <= _states.FIELDS.union(*beside):
+        return False
+    if telling:
+        return True
     # A layer may have such names too: but no counter, and not the keys of all weights.
-    counted = any(
-        children(node[n]) is None and np.ndim(node[n]) == 0 for n in _COUNTERS & set(node)
-    )
+    counted = _is_counted(node)
     moments = [x for x in node.values() if children(x) is not None]
+    if counted and {"mu", "nu"} < names and not moments:
+        return True  # of optax.flatten
     return any(_mirrored(x, around, layered=not counted) for x in moments)
+
+
+def _is_counted(node: Mapping[Any, Any]) -> bool:
+    return any(
+        children(node[n]) is None and np.ndim(node[n]) == 0 for n in _states.COUNTERS & set(node)
+    )
+
+
+def _wraps(node: Any) -> bool:
+    """Whether there is something in a node that may be the state of an optimizer by its names."""
+    for _, kid in children(node) or []:
+        known = isinstance(kid, Mapping) and kid and _states.FIELDS.issuperset(map(str, kid))
+        trees = known and any(children(x) is not None for x in kid.values())
+        if trees or (known and _is_counted(kid)) or _wraps(kid):
+            return True
+    return False
 
 
 def _inner_states(node: Any, named: bool, around: Around) -> Iterator[bool]:
@@ -372,12 +393,19 @@ class Walk:
         if kids is None:
             if mine and not isinstance(node, np.ndarray | jax.Array):
                 refuse_foreign(node, parts)
+            if mine and isinstance(node, np.ma.MaskedArray):
+                raise LeafError(
+                    f"{'/'.join(parts) or 'the argument'} is a masked array of NumPy, whose hidden "
+                    "entries JAX would take for numbers: give it x.filled(0)"
+                )
             self.leaves.append(node)
             self.parts.append(parts if mine else None)
             self.statistics.append(statistic)
             return
         self.states |= _is_evident(name, node, named, around)
         own = parts[-1] if parts else ""
+        # As in a variables dict, what is no param is not shown; Equinox's holds statistics.
+        mine = mine and (self._whole or not isinstance(node, _of("equinox.nn", "State")))
         if not kids and type(node).__name__ == "MaskedNode":
             self.masked.add(parts)
         if is_box(node, kids, own):

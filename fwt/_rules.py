@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from fwt import _tree
@@ -202,6 +202,24 @@ class Rules:
             shared = self._shared(path, subtree)
             found = found if shared is _MISSING else shared
         return found
+
+    def missing(self, path: str, hidden: Collection[tuple[str, ...]]) -> str:
+        """Which of the hidden leaves, if any, could have told how a leaf with weights is laid out:
+        the bias of its layer, or what may be stacked with it."""
+        here = self._parts[path]
+        if not self._weight_rank(path):
+            return ""
+        if (*here[:-1], "bias") in hidden:
+            return "its bias"
+        if self._weight_rank(path) == 2 or self._by_layer(path) is not _MISSING:
+            return ""
+        self._by_subtree(path)  # makes the subtrees
+        for cut in reversed(range(len(here))):
+            if self._subtrees is None or not self._subtrees[here[:cut]].alike:
+                break
+            if found := [each for each in hidden if each[:cut] == here[:cut]]:
+                return "/".join(min(found))
+        return ""
 
     def _shared(self, path: str, subtree: "_Subtree") -> Any:
         if subtree.least is None:

@@ -28,7 +28,6 @@ from fwt._types import Array, FwtError, LeafError, Model, Params, Where, WhereEr
 Purpose = Literal["initialize", "lsuv", "prune", "random", "regrow", "reset", "sparsify"]
 """What a key is used for: two purposes draw independent numbers from one seed."""
 
-
 _GLOBS = list | tuple | set | frozenset
 _TIES = ContextVar("whether ties are looked for", default=True)
 
@@ -471,6 +470,8 @@ def computable(path: str, leaf: Any, dtype: Any = None) -> Any:
         leaf = leaf.astype(jnp.dtype(dtype))
     if isinstance(leaf, jax.ShapeDtypeStruct):
         raise LeafError(f"{path} is a shape without values: use jax.eval_shape for a dry run")
+    if not np.dtype(leaf.dtype).isnative:
+        raise LeafError(f"{path} is {leaf.dtype}, a byte order that JAX lacks: cast it by astype")
     refuse_64(path, leaf)
     refuse_scales(path, leaf.dtype)
     return leaf

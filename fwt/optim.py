@@ -25,8 +25,8 @@ def constrain(
     ``optax.apply_updates(params, updates)`` gives ``transform(params + step)``, where ``step`` is
     that of ``tx``. The state is that of ``tx``; leaves that the transform leaves alone get the
     step of ``tx`` to the bit. It works under ``jit``, ``scan`` and ``vmap``, and inside
-    ``optax.multi_transform`` and ``optax.masked``, where the transform sees the leaves that are
-    not masked.
+    ``optax.multi_transform`` and ``optax.masked``, where the transform sees what is not masked: a
+    kernel of rank 3 or more whose bias is masked needs ``axes=``, for it may be a stack of layers.
 
     What ``apply_updates`` adds is a difference, so how near it lands depends on the dtype:
 
@@ -204,8 +204,8 @@ def sparsify(
     After ``optax.apply_updates`` pruned weights are exactly zero, momentum or not (a weight that
     is inf or NaN can't be zeroed by an addition). The gradients that ``tx`` sees are zero there.
     It works under ``jit``, ``scan`` and ``vmap`` over seeds and sparsities, and inside
-    ``optax.multi_transform`` and ``optax.masked``. As the last link: what comes after it moves
-    pruned weights again.
+    ``optax.multi_transform`` and ``optax.masked`` (with ``axes=`` where :func:`constrain` needs
+    it). As the last link: what comes after it moves pruned weights again.
 
     After update n (the first is 1) the masks have the sparsity ``schedule(n)`` of the last *due*
     update; a schedule's value counts as float32, as a traced sparsity does in :func:`fwt.prune`.

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fwt import _axes, _calls, _nodes, _paths, _tree
+from fwt import _axes, _calls, _mesh, _nodes, _paths, _tree
 from fwt._types import FwtError, LeafError, Model, Params, Score, Scores
 from fwt.selection.keys import magnitude_key
 
@@ -142,6 +142,10 @@ def random(params: Params, *, key: Any) -> Scores:
     """Uniform random numbers, from a key folded for each leaf from its path, which are those of no
     other function of fwt: one seed may serve for the weights and for what is pruned of them.
 
+    Inside ``jax.shard_map`` each shard of a leaf has numbers of its own, and a leaf that is whole
+    on each device has the same ones everywhere. With ``check_vma=False`` JAX does not tell the one
+    from the other: all shards get the same numbers, unless the key differs between them.
+
     Args:
         params: any pytree of arrays.
         key: a JAX key, or an int seed.
@@ -157,8 +161,11 @@ def random(params: Params, *, key: Any) -> Scores:
     """
     tree = _tree.Tree(params)
     keys = _tree.leaf_keys(key, "random", tree.leaves)
-    pairs = zip(keys, tree.leaves.items(), strict=True)
-    return tree.replace({p: jax.random.uniform(k, x.shape, jnp.float32) for k, (p, x) in pairs})
+    new = {}
+    for own, (path, leaf) in zip(keys, tree.leaves.items(), strict=True):
+        own = _mesh.key_of_shard(own, leaf)
+        new[path] = jax.random.uniform(own, leaf.shape, jnp.float32)
+    return tree.replace(new)
 
 
 @_noun

@@ -36,6 +36,7 @@ fwt._compose fwt._summary fwt._axes
 fwt._rules fwt._modules
 fwt._tree
 fwt._nodes fwt._paths
+fwt._states
 fwt._mesh
 fwt._types
 fwt._moved

@@ -35,6 +35,8 @@ def with_source(variables: Mapping[str, Any], told: Mapping[str, Any]) -> dict[s
     told = {name: value for name, value in told.items() if value}
     if not told:
         return dict(variables)
+    for name in {"safetensors", "index"} & set(told):  # of no order: their writers shuffle it
+        told[name] = dict(sorted(told[name].items()))
     text = json.dumps(told)
     own = FromFile(variables, text)
     own["params"] = FromFile(variables.get("params", {}), text)

@@ -293,7 +293,7 @@ def l2_sphere(scale: Any = 1.0, axis: Axis = None) -> Bound:
 def l1_ball(scale: Any = 1.0, axis: Axis = None) -> Bound:
     """The magnitudes of each unit sum to at most ``scale``.
 
-    A projection, unique; inside the ball the identity. It sorts: n log n.
+    A projection, unique; inside the ball the identity. What is zero is so on any mesh of devices.
     Source: Duchi et al., 2008; optax ``projection_l1_ball``.
 
     Args:
@@ -312,7 +312,8 @@ def l1_ball(scale: Any = 1.0, axis: Axis = None) -> Bound:
 def l1_sphere(scale: Any = 1.0, axis: Axis = None) -> Bound:
     """The magnitudes of each unit sum to ``scale``.
 
-    A projection; a zero, which may go either way, goes upwards. It sorts: n log n.
+    A projection; a zero, which may go either way, goes upwards. What the projection makes zero
+    is so on any mesh of devices.
     Source: Duchi et al., 2008; optax ``projection_l1_sphere``, which keeps zeros and so misses
     the sphere from inside.
 
@@ -332,8 +333,8 @@ def l1_sphere(scale: Any = 1.0, axis: Axis = None) -> Bound:
 def simplex(scale: Any = 1.0, axis: Axis = None) -> Bound:
     """The weights of each unit are >= 0 and sum to ``scale``.
 
-    A projection, unique. It sorts: n log n. Under masks, a unit without a kept weight is zero.
-    Source: Duchi et al., 2008; optax ``projection_simplex``.
+    A projection, unique; what is zero is so on any mesh of devices. Under masks, a unit without a
+    kept weight is zero. Source: Michelot, 1986; Duchi et al., 2008; optax ``projection_simplex``.
 
     Args:
         scale: the sum, may be traced.

@@ -5,6 +5,7 @@ Everything is computed in at least float32 and comes back in the leaf's dtype. E
 that of the masked leaf.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -15,7 +16,7 @@ import numpy as np
 from jax import lax
 from optax import projections as optax_projections
 
-from fwt import _tree
+from fwt import _mesh, _tree
 from fwt._axes import Axes
 from fwt._types import Array, AxesError, LeafError
 from fwt.selection import keys, select
@@ -159,6 +160,35 @@ def _rows(
     return new.reshape(sizes).transpose(back).astype(leaf.dtype)
 
 
+def _sum(row: Array) -> Array:
+    """The sum of a vector, in an order that does not depend on how it is spread over devices: of a
+    ``jnp.sum`` XLA adds up each shard first, and what is left decides what is exactly zero."""
+    while row.size > 1:
+        ways = min(row.size, 16)
+        parts = jnp.pad(row, (0, -row.size % ways)).reshape(ways, -1)
+        row = functools.reduce(jnp.add, list(parts))
+    return row[0]
+
+
+def _support(row: Array) -> Array:
+    """Where the projection of a vector, 0 at its largest, on the unit simplex is not 0: what is
+    below the threshold that all others have is left out, until nothing is (Michelot, 1986)."""
+
+    def above(found: tuple[Array, Array]) -> tuple[Array, Array]:
+        active, many = found
+        new = active & (row > (_sum(jnp.where(active, row, 0)) - 1) / many.astype(row.dtype))
+        return new, jnp.maximum(jnp.sum(new), 1)
+
+    def changes(found: Any) -> Array:
+        (_, before), (_, after) = found
+        return before != after
+
+    first = row > -1
+    start = first, jnp.maximum(jnp.sum(first), 1)
+    body, start = _mesh.carried(lambda found: (found[1], above(found[1])), (start, above(start)))
+    return lax.while_loop(changes, body, start)[1][0]
+
+
 def _simplex(row: Array, kept: Array, scale: Any) -> Array:
     """Held against over- and cancellation: the projection does not see a common shift, and what
     is more than ``scale`` below the largest is 0 in any case."""
@@ -167,11 +197,13 @@ def _simplex(row: Array, kept: Array, scale: Any) -> Array:
     top = jnp.where(top == -jnp.inf, 0, top)
     positive = jnp.where(scale > 0, scale, 1)
     shifted = jnp.where(kept, jnp.maximum((row - top) / positive, -1), -1)
-    unit = optax_projections.projection_simplex(shifted)
-    # One correction of the sum, whose terms optax has added up one after the other.
-    support = unit > 0
-    rest = lax.stop_gradient((1 - unit.sum()) / jnp.maximum(support.sum(), 1))
-    unit = jnp.where(support, jnp.maximum(unit + rest, 0), unit)
+    support = _support(lax.stop_gradient(shifted))
+    many = jnp.maximum(jnp.sum(support), 1).astype(row.dtype)
+    unit = jnp.where(support, shifted - (_sum(jnp.where(support, shifted, 0)) - 1) / many, 0)
+    # One correction of the sum.
+    rest = lax.stop_gradient((1 - _sum(unit)) / many)
+    nothing = jnp.where(jnp.isnan(shifted), shifted, 0)  # a NaN shows
+    unit = jnp.where(support, jnp.maximum(unit + rest, 0), nothing)
     return jnp.where(kept, unit * scale, 0)
 
 
@@ -196,7 +228,7 @@ def l1_ball(leaf: Any, axes: Axes, scale: Any, axis: Axis, mask: Any = None) -> 
     def project(row: Array, kept: Array) -> Array:
         signs = _signs(row)
         unit = power_of_two(_largest(row, (0,))[0])
-        inside = jnp.sum(jnp.abs(row / unit)) <= scale / unit
+        inside = _sum(jnp.abs(row / unit)) <= scale / unit
         return jnp.where(inside, row, signs * _simplex(signs * row, kept, scale))
 
     return _rows(project, leaf, axes, axis, mask)

@@ -34,10 +34,11 @@ EXACT = {
     )(p, jnp.float32(0.5)),
     "apply_masks": lambda g: fwt.apply_masks(jax.tree.map(lambda x: x > 0, g)),
     "masks_of": lambda g: fwt.masks_of,
+    "simplex": lambda g: fwt.project(C.simplex, axes=AXES),
+    "l1_ball": lambda g: fwt.project(C.l1_ball(3.0, axis="all"), axes=AXES),
     "assign": lambda g: fwt.assign({"a/kernel": np.arange(512, dtype="f").reshape(16, 32)}),
 }
 CLOSE = {
-    "simplex": lambda g: fwt.project(C.simplex, axes=AXES),
     "k_sparse": lambda g: fwt.project(C.k_sparse(20, axis="all"), axes=AXES),
     "spectral_ball": lambda g: fwt.project(C.spectral_ball(1.0), axes=AXES),
     "own": lambda g: fwt.project(lambda w, axes: w / jnp.sqrt((w * w).sum()), axes=AXES),
@@ -120,7 +121,7 @@ def shard(tree, i):
 
 
 verbs = {n: EXACT[n] for n in ("lamp", "block", "traced", "n_m")}
-verbs["k_sparse"] = CLOSE["k_sparse"]
+verbs["k_sparse"], verbs["simplex"] = CLOSE["k_sparse"], EXACT["simplex"]
 verbs["layer"] = lambda g: fwt.prune(0.4, axes=AXES)
 verbs["sparsify"] = lambda g: lambda p: sparsify()(p, g)
 verbs = {n: verb for n, verb in verbs.items() if n in sys.argv[1:] or not sys.argv[1:]}
@@ -133,7 +134,7 @@ for name, verb in verbs.items():
         want = alone(shard(host, i), shard(grads, i))
         for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(want), strict=True):
             np.testing.assert_allclose(np.asarray(x)[i], y, atol=1e-5, err_msg=name)
-    if name in ("layer", "k_sparse", "sparsify"):  # what is whole stays so
+    if name in ("layer", "k_sparse", "simplex", "sparsify"):  # what is whole stays so
         same = jax.shard_map(lambda p, g: verb(g)(p), mesh=mesh, in_specs=(specs, specs),
                              out_specs=specs)
         jax.tree.map(lambda x: x, jax.jit(same)(p, g))
@@ -151,6 +152,10 @@ def folded(p):
     return fwt.initialize(fwt.initializers.normal, key, ["a/kernel", "s/kernel"], axes=AXES)(p)
 
 
+random = {n: np.asarray(x["kernel"]) for n, x in jax.jit(jax.shard_map(
+    lambda p: S.random(p, key=0), mesh=mesh, in_specs=(specs,), out_specs=specs))(p).items()}
+assert len(np.unique(random["a"])) > 250  # each shard has its own, and what is whole has one
+assert np.array_equal(random["b"], S.random(host, key=0)["b"]["kernel"])
 new = jax.jit(jax.shard_map(folded, mesh=mesh, in_specs=(specs,), out_specs=specs))(p)
 assert len(np.unique(new["a"]["kernel"])) > 250
 print("fine")

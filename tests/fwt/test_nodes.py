@@ -1,6 +1,7 @@
 """What is no part of the params, or of a path: boxes, optimizer states; and what is one array."""
 
 import dataclasses
+import sys
 import warnings
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from flax import nnx, serialization, struct
 from flax.training.train_state import TrainState
 
 import fwt
-from fwt import _nodes, converters
+from fwt import _nodes, _states, converters
 
 W = jax.random.normal(jax.random.key(0), (4, 6))
 PARAMS = {"d": {"kernel": W, "bias": jnp.ones(6)}}
@@ -535,26 +536,97 @@ def test_assign_keeps_nothing_of_the_users_own_array():
         assert np.all(np.asarray(new) == 1)
 
 
-OPTIMIZERS = {
-    name: getattr(optax, name)(0.1)
-    for name in ("adafactor", "adagrad", "adam", "adan", "adadelta", "amsgrad", "lamb", "lars",
-                 "lion", "nadam", "novograd", "rmsprop", "rprop", "yogi")
-} | {
-    "momentum": optax.sgd(0.1, 0.9),
-    "accumulated": optax.MultiSteps(optax.sgd(0.1, 0.9), 2),
-    "injected": optax.inject_hyperparams(optax.sgd)(learning_rate=0.1, momentum=0.9),
-    "every": optax.chain(optax.adam(0.1), optax.apply_every(3)),
-    "signum": optax.signum(0.1),
-    "optimistic": optax.optimistic_adam_v2(0.1),
-    "sophia": optax.contrib.sophia(0.1),
-    "schedule-free": optax.contrib.schedule_free_adamw(0.1),
-    "prodigy": optax.contrib.prodigy(),
-}  # fmt: skip
+def is_matrix(params):
+    return jax.tree.map(lambda x: x.ndim > 1, params)
+
+
+def by_rank(params):
+    return jax.tree.map(lambda x: "matrix" if x.ndim > 1 else "vector", params)
+
+
+# Each optimizer that optax exports, and each wrapper, with settings under which it has a state.
+RATES = [
+    "adabelief", "adadelta", "adafactor", "adagrad", "adam", "adamax", "adamaxw", "adamw",
+    "adan", "amsgrad", "fromage", "lamb", "lars", "lbfgs", "lion", "nadam", "nadamw",
+    "novograd", "optimistic_adam_v2", "optimistic_gradient_descent", "polyak_sgd", "radam",
+    "rmsprop", "rprop", "signum", "sm3", "yogi", "scale_by_zoom_linesearch",
+]  # fmt: skip
+PLAIN = [
+    "scale_by_adadelta", "scale_by_adam", "scale_by_adamax", "scale_by_adan",
+    "scale_by_amsgrad", "scale_by_belief", "scale_by_distance_over_gradients",
+    "scale_by_factored_rms", "scale_by_lbfgs", "scale_by_lion", "scale_by_novograd",
+    "scale_by_optimistic_gradient", "scale_by_radam", "scale_by_rms", "scale_by_rss",
+    "scale_by_sm3", "scale_by_stddev", "scale_by_yogi",
+]  # fmt: skip
+OPTIMIZERS = (
+    {name: getattr(optax, name)(0.1) for name in RATES}
+    | {name: getattr(optax, name)() for name in PLAIN}
+    | {
+        name: getattr(optax.contrib, name)(0.1)
+        for name in (
+            "acprop",
+            "ademamix",
+            "adopt",
+            "dadapt_adamw",
+            "dog",
+            "galore",
+            "madgrad",
+            "momo",
+            "momo_adam",
+            "muon",
+            "schedule_free_sgd",
+            "simplified_ademamix",
+            "sophia",
+        )
+    }
+    | {
+        name: getattr(optax.contrib, name)()
+        for name in ("cocob", "dowg", "prodigy", "reduce_on_plateau", "schedule_free_adamw")
+    }
+    | {
+        "accumulated": optax.MultiSteps(optax.sgd(0.1, 0.9), 2),
+        "backtracking": optax.scale_by_backtracking_linesearch(5, store_grad=True),
+        "ema": optax.ema(0.9),
+        "every": optax.chain(optax.adam(0.1), optax.apply_every(3)),
+        "finite": optax.apply_if_finite(optax.adam(0.1), 3),
+        "flat": optax.flatten(optax.adam(0.1)),
+        "injected": optax.inject_hyperparams(optax.sgd)(learning_rate=0.1, momentum=0.9),
+        "lbfgs alone": optax.lbfgs(0.1, linesearch=None),
+        "masked": optax.masked(optax.adam(0.1), is_matrix),
+        "masked trace": optax.masked(optax.trace(0.9), is_matrix),
+        "measured": optax.measure_with_ema(lambda updates, **_: updates, 0.9),
+        "mechanized": optax.contrib.mechanize(optax.sgd(0.1)),
+        "momentum": optax.sgd(0.1, 0.9),
+        "partitioned": optax.partition(
+            {"matrix": optax.adam(0.1), "vector": optax.sgd(0.1, 0.9)}, by_rank
+        ),
+        "sam": optax.contrib.sam(
+            optax.adam(0.1), optax.chain(optax.contrib.normalize(), optax.sgd(0.1))
+        ),
+        "sometimes": optax.conditionally_mask(optax.adam(0.1), lambda step: step < 3),
+        "constrained": fwt.optim.constrain(
+            optax.adam(0.1), fwt.project(fwt.constraints.non_negative)
+        ),
+        "sparse": fwt.optim.sparsify(optax.adam(0.1), 0.5),
+        "regrown": fwt.optim.sparsify(optax.sgd(0.1, 0.9), 0.5, regrow="rigl"),
+    }
+)
+
+
+def fields(tree):
+    """As Orbax gives a tree back: fields are keys, and tuples are lists."""
+    if hasattr(tree, "_fields"):
+        return {name: fields(getattr(tree, name)) for name in tree._fields}
+    if isinstance(tree, dict):
+        return {name: fields(value) for name, value in tree.items()}
+    return [fields(x) for x in tree] if isinstance(tree, tuple) else tree
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_state_that_a_checkpoint_gives_back_is_no_weight(name):
-    params = {"d": {"kernel": jnp.arange(1.0, 21).reshape(5, 4), "bias": jnp.ones(4)}}
+    kernel = jnp.arange(1.0, 21).reshape(5, 4)
+    flat = {"d": {"kernel": kernel, "bias": jnp.ones(4)}}
+    deep = {"block": {"d": flat["d"]}, "head": {"kernel": kernel + 20}}
 
     def moved(x):  # so that no moment is zero
         return x + 1 if jnp.issubdtype(x.dtype, jnp.floating) else x
@@ -562,21 +634,57 @@ def test_a_state_that_a_checkpoint_gives_back_is_no_weight(name):
     def through(tree):
         return serialization.msgpack_restore(serialization.to_bytes(tree))
 
-    state = jax.tree.map(moved, OPTIMIZERS[name].init(params))
-    for tree in (
-        (params, state),
-        through((params, state)),
-        through({"model": params, "opt": state}),
-        through({"weights": params, "optimizer": state}),
-        through({"params": params, "opt_state": state}),
-    ):
-        assert len(fwt.paths(tree)) == 2
-        pruned = jax.tree.leaves(fwt.prune(0.5, scope="global")(tree))
-        zeros = [
-            int((np.asarray(a) == 0).sum()) - int((np.asarray(b) == 0).sum())
-            for a, b in zip(pruned, jax.tree.leaves(tree), strict=True)
-        ]
-        assert sum(zeros) == max(zeros) == 10, name
+    for params in (flat, deep):
+        state = jax.tree.map(moved, jax.tree.map(jnp.asarray, OPTIMIZERS[name].init(params)))
+        for tree in (
+            (params, state),
+            through((params, state)),
+            through({"model": params, "opt": state}),
+            through({"weights": params, "optimizer": state}),
+            through({"params": params, "opt_state": state}),
+            {"net": params, "other": fields(state)},
+        ):
+            assert len(fwt.paths(tree)) == len(jax.tree.leaves(params)), name
+    pruned = jax.tree.leaves(fwt.prune(0.5, scope="global")(tree))
+    zeros = [
+        int((np.asarray(a) == 0).sum()) - int((np.asarray(b) == 0).sum())
+        for a, b in zip(pruned, jax.tree.leaves(tree), strict=True)
+        if jnp.issubdtype(a.dtype, jnp.floating)
+    ]
+    assert sum(zeros) == max(zeros) == 20, name
+
+
+def test_all_that_optax_calls_a_part_of_a_state_is_known():
+    modules = [m for name, m in sys.modules.items() if name.startswith("optax.")]
+    states = {x for m in modules for x in vars(m).values() if isinstance(x, type)}
+    states = {s for s in states if s.__name__.endswith("State") and hasattr(s, "_fields")}
+    inside = {"BacktrackingLineSearchState", "ZoomLinesearchState"}  # within one update alone
+    known = _states.FIELDS.union(*_states.BESIDE.values())
+    for state in states:
+        if state.__name__ not in inside:
+            assert known.issuperset(state._fields), state
+    assert len(states) > 50
+
+
+def test_the_state_of_equinox_holds_statistics_and_no_weights():
+    layer = eqx.nn.make_with_state(eqx.nn.BatchNorm)(4, "batch", mode="ema")
+    assert fwt.paths(layer) == ["0/bias", "0/weight"]
+    new = fwt.initialize(fwt.initializers.constant(3.0), 0, where="**")(layer)
+    assert float(new[0].weight[0]) == 3
+    for x, y in zip(jax.tree.leaves(new[1]), jax.tree.leaves(layer[1]), strict=True):
+        assert x is y
+
+
+@pytest.mark.parametrize(
+    ("leaf", "told"),
+    [
+        (np.ma.masked_array(np.ones((4, 6), "f"), mask=False), r"kernel is a masked.*filled\(0\)"),
+        (np.ones((4, 6), np.dtype("f").newbyteorder("S")), "kernel is .*byte order.*astype"),
+    ],
+)
+def test_arrays_of_numpy_that_jax_lacks_are_refused_by_name(leaf, told):
+    with pytest.raises(fwt.LeafError, match=told):
+        fwt.prune(0.5)({"d": {"kernel": leaf}})
 
 
 def test_a_layer_may_be_called_as_a_state_is():

@@ -264,7 +264,17 @@ def test_a_bias_that_optax_hides_could_have_told_the_axes():
     bounded = fwt.project(fwt.constraints.max_norm(0.5))
     weight = {"fc": {"weight": rng.normal(size=(8, 4)), "bias": np.ones(4)}}
     stack = {"mlp": {"kernel": rng.normal(size=(4, 6, 5)), "bias": np.ones((4, 5))}}
+    convs = {"Conv_0": {"kernel": rng.normal(size=(6, 3, 3, 4, 5)), "bias": np.ones((6, 5))}}
+    conv = {"Conv_0": {"kernel": rng.normal(size=(3, 4, 5)), "bias": np.ones(5)}}
+    normed = {n: {"kernel": rng.normal(size=(6, 3, 4, 5))} for n in ("Conv_0", "Conv_1")}
+    normed["BatchNorm_0"] = {"bias": np.ones((6, 5))}
+    cell = {"f": {"recurrent_kernel": rng.normal(size=(2, 3, 4, 16)), "bias": np.ones((2, 3, 16))}}
     for tree, rule in (
+        (convs, fwt.optim.constrain(optax.sgd(0.1), bounded)),
+        (convs, fwt.optim.sparsify(optax.sgd(0.1), 0.5)),
+        (conv, fwt.optim.sparsify(optax.sgd(0.1), 0.5)),
+        (normed, fwt.optim.sparsify(optax.sgd(0.1), 0.5)),
+        (cell, fwt.optim.constrain(optax.sgd(0.1), bounded)),
         (weight, fwt.optim.constrain(optax.sgd(0.1), bounded)),
         (
             {"l.weight": np.ones((5, 4)), "l.bias": np.ones(4)},

@@ -428,3 +428,25 @@ def test_numbers_as_keys_of_msgpack(tmp_path):
     (tmp_path / "i.msgpack").write_bytes(b"\x82\x01\x02\xa11\x02")  # {1: 2, "1": 2}
     with pytest.raises(converters.FileFormatError, match="or twice"):
         converters.load(tmp_path / "i.msgpack")
+
+
+def test_trees_of_two_files_that_say_the_same_are_averaged_and_others_named(tmp_path):
+    def written(name, *metadata):
+        head = {"__metadata__": dict(metadata)} | {
+            "fc.weight": {"dtype": "F32", "shape": [2, 1], "data_offsets": [0, 8]}
+        }
+        text = json.dumps(head).encode()
+        values = np.full(2, len(metadata), "f").tobytes()
+        (tmp_path / name).write_bytes(len(text).to_bytes(8, "little") + text + values)
+        return converters.load(tmp_path / name).variables
+
+    # As its writer, in Rust, shuffles them.
+    one = written("a.safetensors", ("format", "pt"), ("by", "me"))
+    other = written("b.safetensors", ("by", "me"), ("format", "pt"))
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, one, other)
+    assert mean["params"]["fc"]["weight"].tolist() == [[2], [2]]
+    third = written("c.safetensors", ("format", "pt"), ("by", "me"), ("step", "3"))
+    with pytest.raises(ValueError, match=r"dict\(tree\) for name, tree in variables"):
+        jax.tree.map(np.add, one, third)
+    plain = ({name: dict(tree) for name, tree in x.items()} for x in (one, third))
+    assert jax.tree.map(np.add, *plain)["params"]["fc"]["weight"].tolist() == [[5], [5]]

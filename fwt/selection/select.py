@@ -7,7 +7,7 @@ stay where they are.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -15,12 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from fwt._apart import FEW, indices, pick, side_by_side
 from fwt._types import Array, FwtError
 from fwt.selection import passes as _passes
 from fwt.selection.counts import Wide, difference, less, minus, total, wide
 from fwt.selection.keys import Source
 
 _SAMPLE = 1 << 16
+_SMALL = 1 << 16  # a leaf of so many elements is copied beside others sooner than it is compiled
 
 Ties = Literal["first", "all"]
 
@@ -127,9 +129,66 @@ def _start(guess: Array, span: Array, k: Wide, at_top: Wide) -> _State:
     )
 
 
-def _tie_cuts(found: Sequence[Source], values: Array, stay: Array, tied: Array) -> Array:
+class _Stack(NamedTuple):
+    """Leaves of one shape and kind, side by side along a first axis; or one leaf as it is.
+
+    Attributes:
+        source: the keys.
+        places: which leaves they are.
+    """
+
+    source: Source
+    places: tuple[int, ...]
+
+    @property
+    def one(self) -> bool:
+        return len(self.places) == 1
+
+    @property
+    def size(self) -> int:
+        """Of one leaf."""
+        return math.prod(self.source.shape if self.one else self.source.shape[1:])
+
+
+def _stacked(flat: Sequence[Source]) -> list[_Stack]:
+    """The leaves, small ones of one shape together, so that one kernel serves them."""
+    kinds: dict[Any, list[int]] = {}
+    joins = len(flat) > FEW and jax.device_count() == 1
+    for i, source in enumerate(flat):
+        kind = (source.key, *((x.shape, x.dtype) for x in source.arrays))
+        small = joins and 0 < math.prod(source.shape) <= _SMALL
+        kinds.setdefault(kind if small else i, []).append(i)
+    found = []
+    for places in kinds.values():
+        source = flat[places[0]]
+        if len(places) > 1:
+            columns = zip(*(flat[i].arrays for i in places), strict=True)
+            source = Source(source.key, tuple(map(side_by_side, columns)))
+        found.append(_Stack(source, tuple(places)))
+    return found
+
+
+def _of_leaves(
+    stacks: Sequence[_Stack], index: Sequence[Any], trial: Array, each: Callable[..., Any]
+) -> Array:
+    """``each(stack, arrays, trial, place)`` of all stacks in a row, over the last axis; ``place``
+    cuts what belongs to a stack out of numbers of all leaves."""
+    # The barrier keeps XLA from computing once, and storing, what does not depend on the trial.
+    arrays, trial = lax.optimization_barrier(([s.source.arrays for s in stacks], trial))
+    found, start = [], 0
+    for stack, given, i in zip(stacks, arrays, index, strict=True):
+        stop = start + len(stack.places)
+        place = i if stack.one else slice(start, stop)
+        found.append(each(stack, given, trial, place))
+        start = stop
+    return lax.concatenate(found, found[0].ndim - 1)
+
+
+def _tie_cuts(
+    stacks: Sequence[_Stack], own: Sequence[Any], values: Array, stay: Array, tied: Array
+) -> Array:
     """By leaf, the index before which exactly ``stay`` of its ``tied`` keys equal its value."""
-    sizes = jnp.asarray([math.prod(s.shape) for s in found], jnp.uint32)
+    sizes = np.asarray([s.size for s in stacks for _ in s.places], np.uint32)
 
     def searching(at_hi: Array) -> Array:
         return (at_hi != stay) & (stay != 0)
@@ -142,14 +201,14 @@ def _tie_cuts(found: Sequence[Source], values: Array, stay: Array, tied: Array) 
         guess = (gap.astype(jnp.float32) * share).astype(jnp.uint32)
         guess = jnp.where(passes % 3 == 2, gap // 2, guess)
         index = lo + jnp.clip(guess, 1, jnp.maximum(gap, 2) - 1)
-        counts = []
-        each = zip(found, *map(jnp.unstack, (active, values, index)), strict=True)
-        for source, open_, value, place in each:
-            # The barrier keeps XLA from comparing once and storing the ties.
-            place, arrays = lax.optimization_barrier((place, source.arrays))
-            ties_below = functools.partial(_ties_below_jit, source.key)
-            counts.append(lax.cond(open_, ties_below, _nothing, arrays, value, place))
-        at = jnp.stack(counts)
+
+        def below(stack: _Stack, arrays: Any, index: Array, mine: Any) -> Array:
+            if stack.one:
+                return _ties_below_jit(stack.source.key, arrays, mine, active, values, index)
+            rows = active[mine], values[mine], index[mine]
+            return _row_ties_jit(stack.source.key, arrays, *rows)
+
+        at = _of_leaves(stacks, own, index, below)
         low, high = active & (at < stay), active & (at >= stay)
         return (
             jnp.where(low, index, lo),
@@ -160,7 +219,7 @@ def _tie_cuts(found: Sequence[Source], values: Array, stay: Array, tied: Array) 
         )
 
     # Before index 0 there is none of them; where all or none stay there is nothing to search.
-    nothing = jnp.zeros(len(found), jnp.uint32)
+    nothing = jnp.zeros(len(sizes), jnp.uint32)
     start = (nothing, sizes, nothing, tied, jnp.int32(0))
     hi = lax.while_loop(lambda s: jnp.any(searching(s[3])), body, start)[1]
     return jnp.where(stay == 0, 0, hi)
@@ -179,9 +238,18 @@ def _stays(kept: Wide, tied: Array) -> Array:
 
 def _strided(source: Source, stride: int) -> Array:
     """Every ``stride``-th key or so, in step with no axis of the leaf."""
-    while stride > 1 and math.gcd(stride, math.prod(source.shape[1:])) > 1:
-        stride -= 1
+    stride = _stride_of(source.shape, stride)
     return source.key(*(x.reshape(-1)[::stride] for x in source.arrays)).reshape(-1)
+
+
+def _stride_of(shape: tuple[int, ...], stride: int) -> int:
+    while stride > 1 and math.gcd(stride, math.prod(shape[1:])) > 1:
+        stride -= 1
+    return stride
+
+
+def _dtype(source: Source) -> Any:
+    return jax.eval_shape(source.keys).dtype
 
 
 def _thin(source: Source) -> Source | None:
@@ -190,40 +258,53 @@ def _thin(source: Source) -> Source | None:
     return parts[_passes.SLICES // 2] if parts else None
 
 
-def _stride(group: Sequence[Source], groups: int) -> int:
-    size = sum(math.prod(s.shape) for s in group)
+def _stride(size: int, groups: int) -> int:
     return max(1, size // max(_SAMPLE // groups, _SAMPLE // 16))
 
 
 def _targets(k: Any, n: int, m: int, xp: Any) -> tuple[Any, Any]:
     """Three ranks in a sample of ``m``, and the ranks of the whole that the outer two span."""
-    share = k / max(n, 1)
+    share = k / xp.maximum(n, 1)
     spread = 2 * xp.sqrt(m * share * (1 - share)) + 1
-    ranks = xp.clip(share * m + xp.stack([-spread, 0 * spread, spread]), 0, max(m - 1, 0))
+    ranks = xp.clip(share * m + xp.stack([-spread, 0 * spread, spread]), 0, xp.maximum(m - 1, 0))
     ranks = xp.floor(ranks).astype(xp.uint32)
-    return ranks, xp.maximum((ranks[2] - ranks[0]).astype(xp.float32) * (n / max(m, 1)), 1)
+    return ranks, xp.maximum((ranks[2] - ranks[0]).astype(xp.float32) * (n / xp.maximum(m, 1)), 1)
 
 
-def _quantiles(groups: list[list[Source]], ks: Wide) -> tuple[Array, Array]:
+def _sampled(stack: _Stack, stride: int) -> Array:
+    """Some keys of each leaf (leaves, keys)."""
+    if stack.one:
+        return _strided(stack.source, stride)[None]
+    key, arrays = stack.source
+    one = _stride_of(stack.source.shape[1:], stride)
+    return key(*(x.reshape(x.shape[0], -1)[:, ::one] for x in arrays))
+
+
+def _quantiles(stacks: list[_Stack], joint: bool, ks: Wide) -> tuple[Array, Array]:
     """The keys (groups, 3) of the sample around the k-th, and the ranks between them."""
-    sizes = [sum(math.prod(s.shape) for s in group) for group in groups]
+    sizes = [s.size for s in stacks for _ in s.places]
+    groups = 1 if joint else len(sizes)
     if jax.device_count() == 1:
-        rows = [
-            jnp.concatenate([_strided(s, _stride(group, len(groups))) for s in group])
-            for group in groups
-        ]
-        m = [r.shape[0] for r in rows]
+        size = sum(sizes)
+        rows = [_sampled(s, _stride(size if joint else s.size, groups)) for s in stacks]
+        if joint:
+            rows = [jnp.concatenate([r.reshape(1, -1) for r in rows], 1)]
+        m = [r.shape[1] for r in rows for _ in range(r.shape[0])]
         width = -(-max(1, *m) // 32)
         top = rows[0].dtype.type(np.iinfo(rows[0].dtype).max)
-        padded = [jnp.pad(r, (0, width * 32 - r.shape[0]), constant_values=top) for r in rows]
-        sample = jnp.stack(padded).reshape(len(groups), 1, 32, width)
+        padded = [
+            jnp.pad(r, ((0, 0), (0, width * 32 - r.shape[1])), constant_values=top) for r in rows
+        ]
+        sample = lax.concatenate(padded, 0).reshape(groups, 1, 32, width)
 
         def below(trials: Array) -> Array:
             parts = jnp.sum(sample < trials[:, :, None, None], 2, dtype=jnp.int8)
             return jnp.sum(parts, -1, dtype=jnp.uint32)
 
     else:
-        thin = [[t for t in map(_thin, group) if t is not None] for group in groups]
+        apart = [[s.source] for s in stacks]
+        apart = [[s.source for s in stacks]] if joint else apart
+        thin = [[t for t in map(_thin, group) if t is not None] for group in apart]
         m = [sum(math.prod(t.shape) for t in group) for group in thin]
 
         def below(trials: Array) -> Array:
@@ -235,9 +316,10 @@ def _quantiles(groups: list[list[Source]], ks: Wide) -> tuple[Array, Array]:
             return jnp.stack(found)
 
     exact = ks.high.astype(jnp.float32) * 65536.0 + ks.low.astype(jnp.float32)
-    pairs = [_targets(k, n, size, jnp) for k, n, size in zip(exact, sizes, m, strict=True)]
-    ranks = jnp.stack([p[0] for p in pairs])
-    dtype = groups[0][0].keys().dtype
+    sizes = [sum(sizes)] if joint else sizes
+    each = np.asarray(sizes, np.float32), np.asarray(m, np.float32)
+    ranks, spans = jax.vmap(lambda k, n, m: _targets(k, n, m, jnp))(exact, *each)
+    dtype = _dtype(stacks[0].source)
     bits = dtype.itemsize * 8
 
     def bit(i: Any, found: Array) -> Array:
@@ -245,48 +327,53 @@ def _quantiles(groups: list[list[Source]], ks: Wide) -> tuple[Array, Array]:
         trial = found | (dtype.type(1) << place)
         return jnp.where(below(trial) <= ranks, trial, found)
 
-    found = lax.fori_loop(0, bits, bit, jnp.zeros((len(groups), 3), dtype))
-    return found, jnp.stack([p[1] for p in pairs])
+    found = lax.fori_loop(0, bits, bit, jnp.zeros((groups, 3), dtype))
+    return found, spans
 
 
 def _nothing(*_: Any) -> Array:
     return jnp.uint32(0)
 
 
-def _cuts(groups: list[list[Source]], ks: Wide, ties: Ties) -> Cut:
+def _own(stacks: Sequence[_Stack], seed: Array) -> list[Any]:
+    """For each stack of one leaf the place of its numbers."""
+    places = np.cumsum([0, *(len(s.places) for s in stacks)])
+    rest = iter(indices([int(p) for p, s in zip(places, stacks, strict=False) if s.one], seed))
+    return [next(rest) if s.one else None for s in stacks]
+
+
+def _cuts(stacks: list[_Stack], joint: bool, ks: Wide, ties: Ties) -> Cut:
     """The cuts (problems, leaves) for several counts (problems, groups) of the same keys, under a
-    trace: each pass counts for all problems at once."""
-    flat = [s for group in groups for s in group]
-    sizes = [math.prod(s.shape) for s in flat]
-    n = jnp.asarray(sizes, jnp.uint32)
-    group_of = np.repeat(np.arange(len(groups)), [len(g) for g in groups])
-    problems = len(ks.low)
+    trace: each pass counts for all problems at once. Leaves, and groups of one leaf, are in the
+    order of the stacks."""
+    order = np.asarray([i for s in stacks for i in s.places])
+    n = np.asarray([s.size for s in stacks for _ in s.places], np.uint32)
+    leaves, problems = len(n), len(ks.low)
+    group_of = np.zeros(leaves, int) if joint else np.arange(leaves)
 
     @jax.vmap
     def totals(counts: Array) -> Wide:
-        if len(groups) == 1:
+        if joint:
             return Wide(*(x[None] for x in total(counts)))
         return wide(counts)  # one leaf a group
 
     def count(trials: Array, done: Array) -> Array:
-        # The barrier keeps XLA from computing the keys once and storing them.
-        arrays, trials = lax.optimization_barrier(([s.arrays for s in flat], trials))
-        counts = []
-        for source, given, g in zip(flat, arrays, group_of, strict=True):
-            below = functools.partial(_below_jit, source.key)
-            active = jnp.any(~done[:, g])
-            if problems > 1:
-                counts.append(_below_each_jit(source.key, given, trials[:, g], active))
-            elif len(groups) == 1:
-                counts.append(below(given, trials[0, g])[None])
-            else:  # a leaf that is found already is not read again
-                counts.append(lax.cond(active, below, _nothing, given, trials[0, g])[None])
-        return jnp.stack(counts, 1)
+        def below(stack: _Stack, arrays: Any, trials: Array, mine: Any) -> Array:
+            key, rows = stack.source.key, len(stack.places)
+            if stack.one:
+                group = np.uint32(0) if joint else mine
+                return _leaf_count(key, joint, arrays, trials, done, group)
+            given = [jnp.broadcast_to(x, (problems, rows)) if joint else x[:, mine]
+                     for x in (trials, done)]  # fmt: skip
+            return _row_counts(key, arrays, *given)
 
-    guess, span = jax.vmap(lambda ks: _quantiles(groups, ks))(ks)
+        return _of_leaves(stacks, own, trials, below)
+
+    guess, span = jax.vmap(lambda ks: _quantiles(stacks, joint, ks))(ks)
+    own = _own(stacks, guess[0, 0, 0])
     top = jnp.full(ks.low.shape, np.iinfo(guess.dtype).max, guess.dtype)
-    at_top = jnp.broadcast_to(n, (problems, len(flat)))
-    if not _below_top(flat):
+    at_top = jnp.broadcast_to(n, (problems, leaves))
+    if not _below_top([s.source for s in stacks]):
         at_top = count(top, jnp.zeros(top.shape, bool))
     state = jax.vmap(jax.vmap(_start))(guess, span, ks, totals(at_top))
     full = (state.hi == 0)[:, group_of]
@@ -309,17 +396,18 @@ def _cuts(groups: list[list[Source]], ks: Wide, ties: Ties) -> Cut:
     if ties == "all":
         some = (kept.high | kept.low) > 0
         stay = jnp.where(some[:, group_of], tied, 0)
-    elif len(groups) == 1:
-        stay = jax.vmap(_stays)(Wide(kept.high[:, 0], kept.low[:, 0]), tied)
+    elif joint:  # the first leaves keep theirs
+        back = np.argsort(order)
+        stay = jax.vmap(_stays)(Wide(kept.high[:, 0], kept.low[:, 0]), tied[:, back])[:, order]
     else:
         stay = kept.high << 16 | kept.low
     # Where none goes, everything from zero on is kept.
     none = ((ks.high == 0) & (ks.low == 0))[:, group_of]
     stay = jnp.where(none, 0, stay)
     if problems == 1:
-        index = _tie_cuts(flat, value[0], stay[0], tied[0])[None]
+        index = _tie_cuts(stacks, own, value[0], stay[0], tied[0])[None]
     else:
-        index = lax.map(lambda each: _tie_cuts(flat, *each), (value, stay, tied))
+        index = lax.map(lambda each: _tie_cuts(stacks, own, *each), (value, stay, tied))
     return Cut(jnp.where(none, 0, value), jnp.where(none, n, index))
 
 
@@ -329,7 +417,7 @@ def _concrete_cuts(group: list[Source], k: int, groups: int, ties: Ties) -> list
     dtype = jax.eval_shape(group[0].keys).dtype
     if k == 0:
         return [Cut(dtype.type(0), np.uint32(n)) for n in sizes]
-    stride = _stride(group, groups)
+    stride = _stride(sum(sizes), groups)
     sample = np.concatenate([np.asarray(_strided_jit(s.key, s.arrays, stride)) for s in group])
     sample.sort()
     ranks, span = _targets(np.float64(k), sum(sizes), len(sample), np)
@@ -374,15 +462,63 @@ _strided_jit = functools.partial(jax.jit, static_argnums=(0, 2))(
 _below_jit = functools.partial(jax.jit, static_argnums=0)(
     lambda key, arrays, trial: _passes.below(Source(key, arrays), trial)
 )
-_below_each_jit = functools.partial(jax.jit, static_argnums=0)(
-    lambda key, arrays, trials, active: _passes.below_each(Source(key, arrays), trials, active)
-)
-_ties_below_jit = functools.partial(jax.jit, static_argnums=0)(
-    lambda key, arrays, value, place: _passes.ties_below(Source(key, arrays), value, place)
-)
 _tie_cut_jit = functools.partial(jax.jit, static_argnums=0)(
-    lambda key, arrays, *rest: _tie_cuts([Source(key, arrays)], *(x[None] for x in rest))[0]
+    lambda key, arrays, *rest: _tie_cuts(
+        [_Stack(Source(key, arrays), (0,))], [np.uint32(0)], *(x[None] for x in rest)
+    )[0]
 )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _leaf_count(
+    key: Any, joint: bool, arrays: Any, trials: Array, done: Array, index: Array
+) -> Array:
+    """How many keys of one leaf are below its trials (problems, groups)."""
+    source, mine = Source(key, arrays), pick(trials, index, 1)
+    if len(mine) == 1 and joint:
+        return _passes.below(source, mine[0])[None, None]
+    active = jnp.any(~pick(done, index, 1))  # a leaf that is found already is not read again
+    if len(mine) > 1:
+        return _passes.below_each(source, mine, active)[:, None]
+    counting = lambda arrays, trial: _passes.below(Source(key, arrays), trial)  # noqa: E731
+    return lax.cond(active, counting, _nothing, arrays, mine[0])[None, None]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _row_counts(key: Any, arrays: Any, trials: Array, done: Array) -> Array:
+    """The same of leaves side by side, trials (problems, leaves)."""
+
+    def counting(arrays: Any, trials: Array) -> Array:
+        return lax.map(lambda row: _passes.rows_below(Source(key, arrays), row), trials)
+
+    def nothing(arrays: Any, trials: Array) -> Array:
+        return jnp.zeros(trials.shape, jnp.uint32)
+
+    return lax.cond(jnp.any(~done), counting, nothing, arrays, trials)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _ties_below_jit(
+    key: Any, arrays: Any, index: Array, active: Array, values: Array, places: Array
+) -> Array:
+    def counting(arrays: Any, value: Array, place: Array) -> Array:
+        return _passes.ties_below(Source(key, arrays), value, place)
+
+    value, place = pick(values, index), pick(places, index)
+    return lax.cond(pick(active, index), counting, _nothing, arrays, value, place)[None]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _row_ties_jit(key: Any, arrays: Any, active: Array, values: Array, places: Array) -> Array:
+    def counting(arrays: Any, values: Array, places: Array) -> Array:
+        return _passes.row_ties(Source(key, arrays), values, places)
+
+    def nothing(arrays: Any, values: Array, places: Array) -> Array:
+        return jnp.zeros(places.shape, jnp.uint32)
+
+    return lax.cond(jnp.any(active), counting, nothing, arrays, values, places)
+
+
 _start_jit, _step_jit = jax.jit(_start), jax.jit(_step)
 
 
@@ -421,19 +557,29 @@ def smallest(groups: list[list[Source]], ks: list[Any], ties: Ties = "first") ->
         pairs = zip(groups, whole, strict=True)
         return [c for group, k in pairs for c in _concrete_cuts(group, k, len(groups), ties)]
     keys = tuple(tuple(s.key for s in group) for group in groups)
-    stacked = Wide(*(jnp.stack([jnp.asarray(x) for x in xs]) for xs in zip(*map(wide, ks))))
+    stacked = Wide(*map(_vector, zip(*map(wide, ks), strict=True)))
     return _search(keys, ties, lax.stop_gradient(arrays), stacked)
+
+
+def _vector(numbers: Sequence[Any]) -> Any:
+    if all(isinstance(x, np.generic) for x in numbers):
+        return np.stack(numbers)
+    return jnp.stack([jnp.asarray(x) for x in numbers])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _search(keys: Any, ties: Ties, arrays: Any, ks: Wide) -> list[Cut]:
+    joint = len(keys) == 1
+
     @jax.custom_batching.sequential_vmap
     def several(arrays: Any, ks: Wide) -> Cut:
-        found = [
-            [Source(f, a) for f, a in zip(fs, group, strict=True)]
-            for fs, group in zip(keys, arrays, strict=True)
-        ]
-        return _cuts(found, ks, ties)
+        pairs = [zip(fs, group, strict=True) for fs, group in zip(keys, arrays, strict=True)]
+        stacks = _stacked([Source(*pair) for group in pairs for pair in group])
+        order = np.asarray([i for s in stacks for i in s.places])
+        if not joint:
+            ks = Wide(*(x[:, order] for x in ks))
+        found = _cuts(stacks, joint, ks, ties)
+        return Cut(*(x[:, np.argsort(order)] for x in found))
 
     def one(arrays: Any, ks: Wide) -> Cut:
         return Cut(*(x[0] for x in several(arrays, Wide(ks.high[None], ks.low[None]))))
@@ -456,4 +602,5 @@ def _search(keys: Any, ties: Ties, arrays: Any, ks: Wide) -> list[Cut]:
         return Cut(*(x.reshape(-1, x.shape[-1])[:size] for x in found)), Cut(True, True)
 
     cut = search(arrays, ks)
-    return [Cut(*each) for each in zip(*map(jnp.unstack, cut), strict=True)]
+    own = indices(range(cut.value.shape[-1]), cut.value[0])
+    return [Cut(pick(cut.value, i), pick(cut.index, i)) for i in own]

@@ -2,13 +2,15 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from fwt import _axes, _nodes, _tree, initializers
+from fwt import _apart, _axes, _nodes, _tree, initializers
 from fwt._types import AxesError, FwtError, LeafError, Params, hashes
 
 
@@ -83,30 +85,52 @@ def fitted(chosen: Any, axes: _axes.Axes) -> Any:
 
 
 def _draw(specs: Any, keys: Any) -> list[Any]:
-    new = []
-    for (init, shape, dtype, path), key in zip(specs, keys, strict=True):
-        # JAX's own, drawn in half precision, have few distinct values and many exact zeros.
-        drawer = init.chosen if isinstance(init, InTurn) else init
-        jaxs = initializers.is_jaxs(drawer) and _tree.is_narrow(dtype)
-        asked = jnp.dtype(jnp.float32) if jaxs else dtype
-        try:
-            value = _nodes.unboxed(init(key, shape, asked))
-        except (ArithmeticError, NotImplementedError, TypeError, ValueError) as error:
-            if isinstance(error, FwtError):
-                raise
-            raise LeafError(f"{path}: no {dtype}{list(shape)} from {init}: {error}") from error
-        if not _tree.is_array(value):
-            raise LeafError(
-                f"{path}: the initializer returned {value!r} instead of an array; a factory must "
-                "be called first, such as jax.nn.initializers.he_normal()"
-            )
-        if value.shape != shape or value.dtype != asked:
-            raise LeafError(
-                f"{path}: expected {asked}{list(shape)} from the initializer, found "
-                f"{value.dtype}{list(value.shape)}"
-            )
-        new.append(_tree.rounded(value, dtype) if jaxs else value)
+    return [_draw_one(spec, keys[i]) for i, spec in enumerate(specs)]
+
+
+def _draw_one(spec: Any, key: Any) -> Any:
+    init, shape, dtype, path = spec
+    # JAX's own, drawn in half precision, have few distinct values and many exact zeros.
+    drawer = init.chosen if isinstance(init, InTurn) else init
+    jaxs = initializers.is_jaxs(drawer) and _tree.is_narrow(dtype)
+    asked = jnp.dtype(jnp.float32) if jaxs else dtype
+    try:
+        value = _nodes.unboxed(init(key, shape, asked))
+    except (ArithmeticError, NotImplementedError, TypeError, ValueError) as error:
+        if isinstance(error, FwtError):
+            raise
+        raise LeafError(f"{path}: no {dtype}{list(shape)} from {init}: {error}") from error
+    if not _tree.is_array(value):
+        raise LeafError(
+            f"{path}: the initializer returned {value!r} instead of an array; a factory must "
+            "be called first, such as jax.nn.initializers.he_normal()"
+        )
+    if value.shape != shape or value.dtype != asked:
+        raise LeafError(
+            f"{path}: expected {asked}{list(shape)} from the initializer, found "
+            f"{value.dtype}{list(value.shape)}"
+        )
+    return _tree.rounded(value, dtype) if jaxs else value
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _draw_compiled(specs: Any, keys: Any) -> list[Any]:
+    """Leaves of one kind and shape are drawn side by side, large ones by one kernel."""
+    kinds: dict[Any, list[int]] = {}
+    for i, (init, shape, dtype, _) in enumerate(specs):
+        axes = init.axes and dataclasses.replace(init.axes, path="")
+        small = len(specs) > _apart.FEW and math.prod(shape) <= _apart.SMALL
+        kinds.setdefault((init.at(axes), shape, dtype) if small else i, []).append(i)
+    alone = [places[0] for places in kinds.values() if len(places) == 1]
+    seed = jax.random.bits(keys[0]) if specs else None
+    own = dict(zip(alone, _apart.indices(alone, seed), strict=True))
+    new: list[Any] = [None] * len(specs)
+    for places in kinds.values():
+        one = functools.partial(_draw_one, specs[places[0]])
+        if len(places) == 1:
+            new[places[0]] = one(_apart.pick(keys, own[places[0]]))
+            continue
+        found = jax.vmap(one)(keys[np.asarray(places)])
+        for i, value in zip(places, _apart.cut_apart(found, len(places)), strict=True):
+            new[i] = value
     return new
-
-
-_draw_compiled = functools.partial(jax.jit, static_argnums=0)(_draw)

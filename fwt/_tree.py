@@ -526,10 +526,12 @@ def as_key(key: Any, purpose: Purpose) -> Any:
     return _folded(_one_key(key), f"purpose {purpose}")
 
 
-def leaf_keys(key: Any, purpose: Purpose, paths: Iterable[str]) -> list[Any]:
-    """A key for each path, which depends on that path alone and on no other leaf."""
-    base = as_key(key, purpose)
-    return [_folded(base, path) for path in paths]
+def leaf_keys(key: Any, purpose: Purpose, paths: Iterable[str]) -> Any:
+    """A key for each path, side by side, which depends on that path alone and on no other leaf."""
+    base, words = as_key(key, purpose), np.asarray([*map(_words, paths)], np.uint32)
+    return jax.vmap(lambda w: jax.random.fold_in(jax.random.fold_in(base, w[0]), w[1]))(
+        words.reshape(-1, 2)
+    )
 
 
 def _one_key(key: Any) -> Any:
@@ -546,10 +548,14 @@ def _one_key(key: Any) -> Any:
 
 def _folded(key: Array, text: str) -> Array:
     """The key with the first 64 bits of the text's SHA-256 folded in."""
-    digest = hashlib.sha256(text.encode()).digest()
-    for start in (0, 4):
-        key = jax.random.fold_in(key, int.from_bytes(digest[start : start + 4], "big"))
+    for word in _words(text):
+        key = jax.random.fold_in(key, word)
     return key
+
+
+def _words(text: str) -> tuple[int, int]:
+    digest = hashlib.sha256(text.encode()).digest()
+    return int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:8], "big")
 
 
 def paths(params: Params) -> list[str]:

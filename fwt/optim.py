@@ -560,7 +560,7 @@ class _Rule:
             grow = (self.regrow, jnp.where(number % self.every == 0, fraction, 0.0))
         alive = None if self.straight_through else _full(masks, weights)
         _, chosen = plan.choose(weights, alive, grow, more, steps, start)
-        new = {p: c.mask() for p, c in chosen.items()}
+        new = _plan.kept(chosen)
         if alive is not None and grow is None:  # n_m may leave more than the start did
             new |= {p: new[p] & m for p, m in start.items() if p in new}
         return _tree.Tree(masks).replace(new)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fwt import _axes, _tree, patterns, scores
+from fwt import _apart, _axes, _tree, patterns, scores
 from fwt._types import FwtError, LeafError, Params, Score, Where, resolve
 from fwt.pruning import scope as _scope
 from fwt.selection import passes, select
@@ -25,16 +25,46 @@ class Chosen(NamedTuple):
 
     leaf: Any
     source: Source
-    cut: select.Cut
+    cut: Any  # a select.Cut, or one of several
     windows: patterns.Windows | None
     stack: tuple[int, ...]  # where each slice along some axes has a cut of its own
 
-    def mask(self) -> Any:
-        return _mask(self.source.key, self.windows, self.stack, self.source.arrays, self.cut)
+    def _call(self, function: Any, *more: Any) -> Any:
+        """``function`` of this leaf, as :func:`_apart.each` takes it."""
+        known = self.source.key, self.windows, self.stack
+        return known, functools.partial(function, *known), (self.source.arrays, *more), self.cut
 
-    def pruned(self) -> Any:
-        arrays = self.source.arrays
-        return _pruned(self.source.key, self.windows, self.stack, arrays, self.cut, self.leaf)
+
+def kept(chosen: Mapping[str, Chosen]) -> dict[str, Any]:
+    """The masks, by path."""
+    return _each({p: c._call(_mask) for p, c in chosen.items()})
+
+
+def pruned(chosen: Mapping[str, Chosen]) -> dict[str, Any]:
+    """The leaves without what goes, by path."""
+    return _each({p: c._call(_pruned, c.leaf) for p, c in chosen.items()})
+
+
+def _each(calls: Mapping[str, Any]) -> dict[str, Any]:
+    # The leaves of one kind whose cuts stand side by side are cut together.
+    found: dict[str, Any] = {}
+    kinds: dict[Any, list[str]] = {}
+    for path, (kind, function, arrays, cut) in calls.items():
+        whole = isinstance(cut, select.Later) and isinstance(cut.cuts, select.Cuts)
+        shapes = [(x.shape, x.dtype) for x in jax.tree.leaves(arrays)]
+        if whole and _apart.joins(shapes, len(cut.cuts)):
+            kinds.setdefault((kind, *shapes), []).append(path)
+            continue
+        found[path] = function(
+            *arrays, cut.cuts[cut.place] if isinstance(cut, select.Later) else cut
+        )
+    for paths in kinds.values():
+        rows = [calls[p] for p in paths]
+        cuts, places = rows[0][3].cuts, np.asarray([r[3].place for r in rows])
+        mine = select.Cut(*(x[places] for x in cuts.whole))
+        values = _apart.together(rows[0][1], [r[2] for r in rows], mine)
+        found |= zip(paths, values, strict=True)
+    return found
 
 
 class Plan:
@@ -350,15 +380,16 @@ def _by_slice(counts: Any, start: int, stop: int, place: _axes.Axes) -> Any:
 
 def _cuts(
     groups: list[list[Source]], ks: list[Any], stacks: list[tuple[int, ...]], ties: select.Ties
-) -> list[select.Cut]:
+) -> list[Any]:
     """The cut of each leaf; of a stack that is counted by layer, one for each slice."""
     if not any(stacks):
-        return select.smallest(groups, ks, ties)
+        found = select.smallest(groups, ks, ties)
+        return [select.Later(found, i) for i in range(len(found))]
     plain = [i for i, stack in enumerate(stacks) if not stack]
     whole = (
         select.smallest([groups[i] for i in plain], [ks[i] for i in plain], ties) if plain else []
     )
-    cuts = dict(zip(plain, whole, strict=True))
+    cuts: dict[int, Any] = {i: select.Later(whole, place) for place, i in enumerate(plain)}
     for i, stack in enumerate(stacks):
         if stack:
             (source,) = groups[i]
@@ -426,7 +457,11 @@ def _regrown(
         start = stop
     cuts = _cuts(groups, more, stacks, "first")
     rows = zip(found, stacks, cuts, strict=True)
-    open_ = [~_mask(s.key, None, stack, s.arrays, c) for s, stack, c in rows]
+    calls = {
+        str(i): ((s.key, stack), functools.partial(_mask, s.key, None, stack), (s.arrays,), c)
+        for i, (s, stack, c) in enumerate(rows)
+    }
+    open_ = [~m for m in _each(calls).values()]
     if len(groups) == 1:
         new = sources(worths, not plain, "only", open_)
         return new, [new]
@@ -535,7 +570,7 @@ def _mask(key: Any, windows: Any, stack: tuple[int, ...], arrays: Any, cut: Any)
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _pruned(
-    key: Any, windows: Any, stack: tuple[int, ...], arrays: Any, cut: Any, leaf: Any
+    key: Any, windows: Any, stack: tuple[int, ...], arrays: Any, leaf: Any, cut: Any
 ) -> Any:
     return _where(leaf, _mask(key, windows, stack, arrays, cut))
 

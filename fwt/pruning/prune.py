@@ -80,7 +80,7 @@ def prune(
 
     def apply(params: Params) -> Params:
         tree, chosen = plan.choose(params)
-        return tree.replace({p: c.pruned() for p, c in chosen.items()})
+        return tree.replace(_plan.pruned(chosen))
 
     return apply
 
@@ -129,7 +129,7 @@ def masks(
 
     def apply(params: Params) -> Masks:
         tree, chosen = plan.choose(params)
-        return tree.map_all({p: c.mask() for p, c in chosen.items()}, all_true)
+        return tree.map_all(_plan.kept(chosen), all_true)
 
     return apply
 

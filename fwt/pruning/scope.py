@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fwt import _paths, _tree
+from fwt import _apart, _paths, _tree
 from fwt._axes import Axes
 from fwt._types import FwtError, LeafError, WhereError
 from fwt.selection import select
@@ -250,7 +250,11 @@ def _kept_like(s: Any, n: Any, xp: Any) -> Any:
 def _lamp(leaves: Sequence[Leaf], k: Any) -> Any:
     """Lee et al., "Layer-adaptive sparsity for the magnitude-based pruning", 2021: the square of a
     weight over the sum of the squares that are not below it, compared over all leaves."""
-    scores = [_lamp_scores(x.axes and x.axes.stack, x.worth, x.alive) for x in leaves]
+    stacks = [x.axes and x.axes.stack for x in leaves]
+    scores = _apart.each([
+        (stack, functools.partial(_lamp_scores, stack), (x.worth, x.alive))
+        for stack, x in zip(stacks, leaves, strict=True)
+    ])  # fmt: skip
     found = sources(scores, True)
     cuts = select.smallest([found], [k])
     gone = [select.count_gone(s.key, s.arrays, c, axis=1) for s, c in zip(found, cuts, strict=True)]

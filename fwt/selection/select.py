@@ -15,14 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fwt._apart import FEW, indices, pick, side_by_side
+from fwt._apart import FEW, SMALL, indices, pick, side_by_side
 from fwt._types import Array, FwtError
 from fwt.selection import passes as _passes
 from fwt.selection.counts import Wide, difference, less, minus, total, wide
 from fwt.selection.keys import Source
 
 _SAMPLE = 1 << 16
-_SMALL = 1 << 16  # a leaf of so many elements is copied beside others sooner than it is compiled
 
 Ties = Literal["first", "all"]
 
@@ -32,6 +31,34 @@ class Cut(NamedTuple):
 
     value: Any
     index: Any
+
+
+class Cuts(Sequence[Cut]):
+    """The cuts of many leaves, one after the other.
+
+    Attributes:
+        whole: their numbers as vectors.
+    """
+
+    def __init__(self, whole: Cut):
+        self.whole = whole
+
+    @functools.cached_property
+    def _own(self) -> Sequence[Any]:
+        return indices(range(len(self)), self.whole.value[0])
+
+    def __len__(self) -> int:
+        return int(self.whole.value.shape[0])
+
+    def __getitem__(self, place: Any) -> Any:
+        return Cut(*(pick(x, self._own[place]) for x in self.whole))
+
+
+class Later(NamedTuple):
+    """One of several cuts, which is cut out where it is wanted."""
+
+    cuts: Sequence[Cut]
+    place: int
 
 
 def kept(source: Source, cut: Cut) -> Array:
@@ -156,7 +183,7 @@ def _stacked(flat: Sequence[Source]) -> list[_Stack]:
     joins = len(flat) > FEW and jax.device_count() == 1
     for i, source in enumerate(flat):
         kind = (source.key, *((x.shape, x.dtype) for x in source.arrays))
-        small = joins and 0 < math.prod(source.shape) <= _SMALL
+        small = joins and 0 < math.prod(source.shape) <= SMALL
         kinds.setdefault(kind if small else i, []).append(i)
     found = []
     for places in kinds.values():
@@ -527,7 +554,7 @@ def _below_top(flat: Sequence[Source]) -> bool:
     return all(jnp.issubdtype(s.arrays[0].dtype, jnp.floating) for s in flat)
 
 
-def smallest(groups: list[list[Source]], ks: list[Any], ties: Ties = "first") -> list[Cut]:
+def smallest(groups: list[list[Source]], ks: list[Any], ties: Ties = "first") -> Sequence[Cut]:
     """Where to cut, so that exactly ``ks[g]`` keys of each group fall below.
 
     Among equal keys the first in order of leaf and flat index are kept.
@@ -558,7 +585,7 @@ def smallest(groups: list[list[Source]], ks: list[Any], ties: Ties = "first") ->
         return [c for group, k in pairs for c in _concrete_cuts(group, k, len(groups), ties)]
     keys = tuple(tuple(s.key for s in group) for group in groups)
     stacked = Wide(*map(_vector, zip(*map(wide, ks), strict=True)))
-    return _search(keys, ties, lax.stop_gradient(arrays), stacked)
+    return Cuts(_search(keys, ties, lax.stop_gradient(arrays), stacked))
 
 
 def _vector(numbers: Sequence[Any]) -> Any:
@@ -568,7 +595,7 @@ def _vector(numbers: Sequence[Any]) -> Any:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _search(keys: Any, ties: Ties, arrays: Any, ks: Wide) -> list[Cut]:
+def _search(keys: Any, ties: Ties, arrays: Any, ks: Wide) -> Cut:
     joint = len(keys) == 1
 
     @jax.custom_batching.sequential_vmap
@@ -601,6 +628,5 @@ def _search(keys: Any, ties: Ties, arrays: Any, ks: Wide) -> list[Cut]:
         found = lax.map(lambda ks: several(arrays, ks), parts)
         return Cut(*(x.reshape(-1, x.shape[-1])[:size] for x in found)), Cut(True, True)
 
-    cut = search(arrays, ks)
-    own = indices(range(cut.value.shape[-1]), cut.value[0])
-    return [Cut(pick(cut.value, i), pick(cut.index, i)) for i in own]
+    found: Cut = search(arrays, ks)
+    return found

@@ -68,6 +68,8 @@ def reading(path: Path) -> Iterator[None]:
         raise FileFormatError(text if str(path) in text else f"{path}: {text}") from error
     except Exception as error:  # parsers fail with any class of error: the file is broken
         why = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, KeyError):
+            why = f"it lacks {why}"
         raise FileFormatError(f"{path}: not a readable {path.suffix} file ({why:.300})") from error
 
 
@@ -507,9 +509,13 @@ def nested(flat: Mapping[str, np.ndarray], separator: str, path: Path) -> dict[s
 def under(tree: Any, key: str | None, path: Path) -> Any:
     """What stands in a tree of dicts under a key such as ``model`` or ``state/model``."""
     for part in [] if key is None else key.split("/"):
+        if isinstance(tree, Mapping) and part not in tree and part.isdigit() and int(part) in tree:
+            tree = tree[int(part)]
+            continue
         if not isinstance(tree, Mapping) or part not in tree:
-            found = ", ".join(map(repr, tree))[:300] if isinstance(tree, Mapping) else "no dict"
-            raise FileFormatError(f"{path}: key={key!r}: there is no {part!r}, but {found}")
+            found = ", ".join(map(repr, tree))[:300] if isinstance(tree, Mapping) else ""
+            found = f"but {found}" if found else "and nothing else that has a name"
+            raise FileFormatError(f"{path}: key={key!r}: there is no {part!r}, {found}")
         tree = tree[part]
     return tree
 
@@ -537,8 +543,7 @@ def _check_leaves(node: Any, path: Path, place: tuple[str, ...], depth: int) -> 
                 raise FileFormatError(f"{path}: {'/'.join(place)} has an entry named {name!r}")
             _check_leaves(value, path, (*place, name), depth + 1)
     elif not isinstance(node, np.ndarray | jax.Array) or not is_numeric(node.dtype):
-        where = "/".join(place)
         raise FileFormatError(
-            f"{path}: {where or 'it'} is a {type(node).__name__}, no array of numbers; key= picks "
-            f"a part of the file, such as key={place[0] if place else 'params'!r}"
+            f"{path}: {'/'.join(place) or 'it'} is no array of numbers ({type(node).__name__}); "
+            "key= picks a part of the file, such as key='params'"
         )

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +17,7 @@ import numpy as np
 ROUNDINGS = 10  # how many roundings two equal models may be apart
 _VECTOR = 8  # fewer channels say too little of their own scale
 _CANCELS = 4  # how much more than measured rounding may move a position
+_LEAST = 1e-20  # what is smaller is 0 where a function is saturated
 _TOLD = 4  # one row in so many must be told apart from rounding, else nothing is compared
 
 
@@ -57,6 +59,8 @@ class Apart(NamedTuple):
         compared: how many numbers were: finite ones, where rounding does not exceed their scale;
             none if rounding exceeds it in three of four rows that are not zero.
         lost: the rows with NaN at one place in both, which is not compared.
+        unsure: the rows that are left out, at some position: rounding exceeds their scale, or they
+            grow beyond the dtype in both.
         absolute: the largest difference.
         relative: the difference relative to the largest value of the row.
         ulp: the difference in units in the last place of the largest value of the row.
@@ -72,6 +76,7 @@ class Apart(NamedTuple):
     ulp: float
     allowed: float
     excess: float
+    unsure: tuple[int, ...] = ()
 
 
 def apart(
@@ -107,6 +112,10 @@ def apart(
         gap = np.where((a == b) | unknown, 0.0, np.abs(a - b))
         gap = np.maximum(gap, unlike)  # double precision lacks some of 64 bits
         gap = np.where(np.isnan(gap), np.inf, gap)
+        # Where both grow beyond the dtype, the order of sums decides which step is the first.
+        over = ~np.isfinite(a).all((1, 2)) & ~np.isfinite(b).all((1, 2)) & (not whole)
+        over = over[:, None] & (np.isinf(gap)).any(-1)
+        gap = np.where(over[..., None], 0, gap)
         largest = np.maximum(np.abs(a), np.abs(b))
         scale = np.max(largest, axis=-1, where=np.isfinite(largest), initial=0.0)
         own = eps * scale
@@ -121,9 +130,13 @@ def apart(
         roundings = 0 if whole else ROUNDINGS
         allowed = roundings * own if tolerance is None else tolerance * scale
         off = np.max(gap, axis=-1)
+        if tolerance is None and not whole:
+            allowed = np.maximum(allowed, _LEAST)
         excess = np.where(off > 0, off / allowed, 0.0)
         told = (off <= roundings * eps * scale) | (allowed < scale) | (tolerance is not None)
+        told &= ~over
         # Rows of zeros are equal in many models, and so is what few rows come to.
+        unsure = tuple(np.flatnonzero((~told & (scale > 0)).any(1)).tolist())
         if not told.all() and _TOLD * np.sum(told & (scale > 0)) <= np.sum(scale > 0):
             told[:] = False
         compared = np.isfinite(a) & np.isfinite(b) & told[..., None]
@@ -138,6 +151,7 @@ def apart(
         float(off[worst] / unit),
         float(allowed[worst] / unit),
         float(excess[worst]),
+        unsure,
     )
 
 
@@ -170,15 +184,36 @@ def nudged(x: Any, by: float) -> Any:
     return np.asarray(x * np.where(grows, 1 + by, 1 - by).astype(x.dtype))
 
 
+def unsettled(y: Any, by: float) -> Any:
+    """What a layer is given, :func:`nudged` as the rounding of those before it may."""
+    return nudged(y, by) if by and not isinstance(y, jax.core.Tracer) else y
+
+
+@contextlib.contextmanager
+def between_layers(by: float) -> Iterator[None]:
+    """What is given to each linen module is :func:`nudged`: two layers may round a constant image
+    in other ways, though no change of inputs that are zero shows it."""
+
+    def each(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        if context.method_name == "__call__":
+            args = tuple(unsettled(a, by) for a in args)
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(each):
+        yield
+
+
 def rounding(run: Callable[[float], Any], before: Any, eps: float) -> list[np.ndarray]:
     """How far rounding moves each output of a model, measured.
 
-    The inputs and weights are moved a little, once forth and once back. What does not cancel in the
-    sum of both changes is no smooth function of them: it is the rounding of the model's own
-    computation. To this comes how far a rounding of each input and weight moves the outputs.
+    The inputs, what layers are given, and weights are moved a little, once forth and once back.
+    What does not cancel in the sum of both changes is no smooth function of them: it is the
+    rounding of the model's own computation. To this comes how far a rounding of each of them moves
+    the outputs.
 
     Args:
-        run: the outputs of the model whose inputs and weights are :func:`nudged` by a part.
+        run: the outputs of the model whose inputs, weights and values between layers are
+            :func:`nudged` by a part.
         before: the outputs as they are.
         eps: of the dtype that it computes in.
     """

@@ -45,6 +45,10 @@ def twice(
         the loop's carry and gives those of the part that take only cheap operations on what is
         stored and on numbers of rank 0, and the carry.
     """
+    if jax.sharding.get_abstract_mesh().manual_axes:
+        # In shard_map a barrier makes all that passes it differ between shards.
+        _, *both = function()
+        return both[0], both[1], lambda carry: ({}, carry)
     frames: list[Any] = []  # what is no array goes around the trace
 
     def arrays() -> tuple[Any, ...]:

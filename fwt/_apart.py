@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from fwt import _mesh
 from fwt._types import Array
 
 FEW = 4  # leaves for which constants cost less
@@ -26,7 +27,7 @@ def indices(places: Sequence[int], seed: Array) -> Sequence[Any]:
     They leave a loop of one round or none, as ``seed``, a number of the running program, wants it;
     each is what it was, but XLA can't know.
     """
-    if len(places) <= FEW:
+    if len(places) <= FEW or not isinstance(seed, jax.core.Tracer):
         return [np.uint32(i) for i in places]
 
     def body(state: Any) -> Any:
@@ -34,7 +35,7 @@ def indices(places: Sequence[int], seed: Array) -> Sequence[Any]:
         return i + 1, [x + (i >> 20) for x in found]
 
     trips = jnp.minimum(jnp.asarray(seed).astype(jnp.uint32), 1)
-    start = (jnp.uint32(0), [jnp.uint32(i) for i in places])
+    start = _mesh.alike((jnp.uint32(0), [jnp.uint32(i) for i in places]), trips)
     return lax.while_loop(lambda s: s[0] < trips, body, start)[1]
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from fwt import _modules, _rules, _tree
+from fwt import _mesh, _modules, _rules, _tree
 from fwt._modules import Known as Known
 from fwt._types import AxesError, FwtError, Model
 
@@ -136,11 +136,13 @@ class Axes:
     def in_turn(self, function: Callable[[int, Any], Any], leaf: Any) -> Any:
         """``function(number, slice)`` of each slice, one after the other: for a user's own
         function, which need not be traceable."""
-        rows = jnp.moveaxis(jnp.asarray(leaf), self.stack, range(len(self.stack)))
+        whole = _mesh.gathered(jnp.asarray(leaf), self.stack)
+        rows = jnp.moveaxis(whole, self.stack, range(len(self.stack)))
         flat = rows.reshape(-1, *self.one.shape)
         new = jnp.stack([jnp.asarray(function(i, x)) for i, x in enumerate(flat)])
         back = new.reshape(*rows.shape[: len(self.stack)], *new.shape[1:])
-        return jnp.moveaxis(back, range(len(self.stack)), self.stack)
+        found = jnp.moveaxis(back, range(len(self.stack)), self.stack)
+        return _mesh.like(found, leaf) if found.shape == leaf.shape else found
 
     def _where(self, *names: str) -> tuple[int, ...]:
         return tuple(i for i, n in enumerate(self._known()) if n in names)
@@ -246,6 +248,7 @@ class KnowsAxes:
 KNOWN: ContextVar[Mapping[str, Known]] = ContextVar(
     "known axes", default=types.MappingProxyType({})
 )
+_COUNTS = ("padding_idx", "unit_forget_bias")  # what reset asks a live layer for
 _TOLD = jax.make_user_context("")  # what a jitted function was traced with counts for jit too
 
 
@@ -254,7 +257,7 @@ def knowing(known: Mapping[str, Known]) -> Iterator[None]:
     """Inside, the axes of leaves are what the classes of a live model tell."""
     # Not the paths, which jit knows: models of one architecture are compiled once.
     told = [
-        (dataclasses.replace(k, owner=None), getattr(k.owner, "padding_idx", None))
+        (dataclasses.replace(k, owner=None), *(getattr(k.owner, n, None) for n in _COUNTS))
         for _, k in sorted(known.items())
     ]
     token = KNOWN.set(known)
@@ -318,11 +321,29 @@ class Places:
             names = _rules.with_heads(path, told.names)
             return Axes(path, shape, names, told.transposed, told.groups, told.turned)
         live = path in KNOWN.get()
+        if not live and self._without_bias(path):
+            if len(shape) > 2 and "conv" not in path.lower():
+                raise AxesError(
+                    f"{path} of shape {shape} may be a stack of layers, which its bias would tell, "
+                    f"but optax hides that (as masked and multi_transform do): say "
+                    f"axes={{{path!r}: '...'}}, one name per axis, such as 'stack in out'"
+                )
+            if path.endswith("weight"):  # torch's order, or the other one
+                return Axes(path, shape, ("",) * len(shape))
         depth = 0 if live else self._rules.depth(path)
         found = self._from_tree(path, None if depth is None else range(depth), told.layer)
         if not live and (depth != 0 or len(shape) > 2):
             found = self._from_module(path) or found
         return found
+
+    def _without_bias(self, path: str) -> bool:
+        """Whether optax hides the bias beside a kernel."""
+        if not self.tree.masked:
+            return False
+        *parents, last = _rules.parts(path)
+        paths = ("/".join(map(_tree.escape, parts)) for parts in self.tree.masked)
+        hidden = (*parents, "bias") in set(map(_rules.parts, paths))
+        return hidden and last in ("kernel", "weight") and len(self.shapes[path]) > 1
 
     def _by_user(self, path: str) -> tuple[str, ...] | None:
         rank = len(self.shapes[path])

@@ -7,6 +7,7 @@ from contextvars import ContextVar
 from typing import Any
 
 import jax
+import numpy as np
 
 from fwt import _nodes, _tree
 from fwt._types import FwtError, LeafError
@@ -47,12 +48,26 @@ def run(what: str, module: Any, variables: Any, batch: Any, see: See) -> None:
             )
         return see(path, layer, x)
 
-    if _nodes.is_graph(module):
-        _run_nnx(what, module, variables, batch, told)
-    elif hasattr(module, "apply"):
-        _run_linen(what, module, variables, batch, told)
-    else:
+    graph = _nodes.is_graph(module)
+    framework, _ = _nodes.foreign(module)
+    if framework:
+        raise FwtError(
+            f"{what} takes a Flax module, found a {type(module).__name__} of {framework}: "
+            f"fwt.converters.from_{framework}(model) gives one, and its variables"
+        )
+    if not graph and not hasattr(module, "apply"):
         raise FwtError(f"{what} takes a Flax module, found {module!r:.80}")
+    try:
+        (_run_nnx if graph else _run_linen)(what, module, variables, batch, told)
+    except FwtError:
+        raise
+    except Exception as error:  # whatever a user's module says
+        why = " ".join(str(error).split())
+        raise FwtError(
+            f"{what}: {type(module).__name__} does not run on the batch alone "
+            f"({type(error).__name__}: {why:.200}): give a module around it that takes the batch "
+            "and nothing more"
+        ) from error
 
 
 def _not_linear(what: str, path: str, layer: Any) -> LeafError:
@@ -77,11 +92,19 @@ def _run_linen(what: str, module: Any, variables: Any, batch: Any, see: See) -> 
         path = "/".join(_tree.escape(str(p)) for p in (*layer.path, "kernel"))
         if inside or context.method_name != "__call__" or path not in kernels:
             return call(*args, **kwds)
+        x = args[0] if args else next(iter(kwds.values()))
         if not isinstance(layer, linear):
             raise _not_linear(what, path, layer)
+        held: Any = jax.tree.leaves(layer.variables["params"]["kernel"])[0]  # of a box
+        known = not any(isinstance(v, jax.core.Tracer) for v in (held, kernels[path]))
+        if known and not np.array_equal(held, kernels[path], equal_nan=True):
+            raise LeafError(
+                f"{what}: the layer of {path} computes with another kernel than this (as in "
+                "nn.WeightNorm): leave it out with where=, or give the module without that"
+            )
         inside.append(path)
         try:
-            new = see(path, layer.clone(parent=None, name=None, use_bias=False), args[0])
+            new = see(path, layer.clone(parent=None, name=None, use_bias=False), x)
             if new is None:
                 return call(*args, **kwds)
             own = {**layer.variables["params"], "kernel": new}
@@ -132,12 +155,12 @@ def _twin(layer: Any) -> Any:
 
 @functools.cache  # JAX never forgets a class that nnx made a node
 def _watching(cls: Any) -> Any:
-    def call(self: Any, x: Any, *args: Any, **kwds: Any) -> Any:
+    def call(self: Any, *args: Any, **kwds: Any) -> Any:
         watch = (_WATCHED.get() or {}).get(id(self))
-        new = None if watch is None else watch(x)
+        new = None if watch is None else watch(args[0] if args else next(iter(kwds.values())))
         if new is not None:
             self.kernel = sys.modules["flax.nnx"].Param(new)
-        return cls.__call__(self, x, *args, **kwds)
+        return cls.__call__(self, *args, **kwds)
 
     made = type(cls)  # of nnx
     return made(cls.__name__, (cls,), {"__call__": call})
@@ -163,6 +186,12 @@ def _run_nnx(what: str, module: Any, params: Any, batch: Any, see: See) -> None:
         if hasattr(layer, "kernel")
     ]
     paths = {id(layer.kernel): path for path, layer in layers if path in tree.leaves}
+    met: set[str] = set()
+
+    def told(path: str, layer: Any, x: Any) -> Any:
+        met.add(path)
+        return see(path, layer, x)
+
     watched = {}
     for _, layer in layers:
         path = paths.get(id(layer.kernel), "")  # a shared kernel is one
@@ -170,7 +199,7 @@ def _run_nnx(what: str, module: Any, params: Any, batch: Any, see: See) -> None:
         if path and twin is None:
             raise _not_linear(what, path, layer)
         if path:
-            watched[id(layer)] = functools.partial(see, path, twin)
+            watched[id(layer)] = functools.partial(told, path, twin)
             cls: Any = type(layer)
             layer.__class__ = _watching(cls)
     token = _WATCHED.set(watched)
@@ -178,3 +207,8 @@ def _run_nnx(what: str, module: Any, params: Any, batch: Any, see: See) -> None:
         own(batch)
     finally:
         _WATCHED.reset(token)
+    if missed := [path for path in paths.values() if path not in met]:
+        raise LeafError(
+            f"{what}: {missed[0]} meets no inputs on the batch: its layer does not run, or runs "
+            "inside a lifted transformation (nnx.RNN, remat, jit, scan), where these can't be kept"
+        )

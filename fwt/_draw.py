@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fwt import _apart, _axes, _nodes, _tree, initializers
+from fwt import _apart, _axes, _keys, _mesh, _nodes, _tree, initializers
 from fwt._types import AxesError, FwtError, LeafError, Params, hashes
 
 
@@ -18,7 +17,7 @@ def drawn(
     tree: _tree.Tree,
     names: list[str],
     key: Any,
-    purpose: _tree.Purpose,
+    purpose: _keys.Purpose,
     dtype: Any,
     choose: Callable[[str, tuple[int, ...]], tuple[Any, str]],
 ) -> Params:
@@ -38,10 +37,20 @@ def drawn(
         initializer, root = choose(path, tuple(leaf.shape))
         specs.append((initializer, leaf.shape, leaf.dtype, path))
         roots.append(root)
-    keys = _tree.leaf_keys(key, purpose, roots)
+    keys = _keys.leaf_keys(key, purpose, roots)
+    known = _mesh.varies(keys)
+    for path in names:
+        if axes := sorted(_mesh.varies(tree.leaves[path]) - known):
+            raise LeafError(
+                f"{path} is a shard along {axes[0]!r} of jax.shard_map, and each shard would get "
+                "the same numbers: draw outside of it, or, for shards that are layers of their "
+                f"own, fold jax.lax.axis_index({axes[0]!r}) into the key"
+            )
     # A user's own function may depend on more than its arguments: it is not compiled by us.
     ours = all(isinstance(s[0], initializers.Bound) and hashes(s[0]) for s in specs)
-    new = (_draw_compiled if ours else _draw)(tuple(specs), keys)
+    leaves = [tree.leaves[p] for p in names]
+    new = (_compiled(_mesh.spread(leaves)) if ours else _draw)(tuple(specs), keys)
+    new = [_mesh.like(x, leaf) for x, leaf in zip(new, leaves, strict=True)]
     return tree.replace(dict(zip(names, new, strict=True)))
 
 
@@ -113,14 +122,13 @@ def _draw_one(spec: Any, key: Any) -> Any:
     return _tree.rounded(value, dtype) if jaxs else value
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _draw_compiled(specs: Any, keys: Any) -> list[Any]:
-    """Leaves of one kind and shape are drawn side by side, large ones by one kernel."""
+def _draw_together(specs: Any, keys: Any) -> list[Any]:
+    """The same under a trace: small leaves of one kind and shape are drawn side by side."""
     kinds: dict[Any, list[int]] = {}
     for i, (init, shape, dtype, _) in enumerate(specs):
         axes = init.axes and dataclasses.replace(init.axes, path="")
-        small = len(specs) > _apart.FEW and math.prod(shape) <= _apart.SMALL
-        kinds.setdefault((init.at(axes), shape, dtype) if small else i, []).append(i)
+        together = _apart.joins([(shape, dtype)], len(specs))
+        kinds.setdefault((init.at(axes), shape, dtype) if together else i, []).append(i)
     alone = [places[0] for places in kinds.values() if len(places) == 1]
     seed = jax.random.bits(keys[0]) if specs else None
     own = dict(zip(alone, _apart.indices(alone, seed), strict=True))
@@ -134,3 +142,9 @@ def _draw_compiled(specs: Any, keys: Any) -> list[Any]:
         for i, value in zip(places, _apart.cut_apart(found, len(places)), strict=True):
             new[i] = value
     return new
+
+
+@functools.lru_cache
+def _compiled(spread: tuple[Any, ...]) -> Any:
+    shardings = list(spread) if any(spread) else None
+    return _mesh.on_auto_axes(jax.jit(_draw_together, static_argnums=0, out_shardings=shardings))

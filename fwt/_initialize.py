@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fwt import _axes, _draw, _nodes, _tree
+from fwt import _axes, _draw, _mesh, _nodes, _tree
 from fwt._types import Initializer, LeafError, Params, Transform, Where, resolve
 
 
@@ -32,6 +32,10 @@ def initialize(
     what a file calls one array stay tied whatever they hold. ``jit`` gives each leaf an array of
     its own, so in it only what a file or ``nnx.jit`` calls one stays tied.
 
+    New values are spread over devices as their leaf is, and are the same however that is. Inside
+    ``jax.shard_map`` a shard would be drawn with the fans of its own shape, and with the numbers
+    of every other: a leaf that is a shard is refused, unless the key differs between shards too.
+
     Args:
         initializer: one of ``fwt.initializers``, or any ``(key, shape, dtype) -> array``. Ours
             learn the axes of each leaf; JAX's own assume (..., in, out), so on other leaves they
@@ -50,7 +54,8 @@ def initialize(
     Raises:
         WhereError: if ``where`` matches nothing.
         AxesError: if fans are needed and the axes are unknown.
-        LeafError: for a 64-bit leaf without x64, or an initializer that misses the shape.
+        LeafError: for a 64-bit leaf without x64, an initializer that misses the shape, or a shard
+            inside ``jax.shard_map``.
 
     Example:
         >>> import fwt, numpy as np
@@ -87,7 +92,8 @@ def assign(values: Mapping[str, Any]) -> Transform:
             leaf's shape and dtype.
 
     Returns:
-        A transform. Where a leaf is tied (one array under several paths), a value for one of its
+        A transform. A JAX array stays on the devices where it is; any other goes where its leaf
+        is. Where a leaf is tied (one array under several paths), a value for one of its
         paths is set at all of them. All other leaves come back as the same objects.
 
     Raises:
@@ -129,10 +135,14 @@ def assign(values: Mapping[str, Any]) -> Transform:
                     f"assign: {path} expected dtype {leaf.dtype}, found {value.dtype}; "
                     f"give array.astype({str(leaf.dtype)!r})"
                 )
-            if not isinstance(value, jax.Array):
+            ours = not isinstance(value, jax.Array)
+            if ours:
                 value = np.array(value)  # which its owner may change afterwards
-            as_numpy = isinstance(leaf, np.ndarray) and not isinstance(value, jax.Array)
-            new[path] = value if as_numpy else jnp.asarray(_tree.computable(path, value))
+            if ours and isinstance(leaf, np.ndarray):
+                new[path] = value
+                continue
+            found = jnp.asarray(_tree.computable(path, value))
+            new[path] = _mesh.like(found, leaf) if ours else found
         for group in tree.perhaps:
             first, *others = [p for p in group if p in new] or [""]
             if any(_nodes.same_values(new[first], new[p]) is not True for p in others):

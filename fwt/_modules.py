@@ -3,6 +3,7 @@ and those of a linen module, which is traced."""
 
 import dataclasses
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -91,21 +92,23 @@ def of_classes(tree: _tree.Tree) -> dict[str, Known]:
             layers[parts] = (node, cls[1], cls[2])
     if not layers:
         return {}
-    ranks = {p: len(x.shape) for p, x in (tree.leaves | tree.hidden).items()}
+    shapes = {p: tuple(x.shape) for p, x in (tree.leaves | tree.hidden).items()}
     for also in tree.also.values():
-        ranks |= {p: len(shape) for p, shape in also.items()}
+        shapes |= {p: tuple(shape) for p, shape in also.items()}
     found = {}
-    for path, rank in ranks.items():
+    for path, shape in shapes.items():
         parts = tuple(_tree.unescape(p) for p in _tree.split(path))
         for cut in reversed(range(len(parts))):  # a layer may be within a layer, as in a LoRALinear
             node, name, leaves = layers.get(parts[:cut], (None, "", {}))
             if parts[cut] in leaves:
-                found[path] = _told(node, name, parts[cut], leaves, rank)
+                found[path] = _told(node, name, parts[cut], leaves, shape)
                 break
     return found
 
 
-def _told(layer: Any, name: str, leaf: str, leaves: Mapping[str, str], rank: int) -> Known:
+def _told(
+    layer: Any, name: str, leaf: str, leaves: Mapping[str, str], shape: tuple[int, ...]
+) -> Known:
     """What a layer says of one of its leaves; axes beyond those of its class are a stack."""
     names = _axes(layer, leaf, leaves[leaf])
     transposed = name == "ConvTranspose" and leaf in _KERNELS
@@ -113,12 +116,48 @@ def _told(layer: Any, name: str, leaf: str, leaves: Mapping[str, str], rank: int
     if turned:
         names = (*(names or ())[:-2], "out", "in")
     if names is not None:
-        names = None if len(names) > rank else (*["stack"] * (rank - len(names)), *names)
+        names = _with_stack(names, shape, _own_shape(layer, name, leaf, len(names)))
     role = "biases" if leaf.startswith("bias") else "others"
     if leaf in _KERNELS and leaves[leaf] not in ("? ?", "shape", "out"):
         role = "kernels"
     groups = getattr(layer, "groups", 1) if transposed else 1
     return Known(names, transposed, name, layer, groups, turned, role)
+
+
+def _with_stack(
+    names: tuple[str, ...], shape: tuple[int, ...], own: tuple[int, ...] | None
+) -> tuple[str, ...] | None:
+    """The names with those of a stack: of the axes without which a leaf has the shape that its
+    layer says, or of the first ones; None where several fit."""
+    more = len(shape) - len(names)
+    if more <= 0 or own is None:
+        return None if more < 0 else (*["stack"] * more, *names)
+    fits = [
+        gone
+        for gone in itertools.combinations(range(len(shape)), more)
+        if tuple(s for i, s in enumerate(shape) if i not in gone) == own
+    ]
+    if len(fits) != 1:
+        return None
+    rest = iter(names)
+    return tuple("stack" if i in fits[0] else next(rest) for i in range(len(shape)))
+
+
+def _own_shape(layer: Any, name: str, leaf: str, rank: int) -> tuple[int, ...] | None:
+    """The shape of a leaf of one layer, as its settings say it; None where they don't."""
+    ins = getattr(layer, "in_features", getattr(layer, "in_channels", None))
+    outs = getattr(layer, "out_features", getattr(layer, "out_channels", None))
+    if not isinstance(ins, int) or not isinstance(outs, int):
+        return None
+    if leaf == "bias" and name in ("Linear", "Conv"):
+        return (outs, *[1] * (rank - 1))
+    if name == "Linear" and leaf in ("kernel", "weight"):
+        return (ins, outs) if leaf == "kernel" else (outs, ins)
+    if name == "Conv" and leaf == "kernel":
+        return tuple(layer.kernel_shape)
+    if name == "Conv" and leaf == "weight":
+        return (outs, ins // layer.groups, *layer.kernel_size)
+    return None
 
 
 def _axes(layer: Any, leaf: str, text: str) -> tuple[str, ...] | None:

@@ -6,7 +6,7 @@ import json
 import re
 import sys
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from fwt import _mesh
 from fwt._types import LeafError, Model
 
 
@@ -141,7 +142,8 @@ def refuse_foreign(x: Any, parts: tuple[str, ...]) -> None:
     if kind == "model":
         raise LeafError(
             f"{place} is {what}, a live model: fwt.converters.transform(model, t) changes its "
-            f"weights in place; fwt.converters.from_{framework}(model) gives a Model, which every "
+            "weights in place, and t=lambda tree: print(fwt.summary(tree)) or tree shows them; of "
+            f"a Sequential fwt.converters.from_{framework}(model) gives a Model, which every "
             "function of fwt takes"
         )
     way = "x.detach().numpy()" if framework == "torch" else "np.asarray(x)"
@@ -213,29 +215,88 @@ def unboxed(node: Any, own: str = "") -> Any:
 
 # -- optimizer states ---------------------------------------------------------------------------
 
-_STATE_NAMES = {"opt_state", "opt_states", "optim_state", "optimizer_state", "optimizer"}
+_STATE_NAMES = {"opt_state", "opt_states", "optim_state", "optimizer_state"}
+# What optax calls the parts of its states, as a checkpoint gives them back in dicts.
+_COUNTERS = {"count", "gradient_step", "mini_step", "num_steps", "step_count"}
+_FIELDS = _COUNTERS | {
+    "acc_grads", "adv_state", "b1", "barf", "base_optimizer_state", "best_value", "cache",
+    "count_m2", "cumulative_gradients", "diff_params_memory", "diff_updates_memory", "e_g", "e_x",
+    "ema", "estim_lr", "estim_sq_dist", "exp_avg", "exp_avg_sq", "fast_state", "g", "gamma",
+    "grad", "grad_acc", "grad_sum", "grad_sum_sq", "hessian_fn_state", "hyperparams",
+    "hyperparams_states", "info", "init", "init_params", "init_particles", "inner_opt_state",
+    "inner_state", "inner_states", "is_init_step", "is_initial_step", "key", "lb",
+    "learning_rate", "m", "m1", "m2", "max_dist", "max_lr", "mu", "n", "nu", "nu_max",
+    "numerator_weighted", "opt_state", "params0", "prev_updates", "previous_gradient",
+    "projector", "r", "reward", "s", "scale", "skip_state", "step_sizes", "steps_since_sync",
+    "subgradients", "sum_of_squares", "sum_sq_norm_grads", "t", "trace", "update", "updates", "v",
+    "v_col", "v_row", "value", "weight_sum", "weighted_sq_norm_grads", "weights_memory", "x0",
+    "z",
+}  # fmt: skip
+# The nodes beside a node, and beside each that it is in: the children, itself, and what is further
+# out.
+Around = tuple[list[tuple[Any, Any]], Any, Any] | None
 
 
-def _is_evident(name: str, node: Any) -> bool:
-    """Whether the name or the class of a node says that it is the state of an optimizer."""
+def _keys(node: Any) -> frozenset[tuple[str, ...]]:
+    flat = jax.tree_util.tree_flatten_with_path(node)[0]
+    return frozenset(tuple(map(part, keys)) for keys, _ in flat)
+
+
+def _mirrored(node: Any, around: Around, layered: bool) -> bool:
+    """Whether a node has the keys of another that stands beside it or beside what it is in, as the
+    moments of weights have those of the weights; ``layered``: not if these are those of a layer,
+    which is like another. So it is where nothing else holds weights."""
+    mine, alone = _keys(node), True
+    while around is not None:
+        kids, me, around = around
+        for _, other in kids:
+            if other is me or children(other) is None or not _holds_weights(other):
+                continue
+            theirs, alone = _keys(other), False
+            if mine == theirs or (len(mine) > 1 and mine < theirs):
+                return not layered or any(len(keys) > 1 for keys in mine)
+    return alone and not layered
+
+
+def _is_evident(name: str, node: Any, named: bool = True, around: Around = None) -> bool:
+    """Whether the class of a node says that it is the state of an optimizer, or, where names count,
+    its name and those of what it holds."""
     cls = type(node)
-    if name in _STATE_NAMES:
-        return children(node) is not None
     if cls.__module__.split(".")[0] in ("optax", "fwt", "jaxpruner"):
-        return cls.__name__.endswith("State") and len(jax.tree.leaves(node)) > 0
+        state = cls.__name__.endswith("State") or cls.__name__ == "ApplyEvery"
+        return state and len(jax.tree.leaves(node)) > 0
     if isinstance(node, _of("flax.nnx", "Variable")):
         return any(c.__name__ == "OptState" for c in cls.__mro__)
-    # Adam and its like, as a checkpoint gives them back.
-    return isinstance(node, Mapping) and "mu" in node and "count" in node
+    if not named:
+        return False
+    if name in _STATE_NAMES:
+        return children(node) is not None
+    if name == "optimizer" and any(_inner_states(node, named, around)):
+        return True  # a layer may be called so too
+    if not isinstance(node, Mapping) or not node or not _FIELDS.issuperset(map(str, node)):
+        return False
+    # A layer may have such names too: but no counter, and not the keys of all weights.
+    counted = any(
+        children(node[n]) is None and np.ndim(node[n]) == 0 for n in _COUNTERS & set(node)
+    )
+    moments = [x for x in node.values() if children(x) is not None]
+    return any(_mirrored(x, around, layered=not counted) for x in moments)
 
 
-def _is_state(name: str, node: Any) -> bool:
+def _inner_states(node: Any, named: bool, around: Around) -> Iterator[bool]:
+    kids = children(node) or []
+    for key, child in kids:
+        yield _is_state(part(key), child, named, (kids, child, around))
+
+
+def _is_state(name: str, node: Any, named: bool = True, around: Around = None) -> bool:
     """Whether a node is the state of an optimizer, or holds such states and no weights."""
-    if _is_evident(name, node):
+    if _is_evident(name, node, named, around):
         return True
     kids = children(node) or []
-    rest = [child for key, child in kids if not _is_state(part(key), child)]
-    return len(rest) < len(kids) and not any(_holds_weights(child) for child in rest)
+    states = list(_inner_states(node, named, around))
+    rest = [child for (_, child), state in zip(kids, states, strict=True) if not state]
+    return any(states) and not any(_holds_weights(child) for child in rest)
 
 
 def _holds_weights(node: Any) -> bool:
@@ -269,6 +330,7 @@ class Walk:
         states: whether there is the state of an optimizer.
         variables: by the id of an nnx variable, the parts and shape of each path that leads to it.
         layers: by the parts of its path, each object that holds others, such as an Equinox module.
+        masked: the parts of the path of each leaf that optax hides.
     """
 
     def __init__(self, params: Any, aware: bool, statistics: bool, inside: bool, whole: bool):
@@ -281,6 +343,7 @@ class Walk:
         self.graphs = self.states = False
         self.variables: dict[int, list[tuple[tuple[str, ...], Any]]] = {}
         self.layers: dict[tuple[str, ...], Any] = {}
+        self.masked: set[tuple[str, ...]] = set()
         self._aware, self._inside = aware, inside
         self._shown = ("params", "batch_stats") if statistics else ("params",)
         self._above: set[int] = set()  # a module may hold what it is in
@@ -297,6 +360,8 @@ class Walk:
         mine: bool,
         scoped: str = "",
         statistic: bool = False,
+        named: bool = True,
+        around: Around = None,
     ) -> None:
         if is_graph(node):
             self.graphs = True
@@ -311,10 +376,12 @@ class Walk:
             self.parts.append(parts if mine else None)
             self.statistics.append(statistic)
             return
-        self.states |= _is_evident(name, node)
+        self.states |= _is_evident(name, node, named, around)
         own = parts[-1] if parts else ""
+        if not kids and type(node).__name__ == "MaskedNode":
+            self.masked.add(parts)
         if is_box(node, kids, own):
-            mine = mine and not (self._aware and _is_evident(name, node))
+            mine = mine and not (self._aware and _is_evident(name, node, named, around))
             kept = isinstance(node, _of("flax.nnx", "BatchStat"))
             statistic |= kept and len(self._shown) > 1
             # As in a variables dict: statistics where they are asked for, the state of keys never.
@@ -323,7 +390,7 @@ class Walk:
             for _, child in kids:
                 if mine and is_array(child) and isinstance(node, _of("flax.nnx", "Variable")):
                     self.variables.setdefault(id(node), []).append((parts, child.shape))
-                self._visit(child, parts, "", mine, scoped, statistic)
+                self._visit(child, parts, "", mine, scoped, statistic, named, around)
             return
         if mine and is_several(node, kids, own):
             self.several[parts] = node
@@ -335,23 +402,34 @@ class Walk:
         if variables:
             wanted, strip = [n in self._shown for n in names], not parts
         if mine and self._aware:
-            found = self._params_of(node, names, [child for _, child in kids], parts)
+            found = self._params_of(node, names, kids, parts, named, around)
             if found is not None:
                 wanted, strip = found, strip or (not parts and "params" in names)
                 inner = "if there"  # the params of a train state may be a variables dict
         for label, (_, child), own_child in zip(names, kids, wanted, strict=True):
             below = parts if strip and own_child else (*parts, label)
             counts = statistic or (variables and label == "batch_stats")
-            self._visit(child, below, label, mine and own_child, inner if own_child else "", counts)
+            # What is among the params is a layer, whatever it is called.
+            calls = named and not (variables and label in self._shown)
+            own_scope = inner if own_child else ""
+            beside = (kids, child, around)
+            self._visit(child, below, label, mine and own_child, own_scope, counts, calls, beside)
         self._above.discard(id(node))
 
     def _params_of(
-        self, node: Any, names: list[str], kids: list[Any], parts: tuple[str, ...]
+        self,
+        node: Any,
+        names: list[str],
+        inside: list[tuple[Any, Any]],
+        parts: tuple[str, ...],
+        named: bool,
+        around: Around,
     ) -> list[bool] | None:
         """For each child whether it holds params, if the state of an optimizer is among the
         children; None if there is no such state."""
-        states = [_is_state(n, child) for n, child in zip(names, kids, strict=True)]
-        if not parts and not any(states) and _is_evident("", node):
+        kids = [child for _, child in inside]
+        states = list(_inner_states(node, named, around))
+        if not parts and not any(states) and _is_evident("", node, named, around):
             return [False] * len(kids)
         if not any(states):
             return None
@@ -435,8 +513,13 @@ def is_filling(leaf: Any) -> bool:
     if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
         return False
     with jax.ensure_compile_time_eval():
-        first, last = leaf[(0,) * leaf.ndim], leaf[(-1,) * leaf.ndim]
-        return bool(first == last) and bool((leaf == first).all())  # most differ there already
+        return _all_equal(leaf)
+
+
+@_mesh.on_auto_axes
+def _all_equal(leaf: Any) -> bool:
+    first, last = leaf[(0,) * leaf.ndim], leaf[(-1,) * leaf.ndim]
+    return bool(first == last) and bool((leaf == first).all())  # most differ there already
 
 
 def turn(one: Any, other: Any) -> list[int]:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fwt import _apart, _axes, _tree, constraints, initializers
+from fwt import _apart, _axes, _mesh, _tree, constraints, initializers
 from fwt._types import (
     Constraint,
     FwtError,
@@ -31,6 +31,10 @@ def project(
     dtype: Any = None,
 ) -> Transform:
     """Moves leaves into the set of a constraint.
+
+    A leaf that is spread over the devices of a mesh is projected as a whole, and the result is
+    spread as it is. Inside ``jax.shard_map`` each shard is projected by itself, as if it were the
+    leaf: call it outside for constraints on whole leaves.
 
     Args:
         constraint: one of ``fwt.constraints``, bare or called, or any
@@ -85,6 +89,8 @@ def project(
         # more than its arguments: those are not compiled by us.
         compiled = ours and hashes(chosen)
         new = (_projected_compiled if compiled else _projected)(chosen, places, leaves, kept)
+        # What a user's own function gives stays where that put it.
+        new = [_mesh.like(x, old) if ours else x for x, old in zip(new, leaves, strict=True)]
         return tree.replace(dict(zip(names, new, strict=True)))
 
     return apply

@@ -72,7 +72,7 @@ def reset(
     initializers a live layer was given. Where torch holds two biases and the leaf is their sum,
     it gets the sum of two draws; where Keras draws one orthogonal matrix for all gates of a cell,
     each gate gets its part of it. Values are drawn in float32 at least and rounded to the leaf's
-    dtype.
+    dtype. They are spread over devices as their leaf is; see :func:`fwt.initialize`.
 
     The running statistics of norms (the ``batch_stats`` of a Model or a variables dict, those of a
     live model) start anew as well: means and counters are 0, variances 1. Of the statistics of a
@@ -267,6 +267,7 @@ class _Leaf:
         )
 
     def sibling(self, name: str) -> _axes.Axes:
+        name += _rules.one_way(_tree.unescape(_tree.split(self.path)[-1]))[1]
         raw = name if name in self.view.raw(self.path) else f"{name}_orig"
         path = "/".join([*_tree.split(self.path)[:-1], _tree.escape(raw)])
         return self.view.places[path].one
@@ -310,10 +311,13 @@ class _View:
     def leaf(self, path: str) -> _Leaf:
         parts = _tree.split(path) or [""]
         above = "/".join(parts[:-2])
-        beside = self._below["/".join(parts[:-1])]
+        # Each direction of a recurrent layer is a layer.
+        name, way = _rules.one_way(_tree.unescape(parts[-1]))
+        there = [(_rules.one_way(n), s) for n, s in self._below["/".join(parts[:-1])].items()]
+        beside = {n: s for (n, other), s in there if other == way}
         return _Leaf(
             path,
-            _tree.unescape(parts[-1]).removesuffix("_orig"),
+            name.removesuffix("_orig"),
             _gate(_tree.unescape(parts[-2])) if len(parts) > 1 else "",
             above,
             self.shapes[path],
@@ -463,8 +467,11 @@ def _keras(leaf: _Leaf) -> tuple[Bound, str]:
             return glorot, path
         if leaf.name == "recurrent_kernel":
             return keras.orthogonal().at(leaf.axes), path
+        if leaf.name == "projection_kernel":
+            raise leaf.refuse("keras", "no recurrent layer of Keras has a projection")
         units, width = leaf.beside["recurrent_kernel"][-2:]
-        return (bound(_forget, units=units) if width == 4 * units else zeros), path
+        forget = width == 4 * units and getattr(leaf.known.owner, "unit_forget_bias", True)
+        return (bound(_forget, units=units) if forget else zeros), path
     if kind == "torch rnn" and "_hr" not in leaf.name:
         if leaf.name.startswith("weight"):
             return (keras.orthogonal().at(leaf.axes) if "_hh" in leaf.name else glorot), path
@@ -530,7 +537,7 @@ def _torch(leaf: _Leaf) -> tuple[Bound, str]:
         projected = leaf.beside.get(hidden.replace("_hh", "_hr"))
         return uniform((projected or leaf.beside[hidden])[1]), path
     if kind == "keras rnn" and len(leaf.beside["recurrent_kernel"]) == 2:
-        units = leaf.beside["recurrent_kernel"][0]
+        units = leaf.beside.get("projection_kernel", leaf.beside["recurrent_kernel"])[0]
         if leaf.name == "bias" and len(shape) == 1:
             return bound(_two_uniforms, limit=1 / math.sqrt(units)), path
         return uniform(units), path
@@ -561,7 +568,8 @@ def _flax(leaf: _Leaf) -> tuple[Bound, str]:
     if kind == "packed attention" and leaf.name not in ("bias_k", "bias_v"):
         return (zeros if leaf.name == "in_proj_bias" else lecun), path
     dense = len(leaf.beside.get("recurrent_kernel", (0, 0))) == 2
-    if kind in ("keras rnn", "torch rnn") and "_hr" not in leaf.name and dense:
+    projected = any("_hr" in name or name == "projection_kernel" for name in leaf.beside)
+    if kind in ("keras rnn", "torch rnn") and dense and not projected:
         if "bias" in leaf.name:
             return zeros, path
         if leaf.name == "recurrent_kernel" or "_hh" in leaf.name:

@@ -14,7 +14,9 @@ EMBEDDINGS = re.compile(
     r"(^|_)(emb|embed|embedding|wte|wpe)s?(_|\d|$)|^shared$|^relative_attention_bias$"
 )
 _ATTENTION_IN, _ATTENTION_OUT = ("query", "key", "value"), ("out", "attention_output")
-_KERNEL = re.compile("(pointwise_|recurrent_)?kernel")
+_KERNEL = re.compile("(pointwise_|recurrent_|projection_)?kernel")
+# The other direction of a recurrent layer, whose leaves stand beside those of the first.
+_OTHER_WAY = re.compile("((?:(?:recurrent_|projection_)?kernel)|bias)(_reverse)")
 _TWO_AXES = re.compile(r"weight_(ih|hh|hr)(_l\d+)?(_reverse)?|(in|[qkv])_proj_weight")
 _ONE_AXIS = re.compile(r"bias_(ih|hh)(_l\d+)?(_reverse)?|in_proj_bias|bias_n")
 _VECTORS = ("scale", "gamma", "beta", "bias")
@@ -22,6 +24,13 @@ _WEIGHTS = ("kernel", "weight", "pointwise_kernel", "depthwise_kernel")
 # The dense layers of GPT-2: (in, out) in some models of that family, (out, in) in others.
 _GPT2 = re.compile("c_(attn|proj|fc)|q_attn")
 _MISSING: Any = object()
+
+
+def one_way(name: str) -> tuple[str, str]:
+    """The name of a leaf without what says that it is of a recurrent layer's other direction, and
+    that."""
+    found = _OTHER_WAY.fullmatch(name)
+    return (found[1], found[2]) if found else (name, "")
 
 
 def no_kernel(layer: str) -> bool:
@@ -85,10 +94,14 @@ class Rules:
 
     def _names(self, path: str) -> tuple[str, str]:
         each = self._parts[path]
-        return each[-1], each[-2] if len(each) > 1 else ""
+        return one_way(each[-1])[0], each[-2] if len(each) > 1 else ""
+
+    def _path_beside(self, path: str, name: str) -> str | None:
+        each = self._parts[path]
+        return self._layers[each[:-1]].get(name + one_way(each[-1])[1])
 
     def _beside(self, path: str, name: str) -> Shape | None:
-        other = self._layers[self._parts[path][:-1]].get(name)
+        other = self._path_beside(path, name)
         return None if other is None else self.shapes[other]
 
     # -- stacks -------------------------------------------------------------------------------
@@ -110,7 +123,7 @@ class Rules:
 
     def _weight_rank(self, path: str) -> int:
         """The rank of a leaf that holds the weights of a layer, else 0."""
-        last = self._parts[path][-1]
+        last, _ = self._names(path)
         kernel = last.endswith("kernel") or (last == "weight" and not self.is_norm(path))
         return len(self.shapes[path]) if kernel or _TWO_AXES.fullmatch(last) else 0
 
@@ -130,7 +143,7 @@ class Rules:
             named = next((n for n in _WEIGHTS if len(self._beside(path, n) or ()) > 1), None)
             if named is None or self._beside(path, named) == shape:
                 return _MISSING
-            told = self._told.get(self._layers[self._parts[path][:-1]][named])
+            told = self._told.get(self._path_beside(path, named) or "")
             if told is not None:
                 return told
             return self._of_bias(path, named, self._beside(path, named) or (), shape)

@@ -51,8 +51,10 @@ def _remake(name: str, cls: type, settings: dict[str, Any]) -> Named:
     return Named(name, cls(**settings))
 
 
-def _remake_sequential(layers: Any, input_shape: Any, sidecar: str = "") -> "Sequential":
-    return Sequential(layers, input_shape, sidecar)
+def _remake_sequential(
+    layers: Any, input_shape: Any, sidecar: str = "", turned: bool = False
+) -> "Sequential":
+    return Sequential(layers, input_shape, sidecar, turned)
 
 
 @functools.cache
@@ -74,6 +76,8 @@ class Sequential(nn.Module, KnowsAxes):
         input_shape: the shape of one input without the batch axis, None for an unknown size, if
             known: what writers of Keras models need.
         sidecar: what a converter keeps of another framework for the way back, as JSON.
+        turned: whether it is made of a channels-first Keras model with a Flatten, whose own files
+            have the rows behind that in another order.
 
     Raises:
         FwtError: for a name that is used twice or is not text, or a layer that is no module.
@@ -91,6 +95,7 @@ class Sequential(nn.Module, KnowsAxes):
     layers: Any
     input_shape: Any = None
     sidecar: str = ""
+    turned: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", _named(self.layers))
@@ -163,7 +168,7 @@ class Sequential(nn.Module, KnowsAxes):
         return found
 
     def __reduce__(self) -> Any:
-        return _remake_sequential, (self.layers, self.input_shape, self.sidecar)
+        return _remake_sequential, (self.layers, self.input_shape, self.sidecar, self.turned)
 
     def __repr__(self) -> str:
         lines = []
@@ -188,11 +193,19 @@ def call(layer: Any, variables: Any, x: Any) -> Any:
     return layer.apply(variables, x, **_flags(layer, False))
 
 
+def _kind(x: Any) -> str:
+    """What something is, in a few words: the repr of a module has many lines."""
+    if isinstance(x, type):
+        return f"the class {x.__name__}"
+    own = type(x).__module__.partition(".")[0]
+    return repr(x) if own == "builtins" else f"a {own} {type(x).__name__}"
+
+
 def _named(given: Any) -> tuple[Named, ...]:
     if isinstance(given, Mapping):
         given = given.items()
     if not isinstance(given, Iterable):
-        raise FwtError(f"Sequential takes a list of layers, found {given!r}")
+        raise FwtError(f"Sequential takes a list of layers, found {_kind(given)}")
     out: list[Named] = []
     for index, entry in enumerate(given):
         if isinstance(entry, Named):
@@ -203,7 +216,7 @@ def _named(given: Any) -> tuple[Named, ...]:
             if isinstance(layer, type) or not callable(layer):
                 raise FwtError(
                     f"Sequential: entry {index} must be a linen module (called, as nn.Dense(3)) or "
-                    f"an activation function, found {layer!r}"
+                    f"an activation function, found {_kind(layer)}"
                 )
             layer = _layers.from_function(layer)
         name = name if name is not None else layer.name or str(index)

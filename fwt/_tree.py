@@ -1,12 +1,11 @@
 """Any pytree of arrays seen as ``{path: leaf}``, and the way back."""
 
 import functools
-import hashlib
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +21,7 @@ from fwt._paths import natural as natural
 from fwt._paths import near as near
 from fwt._paths import split as split
 from fwt._paths import unescape as unescape
-from fwt._types import Array, FwtError, LeafError, Model, Params, Where, WhereError
-
-Purpose = Literal["initialize", "lsuv", "prune", "random", "regrow", "reset", "sparsify"]
-"""What a key is used for: two purposes draw independent numbers from one seed."""
-
+from fwt._types import LeafError, Model, Params, Where, WhereError
 
 _GLOBS = list | tuple | set | frozenset
 _TIES = ContextVar("whether ties are looked for", default=True)
@@ -80,7 +75,7 @@ class Tree:
             params, self._closed = _nodes.opened(params)
             walk = _nodes.walk(params, whole, statistics)
             walk.layers = inside.layers
-        self.layers = walk.layers
+        self.layers, self.masked = walk.layers, walk.masked
         self._all = walk.leaves
         self._treedef = jax.tree_util.tree_structure(
             params, is_leaf=lambda x: isinstance(x, Unselected)
@@ -210,9 +205,11 @@ class Tree:
                 value = _nodes.turned(self.leaves[first], self.leaves[path], out[first])
                 agree = _nodes.same_values(value, out[path])
                 if agree is False:
+                    told = any({first, path} <= group for group in self._told_ties)
+                    way = "plain dicts, as the docstring of load does" if told else "a copy of one"
                     raise LeafError(
                         f"{first} and {path} are one array (they are tied), but were given "
-                        "different values: give both the same, or untie them with a copy of one"
+                        f"different values: give both the same, or untie them with {way}"
                     )
                 if agree:
                     del out[path]
@@ -519,43 +516,6 @@ def rounded(x: Any, dtype: Any) -> Any:
         if np.dtype(dtype).name.endswith("fnuz"):  # some XLA makes the NaN of "-0" of -least / 4
             x = jnp.where(jnp.abs(x) <= least / 2, 0, x)
     return x.astype(dtype)
-
-
-def as_key(key: Any, purpose: Purpose) -> Any:
-    """A key for one purpose, from a JAX key or an int seed."""
-    return _folded(_one_key(key), f"purpose {purpose}")
-
-
-def leaf_keys(key: Any, purpose: Purpose, paths: Iterable[str]) -> Any:
-    """A key for each path, side by side, which depends on that path alone and on no other leaf."""
-    base, words = as_key(key, purpose), np.asarray([*map(_words, paths)], np.uint32)
-    return jax.vmap(lambda w: jax.random.fold_in(jax.random.fold_in(base, w[0]), w[1]))(
-        words.reshape(-1, 2)
-    )
-
-
-def _one_key(key: Any) -> Any:
-    if isinstance(key, int | np.integer) and not isinstance(key, bool):
-        if not -(1 << 31) <= key < 1 << 32:
-            raise FwtError(f"an int seed has 32 bits, found {key}; make a jax.random.key of it")
-        return jax.random.key(key)
-    typed = hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    raw = hasattr(key, "dtype") and key.dtype == np.uint32 and key.ndim == 1
-    if raw or (typed and key.ndim == 0):
-        return key
-    raise FwtError(f"key must be one JAX key or an int seed, found {key!r:.80}")
-
-
-def _folded(key: Array, text: str) -> Array:
-    """The key with the first 64 bits of the text's SHA-256 folded in."""
-    for word in _words(text):
-        key = jax.random.fold_in(key, word)
-    return key
-
-
-def _words(text: str) -> tuple[int, int]:
-    digest = hashlib.sha256(text.encode()).digest()
-    return int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:8], "big")
 
 
 def paths(params: Params) -> list[str]:

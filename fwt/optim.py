@@ -9,8 +9,9 @@ import numpy as np
 import optax
 from jax import lax
 
-from fwt import _again, _axes, _moments, _tree, constraints, patterns, scores
+from fwt import _again, _axes, _keys, _mesh, _moments, _tree, constraints, patterns, scores
 from fwt._types import FwtError, LeafError, Masks, Params, Score, Transform, Where, resolve
+from fwt.pruning import chosen as _chosen
 from fwt.pruning import plan as _plan
 from fwt.pruning.scope import Like, Scope
 
@@ -122,6 +123,17 @@ def _check_addable(params: Any, steps: Any) -> None:
 
 
 def _difference(old: Any, step: Any, moved: Any, wanted: Any) -> Any:
+    """The update that takes a leaf to what is wanted of it, where the step takes it to ``moved``.
+    What is left alone, an infinity too, takes the step as it is; a zero, which the sum may miss,
+    does not."""
+    change = _change(old, step, moved, wanted)
+    if wanted is moved:
+        return change
+    same = (jnp.asarray(wanted) == moved) & (jnp.asarray(wanted) != 0)
+    return jnp.where(same, jnp.asarray(step).astype(change.dtype), change)
+
+
+def _change(old: Any, step: Any, moved: Any, wanted: Any) -> Any:
     if wanted is moved:
         return step
     old, wanted = jnp.asarray(old), jnp.asarray(wanted)
@@ -306,6 +318,10 @@ def sparsify(
             raise FwtError("sparsify needs the weights: call tx.update(grads, state, params)")
         number = state.count + 1
         old = _full(state.masks, params)
+        given = _tree.Tree(updates).leaves
+        if missing := [p for p in old if p not in given]:
+            said = "with optax.lookahead, whose params are two trees, prune what it gives"
+            raise FwtError(f"sparsify: {missing[0]!r} has no gradient: {said}")
         weights = state.dense if straight_through else params
 
         before = state.inner
@@ -353,7 +369,7 @@ def sparsify(
         masks, grown = _once(due, change, (state.masks, none))
         after, saved = _full(masks, params), state.saved
         if straight_through:
-            out = jax.tree.map(_difference, params, steps, dense, _zeroed(dense, after))
+            out = jax.tree.map(_change, params, steps, dense, _zeroed(dense, after))
         else:  # what has just grown starts at zero, where the step took it
             out = _stepped(params, steps, after)
         if rewind is not None:
@@ -390,7 +406,7 @@ def _once(due: Any, change: Callable[[Any], Any], carry: Any) -> Any:
         return jnp.zeros_like(state[0]), change(state[1])
 
     start: Any = (due, jax.tree.map(jnp.asarray, carry))
-    return lax.while_loop(lambda state: state[0], trip, start)[1]
+    return lax.while_loop(lambda state: state[0], *_mesh.carried(trip, start))[1]
 
 
 def _full(masks: Any, params: Any) -> dict[str, Any]:
@@ -400,7 +416,7 @@ def _full(masks: Any, params: Any) -> dict[str, Any]:
 
 def _zeroed(tree: Any, masks: Mapping[str, Any]) -> Any:
     seen = _tree.Tree(tree)
-    return seen.replace({p: _plan.masked(seen.leaves[p], m) for p, m in masks.items()})
+    return seen.replace({p: _chosen.masked(seen.leaves[p], m) for p, m in masks.items()})
 
 
 def _stepped(params: Any, steps: Any, stay: Mapping[str, Any]) -> Any:
@@ -469,7 +485,7 @@ class _Rule:
                 "masks= without a sparsity never change, so regrow, straight_through "
                 "and rewind say nothing: give a sparsity too"
             )
-        self.key = None if key is None else _tree.as_key(key, "sparsify")
+        self.key = None if key is None else _keys.as_key(key, "sparsify")
         self.sparsity, self.where, self.every, self.begin_with = sparsity, where, int(every), masks
         self.straight_through, self.like, self.fraction = straight_through, like, fraction
         self.settings = (scope, pattern, where, like)
@@ -483,7 +499,7 @@ class _Rule:
         if self.regrow is not None:
             place = f"regrow={regrow!r}: " if isinstance(regrow, str) else "regrow=: "
             _plan.context_of(self.regrow, context, place)
-        self.resets = not straight_through and (self.regrow is not None or callable(sparsity))
+        self.resets = not straight_through and not self.fixed
         self.sums = not self.fixed and "accumulated" in _plan.named(resolve(score))
         if self.sums and not hasattr(_inner(score), "accumulate"):
             raise FwtError(
@@ -560,7 +576,7 @@ class _Rule:
             grow = (self.regrow, jnp.where(number % self.every == 0, fraction, 0.0))
         alive = None if self.straight_through else _full(masks, weights)
         _, chosen = plan.choose(weights, alive, grow, more, steps, start)
-        new = _plan.kept(chosen)
+        new = _chosen.kept(chosen)
         if alive is not None and grow is None:  # n_m may leave more than the start did
             new |= {p: new[p] & m for p, m in start.items() if p in new}
         return _tree.Tree(masks).replace(new)

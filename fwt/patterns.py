@@ -8,7 +8,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from fwt import _tree
-from fwt._axes import Axes
+from fwt._axes import KNOWN, Axes
 from fwt._types import Array, AxesError, FwtError, LeafError, noun
 
 __all__ = ["block", "channel", "n_m", "unstructured"]
@@ -248,6 +248,11 @@ def n_m(n: int, m: int, *, order: str | None = None, flattened: Any = None) -> P
 def _on_groups(
     axes: Axes, told: Mapping[str, Any], n: int, m: int, order: Any, flattened: Any
 ) -> Groups:
+    if order is not None and axes.path in KNOWN.get():
+        raise FwtError(
+            f"{axes.path}: order={order!r} is for kernels as Flax counts them, and that of a live "
+            "model is grouped as its framework counts it: leave order= out"
+        )
     size = axes.size(axes.inputs)
     if not axes.inputs or size % m:
         raise IndivisibleError(

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fwt import _calls, _nodes, _paths, _tree
+from fwt import _calls, _keys, _nodes, _paths, _tree
 from fwt._types import FwtError, LeafError, Model, Params, Score, Scores
 from fwt.selection.keys import magnitude_key
 
@@ -134,7 +134,7 @@ def random(params: Params, *, key: Any) -> Scores:
         70.0
     """
     tree = _tree.Tree(params)
-    keys = _tree.leaf_keys(key, "random", tree.leaves)
+    keys = _keys.leaf_keys(key, "random", tree.leaves)
     pairs = zip(keys, tree.leaves.items(), strict=True)
     return tree.replace({p: jax.random.uniform(k, x.shape, jnp.float32) for k, (p, x) in pairs})
 
@@ -381,8 +381,10 @@ def _called(name: str, loss: Any, score: Score) -> Score:
 
 
 def _variables(name: str, module: Any, params: Params, collections: Mapping[str, Any]) -> Any:
-    if not hasattr(module, "apply"):
-        raise FwtError(f"{name} takes a Flax module, found {module!r}")
+    framework, _ = _nodes.foreign(module)
+    if framework or not hasattr(module, "apply"):
+        way = f"; fwt.converters.from_{framework}(model) gives one" if framework else ""
+        raise FwtError(f"{name} takes a Flax module, found {type(module).__name__}{way}")
     if isinstance(params, Model):
         params = params.variables
     if _tree.is_variables(params):

@@ -3,19 +3,22 @@
 import io
 import json
 import sys
+import warnings
 
 import flax.linen as nn
 import jax
 import keras
 import numpy as np
 import pytest
+import safetensors.numpy
+import safetensors.torch
 import torch
-from command import fwt_command
+from command import cli, fwt_command
 from file_cases import image_net, random_model
 from flax import serialization
 
 import fwt
-from fwt import _diff, cli, converters
+from fwt import _diff, _terminal, converters
 from fwt.converters import io as _io
 
 
@@ -84,21 +87,185 @@ def test_convert_from_each_format_to_each(there, tmp_path):
     assert (tmp_path / "s.safetensors").is_dir()
 
 
-def test_what_keras_trains_with_stays_in_its_files(tmp_path):
-    layer = keras.layers.Dense(3, kernel_regularizer="l2", trainable=False, name="d")
-    keras.Sequential([keras.Input((4,)), layer]).save(tmp_path / "net.keras")
-    verbs = {
-        "convert": (),
-        "prune": ("--sparsity", 0.5),
-        "initialize": ("--initializer", "keras.he_normal"),
-        "project": ("--constraint", "unit_norm"),
-    }
-    for verb, more in verbs.items():
-        code, said = fwt_command(verb, tmp_path / "net.keras", tmp_path / f"{verb}.keras", *more)
+def trained_net():
+    """Layers that fwt keeps as others of Keras, and settings that it does not know at all."""
+    layers = keras.layers
+    return keras.Sequential(
+        [
+            keras.Input((9, 7, 3), name="picture"),
+            layers.SeparableConv2D(4, 3, bias_regularizer="l2", pointwise_constraint="non_neg"),
+            layers.BatchNormalization(trainable=False, beta_regularizer="l1"),
+            layers.Dropout(0.3, seed=5),
+            layers.LeakyReLU(0.2, trainable=False),
+            layers.GlobalAveragePooling2D(),
+            layers.Dense(3, kernel_initializer=keras.initializers.HeNormal(seed=3), name="d"),
+        ],
+        name="of_mine",
+    )  # fmt: skip
+
+
+def nested_net():
+    """A Functional model, and one in it whose layers are not all trained."""
+    x = first = keras.Input((6,), name="inside")
+    for index, trained in enumerate((True, False, True)):
+        x = keras.layers.Dense(4, name=f"d{index}", trainable=trained)(x)
+    inner = keras.Model(first, keras.layers.BatchNormalization(name="norm")(x), name="inner")
+    first = keras.Input((6,), name="outside")
+    x = keras.layers.Dense(2, activity_regularizer="l2", name="last")(inner(first))
+    return keras.Model(first, x, name="outer")
+
+
+def series_net():
+    layers = keras.layers
+    x = first = keras.Input((5, 6))
+    x = layers.MultiHeadAttention(2, 3, kernel_constraint="max_norm")(x, x)
+    lstm = layers.LSTM(4, recurrent_regularizer="l2", dropout=0.2, seed=4, return_sequences=True)
+    x = layers.TimeDistributed(layers.Dense(3, kernel_regularizer="l2"))(
+        layers.Bidirectional(lstm)(x)
+    )
+    return keras.Model(first, layers.GRU(3, kernel_constraint="non_neg")(x), name="series")
+
+
+VERBS = {
+    "convert": (),
+    "prune": ("--sparsity", 0.5),
+    "initialize": ("--initializer", "keras.he_normal"),
+    "project": ("--constraint", "unit_norm"),
+}
+
+
+def as_lists(config):
+    return json.loads(json.dumps(config))
+
+
+@pytest.mark.parametrize("suffix", [".keras", ".h5"])
+@pytest.mark.parametrize("make", [trained_net, nested_net, series_net])
+def test_nothing_is_lost_between_two_files_of_keras(tmp_path, make, suffix):
+    net = make()
+    loss, metrics = keras.losses.Huber(2.0), [keras.metrics.MeanAbsoluteError(name="off")]
+    net.compile(keras.optimizers.Adam(3e-4, weight_decay=0.01), loss, metrics=metrics)
+    net.save(tmp_path / f"net{suffix}")
+    before = keras.saving.load_model(tmp_path / f"net{suffix}")
+    x = np.random.default_rng(0).normal(size=(2, *net.input_shape[1:])).astype(np.float32)
+    for verb, more in VERBS.items() if make is trained_net else [("convert", ())]:
+        out = tmp_path / f"{verb}{suffix}"
+        code, said = fwt_command(verb, tmp_path / f"net{suffix}", out, *more)
         assert code == 0, said
-        found = keras.saving.load_model(tmp_path / f"{verb}.keras").get_layer("d")
-        assert not found.trainable
-        assert isinstance(found.kernel_regularizer, keras.regularizers.L2)
+        after = keras.saving.load_model(out)
+        assert type(after) is type(before)
+        assert as_lists(after.get_config()) == as_lists(before.get_config())
+        assert as_lists(after.get_compile_config()) == as_lists(before.get_compile_config())
+        own, theirs = ([v.path for v in m.trainable_variables] for m in (after, before))
+        assert own == theirs
+        if verb == "convert":
+            for own, theirs in zip(after.get_weights(), before.get_weights(), strict=True):
+                np.testing.assert_array_equal(own, theirs)
+            np.testing.assert_array_equal(after(x), before(x))
+
+
+def test_what_keras_says_goes_through_other_formats(tmp_path):
+    """Into an .h5 file too, in which Keras itself can't read the short name of a loss."""
+    net = nested_net()
+    net.compile("sgd", "mse", metrics=["mae"])
+    net.save(tmp_path / "net.keras")
+    for first, second in (("net.keras", "a.safetensors"), ("a.safetensors", "b.h5"),
+                          ("b.h5", "c.npz"), ("c.npz", "d.keras")):  # fmt: skip
+        assert fwt_command("convert", tmp_path / first, tmp_path / second)[0] == 0
+    # Weights alone come back into what their architecture's file says.
+    assert fwt_command("convert", tmp_path / "net.keras", tmp_path / "w.pt")[0] == 0
+    own = ("-a", tmp_path / "net.keras")
+    assert fwt_command("convert", tmp_path / "w.pt", tmp_path / "e.keras", *own)[0] == 0
+    for name in ("b.h5", "d.keras", "e.keras"):
+        after = keras.saving.load_model(tmp_path / name)
+        assert as_lists(after.get_config())["name"] == "outer"
+        assert keras.losses.get(after.loss) is keras.losses.mean_squared_error
+        assert [len(x.trainable_weights) for x in after.layers] == [0, 6, 2]
+        np.testing.assert_array_equal(after(np.ones((2, 6))), net(np.ones((2, 6))))
+
+
+def test_steps_of_an_optimizer_are_said_to_be_left_out(tmp_path):
+    net = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+    net.compile("adam", "mean_squared_error", jit_compile=False)
+    for steps, suffix in ((0, ".keras"), (2, ".keras"), (2, ".h5")):
+        if steps:
+            net.fit(np.ones((2, 3)), np.ones((2, 2)), batch_size=1, verbose=0)
+        steps = int(net.optimizer.iterations)
+        net.save(tmp_path / f"net{suffix}")
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            assert fwt_command("convert", tmp_path / f"net{suffix}", tmp_path / "out.keras")[0] == 0
+        said = [str(w.message) for w in found if "the optimizer" in str(w.message)]
+        assert len(said) == bool(steps)
+        assert not steps or f"(after {steps} steps) is not written" in said[0]
+
+
+def test_a_model_with_other_layers_is_written_as_it_is(tmp_path):
+    """Under the name, and with what it was compiled with."""
+    net = trained_net()
+    net.compile("sgd", "mean_squared_error")
+    net.save(tmp_path / "net.keras")
+    module, variables = converters.load(tmp_path / "net.keras", sidecar=True)
+    kept = [(n.name, n.layer) for n in module.layers if not n.name.startswith("leaky")]
+    other = fwt.Sequential(kept, module.input_shape, module.sidecar)
+    converters.save(tmp_path / "out.keras", other, variables)
+    after = keras.saving.load_model(tmp_path / "out.keras")
+    assert (after.name, after.loss) == ("of_mine", "mean_squared_error")
+    assert len(after.layers) == len(net.layers) - 1
+    x = np.random.default_rng(0).normal(size=(2, 9, 7, 3)).astype(np.float32)
+    np.testing.assert_allclose(after(x), other.apply(variables, x), rtol=1e-5, atol=1e-6)
+
+
+def test_what_a_sidecar_says_of_the_whole_is_checked(tmp_path):
+    """A config of other layers is not written, and what is no config is refused."""
+    trained_net().save(tmp_path / "net.keras")
+    module, variables = converters.load(tmp_path / "net.keras", sidecar=True)
+    told = json.loads(module.sidecar)
+    told["whole"]["config"]["config"]["layers"][1]["config"]["strides"] = [2, 2]
+    lies = module.clone(sidecar=json.dumps(told))
+    converters.save(tmp_path / "out.keras", lies, variables)
+    x = np.random.default_rng(0).normal(size=(2, 9, 7, 3)).astype(np.float32)
+    after = keras.saving.load_model(tmp_path / "out.keras")
+    np.testing.assert_allclose(after(x), module.apply(variables, x), rtol=1e-5, atol=1e-6)
+    nameless = {"config": {"config": {"name": 1}}}
+    for whole in (3, {"config": 3}, nameless, {**told["whole"], "steps": "many"}):
+        wrong = module.clone(sidecar=json.dumps({**told, "whole": whole}))
+        with pytest.raises(converters.ConversionError, match="sidecar"):
+            converters.save(tmp_path / "out.keras", wrong, variables)
+
+
+def test_spectral_norms_of_keras_are_written_as_what_they_compute(tmp_path):
+    """Whose vector is for training only, and was not read."""
+    norm = keras.layers.SpectralNormalization(keras.layers.Dense(3))
+    net = keras.Sequential([keras.Input((4,)), norm], name="normed")
+    net.save(tmp_path / "net.keras")
+    assert fwt_command("convert", tmp_path / "net.keras", tmp_path / "out.keras")[0] == 0
+    after = keras.saving.load_model(tmp_path / "out.keras")
+    np.testing.assert_array_equal(after(np.ones((2, 4))), net(np.ones((2, 4))))
+    assert after.name == "normed"
+
+
+def test_files_of_torch_and_safetensors_keep_what_they_say(tmp_path):
+    net = torch.nn.Sequential()
+    net.add_module("z", torch.nn.Linear(3, 3))
+    net.add_module("a", torch.nn.BatchNorm1d(3))
+    net.add_module("b", torch.nn.Linear(3, 3))
+    net.b.weight = net.z.weight
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    tensors = {n: v.clone() for n, v in net.state_dict().items()}
+    safetensors.torch.save_file(tensors, tmp_path / "net.safetensors", {"format": "pt", "by": "me"})
+    for verb, more in VERBS.items():
+        axes = ("--where", "[zb]/weight", "--axes", "[zb]/weight=out in") if more else ()
+        out = tmp_path / f"{verb}.pt"
+        assert fwt_command(verb, tmp_path / "net.pt", out, *more, *axes)[0] == 0
+        state = torch.load(out)
+        assert list(state) == list(net.state_dict())
+        assert state._metadata == net.state_dict()._metadata
+        assert state["z.weight"].data_ptr() == state["b.weight"].data_ptr()
+        out = tmp_path / f"{verb}.safetensors"
+        assert fwt_command(verb, tmp_path / "net.safetensors", out, *more, *axes)[0] == 0
+        with safetensors.safe_open(out, "np") as file:
+            assert file.metadata() == {"format": "pt", "by": "me"}
+            assert set(file.keys()) == set(tensors)
 
 
 def test_what_differs_is_told(there, tmp_path):
@@ -229,14 +396,14 @@ def test_a_bar_is_shown_past_a_second_on_a_terminal_only(monkeypatch):
             return True
 
     now = [0.0]
-    monkeypatch.setattr(cli.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(_terminal.time, "monotonic", lambda: now[0])
     for kind, seconds, shown in (
         (Terminal, 3, True),
         (Terminal, 0.5, False),
         (io.StringIO, 3, False),
     ):
         monkeypatch.setattr(sys, "stderr", kind())
-        with cli._progress("reading net.keras", 4_000_000):
+        with _terminal.progress("reading net.keras", 4_000_000):
             for _ in range(4):
                 now[0] += seconds / 4
                 _io.progress(1_000_000)
@@ -244,3 +411,153 @@ def test_a_bar_is_shown_past_a_second_on_a_terminal_only(monkeypatch):
         assert ("reading net.keras" in said) == shown
         if shown:
             assert "MB" in said
+
+
+COMMANDS = ("inspect", "convert", "verify", "diff", "prune", "initialize", "project")
+
+
+def test_every_command_that_reads_takes_the_options_of_reading(tmp_path):
+    """And uses them: the weights of a checkpoint become those of an architecture."""
+    net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+    held = {f"module.{n}": v for n, v in net.state_dict().items()} | {"extra": torch.ones(2)}
+    torch.save({"model": held}, tmp_path / "c.pt")
+    model = converters.from_torch(net, (4,))
+    converters.save(tmp_path / "net.keras", *model)
+    how = ["-a", tmp_path / "net.keras", "--key", "model", "--rename", "module.=", "--json"]
+    for command in COMMANDS:
+        words = [tmp_path / "c.pt"]
+        if command in ("verify", "diff"):
+            words += [tmp_path / "net.keras"]
+        elif command != "inspect":
+            words += [tmp_path / f"{command}.npz"]
+        words += VERBS.get(command, ())
+        assert fwt_command(command, *words, *how, "--drop", "extra")[0] == 0, command
+        found = fwt_command(command, *words, *how, "--no-strict", "--max-bytes", 10**6)
+        assert found[0] == 0, command
+        told = json.loads(found[1])
+        assert told.get("module", True), command
+        with pytest.raises(converters.FileFormatError, match="unexpected: extra"):
+            fwt_command(command, *words, *how)
+    converters.save(tmp_path / "w.pt", *model)
+    # One has such a part, and the other is compared as it is.
+    code, said = fwt_command("diff", tmp_path / "c.pt", tmp_path / "w.pt", "--key", "model")
+    assert (code, "module/0/weight" in said) == (3, True)
+    with pytest.raises(converters.FileFormatError, match=r"c\.pt: .* there is no 'x'"):
+        fwt_command("diff", tmp_path / "c.pt", tmp_path / "w.pt", "--key", "x")
+
+
+def test_what_holds_weights_only_says_so(there, tmp_path):
+    for suffix in (".pt", ".msgpack", ".weights.h5", ".npz"):
+        only = suffix != ".npz"
+        words = ("convert", there / "net.keras", tmp_path / f"out{suffix}")
+        said = fwt_command(*words)[1].splitlines()[0]
+        assert ("weights only" in said) == only
+        assert ("9 layers" in said) != only
+        assert (json.loads(fwt_command(*words, "--json")[1])["module"] is None) == only
+    said = fwt_command("inspect", there / "w.pt", "-a", there / "net.keras")[1].splitlines()[0]
+    assert "weights only, 9 layers of " in said
+
+
+def test_several_files_at_once(there, tmp_path):
+    broken = tmp_path / "broken.keras"
+    broken.write_text("nothing")
+    files = ["net.keras", "net.h5", broken, "w.pt", "none.keras"]
+    found = cli("inspect", *files, "--json", cwd=there, code=1)
+    told = [json.loads(line) for line in found.stdout.splitlines()]
+    assert [t["file"] for t in told] == ["net.keras", "net.h5", "w.pt"]
+    first, second = found.stderr.splitlines()
+    assert first.startswith(f"error: {broken}: not a readable .keras file")
+    assert second == "error: none.keras: no such file"
+
+    out = tmp_path / "out"
+    found = cli(
+        "convert", "net.keras", "w.pt", broken, out, "--to", "safetensors", cwd=there, code=1
+    )
+    assert len(found.stderr.splitlines()) == 1
+    assert names(out) == ["net.safetensors", "w.safetensors"]
+    assert fwt_command("diff", out / "net.safetensors", there / "net.keras")[0] == 0
+    # One of the same name is not written over one that was just written, nor a file over itself.
+    found = cli("convert", "net.keras", "net.h5", out, "--to", ".npz", cwd=there, code=1)
+    assert f"net.h5: {out / 'net.npz'} is written from net.keras already" in found.stderr
+    for verb in ("prune", "initialize", "project"):
+        out = tmp_path / verb
+        cli(verb, "net.keras", "net.npz", out, *VERBS[verb], cwd=there)
+        assert names(out) == ["net.keras", "net.npz"]
+    assert fwt_command("diff", out / "net.npz", out / "net.keras")[0] == 0
+    words = (out / "net.keras", out / "net.npz", out)
+    found = cli("project", *words, *VERBS["project"], cwd=there, code=1)
+    assert found.stderr.count("it would be written over itself") == 2
+    cli("project", "net.keras", out, *VERBS["project"], "--to", ".pt", cwd=there)
+    assert "net.pt" in names(out)
+    for words in (("net.keras", "net.h5", "x.keras"), ("net.keras", "x.keras", "--to", "pt"),
+                  ("net.keras", "net.h5", out), ("net.keras", out, "--to", ".foo")):  # fmt: skip
+        cli("convert", *words, cwd=there, code=2)
+    assert not (there / "x.keras").exists()
+
+
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory):
+    """Files that a command meets with an error."""
+    folder = tmp_path_factory.mktemp("odd")
+    model = fwt.Sequential([("a", nn.Dense(3)), ("b", nn.Dense(2))], (4,))
+    variables = model.init(jax.random.key(0), np.ones((1, 4)))
+    converters.save(folder / "net.keras", model, variables)
+    net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+    torch.save(net.state_dict(), folder / "w.pt")
+    torch.save({"model": net.state_dict(), "epoch": 3}, folder / "c.pt")
+    torch.save(net, folder / "whole.pt")
+    torch.save([1], folder / "list.pt")
+    wide = {"bert/kernel": np.ones((3, 2), np.float32), "bert/bias": np.ones(2)}
+    safetensors.numpy.save_file(wide, folder / "tf.safetensors")
+    np.savez(folder / "wide.npz", a=np.ones((3, 2)))
+    (folder / "j.json").write_text("{}")
+    (folder / "text.keras").write_text("text")
+    (folder / "empty").mkdir()
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("convert w.pt o.keras", "--architecture net.keras says which model"),
+        ("convert w.pt o.keras --rename 0=a", "--rename, --drop, --match and --no-strict need"),
+        ("convert w.pt o.keras -a net.keras --rename 7=a", "--rename: no name starts with '7'"),
+        ("convert w.pt o.keras -a net.keras", "--match order takes them in the file's order"),
+        ("inspect c.pt", "--key model picks a part of it"),
+        ("inspect c.pt --key ema", "--key ema: there is no 'ema', but 'model', 'epoch'"),
+        ("inspect list.pt --key a", "there is no 'a', and nothing else"),
+        ("inspect whole.pt", "expected a state dict, found a torch.nn.modules.container"),
+        ("inspect j.json", "it lacks 'weight_map'"),
+        ("inspect text.keras", "not a readable .keras file"),
+        ("inspect empty", "a folder of no known format"),
+        ("prune net.keras o.keras", "--sparsity 0.8 or --threshold 0.1"),
+        ("prune net.keras o.keras --sparsity 0.5 --scope all", "--scope must be one of"),
+        ("prune net.keras o.keras --pattern n_m", "expected n_m(n, m"),
+        ("prune net.keras o.keras --pattern n_m(2,4)", "--pattern n_m(2, 4): b/kernel of shape"),
+        ("prune w.pt o.pt --sparsity 0.5 --where x", "fwt inspect lists them all"),
+        ("prune wide.npz o.npz --sparsity 0.5", "kernels, the default of --where, matches none"),
+        ("prune wide.npz o.npz --sparsity 0.5 --where a", "set JAX_ENABLE_X64=1"),
+        ("prune tf.safetensors o.npz --sparsity 0.5 --where bert/kernl", "close: 'bert/kernel'"),
+        ("project tf.safetensors o.npz --constraint unit_norm --where bert/kernel",
+         "say so with --axes 'bert/kernel=out in'"),
+        ("project net.keras o.keras --constraint max_norm(1,2,3)", "expected max_norm(max_value="),
+        ("project w.pt o.pt --constraint unit_norm --axes x/*=out", "--axes 'x/*' matches no leaf"),
+        ("verify net.keras w.pt", "--architecture says which model they are of"),
+        ("verify net.keras net.keras --tolerance -1", "--tolerance -1.0"),
+    ],
+)  # fmt: skip
+def test_errors_speak_the_language_of_the_command_line(odd, line, said):
+    found = cli(*line.split(), cwd=odd, code=1)
+    assert said in found.stderr
+    assert len(found.stderr.splitlines()) == 1
+    for foreign in ("={", "=[", "fwt.", "jax.", "NEWOBJ", "NoneType", "\\", "Ellipsis", "module("):
+        assert foreign not in found.stderr.replace("fwt.Seq", "")
+
+
+def test_a_slash_in_a_name_is_shown_and_taken_as_it_is(odd):
+    more = ("--where", "bert/kernel", "--axes", "bert/kernel=in out", "--sparsity", "0.5")
+    found = cli("prune", "tf.safetensors", "s.safetensors", *more, cwd=odd)
+    assert "bert/kernel  3 x 2" in found.stdout
+    with safetensors.safe_open(odd / "s.safetensors", "np") as file:
+        assert np.count_nonzero(file.get_tensor("bert/kernel")) == 3
+        assert np.count_nonzero(file.get_tensor("bert/bias")) == 2

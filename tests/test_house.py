@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # no circle arises. A room stands for all its modules.
 HOUSE = """
 fwt.cli
+fwt._options fwt._terminal
 fwt._demo
 fwt
 fwt.converters
@@ -34,7 +35,9 @@ fwt.layers
 fwt._compose fwt._summary fwt._axes
 fwt._rules fwt._modules
 fwt._tree
-fwt._nodes fwt._paths
+fwt._nodes fwt._paths fwt._keys
+fwt._apart
+fwt._mesh
 fwt._types
 fwt._moved
 """
@@ -51,6 +54,8 @@ UP = {
 TOP_LEVEL_IS_TOO_SLOW = "start-up: the command line and `import fwt` load only what a task needs"
 LAZY = {
     "fwt.cli": TOP_LEVEL_IS_TOO_SLOW,
+    "fwt._options": TOP_LEVEL_IS_TOO_SLOW,
+    "fwt._terminal": TOP_LEVEL_IS_TOO_SLOW,
     "fwt._demo": TOP_LEVEL_IS_TOO_SLOW,
     "fwt._calls": TOP_LEVEL_IS_TOO_SLOW,
     "fwt.converters.files.fill": "imports Keras or torch, for a live architecture only",

@@ -117,14 +117,46 @@ def filled(
         found = _found(model.variables, how, path)
         flat = dict(_source.flat_names(model.variables))
         ordered = _source.has_order(flat, _nodes.told_of(model.variables))
-        pairs = (
-            _in_order(found, known, path, ordered)
-            if how.match == "order"
-            else _by_name(
-                found, known, path, ordered, how.strict, isinstance(architecture, Sequential)
+        if how.match == "order":
+            return _put(_summed(_in_order(found, known, path, ordered)), known, path)
+        own = None if native is None else _by_own_names(found, native)
+        bare = isinstance(architecture, Sequential)
+        try:
+            pairs = _by_name(found, known, path, ordered, how.strict, bare)
+            made = _put(_summed(pairs), known, path)
+        except FileFormatError:
+            if own is None:
+                raise
+            return own
+        here, there = (jax.tree.leaves(x and x.variables) for x in (made, own))
+        if own is not None and not all(map(_identical, here, there)):
+            raise FileFormatError(
+                f"{path}: its names are Flax's and Keras's, whose rows behind a Flatten stand in "
+                "another order in this channels-first model: load the .keras or .weights.h5 file "
+                "that Keras saves, which says whose it is"
             )
-        )
-        return _put(_summed(pairs), known, path)
+        return made
+
+
+def _identical(a: Any, b: Any) -> bool:
+    return a.shape == b.shape and bool(a.tobytes() == b.tobytes())
+
+
+def _by_own_names(found: Mapping[str, np.ndarray], native: Any) -> Model | None:
+    """The Keras model with the arrays that its own variables' names say, if these are all."""
+    layers, shape = native
+    places = {
+        ".".join([*parts_of(part.name), *name.split("/")]): (part, name)
+        for part in _every(layers)
+        for name in part.arrays
+    }
+    wanted = {n: np.shape(part.arrays[name]) for n, (part, name) in places.items()}
+    if wanted != {n: v.shape for n, v in found.items()}:
+        return None
+    for n, (part, name) in places.items():
+        part.arrays[name] = found[n]
+    new, there = convert.convert(layers, "keras", "flax", shape, "source")
+    return keras_config.marked(_flax.write_flax(new, there), layers)
 
 
 def _filled_keras(
@@ -132,6 +164,7 @@ def _filled_keras(
 ) -> Model:
     if native is None:
         assert known is not None
+        _refuse_turned(known.module, path)
         layers, shape = keras_config.to_keras_layers(*_numbered(known), None, any_dtype=True)
     else:
         layers, shape = native
@@ -147,7 +180,21 @@ def _filled_keras(
     if native is None and known is not None:
         return _put([(places[n], v, n) for n, v in held.items()], known, path)
     new, found = convert.convert(layers, "keras", "flax", shape, "source")
-    return _flax.write_flax(new, found)
+    made = _flax.write_flax(new, found)
+    if known is None:
+        return made
+    return Model(made.module.clone(sidecar=known.module.sidecar), made.variables)
+
+
+def _refuse_turned(module: Any, path: Path) -> None:
+    """Raises for a model that was made of a channels-first one of Keras: that and the one that
+    ``to_keras`` gives have files of the same names and shapes, with other rows."""
+    if getattr(module, "turned", False):
+        raise FileFormatError(
+            f"{path}: the architecture is made of a channels-first Keras model, in whose own files "
+            "the rows behind a Flatten stand in another order: give that model or its .keras file "
+            "as architecture"
+        )
 
 
 def _every(layers: list[Layer]) -> list[Layer]:
@@ -179,6 +226,8 @@ def _compare(
     if any(told.values()):
         said = "; ".join(f"{what}: {_some(names)}" for what, names in told.items() if names)
         count = sum(found.get(n) == shape for n, shape in wanted.items())
+        if not strict:
+            hint = hint.replace(", and strict=False takes what fits", "")
         if strict or not count:
             raise FileFormatError(f"{path}: it does not fit the architecture by {by}: {said}{hint}")
         warnings.warn(f"{path}: loaded {count} of {len(wanted)} arrays; {said}", stacklevel=5)
@@ -295,8 +344,9 @@ def _by_name(
 
 
 def _hint(wanted: Mapping[str, Shape], found: Mapping[str, Shape]) -> str:
-    """The way out that makes the names of a file those of an architecture, if there is one."""
+    """The ways out that make the names of a file those of an architecture, if there are some."""
     starts = {n[:i]: None for n in found for i, c in enumerate(n) if c == "."}
+    ways: list[str] = []
     for start in sorted({"": None} | starts, key=len)[:1000]:
         begins = f"{start}." if start else ""
         inside = {n[len(begins) :]: s for n, s in found.items() if n.startswith(begins)}
@@ -309,11 +359,14 @@ def _hint(wanted: Mapping[str, Shape], found: Mapping[str, Shape]) -> str:
             above = (name[:i] for i, c in enumerate(name) if c == ".")
             free = (p for p in above if not any(n.startswith(f"{p}.") for n in own))
             globs.append(next((f"{p}.**" for p in free), name))
-        if len(set(globs)) > 9:
-            break
         if globs:
             said.append(f"drop={list(dict.fromkeys(globs))!r}")
-        return f"; {' and '.join(said)} makes it fit" if said else ""
+        if len(set(globs)) < 10 and said:
+            ways.append(" and ".join(said))
+    if len(ways) > 1:  # such as the weights and their average
+        return f"; {len(ways)} parts of it fit: {', or '.join(ways[:3])}"
+    if ways:
+        return f"; {ways[0]} makes it fit"
     return "; rename={'old': 'new'} changes the start of names, and strict=False takes what fits"
 
 

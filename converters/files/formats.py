@@ -5,11 +5,12 @@ allocates before it has checked sizes. A save appears whole or not at all.
 """
 
 import dataclasses
+import functools
 import os
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fwt import _nodes, _tree
 from fwt._sequential import Sequential
@@ -36,6 +37,7 @@ class Format:
     fill: Callable[[list[Layer], Path, Reading], None] | None = None
     framework: str = ""  # whose format it is
     needs_module: bool = False  # to write it
+    weights_only: bool = False  # it says nothing of the layers
     holds: str = ""  # what of a model, for the table of formats
 
 
@@ -65,6 +67,7 @@ _WEIGHTS = Format(
     fill=_fill_weights,
     framework="Keras",
     needs_module=True,
+    weights_only=True,
     holds="weights; `architecture=` gives their model",
 )
 _WEIGHT_SHARDS = Format(
@@ -74,6 +77,7 @@ _WEIGHT_SHARDS = Format(
     fill=_fill_shards,
     framework="Keras",
     needs_module=True,
+    weights_only=True,
     holds="the same in shards; written with `.weights.h5` and `shard_bytes=`",
 )
 _LEGACY = Format(
@@ -92,6 +96,7 @@ _TORCH = Format(
     torch_file.load_torch,
     torch_file.save_torch,
     framework="PyTorch",
+    weights_only=True,
     holds="weights: a state dict, a checkpoint with one (`key=`), or `.bin.index.json` of shards",
 )
 _SAFETENSORS = Format(
@@ -124,6 +129,7 @@ _MSGPACK = Format(
     plain.load_msgpack,
     plain.save_msgpack,
     framework="Flax",
+    weights_only=True,
     holds="weights: variables, or a state that has them (`key=`)",
 )
 _ORBAX = Format(
@@ -165,10 +171,16 @@ FORMATS = (_KERAS, _WEIGHTS, _WEIGHT_SHARDS, _LEGACY, _TORCH, _SAFETENSORS, _SHA
 SUFFIXES = {suffix: f for f in FORMATS for suffix in f.suffixes}
 
 
-def by_suffix(path: Path) -> Format | None:
-    """The format that a name says; the longest suffix counts."""
+def suffix(path: Path) -> str:
+    """The end of a name that says the format, the longest that fits; else what follows its last
+    dot."""
     fitting = [s for s in SUFFIXES if path.name.lower().endswith(s)]
-    return SUFFIXES[max(fitting, key=len)] if fitting else None
+    return max(fitting, key=len) if fitting else path.suffix
+
+
+def by_suffix(path: Path) -> Format | None:
+    """The format that a name says."""
+    return SUFFIXES.get(suffix(path).lower())
 
 
 def by_content(path: Path) -> Format | None:
@@ -241,10 +253,11 @@ def inside(path: Path) -> Path:
     ends = (*_SAFETENSORS.suffixes, *_TORCH.suffixes)
     found = sorted(p for p in path.iterdir() if p.name.endswith(ends) and p.is_file())
     found = [p for p in found if not p.name.startswith(_NO_WEIGHTS)]
-    if len(safe := [p for p in found if p.suffix == ".safetensors"]) == 1:
-        found = safe
+    safe = [p for p in found if p.suffix == ".safetensors"]
+    if len(safe) == 1 and all(p.suffix == ".bin" for p in found if p not in safe):
+        found = safe  # Hugging Face's two copies of one model
     if len(found) > 1:
-        names = ", ".join(p.name for p in found[:6])
+        names = ", ".join([*(p.name for p in found[:6]), *(["..."] if len(found) > 6 else [])])
         raise FileFormatError(
             f"{path}: it holds {len(found)} files of weights: give one of {names}"
         )
@@ -295,6 +308,7 @@ def load(
     shardings: Any = None,
     sidecar: bool = False,
     external_data: bool = False,
+    dtype: Literal["float32"] | None = None,
 ) -> Model:
     """Reads a model or weights from a file or folder, without the framework that wrote it.
 
@@ -323,8 +337,11 @@ def load(
         shardings: for Orbax, a ``jax.sharding.Sharding`` or a tree of them: the leaves are then
             JAX arrays on those devices, each device reading its own part.
         sidecar: of a Keras model, as in ``from_keras``: what matters in training only is kept in
-            ``module.sidecar``, and written along by :func:`save`.
+            ``module.sidecar``, and so are the model's name, its class and what it was compiled
+            with; :func:`save` writes all of it along.
         external_data: of an ONNX file, whether its weights may be in another in its folder.
+        dtype: "float32" for a model that computes in float32, whatever the dtype policy of the
+            file's, and for floating leaves in float32; None, the default, keeps what the file says.
 
     Returns:
         ``Model(module, variables)`` with NumPy leaves. A file that holds weights only gives
@@ -369,7 +386,7 @@ def load(
         if not strict and match == "order":
             raise FileFormatError(f"{path}: strict=False goes by names, not with match='order'")
         if architecture is None:
-            return _whole(found, path, how)
+            return _flax.in_dtype(_whole(found, path, how), dtype)
         fill = None
         model = Model(None, {})
         if found.fill is not None and named:
@@ -386,7 +403,9 @@ def load(
                 own(layers, path, how)
 
         how_named = _fill.Names(rename, drop, match, strict)
-        return _fill.filled(model, architecture, path, fill, load, how_named)
+        whole = functools.partial(load, sidecar=sidecar)
+        made = _fill.filled(model, architecture, path, fill, whole, how_named)
+        return _flax.in_dtype(made, dtype)
     except OSError as error:
         raise FileFormatError(f"{path}: can't read it ({error.strerror or error})") from error
 

@@ -5,6 +5,7 @@ import datetime
 import io
 import json
 import re
+import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,11 +28,11 @@ from fwt.converters.files.h5_read import (
     tree_of,
 )
 from fwt.converters.frameworks import flax as _flax
-from fwt.converters.frameworks import keras_2, keras_config
+from fwt.converters.frameworks import keras_2, keras_config, keras_whole
 from fwt.converters.io import Budget, Reading, member, opened, progress, reading
 from fwt.converters.rows import table
 from fwt.converters.rows.row import Layer, parts_of, refuse
-from fwt.converters.walk import convert
+from fwt.converters.walk import convert, policy
 
 # The vector of a SpectralNormalization.
 _STATE = re.compile(r"(^|/)(vector_u|sn_u)(:\d+)?$")
@@ -51,37 +52,66 @@ def load_keras(path: Path, how: Reading) -> Model:
     if how.key is not None:
         raise FileFormatError(f"{path}: key={how.key!r}: it holds one model only")
     with reading(path):
-        layers, shape = keras_of(path, how)
-        return _converted(layers, shape, how)
+        return _converted(*_read(path, how), how)
 
 
-def _converted(layers: list[Layer], shape: Any, how: Reading) -> Model:
+def _converted(layers: list[Layer], shape: Any, whole: Mapping[str, Any], how: Reading) -> Model:
     new, found = convert.convert(layers, "keras", "flax", shape, "source")
     made = _flax.write_flax(new, found)
-    if not how.sidecar:
-        return made
-    return keras_config.with_sidecar(made, layers, shape, "source")
+    if how.sidecar:
+        made = keras_config.with_sidecar(made, layers, shape, "source", whole)
+    return keras_config.marked(made, layers)
 
 
 def keras_of(path: Path, how: Reading) -> tuple[list[Layer], Any]:
     """The Keras layers of a .keras or .h5 file with their arrays, and the input shape."""
-    budget = Budget(path, how.max_bytes)
     if zipfile.is_zipfile(path):
-        with opened(path) as archive:
-            config = _config_of(archive, budget)
-            layers, shape = keras_config.keras_layers(config, str(path))
-            weights = member(archive, "model.weights.h5", budget, check_start)
-            with opened_h5(weights, budget) as file:
-                fill_groups(layers, _weights_of(file, budget), path)
-        return layers, shape
+        return _read(path, how)[:2]
+    budget = Budget(path, how.max_bytes)
     with opened_h5(path, budget) as file:
         layers, shape = keras_config.keras_layers(legacy_config(file, budget), str(path))
         fill_legacy(layers, _legacy_arrays(file, budget), path)
     return layers, shape
 
 
-def _config_of(archive: zipfile.ZipFile, budget: Budget) -> Any:
-    """The config of the model in a .keras archive as Keras 3 has it."""
+def _read(path: Path, how: Reading) -> tuple[list[Layer], Any, dict[str, Any]]:
+    """The layers of a .keras file, the input shape, and what it says of the model as a whole."""
+    budget = Budget(path, how.max_bytes)
+    with opened(path) as archive:
+        config, older = _config_of(archive, budget)
+        layers, shape = keras_config.keras_layers(config, str(path))
+        weights = member(archive, "model.weights.h5", budget, check_start)
+        with opened_h5(weights, budget) as file:
+            fill_groups(layers, _weights_of(file, budget), path)
+            steps = node_at(file, "optimizer/vars/0", path) if how.sidecar else None
+            whole = _whole(config, older, _steps(steps, budget), how)
+    return layers, shape, whole
+
+
+def _whole(config: Any, older: bool, steps: int, how: Reading) -> dict[str, Any]:
+    """What a file says of the model as a whole, for a sidecar."""
+    if not how.sidecar:
+        return {}
+    if older:
+        if steps or config.get("compile_config"):
+            warnings.warn(
+                "what Keras 2 compiled the model with is left out: compile it again",
+                stacklevel=5,
+            )
+        return {}
+    return {"config": config, **({"steps": steps} if steps else {})}
+
+
+def _steps(count: Any, budget: Budget) -> int:
+    """How many steps an optimizer has made, by the dataset that counts them."""
+    if count is None or getattr(count, "shape", None) != () or count.dtype.kind not in "iu":
+        return 0
+    return int(array_of(count, "the steps of the optimizer", budget))
+
+
+def _config_of(archive: zipfile.ZipFile, budget: Budget) -> tuple[Any, bool]:
+    """The config of the model in a .keras archive as Keras 3 has it, and whether Keras 2 wrote
+    it."""
     text = member(archive, "config.json", budget)
     config = budget.parsed(text, "config.json")
     told: Any = None
@@ -90,21 +120,22 @@ def _config_of(archive: zipfile.ZipFile, budget: Budget) -> Any:
     version = told.get("keras_version") if isinstance(told, dict) else None
     if version is None:  # each Keras writes it; the archive was made by another
         version = "2" if b'"batch_input_shape"' in text else "3"
-    return keras_2.modern(config, version, f"{budget.path}: metadata.json")
+    place = f"{budget.path}: metadata.json"
+    return keras_2.modern(config, version, place), keras_2.is_older(version, place)
 
 
 def save_keras(file: Any, module: Any, variables: Any, layout: str | None) -> None:
     """A .keras archive that real Keras opens."""
-    layers, shape = keras_config.to_keras_layers(module, variables, None)
+    config, layers = keras_whole.written(module, variables)
     _check_own(layers)
     weights = io.BytesIO()
     with h5py.File(weights, "w") as h5:
-        write_weights(h5, layers)
+        write_weights(h5, layers, config["config"]["name"])
     saved = datetime.datetime.now().strftime("%Y-%m-%d@%H:%M:%S")
     with zipfile.ZipFile(file, "w") as archive:
         metadata = {"keras_version": keras_config.KERAS_VERSION, "date_saved": saved}
         archive.writestr("metadata.json", json.dumps(metadata))
-        archive.writestr("config.json", json.dumps(keras_config.keras_config(layers, shape)))
+        archive.writestr("config.json", json.dumps(config))
         archive.writestr("model.weights.h5", weights.getvalue())
 
 
@@ -281,14 +312,33 @@ def load_legacy(path: Path, how: Reading) -> Model:
     if how.key is not None:
         raise FileFormatError(f"{path}: key={how.key!r}: it holds one model only")
     with reading(path), opened_h5(path, budget) as file:
-        config = legacy_config(file, budget)
-        held = _legacy_arrays(file, budget)
+        config, held = legacy_config(file, budget), _legacy_arrays(file, budget)
         if config is None:
             flat = {f"params/{name}/{n}": v for name, own in held.items() for n, v in own}
             return Model(None, {"params": {}, **_io.nested(flat, "/", path)})
         layers, shape = keras_config.keras_layers(config, str(path))
         fill_legacy(layers, held, path)
-        return _converted(layers, shape, how)
+        return _converted(layers, shape, _legacy_whole(file, config, how, budget), how)
+
+
+def _legacy_whole(file: Any, config: Any, how: Reading, budget: Budget) -> dict[str, Any]:
+    """What an .h5 file says of the model as a whole, for a sidecar."""
+    if not how.sidecar:
+        return {}
+    text = attribute(file, "training_config", budget)
+    training = None if text is None else budget.parsed(text_of(text), "training_config")
+    older = keras_2.is_older(_legacy_version(file, budget), str(budget.path))
+    group = node_at(file, "optimizer_weights", budget.path)
+    names = names_in(group, "weight_names", budget) if group is not None else None
+    first = next((n for n in names or () if "iteration" in n.rpartition("/")[2]), None)
+    steps = node_at(group, first, budget.path) if first is not None else None
+    whole = keras_whole.from_legacy(config, training)
+    return _whole(whole, older, _steps(steps, budget), how)
+
+
+def _legacy_version(file: Any, budget: Budget) -> str:
+    # Before 2.0.7 it stood nowhere.
+    return text_of(attribute(file, "keras_version", budget)) or "2"
 
 
 def fill_from_legacy(layers: list[Layer], path: Path, how: Reading) -> None:
@@ -303,11 +353,8 @@ def legacy_config(file: Any, budget: Budget) -> Any:
     text = attribute(file, "model_config", budget)
     if text is None:
         return None
-    version = (
-        text_of(attribute(file, "keras_version", budget)) or "2"
-    )  # before 2.0.7 it stood nowhere
     config = budget.parsed(text_of(text), "model_config")
-    return keras_2.modern(config, version, str(budget.path))
+    return keras_2.modern(config, _legacy_version(file, budget), str(budget.path))
 
 
 def _legacy_arrays(file: Any, budget: Budget) -> dict[str, list[tuple[str, np.ndarray]]]:
@@ -384,14 +431,18 @@ def _ends(expected: tuple[Layer, Layer, str], last: str) -> bool:
 
 def save_legacy(file: Any, module: Any, variables: Any, layout: str | None) -> None:
     """An .h5 file of a whole model, as Keras 3 writes it."""
-    layers, shape = keras_config.to_keras_layers(module, variables, None)
+    config, layers = keras_whole.written(module, variables)
     _check_own(layers)
-    config = keras_config.keras_config(layers, shape)
-    told = {"class_name": config["class_name"], "config": _plain_config(config["config"])}
+    if "bfloat16" in policy.held(layers):
+        raise ConversionError("Keras can't read bfloat16 weights in an .h5 file: save a .keras one")
+    told, training = keras_whole.to_legacy(config)
+    rest = keras_whole.frozen(config)
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as h5:
         version = {"keras_version": keras_config.KERAS_VERSION, "backend": "jax"}
         h5.attrs.update({**version, "model_config": json.dumps(told)})
+        if training is not None:
+            h5.attrs["training_config"] = json.dumps(training)
         root = h5.create_group("model_weights")
         root.attrs.update(version)
         tops: dict[str, list[Layer]] = {}
@@ -400,7 +451,9 @@ def save_legacy(file: Any, module: Any, variables: Any, layout: str | None) -> N
         _put_names(root, "layer_names", list(tops))
         for top, inside in tops.items():
             entries = [
-                e for layer in inside for e in _legacy_entries(layer, config["config"]["name"])
+                (f"{config['config']['name']}/{name}", value, layer.name in rest or at_rest)
+                for layer in inside
+                for name, value, at_rest in _legacy_entries(layer)
             ]
             # Keras lists the weights of a model within a model with those that it trains first.
             entries.sort(key=lambda e: e[2])
@@ -412,23 +465,13 @@ def save_legacy(file: Any, module: Any, variables: Any, layout: str | None) -> N
     file.write(buffer.getbuffer())
 
 
-def _legacy_entries(layer: Layer, model: str) -> Iterator[tuple[str, np.ndarray, bool]]:
+def _legacy_entries(layer: Layer) -> Iterator[tuple[str, np.ndarray, bool]]:
+    """Name, value, and whether it is not trained."""
     rests = ("moving_mean", "moving_variance", "mean", "variance", "count")
     for part, where in keras_config.places(layer, "/".join(parts_of(layer.name))):
         for name in keras_config.keras_names(part):
-            yield f"{model}/{where}/{name}", part.arrays[name], name in rests
-
-
-def _plain_config(body: Any) -> Any:
-    """Layers as the older format has them: their class and config alone."""
-    entries = [
-        {
-            "class_name": e["class_name"],
-            "config": _plain_config(e["config"]) if "layers" in e["config"] else e["config"],
-        }
-        for e in body["layers"]
-    ]
-    return {**body, "layers": entries}
+            at_rest = name in rests or part.settings.get("trainable") is False
+            yield f"{where}/{name}", part.arrays[name], at_rest
 
 
 def _put_names(group: Any, name: str, names: list[str]) -> None:

@@ -20,7 +20,7 @@ from fwt.converters.frameworks import flax as _flax
 from fwt.converters.frameworks.torch_layers import fold_torch, torch_state
 from fwt.converters.io import Budget, Reading, dtype_of, member, nested, opened, reading
 from fwt.converters.rows.row import parts_of, refuse
-from fwt.converters.walk import convert
+from fwt.converters.walk import convert, policy
 
 _OURS = "fwt.json"  # a member beside torch's own: what a state dict has no place for
 
@@ -273,6 +273,7 @@ def save_torch(file: Any, module: Any, variables: Any, layout: str | None) -> No
         new, _ = convert.convert(
             layers, "flax", "torch", module.input_shape, layout or "channels_first"
         )
+        policy.check_torch(new)
         new = fold_torch(new)
         state = {
             ".".join([*parts_of(x.name), n]): v for x in new for n, v in torch_state(x).items()

@@ -11,10 +11,10 @@ from fwt._types import FileFormatError, Model
 from fwt.converters.frameworks import flax as _flax
 from fwt.converters.rows import table
 from fwt.converters.rows.row import TRAINING, Layer, listed, refuse
-from fwt.converters.walk import convert
+from fwt.converters.walk import convert, policy
 
-# use_fast_variance decides how exact a norm is.
-_LEFT_OUT = TRAINING["flax"] - {"use_fast_variance"}
+# use_fast_variance decides how exact a norm is, param_dtype is half of a policy.
+_LEFT_OUT = TRAINING["flax"] - {"use_fast_variance", "param_dtype"}
 
 
 def description(module: Any) -> str:
@@ -53,6 +53,9 @@ def module_to_json(module: Any) -> Any:
             continue
         layer = Layer(named.name, type(named.layer).__name__, {})
         settings = {k: v for k, v in flax_settings(named.layer).items() if k not in _LEFT_OUT}
+        for name in ("dtype", "param_dtype"):
+            if name in settings:
+                settings[name] = policy.name_of(settings[name], str(layer))
         if not table.rows_of("flax", layer.kind):
             raise refuse(str(layer), "fwt has no row for this class")
         try:
@@ -60,7 +63,7 @@ def module_to_json(module: Any) -> Any:
         except TypeError as error:
             raise refuse(str(layer), f"a setting can't be written ({error})") from error
         layers.append({"name": layer.name, "class": layer.kind, "settings": listed(settings)})
-    beside = {"sidecar": module.sidecar} if module.sidecar else {}
+    beside = {n: v for n in ("sidecar", "turned") if (v := getattr(module, n))}
     return {"layers": layers, "input_shape": listed(module.input_shape), **beside}
 
 
@@ -86,4 +89,5 @@ def module_from_json(told: Any, path: Path) -> Sequential | None:
     beside = told.get("sidecar", "")
     if not isinstance(beside, str):
         raise FileFormatError(f"{path}: its sidecar is no text")
-    return Sequential(tuple(named), told["input_shape"], beside)
+    turned = told.get("turned", False) is True
+    return Sequential(tuple(named), told["input_shape"], beside, turned)

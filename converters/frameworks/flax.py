@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fwt import _nodes, _tree
@@ -13,6 +15,7 @@ from fwt._sequential import Named, Sequential
 from fwt._types import ConversionError, Model
 from fwt.converters.rows import table
 from fwt.converters.rows.row import Layer, Row, joined, parts_of, refuse, same
+from fwt.converters.walk import policy
 
 
 def given(module: Any, variables: Any, call: str) -> tuple[Any, Any]:
@@ -25,6 +28,11 @@ def given(module: Any, variables: Any, call: str) -> tuple[Any, Any]:
             f"from_{framework}(model) gives"
         )
     if not isinstance(module, Model):
+        if variables is None and module is not None and not call.startswith("save"):
+            raise ConversionError(
+                f"the variables of the {type(module).__name__} are missing: give them after it, or "
+                f"a Model of both, {call}"
+            )
         return module, variables
     if variables is not None:
         raise ConversionError(
@@ -94,12 +102,22 @@ def _layer(name: str, layer: Any, arrays: dict[str, Any]) -> Layer:
     known = [f for f in dataclasses.fields(layer) if f.name not in ("parent", "name")]
     fields = {f.name: getattr(layer, f.name) for f in known if f.init}
     defaults = {f.name: f.default for f in known if f.default is not dataclasses.MISSING}
-    return Layer(name, kind, fields, arrays, defaults)
+    place = f"{name} ({kind})"
+    policy.name_of(fields.get("param_dtype"), place)
+    dtype = policy.name_of(fields.pop("dtype", None), place)
+    return Layer(name, kind, fields, arrays, defaults, dtype=dtype)
 
 
 def write_flax(layers: Sequence[Layer], input_shape: Any) -> Model:
     """A Model of the layers, with the pairs that another framework needed folded into one."""
-    entries = [(parts_of(layer.name), layer) for layer in fold(list(layers))]
+    folded = fold(list(layers))
+    for index, layer in enumerate(folded):
+        # linen's Dropout has no dtype, and rounds nothing where what stands beside it does not.
+        beside = [x.dtype for x in (*folded[max(index - 1, 0) : index], *folded[index + 1 :][:1])]
+        if layer.kind == "Dropout" and layer.dtype not in (None, *beside):
+            raise refuse(str(layer), f"it casts to {layer.dtype}, which Flax's Dropout can't say",
+                         policy.WAY_OUT)  # fmt: skip
+    entries = [(parts_of(layer.name), layer) for layer in folded]
     named, trees = _nested(entries)
     variables = {"params": trees["params"]}
     if trees["batch_stats"]:
@@ -141,7 +159,39 @@ def _module(row: Row, layer: Layer) -> Any:
     settings = {k: v for k, v in layer.settings.items() if not same(v, fields[k].default)}
     if settings.get("strides") is not None and settings["strides"] == settings.get("window_shape"):
         del settings["strides"]
+    if layer.dtype is not None and "dtype" in fields:
+        settings["dtype"] = layer.dtype
+        held = policy.held([layer])
+        if len(held) == 1 and held != {"float32"}:
+            settings["param_dtype"] = next(iter(held))
+    elif layer.dtype is not None and cls is not nn.Dropout:
+        raise refuse(str(layer), f"it computes in {layer.dtype}, for which its class in Flax has "
+                     "no dtype", policy.WAY_OUT)  # fmt: skip
     return cls(**settings)
+
+
+def in_dtype(model: Model, dtype: Any) -> Model:
+    """A model that computes in float32, with its floating arrays in float32; with None as it is."""
+    if dtype is None:
+        return model
+    if dtype not in ("float32", np.float32):
+        raise ConversionError(f"dtype={dtype!r:.80}: only 'float32', or None for the model's own")
+    done: dict[int, tuple[Any, Any]] = {}  # with what it was, so that no other takes its id
+
+    def cast(value: Any) -> Any:
+        floating = jnp.issubdtype(getattr(value, "dtype", bool), jnp.floating)
+        if not floating or value.dtype == np.float32:
+            return value
+        return done.setdefault(id(value), (value, value.astype(np.float32)))[1]
+
+    def plain(layer: Any) -> Any:
+        if isinstance(layer, Sequential):
+            return layer.clone(layers=[Named(n.name, plain(n.layer)) for n in layer.layers])
+        own = {f.name: f.default for f in dataclasses.fields(layer)}
+        return layer.clone(**{n: own[n] for n in ("dtype", "param_dtype") if n in own})
+
+    module = model.module if model.module is None else plain(model.module)
+    return Model(module, jax.tree.map(cast, model.variables))
 
 
 def fold(layers: list[Layer]) -> list[Layer]:

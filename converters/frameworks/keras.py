@@ -7,7 +7,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import keras
 import ml_dtypes
@@ -114,7 +114,13 @@ class SelfAttention(keras.layers.MultiHeadAttention):
 table.CUSTOM["keras"]["SelfAttention"] = SelfAttention
 
 
-def from_keras(model: Any, layout: Layout = "channels_last", *, sidecar: bool = False) -> Model:
+def from_keras(
+    model: Any,
+    layout: Layout = "channels_last",
+    *,
+    sidecar: bool = False,
+    dtype: Literal["float32"] | None = None,
+) -> Model:
     """A Keras Sequential as a Flax model with the same predictions.
 
     So too a Functional model that is one straight line of layers; a Sequential inside stays one.
@@ -128,6 +134,8 @@ def from_keras(model: Any, layout: Layout = "channels_last", *, sidecar: bool = 
         sidecar: whether to keep what Flax has no place for (seeds, initializers, regularizers,
             what is trained) in ``module.sidecar``, so that :func:`to_keras` gives it back; ``save``
             writes it along.
+        dtype: "float32" for a model that computes in float32 with weights in float32, whatever the
+            policies of its layers. None, the default, keeps these as ``dtype`` and ``param_dtype``.
 
     Returns:
         ``Model(module, variables)`` with NumPy leaves.
@@ -155,9 +163,9 @@ def from_keras(model: Any, layout: Layout = "channels_last", *, sidecar: bool = 
     layers, shape = layers_of(model)
     new, found = convert.convert(layers, "keras", "flax", shape, layout)
     made = _flax.write_flax(new, found)
-    if not sidecar:
-        return made
-    return keras_config.with_sidecar(made, layers, shape, layout)
+    if sidecar:
+        made = keras_config.with_sidecar(made, layers, shape, layout)
+    return keras_config.marked(_flax.in_dtype(made, dtype), layers)
 
 
 def _is_container(model: Any) -> bool:
@@ -234,7 +242,9 @@ def _config(model: Any) -> dict[str, Any]:
         for layer in model.layers:
             _check_known(layer)
         return {"class_name": "Functional", "config": model.get_config()}
-    entries = []
+    shape = [None, *model.input_shape[1:]]
+    given = {"batch_shape": shape, "dtype": model.inputs[0].dtype, "name": "input"}
+    entries: list[Any] = [{"class_name": "InputLayer", "config": given}]
     for layer in model.layers:
         _check_known(layer)
         inside = isinstance(layer, keras.Sequential)
@@ -242,7 +252,6 @@ def _config(model: Any) -> dict[str, Any]:
         if inside:
             entry["config"]["name"] = layer.name
         entries.append(entry)
-    shape = [None, *model.input_shape[1:]]
     return {"class_name": "Sequential", "config": {"layers": entries, "build_input_shape": shape}}
 
 

@@ -6,14 +6,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
-
 from fwt._types import ConversionError, FileFormatError, Model
 from fwt.converters.frameworks import flax as _flax
 from fwt.converters.frameworks import sidecar
 from fwt.converters.rows import table
 from fwt.converters.rows.row import Layer, S, joined, listed, parts_of, refuse
-from fwt.converters.walk import convert
+from fwt.converters.walk import convert, policy
 from fwt.layers.recurrent import HARD_SIGMOID
 
 KERAS_VERSION = "3.15.1"  # whose file layout this is
@@ -30,7 +28,8 @@ def keras_layers(
     """
     kind = config.get("class_name") if isinstance(config, dict) else type(config).__name__
     if kind not in CONTAINERS:
-        raise ConversionError(f"{place}: expected a keras Sequential, found {kind!r}")
+        what = "a config that names no class" if kind is None else repr(kind)
+        raise ConversionError(f"{place}: expected a keras Sequential, found {what}")
     body = config.get("config")
     entries = body.get("layers") if isinstance(body, dict) else None
     if not isinstance(body, dict) or not isinstance(entries, list):
@@ -38,10 +37,12 @@ def keras_layers(
     if kind != "Sequential":
         entries = _line(body, entries, place)
     shape = body.get("build_input_shape")
+    given: Any = None  # the dtype of the input
     layers: list[Layer] = []
     for entry in entries:
         kind, settings = _keras_entry(entry, place)
         if kind == "InputLayer":
+            given = settings.get("dtype")
             shape = settings.get("batch_shape") or settings.get("batch_input_shape") or shape
             if settings.get("sparse") or settings.get("ragged"):
                 raise ConversionError(f"{place}: a sparse or ragged input can't be converted")
@@ -57,23 +58,43 @@ def keras_layers(
         layers += _layer_and_activation(joined(parts), kind, settings, place)
     if shape is not None and not isinstance(shape, list | tuple):
         raise FileFormatError(f"{place}: the input shape is {shape!r}")
+    if layers and given in ("float16", "bfloat16"):
+        layers = _cast_first(layers, given, inside)
     return layers, None if shape is None else tuple(shape[1:])
 
 
 CONTAINERS = ("Sequential", "Functional")
 
 
+def _cast_first(layers: list[Layer], dtype: str, inside: tuple[str, ...]) -> list[Layer]:
+    """The layers of a model whose input is cast to half precision, which its first layer may
+    not."""
+    first, exact = layers[0], {"float16": 2048, "bfloat16": 256}[dtype]
+    if first.kind == "Embedding":
+        count = first.settings.get("input_dim")
+        if isinstance(count, int) and count <= exact + 1:
+            return layers
+        raise refuse(str(first), f"its input has dtype {dtype}, which rounds whole numbers above "
+                     f"{exact}", "give the model keras.Input(shape, dtype='int32')")  # fmt: skip
+    if first.dtype == dtype:
+        return layers
+    own = parts_of(layers[0].name)[len(inside)]
+    name = joined((*inside, f"{own}__cast"))
+    return [Layer(name, "Identity", {}, fused=True, dtype=dtype), *layers]
+
+
 def _layer_and_activation(
     name: str, kind: str, settings: dict[str, Any], place: str
 ) -> list[Layer]:
-    _check_policy(f"{name} ({kind})", settings.pop("dtype", None))
+    place_of = f"{name} ({kind})"
+    dtype = _computes_in(settings.pop("dtype", None), place_of)
     activation = None
     if any(r.fused_activation for r in table.rows_of("keras", kind)):
         activation = settings.pop("activation", "linear")
     elif kind == "Activation":
         settings["activation"] = _function_name(settings.get("activation"))
         if settings["activation"] == HARD_SIGMOID:
-            return _hard_sigmoid(name)
+            return [dataclasses.replace(x, dtype=dtype) for x in _hard_sigmoid(name)]
     inner: list[Layer] = []
     after: list[Layer] = []
     for role in ("layer", "backward_layer", "cell"):
@@ -81,7 +102,10 @@ def _layer_and_activation(
             wrapped, its = _keras_entry(settings.pop(role), place)
             own = its.get("name", role)
             parsed = _layer_and_activation(own, wrapped, its, place)
-            inner.append(parsed[0])
+            inner.append(dataclasses.replace(parsed[0], dtype=None))  # the wrapper tells it
+            if parsed[0].dtype != dtype:
+                raise refuse(place_of, f"it computes in {dtype}, and {own} in it in "
+                             f"{parsed[0].dtype}", "give both the same dtype=")  # fmt: skip
             # What wraps a layer with an activation does so in two steps.
             after += [
                 dataclasses.replace(x, name=name + x.name.removeprefix(own)) for x in parsed[1:]
@@ -89,7 +113,7 @@ def _layer_and_activation(
     layers = [Layer(name, kind, settings, inner=tuple(inner))]
     if activation is not None:
         layers += _fused(f"{name}__activation", activation, place)
-    return [*layers, *after]
+    return [dataclasses.replace(x, dtype=x.dtype or dtype) for x in (*layers, *after)]
 
 
 def _line(body: Mapping[str, Any], entries: list[Any], place: str) -> list[Any]:
@@ -180,20 +204,24 @@ def _keras_entry(entry: Any, place: str) -> tuple[str, dict[str, Any]]:
     ):
         raise ConversionError(
             f"{place}: {entry['config'].get('name')} is a custom layer "
-            f"({module}.{kind}), which can't be converted"
+            f"({f'{module}.' if module else ''}{kind}), which can't be converted"
         )
     return kind, dict(entry["config"])
 
 
-def _check_policy(place: str, policy: Any) -> None:
-    name = policy
-    if isinstance(policy, dict):
-        inner = policy.get("config")
-        name = inner.get("name") if isinstance(inner, dict) else policy.get("class_name")
-    if name not in (None, "float32"):
+def _computes_in(given: Any, place: str) -> str:
+    """The dtype that a layer of this policy computes in; its arrays tell the one that they have."""
+    name = given
+    if isinstance(given, dict):
+        inner = given.get("config")
+        name = inner.get("name") if isinstance(inner, dict) else given.get("class_name")
+    if name not in (None, *policy.POLICIES):
         raise refuse(
-            place, f"dtype policy {name!r}: only float32 is converted", "rebuild it in float32"
+            place,
+            f"dtype policy {name!r}: only {', '.join(policy.POLICIES)} are converted",
+            "rebuild it in one of them",
         )
+    return "float32" if name is None else str(name).removeprefix("mixed_")
 
 
 def _function_name(activation: Any) -> Any:
@@ -214,8 +242,8 @@ def _fused(name: str, activation: Any, place: str) -> list[Layer]:
         if not isinstance(activation.get("config"), dict) or "class_name" not in activation:
             raise refuse(name, "activation is a function of the user's own")
         kind, settings = _keras_entry(activation, place)
-        _check_policy(f"{name} ({kind})", settings.pop("dtype", None))
-        return [Layer(name, kind, settings, fused=True)]
+        dtype = _computes_in(settings.pop("dtype", None), f"{name} ({kind})")
+        return [Layer(name, kind, settings, fused=True, dtype=dtype)]
     return [Layer(name, "Activation", {"activation": activation}, fused=True)]
 
 
@@ -232,6 +260,8 @@ def _hard_sigmoid(name: str) -> list[Layer]:
 def keras_config(layers: list[Layer], shape: Any, name: str = "sequential") -> dict[str, Any]:
     """The config of a Keras Sequential of these layers, activations folded into theirs."""
     dtype = "int32" if layers and layers[0].kind == "Embedding" else "float32"
+    if layers and layers[0].settings.get("dtype") == "float64":
+        dtype = "float64"  # which the input would else lose
     first = {
         "module": "keras.layers",
         "class_name": "InputLayer",
@@ -288,6 +318,8 @@ def _separable(first: Layer, second: Layer) -> Layer | None:
     count = second.kind.removeprefix("Conv").removesuffix("D")
     if first.name != f"{second.name}__depthwise" or first.kind != f"DepthwiseConv{count}D":
         return None
+    if first.dtype != second.dtype:
+        return None
     told = second.settings
     one = (1,) * int(count)
     plain = told["kernel_size"] == one and told["strides"] == one and told["groups"] == 1
@@ -303,7 +335,9 @@ def _separable(first: Layer, second: Layer) -> Layer | None:
     }
     if "bias" in second.arrays:
         arrays["bias"] = second.arrays["bias"]
-    return Layer(second.name, f"SeparableConv{count}D", settings, arrays)
+    return dataclasses.replace(
+        second, kind=f"SeparableConv{count}D", settings=settings, arrays=arrays
+    )
 
 
 def fold_activations(layers: list[Layer]) -> list[Layer]:
@@ -320,6 +354,7 @@ def fold_activations(layers: list[Layer]) -> list[Layer]:
             last is not None
             and layer.kind == "Activation"
             and layer.name == f"{last.name}__activation"
+            and layer.dtype == last.dtype
             and any(r.fused_activation for r in table.rows_of("keras", last.kind))
             and "activation" not in last.settings
         ):
@@ -335,6 +370,8 @@ def to_keras_layers(
     """Keras layers of a Flax model, and the input shape that Keras wants to know."""
     module = _flax.sequential_of(module)
     layers = _flax.read_flax(module, variables)
+    if not any_dtype:
+        policy.check_said(layers)
     shape = module.input_shape if input_shape is None else tuple(input_shape)
     new, found = convert.convert(layers, "flax", "keras", shape, "source")
     if found is None:
@@ -348,25 +385,35 @@ def to_keras_layers(
         shape = (dense.arrays["kernel"].shape[0],)
         new, found = convert.convert(layers, "flax", "keras", shape, "source")
     assert found is not None
-    for layer in [part for outer in new for part in (outer, *outer.inner)]:
-        for name, value in layer.arrays.items():
-            if value.dtype != np.float32 and not any_dtype:
-                raise refuse(
-                    f"{layer.name}/{name}",
-                    f"dtype {value.dtype}: Keras models are written in float32",
-                    "cast the variables first, jax.tree.map(lambda x: x.astype('float32'), ...)",
-                )
+    if not any_dtype:
+        policy.to_keras(new)
     return sidecar.restored(fold_activations(new), module, "keras", state), found
 
 
-def with_sidecar(model: Model, layers: list[Layer], shape: Any, layout: Any) -> Model:
+def marked(model: Model, layers: list[Layer]) -> Model:
+    """A model that was converted from Keras layers, which says so if their own files of weights
+    have other rows than those that ``to_keras`` gives."""
+    every = [part for layer in layers for part in (layer, *layer.inner)]
+    first = any(part.settings.get("data_format") == "channels_first" for part in every)
+    if not first or not any(part.kind == "Flatten" for part in every):
+        return model
+    return Model(model.module.clone(turned=True), model.variables)
+
+
+def with_sidecar(
+    model: Model,
+    layers: list[Layer],
+    shape: Any,
+    layout: Any,
+    whole: Mapping[str, Any] | None = None,
+) -> Model:
     """A model that was converted from Keras layers, with a sidecar of what they lose."""
 
     def forth(layers: list[Layer]) -> Model:
         return _flax.write_flax(*convert.convert(layers, "keras", "flax", shape, layout))
 
     return sidecar.with_sidecar(
-        model, layers, "keras", lambda m: to_keras_layers(*m, None)[0], forth
+        model, layers, "keras", lambda m: to_keras_layers(*m, None)[0], forth, whole
     )
 
 

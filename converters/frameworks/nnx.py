@@ -32,7 +32,8 @@ TWINS: tuple[tuple[Any, Any, dict[str, str], str | None], ...] = (
 )
 # What a layer is told when it runs, and how it computes.
 _LEFT_OUT = {
-    *(TRAINING["flax"] - {"use_fast_variance"}),  # which decides how exact a norm is
+    # How exact a norm is, and the dtype of the weights.
+    *(TRAINING["flax"] - {"use_fast_variance", "param_dtype"}),
     *("use_running_average", "deterministic", "rngs", "rng_collection"),
     *("dot_general", "promote_dtype", "conv_general_dilated", "kernel_shape", "feature_axis"),
     *("in_features", "num_features", "out_features"),
@@ -262,6 +263,6 @@ def _made(layer: Any, variables: Mapping[str, Any], name: str) -> Any:
     held = {n: v for n, v in vars(made).items() if isinstance(v, nnx.Variable)}
     if set(held) != set(arrays):
         raise refuse(name, f"nnx keeps {sorted(held)}, found {sorted(arrays)}")
-    for n, value in arrays.items():
-        held[n][...] = jnp.asarray(value)
+    for n, value in arrays.items():  # whatever the dtype of those that it was made with
+        setattr(made, n, type(held[n])(jnp.asarray(value)))
     return made

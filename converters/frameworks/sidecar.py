@@ -6,10 +6,11 @@ come back only where those that they stand for are the same bits.
 """
 
 import base64
+import contextlib
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ from fwt.converters.rows.row import STATE, Framework, Layer, is_training
 
 # Settings that change nothing that a model computes.
 _KEPT = {
-    "torch": ("padding_idx", "norm_type", "scale_grad_by_freq", "sparse", "dropout"),
+    "torch": ("momentum", "padding_idx", "norm_type", "scale_grad_by_freq", "sparse", "dropout"),
     "keras": (*("dropout", "recurrent_dropout", "implementation", "unroll", "use_cudnn"),
               *("unit_forget_bias", "synchronized", "renorm", "zero_output_for_mask")),
     "flax": (),
@@ -34,8 +35,10 @@ def with_sidecar(
     framework: Framework,
     back: Callable[[Model], list[Layer]],
     forth: Callable[[list[Layer]], Model],
+    whole: Mapping[str, Any] | None = None,
 ) -> Model:
-    """The model with a sidecar: what its layers lose on the way ``forth`` and ``back``."""
+    """The model with a sidecar: what its layers lose on the way ``forth`` and ``back``, and
+    ``whole``, what a file says of the model as a whole."""
     try:
         returned = dict(_all(back(model)))
     except ConversionError:
@@ -56,7 +59,7 @@ def with_sidecar(
         if settings:
             entry["settings"] = settings
         arrays = {n: v for n, v in layer.arrays.items() if n not in STATE[framework]
-                  and not _same(v, there.arrays.get(n))}  # fmt: skip
+                  and not same_bits(v, there.arrays.get(n))}  # fmt: skip
         # Where the layer comes back as another of the same class, so do its arrays.
         theirs: Any = there.arrays
         if arrays and all(v.shape == np.shape(theirs.get(n)) for n, v in arrays.items()):
@@ -68,20 +71,21 @@ def with_sidecar(
                 entry["fresh"] = True
         if entry:
             kept[name] = {"kind": layer.kind, **entry}
-    if not kept:
+    if not kept and not whole:
         return model
-    made = _with(model, framework, kept)
+    made = _with(model, framework, kept, whole)
     if any("arrays" in entry for entry in kept.values()) and not _gives(
         made, framework, back, forth
     ):
         # The layers around have changed, and these arrays are not in the order of the new ones.
         made = _with(model, framework, {n: {k: v for k, v in entry.items() if k != "arrays"}
-                                        for n, entry in kept.items()})  # fmt: skip
+                                        for n, entry in kept.items()}, whole)  # fmt: skip
     return made
 
 
-def _with(model: Model, framework: Framework, kept: dict[str, Any]) -> Model:
-    text = json.dumps({"framework": framework, "layers": kept}, sort_keys=True)
+def _with(model: Model, framework: Framework, kept: dict[str, Any], whole: Any) -> Model:
+    told = {"framework": framework, "layers": kept, **({"whole": whole} if whole else {})}
+    text = json.dumps(told, sort_keys=True)
     return Model(model.module.clone(sidecar=text), model.variables)
 
 
@@ -98,23 +102,39 @@ def _gives(
     except (ConversionError, KeyError):  # layers that are only written are not all read again
         return False
     wanted = dict(jax.tree.leaves_with_path(model.variables))
-    return len(found) == len(wanted) and all(_same(v, wanted.get(path)) for path, v in found)
+    return len(found) == len(wanted) and all(same_bits(v, wanted.get(path)) for path, v in found)
 
 
 def restored(layers: list[Layer], module: Any, framework: Framework, state: bool) -> list[Layer]:
     """The layers of the way back with what the module's sidecar holds of them."""
-    text = getattr(module, "sidecar", "")
-    if not text:
-        return layers
-    try:
-        told = json.loads(text)
-        if told["framework"] == framework:
+    with _trusted():
+        told = _told(module, framework)
+        if told:
             _restore(layers, told["layers"], framework, state)
+    return layers
+
+
+def whole(module: Any, framework: Framework) -> dict[str, Any]:
+    """What the module's sidecar holds of the model as a whole."""
+    with _trusted():
+        return dict(_told(module, framework).get("whole", {}))
+
+
+def _told(module: Any, framework: Framework) -> dict[str, Any]:
+    """What the sidecar says, if it is of this framework."""
+    text = getattr(module, "sidecar", "")
+    told = json.loads(text) if text else {"framework": framework, "layers": {}}
+    return told if told["framework"] == framework else {}
+
+
+@contextlib.contextmanager
+def _trusted() -> Iterator[None]:
+    try:
+        yield
     except (ValueError, KeyError, TypeError, AttributeError, zlib.error) as error:
         raise ConversionError(
             f"the sidecar is none of ours ({error!r:.100}); module.clone(sidecar='') drops it"
         ) from error
-    return layers
 
 
 def _restore(layers: list[Layer], told: dict[str, Any], framework: Framework, state: bool) -> None:
@@ -159,7 +179,8 @@ def _differs(there: Any, value: Any) -> bool:
         return False  # what JSON can't hold is left
 
 
-def _same(a: np.ndarray, b: Any) -> bool:
+def same_bits(a: np.ndarray, b: Any) -> bool:
+    """Whether two arrays are one in dtype, shape and bits."""
     return b is not None and a.dtype == b.dtype and a.shape == b.shape and (
         a.tobytes() == b.tobytes()
     )  # fmt: skip

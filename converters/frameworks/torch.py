@@ -24,7 +24,7 @@ from fwt.converters.frameworks import flax as _flax
 from fwt.converters.frameworks import sidecar as _sidecar
 from fwt.converters.rows import grouped, table
 from fwt.converters.rows.row import TRAINING, Layer, LiveLeaf, joined, order, parts_of, refuse
-from fwt.converters.walk import convert
+from fwt.converters.walk import convert, policy
 from fwt.converters.walk.convert import Layout
 
 # NumPy has no such dtypes: they cross as integers of the same width.
@@ -378,6 +378,7 @@ def _layers_of(module: Any, variables: Any, input_shape: Any, layout: str) -> li
     layers = _flax.read_flax(module, variables)
     shape = module.input_shape if input_shape is None else input_shape
     new, _ = convert.convert(layers, "flax", "torch", shape, layout)
+    policy.check_torch(new)
     return torch_layers.fold_torch(new)
 
 

@@ -56,7 +56,43 @@ def fold_torch(layers: list[Layer]) -> list[Layer]:
                 out[-3:] = [stacked]
                 layer = dataclasses.replace(layer, name=f"{stem}__output")
         out.append(layer)
-    return [_renamed(x) for x in out]
+    return _with_time_first([_renamed(x) for x in out])
+
+
+# Layers that take the time first as well, by a setting or since they work on the last axis alone.
+_EITHER_FIRST = (*RECURRENT, "Select", "SelfAttention", "TransformerEncoderLayer", "Linear",
+                 "Dropout", "Identity", "ReLU", "GELU", "SiLU", "Tanh", "Sigmoid")  # fmt: skip
+
+
+def _with_time_first(layers: list[Layer]) -> list[Layer]:
+    """What stands between two swaps of batch and time as layers with the time first."""
+    out: list[Layer] = []
+    index = 0
+    while index < len(layers):
+        end = index + 1
+        inside: list[Layer] = []
+        last = False  # whether a Select has left one step only, and no time to swap
+        while _swaps(layers[index]) and not last and end < len(layers):
+            layer = layers[end]
+            if layer.kind not in _EITHER_FIRST:
+                break
+            end, last = end + 1, layer.settings.get("what") == "last"
+            timed = "batch_first" in layer.settings or layer.kind == "Select"
+            own = {**layer.settings, "batch_first": False} if timed else layer.settings
+            inside.append(dataclasses.replace(layer, settings=own))
+        closed = not last and end < len(layers) and _swaps(layers[end])
+        if (last or closed) and any("batch_first" in x.settings for x in inside):
+            out += inside
+            index = end + closed
+        else:
+            out.append(layers[index])
+            index += 1
+    return out
+
+
+def _swaps(layer: Layer) -> bool:
+    made = layer.name.rstrip("_").endswith("__permute")
+    return layer.kind == "Permute" and made and layer.settings["dims"] == (1, 0, 2)
 
 
 def _stacked(below: Layer, select: Layer, top: Layer) -> Layer | None:
@@ -90,8 +126,8 @@ def _renamed(layer: Layer) -> Layer:
 
 
 def torch_state(layer: Layer) -> dict[str, Any]:
-    """A torch layer's arrays, with the counter that BatchNorm has beside them."""
-    if layer.kind.startswith("BatchNorm"):
+    """A torch layer's arrays, with the counter that running statistics have beside them."""
+    if "running_mean" in layer.arrays:
         counter = {"num_batches_tracked": np.zeros((), np.int64)}
         return {**layer.arrays, **(counter if "num_batches_tracked" not in layer.arrays else {})}
     return layer.arrays

@@ -22,6 +22,34 @@ class Permute(torch.nn.Module):
         return f"dims={self.dims}"
 
 
+class EinsumDense(torch.nn.Module):
+    """``torch.einsum(equation, x, weight)`` and a bias, as Keras has it; see fwt.layers."""
+
+    def __init__(
+        self,
+        equation: str,
+        output_shape: Sequence[int | None],
+        weight_shape: Sequence[int],
+        bias_axes: str | None = None,
+        bias_shape: Sequence[int] | None = None,
+        device: Any = None,
+    ):
+        super().__init__()
+        self.equation, self.output_shape, self.bias_axes = equation, output_shape, bias_axes
+        self.weight_shape, self.bias_shape = weight_shape, bias_shape
+        self.weight = torch.nn.Parameter(torch.zeros(*weight_shape, device=device))
+        self.bias: Any = None
+        if bias_shape is not None:
+            self.bias = torch.nn.Parameter(torch.zeros(*bias_shape, device=device))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = torch.einsum(self.equation, x, self.weight)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        return f"equation={self.equation!r}, bias_axes={self.bias_axes!r}"
+
+
 class RepeatVector(torch.nn.Module):
     """(n, c) -> (n, times, c)."""
 
@@ -191,6 +219,6 @@ class Reduce(torch.nn.Module):
         return f"function={self.function!r}, dim={self.dim}"
 
 
-_ALL = (Flip, Masking, Normalization, Permute, Pointwise, Reduce, RepeatVector, Rescaling, Select,
-        SelfAttention)  # fmt: skip
+_ALL = (EinsumDense, Flip, Masking, Normalization, Permute, Pointwise, Reduce, RepeatVector,
+        Rescaling, Select, SelfAttention)  # fmt: skip
 OURS: dict[str, type] = {c.__name__: c for c in _ALL}

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from fwt.converters.onnx.graph import POINTWISE, ZEROS, Graph, Node, axes_of, slices_of
+from fwt.converters.onnx.graph import Graph
 from fwt.converters.onnx.line import Reader
+from fwt.converters.onnx.numbers import POINTWISE, ZEROS, Node, axes_of, slices_of
 from fwt.converters.onnx.weights import add_group_norm, add_layer_norm
 from fwt.converters.rows.padding import pairs_in
 from fwt.converters.rows.row import refuse

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from fwt.converters.onnx.graph import Node, axes_of
 from fwt.converters.onnx.line import Handler, Reader, array, one_axis
+from fwt.converters.onnx.numbers import Node, axes_of
 from fwt.converters.rows.row import refuse
 
 
@@ -39,8 +39,10 @@ def _clip(reader: Reader, node: Node) -> None:
     reader.only(node)
     low, high = node("min"), node("max")
     if low is None and high is None:
-        low, high = (None if v is None else float(v) for v in (
-            reader.graph.const(node, 1), reader.graph.const(node, 2)))  # fmt: skip
+        ends = [reader.graph.const(node, 1), reader.graph.const(node, 2)]
+        if any(v is not None and np.size(v) != 1 for v in ends):
+            raise refuse(str(node), "its ends are arrays: only one number each")
+        low, high = (None if v is None else float(np.ravel(v)[0]) for v in ends)
     low, high = (None if v is None or abs(v) > 3e38 else v for v in (low, high))
     between(reader, node, low, high)
 

@@ -1,12 +1,10 @@
 """An ONNX file as checked nodes and arrays: nothing runs, and sizes are checked first."""
 
-import dataclasses
-import functools
 import importlib.util
 import itertools
 import math
 import mmap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +12,12 @@ import numpy as np
 
 from fwt._types import FileFormatError
 from fwt.converters import io as _io
+from fwt.converters.onnx import older
+from fwt.converters.onnx.numbers import MOST_FILLED, MOVES, ZEROS, Node, folded, owned
 from fwt.converters.rows.row import refuse
 
 OPSETS = range(9, 29)
 MOST_NODES = 100_000
-# What is computed from numbers alone may not grow beyond what files of models hold of it.
-MOST_FOLDED = 1 << 24
-ZEROS = object()  # an array of zeros of any shape, such as the first state of an LSTM
-
-
-@dataclasses.dataclass
-class Node:
-    """One operator, its attributes as Python values."""
-
-    op: str
-    name: str
-    inputs: list[str]
-    outputs: list[str]
-    attributes: dict[str, Any]
-    taken: set[Any] = dataclasses.field(default_factory=set)  # what was asked for, see check
-
-    def __str__(self) -> str:
-        return f"{self.name or self.outputs[0]} ({self.op})"
-
-    def __call__(self, name: str, default: Any = None) -> Any:
-        self.taken.add(name)
-        return self.attributes.get(name, default)
 
 
 class Graph:
@@ -64,6 +42,7 @@ class Graph:
         self.known: dict[str, Any] = {}
         self.of_batch: set[str] = set()  # the numbers in which the batch's size is -1
         self.left = (64 << 20) + 4 * path.stat().st_size  # bytes that folding may take
+        self.filled = MOST_FILLED  # bytes that it may fill with what repeats
         for tensor in graph.initializer:
             self.known[tensor.name] = array_of(tensor, path, external)
         inputs = [v for v in graph.input if v.name not in self.known]
@@ -81,21 +60,27 @@ class Graph:
             raise FileFormatError(f"{path}: it does not say the rank of its input {self.input!r}")
         self.batch = shape[0]
         self.nodes: list[Node] = []
-        given, extra = set(self.known), 0
+        given = set(self.known)
+        told: dict[str, list[int]] = {}
         nodes = _needed([_node(n, path) for n in graph.node], self.output)
-        while True:
+        for _ in range(200):  # once for each recurrent layer behind another
             self.nodes = []
             for node in nodes:
                 self._take(node)
-            # Shapes may hang on numbers that were computed now.
+            # Shapes may depend on numbers that were computed now.
             small = {n: v for n, v in self.known.items() if n not in given and v is not ZEROS
-                     and v.dtype == np.int64 and v.size <= 64
+                     and v.dtype == np.int64 and v.size <= 64 and np.sum(v == -1) < 2
                      and (n not in self.of_batch or _only_reshapes(nodes, n))}  # fmt: skip
-            if len(small) <= extra:
+            sizes = {n: v.tolist() for n, v in small.items()}
+            if sizes == told:
                 break
-            extra = len(small)
+            told = sizes
             self.shapes, self.types = _shapes(proto, path, small)
         self.nodes = _needed(self.nodes, self.output)
+        for n in self.nodes:
+            for i, name in enumerate(n.inputs):
+                if name in self.of_batch and i not in _MAY_TAKE.get(n.op, ()):
+                    raise refuse(str(n), f"its input {name!r} is the batch's size as a number")
         self.place = {id(n): i for i, n in enumerate(self.nodes)}
         self.users: dict[str, list[Node]] = {}
         for n in self.nodes:
@@ -117,25 +102,31 @@ class Graph:
             node = Node("Cast", node.name, node.inputs[:1], node.outputs,
                         {**node.attributes, "to": self.types[node.inputs[1]]})  # fmt: skip
         shape = self.shapes.get(node.inputs[0]) if node.inputs else None
-        if node.op == "Shape" and shape is not None and shape.count(None) < 2:
+        if shape is None and node.inputs and hasattr(self.known.get(node.inputs[0]), "shape"):
+            shape = self.known[node.inputs[0]].shape
+        if node.op == "Shape" and shape is not None and shape.count(None) < 3:
             sizes = [-1 if s is None else s for s in shape]
             value = np.array(sizes[node("start", 0) : node("end")], np.int64)
             self._know(node.outputs[0], value, None in shape)
             return
         given = [self.known.get(n) if n else None for n in node.inputs]
         numbers = given and all(g is not None or not n for g, n in zip(given, node.inputs))
-        batch = any(n in self.of_batch for n in node.inputs)
-        if numbers and not (batch and node.op not in _MOVES):
-            value = _folded(self, node, given)
-            if value is not None:
-                self._know(node.outputs[0], value, batch)
+        batch = [i for i, n in enumerate(node.inputs) if n in self.of_batch]
+        moves = node.op in MOVES and (node.op in _MAY_TAKE or not any(batch))
+        if numbers and (moves or not batch):
+            values = folded(self, node, given)
+            lost = batch and node.op == "Cast" and not np.any(values and values[0] == -1)
+            if values is not None and not lost:
+                for name, value in zip(node.outputs, values, strict=True):
+                    self._know(name, value, bool(batch))
                 return
         self.nodes.append(node)
 
     def _know(self, name: str, value: Any, batch: bool) -> None:
         if value is not ZEROS:
-            self.left -= value.nbytes
-            if self.left < 0:
+            self.left -= owned(value)
+            self.filled -= value.nbytes - owned(value)
+            if min(self.left, self.filled) < 0:
                 raise FileFormatError(f"{self.path}: its constants grow beyond what it holds")
             if batch and np.any(value == -1):
                 self.of_batch.add(name)
@@ -152,6 +143,13 @@ class Graph:
                 str(node), f"its input {node.inputs[index]!r} is computed, expected numbers"
             )
         return value
+
+    def rank(self, name: str, node: Node) -> int:
+        """How many axes a value has."""
+        shape = self.shapes.get(name)
+        if shape is None:
+            raise refuse(str(node), f"the rank of {name!r} is not known")
+        return len(shape)
 
     def shape(self, name: str, node: Node) -> tuple[Any, ...]:
         """The sizes of a value; all but the batch's must be known."""
@@ -197,10 +195,19 @@ def proto_of(path: Path) -> Any:
     proto = onnx.ModelProto.FromString(path.read_bytes())
     if not proto.HasField("graph") or not (proto.graph.node or proto.graph.output):
         raise FileFormatError(f"{path}: no ONNX file: it has no graph")
-    if not proto.functions:
-        return proto
-    _check_functions(proto, path)
-    return onnx.inliner.inline_local_functions(proto)
+    if proto.functions:
+        _check_functions(proto, path)
+        proto = onnx.inliner.inline_local_functions(proto)
+    version = _version(proto)
+    if version is not None and 0 < version < OPSETS.start:
+        return older.raised(proto, version, OPSETS.start, path)
+    return proto
+
+
+def _version(proto: Any) -> int | None:
+    found = {o.domain: o.version for o in proto.opset_import}
+    version = found.get("", found.get("ai.onnx"))
+    return None if version is None else int(version)
 
 
 def _check_functions(proto: Any, path: Path) -> None:
@@ -226,6 +233,10 @@ def _check_functions(proto: Any, path: Path) -> None:
         raise FileFormatError(f"{path}: its functions make more than {MOST_NODES:,} nodes")
 
 
+# Where the batch's size may be an input: it is the size of an axis there.
+_MAY_TAKE = {"Reshape": (1,), "Expand": (1,), "Concat": (), "Resize": (3,), "ConstantOfShape": (0,)}
+
+
 def _only_reshapes(nodes: list[Node], name: str) -> bool:
     """Whether numbers are the target of Reshapes alone, where -1 may stand for the batch."""
     return all(n.op == "Reshape" and n.inputs[1:2] == [name] for n in nodes if name in n.inputs)
@@ -242,12 +253,9 @@ def _needed(nodes: list[Node], output: str) -> list[Node]:
 
 
 def _opset(proto: Any, path: Path) -> int:
-    found = {o.domain: o.version for o in proto.opset_import}
-    version = found.get("", found.get("ai.onnx"))
+    version = _version(proto)
     if version not in OPSETS:
-        raise FileFormatError(
-            f"{path}: opset {version}, known are {OPSETS.start} to {OPSETS.stop - 1}"
-        )
+        raise FileFormatError(f"{path}: opset {version}, known are those up to {OPSETS.stop - 1}")
     assert version is not None
     return version
 
@@ -378,148 +386,3 @@ def _outside(
     with open(there, "rb") as file:
         whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return np.frombuffer(whole, dtype, math.prod(dims), start).reshape(dims)
-
-
-# -- numbers ---------------------------------------------------------------------------------------
-
-
-def axes_of(graph: Graph, node: Node, index: int = 1) -> list[int] | None:
-    """The axes of an operator, which newer versions have as an input."""
-    value = node("axes")
-    if value is None:
-        value = graph.const(node, index)
-    if value is None:
-        return None
-    return [int(a) for a in np.ravel(np.asarray(value))]
-
-
-def slices_of(graph: Graph, node: Node, rank: int) -> list[slice]:
-    starts, ends = (node(n) for n in ("starts", "ends"))
-    if starts is None:
-        starts, ends = (np.ravel(graph.const(node, i)).tolist() for i in (1, 2))
-    axes = node("axes") if node("starts") is not None else graph.const(node, 3)
-    steps = graph.const(node, 4) if node("starts") is None else None
-    axes = range(len(starts)) if axes is None else np.ravel(axes).tolist()
-    steps = [1] * len(starts) if steps is None else np.ravel(steps).tolist()
-    out = [slice(None)] * rank
-    for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
-        if not -rank <= axis < rank or step == 0:
-            raise refuse(str(node), f"it slices axis {axis} by {step}")
-        # What exporters write for the end.
-        stop = None if (end >= 10**9 and step > 0) or (end <= -(10**9) and step < 0) else end
-        whole = start == 0 and stop is None and step == 1
-        out[axis] = slice(None) if whole else slice(start, stop, step)
-    return out
-
-
-def _folded(graph: Graph, node: Node, given: list[Any]) -> Any:
-    """What a node makes of numbers alone, or None where that is not known."""
-    x = given[0]
-    if node.op == "ConstantOfShape":
-        value = node("value")
-        large = np.any(x < 0) or math.prod(map(int, x)) > 1 << 12
-        if value is None or not np.any(value):
-            dtype = np.float32 if value is None else value.dtype
-            return ZEROS if large else np.zeros(tuple(map(int, x)), dtype)
-        return None if large else np.full(tuple(map(int, x)), np.ravel(value)[0])
-    if any(g is ZEROS for g in given):
-        moves = ("Expand", "Reshape", "Unsqueeze", "Squeeze", "Slice", "Concat", "Identity", "Cast",
-                 "Transpose", "Split", "Gather")  # fmt: skip
-        return ZEROS if node.op in moves else None
-    if node.op == "Expand" and not np.any(x):
-        return ZEROS
-    if node.op in POINTWISE and not (node.op == "Erf" and np.size(x) > 1 << 16):
-        sizes = [np.shape(g) for g in given]
-        if math.prod(np.broadcast_shapes(*sizes)) > max(
-            MOST_FOLDED, *(math.prod(s) for s in sizes)
-        ):
-            return None
-        with np.errstate(all="ignore"):
-            out = POINTWISE[node.op](node, *given)
-        return np.asarray(out).astype(np.result_type(*given), copy=False) if (
-            np.asarray(out).dtype == np.float64 and all(g.dtype != np.float64 for g in given)
-        ) else out  # fmt: skip
-    if node.op == "Transpose":
-        return np.transpose(x, node("perm"))
-    if node.op == "Cast":
-        import onnx
-
-        return x.astype(onnx.helper.tensor_dtype_to_np_dtype(node("to")))
-    if node.op == "Reshape":
-        shape = [x.shape[i] if s == 0 and i < x.ndim else int(s) for i, s in enumerate(given[1])]
-        return x.reshape(shape)
-    if node.op == "Unsqueeze":
-        rank = x.ndim + len(axes_of(graph, node) or ())
-        for axis in sorted(a % rank for a in axes_of(graph, node) or ()):
-            x = np.expand_dims(x, axis)
-        return x
-    if node.op == "Squeeze":
-        axes = axes_of(graph, node)
-        return np.squeeze(x, None if axes is None else tuple(axes))
-    if node.op == "Concat" and sum(g.nbytes for g in given) <= graph.left:
-        return np.concatenate(given, node("axis"))
-    if node.op == "Gather" and np.size(given[1]) <= 1 << 16:
-        axis = node("axis", 0)
-        if math.prod(x.shape[:axis]) * math.prod(x.shape[axis + 1 :]) * np.size(given[1]) > max(
-            MOST_FOLDED, x.size
-        ):
-            return None
-        return np.take(x, given[1], axis)
-    if node.op == "Size":
-        return np.array(np.size(x), np.int64)
-    if node.op == "Range" and all(np.size(g) == 1 for g in given):
-        first, end, step = (np.ravel(g)[0] for g in given)
-        return np.arange(first, end, step) if step and (end - first) / step < 1 << 12 else None
-    if node.op == "Slice":
-        return x[tuple(slices_of(graph, node, x.ndim))]
-    return None
-
-
-def _erf(x: Any) -> Any:
-    return np.vectorize(math.erf, otypes=[float])(x)
-
-
-# What may be done with the batch's size: no arithmetic.
-_MOVES = ("Cast", "Gather", "Slice", "Concat", "Unsqueeze", "Squeeze", "Reshape", "Identity",
-          "Expand", "ConstantOfShape", "Size")  # fmt: skip
-
-# One value for each value; they tell what a block of such nodes is, and fold numbers.
-POINTWISE: Mapping[str, Callable[..., Any]] = {
-    "Identity": lambda n, x: x,
-    "Add": lambda n, a, b: a + b,
-    "Sub": lambda n, a, b: a - b,
-    "Mul": lambda n, a, b: a * b,
-    "Div": lambda n, a, b: a / b if np.issubdtype(np.result_type(a, b), np.floating) else a // b,
-    "Pow": lambda n, a, b: a**b,
-    "Mod": lambda n, a, b: np.mod(a, b),
-    "Neg": lambda n, x: -x,
-    "Abs": lambda n, x: np.abs(x),
-    "Sqrt": lambda n, x: np.sqrt(x),
-    "Reciprocal": lambda n, x: 1 / x,
-    "Exp": lambda n, x: np.exp(x),
-    "Log": lambda n, x: np.log(x),
-    "Erf": lambda n, x: _erf(x),
-    "Tanh": lambda n, x: np.tanh(x),
-    "Sigmoid": lambda n, x: np.where(x >= 0, 1 / (1 + np.exp(-np.abs(x))),
-                                     np.exp(-np.abs(x)) / (1 + np.exp(-np.abs(x)))),
-    "Softplus": lambda n, x: np.logaddexp(x, 0),
-    "Relu": lambda n, x: np.maximum(x, 0),
-    "Max": lambda n, *xs: functools.reduce(np.maximum, xs),
-    "Min": lambda n, *xs: functools.reduce(np.minimum, xs),
-    "Clip": lambda n, x, lo=None, hi=None: np.clip(
-        x, n("min", -np.inf) if lo is None else lo, n("max", np.inf) if hi is None else hi),
-    "Greater": lambda n, a, b: a > b,
-    "GreaterOrEqual": lambda n, a, b: a >= b,
-    "Less": lambda n, a, b: a < b,
-    "LessOrEqual": lambda n, a, b: a <= b,
-    "Equal": lambda n, a, b: a == b,
-    "Not": lambda n, x: np.logical_not(x),
-    "And": lambda n, a, b: np.logical_and(a, b),
-    "Or": lambda n, a, b: np.logical_or(a, b),
-    "Where": lambda n, c, a, b: np.where(c, a, b),
-    "Elu": lambda n, x: np.where(x > 0, x, n("alpha", 1.0) * np.expm1(np.minimum(x, 0))),
-    "LeakyRelu": lambda n, x: np.where(x >= 0, x, n("alpha", 0.01) * x),
-    "HardSigmoid": lambda n, x: np.clip(n("alpha", 0.2) * x + n("beta", 0.5), 0, 1),
-    "Softsign": lambda n, x: x / (1 + np.abs(x)),
-    "Sign": lambda n, x: np.sign(x),
-}  # fmt: skip

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from fwt.converters.onnx.graph import ZEROS, Graph, Node
+from fwt.converters.onnx.graph import Graph
+from fwt.converters.onnx.numbers import ZEROS, Node
 from fwt.converters.rows.padding import same_pads
 from fwt.converters.rows.row import Layer, refuse
 
@@ -51,7 +52,7 @@ class Reader:
         return self.graph.shape(self.at, node)
 
     def rank(self, node: Node) -> int:
-        return len(self.shape(node))
+        return self.graph.rank(self.at, node)
 
     def only(self, node: Node, index: int = 0) -> None:
         """Raises unless the value of the line is this input and no other."""
@@ -61,13 +62,14 @@ class Reader:
                 str(node), f"the value {self.at!r} is its input {where}, expected [{index}]"
             )
 
-    def permute(self, order: Sequence[int], name: str) -> None:
+    def permute(self, order: Sequence[int], name: str, fused: bool = False) -> None:
+        """Another order of the axes; ``fused`` if it is part of a layer and may move the batch."""
         if tuple(order) != tuple(range(len(order))):
             label = name
             while label in self.names:
                 label += "_"
             self.names.add(label)
-            self.layers.append(Layer(label, "Permute", {"dims": tuple(order)}))
+            self.layers.append(Layer(label, "Permute", {"dims": tuple(order)}, fused=fused))
 
     def with_second(self, axis: int, rank: int, name: str, add: Callable[[], None]) -> None:
         """A layer over another axis than the second, where torch has the channels."""

@@ -12,8 +12,9 @@ from fwt.converters.frameworks import torch_layers
 from fwt.converters.onnx import blocks, functions, recurrent, shapes, weights
 from fwt.converters.onnx import graph as _graph
 from fwt.converters.onnx import ours as _ours
-from fwt.converters.onnx.graph import Graph, Node
+from fwt.converters.onnx.graph import Graph
 from fwt.converters.onnx.line import Reader
+from fwt.converters.onnx.numbers import Node
 from fwt.converters.rows.row import Layer, refuse
 from fwt.converters.walk import convert
 

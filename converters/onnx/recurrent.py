@@ -1,12 +1,13 @@
-"""ONNX's RNN, GRU and LSTM, and what is around them to bring the batch first again."""
+"""ONNX's RNN, GRU and LSTM, and what is around them to bring the batch first and back."""
 
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from fwt.converters.onnx.graph import ZEROS, Graph, Node, axes_of, slices_of
+from fwt.converters.onnx.graph import Graph
 from fwt.converters.onnx.line import Handler, Reader
+from fwt.converters.onnx.numbers import ZEROS, Node, axes_of, slices_of
 from fwt.converters.rows.row import refuse
 from fwt.layers.recurrent import HARD_SIGMOID
 
@@ -27,21 +28,29 @@ _WITH_BETA = {"HardSigmoid": 0.5, "Affine": 0.0}
 _RECURRENT = {"RNN": 1, "GRU": 3, "LSTM": 4}
 
 
-def recurrent(reader: Reader, node: Node) -> str:
-    """An RNN, GRU or LSTM from where the batch is first to where it is first again."""
+def recurrent(reader: Reader, node: Node, time_first: bool = False, inside: bool = False) -> str:
+    """An RNN, GRU or LSTM and what is around it; the value after them.
+
+    Args:
+        reader: where the line is.
+        node: the operator.
+        time_first: whether the value of the line has the time first; else the batch is first
+            there, and first again after what follows.
+        inside: whether it takes what another has given, in that one's order.
+    """
     graph, gates = reader.graph, _RECURRENT[node.op]
     h, direction = node("hidden_size"), node("direction", "forward")
     count = 2 if direction == "bidirectional" else 1
-    if node("layout", 0) or node("clip") is not None or node("input_forget", 0):
-        raise refuse(str(node), "layout, clip or input_forget off their defaults")
+    if node("clip") is not None or node("input_forget", 0):
+        raise refuse(str(node), "clip or input_forget off their defaults")
     for index, what in ((5, "initial_h"), (6, "initial_c"), (7, "P")):
         value = graph.const(node, index)
         if value is not None and value is not ZEROS and np.any(value):
             raise refuse(str(node), f"{what} is not zero")
     lengths = graph.const(node, 4)
     if lengths is not None:
-        steps = reader.shape(node)[1]
-        if np.any(np.asarray(lengths) != steps):
+        steps = (graph.shapes.get(reader.at) or (None, None))[0 if time_first else 1]
+        if steps is None or np.any(np.asarray(lengths) != steps):
             raise refuse(str(node), "sequence_lens shortens its input")
     weight, hidden, bias = (graph.const(node, i) for i in (1, 2, 3))
     names = _activations(node, gates, count)
@@ -67,7 +76,7 @@ def recurrent(reader: Reader, node: Node) -> str:
             else:
                 arrays[f"bias{end}"] = first + second
     name = reader.name(node, node.inputs[1])
-    what, end = _given_out(graph, node, count)
+    what, end, letters = _given_out(graph, node, count)
     settings: dict[str, Any] = {
         "input_size": weight.shape[-1], "hidden_size": h, "num_layers": 1, "bias": bias is not None,
         "batch_first": True, "dropout": 0.0, "bidirectional": count == 2,
@@ -82,10 +91,19 @@ def recurrent(reader: Reader, node: Node) -> str:
         settings["reset_after"] = after
     if direction == "reverse":
         settings["reverse"] = True
+    if time_first and not inside:
+        reader.permute((1, 0, 2), f"{name}__batch", fused=True)
     reader.add(name, node.op, arrays, **settings)
+    if letters != _TIME_FIRST:
+        return end
     users = graph.users.get(end, [])
-    if len(users) == 1 and users[0].op in _RECURRENT and end in users[0].inputs:
-        return recurrent(reader, users[0])
+    if are_recurrent(users):
+        reader.at = end
+        reader.only(users[0])
+        return recurrent(reader, users[0], time_first, inside=True)
+    if not time_first:
+        raise refuse(str(node), "its input has the batch first, and its output the time")
+    reader.permute((1, 0, 2), f"{name}__time", fused=True)
     return end
 
 
@@ -113,8 +131,23 @@ def _near(a: float | None, b: float | None) -> bool:
     return a is b or (a is not None and b is not None and abs(a - b) < 1e-6)
 
 
-def _given_out(graph: Graph, node: Node, count: int) -> tuple[str, str]:
-    """What of its outputs is used, and the value where the batch is first again.
+_TIME_FIRST, _BATCH_FIRST = ["t", "n", "h"], ["n", "t", "h"]
+
+
+def are_recurrent(users: list[Node]) -> bool:
+    return len(users) == 1 and users[0].op in _RECURRENT and not users[0]("layout", 0)
+
+
+def _ends(graph: Graph, at: str) -> bool:
+    """Whether a sequence that has the time first is used so, not turned, nor its last step."""
+    users = graph.users.get(at, [])
+    turned = len(users) == 1 and users[0].op == "Transpose" and users[0]("perm") == [1, 0, 2]
+    cut = len(users) == 1 and users[0].op in ("Gather", "Slice")
+    return not turned and not cut
+
+
+def _given_out(graph: Graph, node: Node, count: int) -> tuple[str, str, list[str]]:
+    """What of its outputs is used, the value where what is around it ends, and the axes there.
 
     The axes are followed by letters: time, direction, n for the batch, h.
     """
@@ -125,11 +158,15 @@ def _given_out(graph: Graph, node: Node, count: int) -> tuple[str, str]:
         raise refuse(str(node), f"its outputs {used} are used, expected the first or the second")
     at = node.outputs[used[0]]
     letters = ["t", "d", "n", "h"] if used == [0] else ["d", "n", "h"]
+    sizes = dict(zip("tn", graph.shapes.get(node.inputs[0]) or (None, None)))
+    if node("layout", 0):
+        letters = ["n", "t", "d", "h"] if used == [0] else ["n", "d", "h"]
+        sizes = {"t": sizes["n"], "n": sizes["t"]}
     what = "sequence" if used == [0] else "last"
-    while letters not in (["n", "t", "h"], ["n", "h"]):
+    while letters not in (_BATCH_FIRST, ["n", "h"]):
         users = graph.users.get(at, [])
-        if letters == ["t", "n", "h"] and len(users) == 1 and users[0].op in _RECURRENT:
-            break  # one after the other
+        if letters == _TIME_FIRST and _ends(graph, at):
+            return "sequence", at, letters
         if len(users) == 2 and "d" in letters and count == 2:
             return _halves(graph, at, letters, node)
         if len(users) != 1:
@@ -145,9 +182,7 @@ def _given_out(graph: Graph, node: Node, count: int) -> tuple[str, str]:
             letters = [letters[a] for a in step("perm")]
         elif step.op == "Reshape" and letters[-2:] == ["d", "h"]:
             target = np.ravel(graph.const(step, 1)).tolist()
-            shape = graph.shapes.get(node.outputs[used[0]]) or (None,)
-            steps = shape[0] if "t" in letters else None
-            known = {"t": (0, steps), "n": (0, -1, graph.batch)}
+            known = {x: (0, -1, sizes[x]) for x in "tn"}
             size = count * (node("hidden_size") or 0)
             rest = zip(letters[:-2], target, strict=False)
             if len(target) != len(letters) - 1 or target[-1] not in (-1, size) or (
@@ -174,12 +209,12 @@ def _given_out(graph: Graph, node: Node, count: int) -> tuple[str, str]:
         else:
             raise refuse(str(step), f"after {node}: it works on {letters}, the batch not first")
         at = step.outputs[0]
-    if letters == ["t", "n", "h"]:
-        return "sequence", at
-    return _last_step(graph, at, what, count) if letters == ["n", "t", "h"] else (what, at)
+    if letters == _BATCH_FIRST:
+        what, at = _last_step(graph, at, what, count)
+    return what, at, letters
 
 
-def _halves(graph: Graph, at: str, letters: list[str], node: Node) -> tuple[str, str]:
+def _halves(graph: Graph, at: str, letters: list[str], node: Node) -> tuple[str, str, list[str]]:
     """Two directions that are taken apart and joined again."""
     ends: dict[int, tuple[str, list[str], int | None]] = {}
     for step in graph.users[at]:
@@ -232,14 +267,11 @@ def _halves(graph: Graph, at: str, letters: list[str], node: Node) -> tuple[str,
         raise refuse(str(node), f"the steps {first} and {second} of its directions")
     what = "sequence" if "t" in left else "last"
     at = step.outputs[0]
-    if left == ["t", "n", "h"]:
-        after = graph.users.get(at, [])
-        if len(after) == 1 and after[0].op == "Transpose" and after[0]("perm") == [1, 0, 2]:
-            return what, after[0].outputs[0]
-        if len(after) == 1 and after[0].op in _RECURRENT:
-            return what, at
-    elif left in (["n", "t", "h"], ["n", "h"]):
-        return what, at
+    after = graph.users.get(at, [])
+    if left == _TIME_FIRST and not _ends(graph, at) and after[0].op == "Transpose":
+        return what, after[0].outputs[0], _BATCH_FIRST
+    if left in (_TIME_FIRST, _BATCH_FIRST, ["n", "h"]):
+        return what, at, left
     raise refuse(str(node), f"after it are the axes {left}, the batch not first")
 
 
@@ -262,10 +294,10 @@ def _last_step(graph: Graph, at: str, what: str, count: int) -> tuple[str, str]:
     return what, at
 
 
-def _time_first(reader: Reader, node: Node) -> None:
-    raise refuse(str(node), "its input has the time first, or the batch",
-                 "export the layer with batch_first=True")  # fmt: skip
+def _alone(reader: Reader, node: Node) -> str:
+    """One that no transposition leads to."""
+    reader.only(node)
+    return recurrent(reader, node, time_first=not node("layout", 0))
 
 
-# Where the batch is first, a transposition leads to them.
-OPS: Mapping[str, Handler] = dict.fromkeys(_RECURRENT, _time_first)
+OPS: Mapping[str, Handler] = dict.fromkeys(_RECURRENT, _alone)

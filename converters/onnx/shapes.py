@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from fwt.converters.onnx import blocks, recurrent, weights
-from fwt.converters.onnx.graph import Node, axes_of, slices_of
 from fwt.converters.onnx.line import Handler, Reader, array, spatial, window_of
+from fwt.converters.onnx.numbers import Node, axes_of, slices_of
 from fwt.converters.rows.padding import pairs_in
 from fwt.converters.rows.row import refuse
 
@@ -347,7 +347,7 @@ def _transpose(reader: Reader, node: Node) -> str | None:
     order = tuple(node("perm") or reversed(range(rank)))
     if order == (1, 0, 2):
         users = reader.graph.users.get(node.outputs[0], [])
-        if len(users) == 1 and users[0].op in recurrent.OPS:
+        if recurrent.are_recurrent(users):
             return recurrent.recurrent(reader, users[0])
     if order[0] != 0:
         raise refuse(str(node), f"perm={list(order)} moves the batch axis")

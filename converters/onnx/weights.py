@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from fwt.converters.onnx.graph import Node
 from fwt.converters.onnx.line import (
     DEFAULTS,
     Handler,
@@ -17,6 +16,7 @@ from fwt.converters.onnx.line import (
     spatial,
     window_of,
 )
+from fwt.converters.onnx.numbers import ZEROS, Node
 from fwt.converters.rows.row import Layer, refuse
 
 # -- products --------------------------------------------------------------------------------------
@@ -39,15 +39,36 @@ def _linear(reader: Reader, node: Node, weight: np.ndarray, bias: Any, name: str
 
 def _gemm(reader: Reader, node: Node) -> None:
     reader.only(node)
-    bias = reader.graph.const(node, 2)
-    for name, value in (("alpha", 1.0), ("beta", 1.0), ("transA", 0)):
-        if node(name, value) != value and (name != "beta" or bias is not None):
-            raise refuse(str(node), f"{name}={node(name)}: expected {value}")
-    weight = array(reader, node, 1)
+    weight, bias = array(reader, node, 1), reader.graph.const(node, 2)
+    if node("transA", 0):
+        raise refuse(str(node), "transA=1: the batch would be its second axis")
+    if bias is ZEROS:
+        bias = None
     if bias is not None and bias.ndim > 1 and (bias.ndim > 2 or bias.shape[0] != 1):
         raise refuse(str(node), f"a bias of shape {bias.shape}: one for each example")
+    weight = _times(node, "alpha", weight)
+    beta = node("beta", 1.0)
+    bias = None if bias is None or beta == 0 else _times(node, "beta", bias)
     _linear(reader, node, weight if node("transB", 0) else weight.T, bias,
             reader.name(node, node.inputs[1]))  # fmt: skip
+
+
+def _times(node: Node, name: str, value: np.ndarray) -> np.ndarray:
+    """An array times a factor of its node, where that rounds each number once and no more."""
+    factor = node(name, 1.0)
+    if factor == 1:
+        return value
+    if not factor:
+        raise refuse(str(node), f"{name}=0: expected another number")
+    with np.errstate(all="ignore"):
+        new = (value.astype(np.float64) * factor).astype(value.dtype)
+    size, least = np.abs(new), np.finfo(value.dtype).tiny
+    if not np.array_equal(np.isfinite(new), np.isfinite(value)) or np.any(
+        (size < least) & (value != 0)
+    ):  # fmt: skip
+        raise refuse(str(node), f"{name}={factor}: its products with the weights are beyond "
+                     f"{value.dtype}")  # fmt: skip
+    return new
 
 
 def _matmul(reader: Reader, node: Node) -> None:
@@ -240,8 +261,8 @@ def _arithmetic(reader: Reader, node: Node) -> str | None:
         return None
     axis = one_axis(node, value, rank)
     name = reader.name(node)
-    if axis is not None and reader.shape(node)[axis] != value.size:
-        raise refuse(str(node), f"{value.size} numbers along an axis of {reader.shape(node)[axis]}")
+    if axis is not None and (size := reader.graph.shapes[reader.at][axis]) != value.size:
+        raise refuse(str(node), f"{value.size} numbers along an axis of {size}")
     if axis is None:
         number = float(value.reshape(-1)[0])
         reader.add(name, "Rescaling", scale=1.0 if adds else number, offset=number if adds else 0.0)

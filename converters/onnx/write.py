@@ -352,7 +352,8 @@ def _one(
     if not hasattr(out, "shape"):
         raise refuse(place, "its output is no array")
     with refused(f"{place}: TensorFlow has no such operation"):
-        y = native[type(layer)](tracer, layer, own, x, aval, out) if type(layer) in native else None
+        plain = type(layer) in native and getattr(layer, "dtype", None) is None
+        y = native[type(layer)](tracer, layer, own, x, aval, out) if plain else None
         if y is None:
             y, _ = tracer.apply(function, own, x, aval)
     return y, out
@@ -540,7 +541,8 @@ def _compare(
 
             def run(by: float, given: Any = given) -> list[Any]:
                 moved = jax.tree.map(lambda leaf: judge.nudged(leaf, by), variables)
-                return [call(module, moved, judge.nudged(given, by))]
+                with judge.between_layers(by):
+                    return [call(module, moved, given)]
 
             told = judge.apart(wanted, found, judge.rounding(run, [wanted], eps), eps=eps)
         if told.excess > 1:

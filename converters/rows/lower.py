@@ -141,6 +141,14 @@ def inner_layer(framework: Framework, layer: Layer, rank: int | None) -> list[La
     return [dataclasses.replace(layer.inner[0], name=layer.name)] if layer.inner else None
 
 
+def one_device(framework: Framework, layer: Layer, rank: int | None) -> list[Layer] | None:
+    """Torch's SyncBatchNorm, which gathers its statistics in training only, as a BatchNorm."""
+    if rank is None:
+        raise refuse(str(layer), "the rank of its input is not known", "give input_shape=")
+    settings = {k: v for k, v in layer.settings.items() if k != "process_group"}
+    return [dataclasses.replace(layer, kind=f"BatchNorm{max(rank - 2, 1)}d", settings=settings)]
+
+
 def random_relu(framework: Framework, layer: Layer, rank: int | None) -> list[Layer] | None:
     """RReLU draws its slope in training; at inference it is the middle one."""
     slope = (layer.settings["lower"] + layer.settings["upper"]) / 2
@@ -189,6 +197,8 @@ def upsample_kind(framework: Framework, layer: Layer, rank: int | None) -> list[
 
 def einsum(framework: Framework, layer: Layer, rank: int | None) -> list[Layer] | None:
     """Keras's EinsumDense over the last axis is a Dense."""
+    if framework != "keras":
+        return None
     settings = dict(layer.settings)
     equation = str(settings.pop("equation", "")).replace(" ", "")
     operands, _, output = equation.partition("->")
@@ -197,10 +207,7 @@ def einsum(framework: Framework, layer: Layer, rank: int | None) -> list[Layer] 
     settings.pop("output_shape", None)
     one = len(second) == 2 and first.endswith(second[0]) and output == first[:-1] + second[1]
     if not one or bias not in (None, second[1]) or second[1] in first:
-        raise refuse(
-            str(layer),
-            f"equation={equation!r}: only one over the last axis is a Dense, with a bias along it",
-        )
+        return None
     kernel = layer.arrays.get("kernel")
     if kernel is None or kernel.ndim != 2:
         raise refuse(str(layer), "the array 'kernel' of two axes is missing")

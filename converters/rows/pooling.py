@@ -2,25 +2,53 @@
 
 from typing import Any
 
+import numpy as np
+
 from fwt import layers as fl
 from fwt.converters.rows import lower
 from fwt.converters.rows.padding import PoolPadding
 from fwt.converters.rows.row import (
+    Around,
+    At,
     Framework,
     Layer,
     Row,
     S,
+    Special,
     each,
     number,
+    refuse,
     whole,
 )
-from fwt.converters.rows.special import (
-    Adaptive,
-    GlobalPool,
-)
+from fwt.converters.rows.special import GlobalPool
 
 LETTERS = {1: "w", 2: "h w", 3: "d h w"}
 NO_LAYER = {"keras": "keras.layers has no such layer", "torch": "torch.nn has no such layer"}
+
+
+class Adaptive(Special):
+    """Adaptive pools: Keras wants every size."""
+
+    def write(
+        self, framework: Framework, fields: dict[str, Any], settings: dict[str, Any], at: At
+    ) -> list[Around]:
+        if framework != "keras":
+            return []
+        known = at.known("an adaptive pool")
+        settings["output_size"] = tuple(
+            n if m is None else m for n, m in zip(known, fields["output_size"], strict=True)
+        )
+        for n, m in zip(known, settings["output_size"], strict=True):
+            # Keras finds the windows in float32, by a product with 1 / m.
+            at_ = np.arange(m + 1, dtype=np.float32) * np.float32(n)
+            exact = np.arange(m + 1) * n
+            for found in (at_ / np.float32(m), at_ * (np.float32(1) / np.float32(m))):
+                low, high = np.floor(found[:-1]), np.ceil(found[1:])
+                if any(low != exact[:-1] // m) or any(high != -(-exact[1:] // m)):
+                    raise refuse(
+                        at.place, f"Keras's adaptive pools round {n} to {m} in another way"
+                    )
+        return []
 
 
 def same_axes(r: int) -> dict[str, Any]:

@@ -310,11 +310,11 @@ def _recurrent_row(flax: type, torch: str, keras: str, *more: S) -> Row:
 
     params = []
     for suffix, when in (("", None), ("_reverse", "merge")):
-        names = ["kernel: i g", "recurrent_kernel: p g"]
+        names = ["kernel: i q", "recurrent_kernel: r q"]
         params += [P.alike(n.replace(":", f"{suffix}:"), when=when) for n in names]
         if torch == "LSTM":
-            params.append(P.alike(f"projection_kernel{suffix}: h p", when="projection" + suffix))
-        letters = "*e" if torch == "GRU" else "g"
+            params.append(P.alike(f"projection_kernel{suffix}: y p", when="projection" + suffix))
+        letters = "*e" if torch == "GRU" else "q"
         params.append(P.alike(f"bias{suffix}: {letters}", when="use_bias" + suffix))
     return Row(
         flax,
@@ -414,9 +414,9 @@ def _conv_lstm(r: int) -> Row:
             S("recurrent_activation", None, "recurrent_activation", "sigmoid", normal=activation),
         ),
         params=(
-            P("kernel: *k i g", "-", "kernel: *k i g"),
-            P("recurrent_kernel: *k f g", "-", "recurrent_kernel: *k f g"),
-            P("bias: g", "-", "bias: g", when="use_bias"),
+            P("kernel: *k i q", "-", "kernel: *k i q"),
+            P("recurrent_kernel: *k r q", "-", "recurrent_kernel: *k r q"),
+            P("bias: q", "-", "bias: q", when="use_bias"),
         ),
         keras_defaults={
             "return_state": False,

@@ -118,6 +118,5 @@ TORCH = {
     "Select": "it must follow an RNN, LSTM or GRU",
     "EmbeddingBag": "it takes offsets beside its input",
     "CrossMapLRN2d": "an old form of LocalResponseNorm: use that",
-    "SyncBatchNorm": "it takes its statistics from several devices: use BatchNorm",
     "DataParallel": "it is no layer: give the module inside it, model.module",
 }

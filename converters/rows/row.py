@@ -200,7 +200,7 @@ class Row:
         keras_defaults: settings that must stand at these values in Keras.
         function: (name in keras.activations, the fields that it stands for).
         fused_activation: whether Keras's layer has an activation=, which becomes a layer.
-        kind: how the walk treats it: "" by its axes, or "flatten", "reshape", "permute".
+        kind: how the walk treats it: "" by its axes, or "flatten", "reshape", "permute", "einsum".
         rank_of: the Flax field that has an entry for each spatial axis.
         ordered: whether the order of the channels matters beyond which weight meets which.
         halves: the setting whose axis comes out half as long.
@@ -223,7 +223,7 @@ class Row:
     channel: str | None = None
     keras_defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     function: tuple[str, Mapping[str, Any]] | None = None
-    kind: Literal["", "flatten", "reshape", "permute"] = ""
+    kind: Literal["", "flatten", "reshape", "permute", "einsum"] = ""
     fused_activation: bool = False
     special: Special = dataclasses.field(default_factory=Special)
     rank_of: str | None = None
@@ -281,6 +281,7 @@ class Layer:
     fused: bool = False  # no layer of its own in the source, but a part of one
     inner: "tuple[Layer, ...]" = ()  # what a wrapper wraps
     holders: tuple[str, ...] = ()  # the classes of the models that it is in
+    dtype: str | None = None  # what it computes in, where it says so
 
     def __str__(self) -> str:
         return f"{self.name} ({self.kind})"

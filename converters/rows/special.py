@@ -23,17 +23,19 @@ from fwt.converters.rows.row import (
 
 
 class BatchNormAffine(Special):
-    """torch has both of scale and bias, or none."""
+    """torch has both of scale and bias, or none. Its momentum=None, a cumulative mean in training,
+    goes with the sidecar. ``tracks``: whether the layer is an InstanceNorm with statistics."""
+
+    def __init__(self, tracks: bool = False):
+        self.tracks = tracks
 
     def read(self, framework: Framework, take: Take, fields: dict[str, Any], at: At) -> None:
         if framework == "flax" and take("use_running_average") is False:
             raise refuse(take.place, "use_running_average=False: it predicts from each batch")
-        if fields.get("momentum", 0) is None:
-            raise refuse(
-                take.place,
-                "momentum=None is a cumulative mean, which only torch has",
-                "give a number",
-            )
+        if framework == "torch" and fields["momentum"] is None:
+            fields["momentum"] = 0.99
+        if framework == "torch" and self.tracks:
+            take("track_running_stats")
         if framework == "torch" and "bias" in take.values:  # a setting of newer versions
             fields["use_bias"] = take("bias") and fields["use_bias"]
 
@@ -42,7 +44,16 @@ class BatchNormAffine(Special):
     ) -> list[Around]:
         if framework == "torch":
             settings["affine"] = fields["use_scale"] or fields["use_bias"]
+            if self.tracks:
+                settings["track_running_stats"] = True
         return []
+
+    def finish(
+        self, framework: Framework, layer: Layer, fields: Mapping[str, Any], sizes: Any, at: At
+    ) -> Layer:
+        if framework == "keras":
+            layer.kind = "BatchNormalization"
+        return layer
 
 
 class InferenceFlag(Special):
@@ -547,28 +558,3 @@ class OneNumber(Special):
         if framework == "keras":
             layer.settings["size"] = fields["size"][0]
         return layer
-
-
-class Adaptive(Special):
-    """Adaptive pools: Keras wants every size."""
-
-    def write(
-        self, framework: Framework, fields: dict[str, Any], settings: dict[str, Any], at: At
-    ) -> list[Around]:
-        if framework != "keras":
-            return []
-        known = at.known("an adaptive pool")
-        settings["output_size"] = tuple(
-            n if m is None else m for n, m in zip(known, fields["output_size"], strict=True)
-        )
-        for n, m in zip(known, settings["output_size"], strict=True):
-            # Keras finds the windows in float32, by a product with 1 / m.
-            at_ = np.arange(m + 1, dtype=np.float32) * np.float32(n)
-            exact = np.arange(m + 1) * n
-            for found in (at_ / np.float32(m), at_ * (np.float32(1) / np.float32(m))):
-                low, high = np.floor(found[:-1]), np.ceil(found[1:])
-                if any(low != exact[:-1] // m) or any(high != -(-exact[1:] // m)):
-                    raise refuse(
-                        at.place, f"Keras's adaptive pools round {n} to {m} in another way"
-                    )
-        return []

@@ -15,7 +15,9 @@ from typing import Any
 
 import flax.linen as nn
 
+from fwt import layers as fl
 from fwt._axes import Known
+from fwt._modules import einsum_names
 from fwt._types import ConversionError
 from fwt.converters.rows import (
     attention,
@@ -130,7 +132,9 @@ def axis_names(letters: list[str], rank: int) -> tuple[str, ...] | None:
     """The letters of one Flax array as names of axes; None where none is an input or output."""
     fill = rank - sum(not x.startswith("*") for x in letters)
     full = [y for x in letters for y in ([x[1:]] * fill if x.startswith("*") else [x])]
-    words = {"i": "in", "j": "in", "o": "out", "c": "out", "g": "group", "m": "out"}
+    # Of a recurrent layer: the state that it takes, its gates, and what a projection gives.
+    words = {"i": "in", "j": "in", "o": "out", "c": "out", "g": "group", "m": "out",
+             "r": "in", "y": "in", "q": "out", "p": "out"}  # fmt: skip
     names = tuple(words.get(x, x) for x in full)
     return names if {"in", "out"} & set(names) else None
 
@@ -155,6 +159,11 @@ def known(layer: Any, leaf: str, rank: int) -> Known:
         ins = _many(layer.axis) if leaf == "kernel" else 0
         sides = (*["in"] * ins, *["out"] * _many(layer.features))
         return Known((*["stack"] * (rank - len(sides)), *sides), False, kind, layer)
+    if type(layer) is fl.EinsumDense and leaf == "kernel":
+        names = einsum_names(layer.equation)
+        if names is not None:
+            names = (*["stack"] * (rank - len(names)), *names)
+        return Known(names, False, kind, layer)
     for row in (*rows_of("flax", kind), *(r for r in NAMES if r.flax is type(layer))):
         for p in row.params:
             name, letters = p.of("flax")

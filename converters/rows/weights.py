@@ -1,5 +1,6 @@
 """Rows of layers with weights: dense, convolution, normalisation, embedding."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -8,6 +9,7 @@ from fwt import layers as fl
 from fwt.converters.rows import lower
 from fwt.converters.rows.padding import ConvPadding, Transposed
 from fwt.converters.rows.row import (
+    At,
     AxesSetting,
     AxisSetting,
     Framework,
@@ -16,6 +18,8 @@ from fwt.converters.rows.row import (
     Row,
     S,
     Size,
+    Special,
+    Take,
     each,
     flag,
     number,
@@ -31,6 +35,8 @@ from fwt.converters.rows.special import (
 
 LETTERS = {1: "w", 2: "h w", 3: "d h w"}
 
+# Of a Keras layer that is neither quantised nor adapted.
+_AS_MADE = {"quantization_config": None, "lora_rank": None, "lora_alpha": None}
 DENSE = Row(
     nn.Dense,
     "Linear",
@@ -45,18 +51,12 @@ DENSE = Row(
         P("kernel: i o", "weight: o i", "kernel: i o"),
         P("bias: o", "bias: o", "bias: o", when="use_bias"),
     ),
-    keras_defaults={"quantization_config": None, "lora_rank": None, "lora_alpha": None},
+    keras_defaults=_AS_MADE,
     fused_activation=True,
 )
 
 
-_CONV_DEFAULTS = {
-    "padding": "valid",
-    "data_format": "channels_last",
-    "lora_rank": None,
-    "lora_alpha": None,
-    "quantization_config": None,
-}
+_CONV_DEFAULTS = {"padding": "valid", "data_format": "channels_last", **_AS_MADE}
 
 
 def _axes(r: int) -> dict[str, Any]:
@@ -179,8 +179,27 @@ def _separable(r: int) -> Row:
     )
 
 
+def _sizes(shape: Any) -> Any:
+    """A shape, or the one size that stands for it."""
+    return (shape,) if isinstance(shape, int) else fl.tuples(shape)
+
+
 def _complement(momentum: Any) -> Any:
     return None if momentum is None else round(1.0 - momentum, 12)  # 0.1 comes back as 0.1
+
+
+_NORM_SETTINGS = (
+    S("epsilon", "eps", "epsilon", 1e-3, normal=number),
+    S("momentum", "momentum", "momentum", 0.99, torch_io=(_complement, _complement)),
+    S("use_scale", "affine", "scale", True, normal=flag),
+    S("use_bias", "affine", "center", True, normal=flag),
+)
+_NORM_PARAMS = (
+    P("scale: c", "weight: c", "gamma: c", when="use_scale", fill=1.0),
+    P("bias: c", "bias: c", "beta: c", when="use_bias", fill=0.0),
+    P("mean: c", "running_mean: c", "moving_mean: c", collection="batch_stats"),
+    P("var: c", "running_var: c", "moving_variance: c", collection="batch_stats"),
+)
 
 
 def _batch_norm(torch: str, ranks: tuple[int, ...], channel: str | None) -> Row:
@@ -193,18 +212,10 @@ def _batch_norm(torch: str, ranks: tuple[int, ...], channel: str | None) -> Row:
         channel=channel,
         settings=(
             AxisSetting("axis", None, "axis", torch_fixed=1, letter="c"),
-            S("epsilon", "eps", "epsilon", 1e-3, normal=number),
-            S("momentum", "momentum", "momentum", 0.99, torch_io=(_complement, _complement)),
-            S("use_scale", "affine", "scale", True, normal=flag),
-            S("use_bias", "affine", "center", True, normal=flag),
+            *_NORM_SETTINGS,
             Size("num_features", "c"),
         ),
-        params=(
-            P("scale: c", "weight: c", "gamma: c", when="use_scale", fill=1.0),
-            P("bias: c", "bias: c", "beta: c", when="use_bias", fill=0.0),
-            P("mean: c", "running_mean: c", "moving_mean: c", collection="batch_stats"),
-            P("var: c", "running_var: c", "moving_variance: c", collection="batch_stats"),
-        ),
+        params=_NORM_PARAMS,
         keras_defaults={
             "synchronized": False,
             "renorm": False,
@@ -216,6 +227,13 @@ def _batch_norm(torch: str, ranks: tuple[int, ...], channel: str | None) -> Row:
     )
 
 
+SYNC_BATCH_NORM = Row(
+    None,
+    "SyncBatchNorm",
+    params=_NORM_PARAMS,
+    lower=lower.one_device,
+    note="the BatchNorm that it is at inference",
+)
 LAYER_NORM = Row(
     nn.LayerNorm,
     "LayerNorm",
@@ -249,7 +267,13 @@ RMS_NORM = Row(
 
 
 def _all_groups(framework: Framework, layer: Layer) -> bool:
+    if framework == "torch":
+        return not layer.settings.get("track_running_stats")
     return framework != "keras" or layer.settings.get("groups") == -1
+
+
+def _tracked(framework: Framework, layer: Layer) -> bool:
+    return framework == "flax" or bool(layer.settings.get("track_running_stats"))
 
 
 def _some_groups(framework: Framework, layer: Layer) -> bool:
@@ -285,6 +309,23 @@ GROUP_NORM = Row(
 )
 
 
+def _tracked_instance_norm(r: int) -> Row:
+    return Row(
+        fl.TrackedInstanceNorm,
+        f"InstanceNorm{r}d",
+        axes="n *s c -> n *s c",
+        torch_axes="n c *s -> n c *s",
+        ranks=(r + 2,),
+        channel="c",
+        settings=(*_NORM_SETTINGS, Size("num_features", "c")),
+        params=_NORM_PARAMS,
+        special=BatchNormAffine(tracks=True),
+        fits=_tracked,
+        note="with track_running_stats=True a TrackedInstanceNorm, in Keras the BatchNormalization "
+        "that it is at inference",
+    )
+
+
 def _instance_norm(r: int) -> Row:
     return Row(
         nn.InstanceNorm,
@@ -312,12 +353,7 @@ EMBED = Row(
         S("features", "embedding_dim", "output_dim", normal=whole),
     ),
     params=(P("embedding: v f", "weight: v f", "embeddings: v f"),),
-    keras_defaults={
-        "quantization_config": None,
-        "lora_rank": None,
-        "lora_alpha": None,
-        "input_length": None,
-    },
+    keras_defaults={**_AS_MADE, "input_length": None},
     special=EmbeddingSettings(),
     ordered=True,
     note="padding_idx, which is for training, is dropped, and so is mask_zero, which is refused "
@@ -333,17 +369,44 @@ PRELU = Row(
     special=Slopes(),
     lower=lower.own_slopes,
 )
+
+
+class ArrayShapes(Special):
+    """What torch is told beside the equation of an einsum: the shapes of its arrays."""
+
+    def read(self, framework: Framework, take: Take, fields: dict[str, Any], at: At) -> None:
+        if framework == "torch":
+            take("weight_shape")
+            take("bias_shape")
+
+    def finish(
+        self, framework: Framework, layer: Layer, fields: Mapping[str, Any], sizes: Any, at: At
+    ) -> Layer:
+        if framework == "torch":
+            for name, value in layer.arrays.items():
+                layer.settings[f"{name}_shape"] = value.shape
+        return layer
+
+
 EINSUM_DENSE = Row(
-    None,
-    None,
+    fl.EinsumDense,
     "EinsumDense",
-    params=(
-        P("kernel: *k", "-", "kernel: *k"),
-        P("bias: *o", "-", "bias: *o", when="bias_axes"),
+    "EinsumDense",
+    settings=(
+        S("equation", "equation", "equation"),
+        S("output_shape", "output_shape", "output_shape", normal=_sizes),
+        S("bias_axes", "bias_axes", "bias_axes", None),
     ),
+    params=(
+        P("kernel: *k", "weight: *k", "kernel: *k"),
+        P("bias: *e", "bias: *e", "bias: *e", when="bias_axes"),
+    ),
+    kind="einsum",
+    keras_defaults={**_AS_MADE, "gptq_unpacked_column_size": None},
+    special=ArrayShapes(),
     fused_activation=True,
     lower=lower.einsum,
-    note="over the last axis: a Dense",
+    note="over the last axis alone: a Dense",
 )
 
 ROWS: tuple[Row, ...] = (
@@ -356,8 +419,10 @@ ROWS: tuple[Row, ...] = (
     _batch_norm("BatchNorm1d", (2, 3), None),
     _batch_norm("BatchNorm2d", (4,), "c"),
     _batch_norm("BatchNorm3d", (5,), "c"),
+    SYNC_BATCH_NORM,
     LAYER_NORM,
     GROUP_NORM,
+    *(_tracked_instance_norm(r) for r in (1, 2, 3)),
     *(_instance_norm(r) for r in (1, 2, 3)),
     RMS_NORM,
     EMBED,

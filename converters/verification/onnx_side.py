@@ -108,7 +108,7 @@ def side(path: Path, external: bool) -> Side:
     def model(*_: Any) -> Model:
         return read.from_onnx(path, external_data=external)
 
-    kinds = [(_KINDS.get(n.op_type, n.op_type), _permutes(n)) for n in graph.node]
+    kinds = [(_KINDS.get(n.op_type, n.op_type), _permutes(n), False) for n in graph.node]
     channels_first = takes_first(kinds, True)
     table: Any = next((weights[n.input[0]] for n in graph.node if n.op_type == "Gather"
                        and n.input[0] in weights), None)  # fmt: skip

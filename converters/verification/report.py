@@ -136,11 +136,11 @@ class Outputs:
 
 def compared(
     name: str, a: Outputs, b: Outputs, views: Sequence[View], **how: Any
-) -> tuple[Line, tuple[int, ...]]:
-    """How far an output is from another, given as it may be turned, and the rows with NaN."""
+) -> tuple[Line, judge.Apart | None]:
+    """How far an output is from another, given as it may be turned, and what was found."""
     seen = [s for s in (b.seen(view) for view in views) if s.value.shape == a.value.shape]
     if not seen:
-        return Line(name, a.value.shape, math.inf, math.inf, _LIMIT, "differs"), ()
+        return Line(name, a.value.shape, math.inf, math.inf, _LIMIT, "differs"), None
     found = [_line(name, a, s, **how) for s in seen]
     best = min(found, key=lambda pair: (pair[0].status == "differs", pair[0].absolute))
     if best[0].status == "differs" and a.value.ndim == 2:
@@ -150,7 +150,7 @@ def compared(
     return best
 
 
-def _line(name: str, a: Outputs, b: Outputs, **how: Any) -> tuple[Line, tuple[int, ...]]:
+def _line(name: str, a: Outputs, b: Outputs, **how: Any) -> tuple[Line, judge.Apart]:
     noise = [x.moved for x in (a, b) if x.moved is not None]
     found = judge.apart(a.value, b.value, noise, **how)
     status = "differs"
@@ -162,7 +162,7 @@ def _line(name: str, a: Outputs, b: Outputs, **how: Any) -> tuple[Line, tuple[in
         status = "close"
     ulp = int(min(found.ulp, _LIMIT))
     line = Line(name, a.value.shape, found.absolute, found.relative, ulp, status, found.allowed)
-    return line, found.lost
+    return line, found
 
 
 def identical(a: np.ndarray, b: np.ndarray) -> bool:

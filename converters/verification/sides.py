@@ -42,6 +42,13 @@ class Side:
     names: Any = None  # of its modules and weights, for models that can't be converted
     settings: Sequence[tuple[str, float]] = ()  # numbers, of such models
 
+    def laid_out(self, channels_first: bool) -> "Side":
+        """The side with channels first at its ends, or last, whatever its layers say."""
+        same = self.model_first == self.channels_first
+        return dataclasses.replace(
+            self, channels_first=channels_first, model_first=channels_first if same else False
+        )
+
 
 OF_TRAINING = ("momentum", "rate", "dropout_rate", "dropout", "recurrent_dropout")
 _AT_RANDOM = ("Drop", "Noise", "Random")  # parts of the names of layers that only train
@@ -75,18 +82,21 @@ def _numbers(
     return found
 
 
-def takes_first(layers: Iterable[tuple[str, Sequence[int] | None]], inside: bool) -> bool:
+def takes_first(layers: Iterable[tuple[str, Sequence[int] | None, bool]], inside: bool) -> bool:
     """Whether channels come first in the input of a chain.
 
     Args:
-        layers: each layer's class, and, if it permutes axes, how.
+        layers: each layer's class, how it permutes axes if it does, and whether it says itself
+            that channels come first.
         inside: whether layers over windows have them first.
     """
     turned = False
-    for kind, dims in layers:
+    for kind, dims, says in layers:
         n, kind = len(dims or ()), kind.removeprefix("Parametrized")
         if n > 2 and tuple(dims or ()) in ((0, *range(2, n), 1), (0, n - 1, *range(1, n - 1))):
             turned = not turned
+        if says:
+            return not turned
         rows = table.rows_of("torch", kind) + table.rows_of("keras", kind)
         if kind.startswith(_WINDOWS) or "Pool" in kind or any(row.channel for row in rows):
             return inside != turned
@@ -113,7 +123,9 @@ def _permutes(layer: Any) -> tuple[int, ...] | None:
 
 def flax_side(model: Model) -> Side:
     if not isinstance(model.module, Sequential):
-        raise ConversionError(f"verify: {type(model.module).__name__} is no Sequential")
+        what = f"a {type(model.module).__name__}, no fwt.Sequential"
+        what = "weights alone, with no module to run" if model.module is None else what
+        raise ConversionError(f"verify: the Model holds {what}")
 
     def run(x: np.ndarray, by: float = 0.0) -> tuple[np.ndarray, Taps]:
         taps: Taps = {}
@@ -122,7 +134,7 @@ def flax_side(model: Model) -> Side:
             variables = jax.tree.map(lambda v: judge.nudged(v, by), variables)
         y: Any = x
         for parts, layer, own in each_layer(model.module, variables):
-            y = call(layer, own, y)
+            y = call(layer, own, judge.unsettled(y, by) if taps else y)
             taps[layer_name(parts)] = np.asarray(y)
         return np.asarray(y), taps
 
@@ -139,15 +151,19 @@ def flax_side(model: Model) -> Side:
                 dtypes=dtypes, model_first=channels_first)  # fmt: skip
 
 
-def _kinds(module: Any) -> Iterator[tuple[str, Any]]:
-    """Of each layer its class, and how it permutes axes."""
+def _kinds(module: Any) -> Iterator[tuple[str, Any, bool]]:
+    """Of each layer its class, how it permutes axes, and whether its axis is the first of one
+    example."""
     for entry in module.layers:
         layer = getattr(entry, "layer", entry)
         layer = getattr(layer, "layer", layer)  # a linen layer inside nnx
         if hasattr(layer, "layers"):
             yield from _kinds(layer)
         else:
-            yield type(layer).__name__, _permutes(layer)
+            axis = getattr(layer, "axes", getattr(layer, "axis", None))
+            first = axis == 1 or (isinstance(axis, list | tuple) and list(axis) == [1])
+            first = first and ("Norm" in type(layer).__name__ or "PReLU" in type(layer).__name__)
+            yield type(layer).__name__, _permutes(layer), first
 
 
 def each_layer(
@@ -177,7 +193,7 @@ def nnx_side(model: Any) -> Side:
                 if type(layer) is nnx.Sequential:
                     y = under(layer, y, parts)
                 else:
-                    y = layer(y)
+                    y = layer(judge.unsettled(y, by) if taps else y)
                     taps[joined(parts)] = np.asarray(y)
             return y
 
@@ -216,7 +232,10 @@ def keras_side(model: Any) -> Side:
                 judge.nudged(keras.ops.convert_to_numpy(v), by), dtype=v.dtype))
                 for v in model.variables]  # fmt: skip
             with keras.StatelessScope(state_mapping=moved):
-                return run(x)
+                return through(x, by)
+        return through(x)
+
+    def through(x: np.ndarray, by: float = 0.0) -> tuple[np.ndarray, Taps]:
         taps: Taps = {}
 
         def under(holder: Any, y: Any, inside: tuple[str, ...]) -> Any:
@@ -226,13 +245,17 @@ def keras_side(model: Any) -> Side:
                 if isinstance(layer, keras.Sequential):
                     y = under(layer, y, (*inside, layer.name))
                     continue
+                if by and taps:
+                    y = keras.ops.convert_to_numpy(y)
+                    y = keras.ops.convert_to_tensor(judge.unsettled(y, by).astype(y.dtype))
                 y = layer(y, training=False) if _trains(layer) else layer(y)
                 taps[layer_name((*inside, layer.name))] = keras.ops.convert_to_numpy(y)
             return y
 
-        if isinstance(model, keras.Sequential):
-            under(model, keras.ops.convert_to_tensor(x), ())
-        y = model(x, training=False)
+        chain = isinstance(model, keras.Sequential)
+        y = under(model, keras.ops.convert_to_tensor(x), ()) if chain else None
+        if y is None or not by:
+            y = model(x, training=False)
         return keras.ops.convert_to_numpy(y), taps
 
     shape = getattr(model, "input_shape", None)
@@ -240,7 +263,7 @@ def keras_side(model: Any) -> Side:
     flat = [x for x in model._flatten_layers(include_self=False) if not hasattr(x, "layers")]
     moves = (*_MOVES, "InputLayer")
     first = next((x for x in flat if type(x).__name__ not in moves), None)
-    formats = {getattr(x, "data_format", None) for x in model.layers}
+    formats = {getattr(x, "data_format", None) for x in flat}
     inside = "channels_first" in formats
     channels_first = takes_first(_kinds(model), inside)
     taken = getattr(next(iter(getattr(model, "inputs", None) or ()), None), "dtype", "float32")
@@ -305,9 +328,9 @@ def torch_side(model: Any) -> Side:
             for w in itertools.chain(moved.parameters(), moved.buffers()):
                 if w.is_floating_point():
                     w.copy_(tensor(judge.nudged(array(w), by)))
-        return through(moved, given)
+        return through(moved, given, by)
 
-    def through(model: Any, given: Any) -> tuple[np.ndarray, Taps]:
+    def through(model: Any, given: Any, by: float = 0.0) -> tuple[np.ndarray, Taps]:
         taps: Taps = {}
         hooks, modes = [], {m: m.training for m in model.modules()}
 
@@ -318,8 +341,17 @@ def torch_side(model: Any) -> Side:
 
             return hook
 
+        def unsettled(_: Any, args: Any) -> Any:
+            if len(args) != 1 or args[0] is given or not isinstance(args[0], torch.Tensor):
+                return None
+            if not args[0].is_floating_point():
+                return None
+            return tensor(judge.nudged(array(args[0]), by)).to(args[0])
+
         for name, module in model.named_modules():
             if name and not isinstance(module, torch.nn.Sequential | torch.nn.ModuleList):
+                if by and not list(module.children()):
+                    hooks.append(module.register_forward_pre_hook(unsettled))
                 hooks.append(module.register_forward_hook(keep(name)))
         try:
             with torch.no_grad():
@@ -342,7 +374,7 @@ def torch_side(model: Any) -> Side:
             return y.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return y.numpy()
 
-    kinds = ((type(m).__name__, _permutes(m)) for m in model.modules())
+    kinds = ((type(m).__name__, _permutes(m), False) for m in model.modules())
     channels_first = takes_first(kinds, True)
     leaves = [m for m in model.modules() if not list(m.children())]
     leaf: Any = next((m for m in leaves if type(m).__name__ not in _MOVES), None)

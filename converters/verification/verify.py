@@ -100,7 +100,8 @@ def verify(
         raise ConversionError(f"verify: tolerance={tolerance} is no part of a row's largest value")
     one, other = _side(a, external_data), _side(b, external_data)
     notes: list[str] = []
-    if inputs is None:
+    made = inputs is None
+    if made:
         inputs, notes = _inputs(one, other, input_shape)
     x = np.asarray(inputs)
     if x.dtype.kind not in "fiub":
@@ -108,14 +109,18 @@ def verify(
     if not x.ndim or not len(x):
         output = Line("output", x.shape, 0.0, 0.0, 0, "not compared")
         return Report(False, None, (), (), output, (_nothing(x, output),))
-    other, (lines, output, lost, carries) = _turned(one, other, x, tolerance)
+    free = made and input_shape is None and one.shape is None
+    one, other, x, found = _turned(one, other, x, tolerance, free)
+    lines, output, told, carries = found
     if one.channels_first != other.channels_first and one.turned == other.turned:
         ends = ("first", "last") if other.channels_first else ("last", "first")
         notes.append(f"the second model takes channels {ends[0]}, the first takes them {ends[1]}: "
                      "its inputs were turned")  # fmt: skip
-    if lost:
-        rows = ", ".join([*map(str, lost[:9]), *(["..."] if len(lost) > 9 else [])])
-        notes.append(f"not compared: what is NaN in both outputs, in the rows {rows}")
+    if told is not None:
+        notes += [f"not compared: {why}, in the rows {_some(rows)}" for rows, why in (
+            (told.lost, "what is NaN in both outputs"),
+            (told.unsure, "outputs that rounding alone moves by more than their size, or that grow "
+             "beyond the dtype")) if rows]  # fmt: skip
     ok = output.status in ("exact", "close")
     first = None if ok else _departed(lines)
     if output.status == "not compared":
@@ -161,6 +166,10 @@ def verify(
         except ConversionError as error:
             notes.append(f"the weights are not compared: {error}")
     return Report(ok, first, tuple(lines), weights, output, tuple(notes))
+
+
+def _some(rows: Sequence[int]) -> str:
+    return ", ".join([*map(str, rows[:9]), *(["..."] if len(rows) > 9 else [])])
 
 
 def _settings(a: Model, b: Model) -> str | None:
@@ -271,35 +280,56 @@ def _nothing(x: np.ndarray, output: Line) -> str:
 Held = dict[str | None, Outputs]  # by layer; None is the output of the model
 
 
+Found = tuple[list[Line], Line, judge.Apart | None, set[str]]
+
+
 def _turned(
-    one: Side, other: Side, x: np.ndarray, tolerance: float | None
-) -> tuple[Side, tuple[list[Line], Line, tuple[int, ...], set[str]]]:
-    """The second side and what :func:`_lines` finds: its inputs turned if the layers say so, and
-    as they are if that makes the models equal, since not every layer says where channels are."""
-    if one.channels_first == other.channels_first or x.ndim < 3:
-        return other, _lines(one, other, x, tolerance)
-    try:
-        found = _lines(one, other, x, tolerance)
-        failed = None
-    except ConversionError as error:
-        failed = error
-    if failed is None and found[1].status in ("exact", "close"):
-        return other, found
-    plain = dataclasses.replace(other, channels_first=one.channels_first)
-    with contextlib.suppress(ConversionError):
-        again = _lines(one, plain, x, tolerance)
-        if again[1].status in ("exact", "close"):
-            return plain, again
-    if failed is not None:
-        raise failed
-    return other, found
+    one: Side, other: Side, x: np.ndarray, tolerance: float | None, free: bool
+) -> tuple[Side, Side, np.ndarray, Found]:
+    """The sides and the inputs as they fit together, and what :func:`_lines` finds.
+
+    The inputs are turned if the layers say so. They go in as they are if that makes such models
+    equal, since not every layer says where channels are; and another way only where these can't be
+    run at all.
+
+    Args:
+        one: the first model.
+        other: the second.
+        x: inputs in the layout of the first.
+        tolerance: see ``verify``.
+        free: whether the first model does not say what it takes, so that ``x`` may be turned too.
+    """
+
+    def tried(a: Side, b: Side, given: np.ndarray) -> tuple[Side, Side, np.ndarray, Found] | None:
+        try:
+            return a, b, given, _lines(a, b, given, tolerance)
+        except ConversionError as error:
+            failed.append(error)
+            return None
+
+    failed: list[ConversionError] = []
+    first = tried(one, other, x)
+    if x.ndim > 2 and one.channels_first != other.channels_first:
+        if first is not None and first[3][1].status in ("exact", "close"):
+            return first
+        plain = tried(one, other.laid_out(one.channels_first), x)
+        if plain is not None and (first is None or plain[3][1].status in ("exact", "close")):
+            return plain
+    if first is not None:
+        return first
+    if x.ndim > 2:
+        layouts = [x, _moved(x, True, False), _moved(x, False, True)] if free else [x]
+        for given in layouts:
+            for a, b in ((False, False), (True, False), (False, True)):
+                found = tried(one.laid_out(a), other.laid_out(b), given)
+                if found is not None:
+                    return found
+    raise failed[0]
 
 
-def _lines(
-    one: Side, other: Side, x: np.ndarray, tolerance: float | None = None
-) -> tuple[list[Line], Line, tuple[int, ...], set[str]]:
-    """A line for each layer and one for the output, the rows that are NaN in both, and which of
-    the layers that differ carry the same in another way."""
+def _lines(one: Side, other: Side, x: np.ndarray, tolerance: float | None = None) -> Found:
+    """A line for each layer and one for the output, what was found of that, and which of the
+    layers that differ carry the same in another way."""
     there = _moved(x, one.channels_first, other.channels_first)
     mine, theirs = _ran(one, x, "first"), _ran(other, there, "second")
     values = [held.value.dtype for held in (*mine.values(), *theirs.values())]
@@ -310,7 +340,7 @@ def _lines(
         inside += [lambda v: _moved(v, True, False), lambda v: _moved(v, False, True)]
     ends: list[View] = [_as_it_is, lambda v: _moved(v, other.channels_first, one.channels_first)]
 
-    def told() -> tuple[list[Line], Line, tuple[int, ...]]:
+    def told() -> tuple[list[Line], Line, judge.Apart | None]:
         lines = []
         for name in [*mine, *(n for n in theirs if n not in mine)]:
             if name is None:
@@ -329,7 +359,7 @@ def _lines(
     # More than ten roundings of its own: only now is measuring them worth its time.
     _measure(one, x, mine, eps)
     _measure(other, there, theirs, eps)
-    lines, output, lost = told()
+    lines, output, last = told()
     axis = 1 if one.channels_first else -1
     carries = {
         line.name
@@ -338,7 +368,7 @@ def _lines(
         and any(carried(mine[line.name].value, view(theirs[line.name].value), axis)
                 for view in inside)
     }  # fmt: skip
-    return lines, output, lost, carries
+    return lines, output, last, carries
 
 
 def _as_it_is(v: np.ndarray) -> np.ndarray:
@@ -394,8 +424,8 @@ def _pairs(a: Model, b: Model) -> list[tuple[str, np.ndarray, np.ndarray]]:
 def _unseen(one: Side, models: tuple[Model, Model], x: np.ndarray) -> str | None:
     """The first layer whose weights are more than ten roundings apart, if that matters.
 
-    It does if the outputs show it when the difference is made larger. Weights that are far apart
-    need not matter: the units of a layer may stand in another order.
+    It does if the outputs show it when the difference is made larger, or small weights of both are.
+    Weights that are far apart need not matter: the units of a layer may stand in another order.
     """
     if any(not isinstance(m.module, Sequential) for m in models):
         return None
@@ -406,8 +436,10 @@ def _unseen(one: Side, models: tuple[Model, Model], x: np.ndarray) -> str | None
         if step is not None:
             steps[path], part = step
             largest = max(largest, part)
-    if not steps or not largest < _LARGER:
+    if not steps:
         return None
+    if largest >= _LARGER:
+        return _unseen_small(one, models, x, list(steps))
     mine, theirs = models[0], Model(models[1].module, models[0].variables)
     given = _moved(x, one.channels_first, one.model_first)
     same = mine.module.layers == theirs.module.layers
@@ -419,8 +451,23 @@ def _unseen(one: Side, models: tuple[Model, Model], x: np.ndarray) -> str | None
            for path, step in steps.items()}  # fmt: skip
     wider = Model(mine.module, tree.replace(new)["params"])
     if _lines(flax_side(mine), flax_side(wider), given)[1].status != "differs":
-        return None
+        return _unseen_small(one, models, x, list(steps))
     return _layer(next(iter(steps)))
+
+
+def _unseen_small(
+    one: Side, models: tuple[Model, Model], x: np.ndarray, paths: Sequence[str]
+) -> str | None:
+    given, new = _moved(x, one.channels_first, one.model_first), []
+    held = {path: (a, b) for path, a, b in _pairs(*models) if path in paths}
+    for index, model in enumerate(models):
+        grown = {path: (pair[index] / np.abs(pair).max()).astype(pair[index].dtype)
+                 for path, pair in held.items() if 0 < np.abs(pair).max() < _LARGER}  # fmt: skip
+        tree = _tree.Tree({"params": dict(model.variables)}, whole=True)
+        new.append(Model(model.module, tree.replace(grown)["params"]))
+    same = models[0].module.layers == models[1].module.layers  # else these may make up for it
+    told = same and _lines(flax_side(new[0]), flax_side(new[1]), given)[1].status == "differs"
+    return _layer(next(iter(held))) if told else None
 
 
 def _step(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, float] | None:

@@ -132,7 +132,7 @@ def _report_groups(layer: Layer, target: Framework, given: Any, value: Any, inde
             order = "chw" if target == "torch" else "hwc"
             warnings.warn(
                 f"{layer}: its kernel is {n}:{m} sparse, but no longer in the order in which "
-                f"{target} counts the inputs behind a Flatten: prune it with "
+                f"{target} counts the inputs behind a Flatten: prune the converted model with "
                 f"fwt.patterns.n_m({n}, {m}, order={order!r}) for that",
                 stacklevel=2,
             )

@@ -5,6 +5,7 @@ from typing import Literal
 
 from fwt._types import ConversionError
 from fwt.converters.rows.row import Framework, Layer, refuse
+from fwt.converters.walk import policy
 from fwt.converters.walk.walk import CONVENTION, Restart, Walk
 
 Layout = Literal["channels_last", "channels_first", "source"]
@@ -37,6 +38,7 @@ def convert(
         raise ConversionError(f"input_shape={shape}: expected sizes of at least 1, or None")
     if source == "keras":
         _check_masks(layers)
+    layers = policy.settled(layers, source, target)
     known: dict[str, int | None] = {"rank": None if shape is None else len(shape) + 1}
     # Each restart fixes the rank, the channel or the batch axis, so four rounds settle all.
     for _ in range(4):

@@ -28,6 +28,7 @@ from fwt.converters.rows.row import (
 from fwt.converters.walk.arrays import letter_sizes, moved
 from fwt.converters.walk.axis import Axis, atoms, place_channel
 from fwt.converters.walk.write import Writer
+from fwt.layers.einsum import einsum_axes
 
 CONVENTION = {"torch": "channels_first", "keras": "channels_last", "flax": "channels_last"}
 SPATIAL = ("d", "h", "w")
@@ -108,6 +109,7 @@ class Walk(Writer):
     def _step(self, layer: Layer, following: Sequence[Layer]) -> None:
         row, given = self._row(layer)
         place = str(layer)
+        self.dtype = layer.dtype or self.dtype
         rank = None if self.have is None else len(self.have)
         parts = row.lower(self.source, layer, rank) if row.lower else None
         if parts is not None:
@@ -120,7 +122,9 @@ class Walk(Writer):
             return
         if row.kind:
             fields = read_settings(row, self.source, layer, At(place, (), rank=rank))
-            if row.kind == "flatten":
+            if row.kind == "einsum":
+                self._einsum(layer, row, fields)
+            elif row.kind == "flatten":
                 self._flatten(layer, row, fields, self._consumed(following))
             else:
                 self._reshape(layer, row, fields)
@@ -446,6 +450,34 @@ class Walk(Writer):
                 "give layout='source' to keep the input's axes as they are",
             )
 
+    def _einsum(self, layer: Layer, row: Row, fields: dict[str, Any]) -> None:
+        """Its equation counts the axes of the source, whose order the target takes."""
+        place = str(layer)
+        if self.have is None and "..." in fields["equation"]:
+            raise refuse(place, "the rank of its input is not known", "give input_shape=")
+        try:
+            rank = None if self.have is None else len(self.have)
+            inputs, kernel, output = einsum_axes(fields["equation"], rank)
+        except (ValueError, AttributeError) as error:
+            raise refuse(place, str(error)) from error
+        if self.have is None:
+            raise Restart(rank=len(inputs))
+        kept = self.have[0] is self.n and output[:1] == inputs[:1] and output[0] not in kernel
+        if not kept:
+            raise refuse(place, f"equation={fields['equation']!r} does not keep the batch first")
+        arrays = moved(row, self.source, self.target, layer, fields, {}, None)
+        bound = dict(zip(inputs, self.have, strict=True))
+        for name, size in zip(kernel, next(iter(arrays.values())).shape, strict=True):
+            if bound.setdefault(name, Axis(size)).size not in (None, size):
+                raise refuse(place, f"its kernel has {size} at {name!r}, found {bound[name].size}",
+                             "check input_shape= and the layers before it")  # fmt: skip
+        if len(self.have) > 2 or len(output) > 2:
+            self._check_proven(layer)
+        self._arrange(list(self.have), layer.name)
+        self._emit(row, layer.name, fields, At(place, ()), arrays)
+        self.have = [bound[name] for name in output]
+        self.want = list(self.have)
+
     def _flatten(self, layer: Layer, row: Row, fields: dict[str, Any], consumed: bool) -> None:
         start, end = fields["start"], fields["end"]
         if self.have is None or self.want is None:
@@ -500,19 +532,20 @@ class Walk(Writer):
     def _permute(self, layer: Layer, dims: tuple[int, ...]) -> None:
         """Only the source's order changes; the target follows when a layer needs it to."""
         numbers = all(isinstance(d, int) for d in dims)
-        if (
-            not dims
-            or not numbers
-            or sorted(dims) != list(range(len(dims)))
-            or (dims[0] != 0 and not layer.fused)
-        ):
+        if not dims or not numbers or sorted(dims) != list(range(len(dims))):
+            raise refuse(str(layer), f"dims={dims!r} must be an order of all axes")
+        if dims[0] != 0 and not layer.fused and self.layout != "source":
             raise refuse(
-                str(layer), f"dims={dims!r} must be an order of all axes that keeps the batch first"
+                str(layer),
+                f"dims={dims!r} moves the batch, so where the ends have it is not known",
+                "give layout='source' to keep them as they are",
             )
         if self.have is None:
             raise Restart(rank=len(dims))
         if len(dims) != len(self.have):
             raise refuse(str(layer), f"dims={dims!r} does not fit rank {len(self.have)}")
+        if dims[0] != 0 and not layer.fused and self.target == "keras":
+            raise refuse(str(layer), "the batch axis would have to move, which Keras can't do")
         together = self.have == self.want
         self.have = [self.have[d] for d in dims]
         if dims[0] != 0 and self.n is not self.have[0] and not self.batch:

@@ -30,6 +30,7 @@ class Writer:
         self.out: list[Layer] = []
         self.taken: set[str] = set()
         self.want: list[Axis] | None = None
+        self.dtype: str | None = None  # what is written computes in
 
     def _fresh(self, name: str) -> str:
         while name in self.taken:
@@ -101,6 +102,8 @@ class Writer:
             layer.settings["data_format"] = "channels_last"  # whatever the user's keras.json says
         found = row.special.finish(self.target, layer, fields, sizes or {}, at)
         made = found if isinstance(found, list) else [found]
+        for part in made:
+            part.dtype = self.dtype
         if not all(x.kind for x in made):
             said = {k: v for k, v in fields.items() if not isinstance(v, Axis)}
             raise self._lacking(row, at, str(said) if said else "")

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fwt import _tree
+from fwt import _mesh, _tree
 from fwt._axes import Axes, words
 from fwt._types import AxesError, FwtError
 
@@ -41,17 +41,22 @@ class Bound:
     def __call__(self, leaf: Any, axes: Axes | str | None = None, mask: Any = None) -> Any:
         if not isinstance(axes, Axes):
             axes = _named(axes, jnp.shape(leaf))
-        settings = dict(self.settings)
+        return _mesh.like(self._computed(leaf, axes, mask, dict(self.settings)), leaf)
+
+    @_mesh.on_auto_axes
+    def _computed(self, leaf: Any, axes: Axes, mask: Any, settings: dict[str, Any]) -> Any:
         # Axes that are given by number are those of the leaf, and bounds broadcast to all of it.
         numbered = isinstance(settings.get("axis"), tuple) or self.name in ("box", "non_negative")
         if axes.stack and not numbered:
             one = axes.one
             masks = [] if mask is None else [jnp.broadcast_to(mask, axes.shape)]
-            return axes.each(lambda x, *m: self(x, one, *m), leaf, *masks)
+            return axes.each(
+                lambda x, *m: self._computed(x, one, m[0] if m else None, settings), leaf, *masks
+            )
         if mask is not None and self.support is None:
             raise FwtError(f"{self.name} would refill what a mask prunes")
         if mask is not None and self.support == "mask":
-            settings["mask"] = mask
+            settings = {**settings, "mask": mask}
         _tree.refuse_scales(axes.path, leaf.dtype)
         # JAX computes nothing with 8-bit floats.
         tiny = jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype.itemsize == 1

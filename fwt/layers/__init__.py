@@ -3,9 +3,9 @@
 They compare and hash by their settings, and take channels-last input. Windows move by their own
 size unless ``strides`` says otherwise, as in Keras and torch. Open ``activations`` first for the
 form that a layer has. ``norms`` has softmax and its like, ``shapes`` what only moves entries,
-``windows`` pads and pools, ``convolutions`` what Flax lacks of them, ``preprocessing`` what
-prepares the input; ``recurrent`` and ``attention`` say what they have. ``functions`` finds the
-layer of a plain function.
+``windows`` pads and pools, ``convolutions`` what Flax lacks of them, ``einsum`` a dense layer by an
+equation, ``preprocessing`` what prepares the input; ``recurrent`` and ``attention`` say what they
+have. ``functions`` finds the layer of a plain function.
 """
 
 from fwt.layers.activations import (
@@ -42,6 +42,7 @@ from fwt.layers.activations import (
 from fwt.layers.attention import TransformerEncoderLayer
 from fwt.layers.base import tuples as tuples
 from fwt.layers.convolutions import GroupedConvTranspose
+from fwt.layers.einsum import EinsumDense
 from fwt.layers.functions import from_function as from_function
 from fwt.layers.norms import (
     LocalResponseNorm,
@@ -50,6 +51,7 @@ from fwt.layers.norms import (
     Softmax,
     Softmin,
     Sparsemax,
+    TrackedInstanceNorm,
     UnitNorm,
 )
 from fwt.layers.preprocessing import (
@@ -115,6 +117,7 @@ __all__ = [
     "ConvLSTM",
     "Crop",
     "Discretization",
+    "EinsumDense",
     "Exponential",
     "Flatten",
     "GlobalAvgPool",
@@ -163,6 +166,7 @@ __all__ = [
     "Tanh",
     "TanhShrink",
     "Threshold",
+    "TrackedInstanceNorm",
     "TrainingOnly",
     "TransformerEncoderLayer",
     "UnitNorm",

@@ -341,7 +341,7 @@ class PReLU(Layer):
     def __call__(self, x: Array) -> Array:
         where = sorted(a % x.ndim for a in self.axes)
         shape = tuple(x.shape[a] for a in where)
-        slope = self.param("negative_slope", nn.initializers.constant(0.25), shape)
+        slope = self.weight("negative_slope", nn.initializers.constant(0.25), shape)
         full = [x.shape[a] if a in where else 1 for a in range(x.ndim)]
         return jnp.where(x >= 0, x, x * slope.reshape(full))
 

@@ -53,20 +53,22 @@ class TransformerEncoderLayer(Layer):
         acts: dict[str, Callable[[Array], Array]] = {"relu": jax.nn.relu, "gelu": gelu}
         act = acts[self.activation]
         bias = self.use_bias
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
         def norm(name: str, v: Array) -> Array:
-            layer = nn.LayerNorm(self.epsilon, use_bias=bias, use_fast_variance=False, name=name)
-            return layer(v)
+            return nn.LayerNorm(
+                self.epsilon, use_bias=bias, use_fast_variance=False, name=name, **dtypes
+            )(v)
 
         def attend(v: Array) -> Array:
             layer = nn.MultiHeadDotProductAttention(
-                self.num_heads, use_bias=bias, name="self_attention"
+                self.num_heads, use_bias=bias, name="self_attention", **dtypes
             )
             return layer(v)
 
         def feed(v: Array) -> Array:
-            hidden = act(nn.Dense(self.mlp_features, use_bias=bias, name="linear1")(v))
-            return nn.Dense(x.shape[-1], use_bias=bias, name="linear2")(hidden)
+            hidden = nn.Dense(self.mlp_features, use_bias=bias, name="linear1", **dtypes)(v)
+            return nn.Dense(x.shape[-1], use_bias=bias, name="linear2", **dtypes)(act(hidden))
 
         if self.norm_first:
             x = x + attend(norm("norm1", x))

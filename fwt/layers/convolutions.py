@@ -57,8 +57,6 @@ class GroupedConvTranspose(Layer):
         kernel_dilation: the distance between the entries of the window along each spatial axis;
             None, the default, is 1 for all.
         use_bias: whether a bias is added; True by default.
-        dtype: what it computes in; None, the default, takes that of its input and weights.
-        param_dtype: the dtype of new weights; float32 by default.
         kernel_init: what draws a new kernel; LeCun's normal by default.
         bias_init: what draws a new bias; zeros by default.
 
@@ -83,8 +81,6 @@ class GroupedConvTranspose(Layer):
     padding: str | Pairs = "SAME"
     kernel_dilation: tuple[int, ...] | None = None
     use_bias: bool = True
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
     kernel_init: Any = nn.initializers.lecun_normal()
     bias_init: Any = nn.initializers.zeros
 
@@ -96,11 +92,11 @@ class GroupedConvTranspose(Layer):
                 f"{groups} groups do not divide {x.shape[-1]} inputs and {self.features} outputs"
             )
         shape = (*window, x.shape[-1] // groups, self.features)
-        kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
+        kernel = self.weight("kernel", self.kernel_init, shape)
         bias = None
         if self.use_bias:
-            bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
-        x, kernel, bias = promote_dtype(x, kernel, bias, dtype=self.dtype)
+            bias = self.weight("bias", self.bias_init, (self.features,))
+        x, kernel, bias = promote_dtype(x, kernel, bias)
         strides = self.strides or (1,) * rank
         dilation = self.kernel_dilation or (1,) * rank
         pads: Any = self.padding

@@ -90,8 +90,9 @@ def from_function(function: Callable[..., Any]) -> Layer:
     for known, layer, settings in _FUNCTIONS:
         if function is known:
             return layer(**settings)
+    name = getattr(function, "__name__", type(function).__name__)
     raise FwtError(
-        f"{getattr(function, '__name__', function)!r} is no linen module and no activation that "
+        f"{name!r} is no linen module and no activation that "
         "fwt.layers knows; wrap it in a linen module of your own"
     )
 

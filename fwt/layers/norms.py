@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -182,3 +183,61 @@ class Reduce(Layer):
         if self.function not in _REDUCE:
             raise FwtError(f"Reduce({self.function!r}): known are {', '.join(_REDUCE)}")
         return _REDUCE[self.function](x, axis=self.axis, keepdims=True)
+
+
+class TrackedInstanceNorm(Layer):
+    """An InstanceNorm that keeps running statistics, as torch's ``track_running_stats`` does.
+
+    (n, *spatial, c). In training each channel of each image is normalised by its own mean and
+    variance, and "mean" and "var" in "batch_stats" follow their averages over the batch, the
+    variance as the unbiased one. At inference these normalise all images, as in a BatchNorm.
+
+    Args:
+        epsilon: what is added to the variance, 1e-5 by default.
+        momentum: how much of the running statistics stays in each training step, 0.99 by default.
+        use_scale: whether each channel has a factor; True by default.
+        use_bias: whether each channel has an offset; True by default.
+        use_running_average: True at inference, False in training; None, the default, where the call
+            says it.
+
+    Example:
+        >>> import numpy as np
+        >>> from fwt import layers
+        >>> norm = layers.TrackedInstanceNorm(0.0, use_scale=False, use_bias=False)
+        >>> stats = {"mean": np.float32([2]), "var": np.float32([4])}
+        >>> x = np.array([[[6], [0]]], np.float32)
+        >>> norm.apply({"batch_stats": stats}, x, use_running_average=True).tolist()
+        [[[2.0], [-1.0]]]
+    """
+
+    epsilon: float = 1e-5
+    momentum: float = 0.99
+    use_scale: bool = True
+    use_bias: bool = True
+    use_running_average: bool | None = None
+
+    @nn.compact
+    def __call__(self, x: Array, use_running_average: bool | None = None) -> Array:
+        running = nn.merge_param(
+            "use_running_average", self.use_running_average, use_running_average
+        )
+        size, dtype = x.shape[-1:], x.dtype
+        kept = [
+            self.variable("batch_stats", name, new, size)
+            for name, new in (("mean", jnp.zeros), ("var", jnp.ones))
+        ]
+        wide = jnp.asarray(x, jnp.promote_types(dtype, jnp.float32))
+        if running:
+            mean, var = (v.value for v in kept)
+        else:
+            axes = tuple(range(1, x.ndim - 1))
+            mean, var = wide.mean(axes, keepdims=True), wide.var(axes, keepdims=True)
+            if not self.is_initializing():
+                count = x[0, ..., 0].size
+                batch = tuple(range(x.ndim - 1))
+                for held, new in zip(kept, (mean, var * count / max(count - 1, 1)), strict=True):
+                    held.value = self.momentum * held.value + (1 - self.momentum) * new.mean(batch)
+        y = (wide - mean) * jax.lax.rsqrt(var + self.epsilon)
+        scale = self.weight("scale", nn.initializers.ones, size) if self.use_scale else 1
+        bias = self.weight("bias", nn.initializers.zeros, size) if self.use_bias else 0
+        return jnp.asarray(y * scale + bias, jnp.result_type(dtype, scale, bias))

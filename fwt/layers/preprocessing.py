@@ -84,8 +84,11 @@ class Normalization(Layer):
         where = sorted(a % x.ndim for a in self.axes)
         shape = tuple(x.shape[a] for a in where)
         full = [x.shape[a] if a in where else 1 for a in range(x.ndim)]
-        mean = self.variable("batch_stats", "mean", jnp.zeros, shape).value.reshape(full)
-        variance = self.variable("batch_stats", "variance", jnp.ones, shape).value.reshape(full)
+        held = {"mean": jnp.zeros, "variance": jnp.ones}
+        mean, variance = (
+            self._cast(self.variable("batch_stats", name, new, shape).value.reshape(full))
+            for name, new in held.items()
+        )
         width = jnp.maximum(jnp.sqrt(variance), 1e-7)
         return mean + x * width if self.invert else (x - mean) / width
 

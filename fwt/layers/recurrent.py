@@ -70,11 +70,11 @@ class Recurrent(Layer):
         h, width = self.features, self.gates * self.features
         init = nn.initializers
         out = {
-            "kernel": self.param("kernel" + suffix, init.glorot_uniform(), (inputs, width)),
-            "recurrent": self.param("recurrent_kernel" + suffix, init.orthogonal(), (h, width)),
+            "kernel": self.weight("kernel" + suffix, init.glorot_uniform(), (inputs, width)),
+            "recurrent": self.weight("recurrent_kernel" + suffix, init.orthogonal(), (h, width)),
         }
         if self.use_bias:
-            out["bias"] = self.param("bias" + suffix, init.zeros, self.bias_shape(width))
+            out["bias"] = self.weight("bias" + suffix, init.zeros, self.bias_shape(width))
         return out
 
     def bias_shape(self, width: int) -> tuple[int, ...]:
@@ -192,12 +192,12 @@ class LSTM(Recurrent):
         h, p, width = self.features, self.projection, 4 * self.features
         init = nn.initializers
         out = {
-            "kernel": self.param("kernel" + suffix, init.glorot_uniform(), (inputs, width)),
-            "recurrent": self.param("recurrent_kernel" + suffix, init.orthogonal(), (p, width)),
-            "projection": self.param("projection_kernel" + suffix, init.glorot_uniform(), (h, p)),
+            "kernel": self.weight("kernel" + suffix, init.glorot_uniform(), (inputs, width)),
+            "recurrent": self.weight("recurrent_kernel" + suffix, init.orthogonal(), (p, width)),
+            "projection": self.weight("projection_kernel" + suffix, init.glorot_uniform(), (h, p)),
         }
         if self.use_bias:
-            out["bias"] = self.param("bias" + suffix, init.zeros, (width,))
+            out["bias"] = self.weight("bias" + suffix, init.zeros, (width,))
         return out
 
     def start(self, n: int, dtype: Any) -> Any:
@@ -335,9 +335,9 @@ class ConvLSTM(Layer):
         rank, width = len(self.kernel_size), 4 * self.features
         ones, init = (1,) * rank, nn.initializers
         shape = (*self.kernel_size, x.shape[-1], width)
-        kernel = self.param("kernel", init.glorot_uniform(), shape)
+        kernel = self.weight("kernel", init.glorot_uniform(), shape)
         own = (*self.kernel_size, self.features, width)
-        recurrent = self.param("recurrent_kernel", init.glorot_uniform(), own)
+        recurrent = self.weight("recurrent_kernel", init.glorot_uniform(), own)
         spatial = "DHW"[3 - rank :]
         numbers = (f"N{spatial}C", f"{spatial}IO", f"N{spatial}C")
         n, t = x.shape[:2]
@@ -348,7 +348,7 @@ class ConvLSTM(Layer):
             rhs_dilation=self.kernel_dilation or ones, dimension_numbers=numbers,
         )  # fmt: skip
         if self.use_bias:
-            given = given + self.param("bias", init.zeros, (width,))
+            given = given + self.weight("bias", init.zeros, (width,))
         given = jnp.moveaxis(given.reshape(n, t, *given.shape[1:]), 1, 0)
         act, gate = ACTIVATIONS[self.activation], ACTIVATIONS[self.recurrent_activation]
 

@@ -1,70 +1,25 @@
 """What is kept of each leaf: the plan behind ``prune``, ``masks`` and ``optim.sparsify``."""
 
+import copy
 import dataclasses
 import functools
 import inspect
 import math
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fwt import _apart, _axes, _tree, patterns, scores
+from fwt import _axes, _keys, _mesh, _tree, patterns, scores
 from fwt._types import FwtError, LeafError, Params, Score, Where, resolve
 from fwt.pruning import scope as _scope
+from fwt.pruning.chosen import Chosen, each, each_slice, mask_of
 from fwt.selection import passes, select
 from fwt.selection.counts import Wide, count, minus, plus, wide
 from fwt.selection.keys import Source, key_function, magnitude_key, signed_key, sources
-
-
-class Chosen(NamedTuple):
-    """What is kept of one leaf."""
-
-    leaf: Any
-    source: Source
-    cut: Any  # a select.Cut, or one of several
-    windows: patterns.Windows | None
-    stack: tuple[int, ...]  # where each slice along some axes has a cut of its own
-
-    def _call(self, function: Any, *more: Any) -> Any:
-        """``function`` of this leaf, as :func:`_apart.each` takes it."""
-        known = self.source.key, self.windows, self.stack
-        return known, functools.partial(function, *known), (self.source.arrays, *more), self.cut
-
-
-def kept(chosen: Mapping[str, Chosen]) -> dict[str, Any]:
-    """The masks, by path."""
-    return _each({p: c._call(_mask) for p, c in chosen.items()})
-
-
-def pruned(chosen: Mapping[str, Chosen]) -> dict[str, Any]:
-    """The leaves without what goes, by path."""
-    return _each({p: c._call(_pruned, c.leaf) for p, c in chosen.items()})
-
-
-def _each(calls: Mapping[str, Any]) -> dict[str, Any]:
-    # The leaves of one kind whose cuts stand side by side are cut together.
-    found: dict[str, Any] = {}
-    kinds: dict[Any, list[str]] = {}
-    for path, (kind, function, arrays, cut) in calls.items():
-        whole = isinstance(cut, select.Later) and isinstance(cut.cuts, select.Cuts)
-        shapes = [(x.shape, x.dtype) for x in jax.tree.leaves(arrays)]
-        if whole and _apart.joins(shapes, len(cut.cuts)):
-            kinds.setdefault((kind, *shapes), []).append(path)
-            continue
-        found[path] = function(
-            *arrays, cut.cuts[cut.place] if isinstance(cut, select.Later) else cut
-        )
-    for paths in kinds.values():
-        rows = [calls[p] for p in paths]
-        cuts, places = rows[0][3].cuts, np.asarray([r[3].place for r in rows])
-        mine = select.Cut(*(x[places] for x in cuts.whole))
-        values = _apart.together(rows[0][1], [r[2] for r in rows], mine)
-        found |= zip(paths, values, strict=True)
-    return found
 
 
 class Plan:
@@ -167,44 +122,62 @@ class Plan:
         places = self._places(tree, names)
         _scope.check_ties(self.scope, tree.perhaps, names)
         fits = self._fits(tree, names, places)
+        worths = [self._worths(self.score, "prune", params, names, leaves, more)]
+        if grow is not None:
+            worths.append(self._worths(grow[0], "regrow", params, names, leaves, more))
+        by_path = {} if steps is None else _tree.Tree(steps).leaves
+        added = [by_path[p] for p in names] if by_path else []
+        others = {p: tree.others(p) for p in names} if isinstance(self.scope, Mapping) else {}
+        # As pairs, for a tree of arrays forgets the order of a dict, and the first glob counts.
+        scope = [*self.scope.items()] if isinstance(self.scope, Mapping) else self.scope
+        given = self.sparsity, self.threshold, scope, None if grow is None else grow[1]
+        living = None if alive is None else {p: alive[p] for p in names}
+        floors = [start.get(p) for p in names]
+        rows = self._cut(given, places, fits, leaves, worths, living, added, floors, others)
+        return tree, {p: Chosen(x, *r) for p, x, r in zip(names, leaves, rows, strict=True)}
+
+    @_mesh.on_auto_axes
+    def _cut(
+        self, given: tuple[Any, ...], places: list[_axes.Axes], fits: list[Any], leaves: list[Any],
+        worths: list[tuple[bool, list[Any]]], alive: Mapping[str, Any] | None, added: list[Any],
+        floors: list[Any], others: Mapping[str, Collection[str]],
+    ) -> list[tuple[Any, ...]]:  # fmt: skip
+        """Of each leaf all of its :class:`Chosen` but the leaf."""
+        self = copy.copy(self)
+        self.sparsity, self.threshold, scope, share = given
+        self.scope = dict(scope) if isinstance(scope, list) else scope
         apart = self.threshold is None and self.scope not in ("global", "normalized")
         stacks = [place.stack if apart else () for place in places]
         windows = [f if isinstance(f, patterns.Windows) else None for f in fits]
 
-        def worths(score: Any, purpose: _tree.Purpose) -> tuple[bool, list[Any]]:
-            """Whether it is the magnitudes that count, and of what."""
-            plain, found = self._worths(score, purpose, params, names, leaves, more)
+        def units(plain: bool, found: list[Any]) -> list[Any]:
             if self.scope == "normalized":
                 found = [
                     place.each(functools.partial(_normalized, plain), x)
                     for place, x in zip(places, found, strict=True)
                 ]
             pairs = zip(windows, found, strict=True)
-            return plain, [x if w is None else _pooled(w, plain, x) for w, x in pairs]
+            return [x if w is None else _pooled(w, plain, x) for w, x in pairs]
 
-        plain, values = worths(self.score, "prune")
+        plain, values = worths[0][0], units(*worths[0])
         if self.threshold is not None:
             cuts = [self._above(x, plain) for x in values]
             found = [Source(key_function(not plain), (x,)) for x in values]
         else:
-            by_path = {} if steps is None else _tree.Tree(steps).leaves
-            added = [by_path[p] for p in names] if by_path else []
-            floors = [
-                _gone(place.stack, _living(f, start[place.path])) if place.path in start else None
-                for place, f in zip(places, fits, strict=True)
+            least = [
+                None if m is None else _gone(place.stack, _living(f, m))
+                for place, f, m in zip(places, fits, floors, strict=True)
             ]
-            others = {p: tree.others(p) for p in names} if isinstance(self.scope, Mapping) else {}
             found, groups, ks = self._groups(
-                places, leaves, values, fits, plain, alive, added, floors, others
+                places, leaves, values, fits, plain, alive, added, least, others
             )
-            if grow is not None:
-                worth = worths(grow[0], "regrow")
-                found, groups = _regrown(found, groups, ks, *worth, grow[1], stacks)
+            if share is not None:
+                worth = worths[1][0], units(*worths[1])
+                found, groups = _regrown(found, groups, ks, *worth, share, stacks)
             ties: select.Ties = "all" if self.like == "tfmot" else "first"
             cuts = _cuts(groups, ks, stacks, ties) if ks else [_ALL] * len(found)
             stacks = stacks if ks else [()] * len(found)
-        rows = zip(leaves, found, cuts, windows, stacks, strict=True)
-        return tree, {p: Chosen(*row) for p, row in zip(names, rows, strict=True)}
+        return list(zip(found, cuts, windows, stacks, strict=True))
 
     def _places(self, tree: Any, names: list[str]) -> list[_axes.Axes]:
         """The axes of each leaf, which tell a stack of layers."""
@@ -234,20 +207,16 @@ class Plan:
         return self.pattern.fits(places, told)
 
     def _worths(
-        self,
-        score: Any,
-        purpose: _tree.Purpose,
-        params: Params,
-        names: list[str],
-        leaves: list[Any],
-        more: Any,
-    ) -> tuple[bool, list[Any]]:
+        self, score: Any, purpose: _keys.Purpose, params: Params, names: list[str],
+        leaves: list[Any], more: Any,
+    ) -> tuple[bool, list[Any]]:  # fmt: skip
+        """Whether it is the magnitudes that count, and of what."""
         if score is scores.magnitude:
             return True, leaves
         wanted = named(score)
         context = {k: v for k, v in {**self.context, **more}.items() if k in wanted}
         if "key" in context:
-            context["key"] = _tree.as_key(context["key"], purpose)
+            context["key"] = _keys.as_key(context["key"], purpose)
         # The magnitude of a gradient needs no array of its own.
         bare = score is scores.gradient and "grads" in context
         tree = _tree.Tree(params)
@@ -284,17 +253,10 @@ class Plan:
         )
 
     def _groups(
-        self,
-        places: list[_axes.Axes],
-        leaves: list[Any],
-        worths: list[Any],
-        fits: list[Any],
-        plain: bool,
-        alive: Mapping[str, Any] | None,
-        added: list[Any],
-        floors: list[Any],
+        self, places: list[_axes.Axes], leaves: list[Any], worths: list[Any], fits: list[Any],
+        plain: bool, alive: Mapping[str, Any] | None, added: list[Any], floors: list[Any],
         others: Mapping[str, Collection[str]],
-    ) -> tuple[list[Source], list[list[Source]], list[Any]]:
+    ) -> tuple[list[Source], list[list[Source]], list[Any]]:  # fmt: skip
         """The keys of each leaf, in the groups that are counted as one, and how many go of each;
         none where the pattern alone says it."""
         living: list[Any] = []
@@ -406,32 +368,7 @@ def _slice_cuts(
     def one(arrays: Any, k: Wide) -> select.Cut:
         return select.smallest([[Source(key, arrays)]], [k], ties)[0]
 
-    return _each_slice(one, stack)(arrays, ks)
-
-
-def _each_slice(function: Any, stack: tuple[int, ...], out: bool = False) -> Any:
-    """``function`` of the slices of arrays and of one value for each, (stack,)."""
-    for index, axis in reversed(list(enumerate(stack))):
-        place = axis - index
-        function = jax.vmap(function, (place, 0), place if out else 0)
-
-    def placed(arrays: Any, values: Any) -> Any:
-        """On a mesh of Explicit axes, vmap wants both sharded alike, and a search that takes the
-        slices in turn wants to have them all."""
-        sharding: Any = getattr(jax.typeof(arrays[0]), "sharding", None)
-        spec = (*getattr(sharding, "spec", ()), *[None] * len(arrays[0].shape))
-        kinds = getattr(getattr(sharding, "mesh", None), "axis_types", ())
-        here = jax.sharding.PartitionSpec(*(spec[a] for a in stack))
-        explicit = any(k == jax.sharding.AxisType.Explicit for k in kinds)
-        if any(here) and explicit and out:
-            values = jax.tree.map(lambda x: jax.sharding.reshard(x, here), values)
-        elif any(here) and explicit:
-            whole = [None if a in stack else s for a, s in enumerate(spec[: arrays[0].ndim])]
-            spread = jax.sharding.PartitionSpec(*whole)
-            arrays = jax.tree.map(lambda x: jax.sharding.reshard(x, spread), arrays)
-        return function(arrays, values)
-
-    return placed if stack else function
+    return each_slice(one, stack)(arrays, ks)
 
 
 def _regrown(
@@ -458,10 +395,10 @@ def _regrown(
     cuts = _cuts(groups, more, stacks, "first")
     rows = zip(found, stacks, cuts, strict=True)
     calls = {
-        str(i): ((s.key, stack), functools.partial(_mask, s.key, None, stack), (s.arrays,), c)
+        str(i): ((s.key, stack), functools.partial(mask_of, s.key, None, stack), (s.arrays,), c)
         for i, (s, stack, c) in enumerate(rows)
     }
-    open_ = [~m for m in _each(calls).values()]
+    open_ = [~m for m in each(calls).values()]
     if len(groups) == 1:
         new = sources(worths, not plain, "only", open_)
         return new, [new]
@@ -559,27 +496,6 @@ def context_of(score: Any, context: Mapping[str, Any], place: str = "") -> dict[
     return found
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _mask(key: Any, windows: Any, stack: tuple[int, ...], arrays: Any, cut: Any) -> Any:
-    def one(arrays: Any, cut: Any) -> Any:
-        return select.kept(Source(key, arrays), cut)
-
-    mask = _each_slice(one, stack, out=True)(arrays, cut)
-    return mask if windows is None else windows.spread(mask)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _pruned(
-    key: Any, windows: Any, stack: tuple[int, ...], arrays: Any, leaf: Any, cut: Any
-) -> Any:
-    return _where(leaf, _mask(key, windows, stack, arrays, cut))
-
-
-def _where(leaf: Any, mask: Any) -> Any:
-    return jnp.where(mask, leaf, jnp.zeros((), leaf.dtype))
-
-
-masked = jax.jit(_where)
 nonzero = jax.jit(lambda leaf: magnitude_key(leaf) != 0)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from fwt import _axes, _tree, patterns, scores
 from fwt._types import Masks, Params, Score, Transform, Where
+from fwt.pruning import chosen as _chosen
 from fwt.pruning import plan as _plan
 from fwt.pruning.scope import Like, Scope
 
@@ -29,6 +30,12 @@ def prune(
 
     A sparsity s prunes exactly round-half-even(s * n) of the n selected weights, whatever the
     ties: among equals the first in path order are kept. NaN counts as the largest.
+
+    Leaves may be spread over the devices of a mesh, with axes of any type: the selection is that
+    of one device (where sums are compared, of blocks say, up to their rounding), and the result is
+    spread as its leaf is. Inside ``jax.shard_map`` a leaf is the
+    shard that a device holds, and each shard is counted by itself: call it outside to count over
+    whole leaves.
 
     Args:
         sparsity: the share to prune, 0 to 1; a Python number, or a traced scalar, so that one
@@ -80,7 +87,7 @@ def prune(
 
     def apply(params: Params) -> Params:
         tree, chosen = plan.choose(params)
-        return tree.replace(_plan.pruned(chosen))
+        return tree.replace(_chosen.pruned(chosen))
 
     return apply
 
@@ -129,7 +136,7 @@ def masks(
 
     def apply(params: Params) -> Masks:
         tree, chosen = plan.choose(params)
-        return tree.map_all(_plan.kept(chosen), all_true)
+        return tree.map_all(_chosen.kept(chosen), all_true)
 
     return apply
 
@@ -181,7 +188,7 @@ def apply_masks(masks: Masks) -> Transform:
         tree = _tree.Tree(params)
         chosen = tree.match(wanted)
         return tree.replace(
-            {p: _plan.masked(_tree.computable(p, tree.leaves[p]), m) for p, m in chosen.items()}
+            {p: _chosen.masked(_tree.computable(p, tree.leaves[p]), m) for p, m in chosen.items()}
         )
 
     return apply

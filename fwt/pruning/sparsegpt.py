@@ -128,12 +128,13 @@ def _inputs(path: str, layer: Any, x: Any) -> Any:
         return x.reshape(-1, x.shape[-1]).astype(jnp.float32)
     if type(layer) is nn.DenseGeneral and not layer.batch_dims:
         axes = (layer.axis,) if isinstance(layer.axis, int) else tuple(layer.axis)
+        axes = tuple(sorted(a % x.ndim for a in axes))  # as Flax lays out the kernel
         x = jnp.moveaxis(x, axes, range(-len(axes), 0))
         return x.reshape(-1, math.prod(x.shape[-len(axes) :])).astype(jnp.float32)
-    if type(layer) is not nn.Conv or layer.feature_group_count != 1:
+    if type(layer) is not nn.Conv or layer.feature_group_count != 1 or layer.mask is not None:
         raise LeafError(
             f"sparsegpt: {path} is of a {type(layer).__name__}, and only Dense, DenseGeneral and "
-            "Conv without groups can be mended: leave it out with where="
+            "Conv without groups or a mask can be mended: leave it out with where="
         )
     # A convolution with one output for each weight reads its inputs out.
     size = layer.kernel_size

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from fwt import _mesh
 from fwt._types import Array
 from fwt.selection.keys import Source
 
@@ -23,16 +24,10 @@ _PACKED, _ROWS = 6, 16  # 6 fit into 4 bits, and 6 * 16 into 8
 
 def _cut_axis(x: Any) -> int | None:
     """The axis of a leaf that may be sharded along which slices can be cut without moving data:
-    one that is known to be whole, or whose shards, whichever they are, still divide. A reshape of
-    anything else makes XLA gather."""
-    sharding = getattr(jax.typeof(x), "sharding", None)
-    spec = tuple(getattr(sharding, "spec", ()))
-    kinds = getattr(getattr(sharding, "mesh", None), "axis_types", ())
-    explicit = bool(kinds) and all(k == jax.sharding.AxisType.Explicit for k in kinds)
+    one whose shards, however many they are, still divide. A reshape of anything else makes XLA
+    gather."""
     for axis in sorted(range(x.ndim), key=lambda a: (a == x.ndim - 1, a)):
-        split = axis < len(spec) and spec[axis] is not None
-        shards = 1 if explicit else jax.device_count()
-        if not split and x.shape[axis] and x.shape[axis] % (SLICES * shards) == 0:
+        if x.shape[axis] and x.shape[axis] % (SLICES * jax.device_count()) == 0:
             return axis
     return None
 
@@ -129,7 +124,7 @@ def below_each(source: Source, trials: Array, active: Array) -> Array:
         def plain(arrays: Any, trials: Array) -> Array:
             return jax.vmap(lambda trial: below(Source(source.key, arrays), trial))(trials)
 
-        nothing = jnp.zeros(many, jnp.uint32)
+        nothing = _mesh.alike(jnp.zeros(many, jnp.uint32), source.arrays, trials)
         return lax.cond(active, plain, lambda *_: nothing, source.arrays, trials)
     flat = _map(source, lambda x: x.reshape(-1))
 
@@ -147,7 +142,7 @@ def below_each(source: Source, trials: Array, active: Array) -> Array:
         both = [[tall[i] >> shift & np.uint32(0x0F0F0F0F) for i in range(rows)] for shift in (0, 4)]
         return [sum(b[1:], b[0]) for b in both]
 
-    nothing = jnp.zeros(width, jnp.uint32)
+    nothing = _mesh.alike(jnp.zeros(width, jnp.uint32), source.arrays, trials)
     found = lax.cond(active, nibbles, lambda *_: nothing, flat.arrays, trials)
     none = [nothing[: width // rows]] * 2
     shifts = np.arange(0, 32, 8, dtype=np.uint32)[:, None]

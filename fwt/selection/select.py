@@ -7,7 +7,7 @@ stay where they are.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -15,11 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fwt._apart import FEW, SMALL, indices, pick, side_by_side
+from fwt import _mesh
+from fwt._apart import indices, pick
 from fwt._types import Array, FwtError
 from fwt.selection import passes as _passes
+from fwt.selection import sample
 from fwt.selection.counts import Wide, difference, less, minus, total, wide
 from fwt.selection.keys import Source
+from fwt.selection.stacks import Stack, of_leaves, own_places, stacked
 
 _SAMPLE = 1 << 16
 
@@ -44,14 +47,14 @@ class Cuts(Sequence[Cut]):
         self.whole = whole
 
     @functools.cached_property
-    def _own(self) -> Sequence[Any]:
+    def _places(self) -> Sequence[Any]:
         return indices(range(len(self)), self.whole.value[0])
 
     def __len__(self) -> int:
         return int(self.whole.value.shape[0])
 
     def __getitem__(self, place: Any) -> Any:
-        return Cut(*(pick(x, self._own[place]) for x in self.whole))
+        return Cut(*(pick(x, self._places[place]) for x in self.whole))
 
 
 class Later(NamedTuple):
@@ -78,7 +81,7 @@ def row_kept(keys: Array, k: Array) -> Array:
         trial = found | (dtype.type(1) << place)
         return jnp.where(jnp.sum(keys < trial, dtype=jnp.uint32) <= k, trial, found)
 
-    value = lax.fori_loop(0, bits, bit, jnp.zeros((), dtype))
+    value = lax.fori_loop(0, bits, bit, _mesh.alike(jnp.zeros((), dtype), keys, k))
     ties = keys == value
     stay = jnp.sum(keys <= value, dtype=jnp.uint32) - k
     split = (stay != 0) & (stay != jnp.sum(ties, dtype=jnp.uint32))
@@ -91,7 +94,8 @@ def row_kept(keys: Array, k: Array) -> Array:
         return jnp.where(below < stay, trial, found)
 
     # Where no row splits its ties there is nothing to search: a loop of no trips.
-    last = lax.fori_loop(0, jnp.where(split, top, 0), cut_bit, jnp.uint32(0))
+    first = _mesh.alike(jnp.uint32(0), keys, k)
+    last = lax.fori_loop(0, jnp.where(split, top, 0), cut_bit, first)
     return (keys > value) | ties & (stay != 0) & ((places <= last) | ~split)
 
 
@@ -156,63 +160,8 @@ def _start(guess: Array, span: Array, k: Wide, at_top: Wide) -> _State:
     )
 
 
-class _Stack(NamedTuple):
-    """Leaves of one shape and kind, side by side along a first axis; or one leaf as it is.
-
-    Attributes:
-        source: the keys.
-        places: which leaves they are.
-    """
-
-    source: Source
-    places: tuple[int, ...]
-
-    @property
-    def one(self) -> bool:
-        return len(self.places) == 1
-
-    @property
-    def size(self) -> int:
-        """Of one leaf."""
-        return math.prod(self.source.shape if self.one else self.source.shape[1:])
-
-
-def _stacked(flat: Sequence[Source]) -> list[_Stack]:
-    """The leaves, small ones of one shape together, so that one kernel serves them."""
-    kinds: dict[Any, list[int]] = {}
-    joins = len(flat) > FEW and jax.device_count() == 1
-    for i, source in enumerate(flat):
-        kind = (source.key, *((x.shape, x.dtype) for x in source.arrays))
-        small = joins and 0 < math.prod(source.shape) <= SMALL
-        kinds.setdefault(kind if small else i, []).append(i)
-    found = []
-    for places in kinds.values():
-        source = flat[places[0]]
-        if len(places) > 1:
-            columns = zip(*(flat[i].arrays for i in places), strict=True)
-            source = Source(source.key, tuple(map(side_by_side, columns)))
-        found.append(_Stack(source, tuple(places)))
-    return found
-
-
-def _of_leaves(
-    stacks: Sequence[_Stack], index: Sequence[Any], trial: Array, each: Callable[..., Any]
-) -> Array:
-    """``each(stack, arrays, trial, place)`` of all stacks in a row, over the last axis; ``place``
-    cuts what belongs to a stack out of numbers of all leaves."""
-    # The barrier keeps XLA from computing once, and storing, what does not depend on the trial.
-    arrays, trial = lax.optimization_barrier(([s.source.arrays for s in stacks], trial))
-    found, start = [], 0
-    for stack, given, i in zip(stacks, arrays, index, strict=True):
-        stop = start + len(stack.places)
-        place = i if stack.one else slice(start, stop)
-        found.append(each(stack, given, trial, place))
-        start = stop
-    return lax.concatenate(found, found[0].ndim - 1)
-
-
 def _tie_cuts(
-    stacks: Sequence[_Stack], own: Sequence[Any], values: Array, stay: Array, tied: Array
+    stacks: Sequence[Stack], own: Sequence[Any], values: Array, stay: Array, tied: Array
 ) -> Array:
     """By leaf, the index before which exactly ``stay`` of its ``tied`` keys equal its value."""
     sizes = np.asarray([s.size for s in stacks for _ in s.places], np.uint32)
@@ -229,13 +178,13 @@ def _tie_cuts(
         guess = jnp.where(passes % 3 == 2, gap // 2, guess)
         index = lo + jnp.clip(guess, 1, jnp.maximum(gap, 2) - 1)
 
-        def below(stack: _Stack, arrays: Any, index: Array, mine: Any) -> Array:
+        def below(stack: Stack, arrays: Any, index: Array, mine: Any) -> Array:
             if stack.one:
                 return _ties_below_jit(stack.source.key, arrays, mine, active, values, index)
             rows = active[mine], values[mine], index[mine]
             return _row_ties_jit(stack.source.key, arrays, *rows)
 
-        at = _of_leaves(stacks, own, index, below)
+        at = of_leaves(stacks, own, index, below)
         low, high = active & (at < stay), active & (at >= stay)
         return (
             jnp.where(low, index, lo),
@@ -248,6 +197,7 @@ def _tie_cuts(
     # Before index 0 there is none of them; where all or none stay there is nothing to search.
     nothing = jnp.zeros(len(sizes), jnp.uint32)
     start = (nothing, sizes, nothing, tied, jnp.int32(0))
+    start = _mesh.alike(start, values, [s.source.arrays for s in stacks])
     hi = lax.while_loop(lambda s: jnp.any(searching(s[3])), body, start)[1]
     return jnp.where(stay == 0, 0, hi)
 
@@ -263,113 +213,11 @@ def _stays(kept: Wide, tied: Array) -> Array:
     return lax.scan(leaf, kept, tied)[1]
 
 
-def _strided(source: Source, stride: int) -> Array:
-    """Every ``stride``-th key or so, in step with no axis of the leaf."""
-    stride = _stride_of(source.shape, stride)
-    return source.key(*(x.reshape(-1)[::stride] for x in source.arrays)).reshape(-1)
+def _nothing(*given: Any) -> Array:
+    return _mesh.alike(jnp.uint32(0), given)
 
 
-def _stride_of(shape: tuple[int, ...], stride: int) -> int:
-    while stride > 1 and math.gcd(stride, math.prod(shape[1:])) > 1:
-        stride -= 1
-    return stride
-
-
-def _dtype(source: Source) -> Any:
-    return jax.eval_shape(source.keys).dtype
-
-
-def _thin(source: Source) -> Source | None:
-    """One slice of a leaf that may be sharded."""
-    parts, _ = _passes.slices(source)
-    return parts[_passes.SLICES // 2] if parts else None
-
-
-def _stride(size: int, groups: int) -> int:
-    return max(1, size // max(_SAMPLE // groups, _SAMPLE // 16))
-
-
-def _targets(k: Any, n: int, m: int, xp: Any) -> tuple[Any, Any]:
-    """Three ranks in a sample of ``m``, and the ranks of the whole that the outer two span."""
-    share = k / xp.maximum(n, 1)
-    spread = 2 * xp.sqrt(m * share * (1 - share)) + 1
-    ranks = xp.clip(share * m + xp.stack([-spread, 0 * spread, spread]), 0, xp.maximum(m - 1, 0))
-    ranks = xp.floor(ranks).astype(xp.uint32)
-    return ranks, xp.maximum((ranks[2] - ranks[0]).astype(xp.float32) * (n / xp.maximum(m, 1)), 1)
-
-
-def _sampled(stack: _Stack, stride: int) -> Array:
-    """Some keys of each leaf (leaves, keys)."""
-    if stack.one:
-        return _strided(stack.source, stride)[None]
-    key, arrays = stack.source
-    one = _stride_of(stack.source.shape[1:], stride)
-    return key(*(x.reshape(x.shape[0], -1)[:, ::one] for x in arrays))
-
-
-def _quantiles(stacks: list[_Stack], joint: bool, ks: Wide) -> tuple[Array, Array]:
-    """The keys (groups, 3) of the sample around the k-th, and the ranks between them."""
-    sizes = [s.size for s in stacks for _ in s.places]
-    groups = 1 if joint else len(sizes)
-    if jax.device_count() == 1:
-        size = sum(sizes)
-        rows = [_sampled(s, _stride(size if joint else s.size, groups)) for s in stacks]
-        if joint:
-            rows = [jnp.concatenate([r.reshape(1, -1) for r in rows], 1)]
-        m = [r.shape[1] for r in rows for _ in range(r.shape[0])]
-        width = -(-max(1, *m) // 32)
-        top = rows[0].dtype.type(np.iinfo(rows[0].dtype).max)
-        padded = [
-            jnp.pad(r, ((0, 0), (0, width * 32 - r.shape[1])), constant_values=top) for r in rows
-        ]
-        sample = lax.concatenate(padded, 0).reshape(groups, 1, 32, width)
-
-        def below(trials: Array) -> Array:
-            parts = jnp.sum(sample < trials[:, :, None, None], 2, dtype=jnp.int8)
-            return jnp.sum(parts, -1, dtype=jnp.uint32)
-
-    else:
-        apart = [[s.source] for s in stacks]
-        apart = [[s.source for s in stacks]] if joint else apart
-        thin = [[t for t in map(_thin, group) if t is not None] for group in apart]
-        m = [sum(math.prod(t.shape) for t in group) for group in thin]
-
-        def below(trials: Array) -> Array:
-            found = []
-            for group, row in zip(thin, trials, strict=True):
-                hits = [t.keys()[..., None] < row for t in group]
-                counts = [jnp.sum(h, range(h.ndim - 1), dtype=jnp.uint32) for h in hits]
-                found.append(sum(counts, jnp.zeros(3, jnp.uint32)))
-            return jnp.stack(found)
-
-    exact = ks.high.astype(jnp.float32) * 65536.0 + ks.low.astype(jnp.float32)
-    sizes = [sum(sizes)] if joint else sizes
-    each = np.asarray(sizes, np.float32), np.asarray(m, np.float32)
-    ranks, spans = jax.vmap(lambda k, n, m: _targets(k, n, m, jnp))(exact, *each)
-    dtype = _dtype(stacks[0].source)
-    bits = dtype.itemsize * 8
-
-    def bit(i: Any, found: Array) -> Array:
-        place = jnp.asarray(bits - 1 - i).astype(dtype)  # i is a plain int without jit
-        trial = found | (dtype.type(1) << place)
-        return jnp.where(below(trial) <= ranks, trial, found)
-
-    found = lax.fori_loop(0, bits, bit, jnp.zeros((groups, 3), dtype))
-    return found, spans
-
-
-def _nothing(*_: Any) -> Array:
-    return jnp.uint32(0)
-
-
-def _own(stacks: Sequence[_Stack], seed: Array) -> list[Any]:
-    """For each stack of one leaf the place of its numbers."""
-    places = np.cumsum([0, *(len(s.places) for s in stacks)])
-    rest = iter(indices([int(p) for p, s in zip(places, stacks, strict=False) if s.one], seed))
-    return [next(rest) if s.one else None for s in stacks]
-
-
-def _cuts(stacks: list[_Stack], joint: bool, ks: Wide, ties: Ties) -> Cut:
+def _cuts(stacks: list[Stack], joint: bool, ks: Wide, ties: Ties) -> Cut:
     """The cuts (problems, leaves) for several counts (problems, groups) of the same keys, under a
     trace: each pass counts for all problems at once. Leaves, and groups of one leaf, are in the
     order of the stacks."""
@@ -385,7 +233,7 @@ def _cuts(stacks: list[_Stack], joint: bool, ks: Wide, ties: Ties) -> Cut:
         return wide(counts)  # one leaf a group
 
     def count(trials: Array, done: Array) -> Array:
-        def below(stack: _Stack, arrays: Any, trials: Array, mine: Any) -> Array:
+        def below(stack: Stack, arrays: Any, trials: Array, mine: Any) -> Array:
             key, rows = stack.source.key, len(stack.places)
             if stack.one:
                 group = np.uint32(0) if joint else mine
@@ -394,10 +242,10 @@ def _cuts(stacks: list[_Stack], joint: bool, ks: Wide, ties: Ties) -> Cut:
                      for x in (trials, done)]  # fmt: skip
             return _row_counts(key, arrays, *given)
 
-        return _of_leaves(stacks, own, trials, below)
+        return of_leaves(stacks, own, trials, below)
 
-    guess, span = jax.vmap(lambda ks: _quantiles(stacks, joint, ks))(ks)
-    own = _own(stacks, guess[0, 0, 0])
+    guess, span = jax.vmap(lambda ks: sample.quantiles(stacks, joint, ks))(ks)
+    own = own_places(stacks, guess[0, 0, 0])
     top = jnp.full(ks.low.shape, np.iinfo(guess.dtype).max, guess.dtype)
     at_top = jnp.broadcast_to(n, (problems, leaves))
     if not _below_top([s.source for s in stacks]):
@@ -416,7 +264,8 @@ def _cuts(stacks: list[_Stack], joint: bool, ks: Wide, ties: Ties) -> Cut:
         at_hi = jnp.where((new.hi != state.hi)[:, group_of], counts, at_hi)
         return new, at_lo, at_hi
 
-    state, at_lo, at_hi = lax.while_loop(lambda c: jnp.any(~c[0].done), body, (state, at_lo, at_hi))
+    start = _mesh.alike((state, at_lo, at_hi), [s.source.arrays for s in stacks])
+    state, at_lo, at_hi = lax.while_loop(lambda c: jnp.any(~c[0].done), body, start)
     value = (state.hi - 1)[:, group_of]
     kept = jax.vmap(minus)(totals(at_hi), ks)
     tied = at_hi - at_lo
@@ -444,17 +293,17 @@ def _concrete_cuts(group: list[Source], k: int, groups: int, ties: Ties) -> list
     dtype = jax.eval_shape(group[0].keys).dtype
     if k == 0:
         return [Cut(dtype.type(0), np.uint32(n)) for n in sizes]
-    stride = _stride(sum(sizes), groups)
-    sample = np.concatenate([np.asarray(_strided_jit(s.key, s.arrays, stride)) for s in group])
-    sample.sort()
-    ranks, span = _targets(np.float64(k), sum(sizes), len(sample), np)
+    stride = sample.stride_for(sum(sizes), groups)
+    some = np.concatenate([np.asarray(sample.strided(s.key, s.arrays, stride)) for s in group])
+    some.sort()
+    ranks, span = sample.targets(np.float64(k), sum(sizes), len(some), np)
     top = dtype.type(np.iinfo(dtype).max)
 
     def below(trial: Any) -> list[int]:
         return list(map(int, [_below_jit(s.key, s.arrays, trial) for s in group]))
 
     at_lo, at_hi = [0] * len(group), sizes if _below_top(group) else below(top)
-    state = _start_jit(sample[ranks], np.float32(span), wide(k), wide(sum(at_hi)))
+    state = _start_jit(some[ranks], np.float32(span), wide(k), wide(sum(at_hi)))
     if state.hi == 0:
         at_lo, at_hi = at_hi, sizes
     while not state.done:
@@ -483,15 +332,12 @@ count_gone = functools.partial(jax.jit, static_argnums=0, static_argnames="axis"
         ~kept(Source(key, arrays), cut), axis, dtype=jnp.uint32
     )
 )
-_strided_jit = functools.partial(jax.jit, static_argnums=(0, 2))(
-    lambda key, arrays, stride: _strided(Source(key, arrays), stride)
-)
 _below_jit = functools.partial(jax.jit, static_argnums=0)(
     lambda key, arrays, trial: _passes.below(Source(key, arrays), trial)
 )
 _tie_cut_jit = functools.partial(jax.jit, static_argnums=0)(
     lambda key, arrays, *rest: _tie_cuts(
-        [_Stack(Source(key, arrays), (0,))], [np.uint32(0)], *(x[None] for x in rest)
+        [Stack(Source(key, arrays), (0,))], [np.uint32(0)], *(x[None] for x in rest)
     )[0]
 )
 
@@ -519,7 +365,7 @@ def _row_counts(key: Any, arrays: Any, trials: Array, done: Array) -> Array:
         return lax.map(lambda row: _passes.rows_below(Source(key, arrays), row), trials)
 
     def nothing(arrays: Any, trials: Array) -> Array:
-        return jnp.zeros(trials.shape, jnp.uint32)
+        return _mesh.alike(jnp.zeros(trials.shape, jnp.uint32), arrays, trials)
 
     return lax.cond(jnp.any(~done), counting, nothing, arrays, trials)
 
@@ -541,7 +387,7 @@ def _row_ties_jit(key: Any, arrays: Any, active: Array, values: Array, places: A
         return _passes.row_ties(Source(key, arrays), values, places)
 
     def nothing(arrays: Any, values: Array, places: Array) -> Array:
-        return jnp.zeros(places.shape, jnp.uint32)
+        return _mesh.alike(jnp.zeros(places.shape, jnp.uint32), arrays, values, places)
 
     return lax.cond(jnp.any(active), counting, nothing, arrays, values, places)
 
@@ -583,6 +429,18 @@ def smallest(groups: list[list[Source]], ks: list[Any], ties: Ties = "first") ->
         whole = [k if isinstance(k, int) else (int(k.high) << 16) + int(k.low) for k in ks]
         pairs = zip(groups, whole, strict=True)
         return [c for group, k in pairs for c in _concrete_cuts(group, k, len(groups), ties)]
+    rows: dict[Any, list[int]] = {}
+    for i, pair in enumerate(zip(arrays, ks, strict=True)):
+        rows.setdefault(_mesh.varies(pair), []).append(i)
+    if len(rows) > 1 and len(groups) > 1:  # so that no leaf's cut differs between shards in vain
+        each = {
+            i: c
+            for row in rows.values()
+            for i, c in zip(
+                row, smallest([groups[i] for i in row], [ks[i] for i in row], ties), strict=True
+            )
+        }
+        return [each[i] for i in range(len(groups))]
     keys = tuple(tuple(s.key for s in group) for group in groups)
     stacked = Wide(*map(_vector, zip(*map(wide, ks), strict=True)))
     return Cuts(_search(keys, ties, lax.stop_gradient(arrays), stacked))
@@ -601,7 +459,7 @@ def _search(keys: Any, ties: Ties, arrays: Any, ks: Wide) -> Cut:
     @jax.custom_batching.sequential_vmap
     def several(arrays: Any, ks: Wide) -> Cut:
         pairs = [zip(fs, group, strict=True) for fs, group in zip(keys, arrays, strict=True)]
-        stacks = _stacked([Source(*pair) for group in pairs for pair in group])
+        stacks = stacked([Source(*pair) for group in pairs for pair in group])
         order = np.asarray([i for s in stacks for i in s.places])
         if not joint:
             ks = Wide(*(x[:, order] for x in ks))

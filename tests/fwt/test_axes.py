@@ -576,3 +576,30 @@ def test_the_module_tells_what_the_tree_does_not():
     general = nn.DenseGeneral(16, axis=(-2, -1))
     model = fwt.Model(general, general.init(jax.random.key(0), x))
     assert _axes.Places(_tree.Tree(model))("kernel").names == ("in", "in", "out")
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_the_class_of_a_layer_tells_which_axis_is_a_stack(axis):
+    @nnx.vmap(in_axes=0, out_axes=axis)
+    def kernels(key):
+        return nnx.Linear(50, 7, use_bias=False, rngs=nnx.Rngs(key))
+
+    stack = kernels(jax.random.split(jax.random.key(0), 4))
+    assert stack.kernel[...].shape == tuple(np.insert([50, 7], axis, 4))
+    pruned = np.moveaxis(np.asarray(fwt.prune(0.45)(stack).kernel[...]), axis, 0)
+    assert [int((w == 0).sum()) for w in pruned] == [round(0.45 * 350)] * 4
+    drawn = fwt.initialize(fwt.initializers.lecun_normal, key=0)(stack).kernel[...]
+    assert float(drawn.std()) == pytest.approx(50**-0.5, rel=0.1)
+    unit = fwt.project(fwt.constraints.unit_norm)(stack).kernel[...]
+    norms = np.linalg.norm(np.moveaxis(np.asarray(unit), axis, 0), axis=1)
+    np.testing.assert_allclose(norms, 1, rtol=1e-5)
+
+
+def test_a_stack_of_as_many_layers_as_features_is_not_guessed():
+    @nnx.vmap(in_axes=0, out_axes=1)
+    def kernels(key):
+        return nnx.Linear(5, 5, use_bias=False, rngs=nnx.Rngs(key))
+
+    stack = kernels(jax.random.split(jax.random.key(0), 5))
+    with pytest.raises(fwt.FwtError, match="kernel of shape"):
+        fwt.initialize(fwt.initializers.lecun_normal, key=0)(stack)

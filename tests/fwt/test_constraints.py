@@ -923,6 +923,7 @@ def test_pruned_weights_are_zero_beside_a_nan():
             assert not np.signbit(v[~mask]).any(), row
 
 
+@pytest.mark.thorough
 def test_sharded_leaves_on_an_explicit_mesh():
     code = """
 import os

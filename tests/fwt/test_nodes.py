@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx, struct
+import torch
+from flax import nnx, serialization, struct
 from flax.training.train_state import TrainState
 
 import fwt
-from fwt import _nodes
+from fwt import _nodes, converters
 
 W = jax.random.normal(jax.random.key(0), (4, 6))
 PARAMS = {"d": {"kernel": W, "bias": jnp.ones(6)}}
@@ -532,3 +533,75 @@ def test_assign_keeps_nothing_of_the_users_own_array():
         new = fwt.assign({"a": mine})({"a": leaf})["a"]
         mine[:] = 5
         assert np.all(np.asarray(new) == 1)
+
+
+OPTIMIZERS = {
+    name: getattr(optax, name)(0.1)
+    for name in ("adafactor", "adagrad", "adam", "adan", "adadelta", "amsgrad", "lamb", "lars",
+                 "lion", "nadam", "novograd", "rmsprop", "rprop", "yogi")
+} | {
+    "momentum": optax.sgd(0.1, 0.9),
+    "accumulated": optax.MultiSteps(optax.sgd(0.1, 0.9), 2),
+    "injected": optax.inject_hyperparams(optax.sgd)(learning_rate=0.1, momentum=0.9),
+    "every": optax.chain(optax.adam(0.1), optax.apply_every(3)),
+    "signum": optax.signum(0.1),
+    "optimistic": optax.optimistic_adam_v2(0.1),
+    "sophia": optax.contrib.sophia(0.1),
+    "schedule-free": optax.contrib.schedule_free_adamw(0.1),
+    "prodigy": optax.contrib.prodigy(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_state_that_a_checkpoint_gives_back_is_no_weight(name):
+    params = {"d": {"kernel": jnp.arange(1.0, 21).reshape(5, 4), "bias": jnp.ones(4)}}
+
+    def moved(x):  # so that no moment is zero
+        return x + 1 if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    def through(tree):
+        return serialization.msgpack_restore(serialization.to_bytes(tree))
+
+    state = jax.tree.map(moved, OPTIMIZERS[name].init(params))
+    for tree in (
+        (params, state),
+        through((params, state)),
+        through({"model": params, "opt": state}),
+        through({"weights": params, "optimizer": state}),
+        through({"params": params, "opt_state": state}),
+    ):
+        assert len(fwt.paths(tree)) == 2
+        pruned = jax.tree.leaves(fwt.prune(0.5, scope="global")(tree))
+        zeros = [
+            int((np.asarray(a) == 0).sum()) - int((np.asarray(b) == 0).sum())
+            for a, b in zip(pruned, jax.tree.leaves(tree), strict=True)
+        ]
+        assert sum(zeros) == max(zeros) == 10, name
+
+
+def test_a_layer_may_be_called_as_a_state_is():
+    layer = {"kernel": jnp.ones((3, 2))}
+    params = {
+        "optimizer": layer,
+        "dec": {"mu": layer, "count": layer},
+        "normal": {"mu": jnp.ones((4, 2)), "nu": jnp.ones((4, 2))},
+        "0": {"trace": jnp.ones((3, 2))},
+        "1": {"mu": layer},
+        "2": {"z": layer, "n": layer},
+        "3": {"v": jnp.ones((3, 2)), "g": jnp.ones(2), "t": jnp.float32(1)},
+        "4": {"trace": {"inner": layer}},
+        "5": {"v_row": layer},
+    }
+    vae = [layer, {"mu": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)}, "count": np.int32(3)}]
+    assert fwt.paths(vae) == ["0/kernel", "1/count", "1/mu/bias", "1/mu/kernel"]
+    for tree in (params, {"params": params}):
+        assert len(fwt.paths(tree)) == 14
+        pruned = fwt.select(fwt.prune(0.5, where="**")(tree)).values()
+        assert all(int((x == 0).sum()) == x.size // 2 for x in pruned)
+    # Among params nothing is a state, whatever its name.
+    named = {"params": {"opt_state": layer, "1": {"trace": {"d": layer}}}}
+    assert fwt.paths(named) == ["1/trace/d/kernel", "opt_state/kernel"]
+    net = torch.nn.Sequential()
+    net.add_module("optimizer", torch.nn.Linear(3, 2))
+    converters.transform(net, fwt.prune(0.5))
+    assert int((net.optimizer.weight == 0).sum()) == 3

@@ -248,3 +248,54 @@ def test_wrong_calls():
         optax.inject_hyperparams(fwt.optim.constrain)(optax.sgd(1.0), ball).init(params)
     with pytest.raises(TypeError, match="function of the params"):
         fwt.optim.constrain(optax.sgd(1.0), 0.5)
+
+
+def without_biases(tx):
+    def labels(params):
+        return jax.tree_util.tree_map_with_path(
+            lambda keys, _: not keys[-1].key.endswith("bias"), params
+        )
+
+    return optax.masked(tx, labels)
+
+
+def test_a_bias_that_optax_hides_could_have_told_the_axes():
+    rng = np.random.default_rng(0)
+    bounded = fwt.project(fwt.constraints.max_norm(0.5))
+    weight = {"fc": {"weight": rng.normal(size=(8, 4)), "bias": np.ones(4)}}
+    stack = {"mlp": {"kernel": rng.normal(size=(4, 6, 5)), "bias": np.ones((4, 5))}}
+    for tree, rule in (
+        (weight, fwt.optim.constrain(optax.sgd(0.1), bounded)),
+        (
+            {"l.weight": np.ones((5, 4)), "l.bias": np.ones(4)},
+            fwt.optim.constrain(optax.sgd(0.1), bounded),
+        ),
+        (stack, fwt.optim.constrain(optax.sgd(0.1), bounded)),
+        (stack, fwt.optim.sparsify(optax.sgd(0.1), 0.5)),
+    ):
+        params = jax.tree.map(jnp.float32, tree)
+
+        def step(params, rule):
+            tx = without_biases(rule)
+            return tx.update(params, tx.init(params), params)
+
+        with pytest.raises(fwt.FwtError, match=r"say (so with )?axes="):
+            step(params, rule)
+    said = fwt.project(fwt.constraints.max_norm(0.5), axes={"**/weight": "in out"})
+    params = jax.tree.map(jnp.float32, weight)
+    tx = without_biases(fwt.optim.constrain(optax.sgd(0.0), said))
+    updates, _ = tx.update(params, tx.init(params), params)
+    norms = np.linalg.norm(optax.apply_updates(params, updates)["fc"]["weight"], axis=0)
+    np.testing.assert_allclose(norms, 0.5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+def test_what_a_constraint_leaves_alone_takes_the_step_to_the_bit(jitted):
+    bound = fwt.project(fwt.constraints.max_norm(0.5))
+    params = {"d": {"kernel": jnp.ones((3, 2)), "bias": jnp.array([0, -jnp.inf])}}
+    grads = {"d": {"kernel": jnp.ones((3, 2)), "bias": jnp.array([0.7, 0.1])}}
+    tx = fwt.optim.constrain(optax.sgd(0.1), jax.jit(bound) if jitted else bound)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    plain, _ = optax.sgd(0.1).update(grads, optax.sgd(0.1).init(params), params)
+    assert np.array_equal(updates["d"]["bias"], plain["d"]["bias"])
+    assert np.linalg.norm(optax.apply_updates(params, updates)["d"]["kernel"][:, 0]) < 0.51

@@ -521,6 +521,7 @@ def test_tfmot_keeps_all_ties():
     assert zeros(fwt.prune(0.7, like="tfmot")(params)) == {"d/kernel": 4}
 
 
+@pytest.mark.thorough
 def test_a_vmap_over_sparsities_is_one_after_the_other():
     params = tree()
     many = jnp.array([0.0, 0.3, 0.5, 1.0])

@@ -620,6 +620,7 @@ def test_lsuv_on_any_linen_module():
         fwt.lsuv(net, variables, x, 0)
 
 
+@pytest.mark.thorough
 def test_lsuv_refuses_what_it_can_not_measure():
     x = jax.random.normal(jax.random.key(0), (8, 5, 6))
     net = fwt.Sequential([("rnn", nn.RNN(nn.LSTMCell(4)))])

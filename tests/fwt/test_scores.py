@@ -226,6 +226,26 @@ def test_wanda_of_nnx():
         S.wanda(graph, x[:0])(graph)
 
 
+class Hidden(nnx.Module):
+    def __init__(self, rngs):
+        self.d = nnx.Linear(4, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return nnx.remat(lambda layer, y: layer(y))(self.d, x)
+
+
+def test_layers_of_nnx_whose_inputs_are_hidden_are_refused():
+    x = jax.random.normal(jax.random.key(0), (5, 6, 4))
+    for graph, path in (
+        (Hidden(nnx.Rngs(0)), "d/kernel"),
+        (nnx.Sequential(nnx.RNN(nnx.GRUCell(4, 3, rngs=nnx.Rngs(0)))), "layers/0/cell/dense_."),
+    ):
+        with pytest.raises(fwt.LeafError, match=f"wanda: {path}.* meets no inputs on the batch"):
+            S.wanda(graph, x)(graph)
+    with pytest.raises(fwt.LeafError, match="sparsegpt: d/kernel meets no inputs"):
+        fwt.sparsegpt(Hidden(nnx.Rngs(0)), Hidden(nnx.Rngs(0)), x, 0.5)
+
+
 def test_random_is_by_path_and_bare_or_called(problem):
     _, params, _, loss = problem
     grads = jax.grad(loss)(params)

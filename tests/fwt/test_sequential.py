@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import fwt
 from fwt import layers as fl
@@ -98,6 +99,8 @@ def test_train_sets_flags_only_where_the_layer_is_silent():
         ([("a", nn.Dense(2)), ("a", nn.Dense(2))], "two layers are named 'a'"),
         ([nn.Dense], "must be a linen module"),
         ([("a", 3)], "must be a linen module"),
+        ([np.ones((2, 2))], "function, found a numpy ndarray"),
+        ([nnx.Dropout(0.5)], "'Dropout' is no linen module"),  # whose repr has several lines
         ([lambda x: x], "no activation that fwt.layers knows"),
         ([("", nn.Dense(2))], "non-empty"),
         (5, "takes a list"),

@@ -174,7 +174,7 @@ def add_torch_spatial():
         @case(TORCH, f"BatchNorm{r}d")
         def batch_norm(rng, r=r):
             layer = getattr(t, f"BatchNorm{r}d")(
-                3, eps=pick(rng, 1e-5, 0.01), momentum=0.3, affine=yes(rng)
+                3, eps=pick(rng, 1e-5, 0.01), momentum=pick(rng, 0.3, None), affine=yes(rng)
             )
             shape = (3,) if r == 1 and yes(rng) else (3, *spatial(rng, r, 1, 4))
             return shape, layer
@@ -183,6 +183,14 @@ def add_torch_spatial():
         def instance_norm(rng, r=r):
             layer = getattr(t, f"InstanceNorm{r}d")(3, eps=pick(rng, 1e-5, 0.01), affine=yes(rng))
             return (3, *spatial(rng, r, 2, 4)), layer
+
+        @case(TORCH, f"InstanceNorm{r}d_tracked")
+        def tracked_norm(rng, r=r):
+            layer = getattr(t, f"InstanceNorm{r}d")(
+                3, eps=pick(rng, 1e-5, 0.01), momentum=pick(rng, 0.3, None), affine=yes(rng),
+                track_running_stats=True,
+            )  # fmt: skip
+            return (3, *spatial(rng, r, 1, 4)), layer
 
         @case(TORCH, f"Dropout{r}d")
         def dropout(rng, r=r):
@@ -203,6 +211,12 @@ def add_torch_spatial():
 
 
 add_torch_spatial()
+
+
+@case(TORCH, "SyncBatchNorm")
+def _(rng):
+    layer = t.SyncBatchNorm(3, pick(rng, 1e-5, 0.01), pick(rng, 0.3, None), affine=yes(rng))
+    return (3, *spatial(rng, int(rng.integers(0, 4)), 1, 4)), layer
 
 
 @case(TORCH, "Linear")
@@ -498,6 +512,26 @@ def _(rng):
     return shape, k.EinsumDense(equation, output_shape=out, bias_axes=bias, activation="relu")
 
 
+# Those of Keras's own tests, with other sizes: (equation, input, output, axes of a bias).
+EINSUMS = (
+    ("ab,b->a", (3,), (), None), ("abc,cde->abde", (2, 3), (2, 4, 5), None),
+    ("abc,cde->abde", (2, 3), (2, 4, 5), "e"), ("abc,cde->abde", (2, 3), (2, 4, 5), "d"),
+    ("abc,cde->abde", (2, 3), (2, 4, 5), "be"), ("BFNH,NHD->BFD", (3, 2, 5), (3, 4), None),
+    ("abc,cd->adb", (2, 3), (4, 2), "d"), ("i,d->id", (), 4, None),
+    ("ibd,nd->ibn", (2, 3), (None, 4), None), ("...bc,bc->...b", (4, 2, 3), 2, "b"),
+    ("...bc,bc->...c", (4, 2, 3), 3, None), ("...c,cde->...de", (2, 3), (4, 5), "de"),
+    ("...c,cde->...de", (2, 3), (4, 5), "d"), ("bc...,cd->bd...", (3, 2, 4), (5, 2, 4), "d"),
+    ("bc...,cde->bde...", (3, 2), (4, 5), "d"), ("abcd,be->aecd", (4, 5, 3), (7, 5, 3), "ec"),
+)  # fmt: skip
+
+
+@case(KERAS, "EinsumDense_any")
+def _(rng):
+    equation, shape, out, bias = pick(rng, *EINSUMS)
+    activation = pick(rng, "tanh", None)
+    return shape, k.EinsumDense(equation, out, activation, bias_axes=bias)
+
+
 @case(KERAS, "Embedding", integers=7)
 def _(rng):
     return ints(rng, rng.integers(1, 3), 1, 4), k.Embedding(7, 3)
@@ -633,10 +667,14 @@ for _name, _make in {
     case(KERAS, _name)(lambda rng, m=_make: (ints(rng, rng.integers(1, 4), 2, 4), m()))
 
 
+MOVES = "batch axis would have to move"  # of a layer with the time first, which Keras has not
+
+
 def add_recurrent():
     for kind in ("RNN", "LSTM", "GRU"):
+        lacks = f"Keras's LSTM has no projection|gives two outputs|{MOVES}"
 
-        @case(TORCH, kind, refused="Keras's LSTM has no projection|gives two outputs")
+        @case(TORCH, kind, refused=lacks)
         def torch_rnn(rng, kind=kind):
             from fwt.converters import Select
 
@@ -645,14 +683,14 @@ def add_recurrent():
             if kind == "LSTM" and rng.integers(3) == 0:
                 more = {"proj_size": 2}
             layer = getattr(t, kind)(
-                3, 4, num_layers=int(rng.integers(1, 4)), bias=yes(rng), batch_first=True,
-                dropout=0.0, bidirectional=both, **more,
+                3, 4, num_layers=int(rng.integers(1, 4)), bias=yes(rng), dropout=0.0,
+                batch_first=(first := pick(rng, True, False)), bidirectional=both, **more,
             )  # fmt: skip
             merge = pick(rng, None, "sum", "mul", "ave") if both else None
             what = pick(rng, "sequence", "last")
             if what == "last" and both:
                 merge = merge or "concat"
-            return (int(rng.integers(1, 5)), 3), [layer, Select(what, merge)]
+            return (int(rng.integers(1, 5)), 3), [layer, Select(what, merge, first)]
 
     shared = {"SimpleRNN": {}, "LSTM": {"recurrent_activation": "hard_sigmoid"},
               "GRU": {"reset_after": False}}  # fmt: skip
@@ -704,28 +742,28 @@ def add_recurrent():
 add_recurrent()
 
 
-@case(TORCH, "MultiheadAttention")
+@case(TORCH, "MultiheadAttention", refused=MOVES)
 def _(rng):
     from fwt.converters.frameworks.torch_modules import SelfAttention
 
     heads = int(rng.integers(1, 4))
-    layer = SelfAttention(heads * 2, heads, bias=yes(rng), batch_first=True)
+    layer = SelfAttention(heads * 2, heads, bias=yes(rng), batch_first=yes(rng))
     return (int(rng.integers(1, 5)), heads * 2), layer
 
 
-@case(TORCH, "TransformerEncoderLayer", refused="keras has no TransformerEncoderLayer")
+@case(TORCH, "TransformerEncoderLayer", refused=f"keras has no TransformerEncoderLayer|{MOVES}")
 def _(rng):
     heads = int(rng.integers(1, 4))
     layer = t.TransformerEncoderLayer(
         heads * 2, heads, 5, activation=pick(rng, "relu", "gelu"), layer_norm_eps=0.01,
-        batch_first=True, norm_first=yes(rng), bias=yes(rng),
+        batch_first=yes(rng), norm_first=yes(rng), bias=yes(rng),
     )  # fmt: skip
     return (int(rng.integers(1, 5)), heads * 2), layer
 
 
-@case(TORCH, "TransformerEncoder", refused="keras has no TransformerEncoderLayer")
+@case(TORCH, "TransformerEncoder", refused=f"keras has no TransformerEncoderLayer|{MOVES}")
 def _(rng):
-    one = t.TransformerEncoderLayer(4, 2, 5, batch_first=True, norm_first=yes(rng))
+    one = t.TransformerEncoderLayer(4, 2, 5, batch_first=yes(rng), norm_first=yes(rng))
     norm = pick(rng, None, t.LayerNorm(4))
     return (int(rng.integers(1, 5)), 4), t.TransformerEncoder(one, 2, norm, False)
 

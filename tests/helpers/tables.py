@@ -223,10 +223,12 @@ def lossless(form, suffix, shards):
     import fwt
     from fwt import converters
 
-    net = fwt.Sequential([("d", nn.Dense(2, use_bias=False))], (3,))
     kept = []
     for name in DTYPES:
         dtype = np.dtype(getattr(ml_dtypes, name, name))
+        keras = form.framework == "Keras"  # which computes in the dtype of the weights
+        half = dtype if keras and name in ("float16", "bfloat16") else None
+        net = fwt.Sequential([("d", nn.Dense(2, use_bias=False, dtype=half))], (3,))
         raw = np.random.default_rng(0).integers(0, 256, (3, 2 * dtype.itemsize), dtype=np.uint8)
         leaf = (raw % 2).astype(bool) if name == "bool" else raw.view(dtype)
         leaf = leaf[:, :2]

@@ -1,9 +1,11 @@
 """Weights whose names are not quite those of an architecture."""
 
+import copy
 import re
 
 import flax.linen as nn
 import jax
+import keras
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,8 @@ from command import cli
 
 import fwt
 from fwt import converters
+
+k = keras.layers
 
 
 def net(seed=0):
@@ -141,3 +145,81 @@ def test_a_linen_sequential_takes_a_file_of_torch(tmp_path):
         found = converters.load(tmp_path / "t.pt", architecture=own, **how)
         np.testing.assert_allclose(found(x), wanted, atol=1e-6)
         np.testing.assert_allclose(module.apply(found.variables, x), wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_rows_behind_a_flatten_are_those_of_the_file_s_own_model(tmp_path, nested):
+    """A channels-first model's files have the names and shapes of a channels-last one's."""
+    inside = [k.Conv2D(3, 2, data_format="channels_first"), k.Flatten()]
+    inside = [keras.Sequential(inside)] if nested else inside
+    layers = [k.ReLU(), *inside, k.Dense(2)]
+    live = keras.Sequential([keras.Input((4, 6, 5)), *layers])
+    live.save(tmp_path / "m.keras")
+    live.save_weights(tmp_path / "m.weights.h5")
+    names = [v.path.split("/", 1)[1] for v in live.weights]
+    np.savez(tmp_path / "m.npz", **dict(zip(names, map(np.asarray, live.weights), strict=True)))
+    source = converters.load(tmp_path / "m.keras")
+    converters.save(tmp_path / "m.safetensors", source)
+    wanted = converters.from_keras(live, layout="source").variables
+    for given in (live, tmp_path / "m.keras"):
+        found = converters.load(tmp_path / "m.weights.h5", architecture=given)
+        assert jax.tree.all(jax.tree.map(np.array_equal, found.variables, wanted))
+        with pytest.raises(fwt.ConversionError, match=r"names are Flax's and Keras's.*rows"):
+            converters.load(tmp_path / "m.npz", architecture=given)
+    for given in (
+        source,
+        source.module,
+        converters.from_keras(live),
+        converters.from_keras(live, sidecar=True),
+        tmp_path / "m.safetensors",
+        fwt.Model(source.module.clone(sidecar=""), source.variables),
+        copy.deepcopy(converters.from_keras(live)),
+    ):
+        with pytest.raises(fwt.ConversionError, match="made of a channels-first Keras model"):
+            converters.load(tmp_path / "m.weights.h5", architecture=given)
+    # A model of torch takes the file of the Keras model that it became.
+    net = torch.nn.Sequential(torch.nn.Conv2d(4, 3, 2), torch.nn.Flatten(), torch.nn.Linear(60, 2))
+    model = converters.from_torch(net, (4, 6, 5), layout="source")
+    converters.save(tmp_path / "t.weights.h5", model)
+    found = converters.load(tmp_path / "t.weights.h5", architecture=model)
+    assert jax.tree.all(jax.tree.map(np.array_equal, found.variables, model.variables))
+    # Of channels-last models, and of those without a Flatten, each way is one.
+    layers = [k.Conv2D(3, 2), k.Flatten(), k.Dense(2)]
+    live = keras.Sequential([keras.Input((6, 5, 4)), *layers])
+    live.save_weights(tmp_path / "l.weights.h5")
+    names = [v.path.split("/", 1)[1] for v in live.weights]
+    np.savez(tmp_path / "l.npz", **dict(zip(names, map(np.asarray, live.weights), strict=True)))
+    wanted = converters.from_keras(live).variables
+    for name in ("l.weights.h5", "l.npz"):
+        for given in (live, converters.from_keras(live)):
+            found = converters.load(tmp_path / name, architecture=given)
+            assert jax.tree.all(jax.tree.map(np.array_equal, found.variables, wanted))
+    weights = live.get_weights()
+    weights[0][0, 0, 0, 0] = np.nan
+    live.set_weights(weights)
+    np.savez(tmp_path / "n.npz", **dict(zip(names, weights, strict=True)))
+    found = converters.load(tmp_path / "n.npz", architecture=live)
+    assert sum(np.isnan(x).sum() for x in jax.tree.leaves(found.variables)) == 1
+
+
+def test_of_two_parts_that_fit_both_are_named(tmp_path):
+    state = prefixed("model.", **{f"ema.{n}": 2 * v for n, v in net().state_dict().items()})
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(fwt.ConversionError, match=r"2 parts of it fit: .*'ema'.*, or .*'model'"):
+        converters.load(tmp_path / "w.pt", architecture=net())
+    with pytest.raises(fwt.ConversionError) as raised:
+        converters.load(tmp_path / "w.pt", architecture=torch.nn.Sequential(torch.nn.Linear(9, 9)),
+                        strict=False)  # fmt: skip
+    assert "strict=False" not in str(raised.value)
+
+
+def test_a_folder_of_several_files_of_weights_is_ambiguous(tmp_path):
+    for name in ("a.pt", "b.pt"):
+        torch.save(net().state_dict(), tmp_path / name)
+    converters.save(tmp_path / "c.safetensors", converters.from_torch(net()))
+    with pytest.raises(fwt.ConversionError, match=r"3 files of weights: give one of a\.pt, b\.pt"):
+        converters.load(tmp_path)
+    for name in ("a.pt", "b.pt"):
+        (tmp_path / name).unlink()
+    torch.save(net().state_dict(), tmp_path / "pytorch_model.bin")
+    assert converters.load(tmp_path).module is not None

@@ -275,3 +275,11 @@ def test_many_tensors_and_deep_configs_are_no_attack(tmp_path):
     more = {"optimizer": {"groups": {"state": state}}, "config": config}
     torch.save({"model": model, **more}, tmp_path / "m.pt")
     same(tmp_path / "m.pt", model, key="model")
+
+
+def test_parts_with_numbers_as_names(tmp_path):
+    net = torch.nn.Linear(3, 2)
+    torch.save({"of": {0: net.state_dict(), "1": {"w": torch.ones(2)}}}, tmp_path / "w.pt")
+    found = converters.load(tmp_path / "w.pt", key="of/0").variables["params"]
+    assert np.array_equal(found["weight"], net.weight.detach())
+    assert fwt.paths(converters.load(tmp_path / "w.pt", key="of/1")) == ["w"]

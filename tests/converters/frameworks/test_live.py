@@ -832,3 +832,14 @@ def test_in_a_callback_of_keras_on_jax_and_without_tensorflow(tmp_path):
         env={**os.environ, "KERAS_BACKEND": "jax"},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr[-2000:]
+
+
+def test_a_live_model_is_grouped_as_its_framework_counts():
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(24, 5))
+    converters.transform(net, fwt.prune(pattern=fwt.patterns.n_m(2, 4)))
+    kept = (net[1].weight != 0).reshape(5, 6, 4).sum(-1)
+    assert bool((kept == 2).all())
+    for order in ("chw", "hwc"):
+        pattern = fwt.patterns.n_m(2, 4, order=order, flattened={"1/kernel": (2, 3, 4)})
+        with pytest.raises(fwt.FwtError, match=r"1/kernel: order=.*leave order= out"):
+            converters.transform(net, fwt.prune(pattern=pattern))

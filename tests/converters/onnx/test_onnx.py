@@ -6,10 +6,12 @@ import importlib.util
 import io
 import json
 import os
+import resource
 import subprocess
 import sys
 import textwrap
 import warnings
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -552,6 +554,31 @@ def window(op, **more):
     return [node(op, ["x"], ["y"], **more)], {}
 
 
+def time_first(op, gates, direction, last=False, **more):
+    """A recurrent layer whose input and output have the time first."""
+    nodes, arrays = rnn(op, gates, direction, **more)
+    nodes = nodes[1:-1]
+    nodes[0].input[0] = "x"
+    if last:
+        nodes[0].output[:] = ["", "q"]
+        nodes[-1:] = [node("Squeeze", ["q", "zero"], ["y"])]
+        arrays["zero"] = np.array([0])
+    return nodes, arrays
+
+
+def filled(value, name, size, **more):
+    value = onnx.numpy_helper.from_array(np.array([value], F32))
+    return node("ConstantOfShape", [size], [name], value=value, **more)
+
+
+W, B = RNG.normal(size=(5, 3)).astype(F32), RNG.normal(size=3).astype(F32)
+
+
+def product(*nodes, **arrays):
+    """A product with weights that nodes make."""
+    return [*nodes, node("MatMul", ["x", "w"], ["y"])], arrays
+
+
 # Graphs by hand, where settings stand off what exporters write; all must be read.
 GRAPHS = {
     "gru, reset first": (rnn("GRU", 3, "forward", linear_before_reset=0), (4, 5)),
@@ -582,6 +609,48 @@ GRAPHS = {
     "gemm, transposed": (
         ([node("Gemm", ["x", "w", "b"], ["y"], transB=1)],
          {"w": RNG.normal(size=(3, 4)).astype(F32), "b": np.array([2.0], F32)}), (4,)),
+    "gemm, both factors": (
+        ([node("Gemm", ["x", "w", "b"], ["y"], alpha=0.3, beta=-0.7)], {"w": W, "b": B}), (5,)),
+    "gemm, a factor and a sum": (
+        ([node("Gemm", ["x", "w"], ["a"], alpha=2.5, beta=3.0), node("Add", ["a", "b"], ["y"])],
+         {"w": W, "b": B}), (5,)),
+    "gemm without its bias": (
+        ([node("Gemm", ["x", "w", "b"], ["y"], beta=0.0)], {"w": W, "b": B}), (5,)),
+    "filled weights": (product(filled(0.5, "w", "s"), s=np.array([5, 2000])), (5,)),
+    "weights of zeros": (
+        product(node("ConstantOfShape", ["s"], ["w"]), s=np.array([5, 2000])), (4, 5)),
+    "filled like others": (
+        product(node("Shape", ["v"], ["s"]), filled(2.0, "o", "s"), node("Mul", ["o", "v"], ["w"]),
+                v=W), (5,)),
+    "filled and turned": (
+        product(filled(-0.25, "a", "s"), node("Reshape", ["a", "r"], ["b"]),
+                node("Transpose", ["b"], ["c"]), node("Neg", ["c"], ["w"]),
+                s=np.array([4, 1000, 5]), r=np.array([4000, 5])), (5,)),
+    "rows that repeat": (
+        product(node("Expand", ["v", "s"], ["w"]), v=RNG.normal(size=(1, 7)).astype(F32),
+                s=np.array([5, 1])), (5,)),
+    "tiles": (product(node("Tile", ["v", "s"], ["w"]), v=W[:, :2], s=np.array([1, 3])), (5,)),
+    "an identity": (
+        product(node("ConstantOfShape", ["s"], ["z"]), node("EyeLike", ["z"], ["w"], k=1),
+                s=np.array([5, 4])), (5,)),
+    "weights over their norm": (
+        product(node("ReduceL2", ["v"], ["l"], axes=[0]), node("Div", ["v", "l"], ["d"]),
+                node("Mul", ["d", "g"], ["w"]), v=W, g=B), (5,)),
+    "a part of weights": (
+        product(node("Split", ["v"], ["u", "w"], axis=1), v=RNG.normal(size=(5, 6)).astype(F32)),
+        (5,)),
+    "a product of weights": (
+        product(node("MatMul", ["u", "v"], ["w"]), u=W, v=RNG.normal(size=(3, 2)).astype(F32)),
+        (5,)),
+    "a filled kernel": (
+        ([filled(0.1, "w", "s"), filled(0.3, "b", "t"), node("Conv", ["x", "w", "b"], ["y"])],
+         {"s": np.array([64, 4, 3]), "t": np.array([64])}), (4, 5)),
+    "rnn, time first": (time_first("RNN", 1, "forward"), (4, 5)),
+    "gru, time first, both ways": (
+        time_first("GRU", 3, "bidirectional", linear_before_reset=1), (4, 5)),
+    "lstm, time first, its last state": (time_first("LSTM", 4, "forward", last=True), (4, 5)),
+    "a clip from below": (([node("Clip", ["x", "l"], ["y"])], {"l": F32(-0.3)}), (4, 5)),
+    "a clip from above": (([node("Clip", ["x", "", "h"], ["y"])], {"h": F32(0.3)}), (4, 5)),
     "product and sum": (
         ([node("MatMul", ["x", "w"], ["m"]), node("Add", ["b", "m"], ["y"])],
          {"w": RNG.normal(size=(5, 3)).astype(F32), "b": RNG.normal(size=3).astype(F32)}), (4, 5)),
@@ -624,6 +693,134 @@ def test_graphs_by_hand(tmp_path, name):
         close(np.asarray(model(batch)), run(path, batch))
 
 
+OLDER = Path(onnx.__file__).parent / "backend" / "test" / "data"
+# Some of ONNX's own files of opset 6, which have PyTorch's outputs beside them.
+SOME = ("PReLU_2d_multiparam", "Conv2d_groups", "BatchNorm2d_eval", "Linear", "AvgPool2d_stride",
+        "Softmin", "operator_addmm", "operator_pad", "Embedding")  # fmt: skip
+
+
+def array_in(path):
+    tensor = onnx.TensorProto()
+    tensor.ParseFromString(path.read_bytes())
+    return onnx.numpy_helper.to_array(tensor)
+
+
+@pytest.mark.parametrize("names", [SOME, pytest.param((), marks=pytest.mark.thorough)])
+def test_files_of_opset_6_compute_what_they_did(names):
+    count = 0
+    for folder in sorted(OLDER.glob("pytorch-*/test_*")):
+        if names and not folder.name.endswith(names):
+            continue
+        given, wanted = (sorted((folder / "test_data_set_0").glob(f"{n}*")) for n in ("in", "out"))
+        try:
+            model = converters.from_onnx(folder / "model.onnx")
+        except converters.FileFormatError:
+            continue
+        close(np.asarray(model(array_in(given[0]))), array_in(wanted[0]))
+        count += 1
+    assert count >= (len(names) - 1 if names else 90)
+
+
+X = np.random.default_rng(3).normal(size=(2, 4, 4)).astype(F32)
+ALONG = np.array([0.5, -1, 2, 3], F32)
+# Operators by what they meant before opset 7, and what NumPy makes of them.
+MEANT = {
+    "along an axis": (node("Add", ["x", "c"], ["y"], broadcast=1, axis=1), X + ALONG[:, None]),
+    "along the last": (node("Mul", ["x", "c"], ["y"], broadcast=1), X * ALONG),
+    "slopes of channels": (
+        node("PRelu", ["x", "c"], ["y"]), np.where(X > 0, X, X * ALONG[:, None])),
+    "a selu": (node("Selu", ["x"], ["y"]), 1.0507 * np.where(X > 0, X, 1.6732 * np.expm1(X))),
+    "a number along an axis": (
+        node("Add", ["x", "one"], ["y"], broadcast=1, axis=0), X + 1),
+    "a shape": (node("Reshape", ["x"], ["y"], shape=[0, 2, -1]), X.reshape(2, 2, 8)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", ["n", 2])
+@pytest.mark.parametrize("name", MEANT)
+def test_operators_before_opset_7(tmp_path, name, size):
+    op, wanted = MEANT[name]
+    op = onnx.NodeProto.FromString(op.SerializeToString())
+    op.input[0] = "z"
+    again = [node("Identity", ["x"], ["z"]), op]
+    arrays = {"c": ALONG, "one": np.ones(1, F32)}
+    path = written(tmp_path / "a.onnx", again, arrays, (size, 4, 4), opset=4)
+    model = converters.from_onnx(path)
+    close(np.asarray(model(X)), wanted)
+    assert converters.verify(model, path).ok
+
+
+def test_what_the_version_converter_refuses_is_said(tmp_path):
+    for op, opset, said in (
+        (node("Foo", ["x"], ["y"]), 6, "'Foo' is no operator of ONNX's opset 6"),
+        (node("Dropout", ["x"], ["y"], is_test=0), 6, "opset 6.* does not bring it to opset 9"),
+        (node("BatchNormalization", [*"xcccc"], ["y"], spatial=0), 7, "spatial must have value 1"),
+        (node("PRelu", ["x", "x"], ["y"]), 6, "whose ranks are not known"),
+    ):
+        path = written(tmp_path / "a.onnx", [op], {"c": ALONG}, ("n", 4, 4), opset=opset)
+        with pytest.raises(converters.FileFormatError, match=said):
+            converters.from_onnx(path)
+
+
+class Sequence(t.Module):
+    """A recurrent layer with the time first, of which torch gives more than one output."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x)[0]
+
+
+def test_torchs_time_major_layers(tmp_path):
+    torch.manual_seed(0)
+    net = t.Sequential(
+        t.Linear(4, 5), Sequence(t.LSTM(5, 3, 2, bidirectional=True)), t.Linear(6, 2)
+    )
+    x = torch.randn(7, 2, 4)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        torch.onnx.export(net, (x,), str(tmp_path / "a.onnx"), dynamo=False, input_names=["x"],
+                          dynamic_axes={"x": {0: "time", 1: "n"}}, opset_version=17)  # fmt: skip
+    model = converters.from_onnx(tmp_path / "a.onnx")
+    assert model.module.input_shape == (None, 4)
+    for given in (x, torch.randn(3, 1, 4)):
+        close(np.asarray(model(given.numpy())), net(given).detach().numpy())
+
+
+@pytest.mark.parametrize("opset", [26, 27, 28])
+def test_the_newest_opsets(tmp_path, opset):
+    nodes = [node("Range", ["a", "b", "c"], ["r"]), node("Reshape", ["r", "s"], ["w"]),
+             node("MatMul", ["x", "w"], ["m"]), node("Celu", ["m"], ["d"], alpha=0.5),
+             node("ReduceLogSumExp", ["d", "i"], ["y"], keepdims=0)]  # fmt: skip
+    arrays = {
+        "a": F32(-1),
+        "b": F32(1.5),
+        "c": F32(0.25),
+        "s": np.array([5, 2]),
+        "i": np.array([2]),
+    }
+    path = written(tmp_path / "a.onnx", nodes, arrays, opset=opset)
+    proto = onnx.load(path)
+    proto.ir_version = 13
+    onnx.save(proto, path)
+    x = np.random.default_rng(0).normal(size=(3, 4, 5)).astype(F32)
+    close(np.asarray(converters.from_onnx(path)(x)), run(path, x))
+
+
+def test_filled_weights_take_no_room_until_they_are_used(tmp_path):
+    """A small file that fills many large arrays is refused before they are made."""
+    nodes = [filled(1.0, f"w{i}", "s") for i in range(40)]
+    more = [node("MatMul", [f"v{i}" if i else "x", f"w{i}"], [f"v{i + 1}"]) for i in range(40)]
+    more[-1].output[0] = "y"
+    path = written(tmp_path / "a.onnx", [*nodes, *more], {"s": np.array([8192, 8192])}, ("n", 8192))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(converters.FileFormatError, match="grow beyond"):
+        converters.from_onnx(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000
+
+
 def test_what_is_no_straight_line_is_refused_by_the_nodes_name(tmp_path):
     path = tmp_path / "a.onnx"
     value = onnx.helper.make_tensor_value_info
@@ -658,7 +855,21 @@ def test_what_is_no_straight_line_is_refused_by_the_nodes_name(tmp_path):
         refused("moves the batch", squeezed, ones, shape=(1, 1, 5))
         refused("moves the batch", [node("Unsqueeze", ["x", "i"], ["y"])], ones, shape=(1, 1))
     refused("the batch must stay", [node("Reshape", ["x", "s"], ["y"])], {"s": np.array([-1, 5])})
-    refused("opset 8", [node("Relu", ["x"], ["y"])], opset=8)
+    refused("opset 29", [node("Relu", ["x"], ["y"])], opset=29)
+    refused("alpha=0", [node("Gemm", ["x", "w"], ["y"], alpha=0.0)], x, shape=("n", 5))
+    refused("transA=1", [node("Gemm", ["x", "w"], ["y"], transA=1)], x, shape=("n", 5))
+    refused(r"alpha=9.99.* beyond float32", [node("Gemm", ["x", "w"], ["y"], alpha=1e38)],
+            {"w": np.full((5, 2), 50, F32)}, shape=("n", 5))  # fmt: skip
+    refused("more than a file can have", *product(filled(1.0, "w", "s"), s=np.array([5, 2**40])))
+    size = [node("Shape", ["x"], ["s"]), node("Gather", ["s", "i"], ["k"])]
+    as_float = [*size, node("Cast", ["k"], ["f"], to=1)]
+    for more in (
+        [*as_float, node("Div", ["x", "f"], ["y"])],
+        [*as_float, node("Max", ["x", "f"], ["y"])],
+        [*size, node("Gather", ["w", "k"], ["g"]), node("Add", ["x", "g"], ["y"])],
+        [*size, node("Slice", ["x", "i", "k", "i"], ["y"])],
+    ):
+        refused("is the batch's size as a number", more, {**x, "i": np.array([0])})
     refused("before opset 13", [node("Softmax", ["x"], ["y"], axis=1)], opset=11)
     refused("initial_h is not zero", [
         node("Transpose", ["x"], ["t"], perm=[1, 0, 2]),
@@ -800,6 +1011,26 @@ def test_hostile_graphs_are_held_to_their_size(tmp_path):
         converters.from_onnx(path)
 
 
+@pytest.mark.parametrize("batch", [None, 1, 3])
+def test_conversions_of_images_are_proved(tmp_path, batch):
+    """With channels first, and of a fixed batch."""
+    torch.manual_seed(0)
+    net = t.Sequential(t.Conv2d(3, 4, 3), t.ReLU(), t.Flatten(), t.Linear(120, 5)).eval()
+    path = tmp_path / "net.onnx"
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        axes = {} if batch else {"input_names": ["x"], "dynamic_axes": {"x": {0: "n"}}}
+        torch.onnx.export(net, (torch.randn(batch or 1, 3, 8, 7),), str(path), dynamo=False, **axes)
+    for target in ("net.pt", "net.npz", "again.onnx"):
+        code, said = fwt_command("convert", path, tmp_path / target, "--verify")
+        assert (code, said.splitlines()[0]) == (0, "equal"), said
+    assert converters.verify(path, converters.from_onnx(path, layout="channels_last")).ok
+    with torch.no_grad():
+        net[3].weight[0] += 0.01
+    assert not converters.verify(net, path).ok
+
+
+@pytest.mark.thorough
 def test_linen_recurrent_layers_go_out(tmp_path):
     x = np.random.default_rng(0).normal(size=(2, 6, 3)).astype(F32)
     both = nn.Bidirectional(nn.RNN(nn.SimpleCell(4)), nn.RNN(nn.SimpleCell(4)))
@@ -926,3 +1157,32 @@ def test_files_by_their_names_and_on_the_command_line(model, tmp_path, monkeypat
     assert "dense/kernel" in out
     with pytest.raises(converters.ConversionError, match="give a module"):
         converters.save("w.onnx", None, model.variables)
+
+
+@pytest.mark.parametrize(
+    ("op", "attributes", "a", "b"),
+    [
+        ("Mod", {"fmod": 1}, np.float32([-7, 7, 5]), np.float32([3, -3, 2])),
+        ("Mod", {}, np.int64([-7, 7, 5]), np.int64([3, -3, 2])),
+        ("Div", {}, np.int64([-7, 7, 6]), np.int64([2, -2, 3])),
+        ("Pow", {}, np.int64([2, 3, 4]), np.float32([0.5, 1.5, 2])),
+        ("Pow", {}, np.float32([2, 3, 4]), np.int64([-1, 2, 3])),
+    ],
+)
+def test_numbers_of_nodes_are_those_of_onnxruntime(tmp_path, op, attributes, a, b):
+    """As what is added to the input, after a Cast to float32."""
+    make = onnx.helper
+    nodes = [
+        make.make_node(op, ["a", "b"], ["c"], **attributes),
+        make.make_node("Cast", ["c"], ["d"], to=1),
+        make.make_node("Add", ["x", "d"], ["y"]),
+    ]
+    ends = [make.make_tensor_value_info(n, 1, ("n", 3)) for n in ("x", "y")]
+    given = [onnx.numpy_helper.from_array(v, n) for n, v in (("a", a), ("b", b))]
+    graph = make.make_graph(nodes, "g", ends[:1], ends[1:], given)
+    opsets = [make.make_opsetid("", 17)]
+    onnx.save(make.make_model(graph, opset_imports=opsets, ir_version=9), tmp_path / "n.onnx")
+    x = np.zeros((2, 3), np.float32)
+    session = onnxruntime.InferenceSession(tmp_path / "n.onnx")
+    found = converters.from_onnx(tmp_path / "n.onnx")(x)
+    np.testing.assert_allclose(found, session.run(None, {"x": x})[0], rtol=1e-6)

@@ -225,6 +225,13 @@ def test_torch_recurrent_with_time_first(what, layout):
     model = converters.from_torch(net, input_shape=(2, 3), layout=layout)
     if layout == "source":
         close(in_flax(model, x), expected)
+        back = converters.to_torch(*model, layout="source")
+        close(in_torch(back, x), expected)
+        again = {n: getattr(m, "batch_first", None) for n, m in back.named_children()}
+        assert again == {"0": False, "0__output": False, "2": None, "3": None, "4": False,
+                         "4__output": False, "6": None}  # fmt: skip
+        with pytest.raises(converters.ConversionError, match="layout='source'"):
+            converters.to_torch(*model)
         return
     found = in_flax(model, np.swapaxes(x, 0, 1))
     close(found, np.swapaxes(expected, 0, 1) if what == "sequence" else expected)
@@ -386,6 +393,22 @@ def test_a_training_step_agrees_with_torch_but_for_the_unbiased_variance():
             np.testing.assert_allclose(0.8 * before + 0.2 * batch * n / (n - 1), value, atol=1e-5)
         else:
             np.testing.assert_allclose(ours[path], value, atol=1e-5, err_msg=path)
+
+
+@pytest.mark.parametrize("momentum", [0.3, 0.0])
+def test_an_instance_norm_with_statistics_trains_as_in_torch(momentum):
+    net = torch.nn.Sequential(
+        torch.nn.InstanceNorm2d(3, momentum=momentum, affine=True, track_running_stats=True)
+    )
+    cases.randomise_torch(net)
+    x = inputs(generator("tracked"), (3, 5, 2), None, 4)
+    module, variables = converters.from_torch(net, (3, 5, 2), "source")
+    assert isinstance(module.layers[1].layer, fwt.layers.TrackedInstanceNorm)
+    found, new = module.apply(variables, x, train=True, mutable=["batch_stats"])
+    net.train()
+    close(found, net(torch.from_numpy(x)).detach())
+    for name, there in (("mean", "running_mean"), ("var", "running_var")):
+        close(new["batch_stats"]["0"][name], getattr(net[0], there), name)
 
 
 # -- what readers found -----------------------------------------------------------------------
@@ -642,3 +665,41 @@ def test_the_layers_that_end_a_mask_are_keras_own():
         ends = any(x in name for x in convert._END_MASKS)
         if ends and not any(x in name for x in convert._USE_MASKS):
             assert not made.make(generator(name))[1].supports_masking, name
+
+
+@pytest.mark.parametrize("case", layer_cases.EINSUMS, ids=lambda case: case[0])
+def test_every_einsum_of_keras_goes_round(case):
+    equation, shape, out, bias = case
+    layer = keras.layers.EinsumDense(equation, out, "tanh", bias_axes=bias)
+    net = cases.randomise_keras(keras.Sequential([keras.Input(shape), layer]))
+    check("keras", net, shape, inputs(generator(case), shape, None, 3), None)
+
+
+def test_an_einsum_behind_moved_axes():
+    """It counts the axes as its own framework has them, and takes a flattened one in that order."""
+    k = keras.layers
+    net = cases.randomise_keras(keras.Sequential([
+        keras.Input((5, 4, 3)), k.Conv2D(2, 2), k.EinsumDense("nhwc,wcd->nhd", (4, 7)),
+        k.Conv1D(3, 2), k.Flatten(), k.EinsumDense("nf,fde->nde", (2, 3), bias_axes="de"),
+    ]))  # fmt: skip
+    x = inputs(generator("moved"), (5, 4, 3), None, 2)
+    expected = in_keras(net, x)
+    model = converters.from_keras(net)
+    close(in_flax(model, x), expected)
+    close(in_torch(converters.to_torch(*model, layout="source"), x), expected)
+    close(in_torch(converters.to_torch(*model), np.moveaxis(x, -1, 1)), expected)
+
+
+def test_einsums_that_mix_the_batch_are_refused():
+    def refused(equation, said, shape=(4, 3), kernel=(4, 5)):
+        layer = fwt.layers.EinsumDense(equation, (None, 5))
+        net = fwt.Sequential([("it", layer)], shape)
+        with pytest.raises(converters.ConversionError, match=said):
+            converters.to_torch(net, {"params": {"it": {"kernel": np.ones(kernel, np.float32)}}})
+
+    refused("abc,bd->bad", "keep the batch first")
+    refused("abc,ad->abd", "keep the batch first")
+    refused("abb,bd->abd", "none of an input and a kernel")
+    refused("abc,cd->abe", "none of an input and a kernel")
+    refused("abcd,cd->ab", "does not fit an input of rank 3")
+    refused("abc,bd->acd", "its kernel has 6 at 'b', found 4", kernel=(6, 5))

@@ -751,3 +751,107 @@ def test_units_in_another_order_or_scaled_are_equal():
         other[1].bias.neg_()
     report = converters.verify(net, other, input_shape=(6,))
     assert report.ok, report
+
+
+FLAT_IMAGES = {
+    "instances": lambda: [t.Conv2d(3, 8, 1), t.InstanceNorm2d(8), t.ReLU(), t.Conv2d(8, 4, 3)],
+    "groups": lambda: [t.Conv2d(3, 8, 1), t.GroupNorm(8, 8), t.ReLU(), t.Conv2d(8, 4, 3)],
+}
+
+
+@pytest.mark.parametrize("name", thorough_but(lambda name: name == "instances", FLAT_IMAGES))
+def test_constant_images(tmp_path, name):
+    """Their variance is rounding alone, which a norm divides by: zeros, and ones, become such."""
+    net = chain(*FLAT_IMAGES[name]())
+    for seed in range(2):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for weight in net.parameters():
+                weight.normal_()
+        model = converters.from_torch(net, (3, 9, 8))
+        converters.save(tmp_path / "net.onnx", *model)
+        for a, b in ((net, model), (net, tmp_path / "net.onnx")):
+            report = converters.verify(a, b, input_shape=(3, 9, 8))
+            assert report.ok, report
+        with torch.no_grad():
+            net[3].weight[1, 2] += 0.01
+        assert not converters.verify(net, model, input_shape=(3, 9, 8)).ok
+
+
+def growing(scale):
+    torch.manual_seed(0)
+    net = t.Sequential(t.RNN(3, 6, nonlinearity="relu", batch_first=True),
+                       converters.Select("sequence")).eval()  # fmt: skip
+    with torch.no_grad():
+        for weight in net.parameters():
+            weight.normal_(std=scale)
+    return net
+
+
+def test_states_that_grow_beyond_the_dtype():
+    """The order of sums decides which is infinite, and which NaN: those rows are left out."""
+    net = growing(2.0)
+    net[0].weight_hh_l0.data *= 0.55
+    model = converters.from_torch(net, (60, 3))
+    report = converters.verify(net, converters.to_keras(*model), input_shape=(60, 3))
+    assert report.ok, report
+    net = growing(2.0)
+    model = converters.from_torch(net, (60, 3))
+    report = converters.verify(net, converters.to_keras(*model), input_shape=(60, 3))
+    assert not report.ok
+    assert report.output.status == "not compared"
+    assert "grow beyond the dtype" in str(report)
+
+
+def test_infinite_in_one_is_a_difference():
+    a, b = np.ones((2, 3), np.float32), np.ones((2, 3), np.float32)
+    b[0, 1] = np.inf
+    assert not judge.apart(a, b, eps=1e-7).equal
+    a[0, 2] = np.nan
+    told = judge.apart(a, b, eps=1e-7)
+    assert told.equal
+    assert told.unsure == (0,)
+
+
+CHANNELS = {
+    "instances": lambda: t.InstanceNorm2d(4, affine=True),
+    "batches": lambda: t.BatchNorm2d(4),
+    "slopes": lambda: t.PReLU(4),
+    "softmax": lambda: t.Softmax(1),
+}
+
+
+@pytest.mark.parametrize("name", thorough_but(lambda name: name == "batches", CHANNELS))
+def test_layers_that_do_not_say_where_channels_are(tmp_path, name):
+    net = chain(CHANNELS[name]())
+    shape = (4, 5, 6)
+    first, last = (
+        converters.from_torch(net, shape, layout) for layout in ("source", "channels_last")
+    )
+    sides = {"torch": net, "first": first, "last": last}
+    if name != "softmax":
+        sides["keras"] = converters.to_keras(*last)
+    for kind in ("first", "last"):
+        sides[f"{kind}.onnx"] = tmp_path / f"{kind}.onnx"
+        converters.save(sides[f"{kind}.onnx"], *sides[kind])
+    for a in sides:
+        for b in sides:
+            if a != b and (name != "softmax" or ("last" in a) == ("last" in b)):
+                assert converters.verify(sides[a], sides[b]).ok, (a, b)
+
+
+def test_small_weights_that_only_large_inputs_show():
+    torch.manual_seed(0)
+    one = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Sigmoid(), torch.nn.Linear(5, 2))
+    with torch.no_grad():
+        one[0].weight *= 1e-9
+    other, moved = copy.deepcopy(one), copy.deepcopy(one)
+    with torch.no_grad():
+        other[0].weight[2, 3] *= 2
+        order = torch.randperm(5)
+        moved[0].weight.copy_(one[0].weight[order])
+        moved[0].bias.copy_(one[0].bias[order])
+        moved[2].weight.copy_(one[2].weight[:, order])
+    assert converters.verify(one, moved, input_shape=(6,)).ok
+    report = converters.verify(one, other, input_shape=(6,))
+    assert (report.ok, report.first) == (False, "0")

@@ -172,11 +172,9 @@ def test_unproven_flatten_is_refused_and_source_is_the_way_out():
     [
         ([torch.nn.LSTM(3, 4)], "LSTM"),
         ([torch.nn.BatchNorm2d(3, track_running_stats=False)], "track_running_stats=False"),
-        ([torch.nn.BatchNorm2d(3, momentum=None)], "momentum=None"),
         ([torch.nn.MaxPool2d(2, return_indices=True)], "return_indices=True"),
         ([torch.nn.LPPool2d(2, 3, ceil_mode=True)], "ceil_mode=True"),
         ([torch.nn.Upsample(scale_factor=2, mode="bicubic")], "bicubic"),
-        ([torch.nn.InstanceNorm2d(3, track_running_stats=True)], "running"),
         ([torch.nn.Embedding(3, 3, max_norm=1.0)], "max_norm=1.0"),
         ([torch.nn.Bilinear(3, 3, 2)], "two inputs"),
         ([torch.nn.AvgPool2d(3, 2, 1, ceil_mode=True)], "count_include_pad"),
@@ -195,10 +193,8 @@ def test_torch_refusals_name_the_setting(layers, said):
         (lambda: keras.layers.Lambda(lambda x: x), "Lambda"),
         (lambda: keras.layers.UpSampling2D(2, interpolation="bicubic"), "bicubic"),
         (lambda: keras.layers.Resizing(3, 4, antialias=True), "antialias=True"),
-        (lambda: keras.layers.EinsumDense("abcd,be->aecd", (7, 5, 3)), "equation"),
         (lambda: keras.layers.Softmax(axis=[1, 2]), "axis"),
         (lambda: keras.layers.Dense(3, activation=lambda x: x + 1), "activation"),
-        (lambda: keras.layers.Conv2D(3, 2, dtype="float16"), "float16"),
     ],
 )
 def test_keras_refusals_name_the_setting(layer, said):
@@ -218,7 +214,7 @@ def test_flax_refusals_name_the_setting():
         assert "it" in str(caught.value)
 
     refused(nn.Conv(3, (2, 2), padding=((0, 0), (0, 0)), input_dilation=2), "input_dilation=2")
-    refused(nn.Conv(3, (2, 2), dtype="bfloat16"), "dtype")
+    refused(nn.Conv(3, (2, 2), dtype="bfloat16"), "bfloat16")
     refused(nn.Conv(3, (2,)), "kernel_size")
     refused(nn.BatchNorm(use_running_average=False), "use_running_average")
     refused(nn.LayerNorm(reduction_axes=(1, 2)), "feature_axes")
@@ -283,8 +279,12 @@ def test_half_precision_weights_cross_bit_for_bit():
         for key, value in net.state_dict().items():
             assert back.state_dict()[key].dtype == dtype
             assert torch.equal(back.state_dict()[key], value)
-        with pytest.raises(converters.ConversionError, match="float32"):
-            converters.to_keras(*model)
+        if dtype != torch.float64:  # Flax would compute float32 inputs in float32, Keras in half
+            with pytest.raises(fwt.ConversionError, match=r"it says no dtype=.*give each layer"):
+                converters.to_keras(model)
+            continue
+        policy = {x.dtype_policy.name for x in converters.to_keras(model).layers}
+        assert policy == {"float64"}
 
 
 def test_training_one_step_agrees_with_torch():

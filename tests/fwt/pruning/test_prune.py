@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from marks import thorough_but
 
 import fwt
 
@@ -41,7 +42,7 @@ def test_scopes(params):
         assert fwt.select(whole, other)[other] is fwt.select(params, other)[other]
 
 
-@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("scope", thorough_but(1, ["layer", "global"]))
 def test_traced_and_python_sparsity_agree(params, scope):
     traces = []
 

@@ -150,6 +150,7 @@ class Twice(nn.Module):
         return layer(jnp.tanh(layer(x)))
 
 
+@pytest.mark.thorough
 def test_what_can_not_be_mended_is_refused_by_name():
     *_, x = block()
     for module, said in (
@@ -196,3 +197,32 @@ def test_the_count_is_exact_with_silent_inputs():
     kernel = new["params"]["d"]["kernel"]
     assert int((kernel == 0).sum()) == 24
     assert (kernel[::2] == 0).sum() > (kernel[1::2] == 0).sum()
+
+
+class Turned(nn.Module):
+    axis: tuple
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.DenseGeneral(7, axis=self.axis, use_bias=False)(x)
+
+
+def test_axes_that_are_not_in_order_and_layers_that_compute_with_another_kernel():
+    x = jax.random.normal(jax.random.key(0), (200, 5, 3)) * jnp.arange(1, 6)[None, :, None]
+    kernels = []
+    for axis in ((1, 2), (2, 1), (-1, -2)):
+        module = Turned(axis)
+        variables = module.init(jax.random.key(1), x)
+        new = fwt.sparsegpt(module, variables, x, 0.5)
+        kernels.append(new["params"]["DenseGeneral_0"]["kernel"])
+    assert np.array_equal(kernels[0], kernels[1])
+    assert np.array_equal(kernels[0], kernels[2])
+    mask = jnp.ones((3, 4, 12)).at[0].set(0)
+    flat = x.reshape(-1, 15)[:, :4]
+    for module, inputs, said in (
+        (nn.Sequential([nn.Conv(12, (3,), mask=mask)]), jnp.ones((2, 9, 4)), "or a mask can be"),
+        (nn.WeightNorm(nn.Dense(3)), flat, "another kernel than this"),
+    ):
+        variables = module.init(jax.random.key(2), inputs)
+        with pytest.raises(fwt.FwtError, match=said):
+            fwt.sparsegpt(module, variables, inputs, 0.5)

@@ -18,9 +18,9 @@ from hypothesis.extra import numpy as hnp
 from marks import thorough_but
 
 import fwt
-from fwt.pruning import plan
+from fwt.pruning import chosen
 from fwt.selection import counts as _counts
-from fwt.selection import keys
+from fwt.selection import keys, sample
 from fwt.selection import select as _select
 from fwt.selection.counts import Wide
 
@@ -393,7 +393,7 @@ def test_nothing_is_sorted_joined_or_stored():
 
 @pytest.mark.parametrize("settings", [{}, {"scope": "global"}, {"scope": "erk"}])
 def test_outside_a_jit_it_compiles_once_for_each_shape(settings):
-    cached = (_select._below_jit, _select._strided_jit, plan._pruned)
+    cached = (_select._below_jit, sample.strided, chosen._pruned)
     shape = {"layer": (67, 91), "global": (69, 91), "erk": (71, 91)}[settings.get("scope", "layer")]
     jax.clear_caches()  # JAX holds so many functions in all, and drops the oldest of a full cache
     before = [f._cache_size() for f in cached]

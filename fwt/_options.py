@@ -1,0 +1,225 @@
+"""The options of the command line: what each is called, and what its text means."""
+
+import ast
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fwt._types import FwtError
+
+In = Annotated[Path, typer.Argument(help="A file or folder of any format, told by its content.")]
+Ins = Annotated[list[Path], typer.Argument(help="Files or folders, told by their content.")]
+Out = Annotated[
+    Path,
+    typer.Argument(help="Where to write; the suffix is the format. Several go to a folder."),
+]
+ToOption = Annotated[
+    str | None, typer.Option("--to", help="The suffix of the files in the folder TARGET.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, one line for each file.")]
+WhereOption = Annotated[
+    list[str] | None,
+    typer.Option("--where", "-w", help="A glob on the path, such as 'dense_*/kernel'; repeatable."),
+]
+AxesOption = Annotated[
+    list[str] | None,
+    typer.Option(help="What the axes of leaves mean, such as '**/weight=out in h w'; repeatable."),
+]
+LayoutOption = Annotated[
+    str | None,
+    typer.Option(help="For .pt: channels_first (the default) or source, the order of its ends."),
+]
+
+# The transform of some globs (none are the verb's own choice) and axes.
+Make = Callable[[list[str], dict[str, str] | None], Any]
+_FRONT = ("sources", "target")
+# The options of a command that changes weights, and their defaults.
+_CHANGING: dict[str, tuple[Any, Any]] = {
+    "where": (WhereOption, None),
+    "axes": (AxesOption, None),
+    "to": (ToOption, None),
+    "layout": (LayoutOption, None),
+    "as_json": (JsonOption, False),
+}
+
+# The options of reading a file: what each says, and its default.
+_READING: dict[str, tuple[Any, Any]] = {
+    "architecture": (
+        Annotated[
+            Path | None,
+            typer.Option("--architecture", "-a", help="For weights alone: their model's file."),
+        ],
+        None,
+    ),
+    "key": (
+        Annotated[
+            str | None,
+            typer.Option(help="Which part of the file, such as 'model' or 'state/params'."),
+        ],
+        None,
+    ),
+    "rename": (
+        Annotated[
+            list[str] | None,
+            typer.Option(help="With --architecture: OLD=NEW, the start of names; repeatable."),
+        ],
+        None,
+    ),
+    "drop": (
+        Annotated[
+            list[str] | None,
+            typer.Option(help="With --architecture: a glob of names not wanted; repeatable."),
+        ],
+        None,
+    ),
+    "match": (
+        Annotated[
+            str,
+            typer.Option(help="With --architecture: name, or order to take arrays as they come."),
+        ],
+        "name",
+    ),
+    "strict": (
+        Annotated[
+            bool, typer.Option(help="With --architecture: whether all names and shapes must fit.")
+        ],
+        True,
+    ),
+    "keep_parts": (
+        Annotated[
+            bool,
+            typer.Option("--keep-parts", help="Keep the parts of torch's prune, weight_norm, ..."),
+        ],
+        False,
+    ),
+    "max_bytes": (
+        Annotated[int | None, typer.Option(help="How many bytes compressed parts may grow to.")],
+        None,
+    ),
+}
+
+
+def reads(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the options of reading a file. It takes them as ``how``, which is what
+    ``load`` is called with."""
+
+    def run(**given: Any) -> None:
+        how = {name: given.pop(name) for name in _READING}
+        how["fold"] = not how.pop("keep_parts")
+        how["drop"] = how["drop"] or ()
+        if how["match"] not in ("name", "order"):
+            raise typer.BadParameter(f"--match {how['match']}: expected name or order")
+        pairs = [text.partition("=") for text in how["rename"] or ()]
+        if not all(found for _, found, _ in pairs):
+            raise typer.BadParameter(f"--rename {' '.join(how['rename'])}: expected OLD=NEW")
+        how["rename"] = {old: new for old, _, new in pairs} or None
+        command(how=how, **given)
+
+    options = [_option(name, kind, default) for name, (kind, default) in _READING.items()]
+    taken = [p for p in inspect.signature(command).parameters.values() if p.name != "how"]
+    return _presented(run, command, [*taken, *options])
+
+
+def changes(
+    write: Callable[..., None],
+) -> Callable[[Callable[..., Make]], Callable[..., None]]:
+    """Makes a command that changes weights of a function that gives the transform, for the globs
+    and axes of one file; ``write`` does the rest with the options that all of them have."""
+
+    def decorator(command: Callable[..., Make]) -> Callable[..., None]:
+        def run(where: Any, axes: Any, **given: Any) -> None:
+            make = command(**{name: given.pop(name) for name in own})
+            globs, named = where or [], _axes(axes)
+
+            def spelled(model: Any) -> Any:
+                return make(*_spelled(globs, named, model))
+
+            make(globs, named)  # which raises for what is wrong whatever the file
+            write(make=spelled, **given)
+
+        own = dict(inspect.signature(command).parameters)
+        front = [p for p in inspect.signature(write).parameters.values() if p.name in _FRONT]
+        options = [_option(name, kind, default) for name, (kind, default) in _CHANGING.items()]
+        how = inspect.Parameter("how", inspect.Parameter.KEYWORD_ONLY)
+        return reads(_presented(run, command, [*front, *own.values(), *options, how]))
+
+    return decorator
+
+
+def _option(name: str, kind: Any, default: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+
+
+def _presented(run: Any, command: Any, parameters: list[inspect.Parameter]) -> Any:
+    """A function that looks to typer like a command of these parameters."""
+    run.__name__, run.__doc__ = command.__name__, command.__doc__
+    run.__signature__ = inspect.Signature(
+        [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in parameters]
+    )
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    return run
+
+
+def _axes(texts: list[str] | None) -> dict[str, str] | None:
+    out = {}
+    for text in texts or ():
+        glob, found, names = text.rpartition("=")
+        if not found:
+            raise FwtError(f"--axes {text!r}: expected GLOB=NAMES, such as '**/weight=out in h w'")
+        out[glob] = names
+    return out or None
+
+
+def _spelled(
+    globs: list[str], axes: dict[str, str] | None, model: Any
+) -> tuple[list[str], dict[str, str] | None]:
+    """Globs and axes in the spelling of a model's paths, where a slash inside a name is escaped; it
+    is shown, and may be given, without that."""
+    import fwt
+    from fwt import _tree
+
+    paths = fwt.paths(model)
+    if not any("\\/" in path for path in paths):
+        return globs, axes
+
+    def each(glob: str) -> list[str]:
+        plain = [p for p in paths if _tree.matches(glob, p.replace("\\/", "/"))]
+        return list(dict.fromkeys([p for p in paths if _tree.matches(glob, p)] + plain)) or [glob]
+
+    meant = {p: names for glob, names in (axes or {}).items() for p in each(glob)}
+    return [p for glob in globs for p in each(glob)], meant or None
+
+
+def named(module: Any, text: str, what: str) -> Any:
+    """``name`` or ``name(arguments)``, of literals only; ``keras.name`` is in a namespace."""
+    from fwt import _tree
+
+    try:
+        parsed = ast.parse(text, mode="eval").body
+        call = parsed if isinstance(parsed, ast.Call) else None
+        name = call.func if call else parsed
+        if isinstance(name, ast.Attribute) and isinstance(name.value, ast.Name):
+            if name.value.id not in ("keras", "torch") or not hasattr(module, name.value.id):
+                raise ValueError("a name, or 'keras' or 'torch' and a name, is expected")
+            module, name = getattr(module, name.value.id), ast.Name(name.attr)
+        if not isinstance(name, ast.Name):
+            raise ValueError("a name is expected")
+        arguments = [ast.literal_eval(a) for a in call.args] if call else []
+        keywords = {k.arg or "**": ast.literal_eval(k.value) for k in call.keywords} if call else {}
+    except (SyntaxError, ValueError) as error:
+        why = "arguments must be literals" if "malformed" in str(error) else error
+        raise FwtError(f"{text!r} is no {what} such as name or name(1.0): {why}") from error
+    if name.id not in module.__all__:
+        raise FwtError(f"{name.id!r} is no {what}{_tree.near(name.id, module.__all__)}")
+    noun = getattr(module, name.id)
+    if call is None and (hasattr(noun, "settings") or getattr(noun, "__fwt_noun__", False)):
+        return noun
+    try:
+        return noun(*arguments, **keywords)
+    except TypeError as error:
+        given = inspect.signature(noun).parameters.values()
+        said = ", ".join(p.name if p.default is p.empty else f"{p.name}={p.default}" for p in given)
+        raise FwtError(f"{what} {text!r}: expected {name.id}({said})") from error

@@ -1,0 +1,178 @@
+"""Dtype policies of Keras against its own predictions, in each framework that can say them."""
+
+import cases
+import flax.linen as nn
+import jax
+import keras
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from compare import generator
+from marks import thorough_but
+
+import fwt
+from fwt import converters
+
+k = keras.layers
+POLICIES = ("mixed_float16", "mixed_bfloat16", "float16", "bfloat16", "float64")
+
+
+def net(dtype):
+    """Layers that Flax has, layers that only fwt has, and some without weights at the start."""
+    return cases.randomise_keras(keras.Sequential([
+        keras.Input((6, 3)), k.Rescaling(0.7, 0.1, dtype=dtype),
+        k.Conv1D(4, 2, activation="tanh", dtype=dtype), k.BatchNormalization(dtype=dtype),
+        k.PReLU(shared_axes=[1], dtype=dtype), k.LayerNormalization(dtype=dtype),
+        k.GRU(3, recurrent_initializer="zeros", return_sequences=True, dtype=dtype),
+        k.Dropout(0.4, dtype=dtype), k.Flatten(dtype=dtype),
+        k.Dense(5, activation="softmax", dtype=dtype),
+    ]))  # fmt: skip
+
+
+def predicted(model, x):
+    return np.asarray(keras.ops.convert_to_numpy(model(x, training=False)))
+
+
+def agree(found, expected, eps, place):
+    found = np.asarray(found)
+    assert found.shape == expected.shape, place
+    found, expected = found.astype(np.float64), expected.astype(np.float64)
+    assert np.abs(found - expected).max() <= 8 * eps * max(1, np.abs(expected).max()), place
+
+
+@pytest.mark.parametrize(
+    "policy", thorough_but(lambda p: p in ("mixed_bfloat16", "float64"), POLICIES)
+)
+def test_a_policy_is_dtype_and_param_dtype(policy, tmp_path):
+    compute = policy.removeprefix("mixed_")
+    held = compute if policy == compute else "float32"
+    # Keras computes some norms of float64 with constants of float32.
+    eps = 1e-9 if compute == "float64" else float(ml_dtypes.finfo(compute).eps)
+    model = net(policy)
+    x = generator(policy).normal(size=(3, 6, 3)).astype(np.float32)
+    expected = predicted(model, x)
+    made = converters.from_keras(model)
+    layers = {n.name: n.layer for n in made.module.layers}
+    for layer in layers.values():
+        if not isinstance(layer, nn.Dropout):
+            assert np.dtype(layer.dtype).name == compute
+    assert np.dtype(made.module.layers[1].layer.param_dtype).name == held
+    assert {str(v.dtype) for v in jax.tree.leaves(made.variables)} == {held}
+    if policy != "float64":  # which JAX has only under jax_enable_x64
+        found = made(x)
+        assert found.dtype == compute
+        agree(found, expected, eps, "Flax")
+    # Back as the same policy, through files too.
+    model.save(tmp_path / "net.keras")
+    loaded = converters.load(tmp_path / "net.keras")
+    assert loaded.module == made.module
+    if held == "bfloat16":
+        with pytest.raises(converters.ConversionError, match="bfloat16 weights in an"):
+            converters.save(tmp_path / "again.h5", loaded)
+    for suffix in (".safetensors", *([] if held == "bfloat16" else [".h5"]), ".keras"):
+        converters.save(tmp_path / f"again{suffix}", loaded)
+        loaded = converters.load(tmp_path / f"again{suffix}")
+        assert loaded.module == made.module, suffix
+    for back in (
+        converters.to_keras(made), keras.saving.load_model(tmp_path / "again.keras"),
+        *[keras.saving.load_model(p) for p in tmp_path.glob("*.h5")],
+    ):  # fmt: skip
+        assert {x.dtype_policy.name for x in back.layers} == {policy}
+        assert np.array_equal(predicted(back, x), expected)
+    # torch has the dtype of its weights.
+    if policy != compute:
+        with pytest.raises(converters.ConversionError, match=f"{compute} with weights in float32"):
+            converters.to_torch(made)
+        with pytest.raises(converters.ConversionError, match="dtype='float32'"):
+            converters.save(tmp_path / "net.pt", made)
+    else:
+        there = converters.to_torch(made, layout="source")
+        dtype = getattr(torch, compute)
+        assert {v.dtype for v in there.parameters()} == {dtype}
+        with torch.no_grad():
+            agree(there(torch.from_numpy(x).to(dtype)).double(), expected, eps, "torch")
+        again = converters.from_torch(there, (6, 3), "source")
+        if compute == "float64":
+            last = converters.to_keras(again)  # what torch says by its weights
+            agree(predicted(last, x), expected, eps, "torch -> Keras")
+            assert last.layers[-1].dtype_policy.name == policy
+        else:  # Flax would compute float32 inputs in float32
+            with pytest.raises(fwt.ConversionError, match="says no dtype="):
+                converters.to_keras(again)
+    # On request it is dropped.
+    truth = net("float32")
+    for mine, theirs in zip(truth.variables, model.variables, strict=True):
+        if "seed" not in mine.path:
+            mine.assign(np.asarray(keras.ops.convert_to_numpy(theirs), np.float32))
+    for plain in (
+        converters.from_keras(model, dtype="float32"),
+        converters.load(tmp_path / "net.keras", dtype="float32"),
+        converters.load(tmp_path / "again.safetensors", dtype="float32"),
+    ):
+        assert {v.dtype for v in jax.tree.leaves(plain.variables)} == {np.dtype(np.float32)}
+        assert [n.layer for n in plain.module.layers] == [
+            n.layer for n in converters.from_keras(truth).module.layers
+        ]
+        converters.to_torch(plain)
+    agree(plain(x), predicted(truth, x), 1e-6, "float32")
+
+
+def test_layers_of_several_policies():
+    """As Keras's own guide has it: half precision, and float32 at the end."""
+    model = keras.Sequential([
+        keras.Input((5,), dtype="bfloat16"), k.Dense(4, dtype="float32"),
+        k.Dense(3, "relu", dtype="mixed_bfloat16"),
+        k.Activation("softmax", dtype="float32"), k.Dropout(0.5, dtype="float32"),
+    ])  # fmt: skip
+    cases.randomise_keras(model)
+    x = generator("several").normal(size=(2, 5)).astype(np.float32)
+    made = converters.from_keras(model)
+    expected = predicted(model, x)
+    assert made(x).dtype == np.float32
+    assert made.module.layers[0].layer == fwt.layers.Identity(dtype="bfloat16")  # of the input
+    agree(made(x), expected, 2**-8, "Flax")
+    assert np.array_equal(predicted(converters.to_keras(made), x), expected)
+    with pytest.raises(converters.ConversionError, match="casts nothing between layers"):
+        converters.to_torch(made)
+
+
+def test_a_model_of_float32_says_no_dtype():
+    inner = k.Dense(2, "relu"), k.LSTM(2), k.LSTMCell(2), k.Softmax()
+    for layer in (*(k.TimeDistributed(inner[i]) for i in (0, 3)), k.Bidirectional(inner[1]),
+                  k.RNN(inner[2]), k.Dense(2, activation=k.ReLU(max_value=1.0))):  # fmt: skip
+        module = converters.from_keras(keras.Sequential([keras.Input((4, 3)), layer])).module
+        assert all(named.layer.dtype is None for named in module.layers)
+
+
+def test_policies_that_no_other_framework_says_are_refused():
+    def refused(layers, said, shape=(4, 3), **more):
+        model = keras.Sequential([keras.Input(shape, **more), *layers])
+        with pytest.raises(converters.ConversionError, match=said):
+            converters.from_keras(model)
+
+    refused([k.Bidirectional(k.LSTM(2, dtype="float16"))], "computes in float32, and .* in float16")
+    refused([k.Dropout(0.5, dtype="float16"), k.Dense(2)], "Dropout can't say")
+    refused([k.Embedding(999, 2)], "rounds whole numbers above 256", (4,), dtype="bfloat16")
+    flax = fwt.Sequential([("it", nn.Dense(2, dtype="float32", param_dtype="bfloat16"))], (3,))
+    variables = flax.init(jax.random.key(0), np.ones((1, 3), np.float32))
+    for target in (converters.to_keras, converters.to_torch):
+        with pytest.raises(converters.ConversionError, match="float32 with weights in bfloat16"):
+            target(flax, variables)
+    odd = fwt.Sequential([("it", nn.Dense(2, dtype="int32"))], (3,))
+    with pytest.raises(converters.ConversionError, match="floating-point"):
+        converters.to_torch(odd, variables)
+    with pytest.raises(converters.ConversionError, match="only 'float32'"):
+        converters.from_keras(net("float32"), dtype="float16")
+
+
+def test_a_layer_with_a_dtype_goes_to_onnx_as_flax_computes(tmp_path):
+    """A layer of its own operator is traced where it casts."""
+    import onnxruntime
+
+    flax = fwt.Sequential([("a", nn.Dense(3)), ("it", fwt.layers.Sigmoid(dtype="float16"))], (4,))
+    x = generator("onnx").normal(size=(2, 4)).astype(np.float32)
+    variables = flax.init(jax.random.key(0), x)
+    converters.to_onnx(flax, variables, tmp_path / "net.onnx")
+    run = onnxruntime.InferenceSession(str(tmp_path / "net.onnx")).run
+    assert run(None, {"input": x})[0].dtype == np.float16

@@ -2,12 +2,12 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fwt import _apart, _axes, _keys, _mesh, _nodes, _tree, initializers
 from fwt._types import AxesError, FwtError, LeafError, Params, hashes
@@ -123,25 +123,16 @@ def _draw_one(spec: Any, key: Any) -> Any:
 
 
 def _draw_together(specs: Any, keys: Any) -> list[Any]:
-    """The same under a trace: small leaves of one kind and shape are drawn side by side."""
-    kinds: dict[Any, list[int]] = {}
-    for i, (init, shape, dtype, _) in enumerate(specs):
+    """The same under a trace: small leaves of one kind and shape take turns."""
+    calls, columns = [], _apart.Columns(keys)
+    for i, spec in enumerate(specs):
+        init, shape, dtype, _ = spec
         axes = init.axes and dataclasses.replace(init.axes, path="")
-        together = _apart.joins([(shape, dtype)], len(specs))
-        kinds.setdefault((init.at(axes), shape, dtype) if together else i, []).append(i)
-    alone = [places[0] for places in kinds.values() if len(places) == 1]
-    seed = jax.random.bits(keys[0]) if specs else None
-    own = dict(zip(alone, _apart.indices(alone, seed), strict=True))
-    new: list[Any] = [None] * len(specs)
-    for places in kinds.values():
-        one = functools.partial(_draw_one, specs[places[0]])
-        if len(places) == 1:
-            new[places[0]] = one(_apart.pick(keys, own[places[0]]))
-            continue
-        found = jax.vmap(one)(keys[np.asarray(places)])
-        for i, value in zip(places, _apart.cut_apart(found, len(places)), strict=True):
-            new[i] = value
-    return new
+        small = _apart.joins(math.prod(shape), len(specs))
+        kind = (init.at(axes), shape, dtype) if small else None
+        one = functools.partial(_draw_one, spec)
+        calls.append(_apart.Call(kind, one, (), _apart.Row(columns, i)))
+    return _apart.each(calls, in_turn=True)
 
 
 @functools.lru_cache

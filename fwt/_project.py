@@ -127,9 +127,9 @@ def _projected_one(constraint: Any, place: Any, leaf: Any, mask: Any) -> Any:
 def _projected_compiled(
     constraint: Any, places: Any, leaves: list[Any], kept: list[Any]
 ) -> list[Any]:
-    def kind(row: Any) -> Any:
-        place, *arrays = row
-        alike = dataclasses.replace(place, path=""), *(x is None for x in arrays)
-        return alike, functools.partial(_projected_one, constraint, place), tuple(arrays)
+    def call(place: Any, leaf: Any, mask: Any) -> _apart.Call:
+        kind = dataclasses.replace(place, path=""), mask is None
+        return _apart.Call(kind, functools.partial(_projected_one, constraint, place), (leaf, mask))
 
-    return _apart.each([kind(row) for row in zip(places, leaves, kept, strict=True)])
+    calls = [call(*row) for row in zip(places, leaves, kept, strict=True)]
+    return _apart.each(calls, in_turn=True)

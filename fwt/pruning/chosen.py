@@ -1,7 +1,7 @@
 """What is kept of each leaf, as masks or as pruned leaves."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +10,7 @@ import numpy as np
 
 from fwt import _apart, _mesh, patterns
 from fwt.selection import select
-from fwt.selection.keys import Source
+from fwt.selection.keys import Source, is_near
 
 
 class Chosen(NamedTuple):
@@ -18,49 +18,51 @@ class Chosen(NamedTuple):
 
     leaf: Any
     source: Source
-    cut: Any  # a select.Cut, or one of several
+    cut: Any  # a select.Cut, or the row of one among many
     windows: patterns.Windows | None
     stack: tuple[int, ...]  # where each slice along some axes has a cut of its own
 
-    def _call(self, function: Any, *more: Any) -> Any:
-        """``function`` of this leaf, as :func:`_apart.each` takes it."""
+    def call(self, function: Any, *more: Any) -> _apart.Call:
         known = self.source.key, self.windows, self.stack
-        return known, functools.partial(function, *known), (self.source.arrays, *more), self.cut
+        arrays = self.source.arrays, *more
+        return _apart.Call(
+            (function, *known), functools.partial(function, *known), arrays, self.cut
+        )
+
+    def on_host(self) -> Any:
+        """The mask in NumPy of a small leaf that is at hand; else None."""
+        whole = not (self.windows or self.stack or isinstance(self.cut, _apart.Row))
+        near = self.source.on_host() if whole and is_near(self.leaf) else None
+        if near is None or any(isinstance(x, jax.core.Tracer) for x in self.cut):
+            return None
+        return select.kept(near, select.Cut(*map(np.asarray, self.cut))).reshape(self.source.shape)
 
 
 def kept(chosen: Mapping[str, Chosen]) -> dict[str, Any]:
     """The masks, by path."""
-    found = each({p: c._call(mask_of) for p, c in chosen.items()})
-    return {p: _mesh.like(found[p], c.leaf) for p, c in chosen.items()}
+    return _each(chosen, lambda mask, leaf: mask, lambda c: c.call(mask_of))
 
 
 def pruned(chosen: Mapping[str, Chosen]) -> dict[str, Any]:
     """The leaves without what goes, by path."""
-    found = each({p: c._call(_pruned, c.leaf) for p, c in chosen.items()})
-    return {p: _mesh.like(found[p], c.leaf) for p, c in chosen.items()}
+
+    def host(mask: Any, leaf: Any) -> Any:
+        return np.where(mask, np.asarray(leaf), np.zeros((), leaf.dtype))
+
+    return _each(chosen, host, lambda c: c.call(_pruned, c.leaf))
 
 
-@_mesh.on_auto_axes
-def each(calls: Mapping[str, Any]) -> dict[str, Any]:
-    # The leaves of one kind whose cuts stand side by side are cut together.
-    found: dict[str, Any] = {}
-    kinds: dict[Any, list[str]] = {}
-    for path, (kind, function, arrays, cut) in calls.items():
-        whole = isinstance(cut, select.Later) and isinstance(cut.cuts, select.Cuts)
-        shapes = [(x.shape, x.dtype) for x in jax.tree.leaves(arrays)]
-        if whole and _apart.joins(shapes, len(cut.cuts)):
-            kinds.setdefault((kind, *shapes), []).append(path)
-            continue
-        found[path] = function(
-            *arrays, cut.cuts[cut.place] if isinstance(cut, select.Later) else cut
-        )
-    for paths in kinds.values():
-        rows = [calls[p] for p in paths]
-        cuts, places = rows[0][3].cuts, np.asarray([r[3].place for r in rows])
-        mine = select.Cut(*(x[places] for x in cuts.whole))
-        values = _apart.together(rows[0][1], [r[2] for r in rows], mine)
-        found |= zip(paths, values, strict=True)
-    return found
+def _each(
+    chosen: Mapping[str, Chosen],
+    host: Callable[[Any, Any], Any],
+    call: Callable[[Chosen], _apart.Call],
+) -> dict[str, Any]:
+    near = {p: m for p, c in chosen.items() if (m := c.on_host()) is not None}
+    far = {p: call(c) for p, c in chosen.items() if p not in near}
+    found = _mesh.on_auto_axes(_apart.each)([*far.values()])
+    new = dict(zip(far, found, strict=True))
+    new |= {p: jnp.asarray(host(m, chosen[p].leaf)) for p, m in near.items()}
+    return {p: _mesh.like(new[p], c.leaf) for p, c in chosen.items()}
 
 
 def each_slice(function: Any, stack: tuple[int, ...], out: bool = False) -> Any:

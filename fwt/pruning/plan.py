@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fwt import _axes, _keys, _mesh, _tree, patterns, scores
+from fwt import _apart, _axes, _keys, _mesh, _tree, patterns, scores
 from fwt._types import FwtError, LeafError, Params, Score, Where, resolve
 from fwt.pruning import scope as _scope
-from fwt.pruning.chosen import Chosen, each, each_slice, mask_of
+from fwt.pruning.chosen import Chosen, each_slice, mask_of
 from fwt.selection import passes, select
 from fwt.selection.counts import Wide, count, minus, plus, wide
 from fwt.selection.keys import Source, key_function, magnitude_key, signed_key, sources
@@ -345,13 +345,12 @@ def _cuts(
 ) -> list[Any]:
     """The cut of each leaf; of a stack that is counted by layer, one for each slice."""
     if not any(stacks):
-        found = select.smallest(groups, ks, ties)
-        return [select.Later(found, i) for i in range(len(found))]
+        return select.smallest(groups, ks, ties)
     plain = [i for i, stack in enumerate(stacks) if not stack]
     whole = (
         select.smallest([groups[i] for i in plain], [ks[i] for i in plain], ties) if plain else []
     )
-    cuts: dict[int, Any] = {i: select.Later(whole, place) for place, i in enumerate(plain)}
+    cuts: dict[int, Any] = dict(zip(plain, whole, strict=True))
     for i, stack in enumerate(stacks):
         if stack:
             (source,) = groups[i]
@@ -366,7 +365,7 @@ def _slice_cuts(
     """The slices take turns, so that however many there are, one search is compiled."""
 
     def one(arrays: Any, k: Wide) -> select.Cut:
-        return select.smallest([[Source(key, arrays)]], [k], ties)[0]
+        return select.one_cut(Source(key, arrays), k, ties)
 
     return each_slice(one, stack)(arrays, ks)
 
@@ -394,11 +393,8 @@ def _regrown(
         start = stop
     cuts = _cuts(groups, more, stacks, "first")
     rows = zip(found, stacks, cuts, strict=True)
-    calls = {
-        str(i): ((s.key, stack), functools.partial(mask_of, s.key, None, stack), (s.arrays,), c)
-        for i, (s, stack, c) in enumerate(rows)
-    }
-    open_ = [~m for m in each(calls).values()]
+    masks = [Chosen(None, s, c, None, stack).call(mask_of) for s, stack, c in rows]
+    open_ = [~m for m in _apart.each(masks)]
     if len(groups) == 1:
         new = sources(worths, not plain, "only", open_)
         return new, [new]

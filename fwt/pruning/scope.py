@@ -251,16 +251,22 @@ def _lamp(leaves: Sequence[Leaf], k: Any) -> Any:
     """Lee et al., "Layer-adaptive sparsity for the magnitude-based pruning", 2021: the square of a
     weight over the sum of the squares that are not below it, compared over all leaves."""
     stacks = [x.axes and x.axes.stack for x in leaves]
-    scores = _apart.each([
-        (stack, functools.partial(_lamp_scores, stack), (x.worth, x.alive))
+    calls = [
+        _apart.Call(stack, functools.partial(_lamp_scores, stack), (x.worth, x.alive))
         for stack, x in zip(stacks, leaves, strict=True)
-    ])  # fmt: skip
-    found = sources(scores, True)
+    ]
+    found = sources(_apart.each(calls, in_turn=True), True)
     cuts = select.smallest([found], [k])
-    gone = [select.count_gone(s.key, s.arrays, c, axis=1) for s, c in zip(found, cuts, strict=True)]
-    if isinstance(k, int) and not any(isinstance(g, jax.core.Tracer) for g in gone):
-        return [int(x) for g in gone for x in g]
-    return wide(jnp.concatenate(gone))
+    counts = [
+        _apart.Call(s.key, functools.partial(select.count_gone, s.key, axis=-1), (s.arrays,), c)
+        for s, c in zip(found, cuts, strict=True)
+    ]
+    gone = _apart.grouped(counts)
+    order = np.argsort([i for places, _ in gone for i in places for _ in range(leaves[i].slices)],
+                       kind="stable")  # fmt: skip
+    if isinstance(k, int) and not any(isinstance(g, jax.core.Tracer) for _, g in gone):
+        return np.concatenate([np.asarray(g).reshape(-1) for _, g in gone])[order].tolist()
+    return wide(jnp.concatenate([g.reshape(-1) for _, g in gone])[order])
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -7,7 +7,7 @@ stay where they are.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -16,7 +16,7 @@ import numpy as np
 from jax import lax
 
 from fwt import _mesh
-from fwt._apart import indices, pick
+from fwt._apart import Columns, Row, own, pick
 from fwt._types import Array, FwtError
 from fwt.selection import passes as _passes
 from fwt.selection import sample
@@ -36,37 +36,12 @@ class Cut(NamedTuple):
     index: Any
 
 
-class Cuts(Sequence[Cut]):
-    """The cuts of many leaves, one after the other.
-
-    Attributes:
-        whole: their numbers as vectors.
-    """
-
-    def __init__(self, whole: Cut):
-        self.whole = whole
-
-    @functools.cached_property
-    def _places(self) -> Sequence[Any]:
-        return indices(range(len(self)), self.whole.value[0])
-
-    def __len__(self) -> int:
-        return int(self.whole.value.shape[0])
-
-    def __getitem__(self, place: Any) -> Any:
-        return Cut(*(pick(x, self._places[place]) for x in self.whole))
-
-
-class Later(NamedTuple):
-    """One of several cuts, which is cut out where it is wanted."""
-
-    cuts: Sequence[Cut]
-    place: int
-
-
 def kept(source: Source, cut: Cut) -> Array:
     """The mask of one leaf."""
     keys = source.keys()
+    if isinstance(keys, np.ndarray):
+        before = np.arange(keys.size).reshape(keys.shape) < cut.index
+        return (keys > cut.value) | (keys == cut.value) & before
     return (keys > cut.value) | (keys == cut.value) & _passes.before(source.shape, cut.index)
 
 
@@ -313,16 +288,43 @@ def _concrete_cuts(group: list[Source], k: int, groups: int, ties: Ties) -> list
             at_lo = counts
         else:
             at_hi = counts
-    value, rest = np.asarray(state.hi - 1), sum(at_hi) - k
-    cuts = []
-    for source, size, low, high in zip(group, sizes, at_lo, at_hi, strict=True):
+    value = np.asarray(state.hi - 1)
+
+    def place(i: int, stay: int) -> Any:
+        source, tied = group[i], np.uint32(at_hi[i] - at_lo[i])
+        return _tie_cut_jit(source.key, source.arrays, value, np.uint32(stay), tied)
+
+    return _kept_ties(value, at_lo, at_hi, sizes, k, ties, place)
+
+
+def _host_cuts(group: list[Source], k: int, ties: Ties) -> list[Cut]:
+    """The same of small leaves in NumPy."""
+    each = [s.keys().ravel() for s in group]
+    sizes = [len(keys) for keys in each]
+    if k == 0:
+        return [Cut(keys.dtype.type(0), np.uint32(n)) for keys, n in zip(each, sizes, strict=True)]
+    joined = np.concatenate(each)
+    value = np.partition(joined, k - 1)[k - 1]
+    at_lo = [int(np.sum(keys < value)) for keys in each]
+    at_hi = [int(np.sum(keys <= value)) for keys in each]
+
+    def place(i: int, stay: int) -> Any:
+        return np.uint32(np.flatnonzero(each[i] == value)[stay - 1] + 1)
+
+    return _kept_ties(value, at_lo, at_hi, sizes, k, ties, place)
+
+
+def _kept_ties(
+    value: Any, at_lo: list[int], at_hi: list[int], sizes: list[int], k: int, ties: Ties,
+    place: Callable[[int, int], Any],
+) -> list[Cut]:  # fmt: skip
+    """The cuts at ``value``, of which so many keys of each leaf are below and not above; ``place``
+    gives the index before which a number of a leaf's ties is found."""
+    rest, cuts = sum(at_hi) - k, []
+    for i, (size, low, high) in enumerate(zip(sizes, at_lo, at_hi, strict=True)):
         stay = min(rest, high - low) if ties == "first" or rest == 0 else high - low
         rest -= stay if ties == "first" else 0
-        index: Any = np.uint32(size if stay else 0)
-        if 0 < stay < high - low:
-            index = _tie_cut_jit(
-                source.key, source.arrays, value, np.uint32(stay), np.uint32(high - low)
-            )
+        index = place(i, stay) if 0 < stay < high - low else np.uint32(size if stay else 0)
         cuts.append(Cut(value, index))
     return cuts
 
@@ -400,7 +402,7 @@ def _below_top(flat: Sequence[Source]) -> bool:
     return all(jnp.issubdtype(s.arrays[0].dtype, jnp.floating) for s in flat)
 
 
-def smallest(groups: list[list[Source]], ks: list[Any], ties: Ties = "first") -> Sequence[Cut]:
+def smallest(groups: list[list[Source]], ks: list[Any], ties: Ties = "first") -> list[Any]:
     """Where to cut, so that exactly ``ks[g]`` keys of each group fall below.
 
     Among equal keys the first in order of leaf and flat index are kept.
@@ -412,7 +414,8 @@ def smallest(groups: list[list[Source]], ks: list[Any], ties: Ties = "first") ->
         ties: of equal keys at the cut the "first" stay, as many as is right, or "all".
 
     Returns:
-        One :class:`Cut` for each leaf, for :func:`kept`.
+        For each leaf a :class:`Cut`, for :func:`kept`; if traced, the row of one among all of
+        them.
 
     Raises:
         FwtError: for a leaf of 2**32 elements or more.
@@ -427,8 +430,14 @@ def smallest(groups: list[list[Source]], ks: list[Any], ties: Ties = "first") ->
         not isinstance(x, jax.Array) or len(x.devices()) == 1 for x in leaves
     ):
         whole = [k if isinstance(k, int) else (int(k.high) << 16) + int(k.low) for k in ks]
-        pairs = zip(groups, whole, strict=True)
-        return [c for group, k in pairs for c in _concrete_cuts(group, k, len(groups), ties)]
+        cuts = []
+        for group, k in zip(groups, whole, strict=True):
+            near = [s.on_host() for s in group]
+            if None in near:
+                cuts += _concrete_cuts(group, k, len(groups), ties)
+            else:
+                cuts += _host_cuts([s for s in near if s], k, ties)
+        return cuts
     rows: dict[Any, list[int]] = {}
     for i, pair in enumerate(zip(arrays, ks, strict=True)):
         rows.setdefault(_mesh.varies(pair), []).append(i)
@@ -443,7 +452,14 @@ def smallest(groups: list[list[Source]], ks: list[Any], ties: Ties = "first") ->
         return [each[i] for i in range(len(groups))]
     keys = tuple(tuple(s.key for s in group) for group in groups)
     stacked = Wide(*map(_vector, zip(*map(wide, ks), strict=True)))
-    return Cuts(_search(keys, ties, lax.stop_gradient(arrays), stacked))
+    cuts = Columns(_search(keys, ties, lax.stop_gradient(arrays), stacked))
+    return [Row(cuts, i) for i in range(sum(map(len, groups)))]
+
+
+def one_cut(source: Source, k: Any, ties: Ties = "first") -> Cut:
+    """The same of one leaf alone."""
+    found: Cut = own(smallest([[source]], [k], ties)[0])
+    return found
 
 
 def _vector(numbers: Sequence[Any]) -> Any:

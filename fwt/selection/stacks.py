@@ -38,7 +38,7 @@ def stacked(flat: Sequence[Source]) -> list[Stack]:
     kinds: dict[Any, list[int]] = {}
     for i, source in enumerate(flat):
         kind = (source.key, *((x.shape, x.dtype) for x in source.arrays))
-        small = joins([(source.shape, None)], len(flat))
+        small = joins(math.prod(source.shape), len(flat))
         kinds.setdefault(kind if small else i, []).append(i)
     found = []
     for places in kinds.values():

@@ -16,7 +16,7 @@ Purpose = Literal["initialize", "lsuv", "prune", "random", "regrow", "reset", "s
 
 def as_key(key: Any, purpose: Purpose) -> Any:
     """A key for one purpose, from a JAX key or an int seed."""
-    return _folded(_one_key(key), f"purpose {purpose}")
+    return _folded(one_key(key), f"purpose {purpose}")
 
 
 def leaf_keys(key: Any, purpose: Purpose, paths: Iterable[str]) -> Array:
@@ -26,7 +26,8 @@ def leaf_keys(key: Any, purpose: Purpose, paths: Iterable[str]) -> Array:
     return fold(words.reshape(-1, 2))
 
 
-def _one_key(key: Any) -> Any:
+def one_key(key: Any) -> Any:
+    """A JAX key, or one made of an int seed."""
     if isinstance(key, int | np.integer) and not isinstance(key, bool):
         if not -(1 << 31) <= key < 1 << 32:
             raise FwtError(f"an int seed has 32 bits, found {key}; make a jax.random.key of it")

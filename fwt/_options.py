@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fwt._types import FwtError
+from fwt._errors import FwtError
 
 In = Annotated[Path, typer.Argument(help="A file or folder of any format, told by its content.")]
 Ins = Annotated[list[Path], typer.Argument(help="Files or folders, told by their content.")]

@@ -39,6 +39,7 @@ fwt._nodes fwt._paths fwt._keys
 fwt._apart
 fwt._mesh
 fwt._types
+fwt._errors
 fwt._moved
 """
 LEVEL = {name: i for i, line in enumerate(HOUSE.split("\n")) for name in line.split()}

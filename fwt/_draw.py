@@ -49,7 +49,7 @@ def drawn(
     # A user's own function may depend on more than its arguments: it is not compiled by us.
     ours = all(isinstance(s[0], initializers.Bound) and hashes(s[0]) for s in specs)
     leaves = [tree.leaves[p] for p in names]
-    at_once = not isinstance(key, jax.core.Tracer)
+    at_once = not isinstance(key, jax.core.Tracer) and not jax.config.jax_disable_most_optimizations
     draw = _compiled(_mesh.spread(leaves), at_once) if ours else _draw
     new = draw(tuple(specs), purpose, tuple(roots), key)
     new = [_mesh.like(x, leaf) for x, leaf in zip(new, leaves, strict=True)]
@@ -142,8 +142,8 @@ def _draw_together(specs: Any, purpose: _keys.Purpose, roots: Any, key: Any) -> 
 def _compiled(spread: tuple[Any, ...], at_once: bool) -> Any:
     shardings = list(spread) if any(spread) else None
     # The same numbers, and as fast, from a program that is compiled in a third of the time.
-    quick = {"xla_backend_optimization_level": 1}
-    options = quick if at_once and jax.default_backend() == "cpu" else None
+    quick = at_once and jax.default_backend() == "cpu"
+    options = {"xla_backend_optimization_level": 1} if quick else None
     draw = jax.jit(
         _draw_together, static_argnums=(0, 1, 2), out_shardings=shardings, compiler_options=options
     )

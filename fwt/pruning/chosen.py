@@ -1,16 +1,18 @@
 """What is kept of each leaf, as masks or as pruned leaves."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from fwt import _apart, _mesh, patterns
 from fwt.selection import select
 from fwt.selection.keys import Source, is_near
+from fwt.selection.stacks import leaves_of, stacked
 
 
 class Chosen(NamedTuple):
@@ -29,6 +31,11 @@ class Chosen(NamedTuple):
             (function, *known), functools.partial(function, *known), arrays, self.cut
         )
 
+    def is_even(self) -> bool:
+        """Whether its cut is a row, and its mask that of its keys."""
+        plain = not (self.windows or self.stack) and isinstance(self.cut, _apart.Row)
+        return plain and jax.device_count() == 1
+
     def on_host(self) -> Any:
         """The mask in NumPy of a small leaf that is at hand; else None."""
         whole = not (self.windows or self.stack or isinstance(self.cut, _apart.Row))
@@ -40,29 +47,59 @@ class Chosen(NamedTuple):
 
 def kept(chosen: Mapping[str, Chosen]) -> dict[str, Any]:
     """The masks, by path."""
-    return _each(chosen, lambda mask, leaf: mask, lambda c: c.call(mask_of))
+    return _each(chosen, lambda c: c.call(mask_of), lambda mask, _: mask)
 
 
 def pruned(chosen: Mapping[str, Chosen]) -> dict[str, Any]:
     """The leaves without what goes, by path."""
 
-    def host(mask: Any, leaf: Any) -> Any:
-        return np.where(mask, np.asarray(leaf), np.zeros((), leaf.dtype))
+    def where(mask: Any, leaf: Any) -> Any:
+        host = isinstance(mask, np.ndarray)
+        return np.where(mask, leaf, np.zeros((), leaf.dtype)) if host else _where(leaf, mask)
 
-    return _each(chosen, host, lambda c: c.call(_pruned, c.leaf))
+    return _each(chosen, lambda c: c.call(_pruned, c.leaf), where)
 
 
 def _each(
     chosen: Mapping[str, Chosen],
-    host: Callable[[Any, Any], Any],
     call: Callable[[Chosen], _apart.Call],
+    made: Callable[[Any, Any], Any],
 ) -> dict[str, Any]:
-    near = {p: m for p, c in chosen.items() if (m := c.on_host()) is not None}
-    far = {p: call(c) for p, c in chosen.items() if p not in near}
-    found = _mesh.on_auto_axes(_apart.each)([*far.values()])
-    new = dict(zip(far, found, strict=True))
-    new |= {p: jnp.asarray(host(m, chosen[p].leaf)) for p, m in near.items()}
+    """By path what a call makes of a leaf, or ``made`` of a mask and a leaf."""
+    new: dict[str, Any] = {}
+    for path, one in chosen.items():
+        if (mask := one.on_host()) is not None:
+            new[path] = jnp.asarray(made(mask, np.asarray(one.leaf)))
+    left = [p for p in chosen if p not in new]
+    even = [p for p in left if chosen[p].is_even()]
+    rest = [p for p in left if p not in set(even)]
+    found = _mesh.on_auto_axes(_apart.each)([call(chosen[p]) for p in rest])
+    new |= zip(rest, found, strict=True)
+    kin: dict[int, list[str]] = {}
+    for path in even:
+        kin.setdefault(id(chosen[path].cut.columns), []).append(path)
+    for paths in kin.values():
+        new |= zip(paths, _joined([chosen[p] for p in paths], made), strict=True)
     return {p: _mesh.like(new[p], c.leaf) for p, c in chosen.items()}
+
+
+def _joined(rows: Sequence[Chosen], made: Callable[[Any, Any], Any]) -> list[Any]:
+    """The same of leaves whose cuts stand in one table, small ones of about one size as one."""
+    both = [Source(c.source.key, (*c.source.arrays, c.leaf)) for c in rows]
+    stacks, values = stacked(both), []
+    for stack in stacks:
+        key, (*arrays, leaf) = stack.source
+        cuts = [rows[i].cut for i in stack.places]
+        if stack.one:
+            mask = select.kept(Source(key, tuple(arrays)), _apart.own(cuts[0]))
+        else:
+            places = np.asarray([c.place for c in cuts])
+            value, index = (x[places][:, None] for x in cuts[0].columns.whole)
+            keys = key(*arrays)
+            before = lax.broadcasted_iota(jnp.uint32, keys.shape, 1) < index
+            mask = (keys > value) | (keys == value) & before
+        values.append(made(mask, leaf))
+    return leaves_of(stacks, values, [c.leaf.shape for c in rows])
 
 
 def each_slice(function: Any, stack: tuple[int, ...], out: bool = False) -> Any:

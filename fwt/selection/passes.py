@@ -77,17 +77,16 @@ def _row_count(source: Source, test: Callable[[Array, int], Array]) -> Array:
     """Of leaves side by side, how many keys of each pass a test, in uint32; the test is told at
     which key of a leaf what it gets begins."""
     key, arrays = source
-    flat = [x.reshape(x.shape[0], -1) for x in arrays]
-    size = flat[0].shape[1]
+    size = arrays[0].shape[1]
     width = size // (64 * SLICES) * 64 if size >= 4096 else 0
     parts = [
-        test(key(*(x[:, i * width : (i + 1) * width] for x in flat)), i * width)
+        test(key(*(x[:, i * width : (i + 1) * width] for x in arrays)), i * width)
         for i in range(SLICES if width else 0)
     ]
     start = SLICES * width
-    found = jnp.zeros(flat[0].shape[0], jnp.uint32)
+    found = jnp.zeros(arrays[0].shape[0], jnp.uint32)
     if start < size:
-        rest = test(key(*(x[:, start:] for x in flat)), start)
+        rest = test(key(*(x[:, start:] for x in arrays)), start)
         found = jnp.sum(rest, 1, dtype=jnp.uint32)
     if parts:
         hits = [p.astype(jnp.int8) for p in parts]
@@ -95,17 +94,26 @@ def _row_count(source: Source, test: Callable[[Array, int], Array]) -> Array:
     return found
 
 
-def rows_below(source: Source, trials: Array) -> Array:
-    """Of leaves side by side, how many keys of each are below its trial."""
-    return _row_count(source, lambda keys, _: keys < trials[:, None])
+def rows_below(source: Source, trials: Array, ends: Array | None) -> Array:
+    """Of leaves side by side, how many keys of each are below its trial, and before its end."""
+
+    def among(keys: Array, start: int) -> Array:
+        found = keys < trials[:, None]
+        return found if ends is None else found & _starts(keys, start, ends)
+
+    return _row_count(source, among)
+
+
+def _starts(keys: Array, start: int, ends: Array) -> Array:
+    at = lax.broadcasted_iota(jnp.uint32, keys.shape, 1) + np.uint32(start)
+    return at < ends[:, None]
 
 
 def row_ties(source: Source, values: Array, places: Array) -> Array:
     """Of leaves side by side, how many keys of each equal its value before a place."""
 
     def among(keys: Array, start: int) -> Array:
-        at = lax.broadcasted_iota(jnp.uint32, keys.shape, 1) + np.uint32(start)
-        return (keys == values[:, None]) & (at < places[:, None])
+        return (keys == values[:, None]) & _starts(keys, start, places)
 
     return _row_count(source, among)
 

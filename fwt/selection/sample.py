@@ -54,26 +54,31 @@ def targets(k: Any, n: int, m: int, xp: Any) -> tuple[Any, Any]:
     return ranks, xp.maximum((ranks[2] - ranks[0]).astype(xp.float32) * (n / xp.maximum(m, 1)), 1)
 
 
-def _sampled(stack: Stack, stride: int) -> Array:
-    """Some keys of each leaf (leaves, keys)."""
+def _sampled(stack: Stack, stride: int) -> tuple[Array, list[int]]:
+    """Some keys of each leaf (leaves, keys), and how many; behind them the largest number."""
     if stack.one:
-        return _strided(stack.source, stride)[None]
+        found = _strided(stack.source, stride)[None]
+        return found, [found.shape[1]]
     key, arrays = stack.source
-    one = _stride_of(stack.source.shape[1:], stride)
-    return key(*(x.reshape(x.shape[0], -1)[:, ::one] for x in arrays))
+    found = key(*(x[:, ::stride] for x in arrays))
+    counts = [-(-n // stride) for n in stack.sizes]
+    if stack.ends is not None:
+        more = np.arange(found.shape[1]) >= np.asarray(counts)[:, None]
+        found = jnp.where(more, found.dtype.type(np.iinfo(found.dtype).max), found)
+    return found, counts
 
 
 def quantiles(stacks: list[Stack], joint: bool, ks: Wide) -> tuple[Array, Array]:
     """The keys (groups, 3) of the sample around the k-th, and the ranks between them."""
-    sizes = [s.size for s in stacks for _ in s.places]
+    sizes = [n for s in stacks for n in s.sizes]
     groups = 1 if joint else len(sizes)
     if jax.device_count() == 1:
         size = sum(sizes)
-        rows = [_sampled(s, stride_for(size if joint else s.size, groups)) for s in stacks]
+        some = [_sampled(s, stride_for(size if joint else max(s.sizes), groups)) for s in stacks]
+        rows, m = [r for r, _ in some], [n for _, counts in some for n in counts]
         if joint:
-            rows = [jnp.concatenate([r.reshape(1, -1) for r in rows], 1)]
-        m = [r.shape[1] for r in rows for _ in range(r.shape[0])]
-        width = -(-max(1, *m) // 32)
+            rows, m = [jnp.concatenate([r.reshape(1, -1) for r in rows], 1)], [sum(m)]
+        width = -(-max(1, *(r.shape[1] for r in rows)) // 32)
         top = rows[0].dtype.type(np.iinfo(rows[0].dtype).max)
         padded = [
             jnp.pad(r, ((0, 0), (0, width * 32 - r.shape[1])), constant_values=top) for r in rows

@@ -139,7 +139,7 @@ def _tie_cuts(
     stacks: Sequence[Stack], own: Sequence[Any], values: Array, stay: Array, tied: Array
 ) -> Array:
     """By leaf, the index before which exactly ``stay`` of its ``tied`` keys equal its value."""
-    sizes = np.asarray([s.size for s in stacks for _ in s.places], np.uint32)
+    sizes = np.asarray([n for s in stacks for n in s.sizes], np.uint32)
 
     def searching(at_hi: Array) -> Array:
         return (at_hi != stay) & (stay != 0)
@@ -197,7 +197,7 @@ def _cuts(stacks: list[Stack], joint: bool, ks: Wide, ties: Ties) -> Cut:
     trace: each pass counts for all problems at once. Leaves, and groups of one leaf, are in the
     order of the stacks."""
     order = np.asarray([i for s in stacks for i in s.places])
-    n = np.asarray([s.size for s in stacks for _ in s.places], np.uint32)
+    n = np.asarray([n for s in stacks for n in s.sizes], np.uint32)
     leaves, problems = len(n), len(ks.low)
     group_of = np.zeros(leaves, int) if joint else np.arange(leaves)
 
@@ -215,7 +215,7 @@ def _cuts(stacks: list[Stack], joint: bool, ks: Wide, ties: Ties) -> Cut:
                 return _leaf_count(key, joint, arrays, trials, done, group)
             given = [jnp.broadcast_to(x, (problems, rows)) if joint else x[:, mine]
                      for x in (trials, done)]  # fmt: skip
-            return _row_counts(key, arrays, *given)
+            return _row_counts(key, arrays, *given, stack.ends)
 
         return of_leaves(stacks, own, trials, below)
 
@@ -337,11 +337,13 @@ count_gone = functools.partial(jax.jit, static_argnums=0, static_argnames="axis"
 _below_jit = functools.partial(jax.jit, static_argnums=0)(
     lambda key, arrays, trial: _passes.below(Source(key, arrays), trial)
 )
-_tie_cut_jit = functools.partial(jax.jit, static_argnums=0)(
-    lambda key, arrays, *rest: _tie_cuts(
-        [Stack(Source(key, arrays), (0,))], [np.uint32(0)], *(x[None] for x in rest)
-    )[0]
-)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _tie_cut_jit(key: Any, arrays: Any, value: Array, stay: Array, tied: Array) -> Array:
+    source = Source(key, arrays)
+    stack = Stack(source, (0,), (math.prod(source.shape),))
+    return _tie_cuts([stack], [np.uint32(0)], value[None], stay[None], tied[None])[0]
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -360,11 +362,11 @@ def _leaf_count(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _row_counts(key: Any, arrays: Any, trials: Array, done: Array) -> Array:
+def _row_counts(key: Any, arrays: Any, trials: Array, done: Array, ends: Any) -> Array:
     """The same of leaves side by side, trials (problems, leaves)."""
 
     def counting(arrays: Any, trials: Array) -> Array:
-        return lax.map(lambda row: _passes.rows_below(Source(key, arrays), row), trials)
+        return lax.map(lambda row: _passes.rows_below(Source(key, arrays), row, ends), trials)
 
     def nothing(arrays: Any, trials: Array) -> Array:
         return _mesh.alike(jnp.zeros(trials.shape, jnp.uint32), arrays, trials)

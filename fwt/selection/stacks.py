@@ -1,53 +1,84 @@
-"""Leaves whose keys are counted together: small ones of one shape side by side, by one kernel."""
+"""Leaves whose keys are counted together: small ones of about one size by one kernel."""
 
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fwt._apart import indices, joins, side_by_side
+from fwt._apart import indices, joins, pick
 from fwt._types import Array
 from fwt.selection.keys import Source
 
 
 class Stack(NamedTuple):
-    """Leaves of one shape and kind, side by side along a first axis; or one leaf as it is.
+    """Leaves of one kind and about one size, a row each; or one leaf as it is.
 
     Attributes:
-        source: the keys.
+        source: the keys; of several leaves flat, with more behind those of the smaller ones.
         places: which leaves they are.
+        sizes: how many keys each has.
     """
 
     source: Source
     places: tuple[int, ...]
+    sizes: tuple[int, ...]
 
     @property
     def one(self) -> bool:
         return len(self.places) == 1
 
     @property
-    def size(self) -> int:
-        """Of one leaf."""
-        return math.prod(self.source.shape if self.one else self.source.shape[1:])
+    def ends(self) -> Any:
+        """Where each row ends; None if all are full."""
+        return None if len(set(self.sizes)) == 1 else np.asarray(self.sizes, np.uint32)
+
+
+def _about(size: int) -> int:
+    """The next of 1, 2, 3, 4, 6, 8, 12, ..., so that few programs serve leaves of many shapes."""
+    top = 1 << (size - 1).bit_length()
+    return top - top // 4 if size <= top - top // 4 else top
 
 
 def stacked(flat: Sequence[Source]) -> list[Stack]:
-    """The leaves, small ones of one shape together, so that one kernel serves them."""
+    """The leaves, small ones of about one size together, so that one kernel serves them."""
     kinds: dict[Any, list[int]] = {}
-    for i, source in enumerate(flat):
-        kind = (source.key, *((x.shape, x.dtype) for x in source.arrays))
-        small = joins(math.prod(source.shape), len(flat))
-        kinds.setdefault(kind if small else i, []).append(i)
+    sizes = [math.prod(s.shape) for s in flat]
+    for i, (source, size) in enumerate(zip(flat, sizes, strict=True)):
+        kind = (source.key, _about(size), *(x.dtype for x in source.arrays))
+        kinds.setdefault(kind if joins(size, len(flat)) else i, []).append(i)
     found = []
     for places in kinds.values():
-        source = flat[places[0]]
+        source, mine = flat[places[0]], tuple(sizes[i] for i in places)
         if len(places) > 1:
             columns = zip(*(flat[i].arrays for i in places), strict=True)
-            source = Source(source.key, tuple(map(side_by_side, columns)))
-        found.append(Stack(source, tuple(places)))
+            source = Source(source.key, tuple(map(_rows, columns)))
+        found.append(Stack(source, tuple(places), mine))
     return found
+
+
+def _rows(arrays: Sequence[Array]) -> Array:
+    """Arrays as rows, zeros behind the shorter ones."""
+    width = max(x.size for x in arrays)
+    parts = []
+    for x in arrays:
+        parts.append(jnp.asarray(x).reshape(-1))
+        if x.size < width:
+            parts.append(lax.full((width - x.size,), 0, x.dtype))
+    return lax.concatenate(parts, 0).reshape(len(arrays), width)
+
+
+def leaves_of(stacks: Sequence[Stack], values: Sequence[Array], shapes: Any) -> list[Array]:
+    """The rows of some stacks as leaves, in the leaves' order."""
+    at = indices(range(max(len(s.places) for s in stacks)), values[0].reshape(-1)[0])
+    out: dict[int, Array] = {}
+    for stack, value in zip(stacks, values, strict=True):
+        for row, (place, size) in enumerate(zip(stack.places, stack.sizes, strict=True)):
+            leaf = value if stack.one else pick(value, at[row])[:size]
+            out[place] = leaf.reshape(shapes[place])
+    return [out[i] for i in range(len(out))]
 
 
 def of_leaves(

@@ -49,8 +49,8 @@ def drawn(
     # A user's own function may depend on more than its arguments: it is not compiled by us.
     ours = all(isinstance(s[0], initializers.Bound) and hashes(s[0]) for s in specs)
     leaves = [tree.leaves[p] for p in names]
-    at_once = not isinstance(key, jax.core.Tracer) and not jax.config.jax_disable_most_optimizations
-    draw = _compiled(_mesh.spread(leaves), at_once) if ours else _draw
+    plain = isinstance(key, jax.core.Tracer) or jax.config.read("jax_disable_most_optimizations")
+    draw = _compiled(_mesh.spread(leaves), not plain) if ours else _draw
     new = draw(tuple(specs), purpose, tuple(roots), key)
     new = [_mesh.like(x, leaf) for x, leaf in zip(new, leaves, strict=True)]
     return tree.replace(dict(zip(names, new, strict=True)))

@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from fwt import _apart, _mesh, patterns
 from fwt.selection import select
 from fwt.selection.keys import Source, is_near
-from fwt.selection.stacks import leaves_of, stacked
+from fwt.selection.stacks import leaves_of, stacks_of
 
 
 class Chosen(NamedTuple):
@@ -85,21 +84,13 @@ def _each(
 
 def _joined(rows: Sequence[Chosen], made: Callable[[Any, Any], Any]) -> list[Any]:
     """The same of leaves whose cuts stand in one table, small ones of about one size as one."""
-    both = [Source(c.source.key, (*c.source.arrays, c.leaf)) for c in rows]
-    stacks, values = stacked(both), []
-    for stack in stacks:
-        key, (*arrays, leaf) = stack.source
-        cuts = [rows[i].cut for i in stack.places]
-        if stack.one:
-            mask = select.kept(Source(key, tuple(arrays)), _apart.own(cuts[0]))
-        else:
-            places = np.asarray([c.place for c in cuts])
-            value, index = (x[places][:, None] for x in cuts[0].columns.whole)
-            keys = key(*arrays)
-            before = lax.broadcasted_iota(jnp.uint32, keys.shape, 1) < index
-            mask = (keys > value) | (keys == value) & before
-        values.append(made(mask, leaf))
-    return leaves_of(stacks, values, [c.leaf.shape for c in rows])
+    stacks = stacks_of([Source(c.source.key, (*c.source.arrays, c.leaf)) for c in rows])
+    leaves = [s.source.arrays[-1] for s in stacks]
+    keys = [s._replace(source=Source(s.source.key, s.source.arrays[:-1])) for s in stacks]
+    masks = select.kept_rows(keys, [c.cut for c in rows])
+    values = [made(mask, leaf) for mask, leaf in zip(masks, leaves, strict=True)]
+    found = leaves_of(stacks, values)
+    return [found[i].reshape(c.leaf.shape) for i, c in enumerate(rows)]
 
 
 def each_slice(function: Any, stack: tuple[int, ...], out: bool = False) -> Any:

@@ -22,7 +22,7 @@ from fwt.selection import passes as _passes
 from fwt.selection import sample
 from fwt.selection.counts import Wide, difference, less, minus, total, wide
 from fwt.selection.keys import Source
-from fwt.selection.stacks import Stack, of_leaves, own_places, stacked
+from fwt.selection.stacks import Stack, of_leaves, own_places, stacks_of
 
 _SAMPLE = 1 << 16
 
@@ -329,6 +329,21 @@ def _kept_ties(
     return cuts
 
 
+def kept_rows(stacks: Sequence[Stack], cuts: Sequence[Row]) -> list[Array]:
+    """The masks of stacks whose leaves' cuts stand in one table: of rows, or of one leaf."""
+    masks = []
+    for stack in stacks:
+        if stack.one:
+            masks.append(kept(stack.source, own(cuts[stack.places[0]])))
+            continue
+        places = np.asarray([cuts[i].place for i in stack.places])
+        value, index = (x[places][:, None] for x in cuts[0].columns.whole)
+        keys = stack.source.keys()
+        before = lax.broadcasted_iota(jnp.uint32, keys.shape, 1) < index
+        masks.append((keys > value) | (keys == value) & before)
+    return masks
+
+
 count_gone = functools.partial(jax.jit, static_argnums=0, static_argnames="axis")(
     lambda key, arrays, cut, axis=None: jnp.sum(
         ~kept(Source(key, arrays), cut), axis, dtype=jnp.uint32
@@ -477,7 +492,7 @@ def _search(keys: Any, ties: Ties, arrays: Any, ks: Wide) -> Cut:
     @jax.custom_batching.sequential_vmap
     def several(arrays: Any, ks: Wide) -> Cut:
         pairs = [zip(fs, group, strict=True) for fs, group in zip(keys, arrays, strict=True)]
-        stacks = stacked([Source(*pair) for group in pairs for pair in group])
+        stacks = stacks_of([Source(*pair) for group in pairs for pair in group])
         order = np.asarray([i for s in stacks for i in s.places])
         if not joint:
             ks = Wide(*(x[:, order] for x in ks))

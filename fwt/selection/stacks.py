@@ -35,6 +35,12 @@ class Stack(NamedTuple):
         """Where each row ends; None if all are full."""
         return None if len(set(self.sizes)) == 1 else np.asarray(self.sizes, np.uint32)
 
+    def own(self, rows: Array) -> Array:
+        """Bools without what stands behind the leaves."""
+        if self.one or self.ends is None:
+            return rows
+        return rows & (lax.broadcasted_iota(jnp.uint32, rows.shape, 1) < self.ends[:, None])
+
 
 def _about(size: int) -> int:
     """The next of 1, 2, 3, 4, 6, 8, 12, ..., so that few programs serve leaves of many shapes."""
@@ -42,7 +48,7 @@ def _about(size: int) -> int:
     return top - top // 4 if size <= top - top // 4 else top
 
 
-def stacked(flat: Sequence[Source]) -> list[Stack]:
+def stacks_of(flat: Sequence[Source]) -> list[Stack]:
     """The leaves, small ones of about one size together, so that one kernel serves them."""
     kinds: dict[Any, list[int]] = {}
     sizes = [math.prod(s.shape) for s in flat]
@@ -70,15 +76,21 @@ def _rows(arrays: Sequence[Array]) -> Array:
     return lax.concatenate(parts, 0).reshape(len(arrays), width)
 
 
-def leaves_of(stacks: Sequence[Stack], values: Sequence[Array], shapes: Any) -> list[Array]:
-    """The rows of some stacks as leaves, in the leaves' order."""
+def leaves_of(
+    stacks: Sequence[Stack], values: Sequence[Array], last: bool = False
+) -> dict[int, Array]:
+    """The rows of some stacks by the place of their leaf: of each the first numbers, or the last,
+    as many as the leaf has; what belongs to one leaf alone as it is."""
     at = indices(range(max(len(s.places) for s in stacks)), values[0].reshape(-1)[0])
     out: dict[int, Array] = {}
     for stack, value in zip(stacks, values, strict=True):
         for row, (place, size) in enumerate(zip(stack.places, stack.sizes, strict=True)):
-            leaf = value if stack.one else pick(value, at[row])[:size]
-            out[place] = leaf.reshape(shapes[place])
-    return [out[i] for i in range(len(out))]
+            if stack.one:
+                out[place] = value
+            else:
+                start = value.shape[1] - size if last else 0
+                out[place] = pick(value, at[row])[start : start + size]
+    return out
 
 
 def of_leaves(

@@ -268,46 +268,28 @@ def test_a_whole_number_is_a_count_for_torch_whatever_holds_it(count):
     assert int((new == 0).sum()) == int(count)
 
 
-SHAPES = [
-    (3, 5),
-    (5, 3),
-    (4, 4),
-    (17,),
-    (1, 1),
-    (0, 3),
-    (2, 3, 2, 2),
-    (24, 2),
-    (47,),
-    (8, 6),
-    (3, 1),
-]
+SHAPES = [(3, 5), (5, 3), (4, 4), (17,), (1, 1), (0, 3), (2, 3, 2, 2), (24, 2), (47,), (8, 6)]
 
 
-@pytest.mark.parametrize(
-    "scope", ["layer", "global", pytest.param("erk", marks=pytest.mark.thorough), "lamp"]
-)
-@pytest.mark.parametrize("kinds", [("float32",), ("float32", "bfloat16", "float16")])
+@pytest.mark.parametrize("scope", thorough_but(2, ["layer", "global", "erk", "lamp"]))
+@pytest.mark.parametrize("kinds", thorough_but(1, ["float32 float16", "float32"]))
 def test_small_leaves_that_are_searched_together(scope, kinds):
     """Under jit those of about one size are rows of one array; outside NumPy prunes them."""
-    rng = np.random.default_rng(0)
+    rng, kinds = np.random.default_rng(0), kinds.split()
     params = {
-        f"{i}": {"kernel": (rng.integers(-3, 4, s) / 4).astype(jnp.dtype(kinds[i % len(kinds)]))}
+        f"{i}": {"kernel": (rng.integers(-3, 4, s) / 4).astype(kinds[i % len(kinds)])}
         for i, s in enumerate(SHAPES)
     }
     params["1"]["kernel"][2, 1] = np.nan
-    for seen in (fwt.prune, fwt.masks):
-        several = jax.jit(jax.vmap(lambda s: seen(s, scope=scope)(params)))
-        shares = np.array([0.0, 0.2, 0.37, 0.9, 1.0], np.float32)
-        found = several(shares)
-        for i, share in enumerate(shares):
-            alone = seen(jnp.float32(share), scope=scope)(params)
-            traced = jax.jit(seen(float(share), scope=scope))(params)
-            with mock.patch.object(keys, "_NEAR", -1):
-                passes = seen(float(share), scope=scope)(params)
-            if scope != "erk":  # which counts in float32 where the share is an array
-                assert_equal(alone, jax.tree.map(lambda x, i=i: x[i], found))
-            assert_equal(traced, passes)
-            assert_equal(traced, seen(float(share), scope=scope)(params))
+    shares = np.array([0.0, 0.2, 0.37, 0.9, 1.0], np.float32)
+    found = jax.jit(jax.vmap(lambda s: fwt.prune(s, scope=scope)(params)))(shares)
+    for i, share in enumerate(shares):
+        one = fwt.prune(jnp.float32(share), scope=scope)(params)
+        assert_equal(one, jax.tree.map(lambda x, i=i: x[i], found))
+    traced, at_hand = jax.jit(fwt.masks(0.37, scope=scope))(params), fwt.masks(0.37, scope=scope)
+    assert_equal(traced, at_hand(params))
+    with mock.patch.object(keys, "_NEAR", -1):
+        assert_equal(traced, at_hand(params))
 
 
 def assert_equal(a, b):

@@ -16,7 +16,7 @@ from fwt._axes import Axes
 from fwt._types import FwtError, LeafError, WhereError
 from fwt.selection import select
 from fwt.selection.counts import Wide, count, difference, less, minus, plus, total, wide
-from fwt.selection.keys import Source, sources
+from fwt.selection.keys import Source, signed_key, sources
 from fwt.selection.stacks import leaves_of, stacks_of
 
 Scope = Literal["layer", "global", "normalized", "erk", "lamp"] | Mapping[str, Any]
@@ -273,7 +273,7 @@ def _all_lamp_scores(leaves: Sequence[Leaf]) -> list[Any]:
     out: dict[int, Any] = {}
     if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arrays)):
         # Zeros behind a leaf come to stand before all of its own.
-        stacks = [s for s in stacks_of([Source(None, arrays[i]) for i in plain]) if not s.one]
+        stacks = [s for s in stacks_of([Source(signed_key, arrays[i]) for i in plain]) if not s.one]
         rows = [lax.map(lambda row: _lamp_of_one(*row), s.source.arrays) for s in stacks]
         each = leaves_of(stacks, rows, last=True) if stacks else {}
         out |= {plain[place]: row[None] for place, row in each.items()}

@@ -217,10 +217,10 @@ def _cuts(stacks: list[Stack], joint: bool, ks: Wide, ties: Ties) -> Cut:
                      for x in (trials, done)]  # fmt: skip
             return _row_counts(key, arrays, *given, stack.ends)
 
-        return of_leaves(stacks, own, trials, below)
+        return of_leaves(stacks, at, trials, below)
 
     guess, span = jax.vmap(lambda ks: sample.quantiles(stacks, joint, ks))(ks)
-    own = own_places(stacks, guess[0, 0, 0])
+    at = own_places(stacks, guess[0, 0, 0])
     top = jnp.full(ks.low.shape, np.iinfo(guess.dtype).max, guess.dtype)
     at_top = jnp.broadcast_to(n, (problems, leaves))
     if not _below_top([s.source for s in stacks]):
@@ -256,9 +256,9 @@ def _cuts(stacks: list[Stack], joint: bool, ks: Wide, ties: Ties) -> Cut:
     none = ((ks.high == 0) & (ks.low == 0))[:, group_of]
     stay = jnp.where(none, 0, stay)
     if problems == 1:
-        index = _tie_cuts(stacks, own, value[0], stay[0], tied[0])[None]
+        index = _tie_cuts(stacks, at, value[0], stay[0], tied[0])[None]
     else:
-        index = lax.map(lambda each: _tie_cuts(stacks, own, *each), (value, stay, tied))
+        index = lax.map(lambda each: _tie_cuts(stacks, at, *each), (value, stay, tied))
     return Cut(jnp.where(none, 0, value), jnp.where(none, n, index))
 
 
@@ -469,8 +469,8 @@ def smallest(groups: list[list[Source]], ks: list[Any], ties: Ties = "first") ->
         return [each[i] for i in range(len(groups))]
     keys = tuple(tuple(s.key for s in group) for group in groups)
     stacked = Wide(*map(_vector, zip(*map(wide, ks), strict=True)))
-    cuts = Columns(_search(keys, ties, lax.stop_gradient(arrays), stacked))
-    return [Row(cuts, i) for i in range(sum(map(len, groups)))]
+    found = Columns(_search(keys, ties, lax.stop_gradient(arrays), stacked))
+    return [Row(found, i) for i in range(sum(map(len, groups)))]
 
 
 def one_cut(source: Source, k: Any, ties: Ties = "first") -> Cut:

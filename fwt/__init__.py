@@ -12,14 +12,14 @@ __version__ = "0.1.0"
 
 # name -> where it lives; loaded on first use, because Flax and Orbax cost most of a second.
 _HOME = {
-    "AxesError": "_types",
-    "ConversionError": "_types",
-    "FileFormatError": "_types",
-    "FwtError": "_types",
-    "LeafError": "_types",
+    "AxesError": "_errors",
+    "ConversionError": "_errors",
+    "FileFormatError": "_errors",
+    "FwtError": "_errors",
+    "LeafError": "_errors",
     "Model": "_types",
     "Sequential": "_sequential",
-    "WhereError": "_types",
+    "WhereError": "_errors",
     "apply_masks": "pruning.prune",
     "assign": "_initialize",
     "at": "_compose",
@@ -64,6 +64,12 @@ if TYPE_CHECKING:
     from fwt._compose import at as at
     from fwt._compose import chain as chain
     from fwt._compose import straight_through as straight_through
+    from fwt._errors import AxesError as AxesError
+    from fwt._errors import ConversionError as ConversionError
+    from fwt._errors import FileFormatError as FileFormatError
+    from fwt._errors import FwtError as FwtError
+    from fwt._errors import LeafError as LeafError
+    from fwt._errors import WhereError as WhereError
     from fwt._initialize import assign as assign
     from fwt._initialize import initialize as initialize
     from fwt._lsuv import lsuv as lsuv
@@ -73,13 +79,7 @@ if TYPE_CHECKING:
     from fwt._summary import summary as summary
     from fwt._tree import paths as paths
     from fwt._tree import select as select
-    from fwt._types import AxesError as AxesError
-    from fwt._types import ConversionError as ConversionError
-    from fwt._types import FileFormatError as FileFormatError
-    from fwt._types import FwtError as FwtError
-    from fwt._types import LeafError as LeafError
     from fwt._types import Model as Model
-    from fwt._types import WhereError as WhereError
     from fwt.pruning.prune import apply_masks as apply_masks
     from fwt.pruning.prune import masks as masks
     from fwt.pruning.prune import masks_of as masks_of

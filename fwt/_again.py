@@ -8,6 +8,8 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
+from fwt import _apart
+
 # Elementwise, and no dearer than to store the result and to read it.
 _CHEAP = frozenset(
     ("abs", "add", "and", "broadcast_in_dim", "clamp", "convert_element_type", "copy", "div", "eq",
@@ -94,7 +96,9 @@ def twice(
                 return None
         return read, make
 
-    found = {name: s for name, v in part.items() if (s := sources(v)) is not None}
+    # What is small is stored: to compile it twice costs more.
+    large = {n: v for n, v in part.items() if not _apart.joins(v.aval.size, len(part))}
+    found = {name: s for name, v in large.items() if (s := sources(v)) is not None}
     read = list(dict.fromkeys(v for s in found.values() for v in s[0]))
     make = {v for s in found.values() for v in s[1]}
     eqns = [e for e in jaxpr.eqns if not make.isdisjoint(e.outvars)]

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from fwt._types import Masks
-from fwt.pruning import plan as _plan
+from fwt.pruning import chosen as _chosen
 
 
 class _Place(NamedTuple):
@@ -49,7 +49,7 @@ def settled(state: Any, masks: Masks) -> Any:
     """The optimizer's state with zeros in its moments where a mask is False."""
     (leaves, structure), by_param = jax.tree.flatten(state), jax.tree.leaves(masks)
     for place in _masked(state, masks):
-        leaves[place.leaf] = _plan.masked(leaves[place.leaf], by_param[place.param])
+        leaves[place.leaf] = _chosen.masked(leaves[place.leaf], by_param[place.param])
     return jax.tree.unflatten(structure, leaves)
 
 

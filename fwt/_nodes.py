@@ -595,8 +595,3 @@ def same_values(one: Any, other: Any) -> bool | None:
             return bool(same_bits(one, other))
     mine, other = (np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in (one, other))
     return bool(np.array_equal(mine, other))
-
-
-def widest(node: Any) -> Any:
-    """The largest array in a node."""
-    return max((x for x in jax.tree.leaves(node) if is_array(x)), key=lambda x: np.prod(x.shape))

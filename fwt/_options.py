@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fwt._types import FwtError
+from fwt._errors import FwtError
 
 In = Annotated[Path, typer.Argument(help="A file or folder; its content tells the format.")]
 Ins = Annotated[

@@ -1,5 +1,6 @@
 """The verb that moves leaves into a set: ``project``."""
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fwt import _axes, _mesh, _tree, constraints, initializers
+from fwt import _apart, _axes, _mesh, _tree, constraints, initializers
 from fwt._types import (
     Constraint,
     FwtError,
@@ -96,28 +97,39 @@ def project(
 
 
 def _projected(constraint: Any, places: Any, leaves: list[Any], kept: list[Any]) -> list[Any]:
-    new = []
-    for place, leaf, mask in zip(places, leaves, kept, strict=True):
-        leaf = jnp.asarray(leaf)
-        zero = jnp.zeros((), leaf.dtype)
-        if mask is not None:
-            leaf = jnp.where(mask, leaf, zero)
-        if isinstance(constraint, constraints.Bound):
-            value = constraint(leaf, place, mask)
-        elif place.stack:
-            one = place.one
-            value = place.in_turn(lambda _, part, one=one: constraint(part, one), leaf)
-        else:
-            value = constraint(leaf, place)
-        if getattr(value, "shape", None) != leaf.shape or value.dtype != leaf.dtype:
-            found = f"{value.dtype}{list(value.shape)}" if hasattr(value, "dtype") else repr(value)
-            raise LeafError(
-                f"{place.path}: a constraint keeps shape and dtype, expected "
-                f"{leaf.dtype}{list(leaf.shape)}, found {found}"
-            )
-        # Exactly, whatever the constraint does, and beside a NaN too.
-        new.append(value if mask is None else jnp.where(mask, value, zero))
-    return new
+    rows = zip(places, leaves, kept, strict=True)
+    return [_projected_one(constraint, *row) for row in rows]
 
 
-_projected_compiled = functools.partial(jax.jit, static_argnums=(0, 1))(_projected)
+def _projected_one(constraint: Any, place: Any, leaf: Any, mask: Any) -> Any:
+    leaf = jnp.asarray(leaf)
+    zero = jnp.zeros((), leaf.dtype)
+    if mask is not None:
+        leaf = jnp.where(mask, leaf, zero)
+    if isinstance(constraint, constraints.Bound):
+        value = constraint(leaf, place, mask)
+    elif place.stack:
+        one = place.one
+        value = place.in_turn(lambda _, part: constraint(part, one), leaf)
+    else:
+        value = constraint(leaf, place)
+    if getattr(value, "shape", None) != leaf.shape or value.dtype != leaf.dtype:
+        found = f"{value.dtype}{list(value.shape)}" if hasattr(value, "dtype") else repr(value)
+        raise LeafError(
+            f"{place.path}: a constraint keeps shape and dtype, expected "
+            f"{leaf.dtype}{list(leaf.shape)}, found {found}"
+        )
+    # Exactly, whatever the constraint does, and beside a NaN too.
+    return value if mask is None else jnp.where(mask, value, zero)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _projected_compiled(
+    constraint: Any, places: Any, leaves: list[Any], kept: list[Any]
+) -> list[Any]:
+    def call(place: Any, leaf: Any, mask: Any) -> _apart.Call:
+        kind = dataclasses.replace(place, path=""), mask is None
+        return _apart.Call(kind, functools.partial(_projected_one, constraint, place), (leaf, mask))
+
+    calls = [call(*row) for row in zip(places, leaves, kept, strict=True)]
+    return _apart.each(calls, in_turn=True)

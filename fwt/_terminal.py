@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fwt._types import FwtError
+from fwt._errors import FwtError
 
 if TYPE_CHECKING:
     from fwt import Model

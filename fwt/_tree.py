@@ -1,12 +1,11 @@
 """Any pytree of arrays seen as ``{path: leaf}``, and the way back."""
 
 import functools
-import hashlib
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextvars import ContextVar
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +22,7 @@ from fwt._paths import natural as natural
 from fwt._paths import near as near
 from fwt._paths import split as split
 from fwt._paths import unescape as unescape
-from fwt._types import Array, FwtError, LeafError, Model, Params, Where, WhereError
-
-Purpose = Literal["initialize", "lsuv", "prune", "random", "regrow", "reset", "sparsify"]
-"""What a key is used for: two purposes draw independent numbers from one seed."""
+from fwt._types import LeafError, Model, Params, Where, WhereError
 
 _GLOBS = list | tuple | set | frozenset
 _TIES = ContextVar("whether ties are looked for", default=True)
@@ -282,7 +278,7 @@ class Tree:
         return [p for p in self.leaves if p in chosen]
 
     def _chosen(self, where: Where) -> set[str]:
-        several = {p: _nodes.widest(x) for p, x in self._several.items()}
+        several = {p: _widest(x) for p, x in self._several.items()}
         shapes = {
             p: jax.ShapeDtypeStruct(x.shape, x.dtype)
             for p, x in (self.leaves | self.hidden | several).items()
@@ -525,37 +521,6 @@ def rounded(x: Any, dtype: Any) -> Any:
     return x.astype(dtype)
 
 
-def as_key(key: Any, purpose: Purpose) -> Any:
-    """A key for one purpose, from a JAX key or an int seed."""
-    return _folded(_one_key(key), f"purpose {purpose}")
-
-
-def leaf_keys(key: Any, purpose: Purpose, paths: Iterable[str]) -> list[Any]:
-    """A key for each path, which depends on that path alone and on no other leaf."""
-    base = as_key(key, purpose)
-    return [_folded(base, path) for path in paths]
-
-
-def _one_key(key: Any) -> Any:
-    if isinstance(key, int | np.integer) and not isinstance(key, bool):
-        if not -(1 << 31) <= key < 1 << 32:
-            raise FwtError(f"an int seed has 32 bits, found {key}; make a jax.random.key of it")
-        return jax.random.key(key)
-    typed = hasattr(key, "dtype") and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    raw = hasattr(key, "dtype") and key.dtype == np.uint32 and key.ndim == 1
-    if raw or (typed and key.ndim == 0):
-        return key
-    raise FwtError(f"key must be one JAX key or an int seed, found {key!r:.80}")
-
-
-def _folded(key: Array, text: str) -> Array:
-    """The key with the first 64 bits of the text's SHA-256 folded in."""
-    digest = hashlib.sha256(text.encode()).digest()
-    for start in (0, 4):
-        key = jax.random.fold_in(key, int.from_bytes(digest[start : start + 4], "big"))
-    return key
-
-
 def paths(params: Params) -> list[str]:
     """The path of every array leaf, in natural order (``2`` before ``10``).
 
@@ -599,3 +564,8 @@ def select(params: Params, where: Where = "**") -> dict[str, Any]:
     """
     tree = Tree(params)
     return {p: tree.leaves[p] for p in tree.named(where)}
+
+
+def _widest(node: Any) -> Any:
+    """The largest array in a node."""
+    return max((x for x in jax.tree.leaves(node) if is_array(x)), key=lambda x: np.prod(x.shape))

@@ -1,9 +1,16 @@
-"""The types that everything else speaks, and the errors that it raises."""
+"""The types that everything else speaks."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+
+from fwt._errors import AxesError as AxesError
+from fwt._errors import ConversionError as ConversionError
+from fwt._errors import FileFormatError as FileFormatError
+from fwt._errors import FwtError as FwtError
+from fwt._errors import LeafError as LeafError
+from fwt._errors import WhereError as WhereError
 
 Array: TypeAlias = jax.Array
 Params: TypeAlias = Any
@@ -24,31 +31,6 @@ Where: TypeAlias = (
     str | Sequence[str] | Callable[[str, jax.ShapeDtypeStruct], bool] | Mapping[str, Any] | Any
 )
 """Which leaves: a glob on the path, a role, a list of these, a predicate, or a tree of bools."""
-
-
-class FwtError(ValueError):
-    """Any error of ours: it names the place, what was expected, what was found, and a way out."""
-
-
-class WhereError(FwtError):
-    """A ``where`` that selects nothing, or that does not fit the tree."""
-
-
-class AxesError(FwtError):
-    """A leaf whose axes have no known meaning, for something that depends on them."""
-
-
-class LeafError(FwtError):
-    """A leaf (or a value for one) of the wrong path, shape or dtype."""
-
-
-class ConversionError(FwtError):
-    """A layer, setting or array that can't be converted exactly."""
-
-
-class FileFormatError(ConversionError):
-    """A file that is not what it should be: truncated, malformed, hostile, or with something in it
-    that can't be converted exactly. Nothing else escapes a reader."""
 
 
 def noun(factory: Callable[..., Any]) -> Callable[..., Any]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from fwt import _terminal
+from fwt._errors import FwtError
 from fwt._options import (
     In,
     Ins,
@@ -26,7 +27,6 @@ from fwt._options import (
     named,
     reads,
 )
-from fwt._types import FwtError
 
 if TYPE_CHECKING:
     from fwt import Model

@@ -9,8 +9,9 @@ import numpy as np
 import optax
 from jax import lax
 
-from fwt import _again, _axes, _mesh, _moments, _tree, constraints, patterns, scores
+from fwt import _again, _axes, _keys, _mesh, _moments, _tree, constraints, patterns, scores
 from fwt._types import FwtError, LeafError, Masks, Params, Score, Transform, Where, resolve
+from fwt.pruning import chosen as _chosen
 from fwt.pruning import plan as _plan
 from fwt.pruning.scope import Like, Scope
 
@@ -415,7 +416,7 @@ def _full(masks: Any, params: Any) -> dict[str, Any]:
 
 def _zeroed(tree: Any, masks: Mapping[str, Any]) -> Any:
     seen = _tree.Tree(tree)
-    return seen.replace({p: _plan.masked(seen.leaves[p], m) for p, m in masks.items()})
+    return seen.replace({p: _chosen.masked(seen.leaves[p], m) for p, m in masks.items()})
 
 
 def _stepped(params: Any, steps: Any, stay: Mapping[str, Any]) -> Any:
@@ -484,7 +485,7 @@ class _Rule:
                 "masks= without a sparsity never change, so regrow, straight_through "
                 "and rewind say nothing: give a sparsity too"
             )
-        self.key = None if key is None else _tree.as_key(key, "sparsify")
+        self.key = None if key is None else _keys.as_key(key, "sparsify")
         self.sparsity, self.where, self.every, self.begin_with = sparsity, where, int(every), masks
         self.straight_through, self.like, self.fraction = straight_through, like, fraction
         self.settings = (scope, pattern, where, like)
@@ -575,7 +576,7 @@ class _Rule:
             grow = (self.regrow, jnp.where(number % self.every == 0, fraction, 0.0))
         alive = None if self.straight_through else _full(masks, weights)
         _, chosen = plan.choose(weights, alive, grow, more, steps, start)
-        new = {p: c.mask() for p, c in chosen.items()}
+        new = _chosen.kept(chosen)
         if alive is not None and grow is None:  # n_m may leave more than the start did
             new |= {p: new[p] & m for p, m in start.items() if p in new}
         return _tree.Tree(masks).replace(new)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fwt import _axes, _calls, _mesh, _nodes, _paths, _tree
+from fwt import _apart, _axes, _calls, _keys, _mesh, _nodes, _paths, _tree
 from fwt._types import FwtError, LeafError, Model, Params, Score, Scores
 from fwt.selection.keys import magnitude_key
 
@@ -160,12 +160,18 @@ def random(params: Params, *, key: Any) -> Scores:
         70.0
     """
     tree = _tree.Tree(params)
-    keys = _tree.leaf_keys(key, "random", tree.leaves)
-    new = {}
-    for own, (path, leaf) in zip(keys, tree.leaves.items(), strict=True):
-        own = _mesh.key_of_shard(own, leaf)
-        new[path] = jax.random.uniform(own, leaf.shape, jnp.float32)
-    return tree.replace(new)
+    keys = _keys.leaf_keys(key, "random", tree.leaves)
+    columns, calls = _apart.Columns(keys), []
+    for i, leaf in enumerate(tree.leaves.values()):
+        shards = _mesh.varies(leaf) or not isinstance(keys, jax.core.Tracer)
+        small = not shards and _apart.joins(leaf.size, len(keys))
+        draw = functools.partial(_uniform, leaf)
+        calls.append(_apart.Call(leaf.shape if small else None, draw, (), _apart.Row(columns, i)))
+    return tree.replace(dict(zip(tree.leaves, _apart.each(calls, in_turn=True), strict=True)))
+
+
+def _uniform(leaf: Any, key: Any) -> Any:
+    return jax.random.uniform(_mesh.key_of_shard(key, leaf), leaf.shape, jnp.float32)
 
 
 @_noun

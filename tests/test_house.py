@@ -35,10 +35,11 @@ fwt.layers
 fwt._compose fwt._summary fwt._axes
 fwt._rules fwt._modules
 fwt._tree
-fwt._nodes fwt._paths
-fwt._states
+fwt._nodes fwt._paths fwt._keys
+fwt._apart fwt._states
 fwt._mesh
 fwt._types
+fwt._errors
 fwt._moved
 """
 LEVEL = {name: i for i, line in enumerate(HOUSE.split("\n")) for name in line.split()}

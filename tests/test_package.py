@@ -104,7 +104,8 @@ def test_nothing_else_at_the_top_level():
         ("import fwt, fwt.converters", "jax flax keras torch tensorflow h5py safetensors orbax"),
         ("import fwt; fwt.prune(0.5)", "flax keras torch tensorflow"),
         ("from fwt import converters; converters.load", "keras torch tensorflow orbax"),
-        ("import fwt.cli", "flax keras torch tensorflow"),
+        ("import fwt.cli", "jax flax keras torch tensorflow"),
+        ("import fwt.cli; fwt.cli.app(['prune', '--help'], standalone_mode=False)", "jax"),
     ],
 )
 def test_imports_are_lazy(code, forbidden):

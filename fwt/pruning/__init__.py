@@ -2,5 +2,5 @@
 
 Enters a tree of weights; leaves the tree with zeros, or its masks.
 Open ``prune`` first; ``plan`` is what every pruning does, ``scope`` how many weights
-each leaf loses.
+each leaf loses, ``chosen`` masks and pruned leaves from what was decided.
 """

@@ -7,37 +7,19 @@ import inspect
 import math
 from collections.abc import Collection, Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fwt import _axes, _mesh, _tree, patterns, scores
+from fwt import _apart, _axes, _keys, _mesh, _tree, patterns, scores
 from fwt._types import FwtError, LeafError, Params, Score, Where, resolve
 from fwt.pruning import scope as _scope
+from fwt.pruning.chosen import Chosen, each_slice, mask_of
 from fwt.selection import passes, select
 from fwt.selection.counts import Wide, count, minus, plus, wide
 from fwt.selection.keys import Source, key_function, magnitude_key, signed_key, sources
-
-
-class Chosen(NamedTuple):
-    """What is kept of one leaf."""
-
-    leaf: Any
-    source: Source
-    cut: select.Cut
-    windows: patterns.Windows | None
-    stack: tuple[int, ...]  # where each slice along some axes has a cut of its own
-
-    def mask(self) -> Any:
-        found = _mask(self.source.key, self.windows, self.stack, self.source.arrays, self.cut)
-        return _mesh.like(found, self.leaf)
-
-    def pruned(self) -> Any:
-        arrays = self.source.arrays
-        new = _pruned(self.source.key, self.windows, self.stack, arrays, self.cut, self.leaf)
-        return _mesh.like(new, self.leaf)
 
 
 class Plan:
@@ -225,7 +207,7 @@ class Plan:
         return self.pattern.fits(places, told)
 
     def _worths(
-        self, score: Any, purpose: _tree.Purpose, params: Params, names: list[str],
+        self, score: Any, purpose: _keys.Purpose, params: Params, names: list[str],
         leaves: list[Any], more: Any,
     ) -> tuple[bool, list[Any]]:  # fmt: skip
         """Whether it is the magnitudes that count, and of what."""
@@ -234,7 +216,7 @@ class Plan:
         wanted = named(score)
         context = {k: v for k, v in {**self.context, **more}.items() if k in wanted}
         if "key" in context:
-            context["key"] = _tree.as_key(context["key"], purpose)
+            context["key"] = _keys.as_key(context["key"], purpose)
         # The magnitude of a gradient needs no array of its own.
         bare = score is scores.gradient and "grads" in context
         tree = _tree.Tree(params)
@@ -360,7 +342,7 @@ def _by_slice(counts: Any, start: int, stop: int, place: _axes.Axes) -> Any:
 
 def _cuts(
     groups: list[list[Source]], ks: list[Any], stacks: list[tuple[int, ...]], ties: select.Ties
-) -> list[select.Cut]:
+) -> list[Any]:
     """The cut of each leaf; of a stack that is counted by layer, one for each slice."""
     if not any(stacks):
         return select.smallest(groups, ks, ties)
@@ -368,7 +350,7 @@ def _cuts(
     whole = (
         select.smallest([groups[i] for i in plain], [ks[i] for i in plain], ties) if plain else []
     )
-    cuts = dict(zip(plain, whole, strict=True))
+    cuts: dict[int, Any] = dict(zip(plain, whole, strict=True))
     for i, stack in enumerate(stacks):
         if stack:
             (source,) = groups[i]
@@ -383,17 +365,9 @@ def _slice_cuts(
     """The slices take turns, so that however many there are, one search is compiled."""
 
     def one(arrays: Any, k: Wide) -> select.Cut:
-        return select.smallest([[Source(key, arrays)]], [k], ties)[0]
+        return select.one_cut(Source(key, arrays), k, ties)
 
-    return _each_slice(one, stack)(arrays, ks)
-
-
-def _each_slice(function: Any, stack: tuple[int, ...], out: bool = False) -> Any:
-    """``function`` of the slices of arrays and of one value for each, (stack,)."""
-    for index, axis in reversed(list(enumerate(stack))):
-        place = axis - index
-        function = jax.vmap(function, (place, 0), place if out else 0)
-    return function
+    return each_slice(one, stack)(arrays, ks)
 
 
 def _regrown(
@@ -419,7 +393,8 @@ def _regrown(
         start = stop
     cuts = _cuts(groups, more, stacks, "first")
     rows = zip(found, stacks, cuts, strict=True)
-    open_ = [~_mask(s.key, None, stack, s.arrays, c) for s, stack, c in rows]
+    masks = [Chosen(None, s, c, None, stack).call(mask_of) for s, stack, c in rows]
+    open_ = [~m for m in _apart.each(masks)]
     if len(groups) == 1:
         new = sources(worths, not plain, "only", open_)
         return new, [new]
@@ -515,35 +490,6 @@ def context_of(score: Any, context: Mapping[str, Any], place: str = "") -> dict[
                 f"or functools.partial({_name(score)}, {name}=...)"
             )
     return found
-
-
-@_mesh.on_auto_axes
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _mask(key: Any, windows: Any, stack: tuple[int, ...], arrays: Any, cut: Any) -> Any:
-    def one(arrays: Any, cut: Any) -> Any:
-        return select.kept(Source(key, arrays), cut)
-
-    mask = _each_slice(one, stack, out=True)(arrays, cut)
-    return mask if windows is None else windows.spread(mask)
-
-
-@_mesh.on_auto_axes
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _pruned(
-    key: Any, windows: Any, stack: tuple[int, ...], arrays: Any, cut: Any, leaf: Any
-) -> Any:
-    return _where(leaf, _mask(key, windows, stack, arrays, cut))
-
-
-def _where(leaf: Any, mask: Any) -> Any:
-    return jnp.where(mask, leaf, jnp.zeros((), leaf.dtype))
-
-
-_masked = _mesh.on_auto_axes(jax.jit(_where))
-
-
-def masked(leaf: Any, mask: Any) -> Any:
-    return _mesh.like(_masked(leaf, mask), leaf)
 
 
 nonzero = jax.jit(lambda leaf: magnitude_key(leaf) != 0)

@@ -7,6 +7,7 @@ import numpy as np
 
 from fwt import _axes, _tree, patterns, scores
 from fwt._types import Masks, Params, Score, Transform, Where
+from fwt.pruning import chosen as _chosen
 from fwt.pruning import plan as _plan
 from fwt.pruning.scope import Like, Scope
 
@@ -86,7 +87,7 @@ def prune(
 
     def apply(params: Params) -> Params:
         tree, chosen = plan.choose(params)
-        return tree.replace({p: c.pruned() for p, c in chosen.items()})
+        return tree.replace(_chosen.pruned(chosen))
 
     return apply
 
@@ -135,7 +136,7 @@ def masks(
 
     def apply(params: Params) -> Masks:
         tree, chosen = plan.choose(params)
-        return tree.map_all({p: c.mask() for p, c in chosen.items()}, all_true)
+        return tree.map_all(_chosen.kept(chosen), all_true)
 
     return apply
 
@@ -187,7 +188,7 @@ def apply_masks(masks: Masks) -> Transform:
         tree = _tree.Tree(params)
         chosen = tree.match(wanted)
         return tree.replace(
-            {p: _plan.masked(_tree.computable(p, tree.leaves[p]), m) for p, m in chosen.items()}
+            {p: _chosen.masked(_tree.computable(p, tree.leaves[p]), m) for p, m in chosen.items()}
         )
 
     return apply

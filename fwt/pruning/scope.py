@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fwt import _paths, _tree
+from fwt import _apart, _paths, _tree
 from fwt._axes import Axes
 from fwt._types import FwtError, LeafError, WhereError
 from fwt.selection import select
 from fwt.selection.counts import Wide, count, difference, less, minus, plus, total, wide
-from fwt.selection.keys import sources
+from fwt.selection.keys import Source, signed_key, sources
+from fwt.selection.stacks import leaves_of, stacks_of
 
 Scope = Literal["layer", "global", "normalized", "erk", "lamp"] | Mapping[str, Any]
 Like = Literal["torch", "jaxpruner", "tfmot"]
@@ -247,17 +248,40 @@ def _kept_like(s: Any, n: Any, xp: Any) -> Any:
 def _lamp(leaves: Sequence[Leaf], k: Any) -> Any:
     """Lee et al., "Layer-adaptive sparsity for the magnitude-based pruning", 2021: the square of a
     weight over the sum of the squares that are not below it, compared over all leaves."""
-    scores = [_lamp_scores(x.axes and x.axes.stack, x.worth, x.alive) for x in leaves]
-    found = sources(scores, True)
+    found = sources(_all_lamp_scores(leaves), True)
     cuts = select.smallest([found], [k])
-    gone = [select.count_gone(s.key, s.arrays, c, axis=1) for s, c in zip(found, cuts, strict=True)]
-    if isinstance(k, int) and not any(isinstance(g, jax.core.Tracer) for g in gone):
-        return [int(x) for g in gone for x in g]
-    return wide(jnp.concatenate(gone))
+    if any(x.slices != 1 for x in leaves) or isinstance(cuts[0], select.Cut):
+        pairs = zip(found, map(_apart.own, cuts), strict=True)
+        gone = [select.count_gone(s.key, s.arrays, c, axis=1) for s, c in pairs]
+        if isinstance(k, int) and not any(isinstance(g, jax.core.Tracer) for g in gone):
+            return [int(n) for each in gone for n in each]
+        return wide(jnp.concatenate(gone))
+    stacks, counts = stacks_of(found), []
+    for stack, mask in zip(stacks, select.kept_rows(stacks, cuts), strict=True):
+        counts.append(jnp.sum(stack.own(~mask), -1, dtype=jnp.uint32))
+    order = np.argsort([i for s in stacks for i in s.places])
+    return wide(jnp.concatenate(counts)[order])
+
+
+def _all_lamp_scores(leaves: Sequence[Leaf]) -> list[Any]:
+    """Of each leaf, (slices, units)."""
+    plain = [i for i, x in enumerate(leaves) if not (x.axes and x.axes.stack)]
+    arrays = [(x.worth,) if x.alive is None else (x.worth, x.alive) for x in leaves]
+    out: dict[int, Any] = {}
+    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arrays)):
+        # Zeros behind a leaf come to stand before all of its own.
+        stacks = [s for s in stacks_of([Source(signed_key, arrays[i]) for i in plain]) if not s.one]
+        rows = [lax.map(lambda row: _lamp_of_one(*row), s.source.arrays) for s in stacks]
+        each = leaves_of(stacks, rows, last=True) if stacks else {}
+        out |= {plain[place]: row[None] for place, row in each.items()}
+    for i, x in enumerate(leaves):
+        if i not in out:
+            out[i] = _lamp_scores(x.axes and x.axes.stack, *arrays[i])
+    return [out[i] for i in range(len(leaves))]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _lamp_scores(stack: Any, worth: Any, alive: Any) -> Any:
+def _lamp_scores(stack: Any, *arrays: Any) -> Any:
     """The scores of a leaf, (slices, units)."""
 
     def rows(x: Any) -> Any:
@@ -265,17 +289,15 @@ def _lamp_scores(stack: Any, worth: Any, alive: Any) -> Any:
         sizes = first.shape[: len(stack or ())]
         return first.reshape(math.prod(sizes), math.prod(first.shape[len(sizes) :]))
 
-    if alive is None:
-        return jax.vmap(lambda x: _lamp_of_one(x, None))(rows(worth))
-    return jax.vmap(_lamp_of_one)(rows(worth), rows(alive))
+    return jax.vmap(_lamp_of_one)(*map(rows, arrays))
 
 
-def _lamp_of_one(worth: Any, alive: Any) -> Any:
+def _lamp_of_one(worth: Any, alive: Any = None) -> Any:
     """The scores of one layer, sorted; those that are gone already are below all others."""
-    x = jnp.maximum(jnp.ravel(worth).astype(_tree.wide_dtype(worth.dtype)), 0)
+    x = jnp.maximum(worth.astype(_tree.wide_dtype(worth.dtype)), 0)
     x = jnp.where(jnp.isnan(x), jnp.inf, x)
     gone = 0 if alive is None else jnp.sum(~alive)
-    x = x if alive is None else jnp.where(jnp.ravel(alive), x, 0)
+    x = x if alive is None else jnp.where(alive, x, 0)
     x = jnp.sort(x / jnp.maximum(jnp.max(jnp.where(jnp.isinf(x), 0, x), initial=0), 1e-30))
     squares = x * x
     after = jnp.cumsum(squares[::-1])[::-1]

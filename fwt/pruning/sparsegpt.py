@@ -166,7 +166,7 @@ def _mended(
             k = round(sparsity * stop * outputs) - round(sparsity * start * outputs)
             worth = jnp.where(silent[start:stop, None], 0, part**2 / scale)
             (source,) = sources([worth], True)
-            keep = select.kept(source, select.smallest([[source]], [k])[0])
+            keep = select.kept(source, select.one_cut(source, k))
 
         # Of a group too: what is silent is worth nothing.
         scale = jnp.where(silent[start:stop, None], jnp.inf, scale)

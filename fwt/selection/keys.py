@@ -4,9 +4,11 @@ XLA flushes denormals when it compares floats, and a NaN would be below and abov
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -28,18 +30,44 @@ class Source(NamedTuple):
     def keys(self) -> Array:
         return self.key(*self.arrays)
 
+    def on_host(self) -> "Source | None":
+        """The same in NumPy, for a leaf that is sooner done than a program is compiled."""
+        known = all(is_near(x) for x in self.arrays) and math.prod(self.shape) <= _NEAR
+        if not known or not getattr(self.key, "exact", False):
+            return None
+        return Source(self.key, tuple(map(np.atleast_1d, self.arrays)))
+
+
+_NEAR = 1 << 20
+
+
+def is_near(x: Any) -> bool:
+    """Whether NumPy can read it where it is."""
+    if isinstance(x, jax.core.Tracer):
+        return False
+    return isinstance(x, np.ndarray) or [d.platform for d in x.devices()] == ["cpu"]
+
+
+def _space(x: Any) -> Any:
+    """NumPy for its own arrays, which need no compiler."""
+    return np if isinstance(x, np.ndarray) else jnp
+
 
 def _bits(x: Array) -> tuple[Array, int]:
     width = x.dtype.itemsize * 8
-    unsigned = jnp.dtype(f"uint{width}")
+    unsigned = np.dtype(f"uint{width}")
+    if isinstance(x, np.ndarray):
+        return x.view(unsigned), width
     return lax.bitcast_convert_type(x, unsigned), width
 
 
 def widen(x: Array, dtype: Any) -> Array:
     """``x`` as a wider float, every value kept (a plain convert flushes bfloat16's denormals)."""
-    x = jnp.asarray(x)
+    x = x if isinstance(x, np.ndarray) else jnp.asarray(x)
     if x.dtype == dtype:
         return x
+    if isinstance(x, np.ndarray):
+        return x.astype(dtype)
     if x.dtype == jnp.bfloat16:
         bits = lax.bitcast_convert_type(x, jnp.uint16).astype(jnp.uint32) << 16
         x = lax.bitcast_convert_type(bits, jnp.float32)
@@ -62,13 +90,13 @@ def _float_bits(x: Array) -> tuple[Array, Any, Array]:
     top = bits.dtype.type(1 << (width - 1))
     info = jnp.finfo(x.dtype)
     nan = bits.dtype.type((((1 << info.nexp) - 1) << info.nmant) + 1)
-    magnitude = jnp.minimum(bits & ~top, nan)
+    magnitude = _space(x).minimum(bits & ~top, nan)
     return magnitude, top, (bits & top != 0) & (magnitude != nan)
 
 
 def _exact(x: Array) -> Array:
     """Without a gradient; bools and small integers as int32, float8 as float32."""
-    x = lax.stop_gradient(jnp.asarray(x))
+    x = x if isinstance(x, np.ndarray) else lax.stop_gradient(jnp.asarray(x))
     if x.dtype.itemsize < (2 if jnp.issubdtype(x.dtype, jnp.floating) else 4):
         x = x.astype(jnp.float32 if jnp.issubdtype(x.dtype, jnp.floating) else jnp.int32)
     return x
@@ -84,7 +112,7 @@ def magnitude_key(x: Array) -> Array:
         return x
     if jnp.issubdtype(x.dtype, jnp.signedinteger):
         bits, _ = _bits(x)
-        return jnp.where(x < 0, ~bits + bits.dtype.type(1), bits)
+        return _space(x).where(x < 0, ~bits + bits.dtype.type(1), bits)
     return _wide(_float_bits(x)[0])
 
 
@@ -97,7 +125,7 @@ def signed_key(x: Array) -> Array:
         bits, width = _bits(x)
         return bits ^ bits.dtype.type(1 << (width - 1))
     magnitude, top, negative = _float_bits(x)
-    return _wide(jnp.where(negative, top - magnitude, top + magnitude))
+    return _wide(_space(x).where(negative, top - magnitude, top + magnitude))
 
 
 def _wide(key: Array) -> Array:
@@ -116,6 +144,9 @@ def key_function(
         rule: "first" takes a mask beside the leaf and puts what it drops below all the rest,
             "only" puts it above.
         stepped: whether an update stands behind the leaf and is added to it first.
+
+    Returns:
+        The key, of arrays of JAX or of NumPy; its ``exact`` says whether both give the same.
     """
     plain = signed_key if signed else magnitude_key
 
@@ -123,16 +154,17 @@ def key_function(
         if stepped:
             x, more = (x + more[0]).astype(x.dtype), more[1:]
         found = plain(x if dtype is None else widen(x, dtype))
-        one = found.dtype.type(1)
+        xp, one = _space(x), found.dtype.type(1)
         top = found.dtype.type(np.iinfo(found.dtype).max)
         if rule == "only":
-            return jnp.where(more[0], found, top - one)
+            return xp.where(more[0], found, top - one)
         if rule == "first":
             if not jnp.issubdtype(x.dtype, jnp.floating):  # floats have no key at the top
-                found = jnp.minimum(found, top - one)
-            return jnp.where(more[0], found + one, found.dtype.type(0))
+                found = xp.minimum(found, top - one)
+            return xp.where(more[0], found + one, found.dtype.type(0))
         return found
 
+    key.__dict__["exact"] = not stepped
     return key
 
 

@@ -73,6 +73,51 @@ def below(source: Source, trial: Array) -> Array:
     return _count(source, lambda keys: keys < trial)
 
 
+def _row_count(source: Source, test: Callable[[Array, int], Array]) -> Array:
+    """Of leaves side by side, how many keys of each pass a test, in uint32; the test is told at
+    which key of a leaf what it gets begins."""
+    key, arrays = source
+    size = arrays[0].shape[1]
+    width = size // (64 * SLICES) * 64 if size >= 4096 else 0
+    parts = [
+        test(key(*(x[:, i * width : (i + 1) * width] for x in arrays)), i * width)
+        for i in range(SLICES if width else 0)
+    ]
+    start = SLICES * width
+    found = jnp.zeros(arrays[0].shape[0], jnp.uint32)
+    if start < size:
+        rest = test(key(*(x[:, start:] for x in arrays)), start)
+        found = jnp.sum(rest, 1, dtype=jnp.uint32)
+    if parts:
+        hits = [p.astype(jnp.int8) for p in parts]
+        found = found + jnp.sum(sum(hits[1:], hits[0]), 1, dtype=jnp.uint32)
+    return found
+
+
+def rows_below(source: Source, trials: Array, ends: Array | None) -> Array:
+    """Of leaves side by side, how many keys of each are below its trial, and before its end."""
+
+    def among(keys: Array, start: int) -> Array:
+        found = keys < trials[:, None]
+        return found if ends is None else found & _starts(keys, start, ends)
+
+    return _row_count(source, among)
+
+
+def _starts(keys: Array, start: int, ends: Array) -> Array:
+    at = lax.broadcasted_iota(jnp.uint32, keys.shape, 1) + np.uint32(start)
+    return at < ends[:, None]
+
+
+def row_ties(source: Source, values: Array, places: Array) -> Array:
+    """Of leaves side by side, how many keys of each equal its value before a place."""
+
+    def among(keys: Array, start: int) -> Array:
+        return (keys == values[:, None]) & _starts(keys, start, places)
+
+    return _row_count(source, among)
+
+
 def below_each(source: Source, trials: Array, active: Array) -> Array:
     """For each of up to ``TOGETHER`` trials how many keys are below it, in one pass (seen: 7 ms
     where 8 passes take 27); anything, if not active.

@@ -7,7 +7,7 @@ stay where they are.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -16,10 +16,13 @@ import numpy as np
 from jax import lax
 
 from fwt import _mesh
+from fwt._apart import Columns, Row, own, pick
 from fwt._types import Array, FwtError
 from fwt.selection import passes as _passes
+from fwt.selection import sample
 from fwt.selection.counts import Wide, difference, less, minus, total, wide
 from fwt.selection.keys import Source
+from fwt.selection.stacks import Stack, of_leaves, own_places, stacks_of
 
 _SAMPLE = 1 << 16
 
@@ -36,6 +39,9 @@ class Cut(NamedTuple):
 def kept(source: Source, cut: Cut) -> Array:
     """The mask of one leaf."""
     keys = source.keys()
+    if isinstance(keys, np.ndarray):
+        before = np.arange(keys.size).reshape(keys.shape) < cut.index
+        return (keys > cut.value) | (keys == cut.value) & before
     return (keys > cut.value) | (keys == cut.value) & _passes.before(source.shape, cut.index)
 
 
@@ -129,9 +135,11 @@ def _start(guess: Array, span: Array, k: Wide, at_top: Wide) -> _State:
     )
 
 
-def _tie_cuts(found: Sequence[Source], values: Array, stay: Array, tied: Array) -> Array:
+def _tie_cuts(
+    stacks: Sequence[Stack], own: Sequence[Any], values: Array, stay: Array, tied: Array
+) -> Array:
     """By leaf, the index before which exactly ``stay`` of its ``tied`` keys equal its value."""
-    sizes = jnp.asarray([math.prod(s.shape) for s in found], jnp.uint32)
+    sizes = np.asarray([n for s in stacks for n in s.sizes], np.uint32)
 
     def searching(at_hi: Array) -> Array:
         return (at_hi != stay) & (stay != 0)
@@ -144,14 +152,14 @@ def _tie_cuts(found: Sequence[Source], values: Array, stay: Array, tied: Array) 
         guess = (gap.astype(jnp.float32) * share).astype(jnp.uint32)
         guess = jnp.where(passes % 3 == 2, gap // 2, guess)
         index = lo + jnp.clip(guess, 1, jnp.maximum(gap, 2) - 1)
-        counts = []
-        each = zip(found, *map(jnp.unstack, (active, values, index)), strict=True)
-        for source, open_, value, place in each:
-            # The barrier keeps XLA from comparing once and storing the ties.
-            place, arrays = lax.optimization_barrier((place, source.arrays))
-            ties_below = functools.partial(_ties_below_jit, source.key)
-            counts.append(lax.cond(open_, ties_below, _nothing, arrays, value, place))
-        at = jnp.stack(counts)
+
+        def below(stack: Stack, arrays: Any, index: Array, mine: Any) -> Array:
+            if stack.one:
+                return _ties_below_jit(stack.source.key, arrays, mine, active, values, index)
+            rows = active[mine], values[mine], index[mine]
+            return _row_ties_jit(stack.source.key, arrays, *rows)
+
+        at = of_leaves(stacks, own, index, below)
         low, high = active & (at < stay), active & (at >= stay)
         return (
             jnp.where(low, index, lo),
@@ -162,9 +170,9 @@ def _tie_cuts(found: Sequence[Source], values: Array, stay: Array, tied: Array) 
         )
 
     # Before index 0 there is none of them; where all or none stay there is nothing to search.
-    nothing = jnp.zeros(len(found), jnp.uint32)
+    nothing = jnp.zeros(len(sizes), jnp.uint32)
     start = (nothing, sizes, nothing, tied, jnp.int32(0))
-    start = _mesh.alike(start, values, [s.arrays for s in found])
+    start = _mesh.alike(start, values, [s.source.arrays for s in stacks])
     hi = lax.while_loop(lambda s: jnp.any(searching(s[3])), body, start)[1]
     return jnp.where(stay == 0, 0, hi)
 
@@ -180,118 +188,42 @@ def _stays(kept: Wide, tied: Array) -> Array:
     return lax.scan(leaf, kept, tied)[1]
 
 
-def _strided(source: Source, stride: int) -> Array:
-    """Every ``stride``-th key or so, in step with no axis of the leaf."""
-    while stride > 1 and math.gcd(stride, math.prod(source.shape[1:])) > 1:
-        stride -= 1
-    return source.key(*(x.reshape(-1)[::stride] for x in source.arrays)).reshape(-1)
-
-
-def _thin(source: Source) -> Source | None:
-    """One slice of a leaf that may be sharded."""
-    parts, _ = _passes.slices(source)
-    return parts[_passes.SLICES // 2] if parts else None
-
-
-def _stride(group: Sequence[Source], groups: int) -> int:
-    size = sum(math.prod(s.shape) for s in group)
-    return max(1, size // max(_SAMPLE // groups, _SAMPLE // 16))
-
-
-def _targets(k: Any, n: int, m: int, xp: Any) -> tuple[Any, Any]:
-    """Three ranks in a sample of ``m``, and the ranks of the whole that the outer two span."""
-    share = k / max(n, 1)
-    spread = 2 * xp.sqrt(m * share * (1 - share)) + 1
-    ranks = xp.clip(share * m + xp.stack([-spread, 0 * spread, spread]), 0, max(m - 1, 0))
-    ranks = xp.floor(ranks).astype(xp.uint32)
-    return ranks, xp.maximum((ranks[2] - ranks[0]).astype(xp.float32) * (n / max(m, 1)), 1)
-
-
-def _quantiles(groups: list[list[Source]], ks: Wide) -> tuple[Array, Array]:
-    """The keys (groups, 3) of the sample around the k-th, and the ranks between them."""
-    sizes = [sum(math.prod(s.shape) for s in group) for group in groups]
-    if jax.device_count() == 1:
-        rows = [
-            jnp.concatenate([_strided(s, _stride(group, len(groups))) for s in group])
-            for group in groups
-        ]
-        m = [r.shape[0] for r in rows]
-        width = -(-max(1, *m) // 32)
-        top = rows[0].dtype.type(np.iinfo(rows[0].dtype).max)
-        padded = [jnp.pad(r, (0, width * 32 - r.shape[0]), constant_values=top) for r in rows]
-        sample = jnp.stack(padded).reshape(len(groups), 1, 32, width)
-
-        def below(trials: Array) -> Array:
-            parts = jnp.sum(sample < trials[:, :, None, None], 2, dtype=jnp.int8)
-            return jnp.sum(parts, -1, dtype=jnp.uint32)
-
-    else:
-        thin = [[t for t in map(_thin, group) if t is not None] for group in groups]
-        m = [sum(math.prod(t.shape) for t in group) for group in thin]
-
-        def below(trials: Array) -> Array:
-            found = []
-            for group, row in zip(thin, trials, strict=True):
-                hits = [t.keys()[..., None] < row for t in group]
-                counts = [jnp.sum(h, range(h.ndim - 1), dtype=jnp.uint32) for h in hits]
-                found.append(sum(counts, jnp.zeros(3, jnp.uint32)))
-            return jnp.stack(found)
-
-    exact = ks.high.astype(jnp.float32) * 65536.0 + ks.low.astype(jnp.float32)
-    pairs = [_targets(k, n, size, jnp) for k, n, size in zip(exact, sizes, m, strict=True)]
-    ranks = jnp.stack([p[0] for p in pairs])
-    dtype = groups[0][0].keys().dtype
-    bits = dtype.itemsize * 8
-
-    def bit(i: Any, found: Array) -> Array:
-        place = jnp.asarray(bits - 1 - i).astype(dtype)  # i is a plain int without jit
-        trial = found | (dtype.type(1) << place)
-        return jnp.where(below(trial) <= ranks, trial, found)
-
-    arrays = [[s.arrays for s in group] for group in groups]
-    start = _mesh.alike(jnp.zeros((len(groups), 3), dtype), ks, arrays)
-    found = lax.fori_loop(0, bits, bit, start)
-    return found, jnp.stack([p[1] for p in pairs])
-
-
 def _nothing(*given: Any) -> Array:
     return _mesh.alike(jnp.uint32(0), given)
 
 
-def _cuts(groups: list[list[Source]], ks: Wide, ties: Ties) -> Cut:
+def _cuts(stacks: list[Stack], joint: bool, ks: Wide, ties: Ties) -> Cut:
     """The cuts (problems, leaves) for several counts (problems, groups) of the same keys, under a
-    trace: each pass counts for all problems at once."""
-    flat = [s for group in groups for s in group]
-    sizes = [math.prod(s.shape) for s in flat]
-    n = jnp.asarray(sizes, jnp.uint32)
-    group_of = np.repeat(np.arange(len(groups)), [len(g) for g in groups])
-    problems = len(ks.low)
+    trace: each pass counts for all problems at once. Leaves, and groups of one leaf, are in the
+    order of the stacks."""
+    order = np.asarray([i for s in stacks for i in s.places])
+    n = np.asarray([n for s in stacks for n in s.sizes], np.uint32)
+    leaves, problems = len(n), len(ks.low)
+    group_of = np.zeros(leaves, int) if joint else np.arange(leaves)
 
     @jax.vmap
     def totals(counts: Array) -> Wide:
-        if len(groups) == 1:
+        if joint:
             return Wide(*(x[None] for x in total(counts)))
         return wide(counts)  # one leaf a group
 
     def count(trials: Array, done: Array) -> Array:
-        # The barrier keeps XLA from computing the keys once and storing them.
-        arrays, trials = lax.optimization_barrier(([s.arrays for s in flat], trials))
-        counts = []
-        for source, given, g in zip(flat, arrays, group_of, strict=True):
-            below = functools.partial(_below_jit, source.key)
-            active = jnp.any(~done[:, g])
-            if problems > 1:
-                counts.append(_below_each_jit(source.key, given, trials[:, g], active))
-            elif len(groups) == 1:
-                counts.append(below(given, trials[0, g])[None])
-            else:  # a leaf that is found already is not read again
-                counts.append(lax.cond(active, below, _nothing, given, trials[0, g])[None])
-        return jnp.stack(counts, 1)
+        def below(stack: Stack, arrays: Any, trials: Array, mine: Any) -> Array:
+            key, rows = stack.source.key, len(stack.places)
+            if stack.one:
+                group = np.uint32(0) if joint else mine
+                return _leaf_count(key, joint, arrays, trials, done, group)
+            given = [jnp.broadcast_to(x, (problems, rows)) if joint else x[:, mine]
+                     for x in (trials, done)]  # fmt: skip
+            return _row_counts(key, arrays, *given, stack.ends)
 
-    guess, span = jax.vmap(lambda ks: _quantiles(groups, ks))(ks)
+        return of_leaves(stacks, at, trials, below)
+
+    guess, span = jax.vmap(lambda ks: sample.quantiles(stacks, joint, ks))(ks)
+    at = own_places(stacks, guess[0, 0, 0])
     top = jnp.full(ks.low.shape, np.iinfo(guess.dtype).max, guess.dtype)
-    at_top = jnp.broadcast_to(n, (problems, len(flat)))
-    if not _below_top(flat):
+    at_top = jnp.broadcast_to(n, (problems, leaves))
+    if not _below_top([s.source for s in stacks]):
         at_top = count(top, jnp.zeros(top.shape, bool))
     state = jax.vmap(jax.vmap(_start))(guess, span, ks, totals(at_top))
     full = (state.hi == 0)[:, group_of]
@@ -307,7 +239,7 @@ def _cuts(groups: list[list[Source]], ks: Wide, ties: Ties) -> Cut:
         at_hi = jnp.where((new.hi != state.hi)[:, group_of], counts, at_hi)
         return new, at_lo, at_hi
 
-    start = _mesh.alike((state, at_lo, at_hi), [s.arrays for s in flat])
+    start = _mesh.alike((state, at_lo, at_hi), [s.source.arrays for s in stacks])
     state, at_lo, at_hi = lax.while_loop(lambda c: jnp.any(~c[0].done), body, start)
     value = (state.hi - 1)[:, group_of]
     kept = jax.vmap(minus)(totals(at_hi), ks)
@@ -315,17 +247,18 @@ def _cuts(groups: list[list[Source]], ks: Wide, ties: Ties) -> Cut:
     if ties == "all":
         some = (kept.high | kept.low) > 0
         stay = jnp.where(some[:, group_of], tied, 0)
-    elif len(groups) == 1:
-        stay = jax.vmap(_stays)(Wide(kept.high[:, 0], kept.low[:, 0]), tied)
+    elif joint:  # the first leaves keep theirs
+        back = np.argsort(order)
+        stay = jax.vmap(_stays)(Wide(kept.high[:, 0], kept.low[:, 0]), tied[:, back])[:, order]
     else:
         stay = kept.high << 16 | kept.low
     # Where none goes, everything from zero on is kept.
     none = ((ks.high == 0) & (ks.low == 0))[:, group_of]
     stay = jnp.where(none, 0, stay)
     if problems == 1:
-        index = _tie_cuts(flat, value[0], stay[0], tied[0])[None]
+        index = _tie_cuts(stacks, at, value[0], stay[0], tied[0])[None]
     else:
-        index = lax.map(lambda each: _tie_cuts(flat, *each), (value, stay, tied))
+        index = lax.map(lambda each: _tie_cuts(stacks, at, *each), (value, stay, tied))
     return Cut(jnp.where(none, 0, value), jnp.where(none, n, index))
 
 
@@ -335,17 +268,17 @@ def _concrete_cuts(group: list[Source], k: int, groups: int, ties: Ties) -> list
     dtype = jax.eval_shape(group[0].keys).dtype
     if k == 0:
         return [Cut(dtype.type(0), np.uint32(n)) for n in sizes]
-    stride = _stride(group, groups)
-    sample = np.concatenate([np.asarray(_strided_jit(s.key, s.arrays, stride)) for s in group])
-    sample.sort()
-    ranks, span = _targets(np.float64(k), sum(sizes), len(sample), np)
+    stride = sample.stride_for(sum(sizes), groups)
+    some = np.concatenate([np.asarray(sample.strided(s.key, s.arrays, stride)) for s in group])
+    some.sort()
+    ranks, span = sample.targets(np.float64(k), sum(sizes), len(some), np)
     top = dtype.type(np.iinfo(dtype).max)
 
     def below(trial: Any) -> list[int]:
         return list(map(int, [_below_jit(s.key, s.arrays, trial) for s in group]))
 
     at_lo, at_hi = [0] * len(group), sizes if _below_top(group) else below(top)
-    state = _start_jit(sample[ranks], np.float32(span), wide(k), wide(sum(at_hi)))
+    state = _start_jit(some[ranks], np.float32(span), wide(k), wide(sum(at_hi)))
     if state.hi == 0:
         at_lo, at_hi = at_hi, sizes
     while not state.done:
@@ -355,18 +288,60 @@ def _concrete_cuts(group: list[Source], k: int, groups: int, ties: Ties) -> list
             at_lo = counts
         else:
             at_hi = counts
-    value, rest = np.asarray(state.hi - 1), sum(at_hi) - k
-    cuts = []
-    for source, size, low, high in zip(group, sizes, at_lo, at_hi, strict=True):
+    value = np.asarray(state.hi - 1)
+
+    def place(i: int, stay: int) -> Any:
+        source, tied = group[i], np.uint32(at_hi[i] - at_lo[i])
+        return _tie_cut_jit(source.key, source.arrays, value, np.uint32(stay), tied)
+
+    return _kept_ties(value, at_lo, at_hi, sizes, k, ties, place)
+
+
+def _host_cuts(group: list[Source], k: int, ties: Ties) -> list[Cut]:
+    """The same of small leaves in NumPy."""
+    each = [s.keys().ravel() for s in group]
+    sizes = [len(keys) for keys in each]
+    if k == 0:
+        return [Cut(keys.dtype.type(0), np.uint32(n)) for keys, n in zip(each, sizes, strict=True)]
+    joined = np.concatenate(each)
+    value = np.partition(joined, k - 1)[k - 1]
+    at_lo = [int(np.sum(keys < value)) for keys in each]
+    at_hi = [int(np.sum(keys <= value)) for keys in each]
+
+    def place(i: int, stay: int) -> Any:
+        return np.uint32(np.flatnonzero(each[i] == value)[stay - 1] + 1)
+
+    return _kept_ties(value, at_lo, at_hi, sizes, k, ties, place)
+
+
+def _kept_ties(
+    value: Any, at_lo: list[int], at_hi: list[int], sizes: list[int], k: int, ties: Ties,
+    place: Callable[[int, int], Any],
+) -> list[Cut]:  # fmt: skip
+    """The cuts at ``value``, of which so many keys of each leaf are below and not above; ``place``
+    gives the index before which a number of a leaf's ties is found."""
+    rest, cuts = sum(at_hi) - k, []
+    for i, (size, low, high) in enumerate(zip(sizes, at_lo, at_hi, strict=True)):
         stay = min(rest, high - low) if ties == "first" or rest == 0 else high - low
         rest -= stay if ties == "first" else 0
-        index: Any = np.uint32(size if stay else 0)
-        if 0 < stay < high - low:
-            index = _tie_cut_jit(
-                source.key, source.arrays, value, np.uint32(stay), np.uint32(high - low)
-            )
+        index = place(i, stay) if 0 < stay < high - low else np.uint32(size if stay else 0)
         cuts.append(Cut(value, index))
     return cuts
+
+
+def kept_rows(stacks: Sequence[Stack], cuts: Sequence[Row]) -> list[Array]:
+    """The masks of stacks whose leaves' cuts stand in one table: of rows, or of one leaf."""
+    masks = []
+    for stack in stacks:
+        if stack.one:
+            masks.append(kept(stack.source, own(cuts[stack.places[0]])))
+            continue
+        places = np.asarray([cuts[i].place for i in stack.places])
+        value, index = (x[places][:, None] for x in cuts[0].columns.whole)
+        keys = stack.source.keys()
+        before = lax.broadcasted_iota(jnp.uint32, keys.shape, 1) < index
+        masks.append((keys > value) | (keys == value) & before)
+    return masks
 
 
 count_gone = functools.partial(jax.jit, static_argnums=0, static_argnames="axis")(
@@ -374,21 +349,68 @@ count_gone = functools.partial(jax.jit, static_argnums=0, static_argnames="axis"
         ~kept(Source(key, arrays), cut), axis, dtype=jnp.uint32
     )
 )
-_strided_jit = functools.partial(jax.jit, static_argnums=(0, 2))(
-    lambda key, arrays, stride: _strided(Source(key, arrays), stride)
-)
 _below_jit = functools.partial(jax.jit, static_argnums=0)(
     lambda key, arrays, trial: _passes.below(Source(key, arrays), trial)
 )
-_below_each_jit = functools.partial(jax.jit, static_argnums=0)(
-    lambda key, arrays, trials, active: _passes.below_each(Source(key, arrays), trials, active)
-)
-_ties_below_jit = functools.partial(jax.jit, static_argnums=0)(
-    lambda key, arrays, value, place: _passes.ties_below(Source(key, arrays), value, place)
-)
-_tie_cut_jit = functools.partial(jax.jit, static_argnums=0)(
-    lambda key, arrays, *rest: _tie_cuts([Source(key, arrays)], *(x[None] for x in rest))[0]
-)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _tie_cut_jit(key: Any, arrays: Any, value: Array, stay: Array, tied: Array) -> Array:
+    source = Source(key, arrays)
+    stack = Stack(source, (0,), (math.prod(source.shape),))
+    return _tie_cuts([stack], [np.uint32(0)], value[None], stay[None], tied[None])[0]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _leaf_count(
+    key: Any, joint: bool, arrays: Any, trials: Array, done: Array, index: Array
+) -> Array:
+    """How many keys of one leaf are below its trials (problems, groups)."""
+    source, mine = Source(key, arrays), pick(trials, index, 1)
+    if len(mine) == 1 and joint:
+        return _passes.below(source, mine[0])[None, None]
+    active = jnp.any(~pick(done, index, 1))  # a leaf that is found already is not read again
+    if len(mine) > 1:
+        return _passes.below_each(source, mine, active)[:, None]
+    counting = lambda arrays, trial: _passes.below(Source(key, arrays), trial)  # noqa: E731
+    return lax.cond(active, counting, _nothing, arrays, mine[0])[None, None]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _row_counts(key: Any, arrays: Any, trials: Array, done: Array, ends: Any) -> Array:
+    """The same of leaves side by side, trials (problems, leaves)."""
+
+    def counting(arrays: Any, trials: Array) -> Array:
+        return lax.map(lambda row: _passes.rows_below(Source(key, arrays), row, ends), trials)
+
+    def nothing(arrays: Any, trials: Array) -> Array:
+        return _mesh.alike(jnp.zeros(trials.shape, jnp.uint32), arrays, trials)
+
+    return lax.cond(jnp.any(~done), counting, nothing, arrays, trials)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _ties_below_jit(
+    key: Any, arrays: Any, index: Array, active: Array, values: Array, places: Array
+) -> Array:
+    def counting(arrays: Any, value: Array, place: Array) -> Array:
+        return _passes.ties_below(Source(key, arrays), value, place)
+
+    value, place = pick(values, index), pick(places, index)
+    return lax.cond(pick(active, index), counting, _nothing, arrays, value, place)[None]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _row_ties_jit(key: Any, arrays: Any, active: Array, values: Array, places: Array) -> Array:
+    def counting(arrays: Any, values: Array, places: Array) -> Array:
+        return _passes.row_ties(Source(key, arrays), values, places)
+
+    def nothing(arrays: Any, values: Array, places: Array) -> Array:
+        return _mesh.alike(jnp.zeros(places.shape, jnp.uint32), arrays, values, places)
+
+    return lax.cond(jnp.any(active), counting, nothing, arrays, values, places)
+
+
 _start_jit, _step_jit = jax.jit(_start), jax.jit(_step)
 
 
@@ -397,7 +419,7 @@ def _below_top(flat: Sequence[Source]) -> bool:
     return all(jnp.issubdtype(s.arrays[0].dtype, jnp.floating) for s in flat)
 
 
-def smallest(groups: list[list[Source]], ks: list[Any], ties: Ties = "first") -> list[Cut]:
+def smallest(groups: list[list[Source]], ks: list[Any], ties: Ties = "first") -> list[Any]:
     """Where to cut, so that exactly ``ks[g]`` keys of each group fall below.
 
     Among equal keys the first in order of leaf and flat index are kept.
@@ -409,7 +431,8 @@ def smallest(groups: list[list[Source]], ks: list[Any], ties: Ties = "first") ->
         ties: of equal keys at the cut the "first" stay, as many as is right, or "all".
 
     Returns:
-        One :class:`Cut` for each leaf, for :func:`kept`.
+        For each leaf a :class:`Cut`, for :func:`kept`; if traced, the row of one among all of
+        them.
 
     Raises:
         FwtError: for a leaf of 2**32 elements or more.
@@ -424,8 +447,14 @@ def smallest(groups: list[list[Source]], ks: list[Any], ties: Ties = "first") ->
         not isinstance(x, jax.Array) or len(x.devices()) == 1 for x in leaves
     ):
         whole = [k if isinstance(k, int) else (int(k.high) << 16) + int(k.low) for k in ks]
-        pairs = zip(groups, whole, strict=True)
-        return [c for group, k in pairs for c in _concrete_cuts(group, k, len(groups), ties)]
+        cuts = []
+        for group, k in zip(groups, whole, strict=True):
+            near = [s.on_host() for s in group]
+            if None in near:
+                cuts += _concrete_cuts(group, k, len(groups), ties)
+            else:
+                cuts += _host_cuts([s for s in near if s], k, ties)
+        return cuts
     rows: dict[Any, list[int]] = {}
     for i, pair in enumerate(zip(arrays, ks, strict=True)):
         rows.setdefault(_mesh.varies(pair), []).append(i)
@@ -439,19 +468,36 @@ def smallest(groups: list[list[Source]], ks: list[Any], ties: Ties = "first") ->
         }
         return [each[i] for i in range(len(groups))]
     keys = tuple(tuple(s.key for s in group) for group in groups)
-    stacked = Wide(*(jnp.stack([jnp.asarray(x) for x in xs]) for xs in zip(*map(wide, ks))))
-    return _search(keys, ties, lax.stop_gradient(arrays), stacked)
+    stacked = Wide(*map(_vector, zip(*map(wide, ks), strict=True)))
+    found = Columns(_search(keys, ties, lax.stop_gradient(arrays), stacked))
+    return [Row(found, i) for i in range(sum(map(len, groups)))]
+
+
+def one_cut(source: Source, k: Any, ties: Ties = "first") -> Cut:
+    """The same of one leaf alone."""
+    found: Cut = own(smallest([[source]], [k], ties)[0])
+    return found
+
+
+def _vector(numbers: Sequence[Any]) -> Any:
+    if all(isinstance(x, np.generic) for x in numbers):
+        return np.stack(numbers)
+    return jnp.stack([jnp.asarray(x) for x in numbers])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _search(keys: Any, ties: Ties, arrays: Any, ks: Wide) -> list[Cut]:
+def _search(keys: Any, ties: Ties, arrays: Any, ks: Wide) -> Cut:
+    joint = len(keys) == 1
+
     @jax.custom_batching.sequential_vmap
     def several(arrays: Any, ks: Wide) -> Cut:
-        found = [
-            [Source(f, a) for f, a in zip(fs, group, strict=True)]
-            for fs, group in zip(keys, arrays, strict=True)
-        ]
-        return _cuts(found, ks, ties)
+        pairs = [zip(fs, group, strict=True) for fs, group in zip(keys, arrays, strict=True)]
+        stacks = stacks_of([Source(*pair) for group in pairs for pair in group])
+        order = np.asarray([i for s in stacks for i in s.places])
+        if not joint:
+            ks = Wide(*(x[:, order] for x in ks))
+        found = _cuts(stacks, joint, ks, ties)
+        return Cut(*(x[:, np.argsort(order)] for x in found))
 
     def one(arrays: Any, ks: Wide) -> Cut:
         return Cut(*(x[0] for x in several(arrays, Wide(ks.high[None], ks.low[None]))))
@@ -473,5 +519,5 @@ def _search(keys: Any, ties: Ties, arrays: Any, ks: Wide) -> list[Cut]:
         found = lax.map(lambda ks: several(arrays, ks), parts)
         return Cut(*(x.reshape(-1, x.shape[-1])[:size] for x in found)), Cut(True, True)
 
-    cut = search(arrays, ks)
-    return [Cut(*each) for each in zip(*map(jnp.unstack, cut), strict=True)]
+    found: Cut = search(arrays, ks)
+    return found

@@ -14,7 +14,7 @@ from marks import thorough_but
 from scipy import stats
 
 import fwt
-from fwt import _tree
+from fwt import _keys
 
 init, S, C = fwt.initializers, fwt.scores, fwt.constraints
 SHAPE = (64, 65)
@@ -87,7 +87,7 @@ DRAWS = {
 
 def test_each_purpose_has_its_own_draws():
     """Drawn at one seed, no two purposes correlate; nor does any with what the key itself draws."""
-    assert set(DRAWS) == {"raw", *typing.get_args(_tree.Purpose)}
+    assert set(DRAWS) == {"raw", *typing.get_args(_keys.Purpose)}
     found = {
         (name, i): np.asarray(draw(0), np.float64).ravel()
         for name, draws in DRAWS.items()

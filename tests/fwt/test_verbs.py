@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 import fwt
-from fwt import _axes, _tree
+from fwt import _axes, _keys
 
 inits, C = fwt.initializers, fwt.constraints
 
@@ -29,7 +29,7 @@ def test_initializers_equal_jaxs(name, shape):
     plain = name in ("zeros", "ones")
     theirs = theirs if plain else theirs(*arguments)
     tree = {"dense": {"kernel": np.ones(shape, np.float32)}}
-    (key,) = _tree.leaf_keys(5, "initialize", ["dense/kernel"])
+    (key,) = _keys.leaf_keys(5, "initialize", ["dense/kernel"])
     expected = theirs(key, shape, jnp.float32)
     # An older jaxlib (0.8.1) rounds a decomposition another way once it is compiled.
     atol = 2e-7 if "orthogonal" in name and jax.__version_info__ < (0, 10) else 1e-9

@@ -1,5 +1,7 @@
 """Pruning by magnitude: exact counts, ties, odd floats; masks."""
 
+from unittest import mock
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 from marks import thorough_but
 
 import fwt
+from fwt.selection import keys
 
 
 def dtype_of(name):
@@ -263,3 +266,32 @@ def test_a_whole_number_is_a_count_for_torch_whatever_holds_it(count):
     params = {"d": {"kernel": np.random.default_rng(0).normal(size=(6, 5)).astype(np.float32)}}
     new = fwt.prune(count, like="torch")(params)["d"]["kernel"]
     assert int((new == 0).sum()) == int(count)
+
+
+SHAPES = [(3, 5), (5, 3), (4, 4), (17,), (1, 1), (0, 3), (2, 3, 2, 2), (24, 2), (47,), (8, 6)]
+
+
+@pytest.mark.parametrize("scope", thorough_but(2, ["layer", "global", "erk", "lamp"]))
+@pytest.mark.parametrize("kinds", thorough_but(1, ["float32 float16", "float32"]))
+def test_small_leaves_that_are_searched_together(scope, kinds):
+    """Under jit those of about one size are rows of one array; outside NumPy prunes them."""
+    rng, kinds = np.random.default_rng(0), kinds.split()
+    params = {
+        f"{i}": {"kernel": (rng.integers(-3, 4, s) / 4).astype(kinds[i % len(kinds)])}
+        for i, s in enumerate(SHAPES)
+    }
+    params["1"]["kernel"][2, 1] = np.nan
+    shares = np.array([0.0, 0.2, 0.37, 0.9, 1.0], np.float32)
+    found = jax.jit(jax.vmap(lambda s: fwt.prune(s, scope=scope)(params)))(shares)
+    for i, share in enumerate(shares):
+        one = fwt.prune(jnp.float32(share), scope=scope)(params)
+        assert_equal(one, jax.tree.map(lambda x, i=i: x[i], found))
+    traced, at_hand = jax.jit(fwt.masks(0.37, scope=scope))(params), fwt.masks(0.37, scope=scope)
+    assert_equal(traced, at_hand(params))
+    with mock.patch.object(keys, "_NEAR", -1):
+        assert_equal(traced, at_hand(params))
+
+
+def assert_equal(a, b):
+    same = jax.tree.map(lambda x, y: np.array_equal(np.asarray(x), np.asarray(y), True), a, b)
+    assert jax.tree.all(same), same

@@ -1,0 +1,163 @@
+"""What one program does to each of many leaves, compiled once for each shape.
+
+XLA compiles a kernel once, however many leaves it serves, as long as no constant tells one use of
+it from another. A number of a leaf's own that is cut out of a vector at a constant index is such a
+constant; at an index that only the running program knows it is none.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from fwt import _mesh
+from fwt._types import Array
+
+_FEW = 4  # leaves for which constants cost less
+_SMALL = 1 << 16  # a leaf of so many elements is copied beside others sooner than it is compiled
+
+
+def indices(places: Sequence[int], seed: Array) -> Sequence[Any]:
+    """Numbers, each as a buffer of its own.
+
+    They leave a loop of one round or none, as ``seed``, a number of the running program, wants it;
+    each is what it was, but XLA can't know.
+    """
+    if len(places) <= _FEW or not isinstance(seed, jax.core.Tracer):
+        return [np.uint32(i) for i in places]
+
+    def body(state: Any) -> Any:
+        i, found = state
+        return i + 1, [x + (i >> 20) for x in found]
+
+    trips = jnp.minimum(jnp.asarray(seed).astype(jnp.uint32), 1)
+    start = _mesh.alike((jnp.uint32(0), [jnp.uint32(i) for i in places]), trips)
+    return lax.while_loop(lambda s: s[0] < trips, body, start)[1]
+
+
+def pick(values: Array, index: Any, axis: int = 0) -> Array:
+    """``values[index]`` along an axis."""
+    return lax.dynamic_index_in_dim(values, index, axis, keepdims=False)
+
+
+def side_by_side(arrays: Sequence[Array]) -> Array:
+    """Arrays of one shape along a new first axis."""
+    return lax.concatenate([lax.expand_dims(x, (0,)) for x in arrays], 0)
+
+
+def joins(size: int, count: int) -> bool:
+    """Whether a leaf of so many elements, one of so many, may be copied beside its like."""
+    return 0 < size <= _SMALL and count > _FEW and jax.device_count() == 1
+
+
+class Columns:
+    """Numbers of many leaves side by side: a tree of arrays, a row for each leaf."""
+
+    def __init__(self, whole: Any):
+        self.whole = whole
+
+    @functools.cached_property
+    def _places(self) -> Sequence[Any]:
+        first = jax.tree.leaves(self.whole)[0]
+        return indices(range(len(first)), _seed(first))
+
+    def at(self, place: int) -> Any:
+        return jax.tree.map(lambda x: pick(x, self._places[place]), self.whole)
+
+
+def _seed(x: Array) -> Array:
+    x = x.reshape(-1)[0]
+    return jax.random.bits(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+
+
+class Row(NamedTuple):
+    """The numbers of one leaf among those of many, cut out where they are wanted."""
+
+    columns: Columns
+    place: int
+
+
+def own(row: Any) -> Any:
+    """The numbers of a row; anything else as it is."""
+    return row.columns.at(row.place) if isinstance(row, Row) else row
+
+
+class Call(NamedTuple):
+    """``function(*arrays)`` of one leaf, or ``function(*arrays, row)``.
+
+    Attributes:
+        kind: what the function is; calls of equal kinds call one function. None if no other does,
+            or if what it makes is large.
+        function: gives an array or a tree of them.
+        arrays: trees of arrays, each of the leaf's size.
+        row: a :class:`Row`, or a tree of the leaf's own numbers; None for none.
+    """
+
+    kind: Any
+    function: Callable[..., Any]
+    arrays: tuple[Any, ...] = ()
+    row: Any = None
+
+
+def _mates(call: Call, count: int) -> Any:
+    """What calls have in common that may run as one; None if this one has to run by itself."""
+    leaves = jax.tree.leaves(call.arrays)
+    shared = call.row is None or isinstance(call.row, Row)
+    traced = any(isinstance(x, jax.core.Tracer) for x in leaves) or not leaves
+    small = joins(max((x.size for x in leaves), default=1), count)
+    if call.kind is None or not (shared and traced and small):
+        return None
+    columns = call.row and id(call.row.columns)
+    return call.kind, columns, *((x.shape, x.dtype) for x in leaves)
+
+
+def grouped(calls: Sequence[Call], in_turn: bool = False) -> list[tuple[list[int], Any]]:
+    """The values of all calls, those of one kind on small arrays of one shape side by side.
+
+    Args:
+        calls: what to call.
+        in_turn: whether such leaves take turns instead, for functions that are large to compile.
+
+    Returns:
+        The places of the calls, and their values: of several along a new first axis, of one call
+        as it is.
+    """
+    kinds: dict[Any, list[int]] = {}
+    for i, call in enumerate(calls):
+        kind = _mates(call, len(calls))
+        kinds.setdefault(i if kind is None else kind, []).append(i)
+    found = []
+    for places in kinds.values():
+        _, function, arrays, row = calls[places[0]]
+        if len(places) == 1:
+            value = function(*arrays) if row is None else function(*arrays, own(row))
+        else:
+            rows = [calls[i].arrays for i in places]
+            joined = jax.tree.map(lambda *xs: side_by_side([*map(jnp.asarray, xs)]), *rows)
+            if row is not None:
+                mine = np.asarray([calls[i].row.place for i in places])
+                joined = *joined, jax.tree.map(lambda x, at=mine: x[at], row.columns.whole)
+            several = jax.vmap(function)
+            if in_turn:
+                several = functools.partial(lax.map, lambda each, f=function: f(*each))
+                joined = (joined,)
+            value = several(*joined)
+        found.append((places, value))
+    return found
+
+
+def each(calls: Sequence[Call], in_turn: bool = False) -> list[Any]:
+    """The value of each call; see :func:`grouped`."""
+    found = grouped(calls, in_turn)
+    wide = [jax.tree.leaves(value)[0] for places, value in found if len(places) > 1]
+    at = indices(range(max(map(len, wide))), _seed(wide[0])) if wide else []
+    out: list[Any] = [None] * len(calls)
+    for places, value in found:
+        for i, place in enumerate(places):
+            alone = len(places) == 1
+            out[place] = value if alone else jax.tree.map(lambda x, i=i: pick(x, at[i]), value)
+    return out

@@ -18,6 +18,9 @@ _CHEAP = frozenset(
 )  # fmt: skip
 
 
+_SMALL = 1 << 14  # as fast, in caches, for so many elements
+
+
 def _cheap(eqn: Any) -> bool:
     if eqn.primitive.name in ("jit", "pjit"):
         return all(map(_cheap, eqn.params["jaxpr"].jaxpr.eqns))
@@ -96,8 +99,9 @@ def twice(
                 return None
         return read, make
 
-    # What is small is stored: to compile it twice costs more.
-    large = {n: v for n, v in part.items() if not _apart.joins(v.aval.size, len(part))}
+    # What is small is stored, for it takes longer to compile it twice.
+    few = len(part) <= _apart.FEW
+    large = {n: v for n, v in part.items() if few or v.aval.size > _SMALL}
     found = {name: s for name, v in large.items() if (s := sources(v)) is not None}
     read = list(dict.fromkeys(v for s in found.values() for v in s[0]))
     make = {v for s in found.values() for v in s[1]}

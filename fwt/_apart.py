@@ -17,7 +17,7 @@ from jax import lax
 from fwt import _mesh
 from fwt._types import Array
 
-_FEW = 4  # leaves for which constants cost less
+FEW = 4  # leaves for which constants cost less
 _SMALL = 1 << 16  # a leaf of so many elements is copied beside others sooner than it is compiled
 
 
@@ -27,7 +27,7 @@ def indices(places: Sequence[int], seed: Array) -> Sequence[Any]:
     They leave a loop of one round or none, as ``seed``, a number of the running program, wants it;
     each is what it was, but XLA can't know.
     """
-    if len(places) <= _FEW or not isinstance(seed, jax.core.Tracer):
+    if len(places) <= FEW or not isinstance(seed, jax.core.Tracer):
         return [np.uint32(i) for i in places]
 
     def body(state: Any) -> Any:
@@ -51,7 +51,7 @@ def side_by_side(arrays: Sequence[Array]) -> Array:
 
 def joins(size: int, count: int) -> bool:
     """Whether a leaf of so many elements, one of so many, may be copied beside its like."""
-    return 0 < size <= _SMALL and count > _FEW and jax.device_count() == 1
+    return 0 < size <= _SMALL and count > FEW and jax.device_count() == 1
 
 
 class Columns:

@@ -129,7 +129,7 @@ def test_an_optimizer_whose_state_holds_more_than_arrays():
 
 
 def test_what_is_made_again_and_what_is_stored(monkeypatch):
-    monkeypatch.setattr(fwt._apart, "_SMALL", 0)  # as large leaves are
+    monkeypatch.setattr(fwt._again, "_SMALL", 0)  # as large leaves are
     rate, w, g, m = jnp.float32(0.1), *(jnp.arange(6.0) + i for i in range(3))
 
     def step():

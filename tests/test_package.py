@@ -73,7 +73,7 @@ def run(*arguments, cwd=None, code=0, **environment):
 @pytest.mark.parametrize(
     "script",
     [
-        pytest.param(p, id=p.stem, marks=[] if p.stem.startswith("torch") else pytest.mark.thorough)
+        pytest.param(p, id=p.stem, marks=pytest.mark.thorough)
         for p in sorted((ROOT / "examples").glob("*.py"))
     ],
 )

@@ -795,6 +795,7 @@ def test_half_precision_is_computed_in_float32():
     np.testing.assert_allclose(np.asarray(C.simplex()(w, "in out"), np.float64).sum(), 1, atol=1e-3)
 
 
+@pytest.mark.thorough
 def test_large_vectors_stay_in_the_set():
     rng = np.random.default_rng(0)
     for size in (10_000, 200_000):
@@ -807,7 +808,10 @@ def test_large_vectors_stay_in_the_set():
         assert abs(v.std() - 1) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["k_sparse", "low_rank", "l1_ball", "simplex", "spectral_ball"])
+SETTINGS = ["low_rank", "l1_ball", "simplex", "spectral_ball", "k_sparse"]
+
+
+@pytest.mark.parametrize("name", thorough_but(4, SETTINGS))
 def test_settings_may_be_traced(name):
     w = np.random.default_rng(0).normal(size=(6, 4)).astype(np.float32)
 

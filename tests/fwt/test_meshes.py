@@ -176,17 +176,16 @@ def run(code, *arguments):
     assert done.stdout.strip() == "fine", done.stderr[-3000:]
 
 
-# Those that JAX refused, each for a reason of its own.
-QUICK = ("block", "simplex", "reset")
+SOME = ("global", "block", "simplex", "spectral_ball", "reset")
 
 
 @pytest.mark.parametrize(
     ("kinds", "contexts", "names"),
     [
-        ("Explicit,Explicit", "none", QUICK),
-        pytest.param("Explicit,Explicit", "none,set", (), marks=pytest.mark.thorough),
-        pytest.param("Explicit,Auto", "none,set", (), marks=pytest.mark.thorough),
-        pytest.param("Auto,Auto", "none,set", (), marks=pytest.mark.thorough),
+        pytest.param("Explicit,Explicit", "set", (), marks=pytest.mark.thorough),
+        pytest.param("Explicit,Explicit", "none", SOME, marks=pytest.mark.thorough),
+        pytest.param("Explicit,Auto", "none", SOME, marks=pytest.mark.thorough),
+        pytest.param("Auto,Auto", "none", SOME, marks=pytest.mark.thorough),
     ],
 )
 def test_on_a_mesh_all_is_as_on_one_device(kinds, contexts, names):

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.utils.prune
 from flax import nnx
+from marks import thorough_but
 from scipy import stats
 
 import fwt
@@ -292,6 +293,7 @@ def cell_of(name):
     return layer.init(jax.random.key(0), jnp.ones(shape))["params"]["cell"]
 
 
+@pytest.mark.thorough
 def test_cells_of_one_framework_as_another_has_them():
     cell = {"cell": cell_of("lstm")}
     new = jax.device_get(fwt.reset(0, like="keras")(cell)["cell"])
@@ -595,7 +597,7 @@ def outputs(net, variables, x):
     }
 
 
-@pytest.mark.parametrize("bias", [0.0, 0.5])
+@pytest.mark.parametrize("bias", thorough_but(lambda bias: bias, [0.0, 0.5]))
 def test_lsuv(bias):
     net = fwt.Sequential(
         [
@@ -639,6 +641,7 @@ class Block(nn.Module):
         return nn.Dense(5, name="head")(x) if not train else x
 
 
+@pytest.mark.thorough
 def test_lsuv_on_any_linen_module():
     x = jax.random.normal(jax.random.key(0), (32, 4, 12))
     net = Block()

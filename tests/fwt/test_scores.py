@@ -56,6 +56,7 @@ def test_scores_of_gradients(problem):
     close(S.fisher(params, grads=grads), both(lambda w, g: (w * g) ** 2 / 2, params, grads))
 
 
+@pytest.mark.thorough
 def test_scores_of_the_hessian(problem):
     _, params, _, loss = problem
     flat, back = jax.flatten_util.ravel_pytree(params)
@@ -98,6 +99,7 @@ def test_synflow_of_a_linear_net():
     assert np.isclose(found["a/kernel"].sum(), found["b/kernel"].sum(), rtol=1e-5)
 
 
+@pytest.mark.thorough
 def test_synflow_with_batch_norm_and_without_a_shape():
     net = fwt.Sequential([("c", nn.Conv(4, (3, 3))), ("n", nn.BatchNorm()), fl.ReLU(), fl.Flatten(),
                           ("d", nn.Dense(2))])  # fmt: skip

@@ -190,6 +190,7 @@ def test_a_number_is_reached_at_once_and_a_traced_one_too():
     assert gone(step(0.25)) == {"a/kernel": 21, "b/kernel": 14}
 
 
+@pytest.mark.thorough
 def test_what_is_pruned_stays_so_until_the_sparsity_falls():
     for score in (S.magnitude, S.random, S.saliency, S.movement):
         seen = run(sparsify(optax.adam(0.05), ramp, score, key=0, every=2), 12)

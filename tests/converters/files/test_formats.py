@@ -897,6 +897,7 @@ def test_sequential_weights_in_shards_are_those_of_linen(tmp_path):
     same(again.variables, jax.tree.map(np.asarray, variables))
 
 
+@pytest.mark.thorough
 def test_the_guides_table_of_formats_is_that_of_the_code():
     import tables
 

@@ -200,6 +200,7 @@ def digits():
     return x[order], data.target[order]
 
 
+@pytest.mark.thorough
 def test_the_digits_net_pruned_predicts_the_same_in_onnxruntime(tmp_path):
     x, y = digits()
     net = fwt.Sequential(

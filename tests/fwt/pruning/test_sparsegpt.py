@@ -65,6 +65,7 @@ def test_one_pruned_input_is_made_good_as_least_squares_does():
     np.testing.assert_allclose(kernel[1:], best, atol=2e-3)
 
 
+@pytest.mark.thorough
 def test_a_conv_net_layer_by_layer():
     layers = [("c", nn.Conv(8, (3, 2), strides=(2, 1))), ("n", nn.BatchNorm()), fl.ReLU()]
     layers += [("c2", nn.Conv(4, (2, 2), padding="VALID")), fl.Flatten(), ("d", nn.Dense(3))]

@@ -63,14 +63,15 @@ class Columns:
     @functools.cached_property
     def _places(self) -> Sequence[Any]:
         first = jax.tree.leaves(self.whole)[0]
-        return indices(range(len(first)), _seed(first))
+        return indices(range(len(first)), seed_of(first))
 
     def at(self, place: int) -> Any:
         return jax.tree.map(lambda x: pick(x, self._places[place]), self.whole)
 
 
-def _seed(x: Array) -> Array:
-    x = x.reshape(-1)[0]
+def seed_of(x: Array) -> Array:
+    """A number of the running program, for :func:`indices`."""
+    x = x[(0,) * x.ndim]
     return jax.random.bits(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
 
 
@@ -109,7 +110,7 @@ def _mates(call: Call, count: int) -> Any:
     shared = call.row is None or isinstance(call.row, Row)
     traced = any(isinstance(x, jax.core.Tracer) for x in leaves) or not leaves
     small = joins(max((x.size for x in leaves), default=1), count)
-    if call.kind is None or not (shared and traced and small):
+    if call.kind is None or not (shared and traced and small) or _mesh.on_explicit(leaves):
         return None
     columns = call.row and id(call.row.columns)
     return call.kind, columns, *((x.shape, x.dtype) for x in leaves)
@@ -154,7 +155,7 @@ def each(calls: Sequence[Call], in_turn: bool = False) -> list[Any]:
     """The value of each call; see :func:`grouped`."""
     found = grouped(calls, in_turn)
     wide = [jax.tree.leaves(value)[0] for places, value in found if len(places) > 1]
-    at = indices(range(max(map(len, wide))), _seed(wide[0])) if wide else []
+    at = indices(range(max(map(len, wide))), seed_of(wide[0])) if wide else []
     out: list[Any] = [None] * len(calls)
     for places, value in found:
         for i, place in enumerate(places):

@@ -7,7 +7,7 @@ import itertools
 import math
 import re
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, Literal
 
@@ -252,12 +252,13 @@ _COUNTS = ("padding_idx", "unit_forget_bias")  # what reset asks a live layer fo
 _TOLD = jax.make_user_context("")  # what a jitted function was traced with counts for jit too
 
 
-# How gradients of a live model become a tree, set likewise.
-GRADIENTS: ContextVar[Callable[[Any], Any]] = ContextVar("gradients", default=lambda grads: grads)
+# How gradients of a live model become a tree with these paths, set likewise.
+Gradients = Callable[[Any, Collection[str]], Any]
+GRADIENTS: ContextVar[Gradients] = ContextVar("gradients", default=lambda grads, paths: grads)
 
 
 @contextlib.contextmanager
-def knowing(known: Mapping[str, Known], grads: Callable[[Any], Any]) -> Iterator[None]:
+def knowing(known: Mapping[str, Known], grads: Gradients) -> Iterator[None]:
     """Inside, the axes of leaves are what the classes of a live model tell, and gradients are
     given as that model has them."""
     # Not the paths, which jit knows: models of one architecture are compiled once.

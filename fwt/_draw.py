@@ -49,7 +49,9 @@ def drawn(
     # A user's own function may depend on more than its arguments: it is not compiled by us.
     ours = all(isinstance(s[0], initializers.Bound) and hashes(s[0]) for s in specs)
     leaves = [tree.leaves[p] for p in names]
-    plain = isinstance(key, jax.core.Tracer) or jax.config.read("jax_disable_most_optimizations")
+    # Under a trace, whatever is made is traced.
+    traced = any(isinstance(x, jax.core.Tracer) for x in (key, jnp.zeros(())))
+    plain = traced or jax.config.read("jax_disable_most_optimizations")
     draw = _compiled(_mesh.spread(leaves), not plain) if ours else _draw
     new = draw(tuple(specs), purpose, tuple(roots), key)
     new = [_mesh.like(x, leaf) for x, leaf in zip(new, leaves, strict=True)]

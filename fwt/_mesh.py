@@ -28,6 +28,11 @@ def _is_explicit(mesh: Any) -> bool:
     return AxisType.Explicit in mesh.axis_types
 
 
+def on_explicit(arrays: Sequence[Any]) -> bool:
+    """Whether JAX refuses to reshape one of these."""
+    return any(_is_explicit(mesh) for x in arrays if (mesh := _mesh_of(x)) is not None)
+
+
 @functools.lru_cache
 def _auto(mesh: Any) -> Any:
     """The same mesh with Auto axes for Explicit ones."""
@@ -44,6 +49,9 @@ def _seen(x: Any) -> Any:
         return x
     if isinstance(x, jax.core.Tracer):
         return jax.sharding.reshard(x, PartitionSpec())
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):  # whose sharding has an axis too many
+        data = _seen(jax.random.key_data(x))
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
     return jax.device_put(x, _auto_sharding(x.sharding))
 
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from fwt import _mesh
 from fwt._types import Masks
 from fwt.pruning import chosen as _chosen
 
@@ -118,4 +119,5 @@ def _sample(x: Any) -> Any:
     """Some of a large leaf, so that no array of its size is stored; on several devices all of it,
     for a stride would gather it."""
     x = jnp.asarray(x)
-    return x.reshape(-1)[:: x.size >> 14 | 1] if jax.device_count() == 1 else x
+    alone = jax.device_count() == 1 and not _mesh.on_explicit([x])
+    return x.reshape(-1)[:: x.size >> 14 | 1] if alone else x

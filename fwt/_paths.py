@@ -110,7 +110,7 @@ def named(pattern: str, paths: Collection[str]) -> list[str]:
     spell them, with dots between the parts, with slashes inside a part, or with Keras 2's ``:0``.
 
     Raises:
-        WhereError: if the two spellings name different leaves.
+        WhereError: if files spell two of them the same.
 
     Example:
         >>> named("0.weight", ["0/bias", "0/weight"]), named("bert/*", [r"bert\/kernel"])
@@ -120,22 +120,21 @@ def named(pattern: str, paths: Collection[str]) -> list[str]:
     if exact and pattern in paths:
         return [pattern]
     found = [p for p in paths if matches(pattern, p)]
-    if exact and found:
+    if found:
         return found
     # Dots and slashes in brackets are characters.
     cut = re.sub(r"\[!?\]?[^\]]*\]|\\/|\.", lambda m: m[0] if m[0][0] == "[" else "/", pattern)
     cut = re.sub(r":\d+$", "", cut)
     if cut == pattern and not any("." in p or "\\" in p or ":" in p for p in paths):
-        return found
+        return []
     other = [p for p in paths if matches(cut, _in_pieces(p))]
-    same = len({_in_pieces(p) for p in other}) < len(other)
-    if same if not found else not set(other) <= set(found):
-        one, two = (found or other)[0], next(p for p in reversed(other) if p not in found)
+    if len({_in_pieces(p) for p in other}) < len(other):
+        one, two = other[0], other[-1]
         raise WhereError(
-            f"{pattern!r} names {one} and, as a file spells it, {two}: write which is meant, "
-            f"{one!r} or {two!r}"
+            f"{pattern!r}, as files spell it, names {one} and {two}: write which is meant, {one!r} "
+            f"or {two!r}"
         )
-    return found or other
+    return other
 
 
 def near(path: str, known: Iterable[str]) -> str:

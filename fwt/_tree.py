@@ -3,7 +3,7 @@
 import functools
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -569,3 +569,10 @@ def select(params: Params, where: Where = "**") -> dict[str, Any]:
 def _widest(node: Any) -> Any:
     """The largest array in a node."""
     return max((x for x in jax.tree.leaves(node) if is_array(x)), key=lambda x: np.prod(x.shape))
+
+
+def hidden(params: Params, keep: Collection[str]) -> Params:
+    """The tree with all other leaves out of sight."""
+    tree = Tree(params)
+    rest = {p: Unselected(x.shape, x.dtype) for p, x in tree.leaves.items() if p not in keep}
+    return tree.replace(rest, ties=False)

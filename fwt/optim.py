@@ -542,7 +542,7 @@ class _Rule:
     def accumulate(self, total: Any, weights: Any, grads: Any) -> Any:
         if not self.sums:
             return ()
-        narrow = {p: _hidden(t, total) for p, t in (("w", weights), ("g", grads))}
+        narrow = {p: _tree.hidden(t, total) for p, t in (("w", weights), ("g", grads))}
         new = _tree.Tree(_inner(self.score).accumulate(narrow["w"], narrow["g"])).leaves
         return {p: x + new[p].astype(x.dtype) for p, x in total.items()}
 
@@ -589,12 +589,3 @@ def _inner(score: Any) -> Any:
 
 def _sum_dtype(leaf: Any) -> Any:
     return _tree.wide_dtype(leaf.dtype)
-
-
-def _hidden(tree: Any, keep: Mapping[str, Any]) -> Any:
-    """The tree with all other leaves out of sight."""
-    seen = _tree.Tree(tree)
-    return seen.replace(
-        {p: _tree.Unselected(x.shape, x.dtype) for p, x in seen.leaves.items() if p not in keep},
-        ties=False,
-    )

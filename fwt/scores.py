@@ -559,7 +559,7 @@ FACTORIES = (grasp, second_order_taylor, synflow, wanda)  # what has to be calle
 
 def of_ties(tree: _tree.Tree, grads: Params) -> Params:
     """The gradients, at each path of a tie the sum of those at all: what the one array has."""
-    grads = _axes.GRADIENTS.get()(grads)
+    grads = _axes.GRADIENTS.get()(grads, tree.leaves)
     given = _tree.Tree(grads)
     new: dict[str, Any] = {}
     for group in [*tree.ties, *tree.perhaps]:

@@ -1,6 +1,6 @@
 """Gradients of a live model in the names and axes of the tree that a transform sees."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,9 +9,13 @@ from fwt import _nodes, _tree
 from fwt._types import ConversionError, FwtError, LeafError
 from fwt.converters.rows.row import LiveLeaf
 
+_NOTHING = object()
 
-def in_tree(backend: Any, model: Any, leaves: Sequence[LiveLeaf], grads: Any) -> Any:
-    """The gradients as a tree; what is one already, as it is.
+
+def in_tree(
+    backend: Any, model: Any, leaves: Sequence[LiveLeaf], grads: Any, paths: Collection[str]
+) -> Any:
+    """The gradients as a tree with these paths; what is a tree already, as it is.
 
     Args:
         backend: the module of the model's framework.
@@ -19,6 +23,7 @@ def in_tree(backend: Any, model: Any, leaves: Sequence[LiveLeaf], grads: Any) ->
         leaves: its leaves.
         grads: by the names of the model's parameters, or in their order; or a torch module, whose
             own they are. None is the gradient of what the loss does not depend on.
+        paths: the leaves that need one.
     """
     if _nodes.foreign(grads)[1] == "model" and hasattr(grads, "named_parameters"):
         grads = {name: p.grad for name, p in grads.named_parameters()}
@@ -38,8 +43,9 @@ def in_tree(backend: Any, model: Any, leaves: Sequence[LiveLeaf], grads: Any) ->
         raise FwtError("grads: all of them are None: compute them first, as loss.backward() does")
     tree: dict[str, Any] = {}
     for leaf in leaves:
-        if leaf.collection == "params":
-            tree[leaf.path] = _one(backend, leaf, held.get(id(leaf.source)), leaf.source, ordered)
+        if leaf.collection == "params" and leaf.path in paths:
+            given = held.get(id(leaf.source), _NOTHING)
+            tree[leaf.path] = _one(backend, leaf, given, leaf.source, ordered)
     return {"params": nested(tree)}
 
 
@@ -58,14 +64,19 @@ def _one(backend: Any, leaf: LiveLeaf, given: Any, source: Any, ordered: Sequenc
     if leaf.read is None:
         raise LeafError(
             f"grads: {leaf.path} is computed from other parameters, so that it has no gradient of "
-            "its own: remove what computes it, as torch.nn.utils.prune.remove does"
+            "its own: leave it out with where=, or remove what computes it, as "
+            "torch.nn.utils.prune.remove does"
         )
-    if given is None:
+    if given is None or given is _NOTHING:
         trains = getattr(source, "requires_grad", True)
         if not trains or not any(v is source for v in ordered):
             raise LeafError(
-                f"grads: {leaf.path} is frozen and has no gradient: give zeros for it, if others "
-                "are to be judged by theirs"
+                f"grads: {leaf.path} is frozen and has no gradient: leave it out with where="
+            )
+        if given is _NOTHING:
+            raise LeafError(
+                f"grads: nothing for {leaf.path}: give its gradient, which is None where the loss "
+                "does not depend on it, or leave it out with where="
             )
         return np.zeros(leaf.value.shape, leaf.value.dtype)
     value = backend.array_of(given)

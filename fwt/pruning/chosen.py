@@ -78,7 +78,8 @@ def _each(
     for path in even:
         kin.setdefault(id(chosen[path].cut.columns), []).append(path)
     for paths in kin.values():
-        new |= zip(paths, _joined([chosen[p] for p in paths], made), strict=True)
+        rows = _mesh.on_auto_axes(_joined)([chosen[p] for p in paths], made)
+        new |= zip(paths, rows, strict=True)
     return {p: _mesh.like(new[p], c.leaf) for p, c in chosen.items()}
 
 

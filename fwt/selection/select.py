@@ -24,8 +24,6 @@ from fwt.selection.counts import Wide, difference, less, minus, total, wide
 from fwt.selection.keys import Source
 from fwt.selection.stacks import Stack, of_leaves, own_places, stacks_of
 
-_SAMPLE = 1 << 16
-
 Ties = Literal["first", "all"]
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fwt._apart import indices, joins, pick
+from fwt._apart import indices, joins, pick, seed_of
 from fwt._types import Array
 from fwt.selection.keys import Source
 
@@ -81,7 +81,8 @@ def leaves_of(
 ) -> dict[int, Array]:
     """The rows of some stacks by the place of their leaf: of each the first numbers, or the last,
     as many as the leaf has; what belongs to one leaf alone as it is."""
-    at = indices(range(max(len(s.places) for s in stacks)), values[0].reshape(-1)[0])
+    rows = [v for s, v in zip(stacks, values, strict=True) if not s.one]
+    at = indices(range(max(map(len, rows))), seed_of(rows[0])) if rows else []
     out: dict[int, Array] = {}
     for stack, value in zip(stacks, values, strict=True):
         for row, (place, size) in enumerate(zip(stack.places, stack.sizes, strict=True)):

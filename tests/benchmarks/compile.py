@@ -1,11 +1,12 @@
-"""How long a first call takes: CPU seconds to trace and compile, by the number of leaves.
+"""How long a first call takes: CPU seconds to trace and to compile, by the number of leaves.
 
-``python tests/benchmarks/compile.py`` prints, for each verb, what 8 leaves and what more leaves of
-the same 8 shapes take, and how often the program then runs in a second.
+``python tests/benchmarks/compile.py`` prints the table, with ``--write`` into the guide.
 """
 
 import argparse
+import re
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +15,22 @@ import optax
 
 import fwt
 
-SHAPES = [(16 + 4 * i, 24 + 8 * (i % 3)) for i in range(8)]
+PAGE = Path(__file__).resolve().parents[2] / "examples" / "guide" / "speed.md"
+EIGHT = [(16 + 4 * i, 24 + 8 * (i % 3)) for i in range(8)]
+MANY = [(16 + i, 24 + i % 7) for i in range(120)]
+ADAM = optax.adam(1e-3)
+VERBS = {
+    "`prune` by layer": lambda: fwt.prune(0.8),
+    "`prune` globally": lambda: fwt.prune(0.8, scope="global"),
+    "`prune` by LAMP": lambda: fwt.prune(0.8, scope="lamp"),
+    "`initialize`": lambda: fwt.initialize(fwt.initializers.glorot_uniform(), key=0),
+    "`project`, `max_norm`": lambda: fwt.project(fwt.constraints.max_norm(1.0)),
+    "a step of `sparsify(adam)`": lambda: fwt.optim.sparsify(ADAM, 0.8),
+    "a step of Adam alone": lambda: ADAM,
+}
 
 
-def tree(count, shapes=SHAPES):
+def tree(count, shapes):
     rng = np.random.default_rng(0)
     return {
         f"l{i}": {"kernel": rng.normal(size=shapes[i % len(shapes)]).astype(np.float32)}
@@ -25,57 +38,43 @@ def tree(count, shapes=SHAPES):
     }
 
 
-def sparse_step(params):
-    tx = fwt.optim.sparsify(optax.adam(1e-3), 0.8, **SPARSIFY)
-    return lambda state, grads, params: tx.update(grads, state, params), tx.init(params)
-
-
-SPARSIFY = {}
-VERBS = {
-    "prune by layer": lambda: fwt.prune(0.8),
-    "prune globally": lambda: fwt.prune(0.8, scope="global"),
-    "lamp": lambda: fwt.prune(0.8, scope="lamp"),
-    "initialize": lambda: fwt.initialize(fwt.initializers.glorot_uniform(), key=0),
-    "project": lambda: fwt.project(fwt.constraints.max_norm(1.0)),
-    "adam": None,
-    "sparsify": None,
-}
-
-
-def first_call(name, count):
-    params = tree(count)
-    arguments, function = (params,), None
-    if name in ("adam", "sparsify"):
-        tx = optax.adam(1e-3)
-        if name == "sparsify":
-            tx = fwt.optim.sparsify(tx, 0.8)
-        state = jax.jit(tx.init)(params) if name == "adam" else tx.init(params)
-        function, arguments = tx.update, (params, state, params)
-    else:
-        function = VERBS[name]()
+def seconds(name, count, shapes):
+    """CPU seconds until the first call of a verb under jit is compiled."""
+    params = tree(count, shapes)
+    function, arguments = VERBS[name](), (params,)
+    if isinstance(function, optax.GradientTransformation):
+        function, arguments = function.update, (params, function.init(params), params)
     jax.clear_caches()
     begun = time.process_time()
-    lowered = jax.jit(function).lower(*arguments)
-    traced = time.process_time()
-    compiled = lowered.compile()
-    done = time.process_time()
-    jax.block_until_ready(compiled(*arguments))
-    start = time.perf_counter()
-    for _ in range(5):
-        jax.block_until_ready(compiled(*arguments))
-    return traced - begun, done - traced, (time.perf_counter() - start) / 5
+    jax.jit(function).lower(*arguments).compile()
+    return time.process_time() - begun
+
+
+def rows(names):
+    yield "| seconds of CPU | 8 leaves | 400 leaves of their 8 shapes | ratio | 120 shapes |"
+    yield "|---|---|---|---|---|"
+    for name in names:
+        few, many = (seconds(name, count, EIGHT) for count in (8, 400))
+        apart = seconds(name, len(MANY), MANY)
+        yield f"| {name} | {few:.1f} | {many:.1f} | {many / few:.1f} | {apart:.1f} |"
+
+
+def write(found):
+    start = "<!-- compile: python tests/benchmarks/compile.py --write -->\n"
+    text = PAGE.read_text()
+    block = re.search(re.escape(start) + r"(?:\|.*\n)*<!-- end -->", text)
+    PAGE.write_text(text.replace(block[0], f"{start}{found}\n<!-- end -->"))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
-    parser.add_argument("--counts", nargs="*", type=int, default=[8, 200])
     parser.add_argument("--verbs", nargs="*", default=list(VERBS))
+    parser.add_argument("--write", action="store_true")
     given = parser.parse_args()
     jax.jit(lambda x: jnp.sin(x))(1.0)
-    for name in given.verbs:
-        rows = [first_call(name, count) for count in given.counts]
-        told = ", ".join(
-            f"{c}: {t:.1f} + {k:.1f} s, {1e3 * r:.1f} ms"
-            for c, (t, k, r) in zip(given.counts, rows, strict=True)
-        )
-        print(f"{name}: {told}", flush=True)
+    lines = []
+    for line in rows(given.verbs):
+        print(line, flush=True)
+        lines.append(line)
+    if given.write:
+        write("\n".join(lines))

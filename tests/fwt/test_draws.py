@@ -308,3 +308,23 @@ def test_whole_numbers(dtype):
         fwt.project(C.unit_norm)(params)
     new = np.asarray(fwt.project(C.non_negative)(params)["d"]["kernel"]).astype(np.int64)
     assert new.tolist() == [[max(low, 0), high, 1, 0]]
+
+
+KEYS = {
+    "a seed": lambda: 0,
+    "a key": lambda: jax.random.key(0),
+    "raw": lambda: jax.random.PRNGKey(0),
+}
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_a_key_from_outside_draws_the_same_in_any_trace(name):
+    params, key = {f"a{i}": {"kernel": jnp.ones((i + 3, 3))} for i in range(6)}, KEYS[name]()
+    for draw in (fwt.initialize(fwt.initializers.he_normal, key), fwt.reset(key, "torch")):
+        found = [
+            jax.jit(draw)(params),
+            jax.lax.scan(lambda p, _, draw=draw: (draw(p), 0), params, None, length=1)[0],
+        ]
+        for tree in found:
+            assert jax.tree.all(jax.tree.map(jnp.array_equal, tree, draw(params)))
+        jax.eval_shape(draw, params)

@@ -1,10 +1,15 @@
 """Leaves on meshes of several devices: the values are those of one device, spread as before."""
 
+import contextlib
 import os
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
+
+import fwt
 
 START = """
 import contextlib, sys
@@ -190,6 +195,27 @@ SOME = ("global", "block", "simplex", "spectral_ball", "reset")
 )
 def test_on_a_mesh_all_is_as_on_one_device(kinds, contexts, names):
     run(VERBS, kinds, contexts, *names)
+
+
+def test_a_mesh_of_one_device():
+    """There small leaves are joined, which JAX refuses along its Explicit axes."""
+    mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "x"))
+    rng = np.random.default_rng(0)
+    host = {f"a{i}": {"kernel": rng.normal(size=(4 + i % 2, 8)).astype("f")} for i in range(6)}
+    params = jax.device_put(host, spread)
+    for verb in (
+        fwt.prune(0.5),
+        fwt.prune(0.5, fwt.scores.random, key=0, scope="global"),
+        fwt.project(fwt.constraints.simplex),
+        fwt.initialize(fwt.initializers.he_normal, 0),
+    ):
+        for context in (contextlib.nullcontext, lambda: jax.set_mesh(mesh)):
+            with context():
+                found = jax.jit(verb)(params)
+            for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(verb(host)), strict=True):
+                np.testing.assert_allclose(x, y, atol=1e-6)
+                assert x.sharding.is_equivalent_to(spread, 2)
 
 
 @pytest.mark.parametrize(

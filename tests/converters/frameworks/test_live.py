@@ -862,8 +862,8 @@ def torch_with_gradients():
 GRADIENTS = {
     "the module": lambda net: net,
     "by name": lambda net: {n: p.grad for n, p in net.named_parameters()},
-    "those that are there": lambda net: {
-        n: p.grad for n, p in net.named_parameters() if p.grad is not None
+    "those that are selected": lambda net: {
+        n: p.grad for n, p in net.named_parameters() if not n.endswith("bias")
     },
     "in order": lambda net: [p.grad for p in net.parameters()],
     "as arrays": lambda net: [p.grad.numpy() for p in net.parameters()],
@@ -925,8 +925,12 @@ def test_gradients_that_do_not_fit():
         r"shape \[6, 2, 3, 2\], found a gradient of \[6\]", {**grads, "0.weight": grads["0.bias"]}
     )
     refused("all of them are None", dict.fromkeys(grads))
-    net[0].bias.requires_grad_(False)
-    refused("^grads: 0/bias is frozen", {**grads, "0.bias": None})
+    others = {n: g for n, g in grads.items() if n != "0.weight"}
+    refused("^grads: nothing for 0/kernel: give", others)
+    net[0].weight.requires_grad_(False)
+    refused("^grads: 0/kernel is frozen", {**grads, "0.weight": None})
+    rest = ["2/kernel", "**/bias"]
+    converters.transform(net, fwt.prune(0.5, fwt.scores.taylor, grads=net, where=rest))
     pruned = torch.nn.Sequential(torch.nn.utils.prune.l1_unstructured(net[0], "weight", 2))
     refused("0/kernel is computed from other parameters", pruned, pruned)
 
@@ -956,11 +960,11 @@ def test_gradients_of_a_keras_model():
     kernel = net.layers[-1].kernel
     worth = np.abs(keras.ops.convert_to_numpy(kernel) * keras.ops.convert_to_numpy(
         grads[[v is kernel for v in net.trainable_variables].index(True)]))  # fmt: skip
-    prune = fwt.prune(0.4, fwt.scores.saliency, grads=grads)
+    both = ["**/embedding", "**/kernel"]
+    prune = fwt.prune(0.4, fwt.scores.saliency, grads=grads, where=both)
     with pytest.raises(fwt.FwtError, match="embedding/embedding is frozen and has no gradient"):
         converters.transform(net, prune)
-    net.layers[0].trainable = True
-    given = {v.path: g for v, g in zip(net.trainable_variables[1:], grads, strict=True)}
+    given = {v.path: g for v, g in zip(net.trainable_variables, grads, strict=True)}
     prune = fwt.prune(0.4, fwt.scores.saliency, grads=given)
     converters.transform(net, prune)
     gone = keras.ops.convert_to_numpy(kernel) == 0

@@ -1,5 +1,4 @@
-"""What each node of a pytree is: a container, a layer, a box around one array, or the state of an
-optimizer. And which arrays are one."""
+"""What each node of a pytree is: a container, a layer, a box, the state of an optimizer; what ties."""
 
 import functools
 import json
@@ -230,23 +229,24 @@ def unboxed(node: Any, own: str = "") -> Any:
 Around = tuple[list[tuple[Any, Any]], Any, Any] | None
 
 
-def _keys(node: Any) -> frozenset[tuple[str, ...]]:
+def _keys(node: Any, shapes: bool) -> frozenset[tuple[tuple[str, ...], Any]]:
     flat = jax.tree_util.tree_flatten_with_path(node)[0]
-    return frozenset(tuple(map(part, keys)) for keys, _ in flat)
+    return frozenset((tuple(map(part, keys)), shapes and np.shape(x)) for keys, x in flat)
 
 
 def _mirrored(node: Any, around: Around, layered: bool) -> bool:
-    """Whether a node has the keys of another that stands beside it or beside what it is in, as the
-    moments of weights have those of the weights; ``layered``: not if these are those of a layer,
-    which is like another. So it is where nothing else holds weights."""
-    mine, alone = _keys(node), True
+    """Whether a node has the keys of another beside it or beside what it is in, as moments have
+    those of the weights, or nothing else holds weights; ``layered``: not if these are those of a
+    layer, which is like another, or of other shapes."""
+    shapes = layered and any(map(np.ndim, jax.tree.leaves(node)))  # masks may have none
+    mine, alone = _keys(node, shapes), True
     while around is not None:
         kids, me, around = around
         for _, other in kids:
             if other is me or children(other) is None or not _holds_weights(other):
                 continue
-            theirs, alone = _keys(other), False
-            deep = any(len(keys) > 1 for keys in mine)
+            theirs, alone = _keys(other, shapes), False
+            deep = any(len(keys) > 1 for keys, _ in mine)
             # Of what optax.masked hides nothing is left.
             if mine == theirs or (mine < theirs and (len(mine) > 1 or (deep and not layered))):
                 return deep or not layered
@@ -285,6 +285,8 @@ def _is_evident(name: str, node: Any, named: bool = True, around: Around = None)
     moments = [x for x in node.values() if children(x) is not None]
     if counted and {"mu", "nu"} < names and not moments:
         return True  # of optax.flatten
+    if not counted and not names & _states.UNCOUNTED:
+        return False  # a net's heads may be called value and projector
     return any(_mirrored(x, around, layered=not counted) for x in moments)
 
 

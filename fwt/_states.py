@@ -5,6 +5,10 @@ gives them back in dicts."""
 STATE_NAMES = {"opt_state", "opt_states", "optim_state", "optimizer_state"}
 # Numbers of steps.
 COUNTERS = {"count", "gradient_step", "mini_step", "num_steps", "step_count"}
+# What stands in a state without a number of steps.
+UNCOUNTED = {
+    "e_g", "e_x", "learning_rate", "m", "m1", "m2", "mu", "n", "nu", "sum_of_squares", "trace", "v",
+}  # fmt: skip
 # Names that a layer may have too.
 PLAIN = COUNTERS | {
     "adv_state", "avg_value", "b1", "barf", "best_value", "cache", "count_m2", "decrease_error",

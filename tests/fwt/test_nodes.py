@@ -706,6 +706,10 @@ def test_a_layer_may_be_called_as_a_state_is():
         assert len(fwt.paths(tree)) == 14
         pruned = fwt.select(fwt.prune(0.5, where="**")(tree)).values()
         assert all(int((x == 0).sum()) == x.size // 2 for x in pruned)
+    net, other = ({"a": layer, "b": {"kernel": jnp.ones((2, n))}} for n in (4, 1))
+    for name in ("value", "projector", "reward", "z", "ema", "mu"):
+        heads = {"actor": net, "critic": {name: other}}
+        assert len(fwt.paths(heads)) == 4, name
     # Among params nothing is a state, whatever its name.
     named = {"params": {"opt_state": layer, "1": {"trace": {"d": layer}}}}
     assert fwt.paths(named) == ["1/trace/d/kernel", "opt_state/kernel"]

@@ -390,7 +390,8 @@ class Places:
         treedef: Any = self.tree._treedef
         node = treedef.node_data()
         file = node is not None and node[0] is Model and self.module is None
-        return _rules.Rules(self.shapes, depths, file)
+        own = {path for path, led in depths.items() if led and self._by_user(path)}
+        return _rules.Rules(self.shapes, depths, file, own)
 
     def _from_tree(self, path: str, stack: Sequence[int] | None, layer: str) -> Axes:
         shape = self.shapes[path]

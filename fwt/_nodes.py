@@ -1,4 +1,4 @@
-"""What each node of a pytree is: a container, a layer, a box, the state of an optimizer; what ties."""
+"""What each node of a pytree is: a container, a layer, a box, an optimizer state; and what ties."""
 
 import functools
 import json

@@ -81,10 +81,12 @@ class Rules:
         shapes: Mapping[str, Shape],
         depths: Mapping[str, int] | None = None,
         file: bool = False,
+        own: Collection[str] = (),
     ):
         self.shapes, self.file = dict(shapes), file
         self._depths: dict[str, int | None] = dict(depths or {})
         self._told = dict(depths or {})
+        self._own = own  # stacks of which the user speaks, and of no leaf beside them
         self._parts = {path: parts(path) for path in self.shapes}
         self._layers: dict[tuple[str, ...], dict[str, str]] = {}
         for path, each in self._parts.items():
@@ -223,7 +225,7 @@ class Rules:
 
     def _shared(self, path: str, subtree: "_Subtree") -> Any:
         if subtree.least is None:
-            said = [(self._definite(p, False), p) for p in subtree.paths]
+            said = [(self._definite(p, False), p) for p in subtree.paths if p not in self._own]
             subtree.least = sorted((d, p) for d, p in said if d is not None)[:2]
         # What a leaf proves to the others it may not prove to itself.
         least = [(d, p) for d, p in subtree.least if p != path or self._definite(p, True) == d]

@@ -603,3 +603,15 @@ def test_a_stack_of_as_many_layers_as_features_is_not_guessed():
     stack = kernels(jax.random.split(jax.random.key(0), 5))
     with pytest.raises(fwt.FwtError, match="kernel of shape"):
         fwt.initialize(fwt.initializers.lecun_normal, key=0)(stack)
+
+
+def test_axes_speak_of_the_leaves_that_they_name():
+    """A kernel that is said to be a stack makes none of a convolution beside it."""
+    rng = np.random.default_rng(0)
+    scan, conv = (rng.normal(size=s).astype("f") for s in ((3, 16, 16), (3, 3, 8, 16)))
+    tree = {"stem": {"scan": {"kernel": scan}, "conv": {"kernel": conv}}}
+    axes = {"stem/scan/kernel": "stack in out"}
+    new = fwt.project(fwt.constraints.max_norm(1.0), axes=axes)(tree)["stem"]
+    assert np.linalg.norm(new["conv"]["kernel"].reshape(-1, 16), axis=0).max() < 1.0001
+    norms = np.linalg.norm(new["scan"]["kernel"], axis=1)
+    np.testing.assert_allclose(norms, 1, atol=1e-4)

@@ -12,7 +12,7 @@ UNCOUNTED = {
 # Names that a layer may have too.
 PLAIN = COUNTERS | {
     "adv_state", "avg_value", "b1", "barf", "best_value", "cache", "count_m2", "decrease_error",
-    "e_g", "e_x", "ema", "ema_decay", "fast_state", "found_nan", "g", "gamma", "grad",
+    "e_g", "e_x", "ema", "ema_decay", "fast_state", "first_step", "found_nan", "g", "gamma", "grad",
     "hyperparams", "info", "init", "init_params", "inner_state", "inner_states", "key",
     "last_finite", "lb", "learning_rate", "m", "m1", "m2", "max_dist", "max_lr", "measurement",
     "measurements", "micro_step", "mu", "n", "nu", "opt_state", "params0", "projector", "r",
@@ -24,8 +24,8 @@ PLAIN = COUNTERS | {
 TELLING = {
     "acc_delta", "acc_grads", "avg_grad", "base_optimizer_state", "cooldown_count",
     "cumulative_gradients", "curvature_error", "diff_params_memory", "diff_updates_memory",
-    "estim_lr", "estim_sq_dist", "exp_avg", "exp_avg_sq", "exp_inf", "grad_acc", "grad_sum",
-    "grad_sum_of_squares", "grad_sum_sq", "hessian_fn_state", "hyperparams_states",
+    "estim_dist", "estim_lr", "estim_sq_dist", "exp_avg", "exp_avg_sq", "exp_inf", "grad_acc",
+    "grad_sum", "grad_sum_of_squares", "grad_sum_sq", "hessian_fn_state", "hyperparams_states",
     "init_particles", "inner_opt_state", "is_init_step", "is_initial_step", "max_exp_avg_sq",
     "mean_grads", "mean_grads_ema", "measure_states", "momentum_buffer", "notfinite_count",
     "ns_coeffs", "nu_max", "num_linesearch_steps", "numerator_weighted", "plateau_count",

@@ -559,8 +559,8 @@ PLAIN = [
     "scale_by_sm3", "scale_by_stddev", "scale_by_yogi",
 ]  # fmt: skip
 OPTIMIZERS = (
-    {name: getattr(optax, name)(0.1) for name in RATES}
-    | {name: getattr(optax, name)() for name in PLAIN}
+    {name: getattr(optax, name)(0.1) for name in RATES if hasattr(optax, name)}
+    | {name: getattr(optax, name)() for name in PLAIN if hasattr(optax, name)}
     | {
         name: getattr(optax.contrib, name)(0.1)
         for name in (
@@ -578,10 +578,12 @@ OPTIMIZERS = (
             "simplified_ademamix",
             "sophia",
         )
+        if hasattr(optax.contrib, name)
     }
     | {
         name: getattr(optax.contrib, name)()
         for name in ("cocob", "dowg", "prodigy", "reduce_on_plateau", "schedule_free_adamw")
+        if hasattr(optax.contrib, name)
     }
     | {
         "accumulated": optax.MultiSteps(optax.sgd(0.1, 0.9), 2),
@@ -594,15 +596,8 @@ OPTIMIZERS = (
         "lbfgs alone": optax.lbfgs(0.1, linesearch=None),
         "masked": optax.masked(optax.adam(0.1), is_matrix),
         "masked trace": optax.masked(optax.trace(0.9), is_matrix),
-        "measured": optax.measure_with_ema(lambda updates, **_: updates, 0.9),
         "mechanized": optax.contrib.mechanize(optax.sgd(0.1)),
         "momentum": optax.sgd(0.1, 0.9),
-        "partitioned": optax.partition(
-            {"matrix": optax.adam(0.1), "vector": optax.sgd(0.1, 0.9)}, by_rank
-        ),
-        "sam": optax.contrib.sam(
-            optax.adam(0.1), optax.chain(optax.contrib.normalize(), optax.sgd(0.1))
-        ),
         "sometimes": optax.conditionally_mask(optax.adam(0.1), lambda step: step < 3),
         "constrained": fwt.optim.constrain(
             optax.adam(0.1), fwt.project(fwt.constraints.non_negative)
@@ -611,6 +606,12 @@ OPTIMIZERS = (
         "regrown": fwt.optim.sparsify(optax.sgd(0.1, 0.9), 0.5, regrow="rigl"),
     }
 )
+if hasattr(optax, "partition"):  # from 0.2.5 on
+    OPTIMIZERS["measured"] = optax.measure_with_ema(lambda updates, **_: updates, 0.9)
+    both = {"matrix": optax.adam(0.1), "vector": optax.sgd(0.1, 0.9)}
+    OPTIMIZERS["partitioned"] = optax.partition(both, by_rank)
+    twice = optax.chain(optax.contrib.normalize(), optax.sgd(0.1))
+    OPTIMIZERS["sam"] = optax.contrib.sam(optax.adam(0.1), twice)
 
 
 def fields(tree):
@@ -663,11 +664,11 @@ def test_all_that_optax_calls_a_part_of_a_state_is_known():
     for state in states:
         if state.__name__ not in inside:
             assert known.issuperset(state._fields), state
-    assert len(states) > 50
+    assert len(states) > 40
 
 
 def test_the_state_of_equinox_holds_statistics_and_no_weights():
-    layer = eqx.nn.make_with_state(eqx.nn.BatchNorm)(4, "batch", mode="ema")
+    layer = eqx.nn.make_with_state(eqx.nn.BatchNorm)(4, "batch")
     assert fwt.paths(layer) == ["0/bias", "0/weight"]
     new = fwt.initialize(fwt.initializers.constant(3.0), 0, where="**")(layer)
     assert float(new[0].weight[0]) == 3

@@ -3,7 +3,7 @@
 import contextlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,8 +83,8 @@ def _item(path: Path, key: str | None) -> tuple[Path, str | None]:
         )
     found = f"the items {', '.join(items)}: key= names one" if items else "no item with arrays"
     if steps and not items:
-        found = f"the steps {', '.join(steps)}: give the folder of one, or key="
-    raise FileFormatError(f"{path}: {found}")
+        found = f"the steps {', '.join(steps)}: give the folder of one, or name one with key="
+    raise FileFormatError(f"{path}: it holds {found}")
 
 
 def _restored(folder: Path, budget: Budget, key: str | None, path: Path, shardings: Any) -> Any:
@@ -100,8 +100,7 @@ def _restored(folder: Path, budget: Budget, key: str | None, path: Path, shardin
     for keys, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)[0]:
         place = "/".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in keys)
         if not array(leaf) or leaf.shape is None or leaf.dtype is None:
-            kind = type(leaf).__name__.removesuffix("Metadata").lower()
-            raise FileFormatError(f"{path}: {place} is a {kind}, no array; key= picks a part of it")
+            raise FileFormatError(f"{path}: {place} is no array; {_parts(tree, key, array)}")
         if min((*leaf.shape, 0)) < 0:
             raise FileFormatError(f"{path}: {place} has the shape {leaf.shape}")
         size = int(np.prod(leaf.shape, dtype=object)) * np.dtype(leaf.dtype).itemsize
@@ -135,6 +134,19 @@ def _restored(folder: Path, budget: Budget, key: str | None, path: Path, shardin
         args=ocp.args.PyTreeRestore(wanted, restore_args=kinds, partial_restore=True),
     )
     return _plain(_io.under(restored, key, path))
+
+
+def _parts(tree: Any, key: str | None, array: Callable[[Any], bool]) -> str:
+    """The way to the parts of a tree that hold arrays alone."""
+    start = "" if key is None else f"{key}/"
+    whole = [
+        f"key={start + str(name)!r}"
+        for name, part in (tree.items() if isinstance(tree, Mapping) else ())
+        if (leaves := jax.tree.leaves(part, is_leaf=_is_leaf))
+        and all(array(x) and x.shape is not None and x.dtype is not None for x in leaves)
+        and isinstance(part, Mapping)
+    ]
+    return f"{' or '.join(whole[:5])} picks a part of it" if whole else "key= picks a part of it"
 
 
 def _is_leaf(node: Any) -> bool:

@@ -22,7 +22,8 @@ def in_tree(backend: Any, model: Any, leaves: Sequence[LiveLeaf], grads: Any) ->
     """
     if _nodes.foreign(grads)[1] == "model" and hasattr(grads, "named_parameters"):
         grads = {name: p.grad for name, p in grads.named_parameters()}
-    named, ordered = backend.trained(model)
+    pairs, ordered = backend.trained(model)
+    named = dict(pairs)
     if isinstance(grads, list | tuple):
         if len(grads) != len(ordered):
             raise FwtError(
@@ -31,6 +32,12 @@ def in_tree(backend: Any, model: Any, leaves: Sequence[LiveLeaf], grads: Any) ->
             )
         held = {id(v): g for v, g in zip(ordered, grads, strict=True)}
     elif isinstance(grads, Mapping) and _by_name(grads, named):
+        twice = [n for n, v in pairs if n in grads and v is not named[n]]
+        if twice:
+            raise LeafError(
+                f"grads: several variables of the model are named {twice[0]!r}: give the gradients "
+                f"as a list, in the order of {backend.TRAINED}"
+            )
         held = {id(named[name]): g for name, g in grads.items()}
     else:
         return grads

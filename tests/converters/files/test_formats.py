@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import jax
 import keras
 import ml_dtypes
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
@@ -835,8 +837,22 @@ def test_npz_msgpack_and_orbax_of_others_and_for_others(model, tmp_path):
         manager.save(3, args=ocp.args.Composite(state=ocp.args.StandardSave(plain)))
     same(converters.load(tmp_path / "steps" / "3").variables, plain)
     same(converters.load(tmp_path / "steps" / "3", key="state").variables, plain)
-    with pytest.raises(converters.FileFormatError, match="the steps 3: give the folder of one"):
+    with pytest.raises(converters.FileFormatError, match="holds the steps 3: give the folder of"):
         converters.load(tmp_path / "steps")
+
+
+def test_the_parts_of_an_orbax_checkpoint_with_a_state(tmp_path):
+    params = {"d": {"kernel": np.ones((4, 3), np.float32)}}
+    state = optax.chain(optax.clip(1.0), optax.adam(1e-3)).init(params)
+    held = {"opt_state": {"inner": state}, "weights": params, "ema": params, "step": np.int32(3)}
+    ocp.PyTreeCheckpointer().save(tmp_path / "20", held)
+    with pytest.raises(converters.FileFormatError) as caught:
+        converters.load(tmp_path / "20")
+    assert "opt_state/inner/0 is no array; " in str(caught.value)
+    parts = re.findall(r"key='([^']*)'", str(caught.value))
+    assert parts == ["ema", "weights"]
+    for key in parts:
+        assert fwt.paths(converters.load(tmp_path / "20", key=key).variables) == ["d/kernel"]
 
 
 def test_large_arrays_of_msgpack_come_in_chunks(tmp_path, monkeypatch):

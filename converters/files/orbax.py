@@ -3,7 +3,7 @@
 import contextlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def load_orbax(path: Path, how: Reading) -> Model:
             folder, key = _item(path, key)
         told = folder / _OURS
         ours = _io.read_json(told) if told.exists() else None
-        tree = _restored(folder, budget, key, path, how.shardings)
+        tree = _restored(folder, budget, key, path, how)
         progress(size)
         if ours is None:
             return Model(None, _io.as_variables(tree, path))
@@ -87,20 +87,24 @@ def _item(path: Path, key: str | None) -> tuple[Path, str | None]:
     raise FileFormatError(f"{path}: it holds {found}")
 
 
-def _restored(folder: Path, budget: Budget, key: str | None, path: Path, shardings: Any) -> Any:
+def _restored(folder: Path, budget: Budget, key: str | None, path: Path, how: Reading) -> Any:
+    """What stands under ``key`` in the folder of a checkpoint; ``how`` has the key from the path
+    on."""
     import orbax.checkpoint as ocp
 
+    shardings = how.shardings
     handler = ocp.PyTreeCheckpointHandler()
     whole = handler.metadata(folder.absolute()).tree
 
     def array(leaf: Any) -> bool:
-        return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+        return getattr(leaf, "shape", None) is not None and getattr(leaf, "dtype", None) is not None
 
     tree = _io.under(whole, key, path)
     for keys, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)[0]:
         place = "/".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in keys)
-        if not array(leaf) or leaf.shape is None or leaf.dtype is None:
-            raise FileFormatError(f"{path}: {place} is no array; {_parts(tree, key, array)}")
+        if not array(leaf):
+            way = _io.way_to_parts(tree, how.key, array) or "key= picks a part of it"
+            raise FileFormatError(f"{path}: {place} is no array; {way}")
         if min((*leaf.shape, 0)) < 0:
             raise FileFormatError(f"{path}: {place} has the shape {leaf.shape}")
         size = int(np.prod(leaf.shape, dtype=object)) * np.dtype(leaf.dtype).itemsize
@@ -134,19 +138,6 @@ def _restored(folder: Path, budget: Budget, key: str | None, path: Path, shardin
         args=ocp.args.PyTreeRestore(wanted, restore_args=kinds, partial_restore=True),
     )
     return _plain(_io.under(restored, key, path))
-
-
-def _parts(tree: Any, key: str | None, array: Callable[[Any], bool]) -> str:
-    """The way to the parts of a tree that hold arrays alone."""
-    start = "" if key is None else f"{key}/"
-    whole = [
-        f"key={start + str(name)!r}"
-        for name, part in (tree.items() if isinstance(tree, Mapping) else ())
-        if (leaves := jax.tree.leaves(part, is_leaf=_is_leaf))
-        and all(array(x) and x.shape is not None and x.dtype is not None for x in leaves)
-        and isinstance(part, Mapping)
-    ]
-    return f"{' or '.join(whole[:5])} picks a part of it" if whole else "key= picks a part of it"
 
 
 def _is_leaf(node: Any) -> bool:

@@ -147,7 +147,7 @@ def load_msgpack(path: Path, how: Reading) -> Model:
         data = path.read_bytes()
         progress(len(data))
         tree = _io.under(_tree_of(_unpacked(data, path, budget), path), how.key, path)
-        return Model(None, _io.as_variables(tree, path))
+        return Model(None, _io.as_variables(tree, path, how.key))
 
 
 def _unpacked(data: bytes, path: Path, budget: Budget) -> Any:

@@ -846,13 +846,24 @@ def test_the_parts_of_an_orbax_checkpoint_with_a_state(tmp_path):
     state = optax.chain(optax.clip(1.0), optax.adam(1e-3)).init(params)
     held = {"opt_state": {"inner": state}, "weights": params, "ema": params, "step": np.int32(3)}
     ocp.PyTreeCheckpointer().save(tmp_path / "20", held)
-    with pytest.raises(converters.FileFormatError) as caught:
-        converters.load(tmp_path / "20")
-    assert "opt_state/inner/0 is no array; " in str(caught.value)
-    parts = re.findall(r"key='([^']*)'", str(caught.value))
-    assert parts == ["ema", "weights"]
-    for key in parts:
-        assert fwt.paths(converters.load(tmp_path / "20", key=key).variables) == ["d/kernel"]
+    flat = {"d.kernel": torch.ones(3, 4)}
+    inner = {"weights": flat, "ema": flat, "optimizer": {"state": {0: {}}}}
+    torch.save({"20": inner, "other": 1}, tmp_path / "c.pt")
+    tree = {"weights": params, "ema": params, "extra": None}
+    (tmp_path / "m.msgpack").write_bytes(serialization.msgpack_serialize({"20": tree}))
+    for path, key, said in (
+        (tmp_path / "20", None, "opt_state/inner/0 is no array; "),
+        (tmp_path, "20", "opt_state/inner/0 is no array; "),
+        (tmp_path / "c.pt", "20", "but 'weights' is a dict; "),
+        (tmp_path / "m.msgpack", "20", r"extra is no array of numbers \(NoneType\); "),
+    ):
+        with pytest.raises(converters.FileFormatError, match=said) as caught:
+            converters.load(path, key=key)
+        parts = re.findall(r"key='([^']*)'", str(caught.value))
+        start = "" if key is None else f"{key}/"
+        assert sorted(parts) == [f"{start}ema", f"{start}weights"]
+        for part in parts:
+            assert fwt.paths(converters.load(path, key=part).variables) == ["d/kernel"]
 
 
 def test_large_arrays_of_msgpack_come_in_chunks(tmp_path, monkeypatch):

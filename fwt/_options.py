@@ -190,7 +190,7 @@ class WithTarget(TyperCommand):
         try:
             return super().parse_args(ctx, args)
         except typer.BadParameter as error:
-            by_name = {p.name: p for p in self.params}
+            by_name: dict[str | None, Any] = {p.name: p for p in self.params}
             if getattr(error, "param", None) is by_name["sources"]:
                 found, _, _ = self.make_parser(ctx).parse_args(given)
                 error.param = by_name["target" if found.get("target") else "sources"]

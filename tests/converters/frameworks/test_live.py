@@ -1022,3 +1022,5 @@ def test_gradients_by_a_name_that_two_variables_have():
 
     with pytest.raises(fwt.LeafError, match=rf"named '{paths[0]}'.*order of trainable_variables"):
         pruned(dict(zip(paths, values, strict=True)))
+    assert pruned(values) == [6, 3, 0]
+    pruned({paths[2]: values[2]})  # whose name says which it is

@@ -17,7 +17,10 @@ Ins = Annotated[
 ]
 Out = Annotated[
     str,  # a Path forgets the slash at its end
-    typer.Argument(help="The file to write; its suffix is the format. Of several files: a folder."),
+    typer.Argument(
+        help="The file to write; its suffix is the format. Of several files, or with a slash at "
+        "its end: a folder."
+    ),
 ]
 ToOption = Annotated[
     str | None, typer.Option("--to", help="Write into a folder, files of this suffix.")

@@ -543,10 +543,29 @@ def is_numeric(dtype: np.dtype) -> bool:
     return dtype.kind in "biufc" or hasattr(ml_dtypes, dtype.name)
 
 
-def as_variables(tree: Any, path: Path) -> dict[str, Any]:
+def way_to_parts(
+    tree: Any, key: str | None, is_array: Callable[[Any], bool], depth: int = _DEPTH
+) -> str:
+    """What to say of a file that holds other things too: which of its parts are arrays alone, in
+    dicts of so many levels."""
+
+    def whole(node: Any, left: int) -> bool:
+        if isinstance(node, Mapping):
+            return bool(node) and left > 0 and all(whole(v, left - 1) for v in node.values())
+        return is_array(node)
+
+    held = tree.items() if isinstance(tree, Mapping) else ()
+    start = "" if key is None else f"{key}/"
+    found = [
+        f"key={f'{start}{n}'!r}" for n, v in held if isinstance(v, Mapping) and whole(v, depth)
+    ]
+    return f"{' or '.join(found[:5])} picks a part of it" if found else ""
+
+
+def as_variables(tree: Any, path: Path, key: str | None = None) -> dict[str, Any]:
     """A tree of dicts and arrays as variables: as it is if it is one of collections, else as
-    params."""
-    _check_leaves(tree, path, (), 0)
+    params. An error names the parts of a tree that stands under ``key``."""
+    _check_leaves(tree, path, (), 0, lambda: way_to_parts(tree, key, _is_numbers))
     if not isinstance(tree, Mapping):
         raise FileFormatError(f"{path}: expected a tree of arrays, found one array: give it a name")
     told = tree.get("params", tree.get("batch_stats"))
@@ -554,14 +573,20 @@ def as_variables(tree: Any, path: Path) -> dict[str, Any]:
     return dict(_tree.as_variables(tree)) if named else {"params": dict(tree)}
 
 
-def _check_leaves(node: Any, path: Path, place: tuple[str, ...], depth: int) -> None:
+def _is_numbers(node: Any) -> bool:
+    return isinstance(node, np.ndarray | jax.Array) and is_numeric(node.dtype)
+
+
+def _check_leaves(
+    node: Any, path: Path, place: tuple[str, ...], depth: int, way: Callable[[], str]
+) -> None:
     if isinstance(node, Mapping) and depth < _DEPTH:
         for name, value in node.items():
             if not isinstance(name, str) or not name:
                 raise FileFormatError(f"{path}: {'/'.join(place)} has an entry named {name!r}")
-            _check_leaves(value, path, (*place, name), depth + 1)
-    elif not isinstance(node, np.ndarray | jax.Array) or not is_numeric(node.dtype):
+            _check_leaves(value, path, (*place, name), depth + 1, way)
+    elif not _is_numbers(node):
         raise FileFormatError(
             f"{path}: {'/'.join(place) or 'it'} is no array of numbers ({type(node).__name__}); "
-            "key= picks a part of the file, such as key='params'"
+            f"{way() or 'key= picks a part of the file'}"
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from fwt._errors import FwtError
 
@@ -15,8 +16,11 @@ Ins = Annotated[
     list[Path], typer.Argument(help="Files or folders; their content tells the format.")
 ]
 Out = Annotated[
-    Path,
-    typer.Argument(help="The file to write; its suffix is the format. Of several files: a folder."),
+    str,  # a Path forgets the slash at its end
+    typer.Argument(
+        help="The file to write; its suffix is the format. Of several files, or with a slash at "
+        "its end: a folder."
+    ),
 ]
 ToOption = Annotated[
     str | None, typer.Option("--to", help="Write into a folder, files of this suffix.")
@@ -110,6 +114,23 @@ _READING: dict[str, tuple[Any, Any]] = {
         ],
         False,
     ),
+    "dtype": (
+        Annotated[
+            str | None,
+            typer.Option(help="float32: compute in it, with the floating weights in it."),
+        ],
+        None,
+    ),
+    "external_data": (
+        Annotated[
+            bool,
+            typer.Option(
+                "--external-data",
+                help="Read the weights of an ONNX file from the file in its folder that it names.",
+            ),
+        ],
+        False,
+    ),
     "max_bytes": (
         Annotated[
             int | None,
@@ -130,6 +151,8 @@ def reads(command: Callable[..., None]) -> Callable[..., None]:
         how["drop"] = how["drop"] or ()
         if how["match"] not in ("name", "order"):
             raise typer.BadParameter(f"--match {how['match']}: expected name or order")
+        if how["dtype"] not in (None, "float32"):
+            raise typer.BadParameter(f"--dtype {how['dtype']}: expected float32")
         pairs = [text.partition("=") for text in how["rename"] or ()]
         if not all(found for _, found, _ in pairs):
             raise typer.BadParameter(f"--rename {' '.join(how['rename'])}: expected OLD=NEW")
@@ -159,6 +182,22 @@ def changes(
         return reads(_presented(run, command, [*front, *own.values(), *options, how]))
 
     return decorator
+
+
+class WithTarget(TyperCommand):
+    """A command of sources and a target, whose one path is the source."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """The arguments; an error says that the target is missing, and not the sources."""
+        given = list(args)
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            by_name: dict[str | None, Any] = {p.name: p for p in self.params}
+            if getattr(error, "param", None) is by_name["sources"]:
+                found, _, _ = self.make_parser(ctx).parse_args(given)
+                error.param = by_name["target" if found.get("target") else "sources"]
+            raise
 
 
 def _option(name: str, kind: Any, default: Any) -> inspect.Parameter:

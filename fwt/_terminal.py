@@ -156,7 +156,7 @@ _OPTIONS = "architecture|key|match|max_bytes|shard_bytes|where|tolerance|layout|
 _AT = r"(?<![\w/\\.-])"  # not in a path
 
 # What Python's words are on the command line.
-_WORDS = (
+_WORDS: tuple[tuple[str, Any], ...] = (
     (r"where=fwt\.kernels", "--where kernels, the default,"),
     (r"where=fwt\.biases", "--where biases"),
     (r"fwt\.paths\(params\)", "fwt inspect"),
@@ -177,6 +177,9 @@ _WORDS = (
     (r" \(https://flax\.readthedocs[^)\s]*\)", ""),
     (rf"{_AT}strict=False", "--no-strict"),
     (rf"{_AT}fold=False", "--keep-parts"),
+    (rf"{_AT}external_data=True", "--external-data"),
+    (r"load\(path, dtype='float32'\)( and from_keras\(.*?\) drop )?",
+     lambda m: "--dtype float32" + (" drops " if m[1] else "")),
     (rf"{_AT}strict=(?=$|[ ,;:])", "--no-strict"),
     (r"\\+/", "/"),
 )  # fmt: skip

@@ -5,6 +5,7 @@ several files, a line for each that failed, while the others are done), 2 wrong 
 files of diff or verify differ, or what convert --verify read again does.
 """
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from fwt._options import (
     Make,
     Out,
     ToOption,
+    WithTarget,
     changes,
     named,
     reads,
@@ -122,17 +124,19 @@ def _each(
         raise typer.Exit(min(codes))
 
 
-def _into(sources: Sequence[Path], target: Path, to: str | None) -> bool:
-    """Whether the target is a folder for the files, and not one of a format, such as .orbax."""
+def _into(sources: Sequence[Path], target: str, to: str | None) -> bool:
+    """Whether the target is a folder for the files, and not one of a format, such as .orbax. It
+    may be missing: a slash at the end says that it is one."""
     from fwt.converters.files import formats
 
-    folder = target.is_dir() and formats.by_suffix(target) is None
+    folder = target.endswith(("/", os.sep)) or Path(target).is_dir()
+    folder = folder and formats.by_suffix(Path(target)) is None
     return len(sources) > 1 or to is not None or folder
 
 
 def _each_to(
     sources: Sequence[Path],
-    target: Path,
+    target: str,
     to: str | None,
     how: dict[str, Any],
     do: Callable[[Path, Path, dict[str, Any]], None],
@@ -141,28 +145,30 @@ def _each_to(
     keeps its name, with the suffix ``to``."""
     from fwt.converters.files import formats
 
+    folder = Path(target)
     if not _into(sources, target, to):
-        do(sources[0], target, how)
+        do(sources[0], folder, how)
         return
-    if formats.by_suffix(target) is not None or target.is_file():
+    if formats.by_suffix(folder) is not None or folder.is_file():
         what = "several files" if len(sources) > 1 else "--to"
         raise typer.BadParameter(f"{target}: with {what}, the last path is a folder")
     if to is not None and formats.by_suffix(Path(f"x.{to.lstrip('.')}")) is None:
         raise typer.BadParameter(f"--to {to}: expected one of {', '.join(formats.SUFFIXES)}")
     made: dict[Path, Path] = {}
 
-    def place(source: Path, how: dict[str, Any]) -> None:
+    def place(source: Path, own: dict[str, Any]) -> None:
         name, end = source.name, formats.suffix(source)
         if to is not None:
             name = f"{name[: len(name) - len(end)]}.{to.lstrip('.')}"
-        there = target / name
+        there = folder / name
         if there.exists() and there.samefile(source):
             raise FwtError(f"{source}: it would be written over itself: give another folder")
-        if made.get(there, source) != source:
+        again = own is not how  # the same source, with what it has a use for
+        if there in made and not (again and made[there] == source):
             raise FwtError(f"{source}: {there} is written from {made[there]} already")
         made[there] = source
-        target.mkdir(parents=True, exist_ok=True)
-        do(source, there, how)
+        folder.mkdir(parents=True, exist_ok=True)
+        do(source, there, own)
 
     _each(sources, how, place)
 
@@ -178,7 +184,7 @@ def inspect(files: Ins, how: dict[str, Any], as_json: JsonOption = False) -> Non
     _each(files, how, show)
 
 
-@app.command()
+@app.command(cls=WithTarget)
 @reads
 def convert(
     sources: Ins,
@@ -212,7 +218,8 @@ def convert(
         own: Any = target if _is_onnx(target) else _load(target)
         if not _is_onnx(target) and own.module is None:
             own = _load(target, architecture=model)
-        _report(source if _is_onnx(source) else model, own, as_json)
+        external = how["external_data"] or not _is_onnx(source)  # the target is of our own making
+        _report(source if _is_onnx(source) else model, own, as_json, external=external)
 
     if to is None and _into(sources, target, to):
         raise typer.BadParameter(
@@ -277,11 +284,14 @@ def _without(how: dict[str, Any], error: Any) -> dict[str, Any]:
     return {**how, error.option: left}
 
 
+_ITS_OWN = ("key", "fold", "max_bytes", "external_data")  # which say nothing of an architecture
+
+
 def _as_model(path: Path, how: dict[str, Any]) -> "Model":
     """A file, whose weights are those of --architecture if it has no layers itself."""
     if how["architecture"] is None:
         return _load(path, **how)
-    model = _load(path, **{name: how[name] for name in ("key", "fold", "max_bytes")})
+    model = _load(path, **{name: how[name] for name in _ITS_OWN})
     return _load(path, **how) if model.module is None else model
 
 
@@ -289,10 +299,12 @@ def _is_onnx(path: Path) -> bool:
     return path.is_file() and bool(_terminal.format_of(path).name == "ONNX")
 
 
-def _report(a: Any, b: Any, as_json: bool, tolerance: float | None = None) -> None:
+def _report(
+    a: Any, b: Any, as_json: bool, tolerance: float | None = None, external: bool = False
+) -> None:
     from fwt import converters
 
-    found = converters.verify(a, b, tolerance=tolerance)
+    found = converters.verify(a, b, tolerance=tolerance, external_data=external)
     print(found.to_json() if as_json else found)
     if not found.ok:
         raise typer.Exit(3)
@@ -321,7 +333,7 @@ def verify(
                 f"{path}: weights alone can't run: --architecture says which model they are of; "
                 "fwt diff compares the weights of two files"
             )
-    _report(pair[0], pair[1], as_json, tolerance)
+    _report(pair[0], pair[1], as_json, tolerance, how["external_data"])
 
 
 @app.command()
@@ -340,7 +352,7 @@ def diff(first: In, second: In, how: dict[str, Any], as_json: JsonOption = False
         raise typer.Exit(3)
 
 
-@app.command()
+@app.command(cls=WithTarget)
 @changes(_changed)
 def prune(
     sparsity: Annotated[
@@ -395,7 +407,7 @@ def prune(
     return make
 
 
-@app.command()
+@app.command(cls=WithTarget)
 @changes(_changed)
 def initialize(
     initializer: Annotated[
@@ -429,7 +441,7 @@ def initialize(
     return make
 
 
-@app.command()
+@app.command(cls=WithTarget)
 @changes(_changed)
 def project(
     constraint: Annotated[

@@ -477,8 +477,8 @@ class _Rule:
             )
         if self.fixed and where is not _axes.kernels:
             raise FwtError(
-                "masks= says by itself which leaves it masks: leave where= out, or give "
-                "a sparsity too"
+                "masks= says by itself which leaves it masks: leave where= out, or give a sparsity "
+                "too; masks=functools.partial(fwt.masks_of, where=...) takes the zeros there"
             )
         if self.fixed and (self.regrow is not None or straight_through or rewind is not None):
             raise FwtError(

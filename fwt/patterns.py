@@ -134,9 +134,18 @@ class Pattern:
         """The pattern on each leaf.
 
         Raises:
-            LeafError: if it does not tile some of them, with the ``where`` that leaves them out.
+            LeafError: if it does not tile some of them, with the ``where`` that leaves them out; or
+                if a glob of the setting ``flattened`` names none of them.
         """
         found, wrong = [], {}
+        paths = [axes.path for axes in places]
+        for glob, sizes in dict(self.settings).get("flattened", ()):
+            hits = _tree.named(glob, paths)
+            if not hits:
+                raise LeafError(
+                    f"flattened={{{glob!r}: ...}} matches no selected leaf{_tree.near(glob, paths)}"
+                )
+            flattened = {**flattened, **dict.fromkeys(hits, sizes)}
         for axes in places:
             try:
                 found.append(self.on(axes, flattened))
@@ -245,9 +254,7 @@ def n_m(n: int, m: int, *, order: str | None = None, flattened: Any = None) -> P
     return Pattern("n_m", (("flattened", sizes), ("m", m), ("n", n), ("order", order)))
 
 
-def _on_groups(
-    axes: Axes, told: Mapping[str, Any], n: int, m: int, order: Any, flattened: Any
-) -> Groups:
+def _on_groups(axes: Axes, told: Mapping[str, Any], n: int, m: int, order: Any, **_: Any) -> Groups:
     if order is not None and axes.path in KNOWN.get():
         raise FwtError(
             f"{axes.path}: order={order!r} is for kernels as Flax counts them, and that of a live "
@@ -260,9 +267,6 @@ def _on_groups(
             f"{m} does not divide"
         )
     factors = told.get(axes.path, ())
-    for glob, sizes in flattened:
-        if _tree.named(glob, [axes.path]):
-            factors = sizes
     if order in (None, "hwc") or not factors:
         return Groups(n, m, axes.inputs)
     if math.prod(factors) != size:

@@ -543,6 +543,11 @@ def test_several_files_at_once(there, tmp_path):
     words = (out / "net.keras", out / "net.npz", out)
     found = cli("project", *words, *VERBS["project"], cwd=there, code=1)
     assert found.stderr.count("it would be written over itself") == 2
+    twice = tmp_path / "twice"
+    words = ("net.npz", "net.npz", twice)
+    found = cli("project", *words, *VERBS["project"], cwd=there, code=1)
+    assert f"net.npz: {twice / 'net.npz'} is written from net.npz already" in found.stderr
+    assert names(twice) == ["net.npz"]
     (tmp_path / "run.pth.tar").write_bytes((there / "w.pt").read_bytes())
     cli("project", "net.keras", out, *VERBS["project"], "--to", ".pt", cwd=there)
     cli("convert", tmp_path / "run.pth.tar", out, "--to", ".pt", cwd=there)
@@ -551,6 +556,61 @@ def test_several_files_at_once(there, tmp_path):
                   ("net.keras", "net.h5", out), ("net.keras", out, "--to", ".foo")):  # fmt: skip
         cli("convert", *words, cwd=there, code=2)
     assert not (there / "x.keras").exists()
+
+
+def test_a_slash_at_the_end_says_that_the_target_is_a_folder(there, tmp_path):
+    out = f"{tmp_path / 'new' / 'one'}/"
+    cli("prune", "w.pt", out, "--sparsity", "0.5", "--where", "**/weight", cwd=there)
+    assert names(tmp_path / "new" / "one") == ["w.pt"]
+    found = cli("convert", "w.pt", f"{tmp_path / 'other'}/", cwd=there, code=2)
+    assert "--to .keras" in found.stderr
+    cli("convert", "net.npz", f"{tmp_path / 'o.orbax'}/", cwd=there)  # a folder of one model
+    assert fwt_command("diff", there / "net.npz", tmp_path / "o.orbax")[0] == 0
+
+
+@pytest.mark.parametrize("verb", ["convert", "prune", "initialize", "project"])
+def test_what_is_missing_is_said(there, verb):
+    more = VERBS.get(verb, ())
+    for words, missing in ((("net.keras",), "target"), ((), "sources")):
+        found = cli(verb, *words, *more, cwd=there, code=2)
+        assert f"missing argument '{missing}" in found.stderr.lower(), words
+
+
+def test_external_data_of_onnx_on_every_command(tmp_path):
+    """As torch's exporter writes it: another file in the folder."""
+    net = random_model(fwt.Sequential([("d", nn.Dense(30)), ("e", nn.Dense(3))], (25,)))
+    converters.to_onnx(*net, tmp_path / "n.onnx", external_data=True)
+    for command in COMMANDS:
+        words = ["n.onnx"]
+        if command in ("verify", "diff"):
+            words += ["n.onnx"]
+        elif command != "inspect":
+            words += [f"{command}.npz"]
+        words += VERBS.get(command, ())
+        found = cli(command, *words, cwd=tmp_path, code=1)
+        assert "in another file" in found.stderr, command
+        assert "give --external-data" in found.stderr, command
+        cli(command, *words, "--external-data", cwd=tmp_path)
+    assert (
+        fwt_command("diff", tmp_path / "n.onnx", tmp_path / "convert.npz", "--external-data")[0]
+        == 0
+    )
+    converters.save(tmp_path / "w.pt", *net)
+    words = ("convert", "w.pt", "w.keras", "-a", "n.onnx")
+    cli(*words, cwd=tmp_path, code=1)
+    cli(*words, "--external-data", cwd=tmp_path)
+
+
+def test_half_precision_is_read_in_float32(tmp_path):
+    net = torch.nn.Sequential(torch.nn.Linear(4, 3)).half()
+    converters.save(tmp_path / "h.npz", converters.from_torch(net, (4,)))
+    found = cli("convert", "h.npz", "h.keras", cwd=tmp_path, code=1)
+    assert "net.float() in torch, or --dtype float32" in found.stderr
+    cli("convert", "h.npz", "h.keras", "--dtype", "float32", "--verify", cwd=tmp_path)
+    kernel = keras.saving.load_model(tmp_path / "h.keras").layers[0].kernel
+    assert np.array_equal(keras.ops.convert_to_numpy(kernel).T, net[0].weight.detach().float())
+    assert kernel.dtype == "float32"
+    cli("inspect", "h.npz", "--dtype", "float16", cwd=tmp_path, code=2)
 
 
 @pytest.fixture(scope="module")
@@ -607,6 +667,7 @@ def odd(tmp_path_factory):
          "say so with --axes 'bert/kernel=out in'"),
         ("project net.keras o.keras --constraint max_norm(1,2,3)", "expected max_norm(max_value="),
         ("project w.pt o.pt --constraint unit_norm --axes x/*=out", "--axes 'x/*' matches no leaf"),
+        ("inspect wide.npz --key nope", "it holds one model, or one set of weights, only"),
         ("verify net.keras w.pt", "--architecture says which model they are of"),
         ("verify net.keras net.keras --tolerance -1", "--tolerance -1.0"),
     ],

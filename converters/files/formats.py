@@ -303,7 +303,7 @@ def load(
     architecture: Any = None,
     key: str | None = None,
     rename: Mapping[str, str] | None = None,
-    drop: Sequence[str] = (),
+    drop: Sequence[str] | None = (),
     match: str = "name",
     strict: bool = True,
     fold: bool = True,
@@ -384,14 +384,8 @@ def load(
             raise FileFormatError(f"match must be 'name' or 'order', found {match!r}")
         if max_bytes is not None and (not isinstance(max_bytes, int) or max_bytes < 1):
             raise FileFormatError(f"max_bytes={max_bytes!r}: expected a number of bytes")
-        named = rename or drop or match != "name" or not strict
-        drop = [drop] if isinstance(drop, str) else drop
-        texts = [*(rename or {}), *(rename or {}).values(), *drop]
-        if not all(isinstance(text, str) for text in texts):
-            raise FileFormatError(
-                "rename= is a dict of names {old: new}, and drop= a list of globs"
-            )
-        how_named = _names.Names(rename, drop, match, strict)
+        how_named = _names.given(rename, drop, match, strict, path)
+        named = rename or how_named.drop or match != "name" or not strict
         if architecture is None and (match != "name" or not strict):
             raise FileFormatError(f"{path}: match= and strict= need architecture=")
         if not strict and match == "order":
@@ -414,7 +408,7 @@ def load(
             def fill(layers: list[Layer]) -> None:
                 own(layers, path, how)
 
-        whole = functools.partial(load, sidecar=sidecar)
+        whole = functools.partial(load, sidecar=sidecar, external_data=external_data)
         made = _fill.filled(model, architecture, path, fill, whole, how_named)
         return _flax.in_dtype(made, dtype)
     except OSError as error:

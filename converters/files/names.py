@@ -35,6 +35,32 @@ class Named(NamedTuple):
     value: Any
 
 
+def given(rename: Any, drop: Any, match: str, strict: bool, path: Path) -> Names:
+    """The arguments of ``load``, checked.
+
+    Raises:
+        FileFormatError: unless ``rename`` is a dict of texts and ``drop`` globs, or None.
+    """
+    drop = () if drop is None else (drop,) if isinstance(drop, str) else drop
+    listed = isinstance(drop, list | tuple | set | frozenset)
+    texts = {
+        "rename": [*rename, *rename.values()] if isinstance(rename, Mapping) else [],
+        "drop": list(drop) if listed else [],
+    }
+    for option, found, fine, form in (
+        ("rename", rename, rename is None or isinstance(rename, Mapping), _DICT),
+        ("drop", drop, listed, _GLOBS),
+    ):
+        wrong = next((text for text in texts[option] if not isinstance(text, str)), found)
+        if not fine or wrong is not found:
+            raise FileFormatError(f"{path}: {option}= is {form}, found {wrong!r:.80}")
+    return Names(rename, texts["drop"], match, strict)
+
+
+_DICT = "a dict of names, such as {'module.': ''}"
+_GLOBS = "a list of globs, such as ['optimizer.**']"
+
+
 def chosen(variables: Mapping[str, Any], how: Names, path: Path) -> list[Named]:
     """The arrays that are wanted, in the order of the file.
 
@@ -47,7 +73,7 @@ def chosen(variables: Mapping[str, Any], how: Names, path: Path) -> list[Named]:
     for collection, old, value in _source.flat_parts(variables):
         first, new = _first(old, rename, how)
         used |= set() if first is None else {first}
-        if not new or not all(new):
+        if not new or new.count("") > old.count(""):
             raise FileFormatError(f"{path}: rename: {'/'.join(old)!r} would be left without a name")
         found.append(Named(collection, old, new, value))
     if left := [old for old in rename if old not in used]:
@@ -122,6 +148,8 @@ def renamed(model: Model, how: Names, path: Path) -> Model:
     names = {".".join(x.old): ".".join(x.new) for x in wanted}
     if "names" in told:
         told["names"] = [names[n] for n in told["names"] if n in names]
+    if "safetensors" in told:
+        told["safetensors"] = _aliases(told, names)
     told["ties"] = [
         group
         for ties in told.get("ties", ())
@@ -130,6 +158,19 @@ def renamed(model: Model, how: Names, path: Path) -> Model:
     if "torch" in told:
         told["torch"] = _versions(told["torch"], how, dict(_source.flat_names(variables)), flat)
     return Model(None, _source.with_source(tree, told))
+
+
+def _aliases(told: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, str]:
+    """The metadata of a .safetensors file, of which the entries that are second names of arrays
+    follow the new names: they go where one of the two is left out."""
+    groups = [set(group) for group in told.get("ties", ())]
+    out, second = dict[str, str](), dict[str, str]()
+    for name, value in told["safetensors"].items():
+        if not any(name in group and value in group for group in groups):
+            out[name] = value
+        elif name in names and value in names:
+            second[names[name]] = names[value]
+    return out | second
 
 
 def _versions(

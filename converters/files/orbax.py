@@ -47,7 +47,7 @@ def load_orbax(path: Path, how: Reading) -> Model:
             folder, key = _item(path, key)
         told = folder / _OURS
         ours = _io.read_json(told) if told.exists() else None
-        tree = _restored(folder, budget, key, path, how.shardings)
+        tree = _restored(folder, budget, key, path, how)
         progress(size)
         if ours is None:
             return Model(None, _io.as_variables(tree, path))
@@ -83,25 +83,28 @@ def _item(path: Path, key: str | None) -> tuple[Path, str | None]:
         )
     found = f"the items {', '.join(items)}: key= names one" if items else "no item with arrays"
     if steps and not items:
-        found = f"the steps {', '.join(steps)}: give the folder of one, or key="
-    raise FileFormatError(f"{path}: {found}")
+        found = f"the steps {', '.join(steps)}: give the folder of one, or name one with key="
+    raise FileFormatError(f"{path}: it holds {found}")
 
 
-def _restored(folder: Path, budget: Budget, key: str | None, path: Path, shardings: Any) -> Any:
+def _restored(folder: Path, budget: Budget, key: str | None, path: Path, how: Reading) -> Any:
+    """What stands under ``key`` in the folder of a checkpoint; ``how`` has the key from the path
+    on."""
     import orbax.checkpoint as ocp
 
+    shardings = how.shardings
     handler = ocp.PyTreeCheckpointHandler()
     whole = handler.metadata(folder.absolute()).tree
 
     def array(leaf: Any) -> bool:
-        return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+        return getattr(leaf, "shape", None) is not None and getattr(leaf, "dtype", None) is not None
 
     tree = _io.under(whole, key, path)
     for keys, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)[0]:
         place = "/".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in keys)
-        if not array(leaf) or leaf.shape is None or leaf.dtype is None:
-            kind = type(leaf).__name__.removesuffix("Metadata").lower()
-            raise FileFormatError(f"{path}: {place} is a {kind}, no array; key= picks a part of it")
+        if not array(leaf):
+            way = _io.way_to_parts(tree, how.key, array) or "key= picks a part of it"
+            raise FileFormatError(f"{path}: {place} is no array; {way}")
         if min((*leaf.shape, 0)) < 0:
             raise FileFormatError(f"{path}: {place} has the shape {leaf.shape}")
         size = int(np.prod(leaf.shape, dtype=object)) * np.dtype(leaf.dtype).itemsize

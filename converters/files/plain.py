@@ -55,10 +55,26 @@ def load_npz(path: Path, how: Reading) -> Model:
             return Model(None, _source.restored({"params": {}, **variables}, told.get("source")))
         slashes = any("/" in name for name in flat)
         first = {name.split("/")[0]: None for name in flat}
-        if slashes and not _tree.is_variables(first):
-            flat = {f"params/{name}": value for name, value in flat.items()}
-        tree = _io.under(nested(flat, "/" if slashes else ".", path), how.key, path)
+        if slashes and _tree.is_variables(first):
+            tree = _io.under(nested(flat, "/", path), how.key, path)
+        else:
+            flat = _inside(flat, "/" if slashes else ".", path, how)
+            tree = nested(flat, "/" if slashes else ".", path)
         return Model(None, _io.as_variables(tree, path))
+
+
+def _inside(flat: dict[str, Any], separator: str, path: Path, how: Reading) -> dict[str, Any]:
+    """The arrays whose names start with the key, without that start."""
+    if how.key is None:
+        return flat
+    start = how.key.replace("/", separator) + separator
+    found = {n.removeprefix(start): value for n, value in flat.items() if n.startswith(start)}
+    if not found:
+        parts = dict.fromkeys(n.partition(separator)[0] for n in flat if separator in n)
+        if not parts:
+            _io.without_key(path, how)
+        _io.under(parts, how.key, path)  # which says what parts there are
+    return found
 
 
 def _check_npy(start: bytes | bytearray, size: int) -> None:
@@ -131,7 +147,7 @@ def load_msgpack(path: Path, how: Reading) -> Model:
         data = path.read_bytes()
         progress(len(data))
         tree = _io.under(_tree_of(_unpacked(data, path, budget), path), how.key, path)
-        return Model(None, _io.as_variables(tree, path))
+        return Model(None, _io.as_variables(tree, path, how.key))
 
 
 def _unpacked(data: bytes, path: Path, budget: Budget) -> Any:

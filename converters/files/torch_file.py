@@ -34,7 +34,7 @@ def load_torch(path: Path, how: Reading) -> Model:
         loaded, ours = _loaded(path, how)
         state = _io.under(loaded, how.key, path)
         metadata = getattr(state, "metadata", None)
-        return _model(_state(state, path), path, how, ours, metadata)
+        return _model(_state(state, path, how.key), path, how, ours, metadata)
 
 
 def _sharded(path: Path, how: Reading) -> Model:
@@ -108,7 +108,7 @@ def _check_kind(path: Path) -> None:
         raise FileFormatError(f"{path}: {what}, so it is no file of torch")
 
 
-def _state(loaded: Any, path: Path) -> dict[str, np.ndarray]:
+def _state(loaded: Any, path: Path, key: str | None = None) -> dict[str, np.ndarray]:
     """A dict of tensors. Plain values beside them are left out with a warning; for what else a
     checkpoint may be, the error names a way to its tensors."""
     if isinstance(loaded, np.ndarray):
@@ -129,11 +129,9 @@ def _state(loaded: Any, path: Path) -> dict[str, np.ndarray]:
         elif tensors and isinstance(name, str) and isinstance(value, _VALUES):
             left.append(f"{torch_pickle.short(name)} ({_kind(value)})")
         else:
-            inside = [f"{k}" for k, v in loaded.items() if isinstance(v, dict) and v and all(
-                isinstance(x, np.ndarray) for x in v.values())]  # fmt: skip
-            hint = f"key={inside[0]!r} picks a part of it" if inside else (
+            hint = _io.way_to_parts(loaded, key, lambda x: isinstance(x, np.ndarray), 1) or (
                 "save model.state_dict() on its own, or pick a part of it with key="
-            )  # fmt: skip
+            )
             raise FileFormatError(
                 f"{path}: expected a state dict of tensors, but {torch_pickle.short(name)} is "
                 f"{_kind(value)}; {hint}"

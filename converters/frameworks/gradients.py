@@ -27,7 +27,8 @@ def in_tree(
     """
     if _nodes.foreign(grads)[1] == "model" and hasattr(grads, "named_parameters"):
         grads = {name: p.grad for name, p in grads.named_parameters()}
-    named, ordered = backend.trained(model)
+    pairs, ordered = backend.trained(model)
+    named = dict(pairs)
     if isinstance(grads, list | tuple):
         if len(grads) != len(ordered):
             raise FwtError(
@@ -36,6 +37,12 @@ def in_tree(
             )
         held = {id(v): g for v, g in zip(ordered, grads, strict=True)}
     elif isinstance(grads, Mapping) and _by_name(grads, named):
+        twice = [n for n, v in pairs if n in grads and v is not named[n]]
+        if twice:
+            raise LeafError(
+                f"grads: several variables of the model are named {twice[0]!r}: give the gradients "
+                f"as a list, in the order of {backend.TRAINED}"
+            )
         held = {id(named[name]): g for name, g in grads.items()}
     else:
         return grads

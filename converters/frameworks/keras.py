@@ -476,9 +476,9 @@ def _read(there: tuple[int, ...] | None, groups: int, value: np.ndarray) -> np.n
 TRAINED = "trainable_variables"
 
 
-def trained(model: Any) -> tuple[dict[str, Any], list[Any]]:
-    """The variables by their paths, and those that are trained."""
-    return {v.path: v for v in model.variables}, list(model.trainable_variables)
+def trained(model: Any) -> tuple[list[tuple[str, Any]], list[Any]]:
+    """The variables with their paths, and those that are trained."""
+    return [(v.path, v) for v in model.variables], list(model.trainable_variables)
 
 
 def array_of(gradient: Any) -> np.ndarray:

@@ -292,8 +292,10 @@ def from_torch(
     model = unwrapped(model)
     if not is_container(model):
         raise ConversionError(
-            f"from_torch takes a torch.nn.Sequential, found {type(model).__name__}; to change the "
-            "weights of any torch module in place, use converters.transform(model, t)"
+            f"from_torch takes a torch.nn.Sequential, found {type(model).__name__}, whose "
+            "forward can't be read: give a Sequential of the same layers, or save its state_dict() "
+            "and load('w.pt', architecture=keras_model, match='order'); "
+            "converters.transform(model, t) changes the weights of any torch module in place"
         )
     plain = _children(model, (), {})
     layers = torch_layers.with_selected(list(plain))
@@ -475,12 +477,12 @@ def leaves(model: torch.nn.Module) -> list[LiveLeaf]:
 TRAINED = "parameters()"
 
 
-def trained(model: torch.nn.Module) -> tuple[dict[str, Any], list[Any]]:
-    """The parameters by the names that torch has for them, and those that are trained."""
+def trained(model: torch.nn.Module) -> tuple[list[tuple[str, Any]], list[Any]]:
+    """The parameters with the names that torch has for them, and those that are trained."""
     named: dict[str, Any] = dict(model.named_parameters(remove_duplicate=False))
     inner = torch_wrappers.names(model)
     named |= {n: named[full] for full, n in inner.items() if n is not None and full in named}
-    return named, list(model.parameters())
+    return list(named.items()), list(model.parameters())
 
 
 def array_of(gradient: Any) -> np.ndarray:

@@ -51,7 +51,8 @@ def check_said(layers: Sequence[Layer]) -> None:
         for found in held([layer]) & {"float16", "bfloat16"}:
             raise refuse(str(layer), f"its weights are {found} and it says no dtype=, so that Flax "
                          f"computes in float32 where the input is, and Keras in {found}",
-                         "give each layer dtype=, or cast the weights")  # fmt: skip
+                         "give each layer dtype=, or make the weights float32: net.float() in "
+                         "torch, or load(path, dtype='float32')")  # fmt: skip
 
 
 def settled(layers: Sequence[Layer], source: Framework, target: Framework) -> list[Layer]:

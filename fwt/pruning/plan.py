@@ -191,11 +191,6 @@ class Plan:
             return [None] * len(names)
         settings = dict(self.pattern.settings)
         told = {}
-        for glob, _ in settings.get("flattened", ()):
-            if not _tree.named(glob, names):
-                raise LeafError(
-                    f"flattened={{{glob!r}: ...}} matches no selected leaf{_tree.near(glob, names)}"
-                )
         if settings.get("order") == "chw":
             told = _axes.flattened(tree.module)
             if not told and not settings["flattened"]:

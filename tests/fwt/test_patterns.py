@@ -623,3 +623,18 @@ def test_empty_leaves_in_patterns():
 def test_globs_of_flattened_that_match_nothing():
     with pytest.raises(fwt.LeafError, match=r"flattened=.*'typo/kernel'.*matches no selected leaf"):
         fwt.prune(pattern=P.n_m(2, 4, order="chw", flattened={"typo/kernel": (2, 2, 2)}))(tree())
+
+
+def test_the_exact_name_of_one_leaf_is_that_leaf():
+    """Another leaf has the same name in the spelling of files."""
+    w = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+    params = {"a.b": {"kernel": w}, "a": {"b": {"kernel": w.copy()}}}
+    told = {"a.b/kernel": (2, 2, 2)}
+    found = fwt.masks(pattern=P.n_m(1, 2, order="chw", flattened=told))(params)
+    plain = fwt.masks(pattern=P.n_m(1, 2))(params)
+    assert np.array_equal(found["a"]["b"]["kernel"], plain["a"]["b"]["kernel"])
+    turned = w.reshape(2, 2, 2, 3).transpose(2, 0, 1, 3).reshape(8, 3)  # as torch counts them
+    own = fwt.masks(pattern=P.n_m(1, 2))({"kernel": turned})["kernel"]
+    back = np.asarray(own).reshape(2, 2, 2, 3).transpose(1, 2, 0, 3).reshape(8, 3)
+    assert np.array_equal(found["a.b"]["kernel"], back)
+    assert not np.array_equal(back, plain["a.b"]["kernel"])

@@ -1,5 +1,6 @@
 """fwt.optim.sparsify: what is pruned when, by whom, and what it leaves alone."""
 
+import functools
 import itertools
 
 import jax
@@ -653,6 +654,10 @@ def test_what_is_pruned_stays_so_under_lamp_and_erk(scope):
 def test_more_wrong_settings():
     with pytest.raises(fwt.FwtError, match="leave where= out"):
         sparsify(optax.sgd(0.1), masks=fwt.masks_of, where="a/*")
+    tx = sparsify(optax.sgd(0.1), masks=functools.partial(fwt.masks_of, where="a/*"))
+    params = {n: {"x": jnp.array([[0.0, 1.0]])} for n in "ab"}
+    updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+    assert [bool(u["x"][0, 0]) for u in updates.values()] == [False, True]
 
     def mine(params, *, accumulated=None):
         return params

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import jax
 import keras
 import ml_dtypes
 import numpy as np
+import optax
 import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
@@ -835,8 +837,33 @@ def test_npz_msgpack_and_orbax_of_others_and_for_others(model, tmp_path):
         manager.save(3, args=ocp.args.Composite(state=ocp.args.StandardSave(plain)))
     same(converters.load(tmp_path / "steps" / "3").variables, plain)
     same(converters.load(tmp_path / "steps" / "3", key="state").variables, plain)
-    with pytest.raises(converters.FileFormatError, match="the steps 3: give the folder of one"):
+    with pytest.raises(converters.FileFormatError, match="holds the steps 3: give the folder of"):
         converters.load(tmp_path / "steps")
+
+
+def test_the_parts_of_an_orbax_checkpoint_with_a_state(tmp_path):
+    params = {"d": {"kernel": np.ones((4, 3), np.float32)}}
+    state = optax.chain(optax.clip(1.0), optax.adam(1e-3)).init(params)
+    held = {"opt_state": {"inner": state}, "weights": params, "ema": params, "step": np.int32(3)}
+    ocp.PyTreeCheckpointer().save(tmp_path / "20", held)
+    flat = {"d.kernel": torch.ones(3, 4)}
+    inner = {"weights": flat, "ema": flat, "optimizer": {"state": {0: {}}}}
+    torch.save({"20": inner, "other": 1}, tmp_path / "c.pt")
+    tree = {"weights": params, "ema": params, "extra": None}
+    (tmp_path / "m.msgpack").write_bytes(serialization.msgpack_serialize({"20": tree}))
+    for path, key, said in (
+        (tmp_path / "20", None, "opt_state/inner/0 is no array; "),
+        (tmp_path, "20", "opt_state/inner/0 is no array; "),
+        (tmp_path / "c.pt", "20", "but 'weights' is a dict; "),
+        (tmp_path / "m.msgpack", "20", r"extra is no array of numbers \(NoneType\); "),
+    ):
+        with pytest.raises(converters.FileFormatError, match=said) as caught:
+            converters.load(path, key=key)
+        parts = re.findall(r"key='([^']*)'", str(caught.value))
+        start = "" if key is None else f"{key}/"
+        assert sorted(parts) == [f"{start}ema", f"{start}weights"]
+        for part in parts:
+            assert fwt.paths(converters.load(path, key=part).variables) == ["d/kernel"]
 
 
 def test_large_arrays_of_msgpack_come_in_chunks(tmp_path, monkeypatch):

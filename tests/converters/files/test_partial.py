@@ -300,3 +300,101 @@ def test_a_folder_of_several_files_of_weights_is_ambiguous(tmp_path):
         (tmp_path / name).unlink()
     torch.save(net().state_dict(), tmp_path / "pytorch_model.bin")
     assert converters.load(tmp_path).module is not None
+
+
+def tied(names, first, second):
+    """Linear layers of these names, two of which have one weight."""
+    torch.manual_seed(3)
+    layers = {name: torch.nn.Linear(5, 5, bias=False) for name in names}
+    layers[second].weight = layers[first].weight
+    return torch.nn.ModuleDict(layers)
+
+
+@pytest.mark.parametrize(
+    ("rename", "drop", "pair", "stored"),
+    [
+        ({"a": "c", "c": "a"}, None, ("c", "b"), ["a.weight", "c.weight"]),
+        ({"a": "x"}, (), ("x", "b"), ["c.weight", "x.weight"]),
+        ({"b": "x"}, (), ("a", "x"), ["a.weight", "c.weight"]),
+        (None, "a.*", None, ["b.weight", "c.weight"]),
+        (None, ["b.weight"], None, ["a.weight", "c.weight"]),
+        ({"c": "b", "b": "c"}, ["a.weight"], None, ["b.weight", "c.weight"]),
+    ],
+)
+def test_second_names_in_metadata_follow_the_new_names(tmp_path, rename, drop, pair, stored):
+    """As safetensors' own load_model takes them."""
+    net = tied("abc", "a", "b")
+    safetensors.torch.save_model(net, str(tmp_path / "w.safetensors"))
+    variables = converters.load(tmp_path / "w.safetensors", rename=rename, drop=drop).variables
+    out = tmp_path / "out.safetensors"
+    converters.save(out, None, variables)
+    with safetensors.safe_open(out, "pt") as file:
+        assert sorted(file.keys()) == stored
+        metadata = {n: v for n, v in file.metadata().items() if n != "format"}
+        assert metadata == ({} if pair is None else {f"{pair[1]}.weight": f"{pair[0]}.weight"})
+    new = {n: (rename or {}).get(n, n) for n in "abc"}
+    if pair is not None:
+        other = tied(new.values(), *pair)
+        torch.nn.init.zeros_(other[pair[0]].weight)
+        assert safetensors.torch.load_model(other, str(out)) == (set(), [])
+        for old, name in new.items():
+            assert torch.equal(other[name].weight, net[old].weight), name
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"rename": [("a", "b")]}, r"rename= is a dict .*found \[\('a', 'b'\)\]"),
+        ({"rename": "a=b"}, "rename= is a dict .*found 'a=b'"),
+        ({"rename": {"a": 3}}, "rename= is a dict .*found 3"),
+        ({"drop": 5}, "drop= is a list of globs.*found 5"),
+        ({"drop": ["a.*", None]}, "drop= is a list of globs.*found None"),
+        ({"drop": {"a": "b"}}, "drop= is a list of globs.*found {'a': 'b'}"),
+    ],
+)
+def test_what_rename_and_drop_are(tmp_path, how, said):
+    torch.save(net().state_dict(), tmp_path / "w.pt")
+    with pytest.raises(converters.FileFormatError, match=rf"w\.pt: {said}"):
+        converters.load(tmp_path / "w.pt", **how)
+    given = converters.load(tmp_path / "w.pt", rename=None, drop=None).variables
+    assert fwt.paths(given) == fwt.paths(converters.load(tmp_path / "w.pt").variables)
+
+
+def test_names_with_empty_parts_stay_as_they_are(tmp_path):
+    state = {
+        "a..b": torch.ones(2, 3),
+        ".x": torch.ones(3),
+        "c": torch.ones(1),
+        "d.e": torch.ones(2),
+    }
+    torch.save(state, tmp_path / "w.pt")
+    found = converters.load(tmp_path / "w.pt", drop=["c"], rename={"d": "f"}).variables
+    assert fwt.paths(found) == ["/x", "a//b", "f/e"]
+    found = converters.load(tmp_path / "w.pt", drop=["a..b", ".x"], rename={"a": "z"}).variables
+    assert fwt.paths(found) == ["c", "d/e"]
+    with pytest.raises(converters.FileFormatError, match="'c' would be left without a name"):
+        converters.load(tmp_path / "w.pt", rename={"c": ""})
+
+
+@pytest.mark.parametrize(
+    ("names", "key", "said"),
+    [
+        (("a", "b"), "nope", "it holds one model, or one set of weights"),
+        (("m.a", "b"), "params", "there is no 'params', but 'm'$"),
+        (("m/a", "b"), "params", "there is no 'params', but 'm'$"),
+        (("m.n.a", "m.n.running_mean", "m.b"), "m/n", None),
+        (("m/n/a", "m/n/b.c", "b"), "m/n", None),
+    ],
+)
+def test_parts_of_npz_are_those_of_its_names(tmp_path, names, key, said):
+    np.savez(tmp_path / "w.npz", **{n: np.full((i + 1, 2), i) for i, n in enumerate(names)})
+    if said is not None:
+        with pytest.raises(converters.FileFormatError, match=said):
+            converters.load(tmp_path / "w.npz", key=key)
+        return
+    variables = converters.load(tmp_path / "w.npz", key=key).variables
+    inner = (
+        {"a": (1, 2), "running_mean": (2, 2)} if "." in names[0] else {"a": (1, 2), "b.c": (2, 2)}
+    )
+    found = {n: v.shape for tree in variables.values() for n, v in tree.items()}
+    assert found == inner

@@ -999,3 +999,32 @@ def test_gradients_of_groups_in_keras():
     np.testing.assert_allclose(
         np.sort(seen["torch"], None), np.sort(seen["keras"], None), rtol=1e-6
     )
+
+
+def test_gradients_by_a_name_that_two_variables_have():
+    """Keras gives both the same path: only their order tells them apart."""
+
+    @keras.saving.register_keras_serializable("test")
+    class Two(keras.layers.Layer):
+        def build(self, shape):
+            self.first = self.add_weight(shape=(3, 2), name="w")
+            self.second = self.add_weight(shape=(3, 2), name="w")
+            self.one = self.add_weight(shape=(3, 2), name="one")
+
+        def call(self, x):
+            return x @ self.first + x @ self.second + x @ self.one
+
+    net = keras.Sequential([keras.Input((3,)), Two(name="two")])
+    values = [np.full((3, 2), i, np.float32) for i in (1, 2, 3)]
+    paths = [v.path for v in net.trainable_variables]
+    assert len(set(paths)) == 2
+
+    def pruned(grads):
+        t = fwt.prune(0.5, fwt.scores.gradient, grads=grads, where="**", scope="global")
+        converters.transform(net, t)
+        return [int((keras.ops.convert_to_numpy(v) == 0).sum()) for v in net.trainable_variables]
+
+    with pytest.raises(fwt.LeafError, match=rf"named '{paths[0]}'.*order of trainable_variables"):
+        pruned(dict(zip(paths, values, strict=True)))
+    assert pruned(values) == [6, 3, 0]
+    pruned({paths[2]: values[2]})  # whose name says which it is

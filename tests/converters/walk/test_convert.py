@@ -270,6 +270,29 @@ def test_hooks_and_custom_classes_are_refused():
         converters.from_keras(keras.Sequential([keras.Input((3,)), Dense(2)]))
 
 
+def test_a_forward_of_ones_own_has_two_ways_to_keras(tmp_path):
+    """Which the error names."""
+
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = torch.nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.body(x)
+
+    net, x = Net(), torch.randn(2, 4)
+    with pytest.raises(fwt.ConversionError, match=r"found Net.*Sequential of the same") as caught:
+        converters.from_torch(net)
+    assert "load('w.pt', architecture=keras_model, match='order')" in str(caught.value)
+    torch.save(net.state_dict(), tmp_path / "w.pt")
+    made = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+    loaded = converters.load(tmp_path / "w.pt", architecture=made, match="order")
+    for model in (loaded, converters.from_torch(torch.nn.Sequential(net.body), (4,))):
+        found = converters.to_keras(*model).predict(x.numpy(), verbose=0)
+        np.testing.assert_allclose(found, net(x).detach(), atol=1e-6)
+
+
 def test_half_precision_weights_cross_bit_for_bit():
     net = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 2), torch.nn.Flatten(), torch.nn.Linear(6, 2))
     for dtype in (torch.bfloat16, torch.float16, torch.float64):

@@ -15,7 +15,7 @@ from fwt.converters import judge
 from fwt.converters.onnx import graph as _graph
 from fwt.converters.onnx import read
 from fwt.converters.verification.ends import Kind, ends
-from fwt.converters.verification.sides import Side, Taps, layer_name, some_integers
+from fwt.converters.verification.sides import Side, Taps, layer_name
 
 _KINDS = {"BatchNormalization": "BatchNorm2d", "PRelu": "BatchNorm2d",
           "InstanceNormalization": "BatchNorm2d", "GroupNormalization": "GroupNorm",
@@ -130,13 +130,16 @@ def side(path: Path, external: bool) -> Side:
     def model(*_: Any) -> Model:
         return read.from_onnx(path, external_data=external)
 
-    table: Any = next((weights[n.input[0]] for n in graph.node if n.op_type == "Gather"
-                       and n.input[0] in weights), None)  # fmt: skip
-    count, rows = some_integers(dtype), []
-    if count is not None and table is not None:
-        count, rows = int(table.dims[0]), [_graph.array_of(table, path, external)]
-    return Side(run, shape[:axis] + shape[axis + 1 :], channels_first, model, count, rows, True,
-                list(stored.values()), model_first=channels_first,
+    tables = {n.input[0]: None for n in graph.node if n.op_type == "Gather"
+              and n.input[0] in weights and len(weights[n.input[0]].dims) > 1}  # fmt: skip
+    rows = [_graph.array_of(weights[n], path, external) for n in tables]
+    rows = rows if dtype.kind in "iu" else []
+    few = [n for n, t in weights.items() if math.prod(t.dims) <= 64 and not t.external_data]
+    told = [(n, float(v), 0) for n in few for v in onnx.numpy_helper.to_array(weights[n]).ravel()
+            if stored[n].kind in "iuf" and math.isfinite(v)]  # fmt: skip
+    return Side(run, shape[:axis] + shape[axis + 1 :], channels_first, model, len(rows[0]) if rows else None,
+                rows, True, list(stored.values()), model_first=channels_first, settings=told,
+                apart=len(rows) > 1,
                 time_first=time_first, takes=dtype)  # fmt: skip
 
 

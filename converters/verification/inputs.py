@@ -18,11 +18,12 @@ _EXACT = 2**24  # the last whole number up to which float32 holds all
 
 def made(one: Side, other: Side, shape: Sequence[int] | None) -> tuple[np.ndarray, list[str]]:
     """A batch in the layout of the first model, and what it does not reach."""
-    known: Any = shape or one.shape
-    if known is None and other.shape is not None:
-        known = other.shape
-        if one.channels_first != other.channels_first and len(known) > 1:
-            known = (known[-1], *known[:-1]) if one.channels_first else (*known[1:], known[0])
+    there = other.shape
+    if there is not None and one.channels_first != other.channels_first and len(there) > 1:
+        there = (there[-1], *there[:-1]) if one.channels_first else (*there[1:], there[0])
+    known: Any = shape or one.shape or there
+    if not shape and there is not None and len(known) == len(there):
+        known = [b if a is None else a for a, b in zip(known, there, strict=True)]
     if known is None:
         raise ConversionError(
             "verify: neither model says what it takes: give input_shape= or inputs="

@@ -34,7 +34,7 @@ class Side:
     channels_first: bool  # at its ends
     # For inputs of a shape, without the batch axis, and whether in the layout of the source.
     model: Callable[..., Model]
-    integers: int | None = None  # the input is indices, below this if it goes straight into a table
+    integers: int | None = None  # the input is whole numbers, below this if straight into a table
     tables: Sequence[Any] = ()  # of embeddings, of which these are the rows
     turned: bool = False  # whether channels may come first inside
     dtypes: Sequence[Any] = ()  # of its weights
@@ -43,6 +43,8 @@ class Side:
     names: Any = None  # of its modules and weights, for models that can't be converted
     settings: Sequence[tuple[str, float, int]] = ()  # numbers, each with the index of its layer
     time_first: bool = False  # whether the batch is the second axis, of sequences
+    told: bool = True  # whether a layer tells that
+    along: Any = None  # gives ``run`` and ``shape`` for the axis that the batch is, if it matters
     takes: Any = None  # the dtype that its input is cast to, if it says one
     apart: bool = False  # whether its tables are not known to be fed the input as it is
 
@@ -66,6 +68,12 @@ class Side:
         y, taps = self.run(np.ascontiguousarray(x.swapaxes(0, 1)), by)
         return back(y), {name: back(v) for name, v in taps.items()}
 
+    def timed(self, first: bool) -> "Side":
+        """The side with the time first, or the batch."""
+        given = {} if self.along is None else dict(zip(("run", "shape"), self.along(int(first)),
+                                                       strict=True))  # fmt: skip
+        return dataclasses.replace(self, time_first=first, **given)
+
     def laid_out(self, channels_first: bool) -> "Side":
         """The side with channels first at its ends, or last, whatever its layers say."""
         same = self.model_first == self.channels_first
@@ -75,6 +83,7 @@ class Side:
 
 
 OF_TRAINING = ("momentum", "rate", "dropout_rate", "dropout", "recurrent_dropout")
+_OF_DRAWS = ("_initializer", "_regularizer", "_constraint", "seed")
 _AXES = re.compile(r"(?:: |/)[^:]*(dim|axis|axes)[^:]*$")
 _AT_RANDOM = ("Drop", "Noise", "Random")  # parts of the names of layers that only train
 
@@ -97,8 +106,8 @@ def _numbers(
         pairs: Any = enumerate(value) if isinstance(value, list | tuple) else ()
         if isinstance(value, dict):
             pairs = [(k, v) for k, v in value.items() if not str(k).startswith("_")
-                     and k not in OF_TRAINING and "drop" not in str(k) and k != "padding_idx"
-                     and not str(k).endswith(("_initializer", "_regularizer", "_constraint", "seed"))
+                     and k not in (*OF_TRAINING, "padding_idx") and "drop" not in str(k)
+                     and not str(k).endswith(_OF_DRAWS)
                      and not is_training(framework, str(k))]  # fmt: skip
         for name, one in pairs:
             under(f"{place}: {name}" if ":" not in place else f"{place}/{name}", one, at)
@@ -149,10 +158,10 @@ def flax_side(model: Model) -> Side:
     dtypes = [v.dtype for v in jax.tree.leaves(model.variables) if hasattr(v, "dtype")]
     told = [getattr(named.layer, "dtype", None) for named in model.module.layers]
     dtypes += [np.dtype(d) for d in told if d is not None]
-    time_first, channels_first = ends("flax", _kinds(model.module), False)
+    time_first, channels_first, told_batch = ends("flax", _kinds(model.module), False)
     return Side(run, model.module.input_shape, channels_first, lambda *_: model, count, rows,
                 dtypes=dtypes, model_first=channels_first, settings=settings,
-                time_first=time_first)  # fmt: skip
+                time_first=time_first, told=told_batch)  # fmt: skip
 
 
 def _fields(layer: Any) -> dict[str, Any]:
@@ -222,9 +231,10 @@ def nnx_side(model: Any) -> Side:
     dtypes = [v.dtype for v in jax.tree.leaves(nnx.state(model, nnx.Not(nnx.RngState)))
               if hasattr(v, "dtype")]  # fmt: skip
     kinds = _kinds(model) if type(model) is nnx.Sequential else ()
-    time_first, channels_first = ends("flax", kinds, False)
+    time_first, channels_first, told_batch = ends("flax", kinds, False)
     return Side(run, None, channels_first, converted, count, rows, dtypes=dtypes,
-                model_first=channels_first, time_first=time_first)  # fmt: skip
+                model_first=channels_first, time_first=time_first,
+                told=told_batch)  # fmt: skip
 
 
 def layer_name(parts: Sequence[str]) -> str:
@@ -281,7 +291,7 @@ def keras_side(model: Any) -> Side:
     first = next((x for x in flat if type(x).__name__ not in moves), None)
     formats = {getattr(x, "data_format", None) for x in flat}
     inside = "channels_first" in formats
-    _, channels_first = ends("keras", _kinds(model), inside)
+    _, channels_first, _ = ends("keras", _kinds(model), inside)
     taken = getattr(next(iter(getattr(model, "inputs", None) or ()), None), "dtype", None)
     found = [x for x in flat if isinstance(x, keras.layers.Embedding)]
     count = getattr(first, "input_dim", None) or getattr(first, "num_tokens", None)
@@ -395,7 +405,8 @@ def torch_side(model: Any) -> Side:
             return y.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return y.numpy()
 
-    time_first, channels_first = ends("torch", map(_torch_kind, model.modules()), True)
+    kinds_of = map(_torch_kind, model.modules())
+    time_first, channels_first, told_batch = ends("torch", kinds_of, True)
     # Only of a chain is it known what stands before a layer.
     chain = isinstance(model, torch.nn.Sequential | torch.nn.TransformerEncoder)
     leaves = [m for m in model.modules() if not list(m.children())]
@@ -408,8 +419,8 @@ def torch_side(model: Any) -> Side:
         first = next((m for m in first if isinstance(m, torch.nn.Sequential)
                       or type(m).__name__ not in _MOVES), None)  # fmt: skip
     straight = first is leaf
-    rows = [array(m.weight) for m in leaves
-            if count is not None and isinstance(m, kinds) and (m is leaf or not straight)]  # fmt: skip
+    tabled = [m for m in leaves if isinstance(m, kinds) and (m is leaf or not straight)]
+    rows = [array(m.weight) for m in tabled if count is not None]
 
     modules = [(name, type(module)) for name, module in model.named_modules()]
     names = modules, [(name, getattr(w, "shape", ())) for name, w in model.state_dict().items()]
@@ -428,7 +439,7 @@ def torch_side(model: Any) -> Side:
 
     return Side(run, None, channels_first, converted, count, rows, True,
                 [array(w.flatten()[:1]).dtype for w in weights], names=names,
-                settings=settings, time_first=time_first and chain,
+                settings=settings, time_first=time_first and chain, told=told_batch and chain,
                 apart=bool(rows) and not straight,
                 takes=array(weights[0].flatten()[:1]).dtype if weights else None)  # fmt: skip
 
@@ -481,4 +492,5 @@ def _torch_kind(module: Any) -> Kind:
     # A layer of an encoder leaves it to its attention.
     first = getattr(getattr(module, "self_attn", module), "batch_first", None)
     batch = 1 - first if isinstance(first, bool) else None
-    return Kind(type(module).__name__, _permutes(module), batch=batch)
+    own = not str(type(module).forward.__module__).startswith(("torch.", "fwt."))
+    return Kind(type(module).__name__, _permutes(module), batch=batch, turns=own)

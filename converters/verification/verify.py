@@ -114,7 +114,7 @@ def verify(
         output = Line("output", x.shape, 0.0, 0.0, 0, "not compared")
         return Report(False, None, (), (), output, (_nothing(x, output),))
     free = made and input_shape is None and one.shape is None
-    one, other, x, found = _turned(one, other, x, tolerance, free)
+    one, other, x, found = _turned(one, other, x, tolerance, free, made)
     lines, output, told, carries = found
     if one.channels_first != other.channels_first and one.turned == other.turned:
         ends = ("first", "last") if other.channels_first else ("last", "first")
@@ -242,13 +242,13 @@ Found = tuple[list[Line], Line, judge.Apart | None, set[str]]
 
 
 def _turned(
-    one: Side, other: Side, x: np.ndarray, tolerance: float | None, free: bool
+    one: Side, other: Side, x: np.ndarray, tolerance: float | None, free: bool, made: bool
 ) -> tuple[Side, Side, np.ndarray, Found]:
     """The sides and the inputs as they fit together, and what :func:`_lines` finds.
 
     The inputs are turned if the layers say so. They go in as they are if that makes such models
-    equal, since not every layer says where channels, or the batch, are; and another way only where
-    these can't be run at all.
+    equal, since not every layer says where channels are; and another way only where these can't be
+    run at all. Where the batch is is tried only for a model no layer of which tells it.
 
     Args:
         one: the first model.
@@ -256,6 +256,7 @@ def _turned(
         x: inputs in the layout of the first.
         tolerance: see ``verify``.
         free: whether the first model does not say what it takes, so that ``x`` may be turned too.
+        made: whether the inputs are none of the user's.
     """
 
     def tried(a: Side, b: Side, given: np.ndarray) -> tuple[Side, Side, np.ndarray, Found] | None:
@@ -267,10 +268,18 @@ def _turned(
 
     failed: list[ConversionError] = []
     first = tried(one, other, x)
-    if one.swaps(x) != other.swaps(x) and (first is None or first[3][1].status == "differs"):
-        alike = tried(one, dataclasses.replace(other, time_first=one.time_first), x)
-        if alike is not None and (first is None or alike[3][1].status != "differs"):
-            return alike
+    if first is None or first[3][1].status == "differs":
+        for told, side in ((one.told, other), (other.told, one)):
+            if side.told or not (told or first is None):
+                continue  # what layers tell stays
+            turned = side.timed(not side.time_first)
+            given = x
+            if side is one and not made and x.ndim > 1:
+                given = np.ascontiguousarray(x.swapaxes(0, 1))
+            pair = (one, turned) if side is other else (turned, other)
+            alike = tried(*pair, given)
+            if alike is not None and (first is None or alike[3][1].status != "differs"):
+                return alike
     if x.ndim > 2 and one.channels_first != other.channels_first:
         if first is not None and first[3][1].status in ("exact", "close"):
             return first

@@ -54,7 +54,7 @@ def _of_one_table(
     one: Side, other: Side, straight: Sequence[int], high: int, sizes: tuple[int, ...]
 ) -> tuple[np.ndarray, list[str]]:
     """Rows of a table that the input goes straight into."""
-    count = min(*straight, high + 1) if len(straight) > 1 else min(straight[0], high + 1)
+    count = min(*straight, high + 1)
     notes = []
     if len(set(straight)) > 1:
         notes.append(f"the tables have {straight[0]:,} and {straight[1]:,} rows: those from "
@@ -86,8 +86,8 @@ def _of_tables(
     known = differ[differ < limit]
     values = np.concatenate([known, np.setdiff1d(np.arange(limit), known)])
     alone = values[: max(min(_ALONE, _MOST // size), 1)]
-    batch = [judge.whole_numbers(limit, sizes, values[: _ROWS * size]),
-             np.broadcast_to(alone.reshape(-1, *[1] * len(sizes)), (len(alone), *sizes))]  # fmt: skip
+    everywhere = np.broadcast_to(alone.reshape(-1, *[1] * len(sizes)), (len(alone), *sizes))
+    batch = [judge.whole_numbers(limit, sizes, values[: _ROWS * size]), everywhere]
     fed = set(values[: max(_ROWS * size, len(alone))].tolist())
     beyond = differ[differ >= limit][:_ALONE]
     for at in range(min(size, 64) if len(beyond) else 0):
@@ -126,8 +126,7 @@ def _of_numbers(
              *range(min(indices, _ROWS * _ROWS))]  # fmt: skip
     if high - low < 256:
         found = [*range(low, high + 1)]
-    bound = 2**10 if half else 2**15 if high >= 2**16 and not told else _EXACT
-    bound = max(bound, 2**16) if high < 2**16 and not half else bound
+    bound = 2**10 if half else _EXACT
     values = np.unique([v for v in found if low <= v <= high and abs(v) <= bound])
     alone = np.broadcast_to(values.reshape(-1, *[1] * len(sizes)), (len(values), *sizes))
 
@@ -157,7 +156,7 @@ def _taken(sides: Sequence[Side], x: np.ndarray, finite: bool) -> bool:
     for side in sides:
         try:
             y = side.outputs(x)[0]
-        except Exception:  # each framework has its own errors for a number that is out of range
+        except Exception:  # noqa: BLE001 - each framework has its own for what is out of range
             return False
         if finite and y.dtype.kind not in "iub" and not np.isfinite(y.astype(np.float64)).all():
             return False

@@ -1,7 +1,6 @@
 """``verify``: two models side by side, layer by layer."""
 
 import contextlib
-import dataclasses
 import math
 import os
 import sys

@@ -72,8 +72,8 @@ def verify(
         b: another of them.
         inputs: a batch in the layout of ``a``, in which each number is rounded to the dtypes that
             the models take. By default random numbers of several sizes and
-            signs, zeros and ones, each in a row of its own; whole numbers, their ends and, of a
-            table of embeddings, each row in which the models differ, if they start with one.
+            signs, zeros and ones, each in a row of its own; whole numbers to models that take
+            them, among them each row of a table of embeddings in which the models differ.
             Images are moved between channels first and last where one of them is a torch model
             with spatial layers.
         input_shape: of one input of ``a``, where neither model says it.

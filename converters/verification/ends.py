@@ -15,21 +15,36 @@ class Kind(NamedTuple):
         dims: how it permutes all axes, if it does.
         channels_first: whether it says itself that channels come right after the batch.
         batch: the axis that it says the batch is.
+        turns: whether it may move axes and does not say so.
     """
 
     name: str
     dims: tuple[int, ...] | None = None
     channels_first: bool = False
     batch: int | None = None
+    turns: bool = False
 
 
 _WINDOWS = ("Conv", "BatchNorm2d", "BatchNorm3d", "Upsampl", "UpSampl")
 _RESHAPES = ("Flatten", "Unflatten", "Reshape")
 
 
-def ends(framework: Framework, layers: Iterable[Kind], inside: bool) -> tuple[bool, bool]:
-    """Whether the time comes before the batch in the input of a chain, and whether channels come
-    right after the batch.
+class Ends(NamedTuple):
+    """The input of a chain.
+
+    Attributes:
+        time_first: whether the time comes before the batch.
+        channels_first: whether channels come right after the batch.
+        told: whether a layer tells where the batch is.
+    """
+
+    time_first: bool
+    channels_first: bool
+    told: bool
+
+
+def ends(framework: Framework, layers: Iterable[Kind], inside: bool) -> Ends:
+    """How the input of a chain lies.
 
     Args:
         framework: that of the layers.
@@ -44,6 +59,8 @@ def ends(framework: Framework, layers: Iterable[Kind], inside: bool) -> tuple[bo
             known = order if len(order) == len(layer.dims) else tuple(range(len(layer.dims)))
             order = tuple(known[d] for d in layer.dims)
             continue
+        if layer.turns and batch is None:
+            batch = -1  # what lies behind tells nothing of the input
         kind = layer.name.removeprefix("Parametrized")
         windows = kind.startswith(_WINDOWS) or "Pool" in kind
         says = layer.batch
@@ -59,7 +76,7 @@ def ends(framework: Framework, layers: Iterable[Kind], inside: bool) -> tuple[bo
         if kind in _RESHAPES:
             break
     time_first = batch == 1
-    return time_first, channels == (0 if time_first else 1)
+    return Ends(time_first, channels == (0 if time_first else 1), batch in (0, 1))
 
 
 def _starts_with_batch(framework: Framework, kind: str) -> bool:

@@ -1,5 +1,6 @@
 """An ONNX file as a side of ``verify``: onnxruntime runs it, each layer's output kept."""
 
+import functools
 import importlib.util
 import math
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from fwt.converters import judge
 from fwt.converters.onnx import graph as _graph
 from fwt.converters.onnx import read
 from fwt.converters.verification.ends import Kind, ends
-from fwt.converters.verification.sides import Side, Taps, layer_name, some_integers
+from fwt.converters.verification.sides import Side, Taps, layer_name
 
 _KINDS = {"BatchNormalization": "BatchNorm2d", "PRelu": "BatchNorm2d",
           "InstanceNormalization": "BatchNorm2d", "GroupNormalization": "GroupNorm",
@@ -92,8 +93,7 @@ def side(path: Path, external: bool) -> Side:
     stored = {n: np.dtype(onnx.helper.tensor_dtype_to_np_dtype(t.data_type))
               for n, t in weights.items()}  # fmt: skip
 
-    time_first, channels_first = ends("torch", _kinds(graph, inputs[0].name), True)
-    axis = int(time_first)
+    time_first, channels_first, told_batch = ends("torch", _kinds(graph, inputs[0].name), True)
     total = sum(math.prod(t.dims) * stored[n].itemsize for n, t in weights.items())
 
     def moved(by: float) -> Any:
@@ -108,7 +108,7 @@ def side(path: Path, external: bool) -> Side:
                 tensor.CopyFrom(onnx.numpy_helper.from_array(new, tensor.name))
         return other
 
-    def run(x: np.ndarray, by: float = 0.0) -> tuple[np.ndarray, Taps]:
+    def run(axis: int, x: np.ndarray, by: float = 0.0) -> tuple[np.ndarray, Taps]:
         if by not in sessions:
             sessions[by] = made(moved(by) if total < 2**30 else proto)
         session, fixed = sessions[by], shape[axis] if shape else None
@@ -121,26 +121,48 @@ def side(path: Path, external: bool) -> Side:
             some = np.concatenate([some, *[some.take([-1], axis)] * lacks], axis)
             values = session.run(None, {inputs[0].name: some})
             ats = [_batch(v, axis, size) for v in values]
+            if axis and size == x.shape[0] > 1:  # which of both axes of a length is the batch
+                other = some.copy()
+                other[:, -1] = np.where(some[:, -1] == 0, 1, 0)
+                others = session.run(None, {inputs[0].name: other})
+                ats = [_changes(v, w, at) for v, w, at in zip(values, others, ats, strict=True)]
             parts.append([v.take(range(size - lacks), at) if lacks else v
                           for v, at in zip(values, ats, strict=True)])  # fmt: skip
         values = [np.concatenate(each, at) for *each, at in zip(*parts, ats, strict=True)]
         found = dict(zip([o.name for o in session.get_outputs()], values, strict=True))
         return values[0], {layer: found[name] for layer, name in scopes.items()}
 
+    def along(axis: int) -> tuple[Any, tuple[int | None, ...]]:
+        return functools.partial(run, axis), shape[:axis] + shape[axis + 1 :]
+
     def model(*_: Any) -> Model:
         return read.from_onnx(path, external_data=external)
 
-    table: Any = next((weights[n.input[0]] for n in graph.node if n.op_type == "Gather"
-                       and n.input[0] in weights), None)  # fmt: skip
-    count, rows = some_integers(dtype), []
-    if count is not None and table is not None:
-        count, rows = int(table.dims[0]), [_graph.array_of(table, path, external)]
-    return Side(run, shape[:axis] + shape[axis + 1 :], channels_first, model, count, rows, True,
-                list(stored.values()), model_first=channels_first,
-                time_first=time_first, takes=dtype)  # fmt: skip
+    tables = {n.input[0]: None for n in graph.node if n.op_type == "Gather"
+              and n.input[0] in weights and len(weights[n.input[0]].dims) > 1}  # fmt: skip
+    rows = [_graph.array_of(weights[n], path, external) for n in tables]
+    rows = rows if dtype.kind in "iu" else []
+    few = [n for n, t in weights.items() if math.prod(t.dims) <= 64 and not t.external_data]
+    told = [(n, float(v), 0) for n in few for v in onnx.numpy_helper.to_array(weights[n]).ravel()
+            if stored[n].kind in "iuf" and math.isfinite(v)]  # fmt: skip
+    return Side(*along(int(time_first)), channels_first, model, len(rows[0]) if rows else None,
+                rows, True, list(stored.values()), model_first=channels_first, settings=told,
+                apart=len(rows) > 1,
+                time_first=time_first, takes=dtype, told=told_batch, along=along)  # fmt: skip
 
 
 def _batch(v: np.ndarray, axis: int, size: int) -> int:
     """The axis of an output that is the batch, if that of the input is ``axis``."""
     alike = v.ndim > axis and v.shape[axis] == size
     return axis if alike and (v.shape[0] != size or v.ndim > 2) else 0
+
+
+def _changes(v: np.ndarray, w: np.ndarray, at: int) -> int:
+    """The axis of two outputs whose last entry alone differs, as the inputs do along the batch."""
+    if v.ndim < 2 or v.shape[0] != v.shape[1]:
+        return at
+    off = (v != w) & ~((v != v) & (w != w))
+    for axis in (at, 1 - at):
+        if not np.moveaxis(off, axis, 0)[:-1].any():
+            return axis
+    return at

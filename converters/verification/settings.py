@@ -42,13 +42,17 @@ def of_layers(a: Model, b: Model) -> str | None:
     return None
 
 
-def of_numbers(a: Sequence[tuple[str, float]], b: Sequence[tuple[str, float]]) -> str | None:
+Numbers = Sequence[tuple[str, float, int]]
+
+
+def of_numbers(a: Numbers, b: Numbers) -> str | None:
     """The first number that differs, among the settings of models that can't be converted."""
-    if len(a) != len(b):
-        places = [[p for p, _ in each] for each in (a, b)]
-        lone = [p for p in (*places[0], *places[1]) if p not in places[0] or p not in places[1]]
-        return f"{lone[0]} is a number in one of them only" if lone else None
-    for (place, mine), (_, theirs) in zip(a, b, strict=True):
+    one, other = ({(at, p.partition(": ")[2]): v for p, v, at in each} for each in (a, b))
+    for place, value, at in (*a, *b):  # a whole number may be written in other ways: as a pair
+        key = at, place.partition(": ")[2]
+        if type(value) is float and (key not in one or key not in other):
+            return f"{place} is a number in one of them only"
+        mine, theirs = one.get(key, value), other.get(key, value)
         if not np.isclose(mine, theirs, 1e-6, 0, equal_nan=True):
             return f"{place} is {mine:g} and {theirs:g}"
     return None

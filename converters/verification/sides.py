@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import itertools
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -33,16 +34,19 @@ class Side:
     channels_first: bool  # at its ends
     # For inputs of a shape, without the batch axis, and whether in the layout of the source.
     model: Callable[..., Model]
-    integers: int | None = None  # the input is whole numbers below this
+    integers: int | None = None  # the input is whole numbers, below this if straight into a table
     tables: Sequence[Any] = ()  # of embeddings, of which these are the rows
     turned: bool = False  # whether channels may come first inside
     dtypes: Sequence[Any] = ()  # of its weights
     computes: Sequence[Any] = ()  # dtypes that it computes in and its outputs don't tell
     model_first: bool = False  # whether channels come first at the ends of its Flax model
     names: Any = None  # of its modules and weights, for models that can't be converted
-    settings: Sequence[tuple[str, float]] = ()  # numbers, of such models
+    settings: Sequence[tuple[str, float, int]] = ()  # numbers, each with the index of its layer
     time_first: bool = False  # whether the batch is the second axis, of sequences
+    told: bool = True  # whether a layer tells that
+    along: Any = None  # gives ``run`` and ``shape`` for the axis that the batch is, if it matters
     takes: Any = None  # the dtype that its input is cast to, if it says one
+    apart: bool = False  # whether its tables are not known to be fed the input as it is
 
     def swaps(self, x: np.ndarray) -> bool:
         """Whether it takes the axes 0 and 1 of a batch the other way round."""
@@ -64,6 +68,12 @@ class Side:
         y, taps = self.run(np.ascontiguousarray(x.swapaxes(0, 1)), by)
         return back(y), {name: back(v) for name, v in taps.items()}
 
+    def timed(self, first: bool) -> "Side":
+        """The side with the time first, or the batch."""
+        given = {} if self.along is None else dict(zip(("run", "shape"), self.along(int(first)),
+                                                       strict=True))  # fmt: skip
+        return dataclasses.replace(self, time_first=first, **given)
+
     def laid_out(self, channels_first: bool) -> "Side":
         """The side with channels first at its ends, or last, whatever its layers say."""
         same = self.model_first == self.channels_first
@@ -73,34 +83,38 @@ class Side:
 
 
 OF_TRAINING = ("momentum", "rate", "dropout_rate", "dropout", "recurrent_dropout")
+_OF_DRAWS = ("_initializer", "_regularizer", "_constraint", "seed")
+_AXES = re.compile(r"(?:: |/)[^:]*(dim|axis|axes)[^:]*$")
 _AT_RANDOM = ("Drop", "Noise", "Random")  # parts of the names of layers that only train
 
 
 def _numbers(
     framework: Framework, layers: Iterable[tuple[str, Any, Any]]
-) -> list[tuple[str, float]]:
-    """The floats among the settings of layers, but those of training, by place.
+) -> list[tuple[str, float, int]]:
+    """The numbers among the settings of layers, but those of training, by place. Of whole ones,
+    those that name axes are left out, for an axis has two numbers.
 
     Args:
         framework: theirs.
         layers: each one's name, it, and its settings, a dictionary that may hold more.
     """
-    found: list[tuple[str, float]] = []
+    found: list[tuple[str, float, int]] = []
 
-    def under(place: str, value: Any) -> None:
-        if type(value) is float:
-            found.append((place, value))
+    def under(place: str, value: Any, at: int) -> None:
+        if type(value) is float or (type(value) is int and not _AXES.search(place)):
+            found.append((place, value, at))
         pairs: Any = enumerate(value) if isinstance(value, list | tuple) else ()
         if isinstance(value, dict):
             pairs = [(k, v) for k, v in value.items() if not str(k).startswith("_")
-                     and k not in OF_TRAINING and "drop" not in str(k)
+                     and k not in (*OF_TRAINING, "padding_idx") and "drop" not in str(k)
+                     and not str(k).endswith(_OF_DRAWS)
                      and not is_training(framework, str(k))]  # fmt: skip
         for name, one in pairs:
-            under(f"{place}: {name}" if ":" not in place else f"{place}/{name}", one)
+            under(f"{place}: {name}" if ":" not in place else f"{place}/{name}", one, at)
 
-    for place, layer, settings in layers:
+    for at, (place, layer, settings) in enumerate(layers):
         if not any(part in type(layer).__name__ for part in _AT_RANDOM):
-            under(place, settings)
+            under(place, settings, at)
     return found
 
 
@@ -139,12 +153,20 @@ def flax_side(model: Model) -> Side:
     count = getattr(first, "num_embeddings", None) or getattr(first, "num_tokens", None)
     rows = [own["params"]["embedding"] for x, own in layers
             if count and getattr(x, "num_embeddings", None) == count]  # fmt: skip
+    settings = _numbers("flax", ((joined(parts), x, _fields(x))
+                                 for parts, x, _ in each_layer(model.module, {})))  # fmt: skip
     dtypes = [v.dtype for v in jax.tree.leaves(model.variables) if hasattr(v, "dtype")]
     told = [getattr(named.layer, "dtype", None) for named in model.module.layers]
     dtypes += [np.dtype(d) for d in told if d is not None]
-    time_first, channels_first = ends("flax", _kinds(model.module), False)
+    time_first, channels_first, told_batch = ends("flax", _kinds(model.module), False)
     return Side(run, model.module.input_shape, channels_first, lambda *_: model, count, rows,
-                dtypes=dtypes, model_first=channels_first, time_first=time_first)  # fmt: skip
+                dtypes=dtypes, model_first=channels_first, settings=settings,
+                time_first=time_first, told=told_batch)  # fmt: skip
+
+
+def _fields(layer: Any) -> dict[str, Any]:
+    fields = dataclasses.fields(layer) if dataclasses.is_dataclass(layer) else ()
+    return {f.name: getattr(layer, f.name) for f in fields if f.name not in ("parent", "name")}
 
 
 def _kinds(module: Any) -> Iterator[Kind]:
@@ -201,14 +223,18 @@ def nnx_side(model: Any) -> Side:
 
         return _nnx.from_nnx(model)
 
-    first = model.layers[0] if type(model) is nnx.Sequential and model.layers else None
+    first: Any = model
+    while type(first) is nnx.Sequential and first.layers:
+        first = first.layers[0]
     count = first.num_embeddings if isinstance(first, nnx.Embed) else None
     rows = [first.embedding[...]] if isinstance(first, nnx.Embed) else []
-    dtypes = [v.dtype for v in jax.tree.leaves(nnx.state(model)) if hasattr(v, "dtype")]
+    dtypes = [v.dtype for v in jax.tree.leaves(nnx.state(model, nnx.Not(nnx.RngState)))
+              if hasattr(v, "dtype")]  # fmt: skip
     kinds = _kinds(model) if type(model) is nnx.Sequential else ()
-    time_first, channels_first = ends("flax", kinds, False)
+    time_first, channels_first, told_batch = ends("flax", kinds, False)
     return Side(run, None, channels_first, converted, count, rows, dtypes=dtypes,
-                model_first=channels_first, time_first=time_first)  # fmt: skip
+                model_first=channels_first, time_first=time_first,
+                told=told_batch)  # fmt: skip
 
 
 def layer_name(parts: Sequence[str]) -> str:
@@ -228,7 +254,10 @@ def keras_side(model: Any) -> Side:
                 for v in model.variables]  # fmt: skip
             with keras.StatelessScope(state_mapping=moved):
                 return through(x, by)
-        return through(x)
+        if not model.built:
+            return through(x)
+        with keras.StatelessScope():  # states that a layer keeps stay the user's
+            return through(x)
 
     def through(x: np.ndarray, by: float = 0.0) -> tuple[np.ndarray, Taps]:
         taps: Taps = {}
@@ -262,12 +291,16 @@ def keras_side(model: Any) -> Side:
     first = next((x for x in flat if type(x).__name__ not in moves), None)
     formats = {getattr(x, "data_format", None) for x in flat}
     inside = "channels_first" in formats
-    _, channels_first = ends("keras", _kinds(model), inside)
+    _, channels_first, _ = ends("keras", _kinds(model), inside)
     taken = getattr(next(iter(getattr(model, "inputs", None) or ()), None), "dtype", None)
     found = [x for x in flat if isinstance(x, keras.layers.Embedding)]
-    whole = some_integers(_dtype(taken or "float32"))
-    count = getattr(first, "input_dim", None) or (found[0].input_dim if whole and found else whole)
-    rows = [x.get_weights()[0] for x in found if x.input_dim == count]
+    count = getattr(first, "input_dim", None) or getattr(first, "num_tokens", None)
+    straight = count is not None and all(
+        isinstance(x, keras.Sequential) for x in (model, *model._flatten_layers(include_self=False))
+        if hasattr(x, "layers"))  # fmt: skip
+    rows = [x.get_weights()[0] for x in found if not straight or x is first]
+    if not straight and not rows and _dtype(taken or "float32").kind in "iu":
+        count = None
     dtypes = [v.dtype for v in model.variables]
     layers = list(model._flatten_layers(include_self=False))
     computes = {str(x.compute_dtype) for x in (model, *layers)}
@@ -276,7 +309,7 @@ def keras_side(model: Any) -> Side:
         settings = _numbers("keras", ((x.name, x, _config(x)) for x in layers))
     return Side(run, own, channels_first, lambda *_: _keras.from_keras(model), count, rows, inside,
                 [_dtype(d) for d in dtypes], [_dtype(d) for d in computes],
-                channels_first and not inside, names, settings,
+                channels_first and not inside, names, settings, apart=bool(rows) and not straight,
                 takes=taken and _dtype(taken))  # fmt: skip
 
 
@@ -295,11 +328,6 @@ def _dtype(name: Any) -> Any:
         return np.dtype(bool)
 
 
-def some_integers(dtype: Any) -> int | None:
-    """How many whole numbers an input takes, if its dtype is one of them."""
-    return 10 if np.dtype(dtype).kind in "iu" else None
-
-
 def _trains(layer: Any) -> bool:
     import inspect
 
@@ -313,6 +341,7 @@ def torch_side(model: Any) -> Side:
     from fwt.converters.frameworks import torch_wrappers
 
     model = torch_wrappers.plain(model)
+    counts: set[tuple[str, str]] = set()  # attributes that a forward changes
     weights = [w for w in (*model.parameters(), *model.buffers()) if w.is_floating_point()]
 
     def run(x: np.ndarray, by: float = 0.0) -> tuple[np.ndarray, Taps]:
@@ -332,7 +361,7 @@ def torch_side(model: Any) -> Side:
 
     def through(model: Any, given: Any, by: float = 0.0) -> tuple[np.ndarray, Taps]:
         taps: Taps = {}
-        hooks, modes = [], {m: m.training for m in model.modules()}
+        hooks, held = [], [(m, _held(m)) for m in model.modules()]
 
         def keep(name: str) -> Callable[..., None]:
             def hook(_: Any, __: Any, y: Any) -> None:
@@ -360,8 +389,10 @@ def torch_side(model: Any) -> Side:
         finally:
             for hook in hooks:
                 hook.remove()
-            for module, training in modes.items():
-                module.training = training
+            for module, before in held:
+                changed = _put_back(module, before)
+                counts.update((type(module).__name__, name) for name in changed)
+            settings[:] = [each for each in settings if not counted(each[0])]
         return array(y), taps
 
     def tensor(x: np.ndarray) -> Any:
@@ -374,21 +405,33 @@ def torch_side(model: Any) -> Side:
             return y.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return y.numpy()
 
-    time_first, channels_first = ends("torch", map(_torch_kind, model.modules()), True)
+    kinds_of = map(_torch_kind, model.modules())
+    time_first, channels_first, told_batch = ends("torch", kinds_of, True)
     # Only of a chain is it known what stands before a layer.
     chain = isinstance(model, torch.nn.Sequential | torch.nn.TransformerEncoder)
     leaves = [m for m in model.modules() if not list(m.children())]
     leaf: Any = next((m for m in leaves if type(m).__name__ not in _MOVES), None)
-    count = leaf.num_embeddings if isinstance(leaf, torch.nn.Embedding) else None
-    numbers = chain and not isinstance(leaf, torch.nn.Embedding | torch.nn.EmbeddingBag)
-    found = [m for m in leaves if isinstance(m, torch.nn.Embedding)]
-    rows = [array(m.weight) for m in found if m.num_embeddings == count]
+    kinds = torch.nn.Embedding | torch.nn.EmbeddingBag
+    count = leaf.num_embeddings if isinstance(leaf, kinds) else None
+    numbers = chain and not isinstance(leaf, kinds)
+    first: Any = model
+    while isinstance(first, torch.nn.Sequential):
+        first = next((m for m in first if isinstance(m, torch.nn.Sequential)
+                      or type(m).__name__ not in _MOVES), None)  # fmt: skip
+    straight = first is leaf
+    tabled = [m for m in leaves if isinstance(m, kinds) and (m is leaf or not straight)]
+    rows = [array(m.weight) for m in tabled if count is not None]
 
     modules = [(name, type(module)) for name, module in model.named_modules()]
     names = modules, [(name, getattr(w, "shape", ())) for name, w in model.state_dict().items()]
 
     own = ((name or type(m).__name__, m, vars(m)) for name, m in model.named_modules())
     settings = _numbers("torch", own)
+    kind_of = {name or type(m).__name__: type(m).__name__ for name, m in model.named_modules()}
+
+    def counted(place: str) -> bool:
+        layer, _, name = place.partition(": ")
+        return (kind_of[layer], name.split("/")[0]) in counts
 
     def converted(shape: tuple[int, ...], source: bool = False) -> Model:
         how: dict[str, Any] = {"layout": "source"} if source else {}
@@ -396,12 +439,58 @@ def torch_side(model: Any) -> Side:
 
     return Side(run, None, channels_first, converted, count, rows, True,
                 [array(w.flatten()[:1]).dtype for w in weights], names=names,
-                settings=settings, time_first=time_first and chain,
+                settings=settings, time_first=time_first and chain, told=told_batch and chain,
+                apart=bool(rows) and not straight,
                 takes=array(weights[0].flatten()[:1]).dtype if weights else None)  # fmt: skip
+
+
+Held = tuple[dict[str, Any], list[tuple[Any, Any, int]]]
+
+
+def _held(module: Any) -> Held:
+    """The attributes of a module, and a copy of each of its tensors."""
+    import torch
+
+    own = {name: dict(v) if isinstance(v, dict) else list(v) if type(v) is list else v
+           for name, v in vars(module).items()}  # fmt: skip
+    tensors = [*module.parameters(False), *module.buffers(False)]
+    tensors += [v for v in own.values() if isinstance(v, torch.Tensor)]
+    lazy = torch.nn.parameter.is_lazy
+    return own, [(v, v.detach().clone(), v._version) for v in tensors
+                 if not lazy(v) and not v.is_inference()]  # fmt: skip
+
+
+def _put_back(module: Any, held: Held) -> list[str]:
+    """Undoes what a forward changed; leaves the names of the numbers among it."""
+    import torch
+
+    own, tensors = held
+    with torch.no_grad():
+        for tensor, before, version in tensors:
+            if tensor._version != version:
+                tensor.copy_(before)
+    changed = []
+    for name in [n for n in vars(module) if n not in own]:
+        del vars(module)[name]
+    for name, before in own.items():
+        now = vars(module).get(name)
+        if isinstance(now, dict) and isinstance(before, dict):
+            if [*map(id, now.values())] != [*map(id, before.values())] or [*now] != [*before]:
+                now.clear()
+                now.update(before)
+        elif type(now) is list and type(before) is list:
+            if [*map(id, now)] != [*map(id, before)]:
+                now[:] = before
+        elif now is not before:
+            if type(before) in (int, float) and now != before:
+                changed.append(name)
+            vars(module)[name] = before
+    return changed
 
 
 def _torch_kind(module: Any) -> Kind:
     # A layer of an encoder leaves it to its attention.
     first = getattr(getattr(module, "self_attn", module), "batch_first", None)
     batch = 1 - first if isinstance(first, bool) else None
-    return Kind(type(module).__name__, _permutes(module), batch=batch)
+    own = not str(type(module).forward.__module__).startswith(("torch.", "fwt."))
+    return Kind(type(module).__name__, _permutes(module), batch=batch, turns=own)

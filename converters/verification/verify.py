@@ -1,7 +1,6 @@
 """``verify``: two models side by side, layer by layer."""
 
 import contextlib
-import dataclasses
 import math
 import os
 import sys
@@ -20,6 +19,7 @@ from fwt._types import ConversionError, Model
 from fwt.converters import judge
 from fwt.converters.files import formats
 from fwt.converters.frameworks import flax as _flax
+from fwt.converters.verification import inputs as _inputs
 from fwt.converters.verification import settings
 from fwt.converters.verification.report import (
     Line,
@@ -72,8 +72,8 @@ def verify(
         b: another of them.
         inputs: a batch in the layout of ``a``, in which each number is rounded to the dtypes that
             the models take. By default random numbers of several sizes and
-            signs, zeros and ones, each in a row of its own; whole numbers, their ends and, of a
-            table of embeddings, each row in which the models differ, if they start with one.
+            signs, zeros and ones, each in a row of its own; whole numbers to models that take
+            them, among them each row of a table of embeddings in which the models differ.
             Images are moved between channels first and last where one of them is a torch model
             with spatial layers.
         input_shape: of one input of ``a``, where neither model says it.
@@ -102,7 +102,7 @@ def verify(
     notes: list[str] = []
     made = inputs is None
     if made:
-        inputs, notes = _inputs(one, other, input_shape)
+        inputs, notes = _inputs.made(one, other, input_shape)
     x = np.asarray(inputs)
     if x.dtype.kind not in "fiub":
         raise ConversionError(f"verify: inputs of {x.dtype} are no batch of numbers")
@@ -113,7 +113,7 @@ def verify(
         output = Line("output", x.shape, 0.0, 0.0, 0, "not compared")
         return Report(False, None, (), (), output, (_nothing(x, output),))
     free = made and input_shape is None and one.shape is None
-    one, other, x, found = _turned(one, other, x, tolerance, free)
+    one, other, x, found = _turned(one, other, x, tolerance, free, made)
     lines, output, told, carries = found
     if one.channels_first != other.channels_first and one.turned == other.turned:
         ends = ("first", "last") if other.channels_first else ("last", "first")
@@ -241,13 +241,13 @@ Found = tuple[list[Line], Line, judge.Apart | None, set[str]]
 
 
 def _turned(
-    one: Side, other: Side, x: np.ndarray, tolerance: float | None, free: bool
+    one: Side, other: Side, x: np.ndarray, tolerance: float | None, free: bool, made: bool
 ) -> tuple[Side, Side, np.ndarray, Found]:
     """The sides and the inputs as they fit together, and what :func:`_lines` finds.
 
     The inputs are turned if the layers say so. They go in as they are if that makes such models
-    equal, since not every layer says where channels, or the batch, are; and another way only where
-    these can't be run at all.
+    equal, since not every layer says where channels are; and another way only where these can't be
+    run at all. Where the batch is is tried only for a model no layer of which tells it.
 
     Args:
         one: the first model.
@@ -255,6 +255,7 @@ def _turned(
         x: inputs in the layout of the first.
         tolerance: see ``verify``.
         free: whether the first model does not say what it takes, so that ``x`` may be turned too.
+        made: whether the inputs are none of the user's.
     """
 
     def tried(a: Side, b: Side, given: np.ndarray) -> tuple[Side, Side, np.ndarray, Found] | None:
@@ -266,10 +267,18 @@ def _turned(
 
     failed: list[ConversionError] = []
     first = tried(one, other, x)
-    if one.swaps(x) != other.swaps(x) and (first is None or first[3][1].status == "differs"):
-        alike = tried(one, dataclasses.replace(other, time_first=one.time_first), x)
-        if alike is not None and (first is None or alike[3][1].status != "differs"):
-            return alike
+    if first is None or first[3][1].status == "differs":
+        for told, side in ((one.told, other), (other.told, one)):
+            if side.told or not (told or first is None):
+                continue  # what layers tell stays
+            turned = side.timed(not side.time_first)
+            given = x
+            if side is one and not made and x.ndim > 1:
+                given = np.ascontiguousarray(x.swapaxes(0, 1))
+            pair = (one, turned) if side is other else (turned, other)
+            alike = tried(*pair, given)
+            if alike is not None and (first is None or alike[3][1].status != "differs"):
+                return alike
     if x.ndim > 2 and one.channels_first != other.channels_first:
         if first is not None and first[3][1].status in ("exact", "close"):
             return first
@@ -473,7 +482,7 @@ def _idle(
             fed = np.random.default_rng(0).normal(size=y.shape).astype(y.dtype)
             if rows:
                 apart = [np.asarray(v != w).any(1) for v, w in pairs if np.ndim(v) == 2]
-                fed = np.flatnonzero(apart[0])[: 8 * _ROWS] if apart else np.arange(1)
+                fed = np.flatnonzero(apart[0])[:1024] if apart else np.arange(1)
             if _lines(_alone(layer, own), _alone(there, others), fed)[1].status == "differs":
                 return name
         settled = name in close and (settled or bool(weights))
@@ -516,33 +525,6 @@ def _side(model: Any, external: bool = False) -> Side:
     )
 
 
-def _inputs(one: Side, other: Side, shape: Sequence[int] | None) -> tuple[np.ndarray, list[str]]:
-    """A batch in the layout of the first model, and what it does not reach."""
-    known: Any = shape or one.shape
-    if known is None and other.shape is not None:
-        known = other.shape
-        if one.channels_first != other.channels_first and len(known) > 1:
-            known = (known[-1], *known[:-1]) if one.channels_first else (*known[1:], known[0])
-    if known is None:
-        raise ConversionError(
-            "verify: neither model says what it takes: give input_shape= or inputs="
-        )
-    sizes = tuple(9 if s is None else int(s) for s in known)
-    count = one.integers or other.integers
-    if not count:
-        takes = [np.dtype(d) for d in (one.takes, other.takes) if d is not None]
-        held = (*one.dtypes, *other.dtypes, *one.computes, *other.computes, *takes)
-        half = any(np.dtype(d).itemsize == 2 for d in held)
-        x = judge.numbers(sizes, half)
-        return (x > 0).astype(x.dtype) if any(d.kind == "b" for d in takes) else x, []
-    rows, limit = _rows(one, other, count), _ROWS * max(math.prod(sizes), 1)
-    notes = []
-    if len(rows) > limit:
-        notes.append(f"{limit:,} of the {len(rows):,} rows of the table in which the models may "
-                     "differ were fed: give inputs= for more")  # fmt: skip
-    return judge.whole_numbers(count, sizes, rows[:limit].tolist()), notes
-
-
 def _as_taken(x: np.ndarray, sides: Sequence[Side]) -> np.ndarray:
     """The inputs rounded once, to what every model takes, so that all are fed the same numbers."""
     for side in sides:
@@ -554,23 +536,3 @@ def _as_taken(x: np.ndarray, sides: Sequence[Side]) -> np.ndarray:
         whole = cast.dtype.kind in "iu" and x.dtype.kind == "f"
         x = cast if whole else cast.astype(x.dtype)
     return x
-
-
-_ROWS = 128  # of a batch, for the rows of a table
-
-
-def _rows(one: Side, other: Side, count: int) -> np.ndarray:
-    """The rows of tables of embeddings in which two models may differ, the furthest first."""
-    pairs = list(zip(one.tables, other.tables, strict=False))
-    if not pairs or len(one.tables) != len(other.tables):
-        return np.arange(count)
-    furthest = np.zeros(count)
-    for pair in pairs:
-        if pair[0].shape != pair[1].shape:
-            return np.arange(count)
-        a, b = (np.asarray(table, np.float64).reshape(count, -1) for table in pair)
-        with np.errstate(all="ignore"):
-            gap = np.max(np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, np.abs(a - b)), 1)
-            far = np.nan_to_num(gap / np.max(np.maximum(np.abs(a), np.abs(b)), 1), nan=np.inf)
-        furthest = np.maximum(furthest, np.where(gap == 0, 0, far))
-    return np.argsort(-furthest, kind="stable")[: np.count_nonzero(furthest)]

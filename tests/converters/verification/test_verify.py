@@ -300,6 +300,77 @@ def test_onnx_files_with_the_time_first(tmp_path, batch):
     assert not converters.verify(path, net, input_shape=(7, 3)).ok
 
 
+class Swap(t.Module):
+    def forward(self, x):
+        return x.transpose(0, 1)
+
+
+class Places(t.Module):
+    def __init__(self, count, width):
+        super().__init__()
+        self.table = t.Parameter(torch.randn(count, 1, width))
+
+    def forward(self, x):
+        return x + self.table[: x.shape[0]]
+
+
+SOURCE = {
+    "an encoder": lambda: t.Sequential(t.TransformerEncoderLayer(8, 2, 7), t.Linear(8, 3)),
+    "tokens": lambda: t.Sequential(t.Embedding(20, 8), t.TransformerEncoderLayer(8, 2, 7)),
+    "a sequence": lambda: t.Sequential(
+        t.LSTM(8, 5), converters.Select("sequence", None, False), t.Linear(5, 2)),
+    "its end": lambda: t.Sequential(
+        t.LSTM(8, 5), converters.Select("last", None, False), t.Linear(5, 2)),
+}  # fmt: skip
+
+
+QUICK = (("tokens", "source"), ("a sequence", "source"), ("its end", "channels_last"))
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    thorough_but(
+        lambda case: case in QUICK, [(n, w) for n in SOURCE for w in ("source", "channels_last")]
+    ),
+)
+def test_onnx_files_of_what_takes_the_time_first(name, layout, tmp_path):
+    """In either order, whatever the file tells; and a difference stays one."""
+    net = cases.randomise_torch(SOURCE[name]()).eval()
+    shape = (6,) if name == "tokens" else (6, 8)
+    model = converters.from_torch(net, input_shape=shape, layout=layout)
+    path = tmp_path / "net.onnx"
+    converters.to_onnx(*model, path=path, input_shape=shape)
+    off = copy.deepcopy(net)
+    with torch.no_grad():
+        list(off.parameters())[-1][0] += 1e-2
+    for a, b in ((net, path), (path, net), (model, path), (path, model), (model, net)):
+        report = converters.verify(a, b)
+        assert report.ok, report
+    assert not converters.verify(off, path).ok
+    assert not converters.verify(path, off).ok
+
+
+def test_a_module_that_turns_the_axes_itself():
+    """What stands behind it tells nothing of the input: the batch comes first."""
+    net = t.Sequential(Swap(), Places(20, 8), t.TransformerEncoderLayer(8, 2, 7), Swap())
+    net = cases.randomise_torch(net).eval()
+    other = copy.deepcopy(net)
+    assert converters.verify(net, other, input_shape=(20, 8)).ok
+    with torch.no_grad():
+        other[1].table[12] += 2
+    assert not converters.verify(net, other, input_shape=(20, 8)).ok
+
+
+def test_another_layout_is_a_difference():
+    """Where layers of both tell the layout, one that makes them equal is not sought."""
+    one = t.Sequential(t.GRU(3, 3), converters.Select("last", None, False))
+    other = t.Sequential(t.AvgPool1d(1), *copy.deepcopy(one))  # which tells that the batch is first
+    x = torch.randn(5, 4, 3)
+    assert torch.equal(one(x), other(x))
+    assert not converters.verify(one, other, input_shape=(6, 3)).ok
+    assert not converters.verify(other, one, input_shape=(6, 3)).ok
+
+
 DTYPES = ("float16", "bfloat16", "float64", "int32", "uint8", "bool")
 
 

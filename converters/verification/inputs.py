@@ -1,0 +1,199 @@
+"""The inputs that ``verify`` makes: they reach where functions part, and every row of a table."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from fwt._types import ConversionError
+from fwt.converters import judge
+from fwt.converters.verification.sides import Side
+
+_ROWS = 128  # of a batch, for the rows of a table
+_ALONE = 1024  # rows that hold one number each
+_MOST = 2**16  # numbers in them
+_EXACT = 2**24  # the last whole number up to which float32 holds all
+
+
+def made(one: Side, other: Side, shape: Sequence[int] | None) -> tuple[np.ndarray, list[str]]:
+    """A batch in the layout of the first model, and what it does not reach."""
+    there = other.shape
+    if there is not None and one.channels_first != other.channels_first and len(there) > 1:
+        there = (there[-1], *there[:-1]) if one.channels_first else (*there[1:], there[0])
+    known: Any = shape or one.shape or there
+    if not shape and there is not None and len(known) == len(there):
+        known = [b if a is None else a for a, b in zip(known, there, strict=True)]
+    if known is None:
+        raise ConversionError(
+            "verify: neither model says what it takes: give input_shape= or inputs="
+        )
+    sizes = tuple(9 if s is None else int(s) for s in known)
+    takes = [np.dtype(d) for d in (one.takes, other.takes) if d is not None]
+    held = (*one.dtypes, *other.dtypes, *one.computes, *other.computes, *takes)
+    half = any(np.dtype(d).itemsize == 2 and np.dtype(d).kind not in "iu" for d in held)
+    whole = [np.iinfo(d) for d in takes if d.kind in "iu"]
+    if not (whole or one.integers or other.integers):
+        x = judge.numbers(sizes, half)
+        return (x > 0).astype(x.dtype) if any(d.kind == "b" for d in takes) else x, []
+    low = max([-(2**31), *(int(d.min) for d in whole)])
+    high = min([2**31 - 1, *(int(d.max) for d in whole)])
+    straight = [side.integers for side in (one, other) if side.integers]
+    if straight and not (one.apart or other.apart):
+        return _of_one_table(one, other, straight, high, sizes)
+    if one.tables or other.tables:
+        x, notes = _of_tables(one, other, high, sizes)
+        if whole:  # those that a layer makes indices of
+            more, said = _of_numbers(one, other, (0, high), half, sizes, True)
+            x, notes = np.concatenate([x, more]), [*notes, *said]
+        return x, notes
+    return _of_numbers(one, other, (low, high), half, sizes)
+
+
+def _of_one_table(
+    one: Side, other: Side, straight: Sequence[int], high: int, sizes: tuple[int, ...]
+) -> tuple[np.ndarray, list[str]]:
+    """Rows of a table that the input goes straight into."""
+    count = min(*straight, high + 1)
+    notes = []
+    if len(set(straight)) > 1:
+        notes.append(f"the tables have {straight[0]:,} and {straight[1]:,} rows: those from "
+                     f"{min(straight):,} on are of one model alone and were not fed")  # fmt: skip
+    apart = _furthest(one, other)
+    rows, limit = _differing(apart, count), _ROWS * max(math.prod(sizes), 1)
+    if len(rows) > limit:
+        notes.append(f"{limit:,} of the {len(rows):,} rows of the table in which the models may "
+                     "differ were fed: give inputs= for more")  # fmt: skip
+    return judge.whole_numbers(count, sizes, rows[:limit].tolist()), notes
+
+
+def _of_tables(
+    one: Side, other: Side, high: int, sizes: tuple[int, ...]
+) -> tuple[np.ndarray, list[str]]:
+    """Rows of tables of any sizes, that the input goes into by ways that are not known: each
+    number everywhere in an input, and what only a part of an input takes there alone."""
+    size = max(math.prod(sizes), 1)
+    counts = sorted({min(len(t), high + 1) for side in (one, other) for t in side.tables})
+    start = np.zeros((1, *sizes), np.int32)
+    finite = _taken((one, other), start, False) and _taken((one, other), start, True)
+
+    def taken(x: np.ndarray) -> bool:
+        return _taken((one, other), x.astype(np.int32), finite)
+
+    limit = next((c for c in reversed(counts) if taken(np.full((1, *sizes), c - 1))), counts[0])
+    apart = _furthest(one, other)
+    differ = _differing(apart, counts[-1])
+    known = differ[differ < limit]
+    values = np.concatenate([known, np.setdiff1d(np.arange(limit), known)])
+    alone = values[: max(min(_ALONE, _MOST // size), 1)]
+    everywhere = np.broadcast_to(alone.reshape(-1, *[1] * len(sizes)), (len(alone), *sizes))
+    batch = [judge.whole_numbers(limit, sizes, values[: _ROWS * size]), everywhere]
+    fed = set(values[: max(_ROWS * size, len(alone))].tolist())
+    beyond = differ[differ >= limit][:_ALONE]
+    for at in range(min(size, 64) if len(beyond) else 0):
+        some = np.zeros((len(beyond), size), np.int32)
+        some[:, at] = beyond
+        some = some.reshape(-1, *sizes)
+        keep = _those_taken(taken, some)
+        batch.append(some[keep])
+        fed |= set(beyond[keep].tolist())
+    notes = []
+    lost = [row for row in differ.tolist() if row not in fed]
+    if lost:
+        notes.append(f"{len(lost):,} of the {len(differ):,} rows of tables in which the models may "
+                     f"differ were not fed, such as {lost[0]}: give inputs= for them")  # fmt: skip
+    return np.concatenate(batch).astype(np.int32), notes
+
+
+def _of_numbers(
+    one: Side,
+    other: Side,
+    ends: tuple[int, int],
+    half: bool,
+    sizes: tuple[int, ...],
+    finite: bool = False,
+) -> tuple[np.ndarray, list[str]]:
+    """Whole numbers that are no indices, as of images: their ends, both signs, powers of two, and
+    those that settings of layers name."""
+    (low, high), size = ends, max(math.prod(sizes), 1)
+    told = [(p, v) for side in (one, other) for p, v, _ in side.settings if abs(v) <= _EXACT]
+    indices = max([0, *(int(v) for p, v in told if p.endswith("num_tokens"))])
+    about = sorted({math.floor(v) + d for _, v in told for d in (-1, 0, 1, 2)})
+    most = max([9, *about])
+    powers = [sign * 2**k for k in range(25) for sign in (1, -1)]
+    steps = np.arange(most + 1) if most < _ALONE // 2 else np.linspace(0, most, 65).astype(int)
+    found = [0, low, high, *powers, *steps.tolist(), *about[-_ALONE // 4 :],
+             *range(min(indices, _ROWS * _ROWS))]  # fmt: skip
+    if high - low < 256:
+        found = [*range(low, high + 1)]
+    bound = 2**10 if half else _EXACT
+    values = np.unique([v for v in found if low <= v <= high and abs(v) <= bound])
+    alone = np.broadcast_to(values.reshape(-1, *[1] * len(sizes)), (len(values), *sizes))
+
+    def taken(x: np.ndarray) -> bool:
+        return _taken((one, other), x.astype(np.int32), finite)
+
+    if len(alone) * size > _MOST:  # images: each number once, and a few everywhere
+        alone = np.concatenate([np.resize(values, (-(-len(values) // size), *sizes)),
+                                alone[np.linspace(0, len(values) - 1, 5).astype(int)]])  # fmt: skip
+    elif taken(np.zeros((1, *sizes))):
+        keep = _those_taken(taken, alone)
+        values, alone = values[keep], alone[keep]
+    rng, rows = np.random.default_rng(0), [np.zeros((1, *sizes), int), alone]
+    for scale in (10, 300, math.inf):
+        some = rng.choice(values[np.abs(values) < scale], (2, *sizes))
+        if sizes:
+            some[1, sizes[0] - sizes[0] // 2 :] = 0
+        rows.append(some)
+    notes = []
+    if min(indices - 1, high) > int(values.max()) or indices > _ROWS * _ROWS:
+        notes.append(f"not all whole numbers below {indices:,} were fed: give inputs= for more")
+    return np.concatenate(rows).astype(np.int32), notes
+
+
+def _taken(sides: Sequence[Side], x: np.ndarray, finite: bool) -> bool:
+    """Whether all models take a batch, and give no NaN for it if ``finite``."""
+    for side in sides:
+        try:
+            y = side.outputs(x)[0]
+        except Exception:  # noqa: BLE001 - each framework has its own for what is out of range
+            return False
+        if finite and y.dtype.kind not in "iub" and not np.isfinite(y.astype(np.float64)).all():
+            return False
+    return True
+
+
+def _those_taken(taken: Any, rows: np.ndarray) -> np.ndarray:
+    """Which rows a model takes, found by halves: those out of range lie beside each other."""
+    if not len(rows) or taken(rows):
+        return np.ones(len(rows), bool)
+    if len(rows) == 1:
+        return np.zeros(1, bool)
+    at = len(rows) // 2
+    return np.concatenate([_those_taken(taken, part) for part in (rows[:at], rows[at:])])
+
+
+def _furthest(one: Side, other: Side) -> np.ndarray | None:
+    """How far each row of tables is from the other model's, if they have tables of one size."""
+    pairs = list(zip(one.tables, other.tables, strict=False))
+    if not pairs or len(one.tables) != len(other.tables):
+        return None
+    furthest = np.zeros(max(len(pair[0]) for pair in pairs))
+    for pair in pairs:
+        if pair[0].shape != pair[1].shape:
+            return None
+        a, b = (np.asarray(table, np.float64).reshape(len(table), -1) for table in pair)
+        with np.errstate(all="ignore"):
+            gap = np.max(np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, np.abs(a - b)), 1)
+            far = np.nan_to_num(gap / np.max(np.maximum(np.abs(a), np.abs(b)), 1), nan=np.inf)
+        far = np.where(gap == 0, 0, far)
+        furthest[: len(far)] = np.maximum(furthest[: len(far)], far)
+    return furthest
+
+
+def _differing(furthest: np.ndarray | None, count: int) -> np.ndarray:
+    """The rows below ``count`` in which models may differ, the furthest first."""
+    if furthest is None:
+        return np.arange(count)
+    furthest = furthest[:count]
+    return np.argsort(-furthest, kind="stable")[: np.count_nonzero(furthest)]

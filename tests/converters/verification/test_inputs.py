@@ -1,0 +1,214 @@
+"""What verify feeds, and what it leaves as it was."""
+
+import copy
+
+import keras
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+
+from fwt import converters
+
+k, t = keras.layers, torch.nn
+
+
+class Tenth(k.Layer):
+    def call(self, x):
+        return x // 10
+
+
+class Negative(k.Layer):
+    def call(self, x):
+        return keras.ops.relu(-x)
+
+
+def shift(end, units=3):
+    """Off up to ``end``."""
+    bias = keras.initializers.Constant(-end)
+    return k.Dense(units, "relu", kernel_initializer="identity", bias_initializer=bias)
+
+
+def straight(dtype, *layers, width=3):
+    return keras.Sequential([keras.Input((width,), dtype=dtype), *layers])
+
+
+def sum_of(dtype, width, *branches):
+    x = keras.Input((width,), dtype=dtype)
+    out = []
+    for branch in branches:
+        y = x
+        for layer in branch:
+            y = layer(y)
+        out.append(y)
+    return keras.Model(x, k.Add()(out))
+
+
+# A model, the place of a weight in it, where it is changed, and inputs that show the change.
+REACHED = {
+    "the ends of bytes": (lambda: straight("uint8", shift(200)), 1, 1, [[255, 255, 255]]),
+    "of signed bytes": (lambda: straight("int8", Negative(), shift(120)), 1, 2, [[-127] * 3]),
+    "of two bytes": (lambda: straight("int16", shift(32000)), 1, 0, [[32767] * 3]),
+    "negative ones": (
+        lambda: sum_of("int32", 3, [k.ReLU(), k.Dense(2)], [Negative(), k.Dense(2)]),
+        2, (1, 0), [[-3, -3, -3]]),
+    "categories": (
+        lambda: straight("int32", k.CategoryEncoding(20, "one_hot"), k.Dense(2), width=1),
+        0, 15, [[15]]),
+    "categories of a graph": (
+        lambda: sum_of("int32", 1, [k.CategoryEncoding(700, "one_hot"), k.Dense(2)], [k.Dense(2)]),
+        0, 670, [[670]]),
+    "bins": (
+        lambda: straight("int32", k.Discretization([5000.0, 100000.0], output_mode="one_hot"),
+                         k.Dense(2), width=1),
+        0, 2, [[100001]]),
+    "a table of another size": (
+        lambda: sum_of("int32", 4, [k.Embedding(50, 3)], [k.Embedding(60, 3)]), 1, 40, [[40] * 4]),
+    "a table of quotients": (
+        lambda: sum_of("int32", 1, [k.Embedding(500, 3)], [Tenth(), k.Embedding(50, 3)]),
+        1, 33, [[335]]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REACHED)
+def test_whole_numbers_reach_where_models_part(name):
+    make, index, at, x = REACHED[name]
+    keras.utils.set_random_seed(0)
+    a, b = make(), make()
+    weights = [np.array(w) for w in a.get_weights()]
+    b.set_weights(weights)
+    report = converters.verify(a, b)
+    assert report.ok, report
+    weights[index][at] += 1.5
+    b.set_weights(weights)
+    dtype = a.inputs[0].dtype
+    one, other = (np.asarray(m(np.array(x, dtype))) for m in (a, b))
+    assert np.abs(one - other).max() > 1  # the truth
+    others = [b]
+    if name in ("the ends of bytes", "of two bytes", "categories"):
+        others.append(converters.from_keras(b))
+        assert converters.verify(others[1], b).ok
+    for other in others:
+        assert not converters.verify(a, other).ok
+        assert not converters.verify(other, a).ok
+
+
+class Columns(t.Module):
+    """A table of its own for each column, and one behind both."""
+
+    def __init__(self, *sizes):
+        super().__init__()
+        self.tables = t.ModuleList(t.Embedding(n, 3) for n in sizes)
+
+    def forward(self, x):
+        return sum(table(x[:, i]) for i, table in enumerate(self.tables))
+
+
+@pytest.mark.parametrize(("table", "row"), [(0, 3), (1, 4), (1, 55), (2, 700)])
+def test_each_column_has_a_table_of_its_own(table, row):
+    a = Columns(5, 60, 800)
+    b = copy.deepcopy(a)
+    assert converters.verify(a, b, input_shape=(3,)).ok
+    b.tables[table].weight.data[row] += 1
+    assert not converters.verify(a, b, input_shape=(3,)).ok
+
+
+def test_rows_that_no_input_reaches_are_said():
+    class Two(Columns):
+        def forward(self, x):
+            return sum(table(x) for table in self.tables)
+
+    a = Two(50, 60)
+    b = copy.deepcopy(a)
+    b.tables[1].weight.data[55] += 1
+    report = converters.verify(a, b, input_shape=(4,))
+    assert "1 of the 1 rows of tables in which the models may differ were not fed" in str(report)
+    b.tables[1].weight.data[40] += 1
+    assert not converters.verify(a, b, input_shape=(4,)).ok
+    one, other = t.Sequential(t.Embedding(20, 3)), t.Sequential(t.Embedding(30, 3))
+    other[0].weight.data[:20] = one[0].weight.data
+    for pair in ((one, other), (other, one)):
+        assert "rows: those from 20 on" in str(converters.verify(*pair, input_shape=(2,)))
+
+
+def test_tables_and_draws_in_nnx():
+    rngs = nnx.Rngs(0)
+    a = nnx.Sequential(nnx.Sequential(nnx.Embed(30, 4, rngs=rngs)), nnx.Dropout(0.5, rngs=rngs),
+                       nnx.Linear(4, 2, rngs=rngs))  # fmt: skip
+    b = nnx.clone(a)
+    assert converters.verify(a, b, input_shape=(3,)).ok
+    table = b.layers[0].layers[0].embedding
+    table[...] = table[...].at[23].add(1.0)
+    assert not converters.verify(a, b, input_shape=(3,)).ok
+
+
+class Counts(t.Module):
+    """Which changes in a forward all that a module may hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.table = t.Linear(3, 2), t.Embedding(4, 2, max_norm=0.1)
+        self.register_buffer("inside", torch.zeros(()))
+        self.register_buffer("again", torch.zeros(()))
+        self.calls, self.seen, self.last, self.fails = 0, [], None, False
+
+    def forward(self, x):
+        self.inside += 1
+        self.again = self.again + 1
+        self.calls += 1
+        self.seen.append(x)
+        self.last = x
+        y = self.linear(x) + self.table(torch.zeros(len(x), dtype=torch.int64))
+        if self.fails:
+            raise ValueError("as asked")
+        return y
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_a_torch_model_keeps_stays(fails):
+    a = Counts()
+    b = copy.deepcopy(a)
+    b.calls, a.fails = 7, fails
+    before = copy.deepcopy(a.state_dict())
+    if fails:
+        with pytest.raises(converters.ConversionError, match="as asked"):
+            converters.verify(a, b, input_shape=(3,))
+    else:
+        assert converters.verify(a, b, input_shape=(3,)).ok  # a count is no setting
+    assert all(torch.equal(v, before[name]) for name, v in a.state_dict().items())
+    assert (a.calls, a.seen, a.last, b.calls) == (0, [], None, 7)
+    assert all(module.training for module in a.modules())
+    assert not any(module._forward_hooks for module in a.modules())
+
+
+def test_what_a_keras_model_keeps_stays():
+    net = keras.Sequential([keras.Input(batch_shape=(8, 5, 3)), k.LSTM(4, stateful=True)])
+    net(np.ones((8, 5, 3), np.float32))
+    before = [np.array(v) for v in net.variables]
+    assert converters.verify(net, net).ok
+    for v, old in zip(net.variables, before, strict=True):
+        np.testing.assert_array_equal(np.array(v), old)
+
+
+class Custom(t.Module):
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = t.ModuleList(layers)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_settings_that_are_whole_numbers():
+    def capped(most, window):
+        return Custom(t.Flatten(), t.Threshold(most, 0), t.AvgPool1d(window))
+
+    one = capped(300, 2)
+    report = converters.verify(one, capped(400, 2), input_shape=(6,))
+    assert (report.ok, report.first) == (False, "layers.1")
+    for equal in (capped(300, 2), capped(300.0, 2), capped(300, (2,))):
+        assert converters.verify(one, equal, input_shape=(6,)).ok
+    for one, other in ((t.Softmax(1), t.Softmax(-1)), (t.Flatten(1), t.Flatten(-1))):
+        assert converters.verify(Custom(one), Custom(other), input_shape=(6,)).ok

@@ -214,13 +214,13 @@ class Plan:
             context["key"] = _keys.as_key(context["key"], purpose)
         # The magnitude of a gradient needs no array of its own.
         bare = score is scores.gradient and "grads" in context
-        tree = _tree.Tree(params)
         ours = getattr(getattr(score, "func", score), "__module__", "") == scores.__name__
-        if "grads" in context and (bare or not ours):  # ours do so themselves
-            context["grads"] = scores.of_ties(tree, context["grads"])
         if ours and "grads" in context and _axes.KNOWN.get():
             # A live model may have parts that have no gradients, for they are not trained.
             params = _tree.hidden(params, names)
+        tree = _tree.Tree(params)
+        if "grads" in context and (bare or not ours):  # ours do so themselves
+            context["grads"] = scores.of_ties(tree, context["grads"])
         found = scores.called(score, tree, params, context)
         worths = []
         for path, leaf in zip(names, leaves, strict=True):

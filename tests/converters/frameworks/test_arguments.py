@@ -1,5 +1,8 @@
 """What a user gives at first: a live model where a tree is wanted, a Model where two things are."""
 
+import subprocess
+import sys
+
 import equinox
 import flax.linen as nn
 import jax
@@ -126,30 +129,34 @@ def test_a_module_of_ones_own_has_weights_to_save(tmp_path):
         converters.save(tmp_path / "own.npz", None)
 
 
-def distributed(net):
-    """In a group of this process alone."""
-    group = torch.distributed
-    if not group.is_initialized():
-        group.init_process_group("gloo", store=group.HashStore(), rank=0, world_size=1)
-    return torch.nn.parallel.DistributedDataParallel(net)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def no_group_is_left():
-    yield
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
 WRAPPERS = {
     "DataParallel": torch.nn.DataParallel,
-    "DistributedDataParallel": distributed,
     "compiled": torch.compile,
     "averaged": torch.optim.swa_utils.AveragedModel,
     "averaged and parallel": lambda net: torch.nn.DataParallel(
         torch.optim.swa_utils.AveragedModel(net)
     ),
 }
+
+
+DISTRIBUTED = """
+import jax, numpy as np, torch
+from fwt import converters
+
+group = torch.distributed
+group.init_process_group("gloo", store=group.HashStore(), rank=0, world_size=1)
+net = torch.nn.Linear(3, 2)
+wrapped = torch.nn.parallel.DistributedDataParallel(torch.nn.Sequential(net))
+for model in (wrapped, torch.nn.Sequential(wrapped)):
+    variables = converters.from_torch(model, input_shape=(3,)).variables
+    (kernel,) = [x for x in jax.tree.leaves(variables) if x.ndim == 2]
+    assert np.array_equal(kernel, net.weight.detach().numpy().T)
+"""
+
+
+def test_the_module_in_a_distributed_one_is_taken():
+    """In a group of one process, which is a process of its own."""
+    subprocess.run([sys.executable, "-c", DISTRIBUTED], check=True)
 
 
 @pytest.mark.parametrize("wrapper", WRAPPERS)

@@ -1019,12 +1019,12 @@ def test_gradients_by_a_name_that_two_variables_have():
     paths = [v.path for v in net.trainable_variables]
     assert len(set(paths)) == 2
 
-    def pruned(grads):
-        t = fwt.prune(0.5, fwt.scores.gradient, grads=grads, where="**", scope="global")
+    def pruned(grads, where="**"):
+        t = fwt.prune(0.5, fwt.scores.gradient, grads=grads, where=where, scope="global")
         converters.transform(net, t)
         return [int((keras.ops.convert_to_numpy(v) == 0).sum()) for v in net.trainable_variables]
 
     with pytest.raises(fwt.LeafError, match=rf"named '{paths[0]}'.*order of trainable_variables"):
         pruned(dict(zip(paths, values, strict=True)))
     assert pruned(values) == [6, 3, 0]
-    pruned({paths[2]: values[2]})  # whose name says which it is
+    pruned({paths[2]: values[2]}, "two/one")  # whose name says which it is

@@ -125,7 +125,10 @@ def shard(tree, i):
     return jax.tree.map(one, tree, specs)
 
 
-verbs = {n: EXACT[n] for n in ("lamp", "block", "traced", "n_m")}
+verbs = {n: EXACT[n] for n in ("lamp", "block", "n_m")}
+verbs["traced"] = lambda g: lambda p: jax.jit(
+    lambda p, s: fwt.prune(s, scope="erk", axes=AXES)(p)
+)(p, jnp.float32(0.5))
 verbs["k_sparse"], verbs["simplex"] = CLOSE["k_sparse"], EXACT["simplex"]
 verbs["layer"] = lambda g: fwt.prune(0.4, axes=AXES)
 verbs["sparsify"] = lambda g: lambda p: sparsify()(p, g)

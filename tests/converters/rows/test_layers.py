@@ -346,7 +346,6 @@ def flax_step(model, x, rate=0.1):
 
 
 @pytest.mark.optimised
-@pytest.mark.thorough
 def test_a_training_step_agrees_with_keras():
     k = keras.layers
     net = keras.Sequential([

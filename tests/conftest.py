@@ -1,6 +1,7 @@
 """Settings of the whole suite."""
 
 import gc
+import itertools
 import os
 import random
 import shutil
@@ -38,8 +39,7 @@ if not THOROUGH and (0, 9) <= jaxlib.version.__version_info__ < (0, 11):
 gc.set_threshold(100_000, 20, 20)
 
 # What a test's own process has compiled, others need not compile again: in a folder of this run,
-# unless the environment names one that outlives it. Not so the workers, in which JAX crashed while
-# it wrote such a file.
+# unless the environment names one that outlives it. Not so the workers, which run each program once.
 _OURS = None
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _OURS = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="fwt-compiled-")
@@ -113,6 +113,21 @@ def _quick_compilation(request):
     if quick != jax.config.read("jax_disable_most_optimizations"):
         jax.config.update("jax_disable_most_optimizations", quick)
         jax.clear_caches()  # which don't know of this setting
+
+
+_TESTS = itertools.count()
+
+
+@pytest.fixture(autouse=True)
+def _few_programs():
+    """Linux gives a process 65,530 memory maps, of which each compiled program holds some; without
+    one, JAX crashes."""
+    if next(_TESTS) % 50 == 49 and os.path.exists("/proc/self/maps"):
+        with open("/proc/self/maps") as maps:
+            held = sum(1 for _ in maps)
+        if held > 30_000:
+            jax.clear_caches()
+            gc.collect()
 
 
 @pytest.fixture

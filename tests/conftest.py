@@ -39,7 +39,7 @@ if not THOROUGH and (0, 9) <= jaxlib.version.__version_info__ < (0, 11):
 gc.set_threshold(100_000, 20, 20)
 
 # What a test's own process has compiled, others need not compile again: in a folder of this run,
-# unless the environment names one that outlives it. Not so the workers, which run each program once.
+# unless the environment names one that outlives it. The workers write none.
 _OURS = None
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _OURS = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="fwt-compiled-")

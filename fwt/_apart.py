@@ -116,16 +116,12 @@ def _mates(call: Call, count: int) -> Any:
     return call.kind, columns, *((x.shape, x.dtype) for x in leaves)
 
 
-def grouped(calls: Sequence[Call], in_turn: bool = False) -> list[tuple[list[int], Any]]:
-    """The values of all calls, those of one kind on small arrays of one shape side by side.
+def each(calls: Sequence[Call], in_turn: bool = False) -> list[Any]:
+    """The value of each call. Those of one kind on small arrays of one shape run side by side.
 
     Args:
         calls: what to call.
-        in_turn: whether such leaves take turns instead, for functions that are large to compile.
-
-    Returns:
-        The places of the calls, and their values: of several along a new first axis, of one call
-        as it is.
+        in_turn: whether they take turns instead, for functions that are large to compile.
     """
     kinds: dict[Any, list[int]] = {}
     for i, call in enumerate(calls):
@@ -148,12 +144,6 @@ def grouped(calls: Sequence[Call], in_turn: bool = False) -> list[tuple[list[int
                 joined = (joined,)
             value = several(*joined)
         found.append((places, value))
-    return found
-
-
-def each(calls: Sequence[Call], in_turn: bool = False) -> list[Any]:
-    """The value of each call; see :func:`grouped`."""
-    found = grouped(calls, in_turn)
     wide = [jax.tree.leaves(value)[0] for places, value in found if len(places) > 1]
     at = indices(range(max(map(len, wide))), seed_of(wide[0])) if wide else []
     out: list[Any] = [None] * len(calls)

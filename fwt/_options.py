@@ -58,6 +58,12 @@ _CHANGING: dict[str, tuple[Any, Any]] = {
     "as_json": (JsonOption, False),
 }
 
+
+def _flag(name: str, told: str) -> Any:
+    """An option that is there or not, without an option that says not."""
+    return Annotated[bool, typer.Option(name, help=told)]
+
+
 # The options of reading a file: what each says, and its default.
 _READING: dict[str, tuple[Any, Any]] = {
     "architecture": (
@@ -105,13 +111,10 @@ _READING: dict[str, tuple[Any, Any]] = {
         True,
     ),
     "keep_parts": (
-        Annotated[
-            bool,
-            typer.Option(
-                "--keep-parts",
-                help="Keep the parts that torch's prune, weight_norm, ... compute a weight from.",
-            ),
-        ],
+        _flag(
+            "--keep-parts",
+            "Keep the parts that torch's prune, weight_norm, ... compute a weight from.",
+        ),
         False,
     ),
     "dtype": (
@@ -122,13 +125,10 @@ _READING: dict[str, tuple[Any, Any]] = {
         None,
     ),
     "external_data": (
-        Annotated[
-            bool,
-            typer.Option(
-                "--external-data",
-                help="Read the weights of an ONNX file from the file in its folder that it names.",
-            ),
-        ],
+        _flag(
+            "--external-data",
+            "Read the weights of an ONNX file from the file in its folder that it names.",
+        ),
         False,
     ),
     "max_bytes": (

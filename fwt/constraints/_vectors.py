@@ -194,7 +194,7 @@ def _simplex(row: Array, kept: Array, scale: Any) -> Array:
     is more than ``scale`` below the largest is 0 in any case."""
     scale = jnp.asarray(scale, row.dtype)
     top = lax.stop_gradient(jnp.max(jnp.where(kept, row, -jnp.inf), initial=-jnp.inf))
-    top = jnp.where(top == -jnp.inf, 0, top)
+    top = jnp.where(jnp.any(kept), top, 0)
     positive = jnp.where(scale > 0, scale, 1)
     shifted = jnp.where(kept, jnp.maximum((row - top) / positive, -1), -1)
     support = _support(lax.stop_gradient(shifted))

@@ -252,7 +252,7 @@ def _lamp(leaves: Sequence[Leaf], k: Any) -> Any:
     cuts = select.smallest([found], [k])
     if any(x.slices != 1 for x in leaves) or isinstance(cuts[0], select.Cut):
         pairs = zip(found, map(_apart.own, cuts), strict=True)
-        gone = [select.count_gone(s.key, s.arrays, c, axis=1) for s, c in pairs]
+        gone = [select.count_gone(s.key, s.arrays, c) for s, c in pairs]
         if isinstance(k, int) and not any(isinstance(g, jax.core.Tracer) for g in gone):
             return [int(n) for each in gone for n in each]
         return wide(jnp.concatenate(gone))

@@ -186,8 +186,14 @@ def _stays(kept: Wide, tied: Array) -> Array:
     return lax.scan(leaf, kept, tied)[1]
 
 
-def _nothing(*given: Any) -> Array:
-    return _mesh.alike(jnp.uint32(0), given)
+def _if_sought(sought: Array, counting: Callable[..., Array], arrays: Any, *given: Array) -> Array:
+    """``counting(arrays, *given)``, a count for each entry of the last; zeros, without reading the
+    arrays, if nothing is sought any more."""
+
+    def nothing(*all_: Any) -> Array:
+        return _mesh.alike(jnp.zeros(given[-1].shape, jnp.uint32), all_)
+
+    return lax.cond(sought, counting, nothing, arrays, *given)
 
 
 def _cuts(stacks: list[Stack], joint: bool, ks: Wide, ties: Ties) -> Cut:
@@ -342,11 +348,12 @@ def kept_rows(stacks: Sequence[Stack], cuts: Sequence[Row]) -> list[Array]:
     return masks
 
 
-count_gone = functools.partial(jax.jit, static_argnums=0, static_argnames="axis")(
-    lambda key, arrays, cut, axis=None: jnp.sum(
-        ~kept(Source(key, arrays), cut), axis, dtype=jnp.uint32
-    )
-)
+@functools.partial(jax.jit, static_argnums=0)
+def count_gone(key: Any, arrays: Any, cut: Cut) -> Array:
+    """How many keys go of each slice of a leaf, (slices, units)."""
+    return jnp.sum(~kept(Source(key, arrays), cut), 1, dtype=jnp.uint32)
+
+
 _below_jit = functools.partial(jax.jit, static_argnums=0)(
     lambda key, arrays, trial: _passes.below(Source(key, arrays), trial)
 )
@@ -370,8 +377,11 @@ def _leaf_count(
     active = jnp.any(~pick(done, index, 1))  # a leaf that is found already is not read again
     if len(mine) > 1:
         return _passes.below_each(source, mine, active)[:, None]
-    counting = lambda arrays, trial: _passes.below(Source(key, arrays), trial)  # noqa: E731
-    return lax.cond(active, counting, _nothing, arrays, mine[0])[None, None]
+
+    def counting(arrays: Any, trial: Array) -> Array:
+        return _passes.below(Source(key, arrays), trial)
+
+    return _if_sought(active, counting, arrays, mine[0])[None, None]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -381,10 +391,7 @@ def _row_counts(key: Any, arrays: Any, trials: Array, done: Array, ends: Any) ->
     def counting(arrays: Any, trials: Array) -> Array:
         return lax.map(lambda row: _passes.rows_below(Source(key, arrays), row, ends), trials)
 
-    def nothing(arrays: Any, trials: Array) -> Array:
-        return _mesh.alike(jnp.zeros(trials.shape, jnp.uint32), arrays, trials)
-
-    return lax.cond(jnp.any(~done), counting, nothing, arrays, trials)
+    return _if_sought(jnp.any(~done), counting, arrays, trials)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -395,7 +402,7 @@ def _ties_below_jit(
         return _passes.ties_below(Source(key, arrays), value, place)
 
     value, place = pick(values, index), pick(places, index)
-    return lax.cond(pick(active, index), counting, _nothing, arrays, value, place)[None]
+    return _if_sought(pick(active, index), counting, arrays, value, place)[None]
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -403,10 +410,7 @@ def _row_ties_jit(key: Any, arrays: Any, active: Array, values: Array, places: A
     def counting(arrays: Any, values: Array, places: Array) -> Array:
         return _passes.row_ties(Source(key, arrays), values, places)
 
-    def nothing(arrays: Any, values: Array, places: Array) -> Array:
-        return _mesh.alike(jnp.zeros(places.shape, jnp.uint32), arrays, values, places)
-
-    return lax.cond(jnp.any(active), counting, nothing, arrays, values, places)
+    return _if_sought(jnp.any(active), counting, arrays, values, places)
 
 
 _start_jit, _step_jit = jax.jit(_start), jax.jit(_step)

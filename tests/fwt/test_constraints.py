@@ -954,3 +954,10 @@ def test_a_nan_shows():
         w = np.ones(shape, np.float32) / 3
         w[(0,) * len(shape)] = np.nan
         assert np.isnan(compiled(row.name, *row.places[0])(w)).any(), row
+
+
+@pytest.mark.parametrize("c", [C.simplex(), C.l1_ball(), C.l1_sphere()], ids=lambda c: c.name)
+def test_what_has_no_projection_is_nan_and_no_number(c):
+    for column in ([-np.inf, -np.inf], [np.inf, 1.0], [np.nan, 1.0]):
+        new = fwt.project(c)({"d": {"kernel": np.array(column, np.float32)[:, None]}})
+        assert np.isnan(new["d"]["kernel"][0, 0]), column

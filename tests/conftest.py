@@ -38,12 +38,12 @@ if not THOROUGH and (0, 9) <= jaxlib.version.__version_info__ < (0, 11):
 # a twentieth of the time.
 gc.set_threshold(100_000, 20, 20)
 
-# What a test's own process has compiled, others need not compile again: in a folder of this run,
-# unless the environment names one that outlives it. The workers write none.
+# What one process has compiled, the others of this run need not compile again: in a folder of this
+# run, unless the environment names one that outlives it.
 _OURS = None
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _OURS = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="fwt-compiled-")
-jax.config.update("jax_enable_compilation_cache", False)
+    jax.config.update("jax_compilation_cache_dir", _OURS)
 
 
 @pytest.hookimpl(tryfirst=True)

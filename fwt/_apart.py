@@ -54,6 +54,12 @@ def joins(size: int, count: int) -> bool:
     return 0 < size <= _SMALL and count > FEW and jax.device_count() == 1
 
 
+def about(size: int) -> int:
+    """The next of 1, 2, 3, 4, 6, 8, 12, ..., so that few programs serve leaves of many shapes."""
+    top = 1 << (size - 1).bit_length()
+    return top - top // 4 if size <= top - top // 4 else top
+
+
 class Columns:
     """Numbers of many leaves side by side: a tree of arrays, a row for each leaf."""
 

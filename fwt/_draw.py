@@ -3,14 +3,16 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fwt import _apart, _axes, _keys, _mesh, _nodes, _tree, initializers
 from fwt._types import AxesError, FwtError, LeafError, Params, hashes
+from fwt.initializers import _bound
 
 
 def drawn(
@@ -49,13 +51,20 @@ def drawn(
     # A user's own function may depend on more than its arguments: it is not compiled by us.
     ours = all(isinstance(s[0], initializers.Bound) and hashes(s[0]) for s in specs)
     leaves = [tree.leaves[p] for p in names]
+    new = _drawer(ours, leaves, key)(tuple(specs), purpose, tuple(roots), key)
+    new = [_mesh.like(x, leaf) for x, leaf in zip(new, leaves, strict=True)]
+    return tree.replace(dict(zip(names, new, strict=True)))
+
+
+def _drawer(ours: bool, leaves: list[Any], key: Any) -> Callable[..., list[Any]]:
     # Under a trace, whatever is made is traced.
     traced = any(isinstance(x, jax.core.Tracer) for x in (key, jnp.zeros(())))
     plain = traced or jax.config.read("jax_disable_most_optimizations")
-    draw = _compiled(_mesh.spread(leaves), not plain) if ours else _draw
-    new = draw(tuple(specs), purpose, tuple(roots), key)
-    new = [_mesh.like(x, leaf) for x, leaf in zip(new, leaves, strict=True)]
-    return tree.replace(dict(zip(names, new, strict=True)))
+    spread = _mesh.spread(leaves)
+    if not ours:
+        return _draw
+    alone = not any(spread) and jax.default_backend() == "cpu"
+    return _draw_at_once if alone and not plain else _compiled(spread, not plain)
 
 
 def _target(path: str, leaf: Any, dtype: Any) -> jax.ShapeDtypeStruct:
@@ -127,17 +136,116 @@ def _draw_one(spec: Any, key: Any) -> Any:
     return _tree.rounded(value, dtype) if jaxs else value
 
 
+class _Flat(NamedTuple):
+    """How the numbers of a leaf are drawn from their flat indices, beside those of other leaves.
+
+    Attributes:
+        kind: what leaves have in common that may be drawn together.
+        numbers: the leaf's own, see ``Each``.
+        size: how many are drawn.
+    """
+
+    kind: Any
+    numbers: tuple[Any, ...]
+    size: int
+
+
+def _flat(spec: Any, key: Any) -> _Flat | None:
+    init, shape, dtype, path = spec
+    if not (math.prod(shape) and jnp.issubdtype(dtype, jnp.floating) and _keys.by_index(key)):
+        return None
+    drawn = jnp.dtype(jnp.float32) if _tree.is_narrow(dtype) else jnp.dtype(dtype)
+    each = init.by_itself(init.axes or _bound.plain_axes(path, shape), drawn)
+    if each is None:
+        return None
+    kind = each.draw, each.fixed, drawn, jnp.dtype(dtype), len(each.numbers)
+    return _Flat(kind, each.numbers, math.prod(shape))
+
+
+def _draw_flat(kind: Any, shape: tuple[int, ...], row: Any) -> Any:
+    (draw, fixed, drawn, dtype, count), (key, numbers) = kind, row
+    each = _bound.Each(draw, tuple(numbers[i] for i in range(count)), fixed)
+    value = each(key, shape, drawn)
+    return value if drawn == dtype else _tree.rounded(value, dtype)
+
+
+def _width(one: _Flat) -> int:
+    """How many are drawn for a leaf; XLA rounds one alone otherwise."""
+    return max(_apart.about(one.size), 2)
+
+
+def _table(flat: Sequence[_Flat | None]) -> Any:
+    """The numbers of some leaves, a row each."""
+    rows = [one.numbers if one else () for one in flat]
+    most = max(map(len, rows))
+    wide = jnp.result_type(float)
+    return np.asarray([(*row, *[0.0] * (most - len(row))) for row in rows], wide)
+
+
 def _draw_together(specs: Any, purpose: _keys.Purpose, roots: Any, key: Any) -> list[Any]:
-    """The same under a trace: small leaves of one kind and shape take turns."""
-    calls, columns = [], _apart.Columns(_keys.leaf_keys(key, purpose, roots))
-    for i, spec in enumerate(specs):
+    """The same under a trace: small leaves of one kind and about one size take turns."""
+    if not specs:
+        return []
+    flat = [_flat(spec, key) for spec in specs]
+    keys = _keys.leaf_keys(key, purpose, roots)
+    columns = _apart.Columns((keys, jnp.asarray(_table(flat))))
+    calls = []
+    for i, (spec, one) in enumerate(zip(specs, flat, strict=True)):
         init, shape, dtype, _ = spec
-        axes = init.axes and dataclasses.replace(init.axes, path="")
-        small = _apart.joins(math.prod(shape), len(specs))
-        kind = (init.at(axes), shape, dtype) if small else None
-        one = functools.partial(_draw_one, spec)
-        calls.append(_apart.Call(kind, one, (), _apart.Row(columns, i)))
-    return _apart.each(calls, in_turn=True)
+        kind: Any = None
+        draw = functools.partial(_draw_of_row, spec)
+        if _apart.joins(math.prod(shape), len(specs)):
+            axes = init.axes and dataclasses.replace(init.axes, path="")
+            kind = init.at(axes), shape, dtype
+            if one:
+                kind = one.kind, (_width(one),)
+                draw = functools.partial(_draw_flat, *kind)
+        calls.append(_apart.Call(kind, draw, (), _apart.Row(columns, i)))
+    found = zip(_apart.each(calls, in_turn=True), specs, strict=True)
+    return [x if x.shape == s[1] else x[: math.prod(s[1])].reshape(s[1]) for x, s in found]
+
+
+def _draw_of_row(spec: Any, row: Any) -> Any:
+    return _draw_one(spec, row[0])
+
+
+# So many numbers are drawn sooner than another program is compiled.
+_CHEAP = 1 << 20
+
+
+def _draw_at_once(specs: Any, purpose: _keys.Purpose, roots: Any, key: Any) -> list[Any]:
+    """The same without a trace, by few programs: rows of one width serve leaves of other sizes."""
+    out: dict[int, Any] = {}
+    kinds: dict[Any, list[tuple[int, _Flat]]] = {}
+    for i, spec in enumerate(specs):
+        one = _flat(spec, key)
+        if one and one.size <= _CHEAP:
+            kinds.setdefault(one.kind, []).append((i, one))
+    for kind, members in kinds.items():
+        members.sort(key=lambda member: -member[1].size)
+        while members:
+            width = _width(members[0][1])
+            mine, members = members[: _CHEAP // width], members[_CHEAP // width :]
+            words = _keys.words(roots[i] for i, _ in mine)
+            numbers = _table([one for _, one in mine])
+            rows = np.asarray(_drawn_rows(kind, width, purpose, key, words, numbers))
+            for row, (i, one) in zip(rows, mine, strict=True):
+                out[i] = jax.device_put(row[: one.size].reshape(specs[i][1]).copy())
+    rest = [i for i in range(len(specs)) if i not in out]
+    if rest:
+        draw = _compiled((None,) * len(rest), True)
+        found = draw(tuple(specs[i] for i in rest), purpose, tuple(roots[i] for i in rest), key)
+        out.update(zip(rest, found, strict=True))
+    return [out[i] for i in range(len(specs))]
+
+
+_QUICK = {"xla_backend_optimization_level": 1}
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), compiler_options=_QUICK)
+def _drawn_rows(kind: Any, width: int, purpose: Any, key: Any, words: Any, numbers: Any) -> Any:
+    keys = _keys.words_keys(key, purpose, words)
+    return jax.lax.map(functools.partial(_draw_flat, kind, (width,)), (keys, numbers))
 
 
 @functools.lru_cache
@@ -145,7 +253,7 @@ def _compiled(spread: tuple[Any, ...], at_once: bool) -> Any:
     shardings = list(spread) if any(spread) else None
     # The same numbers, and as fast, from a program that is compiled in a third of the time.
     quick = at_once and jax.default_backend() == "cpu"
-    options = {"xla_backend_optimization_level": 1} if quick else None
+    options = _QUICK if quick else None
     draw = jax.jit(
         _draw_together, static_argnums=(0, 1, 2), out_shardings=shardings, compiler_options=options
     )

@@ -21,9 +21,34 @@ def as_key(key: Any, purpose: Purpose) -> Any:
 
 def leaf_keys(key: Any, purpose: Purpose, paths: Iterable[str]) -> Array:
     """A key for each path, side by side, which depends on that path alone and on no other leaf."""
-    base, words = as_key(key, purpose), np.asarray([*map(_words, paths)], np.uint32)
-    fold = jax.vmap(lambda w: jax.random.fold_in(jax.random.fold_in(base, w[0]), w[1]))
-    return fold(words.reshape(-1, 2))
+    return words_keys(key, purpose, words(paths))
+
+
+def words_keys(key: Any, purpose: Purpose, words: Any) -> Array:
+    """The same of what :func:`words` gives."""
+    mine = np.asarray(_words(f"purpose {purpose}"), np.uint32)
+    every = jnp.concatenate([jnp.broadcast_to(mine, jnp.shape(words)), words], 1)
+    key = one_key(key)
+
+    def fold(key: Array, word: Array) -> tuple[Array, None]:
+        return jax.random.fold_in(key, word), None
+
+    # A loop, so that one kernel folds all words.
+    return jax.vmap(lambda row: jax.lax.scan(fold, key, row)[0])(every)
+
+
+def words(paths: Iterable[str]) -> Any:
+    """64 bits of each path as two numbers."""
+    return np.asarray([*map(_words, paths)], np.uint32).reshape(-1, 2)
+
+
+def by_index(key: Any) -> bool:
+    """Whether each number that a key draws depends on its flat index alone, and not on how many
+    are drawn."""
+    config: Any = jax.config
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    kind = jax.random.key_impl(key) if typed else config.jax_default_prng_impl
+    return kind == "threefry2x32" and bool(config.jax_threefry_partitionable)
 
 
 def one_key(key: Any) -> Any:

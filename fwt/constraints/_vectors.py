@@ -69,11 +69,14 @@ def check_fits(axes: Axes, name: str, shape: tuple[int, ...]) -> None:
 def power_of_two(big: Array) -> Array:
     """The power of two at or below each magnitude, 1 for none: a scale that rounds nothing."""
     usable = (big > 0) & jnp.isfinite(big)
-    _, exponent = jnp.frexp(jnp.where(usable, big, 1))
-    # Within what its inverse can hold too.
     info = jnp.finfo(big.dtype)
-    exponent = jnp.clip(exponent - 1, info.minexp + 1, info.maxexp - 2)
-    return lax.stop_gradient(jnp.ldexp(jnp.ones((), big.dtype), exponent))
+    # Within what its inverse can hold too.
+    held = jnp.clip(big, 2.0 ** (info.minexp + 1), 2.0 ** (info.maxexp - 2))
+    # What is left without the fraction.
+    bits = lax.bitcast_convert_type(held, f"uint{info.bits}")
+    bits &= np.array(-1 << info.nmant).astype(bits.dtype)
+    power = lax.bitcast_convert_type(bits, big.dtype)
+    return lax.stop_gradient(jnp.where(usable, power, 1))
 
 
 def _largest(w: Array, dims: tuple[int, ...]) -> Array:

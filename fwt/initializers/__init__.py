@@ -8,10 +8,11 @@ or called: ``fwt.initializers.zeros`` or ``fwt.initializers.zeros()``.
 Source of the mathematics: ``jax.nn.initializers``.
 """
 
-import itertools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.nn import initializers as _jax
 
 from fwt._axes import Axes
@@ -19,7 +20,16 @@ from fwt._types import AxesError, noun
 from fwt.initializers import keras as keras
 from fwt.initializers import torch as torch
 from fwt.initializers._bound import Bound as Bound
-from fwt.initializers._bound import as_matrix, bound, collapsed, in_layout, numbers, plain_axes
+from fwt.initializers._bound import (
+    Each,
+    as_matrix,
+    bound,
+    choice,
+    in_layout,
+    is_traced,
+    numbers,
+    plain_axes,
+)
 
 __all__ = [
     "constant",
@@ -44,6 +54,10 @@ __all__ = [
 ]
 
 
+# The standard deviation of a standard normal cut at two of them.
+_CUT = 0.87962566103423978
+
+
 def _zeros(key: Any, shape: Any, dtype: Any, axes: Axes) -> Any:
     return _jax.zeros(key, shape, dtype)
 
@@ -56,19 +70,30 @@ def _constant(key: Any, shape: Any, dtype: Any, axes: Axes, value: Any) -> Any:
     return _jax.constant(jnp.asarray(value, dtype))(key, shape, dtype)
 
 
-def _uniform(key: Any, shape: Any, dtype: Any, axes: Axes, scale: float) -> Any:
-    return collapsed(shape, lambda s: _jax.uniform(scale)(key, s, dtype))
+def _uniform(dtype: Any, axes: Axes, scale: float) -> Each:
+    return Each(_uniform_numbers, (scale,))
 
 
-def _normal(key: Any, shape: Any, dtype: Any, axes: Axes, stddev: float) -> Any:
-    return collapsed(shape, lambda s: _jax.normal(stddev)(key, s, dtype))
+def _uniform_numbers(key: Any, shape: Any, dtype: Any, scale: Any) -> Any:
+    return _jax.uniform(scale)(key, shape, dtype)
 
 
-def _truncated_normal(
-    key: Any, shape: Any, dtype: Any, axes: Axes, stddev: float, lower: float, upper: float
+def _normal(dtype: Any, axes: Axes, stddev: float) -> Each:
+    return Each(_normal_numbers, (stddev,))
+
+
+def _normal_numbers(key: Any, shape: Any, dtype: Any, stddev: Any) -> Any:
+    return _jax.normal(stddev)(key, shape, dtype)
+
+
+def _truncated_normal(dtype: Any, axes: Axes, stddev: float, lower: float, upper: float) -> Each:
+    return Each(_cut_normal_numbers, (stddev,), (lower, upper))
+
+
+def _cut_normal_numbers(
+    key: Any, shape: Any, dtype: Any, lower: float, upper: float, stddev: Any
 ) -> Any:
-    draw = _jax.truncated_normal(stddev, lower=lower, upper=upper)
-    return collapsed(shape, lambda s: draw(key, s, dtype))
+    return _jax.truncated_normal(stddev, lower=lower, upper=upper)(key, shape, dtype)
 
 
 def _as_flax(axes: Axes) -> Axes:
@@ -76,27 +101,42 @@ def _as_flax(axes: Axes) -> Axes:
     return plain_axes(axes.path, axes.shape) if axes.turned else axes
 
 
-def _variance_scaling(
-    key: Any, shape: Any, dtype: Any, axes: Axes, scale: float, mode: Any, distribution: Any
-) -> Any:
+def _variance_scaling(dtype: Any, axes: Axes, scale: float, mode: Any, distribution: Any) -> Each:
     axes = _as_flax(axes)
     if not axes.outputs or not (axes.inputs or "group" in (axes.names or ())):
         raise AxesError(
             f"{axes.path} of shape {axes.shape} has no input and output axis, so it has no fans: "
             "take an initializer without them, such as zeros or normal"
         )
-    # The axes of a window are one: fewer axes compile faster, see collapsed.
-    roles = ["i" if i in axes.inputs else "o" if i in axes.outputs else "k" for i in axes.all]
-    runs = [list(run) for _, run in itertools.groupby(axes.all, key=lambda i: roles[i])]
-    merged = runs if len(shape) > 3 else [[i] for i in axes.all]
-    draw = _jax.variance_scaling(
-        scale,
-        mode,
-        distribution,
-        in_axis=tuple(n for n, run in enumerate(merged) if roles[run[0]] == "i"),
-        out_axis=tuple(n for n, run in enumerate(merged) if roles[run[0]] == "o"),
-    )
-    return draw(key, tuple(axes.size(run) for run in merged), dtype).reshape(shape)
+    size = axes.size(axes.all)
+    fan_in, fan_out = size / axes.size(axes.outputs), size / axes.size(axes.inputs)
+    fans = {
+        "fan_in": fan_in,
+        "fan_out": fan_out,
+        "fan_avg": (fan_in + fan_out) / 2,
+        "fan_geo_avg": (fan_in * fan_out) ** 0.5,
+    }
+    variance = scale / fans[mode]
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return Each(_scaled_numbers, (variance,), (distribution,))
+    exact: Any = jnp if is_traced(scale) else np
+    if distribution == "uniform":
+        return Each(_symmetric_numbers, (exact.sqrt(exact.asarray(3 * variance, dtype)),))
+    std = exact.sqrt(exact.asarray(variance, dtype))
+    if distribution == "normal":
+        return Each(_normal_numbers, (std,))
+    return Each(_cut_normal_numbers, (std / exact.asarray(_CUT, dtype),), (-2, 2))
+
+
+def _symmetric_numbers(key: Any, shape: Any, dtype: Any, limit: Any) -> Any:
+    return jax.random.uniform(key, shape, dtype, -1) * limit
+
+
+def _scaled_numbers(key: Any, shape: Any, dtype: Any, distribution: Any, variance: Any) -> Any:
+    """JAX's own, told that all axes are those of a batch, so that both fans are 1."""
+    none: tuple[int, ...] = ()
+    draw = _jax.variance_scaling(variance, "fan_in", distribution, none, none, range(len(shape)))
+    return draw(key, shape, dtype)
 
 
 def _orthogonal(key: Any, shape: Any, dtype: Any, axes: Axes, scale: float) -> Any:
@@ -149,7 +189,7 @@ def uniform(scale: float = 1e-2) -> Bound:
         >>> bool((w >= 0).all() and (w < 1).all())
         True
     """
-    return bound(_uniform, whole=True, scale=scale)
+    return bound(_uniform, whole=True, each=True, scale=scale)
 
 
 @noun
@@ -161,7 +201,7 @@ def normal(stddev: float = 1e-2) -> Bound:
         >>> bool(normal(2.0)(jax.random.key(0), (1000,)).std() > 1.8)
         True
     """
-    return bound(_normal, whole=True, stddev=stddev)
+    return bound(_normal, whole=True, each=True, stddev=stddev)
 
 
 @noun
@@ -173,7 +213,7 @@ def truncated_normal(stddev: float = 1e-2, lower: float = -2.0, upper: float = 2
         >>> bool(abs(truncated_normal(0.5)(jax.random.key(0), (1000,))).max() <= 1.0)
         True
     """
-    return bound(_truncated_normal, stddev=stddev, lower=lower, upper=upper)
+    return bound(_truncated_normal, each=True, stddev=stddev, lower=lower, upper=upper)
 
 
 def variance_scaling(scale: float, mode: str, distribution: str) -> Bound:
@@ -188,7 +228,9 @@ def variance_scaling(scale: float, mode: str, distribution: str) -> Bound:
         >>> variance_scaling(2.0, "fan_in", "normal") == he_normal()
         False
     """
-    return bound(_variance_scaling, scale=scale, mode=mode, distribution=distribution)
+    choice("mode", mode, ("fan_in", "fan_out", "fan_avg", "fan_geo_avg"))
+    choice("distribution", distribution, ("normal", "truncated_normal", "uniform"))
+    return bound(_variance_scaling, each=True, scale=scale, mode=mode, distribution=distribution)
 
 
 @noun

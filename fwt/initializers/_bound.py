@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,25 @@ import numpy as np
 
 from fwt import _tree
 from fwt._axes import Axes
-from fwt._types import AxesError, FwtError
+from fwt._types import Array, AxesError, FwtError
+
+
+class Each(NamedTuple):
+    """How numbers are drawn each by itself, from the key and its flat index alone.
+
+    Attributes:
+        draw: ``(key, shape, dtype, *fixed, *numbers) -> array``.
+        numbers: what may differ between leaves that are drawn together, such as a deviation.
+        fixed: what may not.
+    """
+
+    draw: Callable[..., Array]
+    numbers: tuple[Any, ...] = ()
+    fixed: tuple[Any, ...] = ()
+
+    def __call__(self, key: Any, shape: tuple[int, ...], dtype: Any) -> Array:
+        held = [jnp.asarray(n, dtype) for n in self.numbers]
+        return collapsed(shape, lambda s: self.draw(key, s, dtype, *self.fixed, *held))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,11 +39,12 @@ class Bound:
 
     Attributes:
         name: its name in its namespace.
-        function: ``(key, shape, dtype, axes, **settings) -> array``.
+        function: ``(key, shape, dtype, axes, **settings) -> array``, or, of numbers that are
+            drawn each by itself, ``(dtype, axes, **settings) -> Each``.
         settings: the arguments.
         axes: of the leaf that it is for; None reads a shape as (..., in, out), as JAX does.
-        whole: whether each number is drawn by itself, whatever the axes, so that a stack of layers
-            is no different from one.
+        whole: whether the axes don't matter, so that a stack of layers is no different from one.
+        each: whether the function gives an :class:`Each`.
     """
 
     name: str
@@ -33,6 +52,7 @@ class Bound:
     settings: tuple[tuple[str, Any], ...] = ()
     axes: Axes | None = None
     whole: bool = False
+    each: bool = False
 
     def __call__(self, key: Any = None, shape: Any = None, dtype: Any = jnp.float32) -> Any:
         if shape is None and key is None:  # a noun may be written bare or called
@@ -50,16 +70,24 @@ class Bound:
         for name in {"value", "val"} & set(settings):
             _check_holds(dtype, settings[name])
         drawn = jnp.dtype(jnp.float32) if _tree.is_narrow(dtype) else dtype
+
+        def draw(key: Any, shape: tuple[int, ...], axes: Axes) -> Any:
+            if self.each:
+                return self.function(drawn, axes, **settings)(key, shape, drawn)
+            return self.function(key, shape, drawn, axes, **settings)
+
         if axes.stack and not self.whole:
             one = axes.one
-
-            def draw(key: Any) -> Any:
-                return self.function(key, one.shape, drawn, one, **settings)
-
-            value = _stacked(draw, key, axes)
+            value = _stacked(lambda k: draw(k, one.shape, one), key, axes)
         else:
-            value = self.function(key, tuple(shape), drawn, axes, **settings)
+            value = draw(key, tuple(shape), axes)
         return value if drawn == dtype else _tree.rounded(value, dtype)
+
+    def by_itself(self, axes: Axes, dtype: Any) -> Each | None:
+        """How each number of a leaf is drawn by itself; None if it is not, or a slice is."""
+        if not self.each or (axes.stack and not self.whole):
+            return None
+        return self.function(dtype, axes, **dict(self.settings))
 
     def at(self, axes: Axes) -> "Bound":
         """The same initializer for a leaf with these axes."""
@@ -104,10 +132,12 @@ def plain_axes(name: str, shape: tuple[int, ...]) -> Axes:
     return Axes(name, shape, names if shape else ())
 
 
-def bound(function: Callable[..., Any], *, whole: bool = False, **settings: Any) -> Bound:
-    """A Bound named after its function, ``_normal`` for ``normal``; see there for ``whole``."""
+def bound(
+    function: Callable[..., Any], *, whole: bool = False, each: bool = False, **settings: Any
+) -> Bound:
+    """A Bound named after its function, ``_normal`` for ``normal``."""
     frozen = tuple((name, _frozen(value)) for name, value in settings.items())
-    return Bound(function.__name__.removeprefix("_"), function, frozen, whole=whole)
+    return Bound(function.__name__.removeprefix("_"), function, frozen, whole=whole, each=each)
 
 
 def _frozen(value: Any) -> Any:
@@ -163,6 +193,11 @@ def collapsed(shape: tuple[int, ...], draw: Callable[[tuple[int, ...]], Any]) ->
     if len(shape) < 4:
         return draw(shape)
     return draw((math.prod(shape[:-1]), shape[-1])).reshape(shape)
+
+
+def shifted_normal(key: Any, shape: tuple[int, ...], dtype: Any, mean: Any, std: Any) -> Array:
+    """Normal numbers, not cut."""
+    return mean + std * jax.random.normal(key, shape, dtype)
 
 
 def as_matrix(

@@ -20,14 +20,15 @@ from fwt._axes import Axes
 from fwt._types import noun
 from fwt.initializers._bound import (
     Bound,
+    Each,
     as_matrix,
     bound,
     choice,
-    collapsed,
     floating,
     no_matrix,
     number,
     numbers,
+    shifted_normal,
 )
 
 __all__ = [
@@ -62,31 +63,26 @@ def _identity(key: Any, shape: Any, dtype: Any, axes: Axes, gain: float) -> Any:
     return (gain * jnp.eye(*shape)).astype(dtype)
 
 
-def _random_normal(key: Any, shape: Any, dtype: Any, axes: Axes, mean: float, stddev: float) -> Any:
+def _random_normal(dtype: Any, axes: Axes, mean: float, stddev: float) -> Each:
     floating("random_normal", dtype)
-    drawn = collapsed(shape, lambda s: jax.random.normal(key, s, dtype))
-    return (mean + stddev * drawn).astype(dtype)
+    return Each(shifted_normal, (mean, stddev))
 
 
-def _random_uniform(
-    key: Any, shape: Any, dtype: Any, axes: Axes, minval: float, maxval: float
-) -> Any:
+def _random_uniform(dtype: Any, axes: Axes, minval: float, maxval: float) -> Each:
     floating("random_uniform", dtype)
-    drawn = collapsed(shape, lambda s: jax.random.uniform(key, s, dtype, minval, maxval))
-    return drawn.astype(dtype)
+    return Each(jax.random.uniform, (minval, maxval))
 
 
-def _truncated_normal(
-    key: Any, shape: Any, dtype: Any, axes: Axes, mean: float, stddev: float
-) -> Any:
+def _truncated_normal(dtype: Any, axes: Axes, mean: float, stddev: float) -> Each:
     floating("truncated_normal", dtype)
-    drawn = collapsed(shape, lambda s: jax.random.truncated_normal(key, -2, 2, s, dtype))
-    return (mean + stddev * drawn).astype(dtype)
+    return Each(_cut_normal_numbers, (mean, stddev))
+
+
+def _cut_normal_numbers(key: Any, shape: Any, dtype: Any, mean: Any, stddev: Any) -> Any:
+    return mean + stddev * jax.random.truncated_normal(key, -2, 2, shape, dtype)
 
 
 def _variance_scaling(
-    key: Any,
-    shape: Any,
     dtype: Any,
     axes: Axes,
     scale: float,
@@ -94,19 +90,19 @@ def _variance_scaling(
     distribution: str,
     input_axes: tuple[int, ...] | None,
     output_axes: tuple[int, ...] | None,
-) -> Any:
+) -> Each:
     if input_axes is None or output_axes is None:
         fan_in, fan_out = axes.fans("keras")
     else:
-        fan_in, fan_out = (math.prod(shape[i] for i in a) for a in (input_axes, output_axes))
+        fan_in, fan_out = (math.prod(axes.shape[i] for i in a) for a in (input_axes, output_axes))
     fan = {"fan_in": fan_in, "fan_out": fan_out, "fan_avg": (fan_in + fan_out) / 2}[mode]
     variance = scale / max(1.0, fan)
     if distribution == "uniform":
         limit = math.sqrt(3 * variance)
-        return _random_uniform(key, shape, dtype, axes, -limit, limit)
+        return _random_uniform(dtype, axes, -limit, limit)
     if distribution == "untruncated_normal":
-        return _random_normal(key, shape, dtype, axes, 0.0, math.sqrt(variance))
-    return _truncated_normal(key, shape, dtype, axes, 0.0, math.sqrt(variance) / _CUT)
+        return _random_normal(dtype, axes, 0.0, math.sqrt(variance))
+    return _truncated_normal(dtype, axes, 0.0, math.sqrt(variance) / _CUT)
 
 
 def _orthogonal(key: Any, shape: Any, dtype: Any, axes: Axes, gain: float) -> Any:
@@ -171,7 +167,9 @@ def random_normal(mean: float = 0.0, stddev: float = 0.05) -> Bound:
         >>> bool(abs(random_normal(3.0)(jax.random.key(0), (100,)).mean() - 3) < 0.1)
         True
     """
-    return bound(_random_normal, mean=number("mean", mean), stddev=number("stddev", stddev, 0))
+    return bound(
+        _random_normal, each=True, mean=number("mean", mean), stddev=number("stddev", stddev, 0)
+    )
 
 
 @noun
@@ -185,6 +183,7 @@ def random_uniform(minval: float = -0.05, maxval: float = 0.05) -> Bound:
     """
     return bound(
         _random_uniform,
+        each=True,
         minval=number("minval", minval),
         maxval=number("maxval", maxval, minval),
     )
@@ -199,7 +198,9 @@ def truncated_normal(mean: float = 0.0, stddev: float = 0.05) -> Bound:
         >>> bool(abs(truncated_normal()(jax.random.key(0), (100,))).max() <= 0.1)
         True
     """
-    return bound(_truncated_normal, mean=number("mean", mean), stddev=number("stddev", stddev, 0))
+    return bound(
+        _truncated_normal, each=True, mean=number("mean", mean), stddev=number("stddev", stddev, 0)
+    )
 
 
 @noun
@@ -227,6 +228,7 @@ def variance_scaling(
     """
     return bound(
         _variance_scaling,
+        each=True,
         scale=number("scale", scale, float(np.finfo(np.float64).tiny)),
         mode=choice("mode", mode, ("fan_in", "fan_out", "fan_avg")),
         distribution=choice(

@@ -21,14 +21,15 @@ from fwt._axes import Axes
 from fwt._types import FwtError, noun
 from fwt.initializers._bound import (
     Bound,
+    Each,
     as_matrix,
     bound,
     choice,
-    collapsed,
     floating,
     in_layout,
     no_matrix,
     number,
+    shifted_normal,
 )
 
 __all__ = [
@@ -79,21 +80,24 @@ def calculate_gain(nonlinearity: str, param: float | None = None) -> float:
     return math.sqrt(2.0 / (1 + slope**2))
 
 
-def _uniform(key: Any, shape: Any, dtype: Any, axes: Axes, a: float, b: float) -> Any:
+def _uniform(dtype: Any, axes: Axes, a: float, b: float) -> Each:
     floating("uniform", dtype)
-    return collapsed(shape, lambda s: jax.random.uniform(key, s, dtype, a, b)).astype(dtype)
+    return Each(jax.random.uniform, (a, b))
 
 
-def _normal(key: Any, shape: Any, dtype: Any, axes: Axes, mean: float, std: float) -> Any:
+def _normal(dtype: Any, axes: Axes, mean: float, std: float) -> Each:
     floating("normal", dtype)
-    drawn = collapsed(shape, lambda s: jax.random.normal(key, s, dtype))
-    return (mean + std * drawn).astype(dtype)
+    return Each(shifted_normal, (mean, std))
 
 
-def _trunc_normal(
-    key: Any, shape: Any, dtype: Any, axes: Axes, mean: float, std: float, a: float, b: float
-) -> Any:
+def _trunc_normal(dtype: Any, axes: Axes, mean: float, std: float, a: float, b: float) -> Each:
     floating("trunc_normal", dtype)
+    return Each(_cut_normal_numbers, fixed=(mean, std, a, b))
+
+
+def _cut_normal_numbers(
+    key: Any, shape: Any, dtype: Any, mean: float, std: float, a: float, b: float
+) -> Any:
     if std == 0:
         return jnp.full(shape, min(max(mean, a), b), dtype)
     low, high = (a - mean) / std, (b - mean) / std
@@ -101,7 +105,7 @@ def _trunc_normal(
     flipped = low + high > 0
     if flipped:
         low, high = -high, -low
-    share = collapsed(shape, lambda s: jax.random.uniform(key, s, dtype))
+    share = jax.random.uniform(key, shape, dtype)
     x = _between(share, jnp.asarray(low, dtype), jnp.asarray(high, dtype), far=high < -5)
     x = jnp.clip(x, low, high)
     return jnp.clip(mean + std * (-x if flipped else x), a, b).astype(dtype)
@@ -167,31 +171,24 @@ def _dirac(key: Any, shape: Any, dtype: Any, axes: Axes, groups: int) -> Any:
     return _from_torchs(jnp.asarray(new, dtype), axes)
 
 
-def _xavier(key: Any, shape: Any, dtype: Any, axes: Axes, gain: float, distribution: str) -> Any:
+def _xavier(dtype: Any, axes: Axes, gain: float, distribution: str) -> Each:
     std = gain * math.sqrt(2.0 / max(sum(axes.fans("torch")), 1))
-    return _scaled(key, shape, dtype, axes, std, distribution)
+    return _scaled(dtype, axes, std, distribution)
 
 
 def _kaiming(
-    key: Any,
-    shape: Any,
-    dtype: Any,
-    axes: Axes,
-    a: float,
-    mode: str,
-    nonlinearity: str,
-    distribution: str,
-) -> Any:
+    dtype: Any, axes: Axes, a: float, mode: str, nonlinearity: str, distribution: str
+) -> Each:
     fan = axes.fans("torch")[mode == "fan_out"]
     std = calculate_gain(nonlinearity, a) / math.sqrt(max(fan, 1))
-    return _scaled(key, shape, dtype, axes, std, distribution)
+    return _scaled(dtype, axes, std, distribution)
 
 
-def _scaled(key: Any, shape: Any, dtype: Any, axes: Axes, std: float, distribution: str) -> Any:
+def _scaled(dtype: Any, axes: Axes, std: float, distribution: str) -> Each:
     if distribution == "normal":
-        return _normal(key, shape, dtype, axes, 0.0, std)
+        return _normal(dtype, axes, 0.0, std)
     limit = math.sqrt(3.0) * std
-    return _uniform(key, shape, dtype, axes, -limit, limit)
+    return _uniform(dtype, axes, -limit, limit)
 
 
 def _orthogonal(key: Any, shape: Any, dtype: Any, axes: Axes, gain: float) -> Any:
@@ -233,7 +230,7 @@ def uniform(a: float = 0.0, b: float = 1.0) -> Bound:
         >>> bool(abs(uniform(-2.0, 2.0)(jax.random.key(0), (100,))).max() > 1)
         True
     """
-    return bound(_uniform, whole=True, a=number("a", a), b=number("b", b, a))
+    return bound(_uniform, whole=True, each=True, a=number("a", a), b=number("b", b, a))
 
 
 @noun
@@ -245,7 +242,9 @@ def normal(mean: float = 0.0, std: float = 1.0) -> Bound:
         >>> bool(abs(normal(3.0, 0.1)(jax.random.key(0), (100,)).mean() - 3) < 0.1)
         True
     """
-    return bound(_normal, whole=True, mean=number("mean", mean), std=number("std", std, 0))
+    return bound(
+        _normal, whole=True, each=True, mean=number("mean", mean), std=number("std", std, 0)
+    )
 
 
 @noun
@@ -260,6 +259,7 @@ def trunc_normal(mean: float = 0.0, std: float = 1.0, a: float = -2.0, b: float 
     """
     return bound(
         _trunc_normal,
+        each=True,
         mean=number("mean", mean),
         std=number("std", std, 0),
         a=number("a", a),
@@ -332,14 +332,15 @@ def dirac(groups: int = 1) -> Bound:
 def xavier_uniform(gain: float = 1.0) -> Bound:
     """Uniform with variance ``gain² · 2 / (fan_in + fan_out)`` (Glorot and Bengio, 2010)."""
     return _named(
-        "xavier_uniform", bound(_xavier, gain=number("gain", gain), distribution="uniform")
+        "xavier_uniform",
+        bound(_xavier, each=True, gain=number("gain", gain), distribution="uniform"),
     )
 
 
 @noun
 def xavier_normal(gain: float = 1.0) -> Bound:
     """Normal with variance ``gain² · 2 / (fan_in + fan_out)``, not truncated, unlike Keras's."""
-    made = bound(_xavier, gain=number("gain", gain), distribution="normal")
+    made = bound(_xavier, each=True, gain=number("gain", gain), distribution="normal")
     return _named("xavier_normal", made)
 
 
@@ -388,6 +389,7 @@ def _kaiming_of(name: str, a: float, mode: str, nonlinearity: str, distribution:
         name,
         bound(
             _kaiming,
+            each=True,
             a=number("a", a),
             mode=choice("mode", mode, ("fan_in", "fan_out")),
             nonlinearity=nonlinearity,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fwt._apart import indices, joins, pick, seed_of
+from fwt._apart import about, indices, joins, pick, seed_of
 from fwt._types import Array
 from fwt.selection.keys import Source
 
@@ -42,18 +42,12 @@ class Stack(NamedTuple):
         return rows & (lax.broadcasted_iota(jnp.uint32, rows.shape, 1) < self.ends[:, None])
 
 
-def _about(size: int) -> int:
-    """The next of 1, 2, 3, 4, 6, 8, 12, ..., so that few programs serve leaves of many shapes."""
-    top = 1 << (size - 1).bit_length()
-    return top - top // 4 if size <= top - top // 4 else top
-
-
 def stacks_of(flat: Sequence[Source]) -> list[Stack]:
     """The leaves, small ones of about one size together, so that one kernel serves them."""
     kinds: dict[Any, list[int]] = {}
     sizes = [math.prod(s.shape) for s in flat]
     for i, (source, size) in enumerate(zip(flat, sizes, strict=True)):
-        kind = (source.key, _about(size), *(x.dtype for x in source.arrays))
+        kind = (source.key, about(size), *(x.dtype for x in source.arrays))
         kinds.setdefault(kind if joins(size, len(flat)) else i, []).append(i)
     found = []
     for places in kinds.values():

@@ -1,5 +1,6 @@
 """Random numbers: independent for each purpose of a key, and drawn wide for narrow leaves."""
 
+import functools
 import itertools
 import typing
 
@@ -328,3 +329,41 @@ def test_a_key_from_outside_draws_the_same_in_any_trace(name):
         for tree in found:
             assert jax.tree.all(jax.tree.map(jnp.array_equal, tree, draw(params)))
         jax.eval_shape(draw, params)
+
+
+SHAPES = [(1, 1), (5, 7), (7, 5), (3, 3, 2, 9), (33, 17), (64, 64), (64, 64), (300, 301), (9, 200)]
+EACH = {
+    "uniform": init.uniform(0.3),
+    "truncated_normal": init.truncated_normal(0.7, -1, 2),
+    "fan_geo_avg": init.variance_scaling(2.0, "fan_geo_avg", "normal"),
+    "glorot_uniform": init.glorot_uniform(),
+    "he_normal": init.he_normal(),
+    "keras.he_normal": init.keras.he_normal(),
+    "keras.random_normal": init.keras.random_normal(0.3, 0.2),
+    "torch.xavier_uniform": init.torch.xavier_uniform(0.3),
+    "torch.trunc_normal": init.torch.trunc_normal(0.1, 0.5, -0.3, 2.0),
+    "orthogonal": init.orthogonal(),
+}
+
+
+@pytest.mark.parametrize("kind", ["threefry2x32", "rbg", "not partitionable"])
+@pytest.mark.parametrize("name", thorough_but(lambda n: n == "he_normal", EACH))
+def test_what_stands_beside_a_leaf_changes_none_of_its_numbers(name, kind):
+    dtypes = itertools.cycle(["float32", "bfloat16", "float32", "float16"])
+    params = {
+        f"l{i}": {"kernel": jnp.zeros(shape, dtype)}
+        for (i, shape), dtype in zip(enumerate(SHAPES), dtypes, strict=False)
+    }
+    with jax.threefry_partitionable(kind != "not partitionable"):
+        key = jax.random.key(3, impl="rbg" if kind == "rbg" else "threefry2x32")
+        draw = fwt.initialize(EACH[name], key)
+        together, traced = draw(params), jax.jit(draw)(params)
+        for layer, leaves in params.items():
+            shape, dtype = leaves["kernel"].shape, leaves["kernel"].dtype
+            names = " ".join([*"hw"[: len(shape) - 2], "in", "out"])
+            axes = fwt._axes.Axes(f"{layer}/kernel", shape, tuple(names.split()))
+            [own] = _keys.leaf_keys(key, "initialize", [axes.path])
+            alone = functools.partial(EACH[name].at(axes), shape=shape, dtype=dtype)
+            wanted = jax.jit(alone)(own)
+            for found in (together, traced):
+                np.testing.assert_array_equal(found[layer]["kernel"], wanted, err_msg=str(shape))

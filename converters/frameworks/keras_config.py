@@ -31,6 +31,7 @@ def keras_layers(
         what = "a config that names no class" if kind is None else repr(kind)
         raise ConversionError(f"{place}: expected a keras Sequential, found {what}")
     body = config.get("config")
+    _check_own(config, place, str(body.get("name")) if isinstance(body, dict) else "the model")
     entries = body.get("layers") if isinstance(body, dict) else None
     if not isinstance(body, dict) or not isinstance(entries, list):
         raise FileFormatError(f"{place}: the config has no list of layers")
@@ -193,20 +194,28 @@ def _tensors(node: Any) -> list[str]:
 def _keras_entry(entry: Any, place: str) -> tuple[str, dict[str, Any]]:
     if not isinstance(entry, dict) or not isinstance(entry.get("config"), dict):
         raise FileFormatError(f"{place}: expected a layer, found {entry!r:.80}")
-    kind, module = entry.get("class_name"), entry.get("module")
+    kind = entry.get("class_name")
     if not isinstance(kind, str):
         raise FileFormatError(f"{place}: a layer's class is {kind!r}")
     if kind in table.CUSTOM["keras"]:
         return kind, dict(entry["config"])
-    if entry.get("registered_name") not in (None, kind) or (
-        module is not None
-        and (str(module).split(".")[0] != "keras" or "ops" in str(module).split("."))
-    ):
-        raise ConversionError(
-            f"{place}: {entry['config'].get('name')} is a custom layer "
-            f"({f'{module}.' if module else ''}{kind}), which can't be converted"
-        )
+    _check_own(entry, place, str(entry["config"].get("name")))
     return kind, dict(entry["config"])
+
+
+def _check_own(entry: Any, place: str, name: str) -> None:
+    """Raises for a class that is not Keras's own. One that was defined in a script or a notebook
+    has no module, but the name under which it would be registered."""
+    kind, module = entry.get("class_name"), entry.get("module")
+    registered = entry.get("registered_name")
+    parts = ["keras"] if module is None else str(module).split(".")
+    nowhere = "module" in entry and module is None and registered is not None
+    if nowhere or registered not in (None, kind) or parts[0] != "keras" or "ops" in parts:
+        raise ConversionError(
+            f"{place}: {name} is a custom layer ({f'{module}.' if module else ''}{kind}), which "
+            "can't be converted from a file: if it is one of your own, load the model in Keras "
+            "and give that, with converters.transform or converters.register"
+        )
 
 
 def _computes_in(given: Any, place: str) -> str:

@@ -504,3 +504,32 @@ def test_activation_layers_take_every_setting(tmp_path, kind, settings, said):
     with pytest.raises(converters.ConversionError) as caught:
         converters.load(tmp_path / "x.keras")
     assert said in str(caught.value)
+
+
+def _in_a_script(base):
+    """A class of a Keras name, as a script or a notebook defines it."""
+    return type(base.__name__, (base,), {"__module__": "__main__"})
+
+
+@pytest.mark.parametrize("place", ["layer", "wrapped", "cell", "activation", "inside", "model"])
+def test_a_class_of_a_script_is_none_of_keras_s_own(tmp_path, place):
+    dense, cell, sequential = map(
+        _in_a_script, (keras.layers.Dense, keras.layers.LSTMCell, keras.Sequential)
+    )
+    x = keras.Input((5, 4))
+    model = {
+        "layer": lambda: keras.Sequential([x, dense(3)]),
+        "wrapped": lambda: keras.Sequential([x, keras.layers.TimeDistributed(dense(3))]),
+        "cell": lambda: keras.Sequential([x, keras.layers.RNN(cell(3))]),
+        "activation": lambda: keras.Sequential(
+            [x, keras.layers.Dense(3, _in_a_script(keras.layers.Activation)("relu"))]
+        ),
+        "inside": lambda: keras.Sequential([x, sequential([keras.layers.Dense(3)])]),
+        "model": lambda: sequential([x, keras.layers.Dense(3)]),
+    }[place]()
+    path = tmp_path / "m.keras"
+    model.save(path)
+    with pytest.raises(TypeError, match="custom classes"):
+        keras.saving.load_model(path)
+    with pytest.raises(fwt.FwtError, match=r"is a custom layer .*converters\.transform"):
+        converters.load(path)

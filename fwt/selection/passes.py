@@ -118,6 +118,11 @@ def row_ties(source: Source, values: Array, places: Array) -> Array:
     return _row_count(source, among)
 
 
+def packs() -> bool:
+    """Whether the counts of several trials are packed into one number."""
+    return jax.device_count() == 1 and jax.default_backend() == "cpu"
+
+
 def below_each(source: Source, trials: Array, active: Array) -> Array:
     """For each of up to ``TOGETHER`` trials how many keys are below it, in one pass (seen: 7 ms
     where 8 passes take 27); anything, if not active.
@@ -127,7 +132,7 @@ def below_each(source: Source, trials: Array, active: Array) -> Array:
     """
     rows, many = _ROWS, len(trials)
     width = math.prod(source.shape) // (_PACKED * rows * 64) * 64 * rows
-    if jax.device_count() > 1 or jax.default_backend() != "cpu" or not width:
+    if not (packs() and width):
 
         def plain(arrays: Any, trials: Array) -> Array:
             return jax.vmap(lambda trial: below(Source(source.key, arrays), trial))(trials)

@@ -25,6 +25,7 @@ from fwt.initializers._bound import (
     as_matrix,
     bound,
     choice,
+    gives_each,
     in_layout,
     is_traced,
     numbers,
@@ -70,6 +71,7 @@ def _constant(key: Any, shape: Any, dtype: Any, axes: Axes, value: Any) -> Any:
     return _jax.constant(jnp.asarray(value, dtype))(key, shape, dtype)
 
 
+@gives_each
 def _uniform(dtype: Any, axes: Axes, scale: float) -> Each:
     return Each(_uniform_numbers, (scale,))
 
@@ -78,6 +80,7 @@ def _uniform_numbers(key: Any, shape: Any, dtype: Any, scale: Any) -> Any:
     return _jax.uniform(scale)(key, shape, dtype)
 
 
+@gives_each
 def _normal(dtype: Any, axes: Axes, stddev: float) -> Each:
     return Each(_normal_numbers, (stddev,))
 
@@ -86,6 +89,7 @@ def _normal_numbers(key: Any, shape: Any, dtype: Any, stddev: Any) -> Any:
     return _jax.normal(stddev)(key, shape, dtype)
 
 
+@gives_each
 def _truncated_normal(dtype: Any, axes: Axes, stddev: float, lower: float, upper: float) -> Each:
     return Each(_cut_normal_numbers, (stddev,), (lower, upper))
 
@@ -101,6 +105,7 @@ def _as_flax(axes: Axes) -> Axes:
     return plain_axes(axes.path, axes.shape) if axes.turned else axes
 
 
+@gives_each
 def _variance_scaling(dtype: Any, axes: Axes, scale: float, mode: Any, distribution: Any) -> Each:
     axes = _as_flax(axes)
     if not axes.outputs or not (axes.inputs or "group" in (axes.names or ())):
@@ -189,7 +194,7 @@ def uniform(scale: float = 1e-2) -> Bound:
         >>> bool((w >= 0).all() and (w < 1).all())
         True
     """
-    return bound(_uniform, whole=True, each=True, scale=scale)
+    return bound(_uniform, whole=True, scale=scale)
 
 
 @noun
@@ -201,7 +206,7 @@ def normal(stddev: float = 1e-2) -> Bound:
         >>> bool(normal(2.0)(jax.random.key(0), (1000,)).std() > 1.8)
         True
     """
-    return bound(_normal, whole=True, each=True, stddev=stddev)
+    return bound(_normal, whole=True, stddev=stddev)
 
 
 @noun
@@ -213,7 +218,7 @@ def truncated_normal(stddev: float = 1e-2, lower: float = -2.0, upper: float = 2
         >>> bool(abs(truncated_normal(0.5)(jax.random.key(0), (1000,))).max() <= 1.0)
         True
     """
-    return bound(_truncated_normal, each=True, stddev=stddev, lower=lower, upper=upper)
+    return bound(_truncated_normal, stddev=stddev, lower=lower, upper=upper)
 
 
 def variance_scaling(scale: float, mode: str, distribution: str) -> Bound:
@@ -230,7 +235,7 @@ def variance_scaling(scale: float, mode: str, distribution: str) -> Bound:
     """
     choice("mode", mode, ("fan_in", "fan_out", "fan_avg", "fan_geo_avg"))
     choice("distribution", distribution, ("normal", "truncated_normal", "uniform"))
-    return bound(_variance_scaling, each=True, scale=scale, mode=mode, distribution=distribution)
+    return bound(_variance_scaling, scale=scale, mode=mode, distribution=distribution)
 
 
 @noun

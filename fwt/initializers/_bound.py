@@ -44,7 +44,6 @@ class Bound:
         settings: the arguments.
         axes: of the leaf that it is for; None reads a shape as (..., in, out), as JAX does.
         whole: whether the axes don't matter, so that a stack of layers is no different from one.
-        each: whether the function gives an :class:`Each`.
     """
 
     name: str
@@ -52,7 +51,11 @@ class Bound:
     settings: tuple[tuple[str, Any], ...] = ()
     axes: Axes | None = None
     whole: bool = False
-    each: bool = False
+
+    @property
+    def each(self) -> bool:
+        """Whether the function gives an :class:`Each`."""
+        return getattr(self.function, "gives_each", False)
 
     def __call__(self, key: Any = None, shape: Any = None, dtype: Any = jnp.float32) -> Any:
         if shape is None and key is None:  # a noun may be written bare or called
@@ -132,12 +135,16 @@ def plain_axes(name: str, shape: tuple[int, ...]) -> Axes:
     return Axes(name, shape, names if shape else ())
 
 
-def bound(
-    function: Callable[..., Any], *, whole: bool = False, each: bool = False, **settings: Any
-) -> Bound:
+def gives_each(function: Callable[..., Each]) -> Callable[..., Each]:
+    """Marks a function that gives an :class:`Each`."""
+    function.gives_each = True  # type: ignore[attr-defined]
+    return function
+
+
+def bound(function: Callable[..., Any], *, whole: bool = False, **settings: Any) -> Bound:
     """A Bound named after its function, ``_normal`` for ``normal``."""
     frozen = tuple((name, _frozen(value)) for name, value in settings.items())
-    return Bound(function.__name__.removeprefix("_"), function, frozen, whole=whole, each=each)
+    return Bound(function.__name__.removeprefix("_"), function, frozen, whole=whole)
 
 
 def _frozen(value: Any) -> Any:

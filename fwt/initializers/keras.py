@@ -25,6 +25,7 @@ from fwt.initializers._bound import (
     bound,
     choice,
     floating,
+    gives_each,
     no_matrix,
     number,
     numbers,
@@ -63,16 +64,19 @@ def _identity(key: Any, shape: Any, dtype: Any, axes: Axes, gain: float) -> Any:
     return (gain * jnp.eye(*shape)).astype(dtype)
 
 
+@gives_each
 def _random_normal(dtype: Any, axes: Axes, mean: float, stddev: float) -> Each:
     floating("random_normal", dtype)
     return Each(shifted_normal, (mean, stddev))
 
 
+@gives_each
 def _random_uniform(dtype: Any, axes: Axes, minval: float, maxval: float) -> Each:
     floating("random_uniform", dtype)
     return Each(jax.random.uniform, (minval, maxval))
 
 
+@gives_each
 def _truncated_normal(dtype: Any, axes: Axes, mean: float, stddev: float) -> Each:
     floating("truncated_normal", dtype)
     return Each(_cut_normal_numbers, (mean, stddev))
@@ -82,6 +86,7 @@ def _cut_normal_numbers(key: Any, shape: Any, dtype: Any, mean: Any, stddev: Any
     return mean + stddev * jax.random.truncated_normal(key, -2, 2, shape, dtype)
 
 
+@gives_each
 def _variance_scaling(
     dtype: Any,
     axes: Axes,
@@ -167,9 +172,7 @@ def random_normal(mean: float = 0.0, stddev: float = 0.05) -> Bound:
         >>> bool(abs(random_normal(3.0)(jax.random.key(0), (100,)).mean() - 3) < 0.1)
         True
     """
-    return bound(
-        _random_normal, each=True, mean=number("mean", mean), stddev=number("stddev", stddev, 0)
-    )
+    return bound(_random_normal, mean=number("mean", mean), stddev=number("stddev", stddev, 0))
 
 
 @noun
@@ -183,7 +186,6 @@ def random_uniform(minval: float = -0.05, maxval: float = 0.05) -> Bound:
     """
     return bound(
         _random_uniform,
-        each=True,
         minval=number("minval", minval),
         maxval=number("maxval", maxval, minval),
     )
@@ -198,9 +200,7 @@ def truncated_normal(mean: float = 0.0, stddev: float = 0.05) -> Bound:
         >>> bool(abs(truncated_normal()(jax.random.key(0), (100,))).max() <= 0.1)
         True
     """
-    return bound(
-        _truncated_normal, each=True, mean=number("mean", mean), stddev=number("stddev", stddev, 0)
-    )
+    return bound(_truncated_normal, mean=number("mean", mean), stddev=number("stddev", stddev, 0))
 
 
 @noun
@@ -228,7 +228,6 @@ def variance_scaling(
     """
     return bound(
         _variance_scaling,
-        each=True,
         scale=number("scale", scale, float(np.finfo(np.float64).tiny)),
         mode=choice("mode", mode, ("fan_in", "fan_out", "fan_avg")),
         distribution=choice(

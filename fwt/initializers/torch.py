@@ -26,6 +26,7 @@ from fwt.initializers._bound import (
     bound,
     choice,
     floating,
+    gives_each,
     in_layout,
     no_matrix,
     number,
@@ -80,16 +81,19 @@ def calculate_gain(nonlinearity: str, param: float | None = None) -> float:
     return math.sqrt(2.0 / (1 + slope**2))
 
 
+@gives_each
 def _uniform(dtype: Any, axes: Axes, a: float, b: float) -> Each:
     floating("uniform", dtype)
     return Each(jax.random.uniform, (a, b))
 
 
+@gives_each
 def _normal(dtype: Any, axes: Axes, mean: float, std: float) -> Each:
     floating("normal", dtype)
     return Each(shifted_normal, (mean, std))
 
 
+@gives_each
 def _trunc_normal(dtype: Any, axes: Axes, mean: float, std: float, a: float, b: float) -> Each:
     floating("trunc_normal", dtype)
     return Each(_cut_normal_numbers, fixed=(mean, std, a, b))
@@ -171,11 +175,13 @@ def _dirac(key: Any, shape: Any, dtype: Any, axes: Axes, groups: int) -> Any:
     return _from_torchs(jnp.asarray(new, dtype), axes)
 
 
+@gives_each
 def _xavier(dtype: Any, axes: Axes, gain: float, distribution: str) -> Each:
     std = gain * math.sqrt(2.0 / max(sum(axes.fans("torch")), 1))
     return _scaled(dtype, axes, std, distribution)
 
 
+@gives_each
 def _kaiming(
     dtype: Any, axes: Axes, a: float, mode: str, nonlinearity: str, distribution: str
 ) -> Each:
@@ -230,7 +236,7 @@ def uniform(a: float = 0.0, b: float = 1.0) -> Bound:
         >>> bool(abs(uniform(-2.0, 2.0)(jax.random.key(0), (100,))).max() > 1)
         True
     """
-    return bound(_uniform, whole=True, each=True, a=number("a", a), b=number("b", b, a))
+    return bound(_uniform, whole=True, a=number("a", a), b=number("b", b, a))
 
 
 @noun
@@ -242,9 +248,7 @@ def normal(mean: float = 0.0, std: float = 1.0) -> Bound:
         >>> bool(abs(normal(3.0, 0.1)(jax.random.key(0), (100,)).mean() - 3) < 0.1)
         True
     """
-    return bound(
-        _normal, whole=True, each=True, mean=number("mean", mean), std=number("std", std, 0)
-    )
+    return bound(_normal, whole=True, mean=number("mean", mean), std=number("std", std, 0))
 
 
 @noun
@@ -259,7 +263,6 @@ def trunc_normal(mean: float = 0.0, std: float = 1.0, a: float = -2.0, b: float 
     """
     return bound(
         _trunc_normal,
-        each=True,
         mean=number("mean", mean),
         std=number("std", std, 0),
         a=number("a", a),
@@ -333,14 +336,14 @@ def xavier_uniform(gain: float = 1.0) -> Bound:
     """Uniform with variance ``gain² · 2 / (fan_in + fan_out)`` (Glorot and Bengio, 2010)."""
     return _named(
         "xavier_uniform",
-        bound(_xavier, each=True, gain=number("gain", gain), distribution="uniform"),
+        bound(_xavier, gain=number("gain", gain), distribution="uniform"),
     )
 
 
 @noun
 def xavier_normal(gain: float = 1.0) -> Bound:
     """Normal with variance ``gain² · 2 / (fan_in + fan_out)``, not truncated, unlike Keras's."""
-    made = bound(_xavier, each=True, gain=number("gain", gain), distribution="normal")
+    made = bound(_xavier, gain=number("gain", gain), distribution="normal")
     return _named("xavier_normal", made)
 
 
@@ -389,7 +392,6 @@ def _kaiming_of(name: str, a: float, mode: str, nonlinearity: str, distribution:
         name,
         bound(
             _kaiming,
-            each=True,
             a=number("a", a),
             mode=choice("mode", mode, ("fan_in", "fan_out")),
             nonlinearity=nonlinearity,

@@ -415,7 +415,10 @@ def dotted(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
         for path, leaf in arrays(collection, tree).items():
             name = ".".join(parts_of_path(path))
             if name in flat:
-                raise ConversionError(f"two arrays would be named {name!r}: rename one of them")
+                raise ConversionError(
+                    f"two arrays would be named {name!r}, since torch joins names by dots: rename "
+                    "one of them, or save them as .safetensors"
+                )
             flat[name] = leaf
     return flat
 
@@ -432,7 +435,7 @@ def arrays(collection: str, tree: Any) -> dict[str, np.ndarray]:
     for path in leaves:
         parts = parts_of_path(path)
         try:
-            fine = 0 < len(parts) < _DEPTH and all(p and p.encode() for p in parts)
+            fine = 0 < len(parts) < DEPTH and all(p and p.encode() for p in parts)
         except UnicodeEncodeError:
             fine = False
         if not fine:
@@ -478,7 +481,7 @@ def slashed(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
     }
 
 
-_DEPTH = 64
+DEPTH = 64
 TORCH_STATS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -497,8 +500,8 @@ def nested(flat: Mapping[str, np.ndarray], separator: str, path: Path) -> dict[s
     statistics of torch's BatchNorm batch_stats."""
     out: dict[str, Any] = {}
     for name, value in flat.items():
-        if name.count(separator) >= _DEPTH:
-            raise FileFormatError(f"{path}: a name of more than {_DEPTH} parts, {name:.40}...")
+        if name.count(separator) >= DEPTH:
+            raise FileFormatError(f"{path}: a name of more than {DEPTH} parts, {name:.40}...")
         if separator == "/":
             parts = parts_of_path(name)
         else:
@@ -544,7 +547,7 @@ def is_numeric(dtype: np.dtype) -> bool:
 
 
 def way_to_parts(
-    tree: Any, key: str | None, is_array: Callable[[Any], bool], depth: int = _DEPTH
+    tree: Any, key: str | None, is_array: Callable[[Any], bool], depth: int = DEPTH
 ) -> str:
     """What to say of a file that holds other things too: which of its parts are arrays alone, in
     dicts of so many levels."""
@@ -560,33 +563,3 @@ def way_to_parts(
         f"key={f'{start}{n}'!r}" for n, v in held if isinstance(v, Mapping) and whole(v, depth)
     ]
     return f"{' or '.join(found[:5])} picks a part of it" if found else ""
-
-
-def as_variables(tree: Any, path: Path, key: str | None = None) -> dict[str, Any]:
-    """A tree of dicts and arrays as variables: as it is if it is one of collections, else as
-    params. An error names the parts of a tree that stands under ``key``."""
-    _check_leaves(tree, path, (), 0, lambda: way_to_parts(tree, key, _is_numbers))
-    if not isinstance(tree, Mapping):
-        raise FileFormatError(f"{path}: expected a tree of arrays, found one array: give it a name")
-    told = tree.get("params", tree.get("batch_stats"))
-    named = _tree.is_variables(tree) and isinstance(told, Mapping)
-    return dict(_tree.as_variables(tree)) if named else {"params": dict(tree)}
-
-
-def _is_numbers(node: Any) -> bool:
-    return isinstance(node, np.ndarray | jax.Array) and is_numeric(node.dtype)
-
-
-def _check_leaves(
-    node: Any, path: Path, place: tuple[str, ...], depth: int, way: Callable[[], str]
-) -> None:
-    if isinstance(node, Mapping) and depth < _DEPTH:
-        for name, value in node.items():
-            if not isinstance(name, str) or not name:
-                raise FileFormatError(f"{path}: {'/'.join(place)} has an entry named {name!r}")
-            _check_leaves(value, path, (*place, name), depth + 1, way)
-    elif not _is_numbers(node):
-        raise FileFormatError(
-            f"{path}: {'/'.join(place) or 'it'} is no array of numbers ({type(node).__name__}); "
-            f"{way() or 'key= picks a part of the file'}"
-        )

@@ -16,8 +16,10 @@ _HOME = {
     "ConversionError": "_errors",
     "FileFormatError": "_errors",
     "FwtError": "_errors",
+    "Graph": "_graph",
     "LeafError": "_errors",
     "Model": "_types",
+    "Node": "_graph",
     "Sequential": "_sequential",
     "WhereError": "_errors",
     "apply_masks": "pruning.prune",
@@ -30,6 +32,7 @@ _HOME = {
     "lsuv": "_lsuv",
     "masks": "pruning.prune",
     "masks_of": "pruning.prune",
+    "nodes_of": "_graph",
     "paths": "_tree",
     "project": "_project",
     "prune": "pruning.prune",
@@ -70,6 +73,9 @@ if TYPE_CHECKING:
     from fwt._errors import FwtError as FwtError
     from fwt._errors import LeafError as LeafError
     from fwt._errors import WhereError as WhereError
+    from fwt._graph import Graph as Graph
+    from fwt._graph import Node as Node
+    from fwt._graph import nodes_of as nodes_of
     from fwt._initialize import assign as assign
     from fwt._initialize import initialize as initialize
     from fwt._lsuv import lsuv as lsuv

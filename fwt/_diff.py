@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from fwt import _tree
+from fwt._graph import Graph, nodes_of
 from fwt._sequential import Sequential, settings_of
 
 
@@ -75,26 +76,30 @@ def _largest(x: np.ndarray, y: np.ndarray) -> float:
     return float("nan") if np.isnan(gaps).all() else float(np.nanmax(gaps))
 
 
-def _layers(a: Any, b: Any, inside: str = "") -> list[str]:
-    if not isinstance(a, Sequential) or not isinstance(b, Sequential):
+def _layers(a: Any, b: Any) -> list[str]:
+    """How the layers of two models differ."""
+    if not all(isinstance(m, Sequential | Graph) for m in (a, b)):
         return []
-    one, other = ({n.name: n.layer for n in m.layers} for m in (a, b))
-    shapes = [m.input_shape for m in (a, b)]
-    out = (
-        []
-        if list(one) == list(other)
-        else [f"{inside or 'the model'}: {list(one)} and {list(other)}"]
-    )
-    if shapes[0] != shapes[1]:
-        out.append(f"{inside or 'the model'}: input_shape {shapes[0]} and {shapes[1]}")
-    for name in one:
-        if name not in other or one[name] == other[name]:
+    one, other = ({n.name: n for n in nodes_of(m)} for m in (a, b))
+    out = [] if list(one) == list(other) else [f"the model: {list(one)} and {list(other)}"]
+    if a.input_shape != b.input_shape:
+        out.append(f"the model: input_shape {a.input_shape} and {b.input_shape}")
+    for name, node in one.items():
+        there = other.get(name)
+        if there is None or node == there:
             continue
-        place = f"{inside}/{name}".lstrip("/")
-        if isinstance(one[name], Sequential) and isinstance(other[name], Sequential):
-            out += _layers(one[name], other[name], place)
-            continue
-        said = [f"{type(x).__name__}({', '.join(f'{k}={v!r}' for k, v in settings_of(x).items())})"
-                for x in (one[name], other[name])]  # fmt: skip
-        out.append(f"{place}: {said[0]} and {said[1]}")
+        if node.layer != there.layer:
+            said = [_said(x.layer) for x in (node, there)]
+            out.append(f"{name}: {said[0]} and {said[1]}")
+        elif list(one) == list(other):
+            said = [", ".join(x.inputs) + f" by {x.of}" * bool(x.of) for x in (node, there)]
+            out.append(f"{name}: of {said[0]} and of {said[1]}")
     return out
+
+
+def _said(layer: Any) -> str:
+    if layer is None:
+        return "a layer that is called again"
+    return (
+        f"{type(layer).__name__}({', '.join(f'{k}={v!r}' for k, v in settings_of(layer).items())})"
+    )

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fwt import _axes, _draw, _mesh, _nodes, _paths, _tree
+from fwt import _axes, _draw, _mesh, _nodes, _own_names, _paths, _tree
 from fwt._types import Initializer, LeafError, Params, Transform, Where, resolve
 
 
@@ -65,9 +65,10 @@ def initialize(
         (0.0, 2.0)
     """
     chosen = resolve(initializer)
-    if not callable(chosen):
+    if not callable(chosen) or _own_names.library(chosen):
         raise TypeError(
-            f"initialize takes an initializer such as fwt.initializers.zeros, found {initializer!r}"
+            "initialize takes an initializer such as fwt.initializers.zeros, found "
+            f"{initializer!r}{_own_names.hint(initializer, 'initializer')}"
         )
 
     def apply(params: Params) -> Params:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fwt import _apart, _axes, _mesh, _tree, constraints, initializers
+from fwt import _apart, _axes, _mesh, _own_names, _tree, constraints, initializers
 from fwt._types import (
     Constraint,
     FwtError,
@@ -62,9 +62,11 @@ def project(
     """
     chosen = resolve(constraint)
     ours = isinstance(chosen, constraints.Bound)
-    if not callable(chosen) or isinstance(chosen, initializers.Bound):
+    wrong = not callable(chosen) or isinstance(chosen, initializers.Bound)
+    if wrong or _own_names.library(chosen):
         raise TypeError(
-            f"project takes a constraint such as fwt.constraints.non_negative, found {constraint!r}"
+            "project takes a constraint such as fwt.constraints.non_negative, found "
+            f"{constraint!r}{_own_names.hint(constraint, 'constraint')}"
         )
     if not ours and getattr(chosen, "__module__", "").startswith("fwt.constraints"):
         raise TypeError(f"fwt.constraints.{chosen.__name__} needs arguments: call it first")

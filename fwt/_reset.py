@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from fwt import _axes, _draw, _rules, _tree, initializers
-from fwt._sequential import Sequential
 from fwt._types import FwtError, LeafError, Params, Transform, Where, hashes, with_statistics
 from fwt.initializers import keras, torch
 from fwt.initializers._bound import Bound, as_matrix, bound
@@ -85,8 +84,8 @@ def reset(
         like: "keras", "torch" or "flax".
         where: which leaves; all unless told otherwise. A statistic stands under the path of its
             layer, such as ``norm/mean``.
-        module: a :class:`fwt.Sequential`, whose layers tell more than names; with "flax" their
-            own initializers (``kernel_init``) are used. A Model brings its own.
+        module: a :class:`fwt.Sequential` or Graph, whose layers tell more than names; with "flax"
+            their own initializers (``kernel_init``) are used. A Model brings its own.
         axes: ``{glob: names}`` for leaves whose axes nothing else tells; see
             :func:`fwt.initialize`.
         dtype: the dtype of the new values; None keeps each leaf's own. Statistics keep theirs.
@@ -110,10 +109,10 @@ def reset(
     """
     if like not in ("keras", "torch", "flax"):
         raise FwtError(f"like must be 'keras', 'torch' or 'flax'; found {like!r}")
-    if module is not None and not isinstance(module, Sequential):
+    if module is not None and not isinstance(module, _axes.KnowsAxes):
         raise FwtError(
-            f"module= takes a fwt.Sequential, found {type(module).__name__}: leave it out, and "
-            "names tell what each leaf is"
+            f"module= takes a fwt.Sequential or Graph, found {type(module).__name__}: leave it "
+            "out, and names tell what each leaf is"
         )
 
     def apply(params: Params) -> Params:

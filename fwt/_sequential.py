@@ -121,7 +121,7 @@ class Sequential(nn.Module, KnowsAxes):
         """
         for named in self.layers:
             cls: Any = type(named.layer)
-            settings = _flags(named.layer, train)
+            settings = flags(named.layer, train)
             layer = named.layer.clone(parent=self, name=named.name)
             try:
                 x = layer(x, **settings)
@@ -149,23 +149,11 @@ class Sequential(nn.Module, KnowsAxes):
     @nn.nowrap
     def _flattened_sizes(self) -> dict[str, tuple[int, ...]]:
         """By path of a kernel, the sizes that a Flatten made its inputs of."""
-        if self.input_shape is None or None in self.input_shape:
-            return {}
-        found: dict[str, tuple[int, ...]] = {}
-        x: Any = jax.ShapeDtypeStruct((1, *self.input_shape), "float32")
-        factors: tuple[int, ...] = ()
+        steps, before = [], ""
         for named in self.layers:
-            if isinstance(named.layer, nn.Dense) and factors:
-                found[f"{_tree.escape(named.name)}/kernel"] = factors
-            before, step = x.shape[1:], Sequential([named], x.shape[1:])
-            x = jax.eval_shape(
-                lambda x, step=step: step.init_with_output(jax.random.key(0), x)[0], x
-            )
-            if isinstance(named.layer, _layers.Flatten) and len(before) > 1:
-                factors = before
-            elif x.shape[1:] != before or isinstance(named.layer, nn.Dense):
-                factors = ()
-        return found
+            steps.append((_tree.escape(named.name), named.layer, (before,)))
+            before = steps[-1][0]
+        return flattened_sizes(steps, {"": self.input_shape})
 
     def __reduce__(self) -> Any:
         return _remake_sequential, (self.layers, self.input_shape, self.sidecar, self.turned)
@@ -179,7 +167,7 @@ class Sequential(nn.Module, KnowsAxes):
         return f"Sequential(\n{''.join(lines)}{shape})"
 
 
-def _flags(layer: Any, train: bool) -> dict[str, bool]:
+def flags(layer: Any, train: bool) -> dict[str, bool]:
     """How a layer is told whether it trains, where it does not say so itself."""
     cls: Any = type(layer)
     flag = _flag(cls)
@@ -188,12 +176,12 @@ def _flags(layer: Any, train: bool) -> dict[str, bool]:
     return {flag: train if _FLAGS[flag] else not train}
 
 
-def call(layer: Any, variables: Any, x: Any) -> Any:
+def call(layer: Any, variables: Any, *xs: Any) -> Any:
     """The output of one layer at inference."""
-    return layer.apply(variables, x, **_flags(layer, False))
+    return layer.apply(variables, *xs, **flags(layer, False))
 
 
-def _kind(x: Any) -> str:
+def kind_of(x: Any) -> str:
     """What something is, in a few words: the repr of a module has many lines."""
     if isinstance(x, type):
         return f"the class {x.__name__}"
@@ -201,34 +189,73 @@ def _kind(x: Any) -> str:
     return repr(x) if own == "builtins" else f"a {own} {type(x).__name__}"
 
 
+def as_layer(given: Any, place: str) -> nn.Module:
+    """A linen module as it is, and a known function such as ``nn.relu`` as its layer."""
+    if isinstance(given, nn.Module):
+        return given
+    if isinstance(given, type) or not callable(given):
+        raise FwtError(
+            f"{place} must be a linen module (called, as nn.Dense(3)) or an activation function, "
+            f"found {kind_of(given)}"
+        )
+    return _layers.from_function(given)
+
+
+def bare(layer: nn.Module) -> nn.Module:
+    """A module without name and parent and with tuples for lists, so that equal ones are equal."""
+    frozen = {
+        f.name: _layers.tuples(getattr(layer, f.name))
+        for f in dataclasses.fields(layer)
+        if isinstance(getattr(layer, f.name), list)
+    }
+    return layer.clone(parent=None, name=None, **frozen)
+
+
+def flattened_sizes(
+    steps: Iterable[tuple[str, Any, tuple[str, ...]]], shapes: Mapping[str, Any]
+) -> dict[str, tuple[int, ...]]:
+    """By path of a kernel, the sizes that a Flatten made its inputs of, given the path, the layer
+    and the names of the inputs of each step, and the shapes of what the model takes."""
+    if any(shape is None or None in shape for shape in shapes.values()):
+        return {}
+    found: dict[str, tuple[int, ...]] = {}
+    given: dict[str, Any] = {n: jax.ShapeDtypeStruct((1, *s), "float32") for n, s in shapes.items()}
+    factors: dict[str, tuple[int, ...]] = {}
+    for path, layer, inputs in steps:
+        xs = [given[name] for name in inputs]
+        before = factors.get(inputs[0], ()) if len(inputs) == 1 else ()
+        if isinstance(layer, nn.Dense) and before:
+            found[f"{path}/kernel"] = before
+        settings = flags(layer, False)
+        given[path] = y = jax.eval_shape(
+            lambda *xs, layer=layer, settings=settings: layer.init_with_output(
+                jax.random.key(0), *xs, **settings
+            )[0],
+            *xs,
+        )
+        if isinstance(layer, _layers.Flatten) and len(xs[0].shape) > 2:
+            factors[path] = xs[0].shape[1:]
+        elif len(xs) == 1 and y.shape == xs[0].shape and not isinstance(layer, nn.Dense):
+            factors[path] = before
+    return found
+
+
 def _named(given: Any) -> tuple[Named, ...]:
     if isinstance(given, Mapping):
         given = given.items()
     if not isinstance(given, Iterable):
-        raise FwtError(f"Sequential takes a list of layers, found {_kind(given)}")
+        raise FwtError(f"Sequential takes a list of layers, found {kind_of(given)}")
     out: list[Named] = []
     for index, entry in enumerate(given):
         if isinstance(entry, Named):
             out.append(entry)
             continue
         name, layer = entry if isinstance(entry, tuple) else (None, entry)
-        if not isinstance(layer, nn.Module):
-            if isinstance(layer, type) or not callable(layer):
-                raise FwtError(
-                    f"Sequential: entry {index} must be a linen module (called, as nn.Dense(3)) or "
-                    f"an activation function, found {_kind(layer)}"
-                )
-            layer = _layers.from_function(layer)
+        layer = as_layer(layer, f"Sequential: entry {index}")
         name = name if name is not None else layer.name or str(index)
         if not isinstance(name, str) or not name:
             raise FwtError(f"Sequential: a layer's name is a non-empty text, found {name!r}")
-        frozen = {
-            f.name: _layers.tuples(getattr(layer, f.name))
-            for f in dataclasses.fields(layer)
-            if isinstance(getattr(layer, f.name), list)
-        }
-        # The module goes without name and parent, so that equal layers are equal.
-        out.append(Named(name, layer.clone(parent=None, name=None, **frozen)))
+        out.append(Named(name, bare(layer)))
     names = [n.name for n in out]
     if "params" in names:  # linen would take it for the collection
         raise FwtError("Sequential: a layer can't be named 'params'; give it another name")

@@ -88,14 +88,14 @@ class Model(NamedTuple):
     module: Any
     variables: Any
 
-    def __call__(self, x: Any, **kwargs: Any) -> Any:
+    def __call__(self, *xs: Any, **kwargs: Any) -> Any:
         """The module's output at inference, ``module.apply(variables, x)``."""
         if self.module is None:
             raise FwtError(
                 "this Model holds weights only (module=None), so it can't be called: "
                 "give it a module, fwt.Model(module, model.variables)"
             )
-        return self.module.apply(self.variables, x, **kwargs)
+        return self.module.apply(self.variables, *xs, **kwargs)
 
 
 # Registered explicitly, because a NamedTuple's own flattening would make the module a leaf.

@@ -241,8 +241,13 @@ def _changed(
 
     def one(source: Path, target: Path, how: dict[str, Any]) -> None:
         model = _load(source, **how, sidecar=True)
+        alone = model.module is None
         model = transform(model)
-        _save(target, model, layout=layout)
+        from fwt.converters.files import formats
+
+        inner = formats.inside(source)
+        into = inner if alone and formats.is_written_into(target, inner) else None
+        _save(target, model, layout=layout, source=into)
         _terminal.print_model(target, model, as_json)
 
     _each_to(sources, target, to, how, one)

@@ -457,7 +457,9 @@ def synflow(module: Any, input_shape: Any = None, **collections: Any) -> Score:
         9
     """
     shape = getattr(module, "input_shape", None) if input_shape is None else input_shape
-    if shape is None or any(s is None for s in shape):
+    many = shape is not None and any(isinstance(s, tuple) for s in shape)
+    several: Any = shape if many else (shape,)
+    if any(s is None or None in s for s in several):
         raise FwtError("synflow needs the shape of one input: synflow(module, input_shape=(...))")
 
     def score(params: Params) -> Scores:
@@ -471,7 +473,8 @@ def synflow(module: Any, input_shape: Any = None, **collections: Any) -> Score:
 
         def flow(leaves: Mapping[str, Any]) -> Any:
             own = weights.replace(tree.with_ties(leaves))
-            return jnp.sum(module.apply(own, jnp.ones((1, *shape))))
+            out = module.apply(own, *(jnp.ones((1, *s)) for s in several))
+            return sum(jnp.sum(y) for y in jax.tree.leaves(out))
 
         total, slopes = jax.value_and_grad(flow)(moving)
         if not isinstance(total, jax.core.Tracer) and not jnp.isfinite(total):

@@ -28,8 +28,10 @@ fwt.optim fwt.schedules
 fwt._again fwt._moments
 fwt._initialize fwt._reset fwt._lsuv fwt._draw fwt._project
 fwt.pruning
+fwt._own_names
 fwt.initializers fwt.constraints fwt.scores fwt.patterns
 fwt.selection
+fwt._graph
 fwt._sequential fwt._calls
 fwt.layers
 fwt._compose fwt._summary fwt._axes
@@ -49,6 +51,7 @@ UP = {
     ("fwt._sequential", "fwt.converters.rows.table"): (
         "the layer table says what the axes of a layer's leaves mean; fwt works without it"
     ),
+    ("fwt._graph", "fwt.converters.rows.table"): "the same, for a Graph",
     ("fwt._axes", "fwt.converters.rows.table"): "the same, for a linen module that is traced",
 }
 # Other imports inside functions, and why they may not stand at the top of their module.
@@ -63,6 +66,7 @@ LAZY = {
     "fwt.converters.files.formats": "imports onnx, for ONNX files only",
     "fwt.converters.frameworks.given": "imports Flax NNX, for an nnx module only",
     "fwt.converters.frameworks.live": "imports Keras or torch, whichever the model is of",
+    "fwt.converters.onnx.layers": "imports TensorFlow, when a file is written",
     "fwt.converters.onnx.write": "imports TensorFlow, when a file is written",
     "fwt.converters.verification.verify": "imports onnx, for ONNX files only",
     "fwt.converters.verification.sides": "imports Keras or torch, whichever the model is of",

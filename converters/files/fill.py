@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from fwt import _nodes, _tree
+from fwt._graph import Graph
 from fwt._sequential import Sequential
 from fwt._types import ConversionError, FileFormatError, Model
 from fwt.converters import io as _io
@@ -23,7 +24,7 @@ from fwt.converters.files import source as _source
 from fwt.converters.files.names import Names
 from fwt.converters.frameworks import architecture as _architecture
 from fwt.converters.frameworks import flax as _flax
-from fwt.converters.frameworks import keras_2, keras_config, torch_layers
+from fwt.converters.frameworks import keras_2, keras_config, keras_read, torch_layers
 from fwt.converters.rows.row import Layer, parts_of
 from fwt.converters.walk import convert
 
@@ -38,13 +39,13 @@ def _known(architecture: Any, load: Callable[[Path], Model]) -> tuple[Model | No
     """An architecture as a model, and as Keras's own layers and input shape where it has some."""
     if isinstance(architecture, Model):
         return Model(_flax.sequential_of(architecture.module), architecture.variables), None
-    if isinstance(architecture, Sequential):
+    if isinstance(architecture, Sequential | Graph):
         return Model(architecture, _shapes(architecture)), None
     keras, torch = sys.modules.get("keras"), sys.modules.get("torch")
     if keras is not None and isinstance(architecture, keras.Model):
         from fwt.converters.frameworks import keras as _keras
 
-        return _keras.from_keras(architecture), _keras.layers_of(architecture)
+        return _keras.from_keras(architecture), _keras.net_of(architecture)
     if torch is not None and isinstance(architecture, torch.nn.Module):
         from fwt.converters.frameworks import torch as _torch
 
@@ -57,15 +58,15 @@ def _known(architecture: Any, load: Callable[[Path], Model]) -> tuple[Model | No
             ) from error
     if not isinstance(architecture, str | os.PathLike):
         raise ConversionError(
-            f"architecture= takes a file, a fwt.Sequential, a fwt.Model, a Keras model or a torch "
-            f"Sequential, found {type(architecture).__name__}"
+            "architecture= takes a file, a fwt.Sequential or Graph, a fwt.Model, a Keras model or "
+            f"a torch Sequential, found {type(architecture).__name__}"
         )
     path = Path(architecture)
     if path.suffix == ".json":
         with _io.reading(path):
             config = _io.read_json(path)
             config = keras_2.modern(config, config.get("keras_version", "3"), str(path))
-            return None, keras_config.keras_layers(config, str(path))
+            return None, keras_read.keras_net(config, str(path))
     model = load(path)
     if model.module is None:
         raise FileFormatError(f"{path}: it holds weights only, so it is no architecture")
@@ -86,17 +87,21 @@ def _wrapped(architecture: Any) -> Mapping[str, str | None]:
     return torch_wrappers.names(architecture)
 
 
-def _shapes(module: Sequential) -> Any:
-    if module.input_shape is None or None in module.input_shape:
+def _shapes(module: Any) -> Any:
+    shape = module.input_shape
+    single = isinstance(module, Sequential) or isinstance(module.inputs, str)
+    shapes = (shape,) if single else shape
+    if shape is None or any(s is None or None in s for s in shapes):
         raise ConversionError(
             "an architecture without variables needs all its sizes: Sequential(layers, "
             "input_shape=(6, 5, 3))"
         )
     key = jax.eval_shape(lambda: jax.random.key(0))
-    x = jax.ShapeDtypeStruct((1, *module.input_shape), np.float32)
-    shapes = jax.eval_shape(module.init, key, x)
+    found = jax.eval_shape(
+        module.init, key, *(jax.ShapeDtypeStruct((1, *s), np.float32) for s in shapes)
+    )
     # Zeros that take no memory.
-    return jax.tree.map(lambda s: np.broadcast_to(np.zeros((), s.dtype), s.shape), shapes)
+    return jax.tree.map(lambda s: np.broadcast_to(np.zeros((), s.dtype), s.shape), found)
 
 
 def filled(
@@ -123,7 +128,7 @@ def filled(
         if how.match == "order":
             return _put(_summed(_in_order(found, known, path, ordered)), known, path)
         own = None if native is None else _by_own_names(found, native)
-        bare = isinstance(architecture, Sequential)
+        bare = isinstance(architecture, Sequential | Graph)
         try:
             pairs = _by_name(found, known, path, ordered, how.strict, bare)
             made = _put(_summed(pairs), known, path)
@@ -147,10 +152,9 @@ def _identical(a: Any, b: Any) -> bool:
 
 def _by_own_names(found: Mapping[str, np.ndarray], native: Any) -> Model | None:
     """The Keras model with the arrays that its own variables' names say, if these are all."""
-    layers, shape = native
     places = {
         ".".join([*parts_of(part.name), *name.split("/")]): (part, name)
-        for part in _every(layers)
+        for part in _every(native.layers)
         for name in part.arrays
     }
     wanted = {n: np.shape(part.arrays[name]) for n, (part, name) in places.items()}
@@ -158,8 +162,9 @@ def _by_own_names(found: Mapping[str, np.ndarray], native: Any) -> Model | None:
         return None
     for n, (part, name) in places.items():
         part.arrays[name] = found[n]
-    new, there = convert.convert(layers, "keras", "flax", shape, "source")
-    return keras_config.marked(_flax.write_flax(new, there), layers)
+    net = keras_config.shared(native)
+    return keras_config.marked(_flax.write_flax(convert.convert(net, "keras", "flax", "source")),
+                               net)  # fmt: skip
 
 
 def _filled_keras(
@@ -168,9 +173,10 @@ def _filled_keras(
     if native is None:
         assert known is not None
         _refuse_turned(known.module, path)
-        layers, shape = keras_config.to_keras_layers(*_numbered(known), None, any_dtype=True)
+        net = keras_config.to_keras_net(*_numbered(known), None, any_dtype=True, arrays_only=True)
     else:
-        layers, shape = native
+        net = native
+    layers = net.layers
     places: dict[str, Any] = {}
     for part in _every(layers):
         places |= {f"{part.name}/{n}": v for n, v in part.arrays.items()}
@@ -182,8 +188,8 @@ def _filled_keras(
     _compare(shapes, {n: held[n].shape for n in shapes}, path, "its places", "")
     if native is None and known is not None:
         return _put([(places[n], v, n) for n, v in held.items()], known, path)
-    new, found = convert.convert(layers, "keras", "flax", shape, "source")
-    made = _flax.write_flax(new, found)
+    net = keras_config.shared(net)
+    made = _flax.write_flax(convert.convert(net, "keras", "flax", "source"))
     if known is None:
         return made
     return Model(made.module.clone(sidecar=known.module.sidecar), made.variables)
@@ -318,7 +324,8 @@ def _by_name(
     architecture without weights."""
     shapes = {n: v.shape for n, v in found.items()}
     sketch = Model(known.module, jax.tree.map(_sketched, dict(known.variables)))
-    candidates = _candidates(sketch, path)
+    why: dict[str, str] = {}
+    candidates = _candidates(sketch, path, told=why)
 
     def fitting(candidate: Candidate) -> tuple[int, int]:
         slots = candidate[1]
@@ -327,7 +334,9 @@ def _by_name(
 
     kind, slots = max(candidates, key=fitting)
     wanted = {n: np.shape(v) for n, v in slots.items()}
-    hint = _hint(wanted, shapes)
+    hint = "".join(f"; its names in {x} are not known ({y})" for x, y in why.items()) + _hint(
+        wanted, shapes
+    )
     if wanted != shapes and _orders(found, candidates, ordered):
         hint += ", and match='order' takes them in the file's order, whose shapes fit"
     missing = [n for n in wanted if shapes.get(n) != wanted[n]]
@@ -411,42 +420,50 @@ def _found(
     return out
 
 
-def _candidates(model: Model, path: Path, only: str | None = None) -> list[Candidate]:
-    """The names that the architecture's arrays have in each framework, as far as it says so."""
+def _candidates(
+    model: Model, path: Path, only: str | None = None, told: dict[str, str] | None = None
+) -> list[Candidate]:
+    """The names that the architecture's arrays have in each framework, as far as it says so;
+    ``told`` gets why they have none in one."""
     out: list[Candidate] = []
-    told: list[str] = []
+    told = {} if told is None else told
     for kind, make in (("torch", _torch), ("Flax", _native), ("Keras", _keras)):
         if only not in (None, kind):
             continue
         try:
             layers = make(model)
         except ConversionError as error:
-            told.append(str(error))
+            told[kind] = str(error)
             continue
-        parts = [p for layer in layers for p in (layer, *layer.inner)]
+        parts = [p for layer in layers if not layer.of for p in (layer, *layer.inner)]
         slots = {
-            ".".join([*parts_of(part.name), *key.split("/")]): np.asarray(value)
+            ".".join(_key(part, key)): np.asarray(value)
             for part in parts
             for key, value in part.arrays.items()
         }
         out.append((kind, slots))
     if not out:
-        raise FileFormatError(f"{path}: {told[0]}")
+        raise FileFormatError(f"{path}: {next(iter(told.values()))}")
     return out
 
 
+def _key(layer: Layer, name: str) -> list[str]:
+    """The parts of the name of an array."""
+    parts = torch_layers.torch_key(layer, name)
+    return [*parts[:-1], *name.split("/")] if parts[-1] == name else parts
+
+
 def _torch(model: Model) -> list[Layer]:
-    layers = _flax.read_flax(*model)
-    new, _ = convert.convert(layers, "flax", "torch", model.module.input_shape, "channels_first")
-    return torch_layers.fold_torch(new)
+    net = _flax.read_flax(*model)
+    return torch_layers.torch_net(net, "channels_first", arrays_only=True).layers
 
 
 def _native(model: Model) -> list[Layer]:
-    return _flax.read_flax(*model)
+    return _flax.read_flax(*model).layers
 
 
 def _keras(model: Model) -> list[Layer]:
-    return keras_config.to_keras_layers(*model, None, any_dtype=True)[0]
+    return keras_config.to_keras_net(*model, None, any_dtype=True, arrays_only=True).layers
 
 
 def _split(names: Iterable[str]) -> tuple[list[str], list[str]]:
@@ -497,7 +514,8 @@ def _by_layer(names: Iterable[str]) -> list[list[str]]:
 def _in_order(
     found: Mapping[str, np.ndarray], known: Model, path: Path, ordered: bool
 ) -> list[Pair]:
-    fitting = _orders(found, _candidates(_numbered(known), path), ordered)
+    why: dict[str, str] = {}
+    fitting = _orders(found, _candidates(_numbered(known), path, told=why), ordered)
     ends = {name.rpartition(".")[2] for name in found}
     # The names of arrays tell whose they are, where those of layers do not.
     own = [f for f in fitting if ends <= {p[2].rpartition(".")[2] for p in f[1]}]
@@ -508,6 +526,7 @@ def _in_order(
     said = f"the orders of {' and of '.join(f[0] for f in fitting)} fit, and they differ"
     if not fitting:
         said = f"no framework's order of the architecture's arrays has these shapes: {shapes}, ..."
+        said += "".join(f"; {x}'s is not known ({y})" for x, y in why.items())
         if not ordered:
             said += (
                 "; this format sorts names, or they were sorted before: only numbers are in order"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fwt import _nodes, _tree
+from fwt._graph import Graph
 from fwt._sequential import Sequential
 from fwt._types import ConversionError, FileFormatError, Model
 from fwt.converters import io as _io
@@ -422,6 +423,7 @@ def save(
     *,
     layout: str | None = None,
     shard_bytes: int | None = None,
+    source: str | os.PathLike[str] | None = None,
 ) -> None:
     """Writes a model or weights to a file or folder, whole or not at all.
 
@@ -438,6 +440,9 @@ def save(
             unless told otherwise, or "source".
         shard_bytes: for ``.safetensors`` and ``.weights.h5``: the path becomes a folder of shards
             of at most so many bytes each (or of one array) and their index.
+        source: for Keras's weights alone (``.weights.h5``, or ``.h5`` without a model) and
+            ``module=None``: the file that they come from. The new one is a copy of it with these
+            arrays, under the names that :func:`load` gives.
 
     Raises:
         ConversionError: for what the target can't say exactly; nothing is written then.
@@ -474,7 +479,7 @@ def save(
             "model's own ends"
         )
     module = _flax.sequential_of(module)
-    if not isinstance(module, Sequential | None) and found is not _ONNX:
+    if not isinstance(module, Sequential | Graph | None) and found is not _ONNX:
         held = "nnx.state(module)" if _nodes.is_graph(module) else "variables"
         there = (
             f"{str(path)[: -len(suffix(path))]}.safetensors" if found.needs_module else str(path)
@@ -490,10 +495,14 @@ def save(
             f"{_given.weights_of(variables)}"
         )
     variables = _tree.as_variables(variables)
+    if source is not None:
+        _save_into(path, module, variables, _io.given_path(source))
+        return
     if module is None and found.needs_module:
+        way = ", or source=, the file that they come from" if found in _IN_PLACE else ""
         raise ConversionError(
             f"{path}: weights without an architecture can't be written for {found.framework}; give "
-            "a module"
+            f"a module{way}"
         )
     if shard_bytes is not None:
         if found.save_shards is None:
@@ -513,3 +522,21 @@ def save(
         one = found.save
         assert one is not None
         write_atomically(path, lambda file: one(file, module, variables, layout))
+
+
+_IN_PLACE = (_WEIGHTS, _LEGACY)  # whose arrays can be changed without knowing their layers
+
+
+def is_written_into(path: Path, source: Path) -> bool:
+    """Whether weights alone of one file of Keras can be written to another in its form."""
+    form = by_suffix(path)
+    return form in _IN_PLACE and source.is_file() and by_content(source) is form
+
+
+def _save_into(path: Path, module: Any, variables: Any, source: Path) -> None:
+    if module is not None or not is_written_into(path, source):
+        raise ConversionError(
+            f"{path}: source= is for weights alone, read from a file of the same format, "
+            f"{' or '.join(f.suffixes[0] for f in _IN_PLACE)}"
+        )
+    write_atomically(path, lambda file: h5.save_into(file, source, variables))

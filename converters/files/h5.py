@@ -28,11 +28,12 @@ from fwt.converters.files.h5_read import (
     tree_of,
 )
 from fwt.converters.frameworks import flax as _flax
-from fwt.converters.frameworks import keras_2, keras_config, keras_whole
+from fwt.converters.frameworks import keras_2, keras_config, keras_read, keras_whole
 from fwt.converters.io import Budget, Reading, member, opened, progress, reading
 from fwt.converters.rows import table
 from fwt.converters.rows.row import Layer, parts_of, refuse
 from fwt.converters.walk import convert, policy
+from fwt.converters.walk.net import Net
 
 # The vector of a SpectralNormalization.
 _STATE = re.compile(r"(^|/)(vector_u|sn_u)(:\d+)?$")
@@ -54,37 +55,36 @@ def load_keras(path: Path, how: Reading) -> Model:
         return _converted(*_read(path, how), how)
 
 
-def _converted(layers: list[Layer], shape: Any, whole: Mapping[str, Any], how: Reading) -> Model:
-    new, found = convert.convert(layers, "keras", "flax", shape, "source")
-    made = _flax.write_flax(new, found)
+def _converted(net: Net, whole: Mapping[str, Any], how: Reading) -> Model:
+    made = _flax.write_flax(convert.convert(net, "keras", "flax", "source"))
     if how.sidecar:
-        made = keras_config.with_sidecar(made, layers, shape, "source", whole)
-    return keras_config.marked(made, layers)
+        made = keras_config.with_sidecar(made, net, "source", whole)
+    return keras_config.marked(made, net)
 
 
-def keras_of(path: Path, how: Reading) -> tuple[list[Layer], Any]:
-    """The Keras layers of a .keras or .h5 file with their arrays, and the input shape."""
+def keras_of(path: Path, how: Reading) -> Net:
+    """The net of a .keras or .h5 file with its arrays."""
     if zipfile.is_zipfile(path):
-        return _read(path, how)[:2]
+        return _read(path, how)[0]
     budget = Budget(path, how.max_bytes)
     with opened_h5(path, budget) as file:
-        layers, shape = keras_config.keras_layers(legacy_config(file, budget), str(path))
-        fill_legacy(layers, _legacy_arrays(file, budget), path)
-    return layers, shape
+        net = keras_read.keras_net(legacy_config(file, budget), str(path))
+        fill_legacy(net.layers, _legacy_arrays(file, budget), path)
+    return keras_config.shared(net)
 
 
-def _read(path: Path, how: Reading) -> tuple[list[Layer], Any, dict[str, Any]]:
-    """The layers of a .keras file, the input shape, and what it says of the model as a whole."""
+def _read(path: Path, how: Reading) -> tuple[Net, dict[str, Any]]:
+    """The net of a .keras file, and what it says of the model as a whole."""
     budget = Budget(path, how.max_bytes)
     with opened(path) as archive:
         config, older = _config_of(archive, budget)
-        layers, shape = keras_config.keras_layers(config, str(path))
+        net = keras_read.keras_net(config, str(path))
         weights = member(archive, "model.weights.h5", budget, check_start)
         with opened_h5(weights, budget) as file:
-            fill_groups(layers, _weights_of(file, budget), path)
+            fill_groups(net.layers, _weights_of(file, budget), path)
             steps = node_at(file, "optimizer/vars/0", path) if how.sidecar else None
             whole = _whole(config, older, _steps(steps, budget), how)
-    return layers, shape, whole
+    return keras_config.shared(net), whole
 
 
 def _whole(config: Any, older: bool, steps: int, how: Reading) -> dict[str, Any]:
@@ -152,8 +152,8 @@ def fill_groups(layers: list[Layer], tree: Mapping[str, Any], path: Path) -> Non
     """Gives each layer its arrays, told by its place in the file."""
     own = keras_config.opened_up(layers)
     wrong: list[str] = []
-    for layer, group in zip(own, keras_config.groups(own), strict=True):
-        for part, place in keras_config.places(layer, group):
+    for layer in own:
+        for part, place in keras_config.places(layer, layer.group):
             node: Any = tree
             for name in [*place.split("/"), "vars"]:
                 node = node.get(name, {}) if isinstance(node, Mapping) else {}
@@ -233,8 +233,8 @@ def load_weight_shards(path: Path, how: Reading) -> Model:
 
 def _stores(layers: list[Layer]) -> Iterator[tuple[str, str, dict[str, np.ndarray]]]:
     """Group, name and arrays of each layer and of what is in it."""
-    for layer, group in zip(layers, keras_config.groups(layers), strict=True):
-        for part, where in keras_config.places(layer, group):
+    for layer in keras_config.opened_up(layers):
+        for part, where in keras_config.places(layer, layer.group):
             names = keras_config.keras_names(part)
             held = {str(i): part.arrays[name] for i, name in enumerate(names)}
             yield f"{where}/vars", parts_of(part.name)[-1], held
@@ -262,7 +262,7 @@ def _put(group: Any, name: str, value: np.ndarray) -> None:
 
 def save_weights(file: Any, module: Any, variables: Any, layout: str | None) -> None:
     """A .weights.h5 file for ``model.load_weights``."""
-    layers, _ = keras_config.to_keras_layers(module, variables, None, any_dtype=True)
+    layers = keras_config.to_keras_net(module, variables, None, any_dtype=True).layers
     _check_own(layers)
     buffer = io.BytesIO()
     with h5py.File(buffer, "w") as h5:
@@ -272,7 +272,7 @@ def save_weights(file: Any, module: Any, variables: Any, layout: str | None) -> 
 
 def save_weight_shards(folder: Path, module: Any, variables: Any, shard_bytes: int) -> None:
     """A folder of .weights.h5 shards and their .weights.json, for ``model.load_weights``."""
-    layers, _ = keras_config.to_keras_layers(module, variables, None, any_dtype=True)
+    layers = keras_config.to_keras_net(module, variables, None, any_dtype=True).layers
     _check_own(layers)
     where: dict[str, list[str]] = {}
     number, room, h5 = -1, 0, None
@@ -302,6 +302,64 @@ def save_weight_shards(folder: Path, module: Any, variables: Any, shard_bytes: i
     (folder / "model.weights.json").write_text(json.dumps(told, indent=4))
 
 
+# -- weights alone, into a copy of their file --------------------------------------------------
+
+
+def save_into(file: Any, source: Path, variables: Any) -> None:
+    """The file that weights alone come from, with these arrays in place of its own. All else in it,
+    such as the state of an optimizer, stays as it is."""
+    wanted = {
+        (collection, *_io.parts_of_path(path)): value
+        for collection, tree in variables.items()
+        for path, value in _io.arrays(collection, tree).items()
+    }
+    budget = Budget(source)
+    with reading(source), opened_h5(source, budget) as read:
+        own = _places(read, budget)
+    wrong = sorted(own.keys() ^ wanted.keys())
+    wrong += [n for n in sorted(own.keys() & wanted) if own[n][1].shape != wanted[n].shape]
+    if wrong:
+        name = "/".join(wrong[0][1:])
+        raise ConversionError(
+            f"{source}: {name} is not in both, or of another shape: source= is the file that these "
+            "weights come from, read without key="
+        )
+    buffer = io.BytesIO(source.read_bytes())
+    with h5py.File(buffer, "r+") as h5:
+        for path, value in wanted.items():
+            place, before = own[path]
+            if value.dtype != before.dtype:
+                above, _, last = place.rpartition("/")
+                del h5[place]
+                _put(h5[above] if above else h5, last, value)
+            elif value.tobytes() != before.tobytes():
+                held = h5[place]
+                held[...] = value.view(held.dtype) if held.dtype.kind == "V" else value
+    file.write(buffer.getbuffer())
+
+
+def _places(file: Any, budget: Budget) -> dict[tuple[str, ...], tuple[str, np.ndarray]]:
+    """The arrays of a file of weights alone, by what :func:`load` calls them, and their places."""
+    if any(name in file.attrs for name in ("layer_names", "layer_names0")):
+        return {
+            ("params", layer, *name.split("/")): (f"{layer}/{name}", value)
+            for layer, held in _legacy_arrays(file, budget).items()
+            for name, value in held
+        }
+    raw = tree_of(file, budget, without="optimizer")
+    place = {id(value): "/".join(parts) for parts, value in _leaves(raw)}
+    tree = keras_2.modern_groups(raw, str(budget.path))
+    return {("params", *parts): (place[id(value)], value) for parts, value in _leaves(tree)}
+
+
+def _leaves(node: Any, inside: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for name, value in node.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, (*inside, name))
+        else:
+            yield (*inside, name), value
+
+
 # -- the older .h5 ----------------------------------------------------------------------------
 
 
@@ -314,9 +372,9 @@ def load_legacy(path: Path, how: Reading) -> Model:
         if config is None:
             flat = {f"params/{name}/{n}": v for name, own in held.items() for n, v in own}
             return Model(None, {"params": {}, **_io.nested(flat, "/", path)})
-        layers, shape = keras_config.keras_layers(config, str(path))
-        fill_legacy(layers, held, path)
-        return _converted(layers, shape, _legacy_whole(file, config, how, budget), how)
+        net = keras_read.keras_net(config, str(path))
+        fill_legacy(net.layers, held, path)
+        return _converted(keras_config.shared(net), _legacy_whole(file, config, how, budget), how)
 
 
 def _legacy_whole(file: Any, config: Any, how: Reading, budget: Budget) -> dict[str, Any]:
@@ -431,6 +489,10 @@ def save_legacy(file: Any, module: Any, variables: Any, layout: str | None) -> N
     """An .h5 file of a whole model, as Keras 3 writes it."""
     config, layers = keras_whole.written(module, variables)
     _check_own(layers)
+    for layer in layers:
+        if layer.kind.startswith("ops."):
+            raise refuse(str(layer), "Keras can't read an operation in an .h5 file",
+                         "save a .keras one")  # fmt: skip
     if "bfloat16" in policy.held(layers):
         raise ConversionError("Keras can't read bfloat16 weights in an .h5 file: save a .keras one")
     told, training = keras_whole.to_legacy(config)
@@ -444,7 +506,7 @@ def save_legacy(file: Any, module: Any, variables: Any, layout: str | None) -> N
         root = h5.create_group("model_weights")
         root.attrs.update(version)
         tops: dict[str, list[Layer]] = {}
-        for layer in layers:
+        for layer in keras_config.opened_up(layers):
             tops.setdefault(parts_of(layer.name)[0], []).append(layer)
         _put_names(root, "layer_names", list(tops))
         for top, inside in tops.items():

@@ -150,6 +150,8 @@ def renamed(model: Model, how: Names, path: Path) -> Model:
         told["names"] = [names[n] for n in told["names"] if n in names]
     if "safetensors" in told:
         told["safetensors"] = _aliases(told, names)
+    if "nodes" in told:
+        told["nodes"] = _renamed_nodes(told["nodes"], how)
     told["ties"] = [
         group
         for ties in told.get("ties", ())
@@ -158,6 +160,16 @@ def renamed(model: Model, how: Names, path: Path) -> Model:
     if "torch" in told:
         told["torch"] = _versions(told["torch"], how, dict(_source.flat_names(variables)), flat)
     return Model(None, _source.with_source(tree, told))
+
+
+def _renamed_nodes(told: Mapping[str, str], how: Names) -> dict[str, str]:
+    """What dicts of a tree were, by their places under the new names."""
+    rename = {old: _parts(old.rstrip("./")) for old in how.rename or {}}
+    out = {}
+    for path, kind in told.items():
+        parts = tuple(_io.parts_of_path(path)) if path else ()
+        out[_path(_first((*parts, "0"), rename, how)[1][:-1])] = kind
+    return out
 
 
 def _aliases(told: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, str]:

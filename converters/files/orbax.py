@@ -47,10 +47,11 @@ def load_orbax(path: Path, how: Reading) -> Model:
             folder, key = _item(path, key)
         told = folder / _OURS
         ours = _io.read_json(told) if told.exists() else None
-        tree = _restored(folder, budget, key, path, how)
+        nodes = dict[tuple[str, ...], str]()
+        tree = _plain(_restored(folder, budget, key, path, how), (), nodes)
         progress(size)
         if ours is None:
-            return Model(None, _io.as_variables(tree, path))
+            return Model(None, _source.from_tree(tree, path, nodes=nodes))
         for name, (shape, dtype) in ours["empty"].items():
             *parents, last = _io.parts_of_path(name)
             node = tree
@@ -60,7 +61,7 @@ def load_orbax(path: Path, how: Reading) -> Model:
             if 0 not in shape or not _io.is_numeric(kind):
                 raise FileFormatError(f"{path}: {name}, {dtype}{shape}, is said to be empty")
             node[last] = np.zeros(shape, kind)
-        variables = _io.as_variables(tree, path)
+        variables = _source.from_tree(tree, path, nodes=nodes)
         if ours["module"] is None:
             return Model(None, _source.restored(variables, ours.get("source")))
         return architecture.described(json.dumps(ours), variables, path)
@@ -137,18 +138,20 @@ def _restored(folder: Path, budget: Budget, key: str | None, path: Path, how: Re
         folder.absolute(),
         args=ocp.args.PyTreeRestore(wanted, restore_args=kinds, partial_restore=True),
     )
-    return _plain(_io.under(restored, key, path))
+    return _io.under(restored, key, path)
 
 
 def _is_leaf(node: Any) -> bool:
     return hasattr(node, "shape") or node is None
 
 
-def _plain(node: Any) -> Any:
+def _plain(node: Any, place: tuple[str, ...], nodes: dict[tuple[str, ...], str]) -> Any:
+    """A tree of dicts and arrays; ``nodes`` says by their places which dicts were lists."""
     if isinstance(node, list | tuple):
+        nodes[place] = "list"
         node = {str(i): v for i, v in enumerate(node)}
     if isinstance(node, Mapping):
-        return {str(k): _plain(v) for k, v in node.items()}
+        return {str(k): _plain(v, (*place, str(k)), nodes) for k, v in node.items()}
     return node if isinstance(node, jax.Array) else np.asarray(node)
 
 
@@ -167,23 +170,19 @@ def save_orbax(folder: Path, module: Any, variables: Any) -> None:
         raise ConversionError(f"two arrays would be named {twice!r} in Orbax: rename one of them")
     if len(empty) == len(flat):
         raise ConversionError("Orbax holds no tree without values: save it as .npz or .safetensors")
-    tree: dict[str, Any] = {}
-    for name, value in flat.items():
-        if name not in empty:
-            *parents, last = _io.parts_of_path(name)
-            node = tree
-            for part in parents:
-                node = node.setdefault(part, {})
-            node[last] = value
+    tree = _source.to_tree(variables, {n: v for n, v in flat.items() if n not in empty})
     with _quietly():
         handler = ocp.PyTreeCheckpointHandler()
         handler.save(folder.absolute(), args=ocp.args.PyTreeSave(tree))
         handler.finalize(folder.absolute())
     progress(sum(v.nbytes for v in flat.values()))
+    if module is None and _source.is_bare(variables):
+        empty = {name.partition("/")[2]: told for name, told in empty.items()}
     told = {**json.loads(architecture.description(module)), "empty": empty}
     if module is None and (text := _source.text_of(variables, _io.same_names(variables, Path()))):
         told["source"] = text
-    (folder / _OURS).write_text(json.dumps(told))
+    if module is not None or empty or "source" in told:
+        (folder / _OURS).write_text(json.dumps(told))
 
 
 @contextlib.contextmanager

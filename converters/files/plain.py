@@ -1,8 +1,10 @@
 """Plain trees of arrays: NumPy's .npz and Flax's msgpack."""
 
+import contextlib
 import io
 import json
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import msgpack
 import numpy as np
 from numpy.lib import format as npy
 
-from fwt import _tree
+from fwt import _nodes, _paths, _tree
 from fwt._types import FileFormatError, Model
 from fwt.converters import io as _io
 from fwt.converters.files import source as _source
@@ -53,14 +55,24 @@ def load_npz(path: Path, how: Reading) -> Model:
             if told["module"] is not None:
                 return architecture.described(json.dumps(told), variables, path)
             return Model(None, _source.restored({"params": {}, **variables}, told.get("source")))
-        slashes = any("/" in name for name in flat)
-        first = {name.split("/")[0]: None for name in flat}
-        if slashes and _tree.is_variables(first):
-            tree = _io.under(nested(flat, "/", path), how.key, path)
-        else:
-            flat = _inside(flat, "/" if slashes else ".", path, how)
-            tree = nested(flat, "/" if slashes else ".", path)
-        return Model(None, _io.as_variables(tree, path))
+        return Model(None, _others(flat, path, how))
+
+
+def _others(flat: dict[str, Any], path: Path, how: Reading) -> dict[str, Any]:
+    """The variables of an archive that says nothing but names."""
+    separator = "/" if any("/" in name for name in flat) else "."
+    first = {name.split("/")[0]: None for name in flat}
+    if separator == "/" and _tree.is_variables(first):
+        tree = _io.under(_split(flat, "/", path), how.key, path)
+        return _source.from_tree(tree, path)
+    tree = _split(_inside(flat, separator, path, how), separator, path)
+    return _source.from_tree(tree, path, separator=separator)
+
+
+def _split(flat: Mapping[str, Any], separator: str, path: Path) -> dict[str, Any]:
+    """Names as a tree: of another program, so that only the separator means something."""
+    escaped = {"/".join(map(_paths.escape, n.split(separator))): v for n, v in flat.items()}
+    return nested(escaped, "/", path)
 
 
 def _inside(flat: dict[str, Any], separator: str, path: Path, how: Reading) -> dict[str, Any]:
@@ -117,13 +129,17 @@ def save_npz(file: Any, module: Any, variables: Any, layout: str | None) -> None
     """An archive for ``numpy.load``, stored without compression.
 
     NumPy has no bfloat16 and no 8-bit floats: their bytes are there as ``V2`` and ``V1``, and a
-    member ``fwt.json`` says what they are.
+    member ``fwt.json`` says what they are. Names that say all by themselves have none beside them.
     """
     flat = _io.slashed(variables)
     dtypes = {n: v.dtype.name for n, v in flat.items() if hasattr(ml_dtypes, v.dtype.name)}
     told = {**json.loads(architecture.description(module)), "dtypes": dtypes}
-    if module is None and (text := _source.text_of(variables, _io.same_names(variables, Path()))):
-        told["source"] = text
+    text = None
+    if module is None:
+        text = _source.text_of(variables, _io.same_names(variables, Path()))
+        told |= {"source": text} if text else {}
+    plain = None if module is not None or dtypes else _plainly(flat, variables, bool(text))
+    flat = flat if plain is None else plain
     with zipfile.ZipFile(file, "w") as archive:
         for name, value in flat.items():
             if "\0" in name:
@@ -133,7 +149,28 @@ def save_npz(file: Any, module: Any, variables: Any, layout: str | None) -> None
             header = io.BytesIO()
             npy.write_array_header_1_0(header, npy.header_data_from_array_1_0(value))
             _io.add_member(archive, f"{name}.npy", value, header.getvalue())
-        archive.writestr(_OURS, json.dumps(told))
+        if plain is None:
+            archive.writestr(_OURS, json.dumps(told))
+
+
+def _plainly(
+    flat: dict[str, np.ndarray], variables: Mapping[str, Any], more: bool
+) -> dict[str, np.ndarray] | None:
+    """The arrays under names from which alone a reader finds the same variables, if there are
+    some: those of the file that they come from, or else their paths, unless there is more to say.
+    """
+    ways = [] if more else [flat]
+    if _source.is_bare(variables):
+        separator = _nodes.told_of(variables)["bare"]
+        joined = [separator.join(_io.parts_of_path(name)[1:]) for name in flat]
+        if len(set(joined)) == len(joined):
+            ways.insert(0, dict(zip(joined, flat.values(), strict=True)))
+    for named in ways:
+        with contextlib.suppress(FileFormatError):
+            again = _io.slashed(_others(named, Path(), Reading()))
+            if again.keys() == flat.keys() and all(again[n] is flat[n] for n in flat):
+                return named
+    return None
 
 
 # -- msgpack ----------------------------------------------------------------------------------
@@ -146,8 +183,12 @@ def load_msgpack(path: Path, how: Reading) -> Model:
         budget.spend("the file", path.stat().st_size)
         data = path.read_bytes()
         progress(len(data))
-        tree = _io.under(_tree_of(_unpacked(data, path, budget), path), how.key, path)
-        return Model(None, _io.as_variables(tree, path, how.key))
+        nodes = dict[tuple[str, ...], str]()
+        tree = _tree_of(_unpacked(data, path, budget), path, (), nodes)
+        tree = _io.under(tree, how.key, path)
+        start = tuple(how.key.split("/")) if how.key is not None else ()
+        nodes = {n[len(start) :]: k for n, k in nodes.items() if n[: len(start)] == start}
+        return Model(None, _source.from_tree(tree, path, how.key, nodes))
 
 
 def _unpacked(data: bytes, path: Path, budget: Budget) -> Any:
@@ -168,19 +209,24 @@ def _unpacked(data: bytes, path: Path, budget: Budget) -> Any:
     return msgpack.unpackb(data, ext_hook=extension, raw=False, strict_map_key=False)
 
 
-def _tree_of(node: Any, path: Path) -> Any:
+def _tree_of(
+    node: Any, path: Path, place: tuple[str, ...], nodes: dict[tuple[str, ...], str]
+) -> Any:
     """Lists as dicts of numbers, as Flax's own state dicts have them, and so what nnx keeps under
-    numbers; large arrays whole."""
+    numbers, which ``nodes`` says by their places; large arrays whole."""
     if isinstance(node, list):
+        nodes[place] = "list"
         node = dict(enumerate(node))
     if not isinstance(node, dict):
         return node
+    if node and all(type(k) is int for k in node):
+        nodes.setdefault(place, "numbers")
     named = {str(k): v for k, v in node.items() if isinstance(k, str) or type(k) is int}
     if len(named) < len(node):
         raise FileFormatError(f"{path}: an entry whose name is no text and no number, or twice")
     node = named
     if "__msgpack_chunked_array__" not in node:
-        return {k: _tree_of(v, path) for k, v in node.items()}
+        return {k: _tree_of(v, path, (*place, k), nodes) for k, v in node.items()}
     shape, chunks = (list(node[k].values()) for k in ("shape", "chunks"))
     if not all(isinstance(c, np.ndarray) for c in chunks):
         raise FileFormatError(f"{path}: a piece of a large array is no array")
@@ -242,6 +288,4 @@ def save_msgpack(file: Any, module: Any, variables: Any, layout: str | None) -> 
     for name, value in flat.items():
         if value.dtype.name != "bfloat16" and hasattr(ml_dtypes, value.dtype.name):
             raise refuse(name, f"dtype {value.dtype}: Flax itself can't read it from msgpack")
-    # An empty collection stays.
-    tree = {**{c: {} for c in variables}, **nested(flat, "/", Path())}
-    file.write(serialization.msgpack_serialize(tree))
+    file.write(serialization.msgpack_serialize(_source.to_tree(variables, flat)))

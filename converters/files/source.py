@@ -6,21 +6,29 @@ It is JSON text at a :class:`fwt._nodes.FromFile`, a dict of the variables, with
 - ``names``: the names of all arrays, joined by dots, in the order of the model's layers;
 - ``ties``: groups of names that are one array;
 - ``torch``: the ``_metadata`` of a state dict;
-- ``safetensors``, ``index``: the metadata of a .safetensors file, and of the index of shards.
+- ``safetensors``, ``index``: the metadata of a .safetensors file, and of the index of shards;
+- ``bare``: what joins the names of a tree that has no collections, which is then written so;
+- ``nodes``: which dicts of a tree were lists, or had numbers as keys, by their paths.
 """
 
 import json
+import types
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from flax import serialization
 
-from fwt import _nodes
+from fwt import _nodes, _paths, _tree
 from fwt._nodes import FromFile
+from fwt._types import FileFormatError
+from fwt.converters import io as _io
 
 OURS = ("fwt", "fwt.source")  # the metadata of a .safetensors file that we write ourselves
 _PLAIN = (bool, int, float, str, type(None))
+_OF_TREES = ("bare", "nodes")  # which the tree in the next file shows again
 
 serialization.register_serialization_state(
     FromFile,
@@ -41,6 +49,122 @@ def with_source(variables: Mapping[str, Any], told: Mapping[str, Any]) -> dict[s
     own = FromFile(variables, text)
     own["params"] = FromFile(variables.get("params", {}), text)
     return own
+
+
+def from_tree(
+    tree: Any,
+    path: Path,
+    key: str | None = None,
+    nodes: Mapping[tuple[str, ...], str] = types.MappingProxyType({}),
+    separator: str = "/",
+) -> dict[str, Any]:
+    """A tree of a file as variables that know how the file had it."""
+    variables, bare = _as_variables(tree, path, key, bare=separator == ".")
+    told: dict[str, Any] = {"bare": separator} if bare else {}
+    told["nodes"] = {_nodes_path(place): kind for place, kind in nodes.items()}
+    return with_source(variables, told)
+
+
+def to_tree(variables: Mapping[str, Any], flat: Mapping[str, Any]) -> Any:
+    """The tree for a file of one, of arrays by their whole paths: with the collections, unless the
+    file that it comes from had none."""
+    told = _nodes.told_of(variables)
+    tree = _joined(_dicts(variables), _io.nested(flat, "/", Path()))
+    if is_bare(variables):
+        tree = _joined(tree.get("params", {}), tree.get("batch_stats", {}))
+    for path in sorted(told.get("nodes", ()), key=len, reverse=True):
+        tree = _numbered(tree, _io.parts_of_path(path) if path else [], told["nodes"][path])
+    return tree
+
+
+def _as_variables(
+    tree: Any, path: Path, key: str | None = None, bare: bool = False
+) -> tuple[dict[str, Any], bool]:
+    """A tree of dicts and arrays as variables, and whether it is bare: unless it is one of
+    collections, it becomes params, and torch's running statistics batch_stats. An error names the
+    parts of a tree that stands under ``key``."""
+    _check_leaves(tree, path, (), 0, lambda: _io.way_to_parts(tree, key, _is_numbers))
+    if not isinstance(tree, Mapping):
+        raise FileFormatError(f"{path}: expected a tree of arrays, found one array: give it a name")
+    told = tree.get("params", tree.get("batch_stats"))
+    if not bare and _tree.is_variables(tree) and isinstance(told, Mapping):
+        return dict(_tree.as_variables(tree)), False
+    params, stats = _apart(tree)
+    return {"params": params, **({"batch_stats": stats} if stats else {})}, True
+
+
+def _apart(tree: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A tree without torch's running statistics, and these."""
+    rest, stats = dict[str, Any](), dict[str, Any]()
+    for name, value in tree.items():
+        if not isinstance(value, Mapping):
+            (stats if name in _io.TORCH_STATS else rest)[name] = value
+            continue
+        inner, own = _apart(value)
+        if inner or not own:
+            rest[name] = inner
+        if own:
+            stats[name] = own
+    return rest, stats
+
+
+def _is_numbers(node: Any) -> bool:
+    return isinstance(node, np.ndarray | jax.Array) and _io.is_numeric(node.dtype)
+
+
+def _check_leaves(
+    node: Any, path: Path, place: tuple[str, ...], depth: int, way: Callable[[], str]
+) -> None:
+    if isinstance(node, Mapping) and depth < _io.DEPTH:
+        for name, value in node.items():
+            if not isinstance(name, str) or not name:
+                raise FileFormatError(f"{path}: {'/'.join(place)} has an entry named {name!r}")
+            _check_leaves(value, path, (*place, name), depth + 1, way)
+    elif not _is_numbers(node):
+        raise FileFormatError(
+            f"{path}: {'/'.join(place) or 'it'} is no array of numbers ({type(node).__name__}); "
+            f"{way() or 'key= picks a part of the file'}"
+        )
+
+
+def _joined(tree: dict[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Two trees of dicts as one, which is the first."""
+    for name, value in other.items():
+        if isinstance(value, Mapping) and isinstance(tree.setdefault(name, {}), dict):
+            _joined(tree[name], value)
+        else:
+            tree[name] = value
+    return tree
+
+
+def is_bare(variables: Mapping[str, Any]) -> bool:
+    """Whether the file that these variables come from had no collections, and has room for them."""
+    held = {name for name, tree in variables.items() if tree}
+    return "bare" in _nodes.told_of(variables) and held <= {"params", "batch_stats"}
+
+
+def _dicts(node: Mapping[Any, Any]) -> dict[str, Any]:
+    """The dicts in a tree, without what they hold: an empty one is a part of it too."""
+    return {str(k): _dicts(v) for k, v in node.items() if isinstance(v, Mapping)}
+
+
+def _numbered(node: Any, parts: list[str], kind: str) -> Any:
+    """A tree with the dict at a place as a list, or with numbers as keys, if it still can be."""
+    if parts:
+        if isinstance(node, Mapping) and parts[0] in node:
+            return {**node, parts[0]: _numbered(node[parts[0]], parts[1:], kind)}
+        return node
+    if not isinstance(node, Mapping) or not all(map(str.isdecimal, node)):
+        return node
+    numbers = {int(name): value for name, value in node.items()}
+    if kind == "list":
+        whole = sorted(numbers) == list(range(len(node)))
+        return [numbers[i] for i in range(len(node))] if whole else node
+    return numbers
+
+
+def _nodes_path(place: tuple[str, ...]) -> str:
+    return "/".join(map(_paths.escape, place))
 
 
 def _place(told: Mapping[str, Any]) -> Callable[[str], int]:
@@ -99,7 +223,7 @@ def _found(tree: Any, name: str) -> tuple[Any, str] | None:
 
 def text_of(variables: Any, flat: Mapping[str, np.ndarray] | None) -> str | None:
     """What a file of ours says of the source of its arrays, given by names joined by dots."""
-    told = dict(_nodes.told_of(variables))
+    told = {n: v for n, v in _nodes.told_of(variables).items() if n not in _OF_TREES}
     told["ties"] = ties(tied(flat, told)) if flat is not None else []
     told = {name: value for name, value in told.items() if value}
     return json.dumps(told) if told else None
@@ -110,7 +234,7 @@ def restored(variables: Mapping[str, Any], text: Any) -> dict[str, Any]:
     told = checked(json.loads(text)) if isinstance(text, str) else {}
     if told.get("ties"):
         nested_ties(variables, told)
-    return with_source(variables, told)
+    return with_source(variables, {**_nodes.told_of(variables), **told})
 
 
 def checked(told: Any) -> dict[str, Any]:

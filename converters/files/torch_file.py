@@ -17,10 +17,9 @@ from fwt.converters.files import source as _source
 from fwt.converters.files import torch_pickle
 from fwt.converters.files.torch_pickle import DTYPES, STORAGES
 from fwt.converters.frameworks import flax as _flax
-from fwt.converters.frameworks.torch_layers import fold_torch, torch_state
+from fwt.converters.frameworks.torch_layers import torch_key, torch_net, torch_state
 from fwt.converters.io import Budget, Reading, dtype_of, member, nested, opened, reading
-from fwt.converters.rows.row import parts_of, refuse
-from fwt.converters.walk import convert, policy
+from fwt.converters.rows.row import refuse
 
 _OURS = "fwt.json"  # a member beside torch's own: what a state dict has no place for
 
@@ -251,14 +250,9 @@ def _spectral_norm(w: np.ndarray, u: np.ndarray, v: np.ndarray) -> np.ndarray | 
 def save_torch(file: Any, module: Any, variables: Any, layout: str | None) -> None:
     """A state dict that ``torch.load(weights_only=True)`` takes."""
     if module is None:
-        _io.slashed(variables)  # which raises for what is no array
         told = _nodes.told_of(variables)
-        found = _io.same_names(variables, Path())
-        if found is None:
-            raise ConversionError(
-                "these variables would come back as another tree, since torch joins names by dots: "
-                "give the module, or save them as .safetensors"
-            )
+        found = _io.dotted(variables)
+        _check_names(variables, found)
         state = _source.tied(_source.in_order(found, told), told)
         beside: dict[str, Any] = {n: told[n] for n in ("safetensors", "index") if n in told}
         if not _source.has_order(state, told):
@@ -266,14 +260,12 @@ def save_torch(file: Any, module: Any, variables: Any, layout: str | None) -> No
         metadata = told.get("torch", {})
     else:
         beside, metadata = {}, {}
-        layers = _flax.read_flax(module, variables)
-        new, _ = convert.convert(
-            layers, "flax", "torch", module.input_shape, layout or "channels_first"
-        )
-        policy.check_torch(new)
-        new = fold_torch(new)
+        net = torch_net(_flax.read_flax(module, variables), layout or "channels_first", True)
         state = {
-            ".".join([*parts_of(x.name), n]): v for x in new for n, v in torch_state(x).items()
+            ".".join(torch_key(x, n)): v
+            for x in net.layers
+            for n, v in torch_state(x).items()
+            if not x.of
         }
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("archive/data.pkl", _pickled(state, metadata))
@@ -283,6 +275,27 @@ def save_torch(file: Any, module: Any, variables: Any, layout: str | None) -> No
         archive.writestr("archive/version", "3\n")
         if beside:
             archive.writestr(f"archive/{_OURS}", json.dumps(beside))
+
+
+def _check_names(variables: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """Raises for variables whose names joined by dots a reader would take for others."""
+    for path in _io.slashed(variables):
+        collection, *parts = _io.parts_of_path(path)
+        name = ".".join(parts)
+        starts = (name[:i] for i, c in enumerate(name) if c == ".")
+        above = next((start for start in starts if start in found), None)
+        if above is not None:
+            raise ConversionError(
+                f"{name} would stand under {above}, which is an array too, since torch joins names "
+                "by dots: rename one of them, or save them as .safetensors"
+            )
+        stays = "batch_stats" if name.rpartition(".")[2] in _io.TORCH_STATS else "params"
+        if collection != stays:
+            raise ConversionError(
+                f"{path} would come back in {stays}, since a .pt file of weights alone has no "
+                f"collections: its statistics are those named {', '.join(_io.TORCH_STATS)}; give "
+                "the module, or save them as .safetensors, .npz or .msgpack"
+            )
 
 
 def _storages(state: Mapping[str, np.ndarray]) -> dict[int, np.ndarray]:

@@ -1,8 +1,8 @@
-"""Flax, the hub: a Sequential as layers, and layers as a Model."""
+"""Flax, the hub: a Sequential or a Graph as a net of layers, and a net as a Model."""
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -11,11 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from fwt import _nodes, _tree
+from fwt._graph import Graph, Node, inputs_of, names_in, nodes_of
 from fwt._sequential import Named, Sequential
 from fwt._types import ConversionError, Model
 from fwt.converters.rows import table
-from fwt.converters.rows.row import Layer, Row, joined, parts_of, refuse, same
+from fwt.converters.rows.row import Layer, Row, parts_of, refuse, same
 from fwt.converters.walk import policy
+from fwt.converters.walk.net import Net, folded, nests
+from fwt.layers import Parameter
 
 
 def given(module: Any, variables: Any, call: str) -> tuple[Any, Any]:
@@ -51,47 +54,70 @@ def sequential_of(module: Any) -> Any:
     return Sequential(named)
 
 
-def read_flax(module: Any, variables: Any, inside: tuple[str, ...] = ()) -> list[Layer]:
-    """The layers of a Sequential with their arrays, those of Sequentials in it among them."""
-    if not isinstance(module, Sequential):
+def read_flax(module: Any, variables: Any) -> Net:
+    """The net of a Sequential or a Graph with its arrays."""
+    if not isinstance(module, Sequential | Graph):
         raise ConversionError(
             f"expected a fwt.Sequential or a linen nn.Sequential, found {type(module).__name__}; "
             "rebuild it as fwt.Sequential([(name, layer), ...])"
         )
     variables = _tree.as_variables(variables if isinstance(variables, Mapping) else {})
     variables = _nodes.unboxed(variables)
-    out = []
-    names = {n.name for n in module.layers}
+    nodes = nodes_of(module)
+    places = {tuple(parts_of(n.name)): n for n in nodes if not n.of}
+    held: dict[str, dict[str, Any]] = {n.name: {} for n in nodes}
     for collection, tree in variables.items():
         if collection not in ("params", "batch_stats"):
             raise ConversionError(f"variables: the collection {collection!r} can't be converted")
-        for name in tree:
-            if name not in names:
-                place = "/".join([collection, *inside, name])
-                raise ConversionError(
-                    f"variables: {place} belongs to no layer of the module, which has "
-                    f"{sorted(names)}"
-                )
-    for named in module.layers:
-        parts = (*inside, named.name)
-        if isinstance(named.layer, Sequential):
-            own = {c: tree.get(named.name, {}) for c, tree in variables.items()}
-            out += read_flax(named.layer, own, parts)
+        for path, value in _flat(tree):
+            found = next((places[path[:k]] for k in range(len(path), 0, -1) if path[:k] in places),
+                         None)  # fmt: skip
+            own = found is not None and isinstance(found.layer, Parameter)
+            count = 0 if found is None else len(parts_of(found.name))
+            if found is None or (len(path) == count) != own:
+                raise _belongs_to_none(collection, path, places)
+            name = "value" if own else "/".join(path[count:])
+            held[found.name][name] = np.asarray(value)
+    layers: dict[str, Layer] = {}
+    for node in nodes:
+        if node.of:
+            first = layers[node.of]
+            layers[node.name] = dataclasses.replace(
+                first, name=node.name, inputs=node.inputs, of=first.of or first.name
+            )
             continue
-        arrays: dict[str, Any] = {}
-        for tree in variables.values():
-            arrays |= _flat(tree.get(named.name, {}))
-        out.append(_layer(joined(parts), named.layer, arrays))
-    return out
+        layer = _layer(node.name, node.layer, held[node.name])
+        layers[node.name] = dataclasses.replace(layer, inputs=node.inputs)
+    shape = module.input_shape
+    if isinstance(module, Graph):
+        inputs = dict.fromkeys(names_in(module.inputs))
+        net = Net(list(layers.values()), inputs, module.outputs, module.inputs)
+        return net.given(shape)
+    (start,) = inputs_of(module)
+    return Net(list(layers.values()), {start: shape}, nodes[-1].name if nodes else start)
 
 
-def _flat(tree: Mapping[str, Any], inside: str = "") -> dict[str, Any]:
-    """The arrays of a layer, those of layers in it as ``query/kernel``."""
-    out: dict[str, Any] = {}
+def _belongs_to_none(
+    collection: str, path: tuple[str, ...], places: Collection[tuple[str, ...]]
+) -> ConversionError:
+    count = 0  # of the parts that lead to a layer
+    while any(place[: count + 1] == path[: count + 1] for place in places):
+        count += 1
+    count = min(count, len(path) - 1)
+    names = {p[count] for p in places if p[:count] == path[:count] and len(p) > count}
+    place = "/".join([collection, *path[: count + 1]])
+    return ConversionError(
+        f"variables: {place} belongs to no layer of the module, which has {sorted(names)}"
+    )
+
+
+def _flat(tree: Any, inside: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The arrays of nested dicts by their path."""
     for name, value in tree.items():
-        nested = isinstance(value, Mapping)
-        out |= _flat(value, f"{inside}{name}/") if nested else {inside + name: np.asarray(value)}
-    return out
+        if isinstance(value, Mapping):
+            yield from _flat(value, (*inside, name))
+        else:
+            yield (*inside, name), value
 
 
 def _layer(name: str, layer: Any, arrays: dict[str, Any]) -> Layer:
@@ -108,21 +134,53 @@ def _layer(name: str, layer: Any, arrays: dict[str, Any]) -> Layer:
     return Layer(name, kind, fields, arrays, defaults, dtype=dtype)
 
 
-def write_flax(layers: Sequence[Layer], input_shape: Any) -> Model:
-    """A Model of the layers, with the pairs that another framework needed folded into one."""
-    folded = fold(list(layers))
-    for index, layer in enumerate(folded):
+def write_flax(net: Net) -> Model:
+    """A Model of the net, with the pairs that another framework needed folded into one: of a
+    Sequential where it is a line, else of a Graph."""
+    net = folded(net, fold)
+    readers, given = net.readers(), {x.name: x for x in net.layers}
+    for layer in net.layers:
         # linen's Dropout has no dtype, and rounds nothing where what stands beside it does not.
-        beside = [x.dtype for x in (*folded[max(index - 1, 0) : index], *folded[index + 1 :][:1])]
+        beside = [given[i].dtype for i in layer.inputs if i in given]
+        beside += [x.dtype for x in readers.get(layer.name, ())]
         if layer.kind == "Dropout" and layer.dtype not in (None, *beside):
             raise refuse(str(layer), f"it casts to {layer.dtype}, which Flax's Dropout can't say",
                          policy.WAY_OUT)  # fmt: skip
-    entries = [(parts_of(layer.name), layer) for layer in folded]
-    named, trees = _nested(entries)
+    if net.is_line and nests(net.layers):
+        named, trees = _nested([(parts_of(layer.name), layer) for layer in net.layers])
+        module: Any = Sequential(named, net.shape)
+    else:
+        module, trees = _graph(net)
     variables = {"params": trees["params"]}
     if trees["batch_stats"]:
         variables["batch_stats"] = trees["batch_stats"]
-    return Model(Sequential(named, input_shape), variables)
+    return Model(module, variables)
+
+
+def _graph(net: Net) -> tuple[Graph, dict[str, dict[str, Any]]]:
+    nodes: list[Node] = []
+    trees: dict[str, dict[str, Any]] = {"params": {}, "batch_stats": {}}
+    for layer in net.layers:
+        if layer.of:
+            nodes.append(Node(layer.name, None, layer.inputs, layer.of))
+            continue
+        row = table.rows_of("flax", layer.kind)[0]
+        nodes.append(Node(layer.name, _module(row, layer), layer.inputs))
+        parts = parts_of(layer.name)
+        for collection, path, value in _arrays(row, layer):
+            *inside, leaf = parts if layer.kind == "Parameter" else [*parts, *path]
+            node = trees[collection]
+            for part in inside:
+                node = node.setdefault(part, {})
+            node[leaf] = value
+    return Graph(nodes, net.takes, net.outputs, net.shape), trees
+
+
+def _arrays(row: Row, layer: Layer) -> Iterator[tuple[str, list[str], Any]]:
+    """The collection and the path in its layer of each array."""
+    where = {p.of("flax")[0]: p.collection for p in row.params}
+    for name, value in layer.arrays.items():
+        yield where[name], name.split("/"), value
 
 
 def _nested(
@@ -142,10 +200,8 @@ def _nested(
         for _, layer in group:
             row = table.rows_of("flax", layer.kind)[0]
             named.append(Named(first, _module(row, layer)))
-            where = {p.of("flax")[0]: p.collection for p in row.params}
-            for name, value in layer.arrays.items():
-                *inside, leaf = name.split("/")
-                node = trees[where[name]].setdefault(first, {})
+            for collection, (*inside, leaf), value in _arrays(row, layer):
+                node = trees[collection].setdefault(first, {})
                 for part in inside:
                     node = node.setdefault(part, {})
                 node[leaf] = value
@@ -187,6 +243,9 @@ def in_dtype(model: Model, dtype: Any) -> Model:
     def plain(layer: Any) -> Any:
         if isinstance(layer, Sequential):
             return layer.clone(layers=[Named(n.name, plain(n.layer)) for n in layer.layers])
+        if isinstance(layer, Graph):
+            return layer.clone(nodes=[n if n.of else Node(n.name, plain(n.layer), n.inputs)
+                                      for n in layer.nodes])  # fmt: skip
         own = {f.name: f.default for f in dataclasses.fields(layer)}
         return layer.clone(**{n: own[n] for n in ("dtype", "param_dtype") if n in own})
 

@@ -16,13 +16,14 @@ import numpy as np
 from fwt import _tree
 from fwt._modules import einsum_names
 from fwt._types import ConversionError, Model
-from fwt.converters.frameworks import altered, keras_config
+from fwt.converters.frameworks import altered, keras_config, keras_ops, keras_read, keras_write
 from fwt.converters.frameworks import flax as _flax
 from fwt.converters.frameworks import given as _given
 from fwt.converters.rows import grouped, table
 from fwt.converters.rows.row import TRAINING, Layer, LiveLeaf, order, parts_of, refuse
 from fwt.converters.walk import convert
 from fwt.converters.walk.convert import Layout
+from fwt.converters.walk.net import Net
 
 
 def _arrays(layer: Any, place: str) -> dict[str, Any]:
@@ -90,6 +91,8 @@ def _named(layer: Any) -> list[tuple[str, Any]]:
     """The variables of a layer, those of attention as ``query/kernel``."""
     count = 2 if isinstance(layer, keras.layers.MultiHeadAttention) else 1
     seed = "seed_generator_state"
+    if type(layer).__name__ in keras_ops.HOME:  # which gives its variables no names
+        return [(n, getattr(layer, n)) for n in keras_ops.VARIABLES[type(layer).__name__]]
     return [
         (v.name if v.name == seed else "/".join(v.path.split("/")[-count:]), v)
         for v in layer.variables
@@ -122,14 +125,15 @@ def from_keras(
     sidecar: bool = False,
     dtype: Literal["float32"] | None = None,
 ) -> Model:
-    """A Keras Sequential as a Flax model with the same predictions.
+    """A Keras Sequential or Functional model as a Flax model with the same predictions.
 
-    So too a Functional model that is one straight line of layers; a Sequential inside stays one.
-    An ``activation=`` inside a layer becomes a layer named ``<layer>__activation``;
-    :func:`to_keras` puts it back.
+    One that is a straight line of layers becomes a :class:`fwt.Sequential`, any other a
+    :class:`fwt.Graph`. An ``activation=`` inside a layer becomes a layer named
+    ``<layer>__activation``; :func:`to_keras` puts it back.
 
     Args:
-        model: a built ``keras.Sequential``; the names of its layers are kept.
+        model: a built Keras model; the names of its layers are kept, those in a model inside behind
+            its name.
         layout: what the new model's input and output look like: "channels_last" or
             "channels_first" where a layer proves which axis holds the channels, or "source".
         sidecar: whether to keep what Flax has no place for (seeds, initializers, regularizers,
@@ -153,42 +157,40 @@ def from_keras(
     """
     if not _is_container(model):
         raise ConversionError(
-            f"from_keras takes a keras.Sequential, found {_dotted(model)}; to change the "
-            "weights of any Keras model in place, use converters.transform(model, t)"
+            f"from_keras takes a keras.Sequential or a Functional model, found {_dotted(model)}; "
+            "to change the weights of any Keras model in place, use converters.transform(model, t)"
         )
     if not model.built:
         raise ConversionError(
             f"{model.name} has no weights yet: build it, model.build((None, ...)), or give it a "
             "keras.Input"
         )
-    layers, shape = layers_of(model)
-    new, found = convert.convert(layers, "keras", "flax", shape, layout)
-    made = _flax.write_flax(new, found)
+    net = net_of(model)
+    made = _flax.write_flax(convert.convert(net, "keras", "flax", layout))
     if sidecar:
-        made = keras_config.with_sidecar(made, layers, shape, layout)
-    return keras_config.marked(_flax.in_dtype(made, dtype), layers)
+        made = keras_config.with_sidecar(made, net, layout)
+    return keras_config.marked(_flax.in_dtype(made, dtype), net)
 
 
 def _is_container(model: Any) -> bool:
     """A Sequential or a Functional model of Keras's own, not of a class of the user's."""
     cls = type(model)
     own = cls.__module__.partition(".")[0] == "keras"
-    return isinstance(model, keras.Model) and own and cls.__name__ in keras_config.CONTAINERS
+    return isinstance(model, keras.Model) and own and cls.__name__ in keras_read.CONTAINERS
 
 
 @without_tensorflow()
-def layers_of(model: Any) -> tuple[list[Layer], Any]:
-    """The layers of a live model with their arrays, and its input shape."""
+def net_of(model: Any) -> Net:
+    """The net of a live model with its arrays."""
     _sync(model)
-    layers, shape = keras_config.keras_layers(_config(model), model.name)
-    for layer in layers:
-        if layer.fused:
-            continue
-        live = model
-        for part in parts_of(layer.name):
-            live = live.get_layer(part)
-        _fill(layer, live)
-    return layers, shape
+    net = keras_read.keras_net(_config(model), model.name)
+    for layer in net.layers:
+        if layer.group and not layer.of:
+            live = model
+            for part in parts_of(layer.name):
+                live = live.get_layer(part)
+            _fill(layer, live)
+    return keras_config.shared(net)
 
 
 def _dotted(model: Any) -> str:
@@ -272,7 +274,8 @@ def _check_known(layer: Any) -> None:
             _check_known(inner)
         return
     custom = table.CUSTOM["keras"].get(cls.__name__)
-    if cls is not (custom or getattr(keras.layers, cls.__name__, None)):
+    beside = (cls.__name__, cls.__module__) in keras_ops.BESIDE
+    if not beside and cls is not (custom or getattr(keras.layers, cls.__name__, None)):
         raise refuse(
             layer.name,
             f"{cls.__module__}.{cls.__name__} is a custom layer, which can't be converted",
@@ -335,17 +338,19 @@ def _check_attention(layer: Any) -> None:
 def to_keras(
     module: Any, variables: Any = None, input_shape: Sequence[int | None] | None = None
 ) -> Any:
-    """A Flax model as a Keras Sequential with the same predictions.
+    """A Flax model as a Keras model with the same predictions.
 
     Args:
-        module: a :class:`fwt.Sequential`, a linen ``nn.Sequential``, a ``Model`` of one, or an
-            ``nnx.Sequential``, which holds its variables.
+        module: a :class:`fwt.Sequential` or :class:`fwt.Graph`, a linen ``nn.Sequential``, a
+            ``Model`` of one, or an ``nnx.Sequential``, which holds its variables.
         variables: its variables, float32; a Model has its own.
-        input_shape: the shape of its input without the batch axis; None takes the module's own,
-            or what follows from the first layers.
+        input_shape: the shape of its input without the batch axis, of several inputs a tuple of
+            shapes; None takes the module's own, or what follows from the first layers.
 
     Returns:
-        A built ``keras.Sequential`` on the active backend, whose layers keep their names.
+        A built ``keras.Sequential`` on the active backend, or a Functional model where the layers
+        are no line of Keras layers. They keep their names; ``block/conv`` is the layer conv of a
+        model block inside.
 
     Raises:
         ConversionError: for any layer or setting that Keras can't say exactly, by name.
@@ -358,21 +363,29 @@ def to_keras(
         ['dense']
     """
     module, variables = _given.given(module, variables, "to_keras(model)")
-    layers, shape = keras_config.to_keras_layers(module, variables, input_shape, state=True)
-    config = keras_config.keras_config(layers, shape)["config"]
+    net = keras_config.to_keras_net(module, variables, input_shape, state=True)
+    config = keras_write.keras_config(net)
+    cls = keras.Sequential if config["class_name"] == "Sequential" else keras.Model
     try:
-        with keras.saving.custom_object_scope(table.CUSTOM["keras"]):
-            model = keras.Sequential.from_config(config)
+        with keras.saving.custom_object_scope({**table.CUSTOM["keras"], **_beside(net)}):
+            model = cls.from_config(config["config"])
     except (TypeError, ValueError) as error:
         raise ConversionError(
             f"Keras can't build this model: {' '.join(str(error).split())}"
         ) from error
-    for layer in layers:
-        live: Any = model
-        for part in parts_of(layer.name):
-            live = live.get_layer(part)
-        _assign(layer, live)
+    for layer in net.layers:
+        if layer.group and not layer.of:
+            live: Any = model
+            for part in parts_of(layer.name):
+                live = live.get_layer(part)
+            _assign(layer, live)
     return model
+
+
+def _beside(net: Net) -> dict[str, Any]:
+    """The classes of a net that Keras has outside of keras.layers."""
+    kinds = {layer.kind for layer in net.layers} & set(keras_ops.HOME)
+    return {kind: getattr(sys.modules[keras_ops.HOME[kind]], kind) for kind in kinds}
 
 
 def _assign(layer: Layer, live: Any) -> None:

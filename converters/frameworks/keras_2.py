@@ -71,7 +71,46 @@ def _modern(config: Any) -> Any:
         out["module"] = str(out["module"]).removeprefix("tf_")
     if "inbound_nodes" in config:
         out["inbound_nodes"] = _nodes(config["inbound_nodes"])
+    body = out.get("config")
+    if out.get("class_name") == "Functional" and isinstance(body, dict):
+        _count_calls(body)
     return out
+
+
+def _count_calls(body: dict[str, Any]) -> None:
+    """Keras 2 counts a call that each model inside has of its own; Keras 3 does so for a
+    Functional one, and at the ends alone."""
+    found = {e["name"]: e for e in body.get("layers") or []
+             if isinstance(e, dict) and e.get("class_name") in ("Functional", "Sequential")
+             and isinstance(e.get("name"), str)}  # fmt: skip
+    inner = [h for e in body.get("layers") or [] if isinstance(e, dict)
+             for h in _histories(e.get("inbound_nodes"))]  # fmt: skip
+    ends = [h for key in ("input_layers", "output_layers") for h in _ends(body.get(key))]
+    for name, entry in found.items():
+        calls = [h[1] for h in (*inner, *ends) if h[0] == name and isinstance(h[1], int)]
+        own = int(bool(calls) and max(calls) == len(entry.get("inbound_nodes") or []))
+        for history in inner:
+            history[1] -= own * (history[0] == name)
+        there = own - (entry["class_name"] == "Functional")
+        for history in ends:
+            history[1] -= there * (history[0] == name)
+
+
+def _histories(node: Any) -> list[Any]:
+    if isinstance(node, dict):
+        if node.get("class_name") == "__keras_tensor__":
+            return [node["config"]["keras_history"]]
+        return [h for v in node.values() for h in _histories(v)]
+    return [h for v in node for h in _histories(v)] if isinstance(node, list) else []
+
+
+def _ends(given: Any) -> list[Any]:
+    """The references in what a model takes or gives."""
+    if _is_call(given):
+        return [given]
+    if isinstance(given, dict):
+        given = list(given.values())
+    return [h for v in given for h in _ends(v)] if isinstance(given, list) else []
 
 
 def _settings(kind: str, own: dict[str, Any], before: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,18 +15,19 @@ import numpy as np
 from fwt import _tree
 from fwt._types import ConversionError
 from fwt.converters.frameworks import flax as _flax
-from fwt.converters.frameworks import keras_config, sidecar
+from fwt.converters.frameworks import keras_config, keras_read, keras_write, sidecar
 from fwt.converters.rows.row import Layer, joined
 from fwt.converters.walk import convert, policy
 
 
 def written(module: Any, variables: Any) -> tuple[dict[str, Any], list[Layer]]:
     """The config of a whole model as a .keras file has it, and its layers with their arrays."""
-    layers, shape = keras_config.to_keras_layers(module, variables, None)
+    net = keras_config.to_keras_net(module, variables, None)
+    layers = net.layers
     told = sidecar.whole(_flax.sequential_of(module), "keras")
     config = told.get("config")
     if config is None:
-        return keras_config.keras_config(layers, shape), layers
+        return keras_write.keras_config(net), layers
     body = config.get("config") if isinstance(config, dict) else None
     name = body.get("name", "sequential") if isinstance(body, dict) else None
     if not isinstance(name, str) or type(told.get("steps", 0)) is not int:
@@ -47,7 +48,7 @@ def written(module: Any, variables: Any) -> tuple[dict[str, Any], list[Layer]]:
         "from says of their training: its layers would not give this model back",
         stacklevel=5,
     )
-    made = keras_config.keras_config(layers, shape, name)
+    made = keras_write.keras_config(net, name)
     return made | {n: config[n] for n in ("compile_config",) if n in config}, layers
 
 
@@ -55,15 +56,16 @@ def _again(config: Any, layers: list[Layer], module: Any, variables: Any) -> lis
     """The layers of a config with the arrays of others, if they are the same model."""
     given = {layer.name: layer for layer in layers}
     try:
-        own, shape = keras_config.keras_layers(config, "the sidecar")
+        net = keras_read.keras_net(config, "the sidecar")
+        own = net.layers
         if any(x.kind == "SpectralNormalization" for x in policy.every(own)):
             return None  # its vector was not read
         opened = keras_config.opened_up(own)
         for layer in opened:
             _fill(layer, given)
         keras_config.gathered(opened)
-        new, found = convert.convert(own, "keras", "flax", shape, "source")
-        made = _flax.write_flax(new, found)
+        net = keras_config.shared(net)
+        made = _flax.write_flax(convert.convert(net, "keras", "flax", "source"))
     except (ConversionError, KeyError, IndexError, AttributeError, ValueError, TypeError):
         return None
     if made.module != module.clone(sidecar="", turned=False) or not _same(

@@ -11,6 +11,7 @@ from flax import nnx
 
 from fwt import _nodes, _tree
 from fwt import layers as fl
+from fwt._graph import Graph
 from fwt._sequential import Named, Sequential, call, settings_of
 from fwt._types import ConversionError, FwtError, Model
 from fwt.converters.frameworks import architecture
@@ -51,8 +52,8 @@ class Linen(nnx.Module):
             collection: _nested(tree, kinds[collection]) for collection, tree in variables.items()
         })  # fmt: skip
 
-    def __call__(self, x: Any) -> Any:
-        return call(self.layer.layer, _plain(self.held), x)
+    def __call__(self, *xs: Any) -> Any:
+        return call(self.layer.layer, _plain(self.held), *xs)
 
 
 def _nested(tree: Mapping[str, Any], kind: Any) -> Any:
@@ -195,7 +196,7 @@ def _layer(layer: Any, place: str) -> tuple[Any, dict[str, Any]]:
     return cls(**settings), variables
 
 
-def to_nnx(module: Any, variables: Any = None) -> nnx.Sequential:
+def to_nnx(module: Any, variables: Any = None) -> Any:
     """A Flax model of this library as an ``nnx.Sequential``, with the same predictions.
 
     Args:
@@ -204,7 +205,7 @@ def to_nnx(module: Any, variables: Any = None) -> nnx.Sequential:
 
     Returns:
         An ``nnx.Sequential`` in eval mode of nnx's own layers; what nnx lacks is a small module of
-        ours around the linen layer. Its leaves are JAX arrays.
+        ours around the linen layer, and so is a Graph. Its leaves are JAX arrays.
 
     Raises:
         ConversionError: for what is no Sequential, or variables that do not fit it.
@@ -219,7 +220,10 @@ def to_nnx(module: Any, variables: Any = None) -> nnx.Sequential:
     module, variables = _flax.given(module, variables, "to_nnx(model)")
     module = _flax.sequential_of(module)
     _flax.read_flax(module, variables)  # which checks the names
-    model = _written(module, _nodes.unboxed(_tree.as_variables(variables)))
+    variables = _nodes.unboxed(_tree.as_variables(variables))
+    if isinstance(module, Graph):
+        return Linen(module, variables)
+    model = _written(module, variables)
     model.eval()
     return model
 

@@ -19,6 +19,7 @@ import numpy as np
 from fwt._types import ConversionError, Model
 from fwt.converters.io import dtype_of
 from fwt.converters.rows.row import STATE, Framework, Layer, is_training
+from fwt.converters.walk.net import Net
 
 # Settings that change nothing that a model computes.
 _KEPT = {
@@ -33,14 +34,14 @@ def with_sidecar(
     model: Model,
     layers: Sequence[Layer],
     framework: Framework,
-    back: Callable[[Model], list[Layer]],
-    forth: Callable[[list[Layer]], Model],
+    back: Callable[[Model], Net],
+    forth: Callable[[Net], Model],
     whole: Mapping[str, Any] | None = None,
 ) -> Model:
     """The model with a sidecar: what its layers lose on the way ``forth`` and ``back``, and
     ``whole``, what a file says of the model as a whole."""
     try:
-        returned = dict(_all(back(model)))
+        returned = dict(_all(back(model).layers))
     except ConversionError:
         return model  # there is no way back
     kept: dict[str, Any] = {}
@@ -92,26 +93,26 @@ def _with(model: Model, framework: Framework, kept: dict[str, Any], whole: Any) 
 def _gives(
     model: Model,
     framework: Framework,
-    back: Callable[[Model], list[Layer]],
-    forth: Callable[[list[Layer]], Model],
+    back: Callable[[Model], Net],
+    forth: Callable[[Net], Model],
 ) -> bool:
     """Whether the layers that the sidecar restores are those of the same model, bit for bit."""
     try:
-        layers = restored(back(model), model.module, framework, state=False)
-        found = jax.tree.leaves_with_path(forth(layers).variables)
+        net = restored(back(model), model.module, framework, state=False)
+        found = jax.tree.leaves_with_path(forth(net).variables)
     except (ConversionError, KeyError):  # layers that are only written are not all read again
         return False
     wanted = dict(jax.tree.leaves_with_path(model.variables))
     return len(found) == len(wanted) and all(same_bits(v, wanted.get(path)) for path, v in found)
 
 
-def restored(layers: list[Layer], module: Any, framework: Framework, state: bool) -> list[Layer]:
-    """The layers of the way back with what the module's sidecar holds of them."""
+def restored(net: Net, module: Any, framework: Framework, state: bool) -> Net:
+    """The net of the way back with what the module's sidecar holds of them."""
     with _trusted():
         told = _told(module, framework)
         if told:
-            _restore(layers, told["layers"], framework, state)
-    return layers
+            _restore(net.layers, told["layers"], framework, state)
+    return net
 
 
 def whole(module: Any, framework: Framework) -> dict[str, Any]:
@@ -173,6 +174,8 @@ def _fresh(layer: Layer) -> bool:
 
 def _all(layers: Sequence[Layer], inside: str = "") -> Iterator[tuple[str, Layer]]:
     for index, layer in enumerate(layers):
+        if layer.of:
+            continue
         name = f"{inside}{index if inside else layer.name}"
         yield name, layer
         yield from _all(layer.inner, f"{name}>")

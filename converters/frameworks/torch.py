@@ -22,6 +22,7 @@ from fwt.converters import io as _io
 from fwt.converters.frameworks import (
     altered,
     torch_computed,
+    torch_graph,
     torch_layers,
     torch_modules,
     torch_wrappers,
@@ -32,8 +33,9 @@ from fwt.converters.frameworks import sidecar as _sidecar
 from fwt.converters.frameworks.torch_wrappers import is_container, unwrapped
 from fwt.converters.rows import grouped, table
 from fwt.converters.rows.row import TRAINING, Layer, LiveLeaf, joined, order, parts_of, refuse
-from fwt.converters.walk import convert, policy
+from fwt.converters.walk import convert
 from fwt.converters.walk.convert import Layout
+from fwt.converters.walk.net import Net, folded, nests
 
 # NumPy has no such dtypes: they cross as integers of the same width.
 _AS_INTEGER = {
@@ -297,23 +299,26 @@ def from_torch(
             "and load('w.pt', architecture=keras_model, match='order'); "
             "converters.transform(model, t) changes the weights of any torch module in place"
         )
-    plain = _children(model, (), {})
-    layers = torch_layers.with_selected(list(plain))
+    net = Net.line(_children(model, (), {})).given(input_shape)
 
-    def forth(layers: list[Layer]) -> Model:
-        new, shape = convert.convert(layers, "torch", "flax", input_shape, layout)
-        return _flax.write_flax(new, shape)
+    def forth(net: Net) -> Model:
+        net = folded(net, torch_layers.with_selected)
+        return _flax.write_flax(convert.convert(net, "torch", "flax", layout))
 
-    made = forth(layers)
+    def again(net: Net) -> Model:
+        layers = [_with_defaults(x) for x in net.layers]
+        return forth(dataclasses.replace(net, layers=layers).given(input_shape))
+
+    made = forth(net)
     if not sidecar:
         return made
     there = "source" if layout == "source" else "channels_first"
     return _sidecar.with_sidecar(
         made,
-        plain,
+        net.layers,
         "torch",
-        lambda m: _layers_of(m.module, m.variables, None, there),
-        lambda back: forth(torch_layers.with_selected([_with_defaults(x) for x in back])),
+        lambda m: _net_of(m.module, m.variables, None, there),
+        again,
     )
 
 
@@ -322,23 +327,26 @@ def to_torch(
     variables: Any = None,
     input_shape: Sequence[int | None] | None = None,
     layout: Layout = "channels_first",
-) -> torch.nn.Sequential:
-    """A Flax model as a torch Sequential in eval mode, with the same predictions.
+) -> torch.nn.Module:
+    """A Flax model as a torch module in eval mode, with the same predictions.
 
     Strided SAME padding becomes the padding that it is at ``input_shape``. What torch.nn lacks is
     a small module of ours (``Permute``), so that a pickle of the model needs fwt; its state dict
     does not.
 
     Args:
-        module: a :class:`fwt.Sequential`, a linen ``nn.Sequential``, a ``Model`` of one, or an
-            ``nnx.Sequential``, which holds its variables.
+        module: a :class:`fwt.Sequential` or :class:`fwt.Graph`, a linen ``nn.Sequential``, a
+            ``Model`` of one, or an ``nnx.Sequential``, which holds its variables.
         variables: its variables; a Model has its own.
-        input_shape: the shape of its input without the batch axis, in Flax's order; None takes
-            the module's own, or works where nothing depends on it.
+        input_shape: the shape of its input without the batch axis, in Flax's order, of several
+            inputs a tuple of shapes; None takes the module's own, or works where nothing depends
+            on it.
         layout: as in :func:`from_torch`.
 
     Returns:
-        A ``torch.nn.Sequential`` whose layers keep their names.
+        A ``torch.nn.Sequential`` whose layers keep their names, or, of a Graph, a
+        ``torch.fx.GraphModule`` of torch.nn modules under the paths of their nodes, whose pickle
+        needs no fwt.
 
     Raises:
         ConversionError: for any layer or setting that torch can't say exactly, by name.
@@ -354,17 +362,16 @@ def to_torch(
     """
     module, variables = _given.given(module, variables, "to_torch(model)")
     module = _flax.sequential_of(module)
-    new = _layers_of(module, variables, input_shape, layout)
-    new = _sidecar.restored(new, module, "torch", state=True)
-    return _sequential([(parts_of(layer.name), layer) for layer in new]).eval()
+    net = _net_of(module, variables, input_shape, layout)
+    net = _sidecar.restored(net, module, "torch", state=True)
+    chain = net.is_line and nests(net.layers)
+    if not chain or any(_class(layer.kind) is None for layer in net.layers):
+        return torch_graph.graph_module(net, _built, to_tensor).eval()
+    return _sequential([(parts_of(layer.name), layer) for layer in net.layers]).eval()
 
 
-def _layers_of(module: Any, variables: Any, input_shape: Any, layout: str) -> list[Layer]:
-    layers = _flax.read_flax(module, variables)
-    shape = module.input_shape if input_shape is None else input_shape
-    new, _ = convert.convert(layers, "flax", "torch", shape, layout)
-    policy.check_torch(new)
-    return torch_layers.fold_torch(new)
+def _net_of(module: Any, variables: Any, input_shape: Any, layout: str) -> Net:
+    return torch_layers.torch_net(_flax.read_flax(module, variables).given(input_shape), layout)
 
 
 def _sequential(entries: list[tuple[list[str], Layer]]) -> torch.nn.Sequential:

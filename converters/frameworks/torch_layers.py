@@ -5,7 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from fwt.converters.rows.row import Layer, refuse
+from fwt.converters.rows.row import Layer, parts_of, refuse
+from fwt.converters.walk import convert, policy
+from fwt.converters.walk.net import Net, folded
 
 RECURRENT = ("RNN", "LSTM", "GRU")
 
@@ -30,6 +32,13 @@ def with_selected(layers: list[Layer]) -> list[Layer]:
             layer = dataclasses.replace(layer, settings={**layer.settings, "reverse": True})
         out.append(layer)
     return out
+
+
+def torch_net(net: Net, layout: str, arrays_only: bool = False) -> Net:
+    """A net of Flax as one of torch."""
+    new = convert.convert(net, "flax", "torch", layout, arrays_only)
+    policy.check_torch(new.layers)
+    return folded(new, fold_torch)
 
 
 _MODES = {"ReflectionPad": "reflect", "ReplicationPad": "replicate", "CircularPad": "circular"}
@@ -131,3 +140,9 @@ def torch_state(layer: Layer) -> dict[str, Any]:
         counter = {"num_batches_tracked": np.zeros((), np.int64)}
         return {**layer.arrays, **(counter if "num_batches_tracked" not in layer.arrays else {})}
     return layer.arrays
+
+
+def torch_key(layer: Layer, name: str) -> list[str]:
+    """The parts of the key of an array in a state dict; a Parameter's is that of the layer."""
+    parts = parts_of(layer.name)
+    return parts if layer.kind == "Parameter" else [*parts, name]

@@ -17,6 +17,7 @@ from fwt.converters.onnx.line import Reader
 from fwt.converters.onnx.numbers import Node
 from fwt.converters.rows.row import Layer, refuse
 from fwt.converters.walk import convert
+from fwt.converters.walk.net import Net, folded
 
 # Attributes that exporters write at their defaults, whether or not they matter.
 _HARMLESS = {"allowzero": 0, "noop_with_empty_axes": 0, "saturate": 1}
@@ -71,16 +72,15 @@ def from_onnx(
         if ours is not None and layout == "source":
             return ours
         if ours is not None:
-            layers, shape = _flax.read_flax(*ours), ours.module.input_shape
+            net = _flax.read_flax(*ours)
         else:
             graph = Graph(proto, path, external_data)
             if graph.dtype == 11 and not jax.config.read("jax_enable_x64"):
                 raise FileFormatError(f"{path}: it computes in float64: set jax_enable_x64")
-            layers = torch_layers.with_selected(_layers(graph))
-            shape = tuple(graph.shapes[graph.input][1:])
+            net = folded(Net.line(_layers(graph), graph.shapes[graph.input][1:]),
+                         torch_layers.with_selected)  # fmt: skip
         source: Any = "torch" if ours is None else "flax"
-        new, found = convert.convert(layers, source, "flax", shape, layout)
-        model = _flax.write_flax(new, found)
+        model = _flax.write_flax(convert.convert(net, source, "flax", layout))
         if ours is None:
             _check_dtype(graph, model)
         return model

@@ -20,6 +20,7 @@ import tensorflow as tf
 from fwt.converters.onnx.pointwise import POINTWISE
 from fwt.converters.onnx.primitives import OPS, Weight, shape_of
 from fwt.converters.rows.row import refuse
+from fwt.converters.walk import policy
 
 MARK = "PyFunc"  # a TensorFlow operation with any inputs and a text
 # What JAX calls by name: their jaxpr is run on their inputs. In other primitives a jaxpr is
@@ -36,6 +37,7 @@ class Tracer:
         self.place = ""
         self._taken: dict[int, tuple[Weight, Any]] = {}
         self.bias: Any = None  # of the next convolution
+        self._loop: str | None = None  # where there is a loop in float16
 
     # -- values: a number or array that is known, a Weight, or a tensor ---------------------------
 
@@ -133,12 +135,18 @@ class Tracer:
     def apply(self, function: Callable[..., Any], variables: Any, x: Any, shape: Any) -> Any:
         """The tensor that ``function(variables, x)`` is, and what is known of it; ``variables`` is
         a tree of Weights."""
+        return self.apply_all(function, variables, [x], [shape])
+
+    def apply_all(
+        self, function: Callable[..., Any], variables: Any, xs: Sequence[Any], shapes: Sequence[Any]
+    ) -> Any:
+        """The same of ``function(variables, *xs)``."""
         weights, tree = jax.tree.flatten(variables)
         structs = [jax.ShapeDtypeStruct(w.value.shape, w.value.dtype) for w in weights]
-        closed = jax.make_jaxpr(lambda v, y: function(jax.tree.unflatten(tree, v), y))(
-            structs, shape
+        closed = jax.make_jaxpr(lambda v, *ys: function(jax.tree.unflatten(tree, v), *ys))(
+            structs, *shapes
         )
-        (out,) = self.run(closed, [*weights, x])
+        (out,) = self.run(closed, [*weights, *xs])
         return self.tensor(self.full(out, closed.out_avals[0])), closed.out_avals[0]
 
     def run(self, closed: Any, args: Sequence[Any]) -> list[Any]:
@@ -176,7 +184,12 @@ class Tracer:
             isinstance(v, Weight) for v in values
         ):
             raise refuse(self.place, "it computes in bfloat16, which tf2onnx can't say",
-                         "weights may be bfloat16 where the layer's dtype is float32")  # fmt: skip
+                         f"{policy.WAY_OUT}; weights alone may be bfloat16")  # fmt: skip
+        if name in ("scan", "while") and any(v.aval.dtype == jnp.float16 for v in eqn.outvars):
+            if self._loop not in (None, self.place):
+                raise refuse(self.place, f"it is a loop in float16 after that of {self._loop}, and "
+                             "onnxruntime crashes on two", policy.WAY_OUT)  # fmt: skip
+            self._loop = self.place
         empty = [v.aval.shape for v in eqn.outvars if 0 in v.aval.shape]
         if empty:  # as JAX makes where it pads by nothing: what follows leaves them out
             return [np.zeros([d if isinstance(d, int) else 1 for d in s]) for s in empty]

@@ -5,7 +5,6 @@ import importlib.util
 import json
 import logging
 import os
-import re
 import secrets
 import sys
 import tempfile
@@ -18,15 +17,16 @@ import numpy as np
 from jax import export
 
 from fwt import _tree
-from fwt import layers as fl
+from fwt._graph import Graph, inputs_of, nodes_of
 from fwt._nodes import unboxed
-from fwt._sequential import Sequential, _flags, call
+from fwt._sequential import Sequential, call, flags
 from fwt._types import ConversionError
 from fwt.converters import io as _io
 from fwt.converters import judge
 from fwt.converters.frameworks import flax as _flax
 from fwt.converters.frameworks import given as _given
 from fwt.converters.onnx import ours
+from fwt.converters.onnx.layers import refused, through
 from fwt.converters.rows.row import joined, refuse
 
 OPSETS = range(15, 19)  # tf2onnx knows no newer one
@@ -154,19 +154,32 @@ def _checked(module: Any, variables: Any, opset: int) -> tuple[Any, Any]:
     if not isinstance(variables, Mapping):
         raise ConversionError(f"expected a variables dict, found {type(variables).__name__}")
     variables = unboxed(_tree.as_variables(variables))
-    if isinstance(module, Sequential):
+    if isinstance(module, Sequential | Graph):
         _flax.read_flax(module, variables)  # which checks the names
+        if len(inputs_of(module)) > 1:
+            raise ConversionError(
+                f"to_onnx: the model takes {len(inputs_of(module))} arrays: only one is written"
+            )
     elif not hasattr(module, "apply"):
         raise ConversionError(f"expected a linen module, found {type(module).__name__}")
     return module, variables
 
 
 def _input_dtype(module: Any) -> Any:
-    layer = module
-    while isinstance(layer, Sequential) and layer.layers:
-        layer = layer.layers[0].layer
-    whole = hasattr(layer, "num_embeddings") or isinstance(layer, fl.CategoryEncoding)
-    return np.int32 if whole else np.float32
+    return np.int32 if any(map(_count_of, _first(module))) else np.float32
+
+
+def _first(module: Any) -> list[Any]:
+    """The layers that take what the model takes."""
+    if not isinstance(module, Sequential | Graph):
+        return [module]
+    starts, layers = inputs_of(module), {n.name: n.layer for n in nodes_of(module)}
+    return [layers[n.of or n.name] for n in nodes_of(module) if set(n.inputs) & set(starts)]
+
+
+def _count_of(layer: Any) -> int:
+    """How many whole numbers a layer takes, if it takes some."""
+    return getattr(layer, "num_embeddings", None) or getattr(layer, "num_tokens", None) or 0
 
 
 # -- TensorFlow, quietly ---------------------------------------------------------------------------
@@ -230,7 +243,7 @@ def _converted(
 
         def traced(x: Any, take: Any) -> Any:
             tracer = Tracer(tf.shape(x)[0], take, opset)
-            y, out = _through(tracer, module, tree, x, symbol, ())
+            y, out = through(tracer, module, tree, x, symbol)
             found[:] = [out]
             return tf.identity(y)
 
@@ -312,54 +325,6 @@ def _names(names: Sequence[str]) -> list[str]:
     return out
 
 
-def _through(
-    tracer: Any, module: Any, tree: Any, x: Any, aval: Any, inside: tuple[str, ...]
-) -> tuple[Any, Any]:
-    """The output of a module, layer by layer, and its shape."""
-    import tensorflow as tf
-
-    from fwt.converters.onnx.operators import NATIVE
-
-    if not isinstance(module, Sequential):
-        return _one(tracer, module, tree, x, aval, type(module).__name__, NATIVE)
-    for named in module.layers:
-        own = {c: t[named.name] for c, t in tree.items() if named.name in t}
-        parts = (*inside, named.name)
-        with tf.name_scope(_scope(named.name)):
-            if isinstance(named.layer, Sequential):
-                x, aval = _through(tracer, named.layer, own, x, aval, parts)
-            else:
-                place = f"{joined(parts)} ({type(named.layer).__name__})"
-                x, aval = _one(tracer, named.layer, own, x, aval, place, NATIVE)
-    return x, aval
-
-
-def _scope(name: str) -> str:
-    text = re.sub(r"[^A-Za-z0-9_.\-/]", "_", name)
-    return text if re.match(r"[A-Za-z0-9.]", text) else f"x{text}"
-
-
-def _one(
-    tracer: Any, layer: Any, own: Any, x: Any, aval: Any, place: str, native: Any
-) -> tuple[Any, Any]:
-    tracer.place = place
-
-    def function(variables: Any, y: Any) -> Any:
-        return call(layer, variables, y)
-
-    structs = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.value.shape, w.value.dtype), own)
-    with refused(f"{place}: it does not run on {list(aval.shape)}"):
-        out = jax.eval_shape(function, structs, aval)
-    if not hasattr(out, "shape"):
-        raise refuse(place, "its output is no array")
-    with refused(f"{place}: TensorFlow has no such operation"):
-        plain = type(layer) in native and getattr(layer, "dtype", None) is None
-        y = native[type(layer)](tracer, layer, own, x, aval, out) if plain else None
-        if y is None:
-            y, _ = tracer.apply(function, own, x, aval)
-    return y, out
-
-
 def _marked(graph: Any, node: Any, name: str, _: Any) -> None:
     """Puts the operator that a mark stands for in its place."""
     told = json.loads(node.get_attr("token").s)
@@ -387,6 +352,14 @@ def _nodes(graph: Any) -> Iterator[Any]:
                 yield from _nodes(attribute.g)
 
 
+def _unlike(name: str, taken: set[str]) -> str:
+    """The name, longer where it is taken, as TensorFlow's own may be."""
+    while name in taken:
+        name += "_"
+    taken.add(name)
+    return name
+
+
 def _finish(proto: Any, names: Sequence[str], out: Any) -> None:
     """Gives inputs, outputs and weights their names, and the batch axis its own."""
     from fwt.converters.onnx.trace import MARK
@@ -396,16 +369,14 @@ def _finish(proto: Any, names: Sequence[str], out: Any) -> None:
     renamed[graph.output[0].name] = "output"
     taken = {name for node in _nodes(graph) for name in node.output}
     taken |= {tensor.name for tensor in graph.initializer}
+    nodes = {node.name for node in _nodes(graph) if MARK not in node.name}
     for node in _nodes(graph):
         node.op_type = node.op_type.removeprefix("fwt.")  # see CAST
-        node.name = node.name.replace(MARK, node.op_type)
+        if MARK in node.name:
+            node.name = _unlike(node.name.replace(MARK, node.op_type), nodes)
         for name in node.output:
             if MARK in name:
-                new = name.replace(MARK, node.op_type)
-                while new in taken:  # by TensorFlow's own
-                    new += "_"
-                taken.add(new)
-                renamed.setdefault(name, new)
+                renamed.setdefault(name, _unlike(name.replace(MARK, node.op_type), taken))
     for node in _nodes(graph):
         for listed in (node.input, node.output):
             for i, name in enumerate(listed):
@@ -565,27 +536,12 @@ def _computed(module: Any, variables: Any, x: Any) -> list[Any]:
 
     def run(variables: Any, x: Any) -> Any:
         return module.apply(
-            variables, x, **_flags(module, False), capture_intermediates=True,
+            variables, x, **flags(module, False), capture_intermediates=True,
             mutable=["intermediates"],
         )  # fmt: skip
 
     return [y.dtype for y in jax.tree.leaves(jax.eval_shape(run, variables, x))]
 
 
-@contextlib.contextmanager
-def refused(what: str) -> Iterator[None]:
-    """Turns whatever another library says into one line of ours."""
-    try:
-        yield
-    except ConversionError:
-        raise
-    except Exception as error:  # linen, TensorFlow and onnxruntime raise classes of their own
-        why = " ".join(str(error).split())
-        raise ConversionError(f"{what} ({why:.300})") from error
-
-
 def _count(module: Any) -> int:
-    layer = module
-    while isinstance(layer, Sequential) and layer.layers:
-        layer = layer.layers[0].layer
-    return getattr(layer, "num_embeddings", None) or getattr(layer, "num_tokens", None) or 2
+    return max([*map(_count_of, _first(module)), 0]) or 2

@@ -169,6 +169,7 @@ ATTENTION = Row(
     "SelfAttention",
     "SelfAttention",
     axes="n t i -> n t o",
+    several="n t i, n s i, n s i -> n t o",
     ranks=(3,),
     settings=(
         S("num_heads", "num_heads", "num_heads", normal=whole),
@@ -181,6 +182,7 @@ ATTENTION = Row(
         "use_gate": False,
         "sliding_window": None,
         "output_shape": None,
+        "value_dim": None,
         "dropout": 0.0,
     },
     special=Attention(),
@@ -269,7 +271,7 @@ ROWS: tuple[Row, ...] = (
         "MultiheadAttention",
         "MultiHeadAttention",
         lower=_lower_attention,
-        note="of one tensor with itself; a Sequential holds a small subclass that fwt defines",
+        note="of one tensor with itself, a Sequential holds a small subclass that fwt defines",
     ),
     ENCODER,
 )

@@ -9,14 +9,7 @@ _CELL = "a cell is one step of a recurrent layer: use the layer"
 KERAS = {
     **dict.fromkeys(
         [
-            "Add",
-            "Average",
-            "Concatenate",
             "Dot",
-            "Maximum",
-            "Minimum",
-            "Multiply",
-            "Subtract",
             "AdditiveAttention",
             "Attention",
             "GroupQueryAttention",
@@ -100,7 +93,6 @@ TORCH = {
             "Container",
             "RNNBase",
             "RNNCellBase",
-            "Parameter",
             "ParameterDict",
             "ParameterList",
             "Buffer",

@@ -46,6 +46,7 @@ TRAINING: dict[str, frozenset[str]] = {
             "name",
             "trainable",
             "seed",
+            "init_values",
         ]
     ),
 }
@@ -200,7 +201,11 @@ class Row:
         keras_defaults: settings that must stand at these values in Keras.
         function: (name in keras.activations, the fields that it stands for).
         fused_activation: whether Keras's layer has an activation=, which becomes a layer.
-        kind: how the walk treats it: "" by its axes, or "flatten", "reshape", "permute", "einsum".
+        kind: how the walk treats it: "" by its axes, or "flatten", "reshape", "permute", "einsum",
+            "slice"; of several tensors "merge" (entry by entry) or "join" (one after the other);
+            "parameter" of none.
+        several: ``axes`` where it takes several tensors, ``"n t i, n s i, n s i -> n t o"``.
+        several_least: how many it takes at least then.
         rank_of: the Flax field that has an entry for each spatial axis.
         ordered: whether the order of the channels matters beyond which weight meets which.
         halves: the setting whose axis comes out half as long.
@@ -223,7 +228,8 @@ class Row:
     channel: str | None = None
     keras_defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     function: tuple[str, Mapping[str, Any]] | None = None
-    kind: Literal["", "flatten", "reshape", "permute", "einsum"] = ""
+    kind: Literal["", "flatten", "reshape", "permute", "einsum", "slice", "merge", "join",
+                  "parameter"] = ""  # fmt: skip
     fused_activation: bool = False
     special: Special = dataclasses.field(default_factory=Special)
     rank_of: str | None = None
@@ -235,6 +241,8 @@ class Row:
     lacks: Mapping[str, str] = dataclasses.field(default_factory=dict)
     sizes: Callable[[Mapping[str, Any]], dict[str, int]] | None = None
     note: str = ""
+    several: str = ""
+    several_least: int = 2
 
     def spec(self, framework: Framework) -> tuple[list[str], list[str]]:
         text = self.torch_axes if framework == "torch" and self.torch_axes else self.axes
@@ -280,8 +288,11 @@ class Layer:
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     fused: bool = False  # no layer of its own in the source, but a part of one
     inner: "tuple[Layer, ...]" = ()  # what a wrapper wraps
-    holders: tuple[str, ...] = ()  # the classes of the models that it is in
+    group: str = ""  # of a Keras layer, where its arrays stand in a weights file
     dtype: str | None = None  # what it computes in, where it says so
+    inputs: tuple[str, ...] = ()  # the names of the layers, or of the model's inputs, that it takes
+    of: str = ""  # the layer that it calls again
+    shape: tuple[int | None, ...] | None = None  # what it gives, without the batch
 
     def __str__(self) -> str:
         return f"{self.name} ({self.kind})"

@@ -22,6 +22,7 @@ from fwt._types import ConversionError
 from fwt.converters.rows import (
     attention,
     functions,
+    merges,
     pooling,
     recurrent,
     refused,
@@ -29,6 +30,7 @@ from fwt.converters.rows import (
     weights,
 )
 from fwt.converters.rows.row import Framework, Layer, P, Row, refuse
+from fwt.converters.rows.shapes import FLATTEN as FLATTEN
 from fwt.converters.rows.shapes import PERMUTE as PERMUTE
 from fwt.converters.rows.shapes import RESHAPE as RESHAPE
 
@@ -39,6 +41,7 @@ LAYERS: list[Row] = [
     *pooling.ROWS,
     *shapes.ROWS,
     *functions.ROWS,
+    *merges.ROWS,
 ]
 
 # Classes of the user's own, by name.

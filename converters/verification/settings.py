@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from fwt._graph import Graph, nodes_of
 from fwt._sequential import Sequential
 from fwt._types import Model
 from fwt.converters.rows.row import TRAINING
@@ -16,20 +17,13 @@ from fwt.converters.verification.sides import OF_TRAINING
 def of_layers(a: Model, b: Model) -> str | None:
     """The first number among the settings that differs, of models of the same layers: some are
     told by no inputs but those that lie between them, as the end of a threshold is."""
-    if not isinstance(a.module, Sequential) or not isinstance(b.module, Sequential):
+    if not all(isinstance(m.module, Sequential | Graph) for m in (a, b)):
         return None
-    pairs = list(zip(a.module.layers, b.module.layers, strict=False))
-    kinds = [(type(x.layer), type(y.layer)) for x, y in pairs]
-    if len(a.module.layers) != len(b.module.layers) or any(
-        one is not other for one, other in kinds
-    ):
+    one, other = ([n for n in nodes_of(m.module) if not n.of] for m in (a, b))
+    pairs = list(zip(one, other, strict=False))
+    if len(one) != len(other) or any(type(x.layer) is not type(y.layer) for x, y in pairs):
         return None
     for x, y in pairs:
-        if isinstance(x.layer, Sequential):
-            found = of_layers(Model(x.layer, {}), Model(y.layer, {}))
-            if found is not None:
-                return f"{x.name}/{found}"
-            continue
         for field in dataclasses.fields(x.layer):
             if field.name in TRAINING["flax"] or field.name in OF_TRAINING:
                 continue
@@ -37,8 +31,8 @@ def of_layers(a: Model, b: Model) -> str | None:
             if mine is None or theirs is None:
                 continue
             if len(mine) != len(theirs) or not np.allclose(mine, theirs, 1e-6, 0, equal_nan=True):
-                one, other = ([f"{v:g}" for v in values] for values in (mine, theirs))
-                return f"{x.name}: {field.name} is {', '.join(one)} and {', '.join(other)}"
+                said = [", ".join(f"{v:g}" for v in values) for values in (mine, theirs)]
+                return f"{x.name}: {field.name} is {said[0]} and {said[1]}"
     return None
 
 

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,11 +12,13 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 
+from fwt._graph import Graph, Node, end_of, inputs_of, may_hold, names_in, nodes_of
 from fwt._sequential import Sequential, call
 from fwt._types import ConversionError, Model
 from fwt.converters import judge
-from fwt.converters.rows.row import Framework, is_training, joined
+from fwt.converters.rows.row import Framework, is_training, joined, parts_of
 from fwt.converters.verification.ends import Kind, ends
+from fwt.layers import Parameter
 
 Taps = dict[str, np.ndarray]
 
@@ -132,36 +134,58 @@ def _permutes(layer: Any) -> tuple[int, ...] | None:
 
 
 def flax_side(model: Model) -> Side:
-    if not isinstance(model.module, Sequential):
+    if not isinstance(model.module, Sequential | Graph):
         what = f"a {type(model.module).__name__}, no fwt.Sequential"
         what = "weights alone, with no module to run" if model.module is None else what
         raise ConversionError(f"verify: the Model holds {what}")
+    starts = inputs_of(model.module)
+    if len(starts) > 1:
+        raise ConversionError(f"verify: the Model takes {len(starts)} arrays, and verify feeds one")
 
     def run(x: np.ndarray, by: float = 0.0) -> tuple[np.ndarray, Taps]:
         taps: Taps = {}
         variables = dict(model.variables)
         if by:
             variables = jax.tree.map(lambda v: judge.nudged(v, by), variables)
-        y: Any = x
-        for parts, layer, own in each_layer(model.module, variables):
-            y = call(layer, own, judge.unsettled(y, by) if taps else y)
-            taps[layer_name(parts)] = np.asarray(y)
-        return np.asarray(y), taps
+        values: dict[str, Any] = {starts[0]: x}
+        for node, layer, own in each_layer(model.module, variables):
+            given = [values[i] if i in starts else judge.unsettled(values[i], by)
+                     for i in node.inputs]  # fmt: skip
+            values[node.name] = y = call(layer, own, *given)
+            taps[layer_name(parts_of(node.name))] = np.asarray(y)
+        end = end_of(model.module)
+        if isinstance(end, str):
+            return np.asarray(values[end]), taps
+        return one_array([values[n] for n in names_in(end)]), taps
 
     layers = [(x, own) for _, x, own in each_layer(model.module, dict(model.variables))]
     first = next((x for x, _ in layers if type(x).__name__ not in _MOVES), None)
     count = getattr(first, "num_embeddings", None) or getattr(first, "num_tokens", None)
     rows = [own["params"]["embedding"] for x, own in layers
             if count and getattr(x, "num_embeddings", None) == count]  # fmt: skip
-    settings = _numbers("flax", ((joined(parts), x, _fields(x))
-                                 for parts, x, _ in each_layer(model.module, {})))  # fmt: skip
+    settings = _numbers("flax", ((n.name, x, _fields(x))
+                                 for n, x, _ in each_layer(model.module, {})))  # fmt: skip
     dtypes = [v.dtype for v in jax.tree.leaves(model.variables) if hasattr(v, "dtype")]
-    told = [getattr(named.layer, "dtype", None) for named in model.module.layers]
+    told = [getattr(x, "dtype", None) for x, _ in layers]
     dtypes += [np.dtype(d) for d in told if d is not None]
-    time_first, channels_first, told_batch = ends("flax", _kinds(model.module), False)
+    kinds = [kind for x, _ in layers for kind in _kinds_of(x)]
+    time_first, channels_first, told_batch = ends("flax", kinds, False)
     return Side(run, model.module.input_shape, channels_first, lambda *_: model, count, rows,
                 dtypes=dtypes, model_first=channels_first, settings=settings,
                 time_first=time_first, told=told_batch)  # fmt: skip
+
+
+def outputs(y: Any, array: Callable[[Any], np.ndarray]) -> np.ndarray:
+    """What a model gives as one array."""
+    if isinstance(y, Mapping):
+        y = list(y.values())
+    return one_array([array(v) for v in y]) if isinstance(y, list | tuple) else array(y)
+
+
+def one_array(outputs: Sequence[Any]) -> np.ndarray:
+    """Several outputs as one, a row for each sample."""
+    rows = [np.asarray(y) for y in outputs]
+    return np.concatenate([y.reshape(len(y), -1) for y in rows], axis=1)
 
 
 def _fields(layer: Any) -> dict[str, Any]:
@@ -174,26 +198,34 @@ def _kinds(module: Any) -> Iterator[Kind]:
     for entry in module.layers:
         layer = getattr(entry, "layer", entry)
         layer = getattr(layer, "layer", layer)  # a linen layer inside nnx
-        if hasattr(layer, "layers"):
-            yield from _kinds(layer)
-        else:
-            axis = getattr(layer, "axes", getattr(layer, "axis", None))
-            first = axis == 1 or (isinstance(axis, list | tuple) and list(axis) == [1])
-            first = first and ("Norm" in type(layer).__name__ or "PReLU" in type(layer).__name__)
-            yield Kind(type(layer).__name__, _permutes(layer), first)
+        yield from _kinds_of(layer)
 
 
-def each_layer(
-    module: Sequential, variables: Any, inside: tuple[str, ...] = ()
-) -> Iterator[tuple[tuple[str, ...], Any, Any]]:
-    """The layers of a chain in order: the parts of each one's name, the layer, its variables."""
-    for named in module.layers:
-        own = {c: tree[named.name] for c, tree in variables.items() if named.name in tree}
-        parts = (*inside, named.name)
-        if isinstance(named.layer, Sequential):
-            yield from each_layer(named.layer, own, parts)
-        else:
-            yield parts, named.layer, own
+def _kinds_of(layer: Any) -> Iterator[Kind]:
+    if hasattr(layer, "layers"):
+        yield from _kinds(layer)
+    else:
+        axis = getattr(layer, "axes", getattr(layer, "axis", None))
+        first = axis == 1 or (isinstance(axis, list | tuple) and list(axis) == [1])
+        first = first and ("Norm" in type(layer).__name__ or "PReLU" in type(layer).__name__)
+        yield Kind(type(layer).__name__, _permutes(layer), first)
+
+
+def each_layer(module: Any, variables: Any) -> Iterator[tuple[Node, Any, Any]]:
+    """The nodes of a model in order, each with its layer and the variables of that."""
+    layers = {n.name: n.layer for n in nodes_of(module)}
+    for node in nodes_of(module):
+        name = node.of or node.name
+        own: dict[str, Any] = {}
+        for collection, tree in variables.items() if may_hold(layers[name]) else ():
+            held: Any = tree
+            for part in parts_of(name):
+                held = held.get(part, {}) if isinstance(held, Mapping) else {}
+            if isinstance(layers[name], Parameter) and collection == "params":
+                held = {"value": held}
+            if len(held):
+                own[collection] = held
+        yield node, layers[name], own
 
 
 def nnx_side(model: Any) -> Side:
@@ -259,6 +291,11 @@ def keras_side(model: Any) -> Side:
         with keras.StatelessScope():  # states that a layer keeps stay the user's
             return through(x)
 
+    numbers = keras.ops.convert_to_numpy
+    graph = type(model).__name__ == "Functional"
+    once = [x for x in model.layers if _has_one_output(x)] if graph else []
+    inner = keras.Model(model.inputs, [x.output for x in once]) if once else None
+
     def through(x: np.ndarray, by: float = 0.0) -> tuple[np.ndarray, Taps]:
         taps: Taps = {}
         given = keras.ops.convert_to_tensor(x)
@@ -278,11 +315,15 @@ def keras_side(model: Any) -> Side:
                 taps[layer_name((*inside, layer.name))] = keras.ops.convert_to_numpy(y)
             return y
 
-        chain = isinstance(model, keras.Sequential)
-        y = under(model, given, ()) if chain else None
-        if y is None or not by:
-            y = model(given, training=False)
-        return keras.ops.convert_to_numpy(y), taps
+        if isinstance(model, keras.Sequential):
+            y = under(model, given, ())
+            return outputs(y if by else model(given, training=False), numbers), taps
+        y = model(given, training=False)
+        if inner is not None:
+            seen = inner(given, training=False)
+            seen = seen if isinstance(seen, list | tuple) else [seen]
+            taps |= {layer_name((x.name,)): numbers(v) for x, v in zip(once, seen, strict=True)}
+        return outputs(y, numbers), taps
 
     shape = getattr(model, "input_shape", None)
     own = tuple(shape[1:]) if isinstance(shape, tuple) else None
@@ -326,6 +367,12 @@ def _dtype(name: Any) -> Any:
         return jax.numpy.dtype(name)
     except TypeError:
         return np.dtype(bool)
+
+
+def _has_one_output(layer: Any) -> bool:
+    """Whether a layer of a Functional model is called once, and is no model and no input."""
+    plain = type(layer).__name__ != "InputLayer" and not hasattr(layer, "layers")
+    return plain and len(layer._inbound_nodes) == 1 and hasattr(layer.output, "shape")
 
 
 def _trains(layer: Any) -> bool:
@@ -393,7 +440,7 @@ def torch_side(model: Any) -> Side:
                 changed = _put_back(module, before)
                 counts.update((type(module).__name__, name) for name in changed)
             settings[:] = [each for each in settings if not counted(each[0])]
-        return array(y), taps
+        return outputs(y, array), taps
 
     def tensor(x: np.ndarray) -> Any:
         """A copy, for a layer may work in place."""

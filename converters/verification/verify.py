@@ -14,11 +14,13 @@ import numpy as np
 from flax import nnx
 
 from fwt import _tree
+from fwt._graph import Graph, inputs_of, nodes_of
 from fwt._sequential import Sequential, call
 from fwt._types import ConversionError, Model
 from fwt.converters import judge
 from fwt.converters.files import formats
 from fwt.converters.frameworks import flax as _flax
+from fwt.converters.rows.row import parts_of
 from fwt.converters.verification import inputs as _inputs
 from fwt.converters.verification import settings
 from fwt.converters.verification.report import (
@@ -397,7 +399,7 @@ def _unseen(one: Side, models: tuple[Model, Model], x: np.ndarray) -> str | None
     It does if the outputs show it when the difference is made larger, or small weights of both are.
     Weights that are far apart need not matter: the units of a layer may stand in another order.
     """
-    if any(not isinstance(m.module, Sequential) for m in models):
+    if any(not isinstance(m.module, Sequential | Graph) for m in models):
         return None
     steps: dict[str, np.ndarray] = {}
     largest = 0.0
@@ -412,7 +414,7 @@ def _unseen(one: Side, models: tuple[Model, Model], x: np.ndarray) -> str | None
         return _unseen_small(one, models, x, list(steps))
     mine, theirs = models[0], Model(models[1].module, models[0].variables)
     given = _moved(x, one.channels_first, one.model_first)
-    same = mine.module.layers == theirs.module.layers
+    same = nodes_of(mine.module) == nodes_of(theirs.module)
     if not same and _lines(flax_side(mine), flax_side(theirs), given)[1].status == "differs":
         return None  # what differs in the weights may be made up for in the layers
     tree = _tree.Tree({"params": dict(mine.variables)}, whole=True)
@@ -435,7 +437,7 @@ def _unseen_small(
                  for path, pair in held.items() if 0 < np.abs(pair).max() < _LARGER}  # fmt: skip
         tree = _tree.Tree({"params": dict(model.variables)}, whole=True)
         new.append(Model(model.module, tree.replace(grown)["params"]))
-    same = models[0].module.layers == models[1].module.layers  # else these may make up for it
+    same = nodes_of(models[0].module) == nodes_of(models[1].module)  # else these may make up for it
     told = same and _lines(flax_side(new[0]), flax_side(new[1]), given)[1].status == "differs"
     return _layer(next(iter(held))) if told else None
 
@@ -465,28 +467,31 @@ def _idle(
 
     Layers that are fed, or give, the units of the other model in another order are left out.
     """
-    if any(not isinstance(m.module, Sequential) for m in models):
+    if any(not isinstance(m.module, Sequential | Graph) for m in models):
         return None
     close = {line.name for line in lines if line.status in ("exact", "close")}
     given = _moved(x, one.channels_first, one.model_first)
     turned = flax_side(models[0]).swaps(given)
-    settled, y = True, jnp.asarray(given.swapaxes(0, 1) if turned else given)
+    (start,) = inputs_of(models[0].module)
+    values = {start: jnp.asarray(given.swapaxes(0, 1) if turned else given)}
+    settled = {start: True}
     both = (each_layer(m.module, dict(m.variables)) for m in models)
-    for (parts, layer, own), (_, there, others) in zip(*both, strict=False):
-        name, weights = layer_name(parts), jax.tree.leaves(own)
+    for (node, layer, own), (_, there, others) in zip(*both, strict=False):
+        name, weights = layer_name(parts_of(node.name)), jax.tree.leaves(own)
+        xs, known = [values[i] for i in node.inputs], all(settled[i] for i in node.inputs)
         pairs = list(zip(weights, jax.tree.leaves(others), strict=False))
         far = any(_step(np.asarray(v), np.asarray(w)) is not None for v, w in pairs)
         rows = getattr(layer, "num_embeddings", None)
-        floats = settled and jnp.issubdtype(y.dtype, jnp.floating)
-        if far and name in close and (rows or floats):
-            fed = np.random.default_rng(0).normal(size=y.shape).astype(y.dtype)
+        floats = known and all(jnp.issubdtype(x.dtype, jnp.floating) for x in xs)
+        if far and name in close and len(xs) == 1 and (rows or floats):
+            fed = np.random.default_rng(0).normal(size=xs[0].shape).astype(xs[0].dtype)
             if rows:
                 apart = [np.asarray(v != w).any(1) for v, w in pairs if np.ndim(v) == 2]
                 fed = np.flatnonzero(apart[0])[:1024] if apart else np.arange(1)
             if _lines(_alone(layer, own), _alone(there, others), fed)[1].status == "differs":
                 return name
-        settled = name in close and (settled or bool(weights))
-        y = call(layer, own, y)
+        settled[node.name] = name in close and (known or bool(weights))
+        values[node.name] = call(layer, own, *xs)
     return None
 
 

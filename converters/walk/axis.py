@@ -5,6 +5,8 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import numpy as np
+
 from fwt.converters.rows.row import refuse
 
 
@@ -14,21 +16,51 @@ class Axis:
 
     Attributes:
         size: None where it is not known.
-        origin: the axis of the model's input that it is, None once a layer made it anew.
+        origin: the axes of the model's inputs that it is, as (number of the input, axis); none once
+            a layer made it anew, several where branches meet.
         channel: whether a layer proved it to hold the channels.
+        spatial: whether it stood beside such an axis, as the height of an image does.
         source: the factors of a flattened axis, in the source's order; empty for a plain axis.
         target: the same factors in the target's order.
+        joined: the axes that a Concatenate of flattened ones put one after the other.
     """
 
     size: int | None = None
-    origin: int | None = None
+    origin: frozenset[tuple[int, int]] = frozenset()
     channel: bool = False
+    spatial: bool = False
     source: tuple["Axis", ...] = ()
     target: tuple["Axis", ...] = ()
+    joined: tuple["Axis", ...] = ()
 
     @property
     def scrambled(self) -> bool:
-        return self.source != self.target
+        return self.source != self.target or any(a.scrambled for a in self.joined)
+
+
+@dataclasses.dataclass
+class Value:
+    """What a layer gives.
+
+    Attributes:
+        tips: the target's layer that gives it; of a layer that is being written, all that it takes.
+        have: its axes in the source's order; None while the rank is unknown.
+        want: its axes in the target's order; likewise.
+        n: the batch axis; None of what has none.
+        non_negative: whether it is known to be >= 0.
+        permute_name: the name of a transposition of the source that the target has not yet.
+        roots: the numbers of the model's inputs that it follows from.
+        dtype: what it was computed in, where that is said.
+    """
+
+    tips: tuple[str, ...]
+    have: list[Axis] | None = None
+    want: list[Axis] | None = None
+    n: Axis | None = None
+    non_negative: bool = False
+    permute_name: str | None = None
+    roots: frozenset[int] = frozenset()
+    dtype: str | None = None
 
 
 def place_channel(axes: list[Any], channel: int, layout: str) -> list[Any]:
@@ -40,7 +72,10 @@ def place_channel(axes: list[Any], channel: int, layout: str) -> list[Any]:
 
 
 def atoms(axes: Sequence[Axis], side: Literal["source", "target"]) -> tuple[Axis, ...]:
-    return tuple(atom for a in axes for atom in (getattr(a, side) or (a,)))
+    """The factors of axes; those of size 1 order nothing."""
+    return tuple(
+        atom for a in axes if a.size != 1 for atom in (getattr(a, side) or (a,)) if atom.size != 1
+    )
 
 
 def _blocks(axis: Axis, total: int | None, place: str) -> tuple[list[int], list[int]]:
@@ -81,6 +116,16 @@ def _blocks(axis: Axis, total: int | None, place: str) -> tuple[list[int], list[
 
 def permuted(value: Any, index: int, axis: Axis, place: str) -> Any:
     """An array whose ``index`` follows a flattened axis, in the target's order."""
+    if axis.joined:
+        sizes = [a.size for a in axis.joined]
+        if any(s is None for s in sizes) or sum(s or 0 for s in sizes) != value.shape[index]:
+            raise refuse(place, f"it takes {value.shape[index]} inputs, joined of {sizes}",
+                         "give input_shape= (without the batch axis)")  # fmt: skip
+        ends = np.cumsum([s or 0 for s in sizes])[:-1]
+        parts = zip(np.split(value, ends, index), axis.joined, strict=True)
+        return np.concatenate([permuted(v, index, a, place) for v, a in parts], index)
+    if not axis.scrambled:
+        return value
     blocks, order = _blocks(axis, value.shape[index], place)
     if math.prod(blocks) != value.shape[index]:
         raise refuse(place, f"expected {math.prod(blocks)} inputs, found {value.shape[index]}")

@@ -1,58 +1,70 @@
 """Any framework -> Flax -> any framework: what is checked before the walk."""
 
-from collections.abc import Sequence
-from typing import Literal
+import dataclasses
+from typing import Any, Literal
 
 from fwt._types import ConversionError
 from fwt.converters.rows.row import Framework, Layer, refuse
 from fwt.converters.walk import policy
-from fwt.converters.walk.walk import CONVENTION, Restart, Walk
+from fwt.converters.walk.net import Net
+from fwt.converters.walk.shapes import CONVENTION, Restart
+from fwt.converters.walk.walk import Walk
 
 Layout = Literal["channels_last", "channels_first", "source"]
 LAYOUTS = ("channels_last", "channels_first", "source")
 
 
 def convert(
-    layers: Sequence[Layer],
-    source: Framework,
-    target: Framework,
-    input_shape: Sequence[int | None] | None,
-    layout: str,
-) -> tuple[list[Layer], tuple[int | None, ...] | None]:
-    """The layers of ``source`` as layers of ``target``, and the shape of its input."""
+    net: Net, source: Framework, target: Framework, layout: str, arrays_only: bool = False
+) -> Net:
+    """The net of ``source`` as one of ``target``; it tells the shapes of its inputs, if known.
+
+    ``arrays_only``: only the arrays, their names and their order are asked for, so that a layer
+    that has none is left out where the target can't say it.
+    """
     if layout not in LAYOUTS:
         raise ConversionError(f"layout must be one of {', '.join(LAYOUTS)}, found {layout!r}")
     if layout == CONVENTION[source] and not any(
-        x.settings.get("data_format") == "channels_first" for x in layers
+        x.settings.get("data_format") == "channels_first" for x in net.layers
     ):
         layout = "source"  # the ends are as they should be already
-    if input_shape is not None and not isinstance(input_shape, list | tuple):
-        raise ConversionError(
-            f"input_shape is a tuple without the batch axis, such as (3, 32, 48), "
-            f"found {input_shape!r}"
-        )
-    shape = None if input_shape is None else tuple(input_shape)
-    if shape is not None and any(
-        s is not None and (not isinstance(s, int) or isinstance(s, bool) or s < 1) for s in shape
-    ):
-        raise ConversionError(f"input_shape={shape}: expected sizes of at least 1, or None")
+    shapes = [_shape(shape) for shape in net.inputs.values()]
+    net = dataclasses.replace(net, inputs=dict(zip(net.inputs, shapes, strict=True)))
     if source == "keras":
         way = ("where no input is padded, build the model without the mask (mask_zero=False, no "
                "Masking); converters.transform(model, t) changes its weights as it is")  # fmt: skip
-        _check_masks(layers, way)
-    layers = policy.settled(layers, source, target)
-    known: dict[str, int | None] = {"rank": None if shape is None else len(shape) + 1}
-    # Each restart fixes the rank, the channel or the batch axis, so four rounds settle all.
-    for _ in range(4):
+        _check_masks(net, way)
+    net = dataclasses.replace(net, layers=policy.settled(net, source, target))
+    known: dict[str, dict[Any, int]] = {"channel": {}, "batch": {}, "plain": {}}
+    known["rank"] = {i: len(shape) + 1 for i, shape in enumerate(shapes) if shape is not None}
+    # Each restart settles something of an input or of a layer that several call.
+    for _ in range(1 + 3 * len(shapes) + len(net.layers)):
         try:
-            new, found = Walk(source, target, shape, layout, **known).run(layers)
+            walk = Walk(net, source, target, layout, **known)
+            walk.arrays_only = arrays_only
+            new = walk.run()
         except Restart as restart:
-            known |= {k: v for k, v in restart.learned.items() if v is not None}
+            known[restart.what] |= restart.learned
             continue
-        if target == "keras":
+        if target == "keras" and not arrays_only:
             _check_masks(new)
-        return new, found
+        return new
     raise AssertionError("the walk did not settle")
+
+
+def _shape(given: Any) -> tuple[int | None, ...] | None:
+    """The shape of an input, checked."""
+    if given is None:
+        return None
+    if not isinstance(given, list | tuple):
+        raise ConversionError(
+            f"input_shape is a tuple without the batch axis, such as (3, 32, 48), found {given!r}"
+        )
+    if any(s is not None and (not isinstance(s, int) or isinstance(s, bool) or s < 1)
+           for s in given):  # fmt: skip
+        shape = tuple(given)
+        raise ConversionError(f"input_shape={shape}: expected sizes of at least 1, or None")
+    return tuple(given)
 
 
 # The layers of Keras that do something else with a mask than to send it on.
@@ -62,17 +74,20 @@ _USE_MASKS = ("Softmax", "GlobalAveragePooling1D", "Bidirectional", "LSTM", "GRU
 _END_MASKS = ("Flatten", "Conv1D", "Conv2D", "Conv3D", "MaxPooling", "AveragePooling")
 
 
-def _check_masks(layers: Sequence[Layer], way_out: str = "") -> None:
+def _check_masks(net: Net, way_out: str = "") -> None:
     """Raises where a mask that Keras sends along would change what a later layer does."""
-    masked: Layer | None = None
-    for layer in layers:
-        if masked is not None and any(x in layer.kind for x in _USE_MASKS):
+    masked: dict[str, Layer] = {}  # by name of what gives the tensor, who made its mask
+    for layer in net.layers:
+        found = next((masked[name] for name in layer.inputs if name in masked), None)
+        if found is not None and any(x in layer.kind for x in _USE_MASKS):
             raise refuse(
                 str(layer),
-                f"in Keras it would use the mask of {masked}, which no other framework sends along",
+                f"in Keras it would use the mask of {found}, which no other framework sends along",
                 way_out,
             )
         if any(x in layer.kind for x in _END_MASKS):
-            masked = None
+            found = None
         if layer.kind == "Masking" or layer.settings.get("mask_zero"):
-            masked = layer
+            found = layer
+        if found is not None:
+            masked[layer.name] = found

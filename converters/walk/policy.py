@@ -11,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from fwt.converters.rows.row import Framework, Layer, refuse
+from fwt.converters.walk.net import Net
 
 # What gives the same whether its values are rounded before it or after.
 _MOVES = ("Dropout", "Flatten", "Reshape", "Permute", "Identity")
@@ -55,8 +56,9 @@ def check_said(layers: Sequence[Layer]) -> None:
                          "torch, or load(path, dtype='float32')")  # fmt: skip
 
 
-def settled(layers: Sequence[Layer], source: Framework, target: Framework) -> list[Layer]:
+def settled(net: Net, source: Framework, target: Framework) -> list[Layer]:
     """The layers, each with the dtype that it computes in, or none of them with one."""
+    layers = net.layers
     told, arrays = {x.dtype for x in layers if x.dtype}, held(layers)
     if told <= {"float32"} and arrays <= {"float32"}:
         return [dataclasses.replace(x, dtype=None) for x in layers]
@@ -64,19 +66,26 @@ def settled(layers: Sequence[Layer], source: Framework, target: Framework) -> li
     start = "float32" if told or len(arrays) != 1 else next(iter(arrays))
     if source != "flax" or not (told or target == "keras"):
         return list(layers)
+    found: dict[str, Any] = {}  # what each gives
     out: list[Layer] = []
     for layer in layers:
-        dtype = layer.dtype
+        dtype: Any = layer.dtype
         if dtype is None and layer.kind not in _MOVES:
-            dtype = start
+            dtype = found.get(layer.inputs[0], start) if layer.inputs else None
+            for name in layer.inputs[1:]:
+                dtype = jnp.promote_types(dtype, found.get(name, start)).name
             for one in held([layer]):
-                dtype = jnp.promote_types(dtype, one).name
-        start = dtype or start
+                dtype = jnp.promote_types(dtype or one, one).name
+        before = found.get(layer.inputs[0], start) if layer.inputs else start
+        found[layer.name] = dtype or before
         out.append(dataclasses.replace(layer, dtype=dtype))
+    readers = net.readers()
+    place = {layer.name: index for index, layer in enumerate(out)}
     for index in reversed(range(len(out))):
         if out[index].dtype is None:
-            after = out[index + 1].dtype if index + 1 < len(out) else start
-            out[index] = dataclasses.replace(out[index], dtype=after)
+            after = readers.get(out[index].name)
+            dtype = out[place[after[0].name]].dtype if after else found[out[index].name]
+            out[index] = dataclasses.replace(out[index], dtype=dtype)
     return out
 
 
@@ -109,8 +118,9 @@ def check_torch(layers: Sequence[Layer]) -> None:
         )
 
 
-def to_keras(layers: Sequence[Layer]) -> None:
+def to_keras(net: Net) -> None:
     """Gives each layer of Keras its policy as a setting, where it is not float32."""
+    layers = net.layers
     for layer in every(layers):
         for name, value in layer.arrays.items():
             if str(value.dtype) not in COMPUTED:

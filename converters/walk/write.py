@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from fwt._types import ConversionError
 from fwt.converters.rows import table
 from fwt.converters.rows.row import (
@@ -19,18 +21,73 @@ from fwt.converters.rows.row import (
     refuse,
     same,
 )
-from fwt.converters.walk.axis import Axis
+from fwt.converters.walk.axis import Axis, Value
 
 
 class Writer:
-    """What is written so far, and the axes of the tensor at its end."""
+    """What is written so far, and the value that the next layer takes (see :class:`Value`)."""
+
+    arrays_only = False  # what has none is left out where the target can't say it
 
     def __init__(self, target: Framework):
         self.target = target
         self.out: list[Layer] = []
         self.taken: set[str] = set()
-        self.want: list[Axis] | None = None
-        self.dtype: str | None = None  # what is written computes in
+        self.shapes: dict[str, tuple[int | None, ...]] = {}  # of what the target's layers give
+        self.turned: dict[Any, str] = {}  # by what was turned and how, the transposition
+        self._load(Value(()))
+
+    def _load(self, value: Value) -> None:
+        """Makes a value the one that the next layer takes."""
+        self.tips, self.roots, self.dtype = value.tips, value.roots, value.dtype
+        self.have, self.want, self.n = value.have, value.want, value.n
+        self.non_negative, self.permute_name = value.non_negative, value.permute_name
+
+    def _saved(self) -> Value:
+        if self.want is not None and len(self.tips) == 1:
+            self.shapes[self.tips[0]] = tuple(a.size for a in self.want[1:])
+        return Value(self.tips, self.have, self.want, self.n, self.non_negative,
+                     self.permute_name, self.roots, self.dtype)  # fmt: skip
+
+    def _arrange(self, order: list[Axis], name: str) -> None:
+        """Brings the target's axes into an order, by a transposition if need be."""
+        assert self.want is not None
+        if order == self.want:
+            return
+        dims = tuple(self.want.index(a) for a in order)
+        made = self.out[-1] if self.out and self.out[-1].name == self.tips[0] else None
+        if self.n is None and made is not None and made.kind == "Parameter":  # is turned itself
+            (value,) = made.arrays.values()
+            value = np.ascontiguousarray(value.transpose(dims))
+            made.arrays = dict.fromkeys(made.arrays, value)
+            made.settings = {**made.settings, "shape": value.shape}
+            self.want = list(order)
+            return
+        if dims[0] != 0 and self.whole_keras:
+            raise refuse(name, "the batch axis would have to move, which Keras can't do")
+        done = (self.tips, dims)
+        if done in self.turned:  # another layer took it so before
+            self.tips = (self.turned[done],)
+        else:
+            # A transposition of the source that waited until now keeps its name.
+            label = self.permute_name
+            if label is None or label in self.turned.values():
+                label = self._fresh(f"{label or name}__permute")
+            self._emit(table.PERMUTE, label, {"dims": dims}, At(name, ()))
+            self.turned[done] = label
+        self.permute_name = None
+        self.want = list(order)
+        self.shapes[self.tips[0]] = tuple(a.size for a in order[1:])
+
+    @property
+    def whole_keras(self) -> bool:
+        """Whether a model of Keras is written, which needs all sizes."""
+        return self.target == "keras" and not self.arrays_only
+
+    def _left_out(self, row: Row) -> bool:
+        """Whether a layer of the row, which keeps all axes, is passed over for the arrays."""
+        keeps = not row.spec(self.target)[0] and not row.params
+        return self.arrays_only and keeps and row.class_in(self.target) is None
 
     def _fresh(self, name: str) -> str:
         while name in self.taken:
@@ -48,6 +105,22 @@ class Writer:
         sizes: Mapping[str, int] | None = None,
     ) -> None:
         """Appends the layer in the target's terms, with what it needs around it."""
+        try:
+            self._append(row, name, fields, at, arrays or {}, sizes)
+        except ConversionError:
+            if arrays or not self.arrays_only:
+                raise
+            self.tips = self.tips[:1]
+
+    def _append(
+        self,
+        row: Row,
+        name: str,
+        fields: dict[str, Any],
+        at: At,
+        arrays: dict[str, Any],
+        sizes: Mapping[str, int] | None,
+    ) -> None:
         settings: dict[str, Any] = {}
         fields = dict(fields)
         for setting in row.settings:
@@ -59,7 +132,7 @@ class Writer:
                 continue
             value, key = fields.get(setting.flax), setting.name(self.target)
             if isinstance(setting, AxesSetting):
-                shape = next((v.shape for v in (arrays or {}).values()), (None,))
+                shape = next((v.shape for v in arrays.values()), (None,))
                 at = dataclasses.replace(at, numbered=shape)
                 if self.want is not None:
                     rank = len(self.want)
@@ -97,7 +170,7 @@ class Writer:
             function, stands_for = row.function
             if all(same(fields[k], v) for k, v in stands_for.items()):
                 kind, settings = "Activation", {"activation": function}
-        layer = Layer(name, kind or "", settings, arrays or {})
+        layer = Layer(name, kind or "", settings, arrays)
         if self.target == "keras" and "data_format" in row.keras_defaults:
             layer.settings["data_format"] = "channels_last"  # whatever the user's keras.json says
         found = row.special.finish(self.target, layer, fields, sizes or {}, at)
@@ -110,7 +183,9 @@ class Writer:
         for extra in around:
             if extra.before:
                 self._emit_around(extra, name, at)
-        self.out += made
+        for part in made:
+            part.inputs, self.tips = self.tips, (part.name,)
+            self.out.append(part)
         for extra in around:
             if not extra.before:
                 self._emit_around(extra, name, at)

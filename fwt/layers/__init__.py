@@ -4,8 +4,9 @@ They compare and hash by their settings, and take channels-last input. Windows m
 size unless ``strides`` says otherwise, as in Keras and torch. Open ``activations`` first for the
 form that a layer has. ``norms`` has softmax and its like, ``shapes`` what only moves entries,
 ``windows`` pads and pools, ``convolutions`` what Flax lacks of them, ``einsum`` a dense layer by an
-equation, ``preprocessing`` what prepares the input; ``recurrent`` and ``attention`` say what they
-have. ``functions`` finds the layer of a plain function.
+equation, ``preprocessing`` what prepares the input, ``merges`` layers of several tensors;
+``recurrent`` and ``attention`` say what they have. ``functions`` finds the layer of a plain
+function.
 """
 
 from fwt.layers.activations import (
@@ -44,6 +45,20 @@ from fwt.layers.base import tuples as tuples
 from fwt.layers.convolutions import GroupedConvTranspose
 from fwt.layers.einsum import EinsumDense
 from fwt.layers.functions import from_function as from_function
+from fwt.layers.merges import (
+    Add,
+    Average,
+    Concatenate,
+    Divide,
+    LayerScale,
+    MatMul,
+    Maximum,
+    Minimum,
+    Multiply,
+    Parameter,
+    Slice,
+    Subtract,
+)
 from fwt.layers.norms import (
     LocalResponseNorm,
     LogSoftmax,
@@ -107,16 +122,20 @@ __all__ = [
     "SELU",
     "AdaptiveAvgPool",
     "AdaptiveMaxPool",
+    "Add",
+    "Average",
     "AvgPool",
     "CategoryEncoding",
     "CenterCrop",
     "ChannelShuffle",
     "CircularPad",
     "ClippedReLU",
+    "Concatenate",
     "ConstantPad",
     "ConvLSTM",
     "Crop",
     "Discretization",
+    "Divide",
     "EinsumDense",
     "Exponential",
     "Flatten",
@@ -129,15 +148,21 @@ __all__ = [
     "HardTanh",
     "Identity",
     "LPPool",
+    "LayerScale",
     "LeakyReLU",
     "LocalResponseNorm",
     "LogSigmoid",
     "LogSoftmax",
     "Masking",
+    "MatMul",
     "MaxPool",
+    "Maximum",
+    "Minimum",
     "Mish",
+    "Multiply",
     "Normalization",
     "PReLU",
+    "Parameter",
     "Permute",
     "PixelShuffle",
     "PixelUnshuffle",
@@ -154,6 +179,7 @@ __all__ = [
     "SiLU",
     "Sigmoid",
     "SimpleRNN",
+    "Slice",
     "SoftShrink",
     "Softmax",
     "Softmin",
@@ -163,6 +189,7 @@ __all__ = [
     "SparseSigmoid",
     "Sparsemax",
     "SquarePlus",
+    "Subtract",
     "Tanh",
     "TanhShrink",
     "Threshold",

@@ -33,8 +33,8 @@ class Layer(nn.Module, kw_only=True):
         if own is not None:
 
             @functools.wraps(own)
-            def call(self: Any, x: Array, *given: Any, **named: Any) -> Array:
-                return self._cast(own(self, self._cast(x), *given, **named))
+            def call(self: Any, *xs: Any, **named: Any) -> Array:
+                return self._cast(own(self, *map(self._cast, xs), **named))
 
             made: Any = cls
             made.__call__ = call

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fwt import _apart, _axes, _keys, _mesh, _tree, patterns, scores
+from fwt import _apart, _axes, _keys, _mesh, _own_names, _tree, patterns, scores
 from fwt._types import FwtError, LeafError, Params, Score, Where, resolve
 from fwt.pruning import scope as _scope
 from fwt.pruning.chosen import Chosen, each_slice, mask_of
@@ -42,6 +42,7 @@ class Plan:
         if not isinstance(pattern, patterns.Pattern):
             raise FwtError(
                 f"pattern must be one of fwt.patterns, such as n_m(2, 4), found {pattern!r}"
+                f"{_own_names.hint(pattern, 'pattern')}"
             )
         groups = pattern.name == "n_m"
         if like not in (None, "torch", "jaxpruner", "tfmot"):
@@ -78,9 +79,11 @@ class Plan:
             shares = scope.values() if isinstance(scope, Mapping) else [self.sparsity]
             _refuse_more_than(pattern, shares)
         self.score = resolve(score)
-        if not callable(self.score) or isinstance(self.score, type):
+        theirs = isinstance(self.score, type) or _own_names.library(self.score)
+        if not callable(self.score) or theirs:
             raise FwtError(
                 f"score must be a function such as fwt.scores.magnitude, found {score!r:.80}"
+                f"{_own_names.hint(score, 'score')}"
             )
         if self.score in scores.FACTORIES:
             raise FwtError(f"fwt.scores.{_name(self.score)} needs arguments: call it first")

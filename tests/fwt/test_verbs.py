@@ -301,3 +301,38 @@ def test_straight_through_leaves_the_rest_alone():
     new = fwt.straight_through(fwt.prune(0.5))(tree)
     assert new["n"] is tree["n"]
     assert new["b"] is tree["b"]
+
+
+@pytest.mark.parametrize(
+    ("verb", "make", "own"),
+    [
+        ("initialize", lambda k, t: k.initializers.HeNormal(), "initializers.keras.he_normal"),
+        ("initialize", lambda k, t: k.initializers.GlorotUniform, "keras.glorot_uniform"),
+        ("initialize", lambda k, t: k.initializers.Orthogonal(), "initializers.keras.orthogonal"),
+        ("initialize", lambda k, t: t.nn.init.xavier_uniform_, "torch.xavier_uniform"),
+        ("initialize", lambda k, t: t.nn.init.trunc_normal_, "initializers.torch.trunc_normal"),
+        ("initialize", lambda k, t: "he_normal", "fwt.initializers.he_normal or fwt"),
+        ("initialize", lambda k, t: "HeNormal", "fwt.initializers.keras.he_normal"),
+        ("project", lambda k, t: k.constraints.MaxNorm(1.0), "fwt.constraints.max_norm"),
+        ("project", lambda k, t: k.constraints.NonNeg(), "fwt.constraints.non_negative"),
+        ("project", lambda k, t: type("Mine", (k.constraints.Constraint,), {})(), r"\(leaf, axes"),
+        ("project", lambda k, t: "unit_norm", "fwt.constraints.unit_norm"),
+        ("score", lambda k, t: "magnitude", "fwt.scores.magnitude"),
+        ("score", lambda k, t: t.nn.utils.prune.L1Unstructured, "fwt.scores.magnitude"),
+        ("pattern", lambda k, t: "unstructured", "fwt.patterns.unstructured"),
+    ],
+)
+def test_a_noun_of_another_library_is_told_under_its_name_here(verb, make, own):
+    import keras
+    import torch
+    import torch.nn.utils.prune
+
+    noun = make(keras, torch)
+    call = {
+        "initialize": lambda: fwt.initialize(noun, 0),
+        "project": lambda: fwt.project(noun),
+        "score": lambda: fwt.prune(0.5, noun),
+        "pattern": lambda: fwt.prune(0.5, pattern=noun),
+    }[verb]
+    with pytest.raises((TypeError, fwt.FwtError), match=own):
+        call()

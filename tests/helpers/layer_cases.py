@@ -7,6 +7,7 @@ says, for the other framework, which refusals are right.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -345,13 +346,28 @@ def add_torch_functions():
             "ELU": [{}, {"alpha": 0.7}],
             "CELU": [{}, {"alpha": 0.7}],
             "GELU": [{}, {"approximate": "tanh"}],
-            "Hardshrink": [{}, {"lambd": 0.3}],
+            "Hardshrink": [{}, {"lambd": 0.3}, {"lambd": 0.125}],
             "Softshrink": [{}, {"lambd": 0.3}],
-            "Hardtanh": [{}, {"min_val": -0.4, "max_val": 2.0}],
-            "Softplus": [{}, {"beta": 2.0, "threshold": 1.0}],
+            "Hardtanh": [{}]
+            + [
+                dict(zip(("min_val", "max_val"), ends, strict=True))
+                for ends in (
+                    (-0.4, 2.0),
+                    (0.0, 0.7),
+                    (-0.7, 0.0),
+                    (0.3, 0.8),
+                    (-0.8, -0.3),
+                    (-math.inf, 0.4),
+                    (-0.4, math.inf),
+                )
+            ],
+            "Softplus": [{}, {"beta": 2.0, "threshold": 1.0}, {"beta": 0.3}],
             "LeakyReLU": [{}, {"negative_slope": 0.3}],
             "RReLU": [{}, {"lower": 0.1, "upper": 0.5}],
-            "Threshold": [{"threshold": 0.2, "value": -0.5}],
+            "Threshold": [
+                {"threshold": a, "value": b}
+                for a, b in ((0.2, -0.5), (0.2, 0.0), (0.3, 0.3), (0.0, 0.0), (-0.3, -0.3))
+            ],
         }.get(name, [{}])
 
         @case(TORCH, name, refused=f"keras has no {name}|keras has no .* with")
@@ -588,8 +604,10 @@ def _(rng):
 
 @case(KERAS, "ReLU", refused="torch has no ClippedReLU")
 def _(rng):
-    given = [{}, {"max_value": 1.0}, {"negative_slope": 0.2, "threshold": 0.3}]
-    return ints(rng, rng.integers(1, 4), 2, 4), k.ReLU(**given[rng.integers(3)])
+    given = [{}, {"max_value": 1.0}, {"max_value": 6}, {"threshold": 0.3}, {"negative_slope": 0.2},
+             {"max_value": 0.7, "negative_slope": 0.2}, {"max_value": 0.7, "threshold": 0.3},
+             {"negative_slope": 0.2, "threshold": 0.3}]  # fmt: skip
+    return ints(rng, rng.integers(1, 4), 2, 4), k.ReLU(**pick(rng, *given))
 
 
 @case(KERAS, "LeakyReLU")

@@ -953,3 +953,56 @@ for name, path, more in {saves!r}:
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.splitlines() == [f"{name} []" for name, _, _ in saves], done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("make", "flax"),
+    [
+        (lambda: k.ReLU(2.0, negative_slope=0.3, threshold=0.5), None),
+        (lambda: k.Activation("sparsemax"), None),
+        (lambda: k.UnitNormalization(), None),
+        (None, fwt.layers.GELU(approximate=True)),
+        (None, fwt.layers.MaxPool((2, 2), (1, 1), ((1, 1), (1, 1)))),
+    ],
+)
+def test_layers_without_arrays_do_not_stand_between_weights_and_their_places(make, flax, tmp_path):
+    """Names, axes and order are known wherever the layers with arrays have a form."""
+    t = torch.nn
+    net = cases.randomise_keras(keras.Sequential([
+        keras.Input((5, 6, 3)), k.Conv2D(4, 2), *([make()] if make else []), k.Flatten(),
+        k.Dense(3), k.BatchNormalization(), k.Dense(2)]))  # fmt: skip
+    plain = keras.Sequential([x for x in net.layers if x.weights or isinstance(x, k.Flatten)])
+    plain.build((None, 5, 6, 3))
+    architecture = net
+    if flax is not None:
+        module, variables = converters.from_keras(plain)
+        named = list(module.layers)
+        named.insert(1, ("between", flax))
+        if isinstance(flax, fwt.layers.MaxPool):  # one more of each axis
+            named.insert(2, ("crop", fwt.layers.Crop(((1, 0), (1, 0)))))
+        architecture = fwt.Model(fwt.Sequential(named, module.input_shape), variables)
+    # torch's own names and arrays for the same weights
+    theirs = converters.to_torch(*converters.from_keras(plain))
+    torch.save(theirs.state_dict(), tmp_path / "named.pt")
+    torch.save({f"{i}.{n.split('.')[-1]}": v for i, part in enumerate(theirs)
+                for n, v in part.state_dict().items()}, tmp_path / "numbered.pt")  # fmt: skip
+    np.savez(tmp_path / "list.npz", *net.get_weights())
+    plain.save_weights(tmp_path / "own.weights.h5")
+    wanted = converters.from_keras(plain).variables
+    for name, how in (("named.pt", {}), ("numbered.pt", {"match": "order"}),
+                      ("list.npz", {"match": "order"}), ("own.weights.h5", {})):  # fmt: skip
+        same(converters.load(tmp_path / name, architecture=architecture, **how).variables, wanted)
+    # and out again, where torch names the weights alone
+    whole = architecture if flax is not None else converters.from_keras(net)
+    converters.save(tmp_path / "out.pt", *whole)
+    found = torch.load(tmp_path / "out.pt", weights_only=True)
+    t.Module.load_state_dict(theirs, found)
+    same(converters.from_torch(theirs, input_shape=(3, 5, 6)).variables, wanted)
+
+
+def test_weights_of_no_order_say_which_framework_has_none(tmp_path):
+    net = keras.Sequential([keras.Input((5, 4)), k.LSTM(3, activation="relu"), k.Dense(2)])
+    np.savez(tmp_path / "w.npz", *[np.zeros((3, 3), np.float32)])
+    for how in ({}, {"match": "order"}):
+        with pytest.raises(converters.FileFormatError, match=r"torch.*not known \(lstm.*='relu'"):
+            converters.load(tmp_path / "w.npz", architecture=net, **how)

@@ -1,0 +1,233 @@
+"""What stands in the configs of Functional models beside layers: operations of keras.ops, and
+classes that keras.applications has for itself."""
+
+import dataclasses
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fwt._types import FileFormatError
+from fwt.converters.rows import table
+from fwt.converters.rows.row import Layer, refuse, same
+from fwt.converters.walk.net import Net, fresh, renamed
+
+# Layers of keras.applications, and where they live.
+HOME = {"LayerScale": "keras.src.applications.convnext"}
+SCALED = ("CustomScaleLayer", "keras.src.applications.inception_resnet_v2")  # x + scale y
+BESIDE = {*HOME.items(), SCALED}
+VARIABLES = {"LayerScale": ("gamma",)}
+DEFAULTS = {"LayerScale": {"init_values": 1e-6}}  # what they must be told
+_BINARY = {"Add": "Add", "Subtract": "Subtract", "Multiply": "Multiply", "Maximum": "Maximum",
+           "Minimum": "Minimum", "TrueDivide": "ops.TrueDivide", "Divide": "ops.TrueDivide",
+           "Matmul": "ops.Matmul"}  # fmt: skip
+_IN_NN = ("Gelu",)
+
+
+def is_operation(entry: Any) -> bool:
+    """Whether an entry of a config is an operation, which has no weights and no group in files."""
+    module = entry.get("module") if isinstance(entry, Mapping) else None
+    return isinstance(module, str) and module.split(".")[:3] == ["keras", "src", "ops"]
+
+
+def _tensors(node: Any) -> list[Any]:
+    if isinstance(node, Mapping):
+        if node.get("class_name") == "__keras_tensor__":
+            return [node]
+        return [t for value in node.values() for t in _tensors(value)]
+    return [t for v in node for t in _tensors(v)] if isinstance(node, list | tuple) else []
+
+
+def layers_of(entry: Any, node: Any, name: str, place: str) -> list[Layer]:
+    """The call of an operation as layers, each of which takes what the one before it gives."""
+    kind, own = entry.get("class_name"), entry.get("config")
+    if not isinstance(node, Mapping) or not isinstance(own, Mapping) or not isinstance(kind, str):
+        raise FileFormatError(f"{place}: {name} is no call of an operation")
+    own = {k: v for k, v in own.items() if k not in ("name", "dtype")}
+    args = [*(node.get("args") or []), *(node.get("kwargs") or {}).values()]
+    given = _tensors(args)
+    where = f"{place}: {name} (keras.ops, {kind})"
+    shape = given[0]["config"].get("shape") if given else None
+    if kind in _BINARY and len(given) == 2:
+        return [Layer(name, _BINARY[kind], {})]
+    if kind in _BINARY and len(given) == 1 and len(args) == 2:
+        return [_with_constant(kind, name, args, where)]
+    if kind == "Concatenate":
+        return [Layer(name, kind, {"axis": own.get("axis", -1)})]
+    if len(given) != 1:
+        raise refuse(where, f"the operation with {len(given)} tensors is not known")
+    if kind == "GetItem":
+        return _item(name, args[1] if len(args) > 1 else None, shape, where)
+    if kind == "Reshape" and isinstance(own.get("newshape"), list | tuple):
+        return [Layer(name, "Reshape", {"target_shape": list(own["newshape"])[1:]})]
+    if kind in ("Squeeze", "ExpandDims") and isinstance(shape, list | tuple):
+        return [_ones(kind, name, own.get("axis"), list(shape), where)]
+    if kind == "Transpose" and own.get("axes") and own["axes"][0] == 0:
+        return [Layer(name, "Permute", {"dims": [int(a) for a in own["axes"][1:]]})]
+    pooled = {"Mean": "Average", "Max": "Max"}.get(kind)
+    if pooled and isinstance(shape, list | tuple) and _is_spatial(own.get("axis"), len(shape)):
+        settings = {"keepdims": bool(own.get("keepdims"))}
+        return [Layer(name, f"Global{pooled}Pooling{len(shape) - 2}D", settings)]
+    function = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", kind).lower()
+    row = table.row_of_function(function)
+    if row is not None and row.function is not None:
+        if all(same(v, row.function[1].get(k)) for k, v in own.items()):
+            return [Layer(name, "Activation", {"activation": function})]
+        if row.keras is not None:
+            return [Layer(name, str(row.class_in("keras")), own)]
+    raise refuse(where, f"the operation{f' with {own}' if own else ''} is not known",
+                 "use the layer that does the same, if there is one")  # fmt: skip
+
+
+def _is_spatial(axes: Any, rank: int) -> bool:
+    numbers = axes if isinstance(axes, list | tuple) else (axes,)
+    if rank < 3 or not all(isinstance(a, int) for a in numbers):
+        return False
+    return sorted(a % rank for a in numbers) == list(range(1, rank - 1))
+
+
+def _with_constant(kind: str, name: str, args: Sequence[Any], where: str) -> Layer:
+    left = bool(_tensors(args[0]))
+    c = args[1] if left else args[0]
+    if isinstance(c, bool) or not isinstance(c, int | float):
+        raise refuse(where, f"with {c!r:.80}: only a number, or a tensor")
+    found = {"Add": (1.0, c), "Multiply": (c, 0.0), "Subtract": (1.0, -c) if left else (-1.0, c),
+             "TrueDivide": (1 / c, 0.0) if left and c else None,
+             "Divide": (1 / c, 0.0) if left and c else None}.get(kind)  # fmt: skip
+    if kind == "Maximum" and c == 0:
+        return Layer(name, "Activation", {"activation": "relu"})
+    if found is None:
+        raise refuse(where, f"with the number {c} is not known")
+    return Layer(name, "Rescaling", {"scale": float(found[0]), "offset": float(found[1])})
+
+
+def _ones(kind: str, name: str, axis: Any, shape: list[Any], where: str) -> Layer:
+    """An axis of size 1 more or less, as a Reshape."""
+    axes = axis if isinstance(axis, list | tuple) else [axis]
+    new = list(shape)
+    for one in axes:
+        rank = len(new) + (kind == "ExpandDims")
+        if not isinstance(one, int) or one % rank == 0:
+            raise refuse(where, f"axis={axis!r} is not known")
+        if kind == "ExpandDims":
+            new.insert(one % rank, 1)
+        else:
+            new[one % rank] = 0
+    kept = [-1 if s is None else s for s in new[1:] if s != 0]
+    return Layer(name, "Reshape", {"target_shape": kept})
+
+
+def _item(name: str, index: Any, shape: Any, where: str) -> list[Layer]:
+    """What ``x[index]`` takes, as slices along single axes, and a Reshape for the rest."""
+    if not isinstance(shape, list | tuple):
+        raise refuse(where, "the shape of what it takes is not known")
+    cuts = list(index) if isinstance(index, list | tuple) else [index]
+    dots = [i for i, c in enumerate(cuts)
+            if isinstance(c, Mapping) and c.get("class_name") == "__ellipsis__"]  # fmt: skip
+    if dots:
+        count = len(shape) - sum(c is not None for c in cuts) + 1
+        full = {"class_name": "__slice__", "config": {}}
+        cuts[dots[0] : dots[0] + 1] = [full] * count
+    out: list[Layer] = []
+    new: list[int] = []
+    axis, reshaped = 0, False
+    for cut in cuts:
+        size = shape[axis] if axis < len(shape) else None
+        if cut is None:
+            new.append(1)
+            reshaped = True
+            continue
+        if axis >= len(shape):
+            raise refuse(where, "it has more indices than axes")
+        told: Any = cut.get("config", {}) if isinstance(cut, Mapping) else {}
+        start: Any
+        stop: Any
+        step: Any
+        if isinstance(cut, int) and not isinstance(cut, bool) and size is not None:
+            start, stop, step, reshaped = cut % size, cut % size + 1, 1, True
+        elif isinstance(cut, Mapping) and cut.get("class_name") == "__slice__":
+            start, stop, step = told.get("start"), told.get("stop"), told.get("step")
+            if start is None and stop is None and step is None:
+                new.append(-1 if size is None else size)
+                axis += 1
+                continue
+            start, step = start or 0, 1 if step is None else step
+            if size is None or step < 1:
+                raise refuse(where, f"it cuts axis {axis} by {told}")
+            new.append(len(range(size)[start:stop:step]))
+        else:
+            raise refuse(where, f"an index is {cut!r:.80}")
+        label = name if not out else f"{name}__{axis}"
+        cuts_ = {"axis": axis, "start": start, "stop": stop, "step": step}
+        out.append(Layer(label, "ops.GetItem", cuts_))
+        axis += 1
+    new += [-1 if s is None else s for s in shape[axis:]]
+    if reshaped:
+        label = f"{name}__axes" if out else name
+        out.append(Layer(label, "Reshape", {"target_shape": new[1:]}))
+    return out or [Layer(name, "Identity", {}, fused=True)]
+
+
+# -- out ----------------------------------------------------------------------------------------
+
+
+def entry_of(layer: Layer, name: str) -> dict[str, Any]:
+    """The entry of an operation in a config."""
+    kind = layer.kind.removeprefix("ops.")
+    own = {} if kind == "GetItem" else dict(layer.settings)
+    own.pop("dtype", None)
+    module = "nn" if kind in _IN_NN else "numpy"
+    return {"module": f"keras.src.ops.{module}", "class_name": kind, "registered_name": kind,
+            "config": {"name": name, **own}, "name": name, "inbound_nodes": []}  # fmt: skip
+
+
+def arguments(layer: Layer, given: list[Any]) -> list[Any]:
+    """What an operation is called with."""
+    if layer.kind != "ops.GetItem":
+        return given
+    told = layer.settings
+    if "cuts" in told:
+        whole = {"start": None, "stop": None, "step": None}
+        return [*given, [{"class_name": "__slice__", "config": c} for c in (whole, *told["cuts"])]]
+    none = {"start": None, "stop": None, "step": None}
+    axis = told["axis"] % (len(layer.shape or ()) + 1)
+    cuts = [{"class_name": "__slice__", "config": dict(none)} for _ in range(axis + 1)]
+    step = None if told["step"] == 1 else told["step"]
+    cuts[-1]["config"] = {"start": told["start"], "stop": told["stop"], "step": step}
+    return [*given, cuts]
+
+
+def with_parameters(net: Net) -> Net:
+    """The net with each learned array as the one row of an Embedding, which is looked up for each
+    sample: nothing in Keras's graphs takes nothing."""
+    if not any(x.kind == "Parameter" for x in net.layers):
+        return net
+    start, shape = next(iter(net.inputs.items()))
+    taken = {x.name for x in net.layers} | set(net.inputs)
+    alias: dict[str, str] = {}
+    out: list[Layer] = []
+    for layer in net.layers:
+        if layer.kind != "Parameter":
+            inputs = tuple(alias.get(i, i) for i in layer.inputs)
+            out.append(dataclasses.replace(layer, inputs=inputs))
+            continue
+        (value,) = layer.arrays.values()
+        # Keras puts axes of size 1 behind the batch of what has fewer.
+        sizes = value.shape[next((i for i, n in enumerate(value.shape) if n != 1), value.ndim) :]
+        first: Any = [{"start": None, "stop": 1, "step": None}] * len(shape or ())
+        chain = [
+            Layer(f"{layer.name}__start", "ops.GetItem", {"cuts": first}, shape=(1,) * len(first)),
+            Layer(f"{layer.name}__zeros", "ops.ZerosLike", {}, shape=(1,) * len(first)),
+            Layer(f"{layer.name}__flat", "Flatten", {}, shape=(1,)),
+            Layer(layer.name, "Embedding", {"input_dim": 1, "output_dim": value.size},
+                  {"embeddings": value.reshape(1, -1)}, shape=(1, value.size)),
+            Layer(f"{layer.name}__shape", "Reshape", {"target_shape": sizes or (1,)},
+                  shape=sizes or (1,)),
+        ]  # fmt: skip
+        before = start
+        for part in chain:
+            part.name = part.name if part.name == layer.name else fresh(part.name, taken)
+            part.inputs, before = (before,), part.name
+            part.dtype = layer.dtype
+        alias[layer.name] = before
+        out += chain
+    return Net(out, net.inputs, renamed(net.outputs, alias), net.takes)

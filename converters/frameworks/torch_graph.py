@@ -1,0 +1,168 @@
+"""Nets of torch layers as an ``fx.GraphModule`` of torch.nn modules, which needs no fwt."""
+
+import keyword
+import operator
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fwt._graph import names_in
+from fwt._types import ConversionError
+from fwt.converters.frameworks.torch_layers import torch_key
+from fwt.converters.rows.row import Layer, parts_of
+from fwt.converters.walk.net import Net
+
+_PAIRS = {"Add": operator.add, "Subtract": operator.sub, "Multiply": operator.mul,
+          "Divide": operator.truediv, "Average": operator.add, "Maximum": torch.maximum,
+          "Minimum": torch.minimum, "MatMul": torch.matmul}  # fmt: skip
+
+
+def graph_module(
+    net: Net, built: Callable[[Layer], torch.nn.Module], tensor: Callable[[Any], torch.Tensor]
+) -> torch.fx.GraphModule:
+    """The module that runs a net; its parameters have the paths of their layers."""
+    root, graph = torch.nn.Module(), torch.fx.Graph()
+    taken: set[str] = set()
+    refs: dict[str, Any] = {}
+    for name in names_in(net.takes):
+        label = _identifier(name, taken)
+        refs[name] = graph.placeholder(label)
+    if isinstance(net.takes, Mapping) and list(net.takes) != [n.name for n in refs.values()]:
+        raise ConversionError(
+            f"the inputs {', '.join(net.takes)} are keys that torch can't have as arguments of "
+            f"forward; those of the graph are {', '.join(net.inputs)}"
+        )
+    for layer in net.layers:
+        given = [refs[i] for i in layer.inputs]
+        refs[layer.name] = _node(graph, root, layer, given, built, tensor)
+    if isinstance(net.outputs, str):
+        graph.output(refs[net.outputs])
+    elif isinstance(net.outputs, Mapping):
+        graph.output({key: refs[name] for key, name in net.outputs.items()})
+    else:
+        graph.output(tuple(refs[name] for name in net.outputs))
+    graph.lint()
+    return torch.fx.GraphModule(root, graph)
+
+
+def _node(
+    graph: Any,
+    root: torch.nn.Module,
+    layer: Layer,
+    given: list[Any],
+    built: Callable[[Layer], torch.nn.Module],
+    tensor: Callable[[Any], torch.Tensor],
+) -> Any:
+    """What a layer gives, as a node of the graph."""
+    kind, told = layer.kind, layer.settings
+    if kind in _PAIRS:
+        node = given[0]
+        for other in given[1:]:
+            node = graph.call_function(_PAIRS[kind], (node, other))
+        return graph.call_function(operator.truediv, (node, len(given))) if kind == "Average" else (
+            node
+        )  # fmt: skip
+    if kind == "Concatenate":
+        return graph.call_function(torch.cat, (list(given), told["dim"]))
+    if kind == "Permute":
+        return graph.call_method("permute", (given[0], *told["dims"]))
+    if kind == "Flip":
+        return graph.call_method("flip", (given[0], told["dim"]))
+    if kind == "Slice":
+        length = told["stop"] - told["start"]
+        if told["step"] == 1:
+            return graph.call_method("narrow", (given[0], told["dim"], told["start"], length))
+        cut = slice(told["start"], told["stop"], told["step"])
+        index = (*[slice(None)] * told["dim"], cut) if told["dim"] >= 0 else (Ellipsis, cut)
+        return graph.call_function(operator.getitem, (given[0], index))
+    if kind == "Rescaling":
+        return _rescaled(graph, root, layer, given[0])
+    if kind == "Parameter":
+        (value,) = layer.arrays.values()
+        return _array(graph, root, torch_key(layer, ""), tensor(value))
+    if kind == "LayerScale":
+        (value,) = layer.arrays.values()
+        parts = [*parts_of(layer.name), "gamma"]
+        shape = (-1, *[1] * (len(layer.shape or ()) - 1))
+        gamma = _array(graph, root, parts, tensor(value), layer.of)
+        return graph.call_function(operator.mul, (given[0], graph.call_method(
+            "reshape", (gamma, shape))))  # fmt: skip
+    path = ".".join(parts_of(layer.of or layer.name))
+    if kind in ("SelfAttention", "MultiheadAttention"):
+        if not layer.of:
+            _put(root, parts_of(layer.name), _attention(built(layer)))
+        query, key, value = given[0], given[min(1, len(given) - 1)], given[-1]
+        node = graph.call_module(path, (query, key, value), {"need_weights": False})
+        return graph.call_function(operator.getitem, (node, 0))
+    if not layer.of:
+        _put(root, parts_of(layer.name), built(layer))
+    return graph.call_module(path, tuple(given))
+
+
+def _attention(module: torch.nn.Module) -> torch.nn.Module:
+    """Torch's own class in place of the subclass that fits a Sequential."""
+    module.__class__ = torch.nn.MultiheadAttention
+    return module
+
+
+def _array(
+    graph: Any, root: torch.nn.Module, parts: Sequence[str], value: torch.Tensor, of: str = ""
+) -> Any:
+    if of:
+        return graph.get_attr(".".join([*parts_of(of), parts[-1]]))
+    holder = _holder(root, parts[:-1])
+    holder.register_parameter(parts[-1], torch.nn.Parameter(value, value.is_floating_point()))
+    return graph.get_attr(".".join(parts))
+
+
+def _rescaled(graph: Any, root: torch.nn.Module, layer: Layer, x: Any) -> Any:
+    """X times a number plus a number, or one for each channel."""
+    for name, function, idle in (("scale", operator.mul, 1), ("offset", operator.add, 0)):
+        value = layer.settings.get(name, idle)
+        if isinstance(value, list | tuple):
+            parts = [*parts_of(layer.name), name]
+            holder = _holder(root, parts[:-1])
+            told = torch.tensor(value).reshape(-1, *[1] * (len(layer.shape or ()) - 1))
+            holder.register_buffer(name, told, persistent=False)
+            x = graph.call_function(function, (x, graph.get_attr(".".join(parts))))
+        elif value != idle:
+            x = graph.call_function(function, (x, value))
+    return x
+
+
+def _holder(root: torch.nn.Module, parts: Sequence[str]) -> torch.nn.Module:
+    at = root
+    for part in parts:
+        _check_name(part)
+        if part not in at._modules:
+            at.add_module(part, torch.nn.Module())
+        found = at._modules[part]
+        assert found is not None
+        at = found
+    return at
+
+
+def _put(root: torch.nn.Module, parts: Sequence[str], module: torch.nn.Module) -> None:
+    holder, name = _holder(root, parts[:-1]), parts[-1]
+    _check_name(name)
+    before = holder._modules.get(name)
+    if before is not None:  # what was put into it earlier
+        for key, child in before._modules.items():
+            module.add_module(key, child)
+    holder._modules[name] = module
+
+
+def _check_name(name: str) -> None:
+    if not name or "." in name or name in dir(torch.nn.Module) or keyword.iskeyword(name):
+        raise ConversionError(f"{name!r} can't be the name of a torch module")
+
+
+def _identifier(name: str, taken: set[str]) -> str:
+    label = re.sub(r"\W", "_", name)
+    label = f"_{label}" if label[:1].isdigit() else label or "x"
+    while label in taken:
+        label += "_"
+    taken.add(label)
+    return label

@@ -1,0 +1,94 @@
+"""The layers of a model one by one, each as operations of TensorFlow that become ONNX's."""
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from fwt import layers as fl
+from fwt._graph import Graph, end_of, inputs_of, may_hold, names_in, nodes_of
+from fwt._sequential import Sequential, call
+from fwt._types import ConversionError
+from fwt.converters.rows.row import parts_of, refuse
+
+
+@contextlib.contextmanager
+def refused(what: str) -> Iterator[None]:
+    """Turns whatever another library says into one line of ours."""
+    try:
+        yield
+    except ConversionError:
+        raise
+    except Exception as error:  # linen, TensorFlow and onnxruntime raise classes of their own
+        why = " ".join(str(error).split())
+        raise ConversionError(f"{what} ({why:.300})") from error
+
+
+def through(tracer: Any, module: Any, tree: Any, x: Any, aval: Any) -> tuple[Any, Any]:
+    """The output of a module, layer by layer, and its shape."""
+    import tensorflow as tf
+
+    if not isinstance(module, Sequential | Graph):
+        return _one(tracer, module, tree, [x], [aval], type(module).__name__)
+    (start,) = inputs_of(module)
+    values, layers = {start: (x, aval)}, {n.name: n.layer for n in nodes_of(module)}
+    for node in nodes_of(module):
+        name = node.of or node.name
+        given = [values[i] for i in node.inputs]
+        place = f"{node.name} ({type(layers[name]).__name__})"
+        parts = parts_of(name)
+        with contextlib.ExitStack() as stack:
+            for part in parts_of(node.name):
+                stack.enter_context(tf.name_scope(_scope(part)))
+            values[node.name] = _one(
+                tracer, layers[name], _own(tree, parts, layers[name]), [v for v, _ in given],
+                [shape for _, shape in given], place,
+            )  # fmt: skip
+    end = end_of(module)
+    if not isinstance(end, str):
+        raise ConversionError(f"to_onnx: it gives {len(names_in(end))} arrays: only one is written")
+    return values[end]
+
+
+def _own(tree: Any, parts: Sequence[str], layer: Any) -> dict[str, Any]:
+    """The weights of one layer, by collection."""
+    out: dict[str, Any] = {}
+    for collection, node in tree.items():
+        for part in parts:
+            node = node.get(part, {}) if isinstance(node, Mapping) else {}
+        if isinstance(layer, fl.Parameter):
+            return {"params": {"value": node}}
+        if node and may_hold(layer):
+            out[collection] = node
+    return out
+
+
+def _scope(name: str) -> str:
+    text = re.sub(r"[^A-Za-z0-9_.\-/]", "_", name)
+    return text if re.match(r"[A-Za-z0-9.]", text) else f"x{text}"
+
+
+def _one(
+    tracer: Any, layer: Any, own: Any, xs: list[Any], avals: list[Any], place: str
+) -> tuple[Any, Any]:
+    from fwt.converters.onnx.operators import NATIVE
+
+    tracer.place = place
+
+    def function(variables: Any, *ys: Any) -> Any:
+        return call(layer, variables, *ys)
+
+    structs = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.value.shape, w.value.dtype), own)
+    shapes = ", ".join(str(list(a.shape)) for a in avals)
+    with refused(f"{place}: it does not run on {shapes}"):
+        out = jax.eval_shape(function, structs, *avals)
+    if not hasattr(out, "shape"):
+        raise refuse(place, "its output is no array")
+    with refused(f"{place}: TensorFlow has no such operation"):
+        plain = len(xs) == 1 and type(layer) in NATIVE and getattr(layer, "dtype", None) is None
+        y = NATIVE[type(layer)](tracer, layer, own, xs[0], avals[0], out) if plain else None
+        if y is None:
+            y, _ = tracer.apply_all(function, own, xs, avals)
+    return y, out

@@ -1,0 +1,52 @@
+"""What fwt calls a noun of Keras or torch, or one that is given as text: for errors."""
+
+import re
+from types import ModuleType
+from typing import Any
+
+from fwt import constraints, initializers, patterns, scores
+from fwt.initializers import keras as _keras
+from fwt.initializers import torch as _torch
+
+_PLACES: dict[str, tuple[ModuleType, ...]] = {
+    "initializer": (initializers, _keras, _torch),
+    "constraint": (constraints,),
+    "score": (scores,),
+    "pattern": (patterns,),
+}
+_OTHERWISE = {
+    "non_neg": "non_negative", "l1_unstructured": "magnitude", "random_unstructured": "random",
+    "identity_initializer": "identity",
+}  # fmt: skip
+_LIBRARIES = ("keras", "tf_keras", "torch", "tensorflow")
+
+
+def library(noun: Any) -> str | None:
+    """The library of a noun that is not ours, or of the class that the user's own is made of."""
+    classes = noun.__mro__ if isinstance(noun, type) else type(noun).__mro__
+    homes = [getattr(noun, "__module__", None), *(c.__module__ for c in classes)]
+    return next((h.split(".")[0] for h in homes if h and h.split(".")[0] in _LIBRARIES), None)
+
+
+def hint(noun: Any, kind: str) -> str:
+    """How fwt calls what was given, as the end of an error; "" where nothing is known of it.
+
+    Args:
+        noun: what was given as an initializer, a constraint, a score or a pattern.
+        kind: which of these.
+    """
+    home = library(noun)
+    if home is None and not isinstance(noun, str):
+        return ""
+    said = noun if isinstance(noun, str) else getattr(noun, "__name__", type(noun).__name__)
+    name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", said).lower().strip("_ ").removesuffix(f"_{kind}")
+    name = _OTHERWISE.get(name, name)
+    found = [f"{m.__name__}.{name}" for m in _PLACES[kind] if name in m.__all__]
+    own = [f for f in found if home and f.split(".")[-2] == home.removeprefix("tf_")]
+    if found:
+        return f": fwt has its own, {' or '.join(own or found)}"
+    if kind == "constraint" and home is not None:
+        return ": write it as a function (leaf, axes) -> leaf"
+    if kind == "initializer" and home is not None:
+        return ": write it as a function (key, shape, dtype) -> array"
+    return ""

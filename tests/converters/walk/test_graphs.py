@@ -1,0 +1,244 @@
+"""Models that are graphs, in every direction and by file, against the real frameworks."""
+
+import flax.linen as nn
+import jax
+import keras
+import numpy as np
+import pytest
+import torch
+from cases import randomise_keras
+from marks import thorough_but
+
+import fwt
+from fwt import converters
+
+L = keras.layers
+
+
+def block(x, c, name):
+    h = L.Conv2D(c, 3, padding="same", activation="relu", name=f"{name}_a")(x)
+    h = L.BatchNormalization(name=f"{name}_norm")(h)
+    gate = L.GlobalAveragePooling2D(keepdims=True, name=f"{name}_pool")(h)
+    gate = L.Conv2D(c, 1, activation="sigmoid", name=f"{name}_gate")(gate)
+    return L.ReLU(name=f"{name}_out")(L.Add(name=f"{name}_sum")([x, L.Multiply()([h, gate])]))
+
+
+def residual():
+    x = keras.Input((6, 5, 3), name="image")
+    h = L.Conv2D(4, 3, name="stem")(x)
+    h = block(block(h, 4, "one"), 4, "two")
+    return keras.Model(x, L.Dense(3, name="head")(L.Flatten(name="flat")(h)))
+
+
+def unet():
+    x = keras.Input((4, 8, 2), name="image")
+    one = L.Conv2D(3, 3, padding="same", activation="relu", name="one")(x)
+    two = L.Conv2D(5, 3, padding="same", name="two")(L.MaxPooling2D(name="down")(one))
+    up = L.Conv2DTranspose(3, 2, strides=2, name="up")(two)
+    joined = L.Concatenate(name="join")([one, up, L.UpSampling2D(name="grow")(two)])
+    return keras.Model(x, L.Conv2D(2, 1, name="out")(joined))
+
+
+def siamese():
+    start = keras.Input((5, 4, 3), name="start")
+    h = L.Conv2D(4, 2, activation="tanh", name="conv")(start)
+    h = L.Dense(3, name="dense")(L.Flatten(name="flat")(h))
+    encode = keras.Model(start, h, name="encode")
+    a, b = keras.Input((5, 4, 3), name="a"), keras.Input((5, 4, 3), name="b")
+    apart = L.Subtract(name="apart")([encode(a), encode(b)])
+    return keras.Model({"a": a, "b": b}, {"apart": apart, "far": L.Dense(1, name="far")(apart)})
+
+
+def joined():
+    """Flattened branches one after the other, and a Dense behind a Flatten and beside it."""
+    x, y = keras.Input((3, 4, 2), name="x"), keras.Input((12,), name="y")
+    one = L.Flatten(name="one")(L.Conv2D(3, 2, name="conv")(x))
+    two = L.Flatten(name="two")(L.MaxPooling2D(2, name="pool")(x))
+    both = L.Dense(12, name="both")(L.Concatenate(name="join")([one, y, two]))
+    shared = L.Dense(4, name="shared")
+    flat = L.Flatten(name="flat")(L.Conv2D(6, 2, 2, padding="same", name="other")(x)[:, :1])
+    return keras.Model([x, y], [shared(flat), shared(both), shared(y)])
+
+
+def attention():
+    x, y = keras.Input((5, 6), name="x"), keras.Input((3, 6), name="y")
+    h = L.LayerNormalization(name="norm")(L.Add(name="sum")([x, L.Dense(6, name="dense")(x)]))
+    h = L.MultiHeadAttention(2, 3, name="attend")(h, h) + x
+    h = L.MultiHeadAttention(3, 2, name="cross")(h, y, y)
+    scores = keras.ops.matmul(h, L.Permute((2, 1), name="turn")(y)) / 2.0
+    return keras.Model([x, y], [L.Softmax(name="soft")(scores), h[:, 0], 1.0 - keras.ops.silu(h)])
+
+
+def inside():
+    """Models in models: their layers' names are paths."""
+    x = keras.Input((6, 4), name="x")
+    start = keras.Input((6, 4), name="start")
+    inner = keras.Model(
+        start, [L.Conv1D(4, 3, padding="same", name="conv")(start), start], name="inner"
+    )
+    tail = keras.Sequential(
+        [L.Dense(4, "gelu", name="dense"), L.LayerNormalization(name="norm")], name="tail"
+    )
+    one, two = inner(x)
+    h = tail(L.Maximum(name="most")([one, two]))
+    return keras.Model(x, L.Average(name="mean")([tail(h), h, one]))
+
+
+NETS = {f.__name__: f for f in (residual, unet, siamese, joined, attention, inside)}
+
+
+def flat(given):
+    given = list(given.values()) if isinstance(given, dict) else given
+    return [np.asarray(v) for v in (given if isinstance(given, list | tuple) else [given])]
+
+
+def close(found, expected):
+    found = flat(found)
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max())
+
+
+def weights(model):
+    """By layer and name: Keras puts a Sequential's name before these, a Functional's not."""
+    return {
+        "/".join(v.path.split("/")[-2:]): np.asarray(v)
+        for v in model.variables
+        if v.name != "seed_generator_state"
+    }
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_keras_graphs_go_round(name, tmp_path):
+    net = randomise_keras(NETS[name]())
+    rng = np.random.default_rng(0)
+    xs = [rng.normal(size=(2, *t.shape[1:])).astype("float32") for t in net.inputs]
+    given = dict(zip(net.input, xs, strict=True)) if isinstance(net.input, dict) else xs
+    given = xs[0] if len(xs) == 1 else given
+    expected = flat(net(given, training=False))
+    model = converters.from_keras(net)
+    assert isinstance(model.module, fwt.Graph)
+    close(model(given), expected)
+    there = converters.to_torch(*model, layout="source")
+    assert not any(type(m).__module__.startswith("fwt") for m in there.modules())
+    with torch.no_grad():
+        close(there(*map(torch.from_numpy, xs)), expected)
+    again = converters.to_keras(*model)
+    close(again(given, training=False), expected)
+    assert {x.name for x in net.layers} <= {x.name for x in again.layers}
+    held, back = weights(net), weights(again)
+    assert held.keys() == back.keys()
+    assert all(np.array_equal(held[k], back[k]) for k in held)
+    net.save(tmp_path / "theirs.keras")
+    assert converters.load(tmp_path / "theirs.keras").module == model.module
+    for suffix in ("keras", "safetensors"):
+        converters.save(tmp_path / f"ours.{suffix}", *model)
+        found = converters.load(tmp_path / f"ours.{suffix}")
+        assert found.module == model.module
+        assert all(
+            np.array_equal(a, b)
+            for a, b in zip(
+                fwt.select(found, "**").values(), fwt.select(model, "**").values(), strict=True
+            )
+        )
+    close(keras.saving.load_model(tmp_path / "ours.keras")(given, training=False), expected)
+    if name in ("joined", "attention"):  # which hold operations
+        with pytest.raises(converters.ConversionError, match=r"operation in an \.h5 file"):
+            converters.save(tmp_path / "ours.h5", *model)
+        return
+    converters.save(tmp_path / "ours.h5", *model)
+    close(keras.saving.load_model(tmp_path / "ours.h5")(given, training=False), expected)
+
+
+def test_a_shared_dense_behind_a_flatten_and_beside_it_keeps_one_kernel():
+    model = converters.from_keras(randomise_keras(joined()))
+    there = converters.to_torch(*model, layout="source")
+    kernel = model.variables["params"]["shared"]["kernel"]
+    assert np.array_equal(there.shared.weight.detach().numpy(), kernel.T)
+    assert not np.array_equal(there.both.weight.detach().numpy(),
+                              model.variables["params"]["both"]["kernel"].T)  # fmt: skip
+
+
+def test_channels_first_ends_move_where_a_branch_proves_them():
+    net = randomise_keras(unet())
+    model = converters.from_keras(net)
+    x = np.random.default_rng(0).normal(size=(2, 4, 8, 2)).astype("float32")
+    with torch.no_grad():
+        found = converters.to_torch(*model)(torch.from_numpy(x.transpose(0, 3, 1, 2).copy()))
+    close(found.numpy().transpose(0, 2, 3, 1), flat(net(x)))
+
+
+@pytest.mark.parametrize("seed", thorough_but(4, range(100)))
+def test_random_graphs(seed):
+    import dags
+
+    dags.run(seed)
+
+
+def test_learned_arrays_between_layers():
+    """A gain, a row for each channel and a table of positions."""
+    net = fwt.Graph(
+        [
+            ("gain", fwt.layers.Parameter(()), ()),
+            ("scale", fwt.layers.Parameter((3,)), ()),
+            ("block/table", fwt.layers.Parameter((1, 4, 3)), ()),
+            ("block/a", fwt.layers.Multiply(), ("input", "scale")),
+            ("block/b", fwt.layers.Add(), ("block/table", "block/a")),
+            ("c", fwt.layers.Multiply(), ("gain", "block/b")),
+        ],
+        input_shape=(4, 3),
+    )
+    x = np.random.default_rng(0).normal(size=(2, 4, 3)).astype("float32")
+    variables = jax.tree.map(
+        lambda v: np.random.default_rng(1).normal(size=v.shape).astype("float32"),
+        net.init(jax.random.key(0), x),
+    )
+    expected = flat(net.apply(variables, x))
+    there = converters.to_torch(net, variables)
+    assert {k: tuple(v.shape) for k, v in there.state_dict().items()} == {
+        "gain": (), "scale": (3,), "block.table": (1, 4, 3)
+    }  # fmt: skip
+    with torch.no_grad():
+        close(there(torch.from_numpy(x)), expected)
+    in_keras = converters.to_keras(net, variables)
+    assert len(in_keras.trainable_weights) == 3
+    close(in_keras(x), expected)
+
+
+def test_a_line_with_an_operation_is_a_graph_where_no_layer_says_it():
+    start = keras.Input((4, 3))
+    net = keras.Model(start, L.Dense(2, name="dense")(start[:, 1:3]))
+    model = converters.from_keras(net)
+    assert isinstance(model.module, fwt.Sequential)
+    x = np.random.default_rng(0).normal(size=(2, 4, 3)).astype("float32")
+    with torch.no_grad():
+        close(converters.to_torch(*model)(torch.from_numpy(x)), flat(net(x)))
+    close(converters.to_keras(*model)(x), flat(net(x)))
+
+
+def test_a_name_that_torch_can_not_run_is_refused():
+    net = fwt.Graph([("in", nn.Dense(3)), ("sum", fwt.layers.Add(), ("in", "input"))])
+    variables = net.init(jax.random.key(0), np.ones((1, 3)))
+    with pytest.raises(converters.ConversionError, match="'in' can't be the name"):
+        converters.to_torch(net, variables)
+
+
+x = keras.Input((4, 3), name="x")
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (lambda: keras.ops.cumsum(x, 1), "operation with.*is not known"),
+        (lambda: keras.ops.maximum(x, 2.0), "with the number 2.0"),
+        (lambda: L.Dropout(0.5)(x, training=True), "training=True"),
+        (lambda: L.MultiHeadAttention(1, 3)(x, x, use_causal_mask=True), "use_causal_mask"),
+        (lambda: L.LSTM(2, return_state=True)(x), "return_state|its output"),
+        (lambda: L.LSTM(2)(x, mask=keras.ops.not_equal(x[..., 0], 0)), "NotEqual"),
+        (lambda: keras.ops.reshape(x, (-1, 3)), "does not hold|batch"),
+        (lambda: L.Lambda(lambda v: v)(x), "Lambda"),
+    ],
+)
+def test_what_can_not_be_said_is_refused_by_name(made, said):
+    with pytest.raises(converters.ConversionError, match=said):
+        converters.from_keras(keras.Model(x, made()))

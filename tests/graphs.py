@@ -1,0 +1,168 @@
+"""Every architecture of keras.applications, Keras -> Flax -> torch -> Flax -> Keras.
+
+    python tests/graphs.py [--out graphs.json] [--size 96] [name ...]
+
+Weights are random, running statistics away from 0 and 1. A line of the table says how far each
+model's outputs are from Keras's, relative to the largest, and whether the weights came back bit
+for bit. What ``--out`` names is read first and written after each model, so that the command can
+be stopped and run again.
+"""
+
+import argparse
+import json
+import os
+import resource
+import time
+import traceback
+from pathlib import Path
+
+os.environ.setdefault("KERAS_BACKEND", "tensorflow")  # which compiles nothing
+
+import jax
+import keras
+import numpy as np
+import torch
+
+from fwt import converters
+
+# Names that say with which sizes a model is built where any others are refused.
+SIZES = {"NASNetLarge": 96, "InceptionV3": 96, "InceptionResNetV2": 96, "Xception": 96}
+
+
+def names():
+    """The functions of keras.applications that build a model."""
+    return sorted(n for n, f in vars(keras.applications).items() if n[0].isupper() and callable(f))
+
+
+def build(name, size):
+    """A model with random weights that keep their signals' size."""
+    keras.utils.clear_session()
+    make = getattr(keras.applications, name)
+    size = SIZES.get(name, size)
+    model = make(weights=None, input_shape=(size, size, 3), classes=10, classifier_activation=None)
+    return randomised(model)
+
+
+def randomised(model, seed=0):
+    rng = np.random.default_rng(seed)
+    for v in model.variables:
+        shape, own = tuple(v.shape), v.path.rpartition("/")[2]
+        if not keras.backend.is_float_dtype(v.dtype):
+            continue
+        if own in ("moving_variance", "variance"):
+            value = rng.uniform(0.5, 1.5, shape)
+        elif own in ("gamma", "mean", "moving_mean"):
+            value = rng.normal(0.8 if own == "gamma" else 0.1, 0.1, shape)
+        elif len(shape) > 1:
+            axes = shape[:-2] if own == "depthwise_kernel" else shape[:-1]
+            value = rng.normal(0, np.sqrt(1.5 / max(np.prod(axes), 1)), shape)
+        else:
+            value = rng.normal(0.05, 0.1, shape)
+        v.assign(value.astype("float32"))
+    return model
+
+
+def images(shape, count=2, seed=1):
+    return np.random.default_rng(seed).uniform(0, 255, (count, *shape)).astype("float32")
+
+
+def error(found, expected):
+    """The largest difference, relative to the largest expected entry."""
+    flat = [np.asarray(x, "float64") for x in (found, expected)]
+    if not all(np.isfinite(x).all() for x in flat):
+        return float("nan")
+    return float(np.abs(flat[0] - flat[1]).max() / max(np.abs(flat[1]).max(), 1e-30))
+
+
+def held(model):
+    """The arrays of each layer by its name; those of a Normalization come back as settings."""
+    return [
+        (layer.name, np.ravel(v))
+        for layer in model._flatten_layers()
+        if not isinstance(layer, keras.Model | keras.layers.Normalization)
+        for v in layer.variables
+        if keras.backend.is_float_dtype(v.dtype)
+    ]
+
+
+def bits(a, b):
+    """Whether two Keras models hold the same weights in layers of the same names, in order."""
+    one, two = held(a), held(b)
+    return len(one) == len(two) and all(
+        n == m and v.tobytes() == w.tobytes() for (n, v), (m, w) in zip(one, two, strict=True)
+    )
+
+
+def in_keras(model, x):
+    return keras.ops.convert_to_numpy(model(x, training=False))
+
+
+@jax.jit
+def in_flax(model, x):
+    return model(x)
+
+
+def tour(model):
+    """What came of the model on its way round."""
+    start = time.perf_counter()
+    shape = model.input_shape[1:]
+    x = images(shape)
+    expected = in_keras(model, x)
+    turned = torch.from_numpy(np.ascontiguousarray(np.moveaxis(x, -1, 1)))
+    out = {"parameters": model.count_params()}
+    clock = time.perf_counter()
+    there = converters.from_keras(model)
+    out["seconds in"] = round(time.perf_counter() - clock, 2)
+    out["flax"] = error(in_flax(there, x), expected)
+    net = converters.to_torch(there)
+    with torch.no_grad():
+        out["torch"] = error(net(turned).numpy(), expected)
+    back = in_again(net, there)
+    out["flax again"] = error(in_flax(back, x), expected)
+    again = converters.to_keras(back)
+    out["keras again"] = error(in_keras(again, x), expected)
+    out["bits"] = bits(again, model)
+    out["seconds"] = round(time.perf_counter() - start, 1)
+    out["GiB"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
+    return out
+
+
+def in_again(net, model):
+    """A torch net in Flax: as it is read, or by its state dict."""
+    try:
+        shape = model.module.input_shape
+        return converters.from_torch(net, input_shape=(shape[-1], *shape[:-1]))
+    except converters.ConversionError:
+        if isinstance(net, torch.nn.Sequential):
+            raise
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "net.pt"
+        torch.save(net.state_dict(), path)
+        return converters.load(path, architecture=model)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="*")
+    parser.add_argument("--out", default="graphs.json")
+    parser.add_argument("--size", type=int, default=64)
+    given = parser.parse_args()
+    path = Path(given.out)
+    told = json.loads(path.read_text()) if path.exists() else {}
+    for name in given.names or names():
+        if "bits" in told.get(name, {}):
+            continue
+        try:
+            told[name] = tour(build(name, given.size))
+        except Exception as problem:  # noqa: BLE001 - which the table tells
+            told[name] = {"refused": f"{type(problem).__name__}: {problem}"[:500]}
+            if given.names:
+                traceback.print_exc()
+        path.write_text(json.dumps(told, indent=1))
+        print(name, told[name], flush=True)
+
+
+if __name__ == "__main__":
+    main()

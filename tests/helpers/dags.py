@@ -1,0 +1,422 @@
+"""Random Keras models that are graphs, and their way through the other frameworks.
+
+``python tests/helpers/dags.py COUNT [FIRST]`` tries that many seeds and says what was wrong.
+"""
+
+import itertools
+import sys
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import keras
+import numpy as np
+import torch
+
+from fwt import converters
+
+MERGES = ("Add", "Subtract", "Multiply", "Average", "Maximum", "Minimum")
+
+
+class Draw:
+    """A model that grows by one call at a time."""
+
+    def __init__(self, seed):
+        self.rng = np.random.default_rng(seed)
+        self.inputs = [
+            keras.Input(self.size(), name=f"in{i}") for i in range(self.rng.integers(1, 4))
+        ]
+        self.tensors = list(self.inputs)
+        self.layers = []  # (layer, the shape that it takes), to be called again
+        self.count = 0
+
+    def size(self):
+        if self.rng.random() < 0.25:
+            return (int(self.rng.integers(2, 6)),)
+        sizes = self.rng.permutation([3, 4, 5])  # each another, so that an order can be told
+        return tuple(int(n) for n in sizes[: self.rng.choice([2, 3, 3])])
+
+    def pick(self, rank=None):
+        fitting = [t for t in self.tensors if rank is None or len(t.shape) in rank]
+        if not fitting:
+            return None
+        # The newer ones more often, so that it grows long.
+        weights = np.arange(1, len(fitting) + 1) ** 1.5
+        return fitting[self.rng.choice(len(fitting), p=weights / weights.sum())]
+
+    def name(self, kind):
+        self.count += 1
+        return f"{kind.lower()}_{self.count}"
+
+    def layer(self, kind, *given, **settings):
+        made = getattr(keras.layers, kind)(*given, name=self.name(kind), **settings)
+        return made
+
+    def step(self):
+        choice = self.rng.choice(
+            [
+                "window",
+                "dense",
+                "norm",
+                "function",
+                "merge",
+                "merge",
+                "joined",
+                "flatten",
+                "pool",
+                "again",
+                "shape",
+                "inside",
+                "slice",
+                "attend",
+            ]
+        )
+        found = getattr(self, choice)()
+        if found is not None:
+            size = np.prod(list(found.shape[1:]))
+            if 0 < size <= 600:
+                self.tensors.append(found)
+
+    def window(self):
+        x = self.pick((3, 4))
+        if x is None:
+            return None
+        r = len(x.shape) - 2
+        kind = self.rng.choice(
+            [
+                f"Conv{r}D",
+                f"Conv{r}DTranspose",
+                f"DepthwiseConv{r}D",
+                f"SeparableConv{r}D",
+                f"ZeroPadding{r}D",
+                f"UpSampling{r}D",
+            ]
+        )
+        if kind.startswith("Zero"):
+            return self.layer(kind, 1)(x)
+        if kind.startswith("Up"):
+            return self.layer(kind, 2)(x)
+        how = {
+            "padding": str(self.rng.choice(["same", "valid"])),
+            "kernel_size": int(self.rng.integers(1, 4)),
+        }
+        if any(s is not None and s < how["kernel_size"] for s in x.shape[1:-1]):
+            return None
+        if not kind.startswith("Depth"):
+            how["filters"] = int(self.rng.integers(1, 6))
+        if self.rng.random() < 0.4:
+            how["activation"] = str(self.rng.choice(["relu", "tanh", "sigmoid", "gelu"]))
+        if self.rng.random() < 0.3:
+            how["strides"] = 2
+        return self.kept(self.layer(kind, **how), x)
+
+    def kept(self, layer, x):
+        self.layers.append((layer, x.shape))
+        return layer(x)
+
+    def dense(self):
+        x = self.pick()
+        act = str(self.rng.choice(["linear", "relu", "softmax", "silu"]))
+        return self.kept(self.layer("Dense", int(self.rng.integers(1, 6)), activation=act), x)
+
+    def norm(self):
+        x = self.pick()
+        kind = self.rng.choice(["BatchNormalization", "LayerNormalization"])
+        return self.kept(self.layer(kind), x)
+
+    def function(self):
+        x = self.pick()
+        kind = self.rng.choice(
+            ["ReLU", "LeakyReLU", "Activation", "Dropout", "Rescaling", "Softmax", "op"]
+        )
+        if kind == "op":
+            return self.rng.choice(
+                [
+                    keras.ops.relu,
+                    keras.ops.silu,
+                    keras.ops.tanh,
+                    lambda x: x * 2.0 + 1.0,
+                    lambda x: 1.0 - x,
+                    lambda x: x / 3.0,
+                ]
+            )(x)
+        given = {"Activation": ("tanh",), "Dropout": (0.5,), "Rescaling": (0.5, 0.25)}.get(kind, ())
+        return self.kept(self.layer(kind, *given), x)
+
+    def pool(self):
+        x = self.pick((3, 4))
+        if x is None:
+            return None
+        r = len(x.shape) - 2
+        kind = self.rng.choice(["Max", "Average", "GlobalMax", "GlobalAverage"])
+        if kind.startswith("Global"):
+            return self.layer(f"{kind}Pooling{r}D", keepdims=bool(self.rng.integers(2)))(x)
+        if any(s < 2 for s in x.shape[1:-1]):
+            return None
+        return self.layer(
+            f"{kind}Pooling{r}D",
+            2,
+            strides=int(self.rng.integers(1, 3)),
+            padding=str(self.rng.choice(["same", "valid"])),
+        )(x)
+
+    def flatten(self):
+        x = self.pick((3, 4))
+        if x is None:
+            return None
+        flat = self.layer("Flatten")(x)
+        if self.rng.random() < 0.7:
+            self.tensors.append(flat)
+            return self.kept(self.layer("Dense", int(self.rng.integers(1, 5))), flat)
+        return flat
+
+    def merge(self):
+        x = self.pick()
+        fitting = [t for t in self.tensors if self.meets(t.shape, x.shape)]
+        if len(fitting) < 2:
+            return None
+        y = fitting[self.rng.integers(len(fitting))]
+        kind = str(self.rng.choice(MERGES))
+        if self.rng.random() < 0.3 and len(x.shape) == len(y.shape):
+            return {
+                "Add": lambda a, b: a + b,
+                "Subtract": lambda a, b: a - b,
+                "Multiply": lambda a, b: a * b,
+                "Maximum": keras.ops.maximum,
+                "Minimum": keras.ops.minimum,
+                "Average": lambda a, b: a / (b * b + 1.0),
+            }[kind](x, y)
+        return self.layer(kind)(
+            [x, y] if self.rng.random() < 0.5 or kind == "Subtract" else [x, y, x]
+        )
+
+    @staticmethod
+    def meets(a, b):
+        return len(a) == len(b) and all(
+            m == n or 1 in (m, n) for m, n in zip(a[1:], b[1:], strict=True)
+        )
+
+    def joined(self):
+        x = self.pick()
+        axis = int(self.rng.integers(1, len(x.shape)))
+        fitting = [
+            t
+            for t in self.tensors
+            if len(t.shape) == len(x.shape)
+            and all(
+                m == n for i, (m, n) in enumerate(zip(t.shape, x.shape, strict=True)) if i != axis
+            )
+        ]
+        several = [fitting[self.rng.integers(len(fitting))] for _ in range(self.rng.integers(1, 3))]
+        return self.layer(
+            "Concatenate", axis=axis if self.rng.random() < 0.5 else axis - len(x.shape)
+        )([x, *several])
+
+    def again(self):
+        """A layer called once more."""
+        fitting = [
+            (layer, t) for layer, shape in self.layers for t in self.tensors if t.shape == shape
+        ]
+        if not fitting:
+            return None
+        layer, x = fitting[self.rng.integers(len(fitting))]
+        return layer(x)
+
+    def shape(self):
+        x = self.pick((3, 4))
+        if x is None:
+            return None
+        rest = [int(n) for n in x.shape[1:]]
+        if self.rng.random() < 0.5:
+            dims = [int(d) + 1 for d in self.rng.permutation(len(rest))]
+            return self.layer("Permute", dims)(x)
+        flat = int(np.prod(rest))
+        first = next((n for n in (2, 3, 5) if flat % n == 0), 1)
+        return self.layer("Reshape", (first, flat // first))(x)
+
+    def inside(self):
+        """A model of a few layers, perhaps called twice."""
+        x = self.pick((3, 4))
+        if x is None:
+            return None
+        start = keras.Input(x.shape[1:])
+        c = x.shape[-1]
+        h = self.layer("Dense", c, activation="relu")(start)
+        if self.rng.random() < 0.5:
+            model = keras.Sequential(
+                [
+                    keras.Input(x.shape[1:]),
+                    self.layer("Dense", c),
+                    self.layer("BatchNormalization"),
+                ],
+                name=self.name("seq"),
+            )
+        else:
+            model = keras.Model(start, self.layer("Add")([h, start]), name=self.name("model"))
+        y = model(x)
+        return model(y) if self.rng.random() < 0.5 else y
+
+    def slice(self):
+        x = self.pick()
+        axis = int(self.rng.integers(1, len(x.shape)))
+        size = x.shape[axis]
+        if size < 2:
+            return None
+        start = int(self.rng.integers(0, size - 1))
+        stop = int(self.rng.integers(start + 1, size + 1))
+        if self.rng.random() < 0.2 and len(x.shape) > 2:
+            return x[(*[slice(None)] * axis, start)]
+        return x[(*[slice(None)] * axis, slice(start, stop))]
+
+    def attend(self):
+        x = self.pick((3,))
+        fitting = [
+            t
+            for t in self.tensors
+            if x is not None and len(t.shape) == 3 and t.shape[-1] == x.shape[-1]
+        ]
+        if not fitting:
+            return None
+        y = fitting[self.rng.integers(len(fitting))]
+        heads = 2 if x.shape[-1] % 2 == 0 else 1  # torch keeps the channels
+        return self.layer("MultiHeadAttention", heads, x.shape[-1] // heads)(x, y)
+
+    def model(self):
+        for _ in range(self.rng.integers(4, 14)):
+            self.step()
+        made = [t for t in self.tensors if t not in self.inputs] or [
+            self.layer("Dense", 3)(self.inputs[0])
+        ]
+        count = int(min(self.rng.integers(1, 4), len(made)))
+        outs = [made[-1], *(made[self.rng.integers(len(made))] for _ in range(count - 1))]
+        used = _used(outs, self.inputs)
+        form = self.rng.integers(3)
+        if form == 0:
+            model = keras.Model(
+                {t.name: t for t in used}, {f"out{i}": t for i, t in enumerate(outs)}
+            )
+        else:
+            model = keras.Model(used, outs if len(outs) > 1 else outs[0])
+        return model, used
+
+
+def _used(outs, inputs):
+    """The inputs that the outputs follow from."""
+    left, seen = list(outs), set()
+    while left:
+        tensor = left.pop()
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        layer, index, _ = tensor._keras_history
+        left += layer._inbound_nodes[index].input_tensors
+    return [t for t in inputs if id(t) in seen]
+
+
+# What the walk may refuse, and why.
+REFUSED = (
+    "no layer before it proves",
+    "flattened in another order",
+    "has the weights of",
+    "torch can't say a mean",
+)
+
+
+def flat(given):
+    return (
+        list(given.values())
+        if isinstance(given, dict)
+        else (list(given) if isinstance(given, list | tuple) else [given])
+    )
+
+
+def orders_of(x):
+    """The array with its axes but the batch in each order."""
+    rest = range(1, x.ndim)
+    return [x.transpose(0, *order) for order in itertools.permutations(rest)]
+
+
+def run(seed):
+    """What is wrong with the model of a seed: "" if nothing, or the refusals."""
+    import cases
+
+    keras.utils.clear_session()
+    draw = Draw(seed)
+    model, used = draw.model()
+    cases.randomise_keras(model, seed)
+    rng = np.random.default_rng(seed)
+    xs = [rng.normal(size=(2, *t.shape[1:])).astype("float32") for t in used]
+    by_name = {t.name: x for t, x in zip(used, xs, strict=True)}
+    given = by_name if isinstance(model.input, dict) else xs if len(xs) > 1 else xs[0]
+    expected = [np.asarray(v) for v in flat(model(given, training=False))]
+    said = []
+
+    def same(found, what, wanted=expected):
+        found = [np.asarray(v) for v in flat(found)]
+        assert len(found) == len(wanted), f"{what}: {len(found)} outputs, expected {len(wanted)}"
+        for a, b in zip(found, wanted, strict=True):
+            forms = orders_of(b) if "first" in what else [b]
+            most = 1e-5 * max(np.abs(b).max(), 1e-6) + 1e-6
+            close = any(a.shape == f.shape and np.allclose(a, f, rtol=0, atol=most) for f in forms)
+            found_ = np.abs(a - b).max() if a.shape == b.shape else (a.shape, b.shape)
+            assert close, f"{what}: {found_}"
+
+    there = converters.from_keras(model)
+    same(there(given), "flax")
+    again = converters.to_keras(there)
+    same(again(given, training=False), "keras again")
+    held = [v for v in model.variables if v.name != "seed_generator_state"]
+    back = [v for v in again.variables if v.name != "seed_generator_state"]
+    assert sorted(np.ravel(v).tobytes() for v in held) == sorted(
+        np.ravel(v).tobytes() for v in back
+    ), "bits"
+    for layout in ("source", "channels_first"):
+        try:
+            net = converters.to_torch(there, layout=layout)
+        except converters.ConversionError as error:
+            if not any(r in str(error) for r in REFUSED):
+                raise
+            said.append(f"{layout}: {error}")
+            continue
+        with torch.no_grad():
+            taken = xs if layout == "source" else as_taken(there, xs)
+            same(
+                net(*(torch.from_numpy(np.ascontiguousarray(x)) for x in taken)), f"torch {layout}"
+            )
+    return said
+
+
+def as_taken(model, xs):
+    """The inputs in the order in which the torch model takes them, told by their sizes."""
+    from fwt.converters.frameworks import flax, torch_layers
+
+    net = torch_layers.torch_net(flax.read_flax(*model), "channels_first")
+    return [
+        next(y for y in orders_of(x) if y.shape[1:] == shape)
+        for x, shape in zip(xs, net.inputs.values(), strict=True)
+    ]
+
+
+def main():
+    count, start = int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0
+    refused = wrong = 0
+    why = Counter()
+    for seed in range(start, start + count):
+        try:
+            said = run(seed)
+        except Exception as problem:
+            wrong += 1
+            print(seed, type(problem).__name__, str(problem)[:300], flush=True)
+            if count == 1:
+                raise
+            continue
+        refused += bool(said)
+        why.update(next(r for r in REFUSED if r in text) for text in said)
+        if count == 1:
+            print(said)
+    print(f"{count} models, {wrong} wrong, {refused} refused in part: {dict(why)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

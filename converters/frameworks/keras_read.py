@@ -224,6 +224,11 @@ class _Reader:
             if (name, index) in wanted:
                 continue
             wanted.add((name, index))
+            if name == "_CONSTANT_VALUE":
+                raise ConversionError(
+                    f"{self.place}: an operation takes a number as Keras 2 writes it, which is not "
+                    "read: a Rescaling says the same"
+                )
             nodes = (entries.get(name) or {}).get("inbound_nodes")
             if not isinstance(nodes, list) or not -1 < index < len(nodes):
                 raise FileFormatError(f"{self.place}: there is no call {index} of {name!r}")

@@ -40,7 +40,7 @@ REFUSED = {
     "softmax_axes": "one axis only",
     "stacked_cells": "only an RNN over|holds 6 arrays",
     "lambda": "it runs any code",
-    "product": "it takes output",
+    "product": "takes a number as Keras 2 writes it",
     "time_major": "time_major=True",
 }
 

@@ -241,7 +241,9 @@ class Merges(Shapes):
             if letter.startswith("*"):
                 after += star
             else:
-                after.append(bound.get(letter) or Axis(sizes.get(letter)))
+                found = bound.get(letter) or Axis(sizes.get(letter))
+                # Of the product of a tensor and its transposition both axes are one of it.
+                after.append(dataclasses.replace(found) if found in after else found)
         self._meet(values)
         self.tips = tuple(tips)
         self.want, self.n = after, after[0]

@@ -242,3 +242,23 @@ x = keras.Input((4, 3), name="x")
 def test_what_can_not_be_said_is_refused_by_name(made, said):
     with pytest.raises(converters.ConversionError, match=said):
         converters.from_keras(keras.Model(x, made()))
+
+
+@pytest.mark.parametrize("behind", ["dense", "convolution"])
+def test_both_axes_of_a_product_with_its_own_transposition(behind):
+    x = keras.Input((5, 4))
+    y = keras.layers.Conv1D(6, 1)(x)
+    y = keras.ops.matmul(y, keras.ops.transpose(y, (0, 2, 1)))
+    y = keras.layers.Dense(5)(y)
+    model = keras.Model(x, y if behind == "dense" else keras.layers.Conv1D(3, 2)(y))
+    given = np.random.default_rng(0).normal(size=(2, 5, 4)).astype(np.float32)
+    wanted = np.asarray(keras.ops.convert_to_numpy(model(given)))
+    graph = converters.from_keras(model)
+    np.testing.assert_allclose(graph(given), wanted, atol=1e-5)
+    with torch.no_grad():
+        found = converters.to_torch(*graph)(torch.from_numpy(given.transpose(0, 2, 1)))
+    # A Dense proves no channels, so only behind a convolution torch has them before the rest.
+    found = found.numpy() if behind == "dense" else found.numpy().transpose(0, 2, 1)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    again = converters.to_keras(*graph)(given)
+    np.testing.assert_allclose(keras.ops.convert_to_numpy(again), wanted, atol=1e-5)

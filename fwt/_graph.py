@@ -124,7 +124,7 @@ class Graph(nn.Module, KnowsAxes):
             raise FwtError("Graph: without nodes it needs outputs=")
         outputs = _ends(nodes[-1].name if self.outputs is None else self.outputs, "outputs")
         if alias:
-            outputs = _ends(_renamed(outputs, alias), "outputs")
+            outputs = _ends(renamed(outputs, alias), "outputs")
         _check(nodes, names_in(inputs), names_in(outputs))
         for name, value in (("nodes", nodes), ("inputs", inputs), ("outputs", outputs),
                             ("input_shape", _layers.tuples(self.input_shape))):  # fmt: skip
@@ -251,12 +251,13 @@ def _ends(given: Any, what: str) -> Any:
     return found
 
 
-def _renamed(ends: Any, alias: Mapping[str, str]) -> Any:
+def renamed(ends: Any, names: Mapping[str, str]) -> Any:
+    """What a graph takes or gives, some of it under other names."""
     if isinstance(ends, str):
-        return alias.get(ends, ends)
+        return names.get(ends, ends)
     if isinstance(ends, Mapping):
-        return {k: alias.get(v, v) for k, v in ends.items()}
-    return tuple(alias.get(n, n) for n in ends)
+        return {key: names.get(n, n) for key, n in ends.items()}
+    return tuple(names.get(n, n) for n in ends)
 
 
 def _flat(given: Any, inputs: tuple[str, ...]) -> tuple[tuple[Node, ...], dict[str, str]]:

@@ -14,6 +14,7 @@ from typing import Any
 import h5py
 import ml_dtypes
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from fwt._types import ConversionError, FileFormatError, Model
 from fwt.converters import io as _io
@@ -347,17 +348,11 @@ def _places(file: Any, budget: Budget) -> dict[tuple[str, ...], tuple[str, np.nd
             for name, value in held
         }
     raw = tree_of(file, budget, without="optimizer")
-    place = {id(value): "/".join(parts) for parts, value in _leaves(raw)}
+    place = {id(value): "/".join(parts) for parts, value in flatten_dict(raw).items()}
     tree = keras_2.modern_groups(raw, str(budget.path))
-    return {("params", *parts): (place[id(value)], value) for parts, value in _leaves(tree)}
-
-
-def _leaves(node: Any, inside: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    for name, value in node.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, (*inside, name))
-        else:
-            yield (*inside, name), value
+    return {
+        ("params", *parts): (place[id(value)], value) for parts, value in flatten_dict(tree).items()
+    }
 
 
 # -- the older .h5 ----------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict
 
 from fwt import _nodes, _tree
 from fwt._graph import Graph, Node, inputs_of, names_in, nodes_of
@@ -69,7 +70,7 @@ def read_flax(module: Any, variables: Any) -> Net:
     for collection, tree in variables.items():
         if collection not in ("params", "batch_stats"):
             raise ConversionError(f"variables: the collection {collection!r} can't be converted")
-        for path, value in _flat(tree):
+        for path, value in flatten_dict(tree).items():
             found = next((places[path[:k]] for k in range(len(path), 0, -1) if path[:k] in places),
                          None)  # fmt: skip
             own = found is not None and isinstance(found.layer, Parameter)
@@ -109,15 +110,6 @@ def _belongs_to_none(
     return ConversionError(
         f"variables: {place} belongs to no layer of the module, which has {sorted(names)}"
     )
-
-
-def _flat(tree: Any, inside: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """The arrays of nested dicts by their path."""
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, (*inside, name))
-        else:
-            yield (*inside, name), value
 
 
 def _layer(name: str, layer: Any, arrays: dict[str, Any]) -> Layer:

@@ -6,10 +6,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fwt._graph import renamed
 from fwt._types import FileFormatError
 from fwt.converters.rows import table
 from fwt.converters.rows.row import Layer, refuse, same
-from fwt.converters.walk.net import Net, fresh, renamed
+from fwt.converters.walk.net import Net, fresh
 
 # Layers of keras.applications, and where they live.
 HOME = {"LayerScale": "keras.src.applications.convnext"}
@@ -29,12 +30,13 @@ def is_operation(entry: Any) -> bool:
     return isinstance(module, str) and module.split(".")[:3] == ["keras", "src", "ops"]
 
 
-def _tensors(node: Any) -> list[Any]:
+def tensors(node: Any) -> list[Any]:
+    """The tensors in a node of a config, in order."""
     if isinstance(node, Mapping):
         if node.get("class_name") == "__keras_tensor__":
             return [node]
-        return [t for value in node.values() for t in _tensors(value)]
-    return [t for v in node for t in _tensors(v)] if isinstance(node, list | tuple) else []
+        return [t for value in node.values() for t in tensors(value)]
+    return [t for v in node for t in tensors(v)] if isinstance(node, list | tuple) else []
 
 
 def layers_of(entry: Any, node: Any, name: str, place: str) -> list[Layer]:
@@ -44,7 +46,7 @@ def layers_of(entry: Any, node: Any, name: str, place: str) -> list[Layer]:
         raise FileFormatError(f"{place}: {name} is no call of an operation")
     own = {k: v for k, v in own.items() if k not in ("name", "dtype")}
     args = [*(node.get("args") or []), *(node.get("kwargs") or {}).values()]
-    given = _tensors(args)
+    given = tensors(args)
     where = f"{place}: {name} (keras.ops, {kind})"
     shape = given[0]["config"].get("shape") if given else None
     if kind in _BINARY and len(given) == 2:
@@ -86,7 +88,7 @@ def _is_spatial(axes: Any, rank: int) -> bool:
 
 
 def _with_constant(kind: str, name: str, args: Sequence[Any], where: str) -> Layer:
-    left = bool(_tensors(args[0]))
+    left = bool(tensors(args[0]))
     c = args[1] if left else args[0]
     if isinstance(c, bool) or not isinstance(c, int | float):
         raise refuse(where, f"with {c!r:.80}: only a number, or a tensor")

@@ -345,7 +345,7 @@ class _Reader:
 
     def _same_rank(self, label: str, node: Any, given: list[str]) -> list[str]:
         """Keras puts axes of size 1 behind the batch of what has fewer."""
-        shapes = [t["config"].get("shape") for t in tensors(node)]
+        shapes = [t["config"].get("shape") for t in keras_ops.tensors(node)]
         if any(not isinstance(s, list | tuple) for s in shapes):
             return given
         rank = max(map(len, shapes))
@@ -375,18 +375,9 @@ def form_of(ends: Any, f: Any) -> Any:
     return f(ends) if one else tuple(f(v) for v in ends)
 
 
-def tensors(node: Any) -> list[Any]:
-    """The tensors in a node of a config, in order."""
-    if isinstance(node, Mapping):
-        if node.get("class_name") == "__keras_tensor__":
-            return [node]
-        return [t for value in node.values() for t in tensors(value)]
-    return [t for v in node for t in tensors(v)] if isinstance(node, list | tuple) else []
-
-
 def histories(node: Any) -> list[Ref]:
     """The layer, call and output that each tensor of a node is."""
-    return [tuple(t["config"]["keras_history"]) for t in tensors(node)]
+    return [tuple(t["config"]["keras_history"]) for t in keras_ops.tensors(node)]
 
 
 def _without_idle(node: Mapping[str, Any], entry: Mapping[str, Any]) -> Any:
@@ -400,7 +391,8 @@ def _attended(kind: str, name: str, node: Any, given: list[str], place: str) -> 
     """What attention takes, as query, key and value; one tensor where all are one."""
     order = _ARGUMENTS[kind]
     args, kwargs = node.get("args") or [], node.get("kwargs") or {}
-    places = [k for k, v in (*zip(order, args, strict=False), *kwargs.items()) if tensors(v)]
+    every = (*zip(order, args, strict=False), *kwargs.items())
+    places = [k for k, v in every if keras_ops.tensors(v)]
     if len(places) != len(given) or "query" not in places or "value" not in places:
         raise refuse(f"{place}: {name}", f"it is called with {', '.join(places)}")
     by = dict(zip(places, given, strict=True))

@@ -6,12 +6,12 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fwt._graph import names_in
+from fwt._graph import names_in, renamed
 from fwt._types import ConversionError
 from fwt.converters.frameworks import keras_ops
 from fwt.converters.rows import table
 from fwt.converters.rows.row import Layer, joined, listed, parts_of
-from fwt.converters.walk.net import Net, fresh, nests, renamed
+from fwt.converters.walk.net import Net, fresh, nests
 
 _SEVERAL = ("merge", "join")  # rows of layers that Keras calls with a list
 

@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from fwt._graph import INPUT, names_in
+from fwt._graph import INPUT, names_in, renamed
 from fwt._types import ConversionError
 from fwt.converters.rows.row import Layer, parts_of
 
@@ -112,15 +112,6 @@ def fresh(name: str, taken: Iterable[str]) -> str:
     while name in taken:
         name += "_"
     return name
-
-
-def renamed(ends: Any, names: Mapping[str, str]) -> Any:
-    """Names in a form, some of them under another name."""
-    if isinstance(ends, str):
-        return names.get(ends, ends)
-    if isinstance(ends, Mapping):
-        return {key: names.get(n, n) for key, n in ends.items()}
-    return tuple(names.get(n, n) for n in ends)
 
 
 def folded(net: Net, fold: Callable[[list[Layer]], list[Layer]]) -> Net:

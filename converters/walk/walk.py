@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fwt import layers as fl
-from fwt._graph import names_in
+from fwt._graph import names_in, renamed
 from fwt._types import ConversionError
 from fwt.converters.rows import table
 from fwt.converters.rows.row import (
@@ -31,7 +31,7 @@ from fwt.converters.rows.row import (
 from fwt.converters.walk.arrays import letter_sizes, moved
 from fwt.converters.walk.axis import Axis, Value, place_channel
 from fwt.converters.walk.merges import Merges
-from fwt.converters.walk.net import Net, renamed
+from fwt.converters.walk.net import Net
 from fwt.converters.walk.shapes import Restart
 
 SPATIAL = ("d", "h", "w")

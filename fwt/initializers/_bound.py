@@ -55,7 +55,7 @@ class Bound:
     @property
     def each(self) -> bool:
         """Whether the function gives an :class:`Each`."""
-        return getattr(self.function, "gives_each", False)
+        return self.function in _GIVE_EACH
 
     def __call__(self, key: Any = None, shape: Any = None, dtype: Any = jnp.float32) -> Any:
         if shape is None and key is None:  # a noun may be written bare or called
@@ -135,9 +135,12 @@ def plain_axes(name: str, shape: tuple[int, ...]) -> Axes:
     return Axes(name, shape, names if shape else ())
 
 
+_GIVE_EACH: set[Any] = set()
+
+
 def gives_each(function: Callable[..., Each]) -> Callable[..., Each]:
     """Marks a function that gives an :class:`Each`."""
-    function.gives_each = True  # type: ignore[attr-defined]
+    _GIVE_EACH.add(function)
     return function
 
 

@@ -51,7 +51,7 @@ class Report:
         first: the name of the first layer that departs, if ``ok`` is False and one does.
         layers: a line for each layer that both models have, and those that one has alone.
         weights: a line for each weight that is not the same, bit for bit, in Flax's form.
-        output: the line of the output.
+        output: the line of the output; of several, of the one that agrees least.
         notes: what else is to be known.
     """
 

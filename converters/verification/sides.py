@@ -154,9 +154,10 @@ def flax_side(model: Model) -> Side:
             values[node.name] = y = call(layer, own, *given)
             taps[layer_name(parts_of(node.name))] = np.asarray(y)
         end = end_of(model.module)
-        if isinstance(end, str):
-            return np.asarray(values[end]), taps
-        return one_array([values[n] for n in names_in(end)]), taps
+        keys = end if isinstance(end, Mapping) else range(len(names_in(end)))
+        gives = dict(zip(keys, (values[n] for n in names_in(end)), strict=True))
+        y, further = outputs(gives, np.asarray)
+        return y, taps | further
 
     layers = [(x, own) for _, x, own in each_layer(model.module, dict(model.variables))]
     first = next((x for x, _ in layers if type(x).__name__ not in _MOVES), None)
@@ -175,17 +176,19 @@ def flax_side(model: Model) -> Side:
                 time_first=time_first, told=told_batch)  # fmt: skip
 
 
-def outputs(y: Any, array: Callable[[Any], np.ndarray]) -> np.ndarray:
-    """What a model gives as one array."""
+class Further(str):
+    """The name of an output beside the first."""
+
+
+def outputs(y: Any, array: Callable[[Any], np.ndarray]) -> tuple[np.ndarray, Taps]:
+    """The first output of a model, and by name those beside it, each of which is judged by its
+    own scale; those of a dict in the order of their keys."""
     if isinstance(y, Mapping):
-        y = list(y.values())
-    return one_array([array(v) for v in y]) if isinstance(y, list | tuple) else array(y)
-
-
-def one_array(outputs: Sequence[Any]) -> np.ndarray:
-    """Several outputs as one, a row for each sample."""
-    rows = [np.asarray(y) for y in outputs]
-    return np.concatenate([y.reshape(len(y), -1) for y in rows], axis=1)
+        y = [y[key] for key in sorted(y)]
+    first, *others = y if isinstance(y, list | tuple) else [y]
+    further: Taps = {Further(f"output {i} of the model"): array(v)
+                     for i, v in enumerate(others, 2)}  # fmt: skip
+    return array(first), further
 
 
 def _fields(layer: Any) -> dict[str, Any]:
@@ -317,13 +320,14 @@ def keras_side(model: Any) -> Side:
 
         if isinstance(model, keras.Sequential):
             y = under(model, given, ())
-            return outputs(y if by else model(given, training=False), numbers), taps
-        y = model(given, training=False)
+        if not by or not isinstance(model, keras.Sequential):
+            y = model(given, training=False)
         if inner is not None:
             seen = inner(given, training=False)
             seen = seen if isinstance(seen, list | tuple) else [seen]
             taps |= {layer_name((x.name,)): numbers(v) for x, v in zip(once, seen, strict=True)}
-        return outputs(y, numbers), taps
+        found, further = outputs(y, numbers)
+        return found, taps | further
 
     shape = getattr(model, "input_shape", None)
     own = tuple(shape[1:]) if isinstance(shape, tuple) else None
@@ -440,7 +444,8 @@ def torch_side(model: Any) -> Side:
                 changed = _put_back(module, before)
                 counts.update((type(module).__name__, name) for name in changed)
             settings[:] = [each for each in settings if not counted(each[0])]
-        return outputs(y, array), taps
+        found, further = outputs(y, array)
+        return found, taps | further
 
     def tensor(x: np.ndarray) -> Any:
         """A copy, for a layer may work in place."""

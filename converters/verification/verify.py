@@ -34,6 +34,7 @@ from fwt.converters.verification.report import (
     weight_apart,
 )
 from fwt.converters.verification.sides import (
+    Further,
     Side,
     each_layer,
     flax_side,
@@ -236,6 +237,8 @@ def _nothing(x: np.ndarray, output: Line) -> str:
     return f"nothing is compared: {why}"
 
 
+# Of several outputs, the line of the worst is that of the model.
+_WORST = ("differs", "reordered", "not compared", "close", "exact")
 Held = dict[str | None, Outputs]  # by layer; None is the output of the model
 
 
@@ -315,7 +318,7 @@ def _lines(one: Side, other: Side, x: np.ndarray, tolerance: float | None = None
     def told() -> tuple[list[Line], Line, judge.Apart | None]:
         lines = []
         for name in [*mine, *(n for n in theirs if n not in mine)]:
-            if name is None:
+            if name is None or isinstance(name, Further):
                 continue
             if name in mine and name in theirs:
                 lines.append(compared(name, mine[name], theirs[name], inside, **how)[0])
@@ -323,7 +326,13 @@ def _lines(one: Side, other: Side, x: np.ndarray, tolerance: float | None = None
             where, held = ("first", mine) if name in mine else ("second", theirs)
             shape = held[name].value.shape
             lines.append(Line(name, shape, math.nan, math.nan, 0, f"only in the {where}"))
-        return lines, *compared("output", mine[None], theirs[None], ends, **how)
+        both = [compared("output", mine[None], theirs[None], ends, **how)]
+        for name in [*mine, *(n for n in theirs if n not in mine)]:
+            if isinstance(name, Further):
+                nothing = Outputs(np.zeros(0))
+                a, b = mine.get(name, nothing), theirs.get(name, nothing)
+                both.append(compared(name, a, b, ends, **how))
+        return lines, *min(both, key=lambda pair: _WORST.index(pair[0].status))
 
     found = told()
     if tolerance is not None or all(n.status != "differs" for n in (*found[0], found[1])):

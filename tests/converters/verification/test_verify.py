@@ -404,3 +404,28 @@ def test_rows_of_a_table_are_not_rounded():
         other[0].weight[4097] += 0.5
     assert converters.verify(net, converters.from_torch(net), input_shape=(2,)).ok
     assert converters.verify(net, other, input_shape=(2,)).first == "0"
+
+
+@pytest.mark.parametrize("form", ["list", "dict"])
+def test_each_of_several_outputs_counts_by_its_own_scale(form):
+    x = keras.Input((4,))
+    large, small = (keras.layers.Dense(3, name=name)(x) for name in ("large", "small"))
+    outputs = [large, small] if form == "list" else {"b": large, "a": small}
+    model = keras.Model(x, outputs)
+    for layer, by in zip(model.layers[1:], (1e4, 1e-4), strict=True):
+        layer.set_weights([by * np.random.default_rng(3).normal(size=w.shape)
+                           for w in layer.get_weights()])  # fmt: skip
+    flax = converters.from_keras(model)
+    net = converters.to_torch(*flax)
+    report = converters.verify(model, net)
+    assert report.ok
+    assert converters.verify(flax, model).ok
+    with torch.no_grad():
+        net.get_submodule("small").weight[0, 1] *= 1.001
+    report = converters.verify(model, net)
+    assert not report.ok
+    assert report.first == "small"
+    assert report.output.status == "differs"
+    alone = keras.Model(x, large)
+    assert not converters.verify(model, alone).ok
+    assert not converters.verify(alone, model).ok

@@ -76,7 +76,7 @@ def select(leaves, k, signed=False, path="traced"):
         n = sum(np.size(x) for x in leaves)
         ks = jnp.array([0, k, n - k, n // 2], jnp.uint32)
         return [np.asarray(m[1]) for m in several(leaves, jax.vmap(_counts.wide)(ks))]
-    found = keys.sources([jnp.asarray(x) for x in leaves], signed)
+    found = keys.sources([x if path == "numpy" else jnp.asarray(x) for x in leaves], signed)
     with near(path):
         cuts = _select.smallest([found], [int(k)])
         found = [s.on_host() for s in found] if path == "numpy" else found

@@ -557,9 +557,15 @@ def way_to_parts(
             return bool(node) and left > 0 and all(whole(v, left - 1) for v in node.values())
         return is_array(node)
 
-    held = tree.items() if isinstance(tree, Mapping) else ()
-    start = "" if key is None else f"{key}/"
-    found = [
-        f"key={f'{start}{n}'!r}" for n, v in held if isinstance(v, Mapping) and whole(v, depth)
-    ]
-    return f"{' or '.join(found[:5])} picks a part of it" if found else ""
+    level = {"" if key is None else key: tree}
+    for _ in range(8):  # the parts that are least deep
+        inner = {
+            f"{start}/{name}".removeprefix("/"): value
+            for start, node in level.items()
+            if isinstance(node, Mapping)
+            for name, value in node.items()
+        }
+        level = {name: v for name, v in inner.items() if isinstance(v, Mapping)}
+        if found := [f"key={name!r}" for name, v in level.items() if whole(v, depth)]:
+            return f"{' or '.join(found[:5])} picks a part of it"
+    return ""

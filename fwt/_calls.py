@@ -1,8 +1,9 @@
 """The linear layers of a linen or nnx module while it runs, and what each of them is given."""
 
+import contextlib
 import functools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -57,16 +58,34 @@ def run(what: str, module: Any, variables: Any, batch: Any, see: See) -> None:
         )
     if not graph and not hasattr(module, "apply"):
         raise FwtError(f"{what} takes a Flax module, found {module!r:.80}")
-    try:
+    with explained(
+        what, module, "the batch alone", "a module around it that takes the batch and nothing more"
+    ):
         (_run_nnx if graph else _run_linen)(what, module, variables, batch, told)
+
+
+@contextlib.contextmanager
+def explained(what: str, module: Any, given: str, way: str, whole: str = "") -> Iterator[None]:
+    """Whatever a user's module says of what it is given becomes an error of ours.
+
+    Args:
+        what: who runs it.
+        module: what runs.
+        given: what it is given, as a noun.
+        way: what to give instead.
+        whole: what to give to a module that takes whole numbers alone.
+    """
+    try:
+        yield
     except FwtError:
         raise
-    except Exception as error:  # whatever a user's module says
+    except Exception as error:
         why = " ".join(str(error).split())
+        if "must be an integer" in why:
+            way = whole or "a batch of whole numbers, of the dtype int32"
         raise FwtError(
-            f"{what}: {type(module).__name__} does not run on the batch alone "
-            f"({type(error).__name__}: {why:.200}): give a module around it that takes the batch "
-            "and nothing more"
+            f"{what}: {type(module).__name__} does not run on {given} "
+            f"({type(error).__name__}: {why:.200}): give {way}"
         ) from error
 
 

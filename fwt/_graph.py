@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.errors
 import flax.linen as nn
+import numpy as np
 
 from fwt import _tree
 from fwt import layers as _layers
@@ -372,6 +373,24 @@ def inputs_of(module: Any) -> tuple[str, ...]:
     while any(n.name == start for n in module.layers):
         start += "_"
     return (start,)
+
+
+def first_layers(module: Any) -> list[Any]:
+    """The layers that take what the model takes."""
+    if not isinstance(module, Sequential | Graph):
+        return [module]
+    starts, layers = inputs_of(module), {n.name: n.layer for n in nodes_of(module)}
+    return [layers[n.of or n.name] for n in nodes_of(module) if set(n.inputs) & set(starts)]
+
+
+def count_of(layer: Any) -> int:
+    """How many whole numbers a layer takes, if it takes some."""
+    return getattr(layer, "num_embeddings", None) or getattr(layer, "num_tokens", None) or 0
+
+
+def input_dtype(module: Any) -> Any:
+    """The dtype of a model's input: int32 where a first layer takes whole numbers."""
+    return np.int32 if any(map(count_of, first_layers(module))) else np.float32
 
 
 def _leaves(module: Sequential, inside: tuple[str, ...]) -> Iterator[tuple[str, Any]]:

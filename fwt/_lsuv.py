@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fwt import _axes, _draw, _tree, initializers
+from fwt import _axes, _calls, _draw, _tree, initializers
 from fwt._types import LeafError, Where
 
 
@@ -88,11 +88,18 @@ def lsuv(
             mine = context.method_name == "__call__" and path in names
             return visit(path, context.module, out) if mine else out
 
-        with nn.intercept_methods(interceptor):
+        way = "what else module.apply takes, such as train=False"
+        with nn.intercept_methods(interceptor), _calls.explained("lsuv", module, "the batch", way):
             module.apply(values, batch, **kwargs)
 
     def scaled(path: str, layer: Any, out: Any) -> Any:
         bias = layer.get_variable("params", "bias")
+        shape = getattr(out, "shape", None)
+        if shape is None or (bias is not None and bias.shape != shape[len(shape) - bias.ndim :]):
+            raise LeafError(
+                f"lsuv: {path} is of a {type(layer).__name__}, whose output is not the kernel "
+                "times the input plus the bias: leave it out with where="
+            )
         shift = 0.0 if bias is None else jnp.asarray(bias, out.dtype)
         signal = (out - shift).astype(_tree.wide_dtype(out.dtype))
         if path not in scales:

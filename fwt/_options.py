@@ -77,7 +77,7 @@ _READING: dict[str, tuple[Any, Any]] = {
     ),
     "key": (
         Annotated[
-            str | None,
+            list[str] | None,
             typer.Option(help="The part of the file to read, such as 'model' or 'state/params'."),
         ],
         None,
@@ -152,7 +152,16 @@ def reads(command: Callable[..., None]) -> Callable[..., None]:
         if how["match"] not in ("name", "order"):
             raise typer.BadParameter(f"--match {how['match']}: expected name or order")
         if how["dtype"] not in (None, "float32"):
-            raise typer.BadParameter(f"--dtype {how['dtype']}: expected float32")
+            raise typer.BadParameter(
+                f"--dtype {how['dtype']}: it takes float32 alone, for a file of other floats"
+            )
+        keys = how["key"] or [None]
+        if len(keys) > 1:
+            raise typer.BadParameter(
+                f"--key {' --key '.join(keys)}: one part is read; {'/'.join(keys)} would be a part "
+                "of a part"
+            )
+        how["key"] = keys[0]
         pairs = [text.partition("=") for text in how["rename"] or ()]
         if not all(found for _, found, _ in pairs):
             raise typer.BadParameter(f"--rename {' '.join(how['rename'])}: expected OLD=NEW")

@@ -140,6 +140,10 @@ def named(pattern: str, paths: Collection[str]) -> list[str]:
 def near(path: str, known: Iterable[str]) -> str:
     """``; close: 'a', 'b'``, or nothing."""
     known = list(known)
+    if any("**" in part and part != "**" for part in split(path)):
+        parts = re.sub("/+", "/", path.replace("**", "/**/").replace(".", "/")).strip("/")
+        if fits := [p for p in known if matches(parts, p)]:
+            return f"; ** is a part of its own, between slashes: {parts!r} takes {fits[0]!r}"
     plain = path.replace("**/", "").replace("*", "")
     lower = {p.lower(): p for p in known}
     close = [p for p in known if matches("**/" + path, p)] if path else []

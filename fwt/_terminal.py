@@ -83,7 +83,8 @@ def print_model(path: Path, model: "Model", as_json: bool, architecture: Any = N
         leaves = [{**dataclasses.asdict(line), "shape": list(line.shape)} for line in told.lines]
         print(json.dumps({
             "file": os.fspath(path), "format": form.name, "bytes": size_of(path),
-            "module": None if bare or module is None else _architecture.module_to_json(module),
+            "module": None if bare or module is None else _architecture.module_to_json(
+                module.clone(sidecar="")),
             "weights": told.size, "zeros": told.zeros, "leaves": leaves,
         }))  # fmt: skip
         return
@@ -165,7 +166,7 @@ _WORDS: tuple[tuple[str, Any], ...] = (
     (r"; give a module", ": --architecture net.keras says which model they are of"),
     (r"give the module,", "give their model with --architecture,"),
     (r"run (it )?with jax\.enable_x64\(True\)( \(or .*?\)\))?(, or, on a tree, give dtype=.*)?$",
-     "set JAX_ENABLE_X64=1 in the environment"),
+     "--dtype float32 reads it in float32, and JAX_ENABLE_X64=1 in the environment keeps it"),
     (r"set jax_enable_x64", "set JAX_ENABLE_X64=1 in the environment"),
     (r"use (converters\.transform\(model, t\))", r"use \1 in Python"),
     (r"^prune needs a sparsity or a threshold.*", "prune takes --sparsity 0.8 or --threshold 0.1, "

@@ -5,6 +5,7 @@ several files, a line for each that failed, while the others are done), 2 wrong 
 files of diff or verify differ, or what convert --verify read again does.
 """
 
+import contextlib
 import os
 import sys
 import warnings
@@ -71,8 +72,17 @@ def _save(path: Path, model: "Model", **how: Any) -> None:
     from fwt import converters
 
     sizes = [getattr(x, "nbytes", 0) for x in jax.tree.leaves(model.variables)]
-    with _terminal.progress(f"writing {path.name}", sum(sizes)):
-        converters.save(path, *model, **how)
+    missing = [p for p in path.parents if not p.exists()]
+    try:
+        if missing:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with _terminal.progress(f"writing {path.name}", sum(sizes)):
+            converters.save(path, *model, **how)
+    except BaseException:
+        for made in missing:  # what is empty, from the innermost on
+            with contextlib.suppress(OSError):
+                made.rmdir()
+        raise
 
 
 def _each(
@@ -129,6 +139,8 @@ def _into(sources: Sequence[Path], target: str, to: str | None) -> bool:
     may be missing: a slash at the end says that it is one."""
     from fwt.converters.files import formats
 
+    if target == "-":
+        raise typer.BadParameter("-: a file is written whole or not at all: give its name")
     folder = target.endswith(("/", os.sep)) or Path(target).is_dir()
     folder = folder and formats.by_suffix(Path(target)) is None
     return len(sources) > 1 or to is not None or folder
@@ -147,6 +159,12 @@ def _each_to(
 
     folder = Path(target)
     if not _into(sources, target, to):
+        if not formats.suffix(folder):
+            raise typer.BadParameter(
+                f"{target}: its suffix says the format, such as {target}.safetensors; with a slash "
+                f"at its end, {target}/, it is a folder for files that keep their names, and --to "
+                "says their format"
+            )
         do(sources[0], folder, how)
         return
     if formats.by_suffix(folder) is not None or folder.is_file():
@@ -158,6 +176,11 @@ def _each_to(
 
     def place(source: Path, own: dict[str, Any]) -> None:
         name, end = source.name, formats.suffix(source)
+        if to is None and source.is_dir() and formats.by_suffix(source) is None:
+            raise FwtError(
+                f"{source}: a folder whose name says no format: --to safetensors, or another "
+                f"suffix, says in which it is written to {folder / name}"
+            )
         if to is not None:
             name = f"{name[: len(name) - len(end)]}.{to.lstrip('.')}"
         there = folder / name
@@ -167,7 +190,6 @@ def _each_to(
         if there in made and not (again and made[there] == source):
             raise FwtError(f"{source}: {there} is written from {made[there]} already")
         made[there] = source
-        folder.mkdir(parents=True, exist_ok=True)
         do(source, there, own)
 
     _each(sources, how, place)
@@ -238,16 +260,14 @@ def _changed(
     as_json: bool,
 ) -> None:
     """Load, transform, save, and the table of what came out."""
+    from fwt.converters.files import formats
 
     def one(source: Path, target: Path, how: dict[str, Any]) -> None:
         model = _load(source, **how, sidecar=True)
-        alone = model.module is None
         model = transform(model)
-        from fwt.converters.files import formats
-
         inner = formats.inside(source)
-        into = inner if alone and formats.is_written_into(target, inner) else None
-        _save(target, model, layout=layout, source=into)
+        own = model.module is None and formats.is_written_into(target, inner)
+        _save(target, model, layout=layout, source=inner if own else None)
         _terminal.print_model(target, model, as_json)
 
     _each_to(sources, target, to, how, one)

@@ -138,6 +138,7 @@ class Pattern:
                 if a glob of the setting ``flattened`` names none of them.
         """
         found, wrong = [], {}
+        kind: type[FwtError] = LeafError
         paths = [axes.path for axes in places]
         for glob, sizes in dict(self.settings).get("flattened", ()):
             hits = _tree.named(glob, paths)
@@ -149,13 +150,14 @@ class Pattern:
         for axes in places:
             try:
                 found.append(self.on(axes, flattened))
-            except IndivisibleError as error:
+            except (IndivisibleError, _NoAxisError) as error:
+                kind = AxesError if isinstance(error, _NoAxisError) else kind
                 wrong[axes.path] = str(error)
         if wrong:
             left = [axes.path for axes in places if axes.path not in wrong]
             way = f"leave {'it' if len(wrong) == 1 else 'them'} out with where={left!r}"
             said = "; ".join(list(wrong.values())[:5]) + ("; ..." if len(wrong) > 5 else "")
-            raise LeafError(f"{self!r}: {said}: {way if left else 'no leaf is left'}")
+            raise kind(f"{self!r}: {said}: {way if left else 'no leaf is left'}")
         return found
 
     def on(self, axes: Axes, flattened: Mapping[str, Any]) -> Windows | Groups | None:
@@ -354,12 +356,16 @@ def channel(axis: str = "out", *, pool: Pool = "mean") -> Pattern:
     return Pattern("channel", (("axis", axis), ("pool", _pool(pool))))
 
 
+class _NoAxisError(AxesError):
+    """A leaf has no axis of the name that a pattern asks for."""
+
+
 def _on_channel(axes: Axes, axis: str = "out", pool: Pool = "mean") -> Windows:
     sides = {"out": axes.outputs, "in": axes.inputs}
     named = tuple(i for i, n in enumerate(axes.names or ()) if n == axis)
     places = sides.get(axis, ()) or named
     if not places:
-        raise AxesError(
+        raise _NoAxisError(
             f"{axes.path} of shape {axes.shape} has no axis {axis!r}: its axes are "
             f"{' '.join(axes.names or ())!r}"
         )

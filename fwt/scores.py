@@ -6,6 +6,7 @@ without params, one of ours is itself with that context bound: ``saliency(grads=
 """
 
 import functools
+import inspect
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fwt import _apart, _axes, _calls, _keys, _mesh, _nodes, _paths, _tree
+from fwt import _apart, _axes, _calls, _graph, _keys, _mesh, _nodes, _paths, _tree
 from fwt._types import FwtError, LeafError, Model, Params, Score, Scores
 from fwt.selection.keys import magnitude_key
 
@@ -338,7 +339,14 @@ def _gradient_and_product(loss: Callable[..., Any], params: Params, along: str) 
 
     def slope(leaves: Mapping[str, Any]) -> Any:
         def of(new: Mapping[str, Any]) -> Any:
-            return loss(tree.replace({p: x.astype(own[p].dtype) for p, x in new.items()}))
+            found = loss(tree.replace({p: x.astype(own[p].dtype) for p, x in new.items()}))
+            if (shape := () if isinstance(found, float) else getattr(found, "shape", None)) != ():
+                said = type(found).__name__ if shape is None else f"an array of the shape {shape}"
+                raise FwtError(
+                    f"the loss of a score gives one number for the params, found {said}: take its "
+                    "mean or its sum, and nothing beside it"
+                )
+            return found
 
         return jax.grad(of)(leaves)
 
@@ -362,8 +370,9 @@ def grasp(loss: Callable[[Any], Any]) -> Score:
     Winning Tickets Before Training by Preserving Gradient Flow", 2020).
 
     Args:
-        loss: ``params -> scalar``, on a batch that it holds; it is called with what the score is
-            called with.
+        loss: ``params -> scalar``, on a batch that it holds, with what :func:`fwt.prune` is
+            given: ``lambda v: loss_of(net.apply(v, x), y)`` for variables, and
+            ``net.apply({"params": p}, x)`` for the params alone.
 
     Returns:
         A score; scores are signed.
@@ -387,8 +396,7 @@ def second_order_taylor(loss: Callable[[Any], Any]) -> Score:
     al., "Importance Estimation for Neural Network Pruning", 2019).
 
     Args:
-        loss: ``params -> scalar``, on a batch that it holds; it is called with what the score is
-            called with.
+        loss: ``params -> scalar``, as for :func:`grasp`.
 
     Returns:
         A score.
@@ -411,6 +419,13 @@ def second_order_taylor(loss: Callable[[Any], Any]) -> Score:
 def _called(name: str, loss: Any, score: Score) -> Score:
     if not callable(loss):
         raise FwtError(f"{name} takes a loss, a function of the params; found {loss!r:.80}")
+    takes: Any = None  # a function may have no signature
+    try:
+        (takes := inspect.signature(loss)).bind(None)
+    except (TypeError, ValueError) as error:
+        if takes is not None:
+            way = f"{name}(lambda params: loss(params, batch))"
+            raise FwtError(f"{name}'s loss takes the params alone, found {takes}: {way}") from error
     score.__name__ = name
     return score
 
@@ -427,7 +442,9 @@ def _variables(name: str, module: Any, params: Params, collections: Mapping[str,
     return {"params": params, **collections}
 
 
-def synflow(module: Any, input_shape: Any = None, **collections: Any) -> Score:
+def synflow(
+    module: Any, input_shape: Any = None, *, input_dtype: Any = None, **collections: Any
+) -> Score:
     """How much flows through the weight, without data: ``|w| * dR/d|w|`` for ``R`` the sum of the
     outputs for an input of ones, with every weight made positive (Tanaka et al., "Pruning neural
     networks without any data by iteratively conserving synaptic flow", 2020).
@@ -438,6 +455,7 @@ def synflow(module: Any, input_shape: Any = None, **collections: Any) -> Score:
     Args:
         module: a linen module, such as :class:`fwt.Sequential`.
         input_shape: of one input, without the batch axis; None takes the Sequential's own.
+        input_dtype: None is int32 where an Embed comes first (its row 1 alone counts), or float32.
         **collections: what the module needs beside params (``batch_stats=...``), where the score
             is not called with a Model or variables that hold it.
 
@@ -461,8 +479,10 @@ def synflow(module: Any, input_shape: Any = None, **collections: Any) -> Score:
     several: Any = shape if many else (shape,)
     if any(s is None or None in s for s in several):
         raise FwtError("synflow needs the shape of one input: synflow(module, input_shape=(...))")
+    dtype = input_dtype or _graph.input_dtype(module)
 
     def score(params: Params) -> Scores:
+        ones = [jnp.ones((1, *s), dtype) for s in several]
         variables = _variables("synflow", module, params, collections)
         tree = _tree.Tree(params)
         positive = jax.tree.map(_absolute, variables)
@@ -473,10 +493,11 @@ def synflow(module: Any, input_shape: Any = None, **collections: Any) -> Score:
 
         def flow(leaves: Mapping[str, Any]) -> Any:
             own = weights.replace(tree.with_ties(leaves))
-            out = module.apply(own, *(jnp.ones((1, *s)) for s in several))
-            return sum(jnp.sum(y) for y in jax.tree.leaves(out))
+            return sum(map(jnp.sum, jax.tree.leaves(module.apply(own, *ones))))
 
-        total, slopes = jax.value_and_grad(flow)(moving)
+        given, whole = f"ones of {[x.shape for x in ones]}", 'input_dtype="int32"'
+        with _calls.explained("synflow", module, given, "another input_shape=", whole):
+            total, slopes = jax.value_and_grad(flow)(moving)
         if not isinstance(total, jax.core.Tracer) and not jnp.isfinite(total):
             raise FwtError("synflow: the flow overflows float32; run it with jax.enable_x64(True)")
         return tree.replace({p: jnp.abs(w * slopes[p]) for p, w in moving.items()})

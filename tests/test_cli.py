@@ -661,7 +661,7 @@ def odd(tmp_path_factory):
         ("prune net.keras o.keras --pattern n_m(2,4)", "--pattern n_m(2, 4): b/kernel of shape"),
         ("prune w.pt o.pt --sparsity 0.5 --where x", "fwt inspect lists them all"),
         ("prune wide.npz o.npz --sparsity 0.5", "--where kernels, the default, matches none"),
-        ("prune wide.npz o.npz --sparsity 0.5 --where a", "set JAX_ENABLE_X64=1"),
+        ("prune wide.npz o.npz --sparsity 0.5 --where a", "--dtype float32 reads it in float32"),
         ("prune tf.safetensors o.npz --sparsity 0.5 --where bert/kernl", "close: 'bert/kernel'"),
         ("project tf.safetensors o.npz --constraint unit_norm --where bert/kernel",
          "say so with --axes 'bert/kernel=out in'"),

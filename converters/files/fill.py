@@ -359,13 +359,19 @@ def _hint(wanted: Mapping[str, Shape], found: Mapping[str, Shape]) -> str:
     """The ways out that make the names of a file those of an architecture, if there are some."""
     starts = {n[:i]: None for n in found for i, c in enumerate(n) if c == "."}
     ways: list[str] = []
-    for start in sorted({"": None} | starts, key=len)[:1000]:
+    ordered = sorted({"": None} | starts, key=len)[:1000]
+    # First the starts that all wanted names have, then those that only some of them have.
+    for start, some in [*((s, False) for s in ordered), *((s, True) for s in ordered[1:100])]:
+        if some and ways:
+            break
         begins = f"{start}." if start else ""
-        inside = {n[len(begins) :]: s for n, s in found.items() if n.startswith(begins)}
-        if not all(inside.get(n) == s for n, s in wanted.items()):
+        after = {n[len(begins) :]: n for n in found if n.startswith(begins)}
+        if some:
+            after = {n: n for n in found if not n.startswith(begins)} | after
+        if not all(n in after and found[after[n]] == s for n, s in wanted.items()):
             continue
         said = [f"rename={{{start!r}: ''}}"] if start else []
-        own = {begins + n for n in wanted}
+        own = {after[n] for n in wanted}
         globs = []
         for name in (n for n in found if n not in own):
             above = (name[:i] for i, c in enumerate(name) if c == ".")

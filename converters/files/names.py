@@ -77,7 +77,9 @@ def chosen(variables: Mapping[str, Any], how: Names, path: Path) -> list[Named]:
             raise FileFormatError(f"{path}: rename: {'/'.join(old)!r} would be left without a name")
         found.append(Named(collection, old, new, value))
     if left := [old for old in rename if old not in used]:
-        near = _tree.near(left[0], [".".join(x.new) for x in found])
+        near = _chained(left[0], rename, how, found) or _tree.near(
+            left[0], [".".join(x.new) for x in found]
+        )
         raise UnusedError(
             f"{path}: rename: no name starts with {left[0]!r}{near}", "rename", left[0]
         )
@@ -91,6 +93,21 @@ def chosen(variables: Mapping[str, Any], how: Names, path: Path) -> list[Named]:
     if found and len(gone) == len(found):
         raise FileFormatError(f"{path}: drop={list(how.drop)!r} leaves no array")
     return [x for i, x in enumerate(found) if i not in gone]
+
+
+def _chained(late: str, rename: Mapping[str, list[str]], how: Names, found: Sequence[Named]) -> str:
+    """What to say of an entry of ``rename`` that would fit what another entry makes."""
+    told = how.rename or {}
+    for one in found:
+        first, _ = _first(one.old, rename, how)
+        if first is None or _replaced(one.new, rename[late], "x") is None:
+            continue
+        said = f"; some do once {first!r} is renamed, but each name is changed once"
+        if not told[first].rstrip("./"):
+            both = {f"{first.rstrip('./')}.{late.rstrip('./')}": told[late]}
+            said += f": rename={both!r} does both"
+        return said
+    return ""
 
 
 def _dropped(glob: str, found: Sequence[Named], path: Path) -> set[int]:

@@ -127,9 +127,17 @@ def _restored(folder: Path, budget: Budget, key: str | None, path: Path, how: Re
                 )
         one = isinstance(shardings, jax.sharding.Sharding)
         each = jax.tree.map(lambda _: shardings, tree, is_leaf=_is_leaf) if one else shardings
-        kinds = jax.tree.map(
-            lambda _, s: ocp.ArrayRestoreArgs(sharding=s), tree, each, is_leaf=_is_leaf
-        )
+        try:
+            kinds = jax.tree.map(
+                lambda _, s: ocp.ArrayRestoreArgs(sharding=s), tree, each, is_leaf=_is_leaf
+            )
+        except ValueError as error:
+            held = ", ".join(map(repr, tree)) if isinstance(tree, Mapping) else "a list"
+            held = held if key is None else f"{held} under key={how.key!r}"
+            raise ConversionError(
+                f"{path}: shardings= is one sharding, or a tree of them like that of the arrays, "
+                f"of {held}; found another tree, {jax.tree.structure(shardings)}"[:400]
+            ) from error
     wanted: Any = tree
     for part in reversed([] if key is None else key.split("/")):
         wanted, kinds = {part: wanted}, {part: kinds}

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fwt import _axes, _tree
+from fwt import _axes, _tree, initializers
 from fwt._nodes import FromFile
 from fwt._types import ConversionError, LeafError, Model, Transform, wants_statistics
 from fwt.converters.frameworks import gradients
@@ -53,6 +53,7 @@ def transform(model: Any, t: Transform) -> Any:
     """
     if isinstance(model, Model):
         return t(model)
+    _check(t)
     statistics = wants_statistics(t)
     backend = _backend(model)
     leaves = [x for x in backend.leaves(model) if statistics or x.collection == "params"]
@@ -117,6 +118,21 @@ def transform(model: Any, t: Transform) -> Any:
             f"{written[-1].path} can't be written ({error}); the model is as it was"
         ) from error
     return model
+
+
+def _check(t: Any) -> None:
+    """Raises for what is no transform: it takes a tree of arrays and gives one."""
+    owner = str(getattr(t, "__module__", None) or type(t).__module__).partition(".")[0]
+    if callable(t) and owner not in ("torch", "keras"):
+        return
+    name = getattr(t, "__name__", type(t).__name__)
+    own = getattr(initializers, owner, None) if callable(t) else None
+    way = "such as fwt.initialize(fwt.initializers.he_normal, key=0) or fwt.prune(0.5)"
+    if (same := name.rstrip("_")) in getattr(own, "__all__", ()):
+        way = f"here fwt.initialize(fwt.initializers.{owner}.{same}, key=0)"
+    raise ConversionError(
+        f"transform takes a transform of a tree of arrays, found {name} of {owner}: {way}"
+    )
 
 
 def _backend(model: Any) -> Any:

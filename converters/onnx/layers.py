@@ -15,15 +15,17 @@ from fwt.converters.rows.row import parts_of, refuse
 
 
 @contextlib.contextmanager
-def refused(what: str) -> Iterator[None]:
-    """Turns whatever another library says into one line of ours."""
+def refused(what: str, of_whole: str = "") -> Iterator[None]:
+    """Turns whatever another library says into one line of ours, with a way out for a module that
+    wants whole numbers."""
     try:
         yield
     except ConversionError:
         raise
     except Exception as error:  # linen, TensorFlow and onnxruntime raise classes of their own
         why = " ".join(str(error).split())
-        raise ConversionError(f"{what} ({why:.300})") from error
+        way = of_whole if "integer" in why else ""
+        raise ConversionError(f"{what} ({why:.300}){way}") from error
 
 
 def through(tracer: Any, module: Any, tree: Any, x: Any, aval: Any) -> tuple[Any, Any]:
@@ -81,8 +83,10 @@ def _one(
         return call(layer, variables, *ys)
 
     structs = jax.tree.map(lambda w: jax.ShapeDtypeStruct(w.value.shape, w.value.dtype), own)
-    shapes = ", ".join(str(list(a.shape)) for a in avals)
-    with refused(f"{place}: it does not run on {shapes}"):
+    shapes = ", ".join(f"{list(a.shape)} of {a.dtype}" for a in avals)
+    floats = all(a.dtype.kind == "f" for a in avals)
+    way = "; input_dtype='int32' feeds it whole numbers" if floats else ""
+    with refused(f"{place}: it does not run on {shapes}", way):
         out = jax.eval_shape(function, structs, *avals)
     if not hasattr(out, "shape"):
         raise refuse(place, "its output is no array")

@@ -16,8 +16,8 @@ import jax
 import numpy as np
 from jax import export
 
-from fwt import _tree
-from fwt._graph import Graph, inputs_of, nodes_of
+from fwt import _graph, _tree
+from fwt._graph import Graph, inputs_of
 from fwt._nodes import unboxed
 from fwt._sequential import Sequential, call, flags
 from fwt._types import ConversionError
@@ -131,7 +131,7 @@ class _Given:
             )
         self.shape = tuple(sizes)
         try:
-            self.dtype = np.dtype(input_dtype or _input_dtype(self.module))
+            self.dtype = np.dtype(input_dtype or _graph.input_dtype(self.module))
         except TypeError as error:
             raise ConversionError(f"input_dtype={input_dtype!r} is no dtype") from error
         if self.dtype != jax.dtypes.canonicalize_dtype(self.dtype):
@@ -163,23 +163,6 @@ def _checked(module: Any, variables: Any, opset: int) -> tuple[Any, Any]:
     elif not hasattr(module, "apply"):
         raise ConversionError(f"expected a linen module, found {type(module).__name__}")
     return module, variables
-
-
-def _input_dtype(module: Any) -> Any:
-    return np.int32 if any(map(_count_of, _first(module))) else np.float32
-
-
-def _first(module: Any) -> list[Any]:
-    """The layers that take what the model takes."""
-    if not isinstance(module, Sequential | Graph):
-        return [module]
-    starts, layers = inputs_of(module), {n.name: n.layer for n in nodes_of(module)}
-    return [layers[n.of or n.name] for n in nodes_of(module) if set(n.inputs) & set(starts)]
-
-
-def _count_of(layer: Any) -> int:
-    """How many whole numbers a layer takes, if it takes some."""
-    return getattr(layer, "num_embeddings", None) or getattr(layer, "num_tokens", None) or 0
 
 
 # -- TensorFlow, quietly ---------------------------------------------------------------------------
@@ -544,4 +527,4 @@ def _computed(module: Any, variables: Any, x: Any) -> list[Any]:
 
 
 def _count(module: Any) -> int:
-    return max([*map(_count_of, _first(module)), 0]) or 2
+    return max([*map(_graph.count_of, _graph.first_layers(module)), 0]) or 2

@@ -64,10 +64,15 @@ class Report:
 
     def __str__(self) -> str:
         width = max([len(line.name) for line in (*self.layers, self.output)])
-        rows = [_row(line, width) for line in (*self.layers, self.output)]
+        rows = [_row(line, width) + self._beside(line) for line in (*self.layers, self.output)]
         rows += [f"weight {line.name}: {line.status}, by at most {line.absolute:.3g}"
                  for line in self.weights]  # fmt: skip
         return "\n".join([self._head(), *rows, *self.notes])
+
+    def _beside(self, line: Line) -> str:
+        """What to say of a layer that differs in models that are equal."""
+        told = self.ok and line.status == "differs"
+        return "; the layers behind it make up for it" if told else ""
 
     def _head(self) -> str:
         if self.ok:
@@ -91,7 +96,7 @@ class Report:
         cells = [
             f"<tr><td>{html.escape(line.name)}</td><td>{line.shape}</td><td>{line.absolute:.3g}</td>"
             f"<td>{line.relative:.3g}</td><td>{line.ulp:,}</td><td>{line.allowed:,.0f}</td>"
-            f"<td>{line.status}</td></tr>"
+            f"<td>{line.status}{self._beside(line)}</td></tr>"
             for line in (*self.layers, self.output)
         ]
         names = ("layer", "shape", "absolute", "relative", "ULP", "allowed", "")

@@ -135,9 +135,7 @@ def _permutes(layer: Any) -> tuple[int, ...] | None:
 
 def flax_side(model: Model) -> Side:
     if not isinstance(model.module, Sequential | Graph):
-        what = f"a {type(model.module).__name__}, no fwt.Sequential"
-        what = "weights alone, with no module to run" if model.module is None else what
-        raise ConversionError(f"verify: the Model holds {what}")
+        return _linen_side(model)
     starts = inputs_of(model.module)
     if len(starts) > 1:
         raise ConversionError(f"verify: the Model takes {len(starts)} arrays, and verify feeds one")
@@ -189,6 +187,38 @@ def outputs(y: Any, array: Callable[[Any], np.ndarray]) -> tuple[np.ndarray, Tap
     further: Taps = {Further(f"output {i} of the model"): array(v)
                      for i, v in enumerate(others, 2)}  # fmt: skip
     return array(first), further
+
+
+def _linen_side(model: Model) -> Side:
+    """A linen module of the user's own, of which only the output is known."""
+    module, what = model.module, type(model.module).__name__
+    if not hasattr(module, "apply"):
+        what = f"a {what}, no module" if module is not None else "weights alone"
+        raise ConversionError(f"verify: the Model holds {what}, which can't run")
+
+    def run(x: np.ndarray, by: float = 0.0) -> tuple[np.ndarray, Taps]:
+        variables = dict(model.variables)
+        if by:
+            variables = jax.tree.map(lambda v: judge.nudged(v, by), variables)
+        y = module.apply(variables, x)
+        if not hasattr(y, "shape"):
+            raise ConversionError(f"its output is a {type(y).__name__}, and not one array")
+        return np.asarray(y), {}
+
+    def converted(*_: Any) -> Model:
+        raise ConversionError(f"{what} is no fwt.Sequential, so that only outputs are compared")
+
+    rows = _tables(model.variables)
+    dtypes = [v.dtype for v in jax.tree.leaves(model.variables) if hasattr(v, "dtype")]
+    return Side(run, None, False, converted, None, rows, dtypes=dtypes, told=False,
+                apart=bool(rows))  # fmt: skip
+
+
+def _tables(tree: Any) -> list[Any]:
+    """The tables of embeddings in a tree."""
+    ends = ((k[-1:], v) for k, v in jax.tree.leaves_with_path(tree))
+    names = ((getattr(k[0], "key", None) if k else None, v) for k, v in ends)
+    return [v for name, v in names if name == "embedding" and np.ndim(v) == 2]
 
 
 def _fields(layer: Any) -> dict[str, Any]:

@@ -135,7 +135,7 @@ def verify(
     first = None if ok else _departed(lines)
     if output.status == "not compared":
         notes.append(_nothing(x, output))
-    elif not ok and first is None:
+    elif not ok and first is None and lines:
         notes.append("no layer that both have departs: see those of one alone")
     weights: tuple[Line, ...] = ()
     changed: set[str] | None = None  # the layers with other weights, if they have the same names
@@ -171,7 +171,7 @@ def verify(
                 why = "the layer does if it is fed other numbers"
             ok = first is None
             hidden = f"no output shows how the weights of {first} differ, but {why}"
-            equal = "no output on these inputs shows that the weights differ"
+            equal = "these weights differ, and the outputs on these inputs are equal all the same"
             notes.append(equal if ok else hidden)
         except ConversionError as error:
             notes.append(f"the weights are not compared: {error}")

@@ -679,6 +679,16 @@ def test_lsuv_refuses_what_it_can_not_measure():
             fwt.lsuv(wrapped, variables, x, 0)
 
 
+def test_lsuv_leaves_recurrent_layers_to_the_user():
+    x = jax.random.normal(jax.random.key(0), (32, 3, 6))
+    net = fwt.Sequential([("l", fwt.layers.LSTM(5)), ("d", nn.Dense(4))])
+    variables = net.init(jax.random.key(0), x)
+    with pytest.raises(fwt.LeafError, match=r"l/kernel is of a LSTM, .*leave it out with where="):
+        fwt.lsuv(net, variables, x, 0)
+    new = fwt.lsuv(net, variables, x, 0, where="d/kernel")
+    np.testing.assert_allclose(net.apply(new, x).var(), 1, rtol=1e-4)
+
+
 def test_lsuv_under_jit_and_vmap():
     x = jax.random.normal(jax.random.key(0), (64, 6))
     net = fwt.Sequential([("d", nn.Dense(4))])

@@ -408,3 +408,55 @@ def test_a_score_of_one_s_own_may_give_its_numbers_by_path(kind):
     assert all(map(np.array_equal, found.values(), wanted.values()))
     with pytest.raises(fwt.LeafError, match=r"score raw failed on .*fwt.select\(params\)"):
         fwt.masks(0.5, raw, grads=grads)(tree)
+
+
+class Tokens(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3, name="d")(nn.Embed(7, 5, name="e")(x))
+
+
+@pytest.mark.parametrize("linen", [False, True])
+def test_synflow_of_whole_numbers(linen):
+    net = Tokens()
+    if not linen:
+        net = fwt.Sequential([("e", nn.Embed(7, 5)), ("d", nn.Dense(3))], input_shape=(4,))
+    variables = net.init(jax.random.key(0), jnp.ones((1, 4), jnp.int32))
+    score = S.synflow(net, (4,), input_dtype="int32") if linen else S.synflow(net)
+    found = fwt.select(score(variables))
+    w, table = (np.abs(variables["params"][a][b]) for a, b in (("d", "kernel"), ("e", "embedding")))
+    # R = 4 sum_ij |E|[1, i] |W|[i, j] + a bias
+    np.testing.assert_allclose(found["d/kernel"], 4 * table[1][:, None] * w, rtol=1e-5)
+    np.testing.assert_allclose(found["e/embedding"][1], 4 * table[1] * w.sum(1), rtol=1e-5)
+    assert not np.delete(found["e/embedding"], 1, 0).any()
+    if linen:
+        with pytest.raises(fwt.FwtError, match=r'ones of \[\(1, 4\)\] .*give input_dtype="int32"'):
+            S.synflow(net, (4,))(variables)
+
+
+@pytest.mark.parametrize("what", ["wanda", "sparsegpt", "lsuv"])
+def test_a_batch_of_whole_numbers_is_asked_for(what):
+    net, x = Tokens(), np.array([[1, 2], [3, 6], [0, 5]])
+    variables = net.init(jax.random.key(0), x)
+    run = {
+        "wanda": lambda x: fwt.prune(0.5, S.wanda(net, x))(variables),
+        "sparsegpt": lambda x: fwt.sparsegpt(net, variables, x, 0.5),
+        "lsuv": lambda x: fwt.lsuv(net, variables, x, 0),
+    }[what]
+    assert jax.tree.structure(run(x)) == jax.tree.structure(variables)
+    with pytest.raises(fwt.FwtError, match=f"{what}: .*give a batch of whole numbers"):
+        run(x.astype(np.float32))
+
+
+@pytest.mark.parametrize("make", [S.grasp, S.second_order_taylor])
+def test_what_a_loss_takes_and_gives(make, problem):
+    net, params, (x, _), loss = problem
+    assert make(loss)(params) is not None  # what has a default may be left out
+    with pytest.raises(fwt.FwtError, match=r"found \(p, x\): .*lambda params: loss\(params, batch"):
+        make(lambda p, x: net.apply({"params": p}, x).sum())
+    for wrong, said in (
+        (lambda p: net.apply({"params": p}, x), r"found an array of the shape \(7, 3\)"),
+        (lambda p: (loss(p), 1), "found tuple"),
+    ):
+        with pytest.raises(fwt.FwtError, match=f"gives one number for the params, {said}"):
+            make(wrong)(params)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from command import fwt_command
+from flax import nnx
 from marks import thorough_but
 
 import fwt
@@ -429,3 +430,73 @@ def test_each_of_several_outputs_counts_by_its_own_scale(form):
     alone = keras.Model(x, large)
     assert not converters.verify(model, alone).ok
     assert not converters.verify(alone, model).ok
+
+
+class Linen(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(nn.relu(nn.BatchNorm(True)(nn.Dense(5)(x))))
+
+
+class Nnx(nnx.Module):
+    def __init__(self):
+        self.a, self.b = (nnx.Linear(*n, rngs=nnx.Rngs(0)) for n in ((4, 5), (5, 3)))
+
+    def __call__(self, x):
+        return self.b(nnx.relu(self.a(x)))
+
+
+class Tokens(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(nn.Embed(7, 5)(x).sum(-2))
+
+
+@pytest.mark.parametrize("net", [Linen(), Tokens()], ids=["floats", "tokens"])
+def test_a_linen_module_of_ones_own_by_its_output(tmp_path, net):
+    dtype = np.int32 if isinstance(net, Tokens) else np.float32
+    variables = net.init(jax.random.key(0), np.ones((1, 4), dtype))
+    path = tmp_path / "net.onnx"
+    if dtype == np.int32:
+        with pytest.raises(converters.ConversionError, match="input_dtype='int32' feeds it whole"):
+            converters.to_onnx(net, variables, path, (4,))
+    converters.to_onnx(net, variables, path, (4,), input_dtype=dtype)
+    for pair in (((net, variables), path), (path, fwt.Model(net, variables))):
+        report = converters.verify(*pair)
+        assert report.ok
+        assert any("the weights are not compared" in note for note in report.notes)
+    changed = fwt.prune(0.3)(variables)
+    report = converters.verify((net, changed), path)
+    assert (report.ok, report.first) == (False, None)
+    assert "no layer" not in str(report)
+
+
+def test_an_nnx_module_of_ones_own_by_its_output():
+    net = Nnx()
+    assert converters.verify(net, Nnx(), input_shape=(4,)).ok
+    with pytest.raises(converters.ConversionError, match="give input_shape= or inputs="):
+        converters.verify(net, Nnx())
+    net.b.kernel[...] *= 1.25
+    assert not converters.verify(net, Nnx(), input_shape=(4,)).ok
+    with pytest.raises(converters.ConversionError, match="holds a int, no module, which can't run"):
+        converters.verify((3, {}), net, input_shape=(4,))
+
+
+def test_layers_that_a_fold_moves_are_told_from_a_difference():
+    """As exporters take a BatchNorm into the convolution before it."""
+    net = cases.randomise_torch(t.Sequential(t.Conv2d(3, 4, 3), t.BatchNorm2d(4), t.ReLU())).eval()
+    scale = (net[1].weight / torch.sqrt(net[1].running_var + net[1].eps)).detach()
+    folded = copy.deepcopy(net)
+    with torch.no_grad():
+        folded[0].weight *= scale[:, None, None, None]
+        folded[0].bias[:] = (net[0].bias - net[1].running_mean) * scale + net[1].bias
+        folded[1].weight[:] = torch.sqrt(net[1].running_var + net[1].eps)
+        folded[1].bias[:] = net[1].running_mean
+    report = converters.verify(net, folded, input_shape=(3, 6, 5))
+    assert report.ok, str(report)
+    assert report.layers[0].status == "differs"
+    assert "allowed; the layers behind it make up for it" in str(report)
+    assert "make up for it" in report._repr_html_()
+    with torch.no_grad():
+        folded[1].bias[0] += 1
+    assert "make up for it" not in str(converters.verify(net, folded, input_shape=(3, 6, 5)))

@@ -87,6 +87,7 @@ def apart(
     eps: float,
     tolerance: float | None = None,
     axis: int = -1,
+    clamps: bool = False,
 ) -> Apart:
     """How far two arrays of one shape (n, ...) are from each other.
 
@@ -99,6 +100,9 @@ def apart(
         noise: how far rounding moves the outputs of a model, as :func:`rounding` measures it.
         eps: of the dtype that the outputs are computed in.
         tolerance: in place of all this, relative to the largest value of the row.
+        clamps: whether one side's functions end at some numbers, as onnxruntime's sigmoid does, so
+            that what it gives may be 0 where the other is far below what ordinary inputs give: a
+            row is allowed ten roundings of the first one's largest value too.
         axis: where the channels are, whose values at one position have one scale if there are 8
             or more of them.
     """
@@ -131,7 +135,8 @@ def apart(
         allowed = roundings * own if tolerance is None else tolerance * scale
         off = np.max(gap, axis=-1)
         if tolerance is None and not whole:
-            allowed = np.maximum(allowed, _LEAST)
+            least = roundings * eps * float(scale[0].max()) if clamps else 0.0
+            allowed = np.maximum(allowed, max(least, _LEAST))
         excess = np.where(off > 0, off / allowed, 0.0)
         told = (off <= roundings * eps * scale) | (allowed < scale) | (tolerance is not None)
         told &= ~over

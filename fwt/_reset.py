@@ -262,8 +262,8 @@ class _Leaf:
 
     def refuse(self, like: str, why: str) -> LeafError:
         return LeafError(
-            f"{self.path}{list(self.shape)}: {why}, so there is no value like {like}'s: leave it "
-            "out with where=, or give it one with fwt.initialize"
+            f"{self.path}{list(self.shape)}: {why}, so there is no value like {like}'s: "
+            f"initialize gives it one, where=lambda path, leaf: path != {self.path!r} leaves it out"
         )
 
     def sibling(self, name: str) -> _axes.Axes:

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import inspect
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +15,14 @@ import numpy as np
 from fwt import _tree
 from fwt._modules import einsum_names
 from fwt._types import ConversionError, Model
-from fwt.converters.frameworks import altered, keras_config, keras_ops, keras_read, keras_write
+from fwt.converters.frameworks import (
+    activations,
+    altered,
+    keras_config,
+    keras_ops,
+    keras_read,
+    keras_write,
+)
 from fwt.converters.frameworks import flax as _flax
 from fwt.converters.frameworks import given as _given
 from fwt.converters.rows import grouped, table
@@ -284,15 +290,7 @@ def _check_known(layer: Any) -> None:
     if isinstance(layer, keras.layers.MultiHeadAttention):
         _check_attention(layer)
     _check_config(layer)
-    activation = getattr(layer, "activation", None)
-    if inspect.isfunction(activation):
-        # Keras writes any function down by its name alone.
-        known = getattr(keras.activations, activation.__name__, None)
-        if known is not activation:
-            raise refuse(
-                f"{layer.name} ({cls.__name__})",
-                f"activation={activation.__name__!r} is a function of the user's own",
-            )
+    _check_activations(layer)
     for role in ("layer", "forward_layer", "backward_layer", "cell"):
         if role == "cell" and cls is not keras.layers.RNN:
             continue
@@ -301,6 +299,24 @@ def _check_known(layer: Any) -> None:
             name = type(wrapped).__name__
             if getattr(keras.layers, name, None) is not type(wrapped):
                 raise refuse(layer.name, f"it wraps {name}, which is a custom layer")
+
+
+def _check_activations(layer: Any) -> None:
+    """Raises where a function is not Keras's, whose name is all that a config says of it."""
+    for part in layer._flatten_layers(recursive=True):
+        for role in ("activation", "recurrent_activation"):
+            found = getattr(part, role, None)
+            if not callable(found) or isinstance(found, keras.layers.Layer):
+                continue
+            name = getattr(found, "__name__", type(found).__name__)
+            own = getattr(keras.activations, name, None)
+            if own is found or activations.is_known(found):
+                continue
+            way = f"; where it is Keras's, layer.{role} = keras.activations.{name} says so"
+            raise refuse(
+                f"{layer.name} ({type(layer).__name__})",
+                f"{role}={name!r} is a function of the user's own{way if own else ''}",
+            )
 
 
 def _check_config(layer: Any) -> None:

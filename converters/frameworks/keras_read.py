@@ -410,8 +410,9 @@ def entry_of(entry: Any, place: str) -> tuple[str, dict[str, Any]]:
     kind, module = entry.get("class_name"), entry.get("module")
     if not isinstance(kind, str):
         raise FileFormatError(f"{place}: a layer's class is {kind!r}")
-    if kind in table.CUSTOM["keras"] or (kind, module) in keras_ops.BESIDE:
-        return kind, dict(entry["config"])
+    own = kind.rpartition(">")[2]  # behind the package that the user registered it in
+    if own in table.CUSTOM["keras"] or (kind, module) in keras_ops.BESIDE:
+        return own, dict(entry["config"])
     check_own(entry, place, str(entry["config"].get("name")))
     return kind, dict(entry["config"])
 
@@ -426,8 +427,8 @@ def check_own(entry: Any, place: str, name: str) -> None:
     if nowhere or registered not in (None, kind) or parts[0] != "keras" or "ops" in parts:
         raise ConversionError(
             f"{place}: {name} is a custom layer ({f'{module}.' if module else ''}{kind}), which "
-            "can't be converted from a file: if it is one of your own, load the model in Keras "
-            "and give that, with converters.transform or converters.register"
+            "can't be converted from a file: converters.register(row) makes a class of your own "
+            "known, and converters.transform(model, t) changes the weights of a live model as it is"
         )
 
 

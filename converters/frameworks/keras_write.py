@@ -3,6 +3,7 @@ whose layers ``block/0/conv`` stand in models inside."""
 
 import dataclasses
 import itertools
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -169,8 +170,14 @@ def _entry(name: str, layer: Layer) -> dict[str, Any]:
         "module": home or (custom.__module__ if custom else "keras.layers"),
         "class_name": layer.kind,
         "config": config,
-        "registered_name": layer.kind if custom or home else None,
+        "registered_name": layer.kind if home else _registered(custom) if custom else None,
     }
+
+
+def _registered(cls: Any) -> str:
+    """The name that a class of the user's own is registered by in Keras."""
+    keras = sys.modules.get("keras")
+    return keras.saving.get_registered_name(cls) if keras else cls.__name__
 
 
 # -- Functional ---------------------------------------------------------------------------------

@@ -9,8 +9,18 @@ import numpy as np
 
 from fwt import _axes, _tree, initializers
 from fwt._nodes import FromFile
-from fwt._types import ConversionError, LeafError, Model, Transform, wants_statistics
+from fwt._types import (
+    ConversionError,
+    LeafError,
+    Model,
+    Transform,
+    WhereError,
+    wants_statistics,
+)
 from fwt.converters.frameworks import gradients
+
+# In the place of ``fwt.paths(params)``, for which a live model has no params.
+_PATHS = "converters.transform(model, lambda tree: print(*fwt.paths(tree)) or tree)"
 
 
 def transform(model: Any, t: Transform) -> Any:
@@ -84,7 +94,10 @@ def transform(model: Any, t: Transform) -> Any:
         tree["params"] = FromFile(tree["params"], json.dumps({"also": also}))
     grads = functools.partial(gradients.in_tree, backend, model, leaves)
     with _axes.knowing(known, grads):
-        after = _tree.Tree(t(tree), statistics).leaves
+        try:
+            after = _tree.Tree(t(tree), statistics).leaves
+        except WhereError as error:
+            raise WhereError(str(error).replace("fwt.paths(params)", _PATHS)) from None
     if set(after) != set(before):
         path = sorted(set(after) ^ set(before))[0]
         raise LeafError(f"the transform must keep the tree as it is, but {path!r} is not in both")

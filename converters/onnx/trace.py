@@ -37,7 +37,6 @@ class Tracer:
         self.place = ""
         self._taken: dict[int, tuple[Weight, Any]] = {}
         self.bias: Any = None  # of the next convolution
-        self._loop: str | None = None  # where there is a loop in float16
 
     # -- values: a number or array that is known, a Weight, or a tensor ---------------------------
 
@@ -185,11 +184,6 @@ class Tracer:
         ):
             raise refuse(self.place, "it computes in bfloat16, which tf2onnx can't say",
                          f"{policy.WAY_OUT}; weights alone may be bfloat16")  # fmt: skip
-        if name in ("scan", "while") and any(v.aval.dtype == jnp.float16 for v in eqn.outvars):
-            if self._loop not in (None, self.place):
-                raise refuse(self.place, f"it is a loop in float16 after that of {self._loop}, and "
-                             "onnxruntime crashes on two", policy.WAY_OUT)  # fmt: skip
-            self._loop = self.place
         empty = [v.aval.shape for v in eqn.outvars if 0 in v.aval.shape]
         if empty:  # as JAX makes where it pads by nothing: what follows leaves them out
             return [np.zeros([d if isinstance(d, int) else 1 for d in s]) for s in empty]

@@ -19,14 +19,14 @@ from jax import export
 from fwt import _graph, _tree
 from fwt._graph import Graph, inputs_of
 from fwt._nodes import unboxed
-from fwt._sequential import Sequential, call, flags
+from fwt._sequential import Sequential
 from fwt._types import ConversionError
 from fwt.converters import io as _io
-from fwt.converters import judge
 from fwt.converters.frameworks import flax as _flax
 from fwt.converters.frameworks import given as _given
+from fwt.converters.onnx import check as _check
 from fwt.converters.onnx import ours
-from fwt.converters.onnx.layers import refused, through
+from fwt.converters.onnx.layers import through
 from fwt.converters.rows.row import joined, refuse
 
 OPSETS = range(15, 19)  # tf2onnx knows no newer one
@@ -142,7 +142,7 @@ class _Given:
 
     def check(self, message: bytes, folder: Path) -> None:
         if importlib.util.find_spec("onnxruntime") is not None:
-            _compare(message, folder, self.module, self.variables, self.shape, self.dtype)
+            _check.compare(message, folder, self.module, self.variables, self.shape, self.dtype)
 
 
 def _checked(module: Any, variables: Any, opset: int) -> tuple[Any, Any]:
@@ -457,74 +457,3 @@ def _write(
     except BaseException:
         beside.unlink()
         raise
-
-
-@judge.full_products()
-def _compare(
-    message: bytes, folder: Path, module: Any, variables: Any, shape: Any, dtype: np.dtype
-) -> None:
-    """Raises unless onnxruntime computes what the module does."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.add_session_config_entry(
-        "session.model_external_initializers_file_folder_path", str(folder.resolve())
-    )
-    with refused("to_onnx: onnxruntime can't run it"):
-        session = onnxruntime.InferenceSession(message, options, ["CPUExecutionProvider"])
-    kind = session.get_outputs()[0].type + session.get_inputs()[0].type
-    if "bfloat16" in kind:
-        return  # which NumPy can't hand over
-    floats = np.issubdtype(dtype, np.floating)
-    computed = _computed(module, variables, np.zeros((1, *shape), dtype))
-    stored = [leaf.dtype for leaf in jax.tree.leaves(variables)]
-    half = any(d.itemsize == 2 for d in (dtype, *stored, *computed))
-    x = judge.numbers(shape, half) if floats else judge.whole_numbers(_count(module), shape)
-    x = x.astype(dtype)
-    for given in (x[:1], x):
-        wanted = np.asarray(call(module, variables, jax.numpy.asarray(given)))
-        with refused("to_onnx: onnxruntime can't run it"):
-            (found,) = session.run(None, {"input": given})
-        if found.shape != wanted.shape:
-            raise ConversionError(
-                f"to_onnx: onnxruntime gives {list(found.shape)}, expected {list(wanted.shape)}"
-            )
-        eps = judge.eps_of([*computed, found.dtype])
-        told = judge.apart(wanted, found, eps=eps)
-        if not told.equal:
-
-            def run(by: float, given: Any = given) -> list[Any]:
-                moved = jax.tree.map(lambda leaf: judge.nudged(leaf, by), variables)
-                with judge.between_layers(by):
-                    return [call(module, moved, given)]
-
-            told = judge.apart(wanted, found, judge.rounding(run, [wanted], eps), eps=eps)
-        if told.excess > 1:
-            raise ConversionError(
-                f"to_onnx: onnxruntime's output differs by {told.absolute:.3g}, "
-                f"{told.relative:.2g} of the largest value in its row, and no rounding explains "
-                "it; nothing is written. verify(model, file) after check=False says from which "
-                "layer on"
-            )
-    if not told.compared and told.absolute:
-        raise ConversionError(
-            "to_onnx: nothing could be compared: rounding alone moves the outputs by more than "
-            "their size; nothing is written. check=False writes the file unchecked"
-        )
-
-
-def _computed(module: Any, variables: Any, x: Any) -> list[Any]:
-    """The dtypes of what the layers of a module give."""
-
-    def run(variables: Any, x: Any) -> Any:
-        return module.apply(
-            variables, x, **flags(module, False), capture_intermediates=True,
-            mutable=["intermediates"],
-        )  # fmt: skip
-
-    return [y.dtype for y in jax.tree.leaves(jax.eval_shape(run, variables, x))]
-
-
-def _count(module: Any) -> int:
-    return max([*map(_graph.count_of, _graph.first_layers(module)), 0]) or 2

@@ -58,8 +58,9 @@ REFUSED: dict[Framework, dict[str, str]] = {
 NAMES: tuple[Row, ...] = (
     Row(None, "EmbeddingBag", None, params=(P("embedding: v f", "weight: v f", "-"),)),
 )
-# keras.activations under another name
-ALIASES = {"swish": "silu", "hard_swish": "hard_silu"}
+# keras.activations under another name, the last two as TensorFlow calls its own
+ALIASES = {"swish": "silu", "hard_swish": "hard_silu", "softmax_v2": "softmax",
+           "log_softmax_v2": "log_softmax"}  # fmt: skip
 
 
 def register(row: Row) -> None:
@@ -100,6 +101,15 @@ def register(row: Row) -> None:
         raise TypeError(f"register takes a converters.Row, found {row!r}")
     named: dict[str, Any] = {}
     framework: Framework
+    for p in row.params:
+        axes = p.of("flax")[1]
+        for framework in ("torch", "keras"):
+            name, letters = p.of(framework)
+            if axes and not letters and name not in ("", "-"):
+                raise ConversionError(
+                    f"register: {p} names no axes of {name!r} in {framework}: write "
+                    f"'{name}: {' '.join(axes)}', with the letters in its own order"
+                )
     for framework in ("torch", "keras"):
         cls = getattr(row, framework)
         if isinstance(cls, type):
@@ -127,7 +137,14 @@ def unknown(framework: Framework, layer: Layer) -> ConversionError:
     """The refusal of a class that has no row."""
     reason = REFUSED[framework].get(layer.kind)
     said = f"can't be converted: {reason}" if reason else "is not known, so it can't be converted"
-    way_out = "" if reason else "converters.register(row) makes it known"
+    way_out = (
+        ""
+        if reason
+        else (
+            "converters.register(row) makes it known, and converters.transform(model, t) changes "
+            "the weights of a live model as it is"
+        )
+    )
     return refuse(str(layer), f"the {framework} layer {layer.kind!r} {said}", way_out)
 
 

@@ -147,8 +147,11 @@ def side(path: Path, external: bool) -> Side:
             if stored[n].kind in "iuf" and math.isfinite(v)]  # fmt: skip
     return Side(*along(int(time_first)), channels_first, model, len(rows[0]) if rows else None,
                 rows, True, list(stored.values()), model_first=channels_first, settings=told,
-                apart=len(rows) > 1,
+                apart=len(rows) > 1, clamps=any(n.op_type in _CLAMPED for n in graph.node),
                 time_first=time_first, takes=dtype, told=told_batch, along=along)  # fmt: skip
+
+
+_CLAMPED = ("Sigmoid", "LSTM", "GRU", "RNN")  # whose functions end at some numbers in onnxruntime
 
 
 def _batch(v: np.ndarray, axis: int, size: int) -> int:

@@ -48,6 +48,7 @@ class Side:
     told: bool = True  # whether a layer tells that
     along: Any = None  # gives ``run`` and ``shape`` for the axis that the batch is, if it matters
     takes: Any = None  # the dtype that its input is cast to, if it says one
+    clamps: bool = False  # whether its functions end where others go on
     apart: bool = False  # whether its tables are not known to be fed the input as it is
 
     def swaps(self, x: np.ndarray) -> bool:

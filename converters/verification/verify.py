@@ -309,7 +309,8 @@ def _lines(one: Side, other: Side, x: np.ndarray, tolerance: float | None = None
     mine, theirs = _ran(one, x, "first"), _ran(other, there, "second")
     values = [held.value.dtype for held in (*mine.values(), *theirs.values())]
     eps = judge.eps_of([*values, *one.computes, *other.computes])
-    how = {"eps": eps, "tolerance": tolerance, "axis": 1 if one.channels_first else -1}
+    how = {"eps": eps, "tolerance": tolerance, "axis": 1 if one.channels_first else -1,
+           "clamps": one.clamps or other.clamps}  # fmt: skip
     inside: list[View] = [_as_it_is]
     if one.turned or other.turned or one.channels_first != other.channels_first:
         inside += [lambda v: _moved(v, True, False), lambda v: _moved(v, False, True)]

@@ -1,5 +1,6 @@
 """The arrays of a layer under another framework's names and in its axes."""
 
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -119,6 +120,9 @@ def moved(
     return {n: new[n] for n in names if n in new}
 
 
+_CHANCE = 1e-4  # below this, groups are no accident of a plain pruning
+
+
 def _report_groups(layer: Layer, target: Framework, given: Any, value: Any, index: int) -> None:
     """Warns where zeros that were n:m along the inputs are so no longer in the new order."""
     for n, m in ((1, 4), (2, 4), (1, 2), (4, 8)):
@@ -128,7 +132,9 @@ def _report_groups(layer: Layer, target: Framework, given: Any, value: Any, inde
             np.count_nonzero(np.moveaxis(x, index, -1).reshape(-1, m), axis=1).max(initial=0)
             for x in (given, value)
         ]
-        if most[0] <= n < most[1]:
+        share = np.count_nonzero(given) / given.size  # as many may fall so by chance
+        fits = sum(math.comb(m, k) * share**k * (1 - share) ** (m - k) for k in range(n + 1))
+        if most[0] <= n < most[1] and fits ** (given.size // m) < _CHANCE:
             order = "chw" if target == "torch" else "hwc"
             warnings.warn(
                 f"{layer}: its kernel is {n}:{m} sparse, but no longer in the order in which "

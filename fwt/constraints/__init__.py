@@ -89,7 +89,8 @@ def max_norm(max_value: Any = 2.0, axis: Axis = None) -> Bound:
 
     A projection: argmin of ``|v - w|`` over the ball of each unit, unique; inside the ball the
     identity. Source: Srebro and Shraibman, 2005; Keras ``MaxNorm``, which also shrinks by 1e-7
-    inside the ball and sums over axis 0 unless told otherwise.
+    inside the ball and sums over axis 0 unless told otherwise: over the height of an image's
+    kernel, where ``keras.constraints.MaxNorm(axis=[0, 1, 2])`` bounds what this does.
 
     Args:
         max_value: the radius, may be traced.

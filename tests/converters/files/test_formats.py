@@ -1006,3 +1006,68 @@ def test_weights_of_no_order_say_which_framework_has_none(tmp_path):
     for how in ({}, {"match": "order"}):
         with pytest.raises(converters.FileFormatError, match=r"torch.*not known \(lstm.*='relu'"):
             converters.load(tmp_path / "w.npz", architecture=net, **how)
+
+
+@keras.saving.register_keras_serializable("mine")
+class KerasScale(k.Layer):
+    def __init__(self, size, **kwargs):
+        super().__init__(**kwargs)
+        self.size = size
+
+    def build(self, shape):
+        self.g = self.add_weight(shape=(self.size,), initializer="ones", name="g")
+
+    def call(self, x):
+        return x * self.g
+
+    def get_config(self):
+        return {**super().get_config(), "size": self.size}
+
+
+class Scale(nn.Module):
+    features: int
+
+    @nn.compact
+    def __call__(self, x):
+        return x * self.param("scale", nn.initializers.ones, (self.features,))
+
+
+def test_a_registered_class_of_keras_is_read_from_each_of_its_files(tmp_path, monkeypatch):
+    from fwt.converters.rows import table
+
+    net = keras.Sequential([keras.Input((4,)), k.Dense(3), KerasScale(3)])
+    cases.randomise_keras(net)
+    for name in ("n.keras", "n.h5"):
+        net.save(tmp_path / name)
+        with pytest.raises(converters.ConversionError, match=r"register\(row\).*transform\("):
+            converters.load(tmp_path / name)
+    monkeypatch.setattr(table, "LAYERS", list(table.LAYERS))
+    monkeypatch.setitem(table.CUSTOM, "keras", {})
+    settings = (converters.S("features", None, "size"),)
+    row = {"keras": KerasScale, "axes": "*b c -> *b c", "settings": settings}
+    wrong = (converters.P("scale: c", "-", "g"),)
+    with pytest.raises(converters.ConversionError, match="'g' in keras: write 'g: c'"):
+        converters.register(converters.Row(Scale, **row, params=wrong))
+    right = (converters.P("scale: c", "-", "g: c"),)
+    try:
+        converters.register(converters.Row(Scale, **row, params=right))
+        for name in ("n.keras", "n.h5"):
+            found = converters.load(tmp_path / name)
+            assert converters.verify(net, found).ok
+        converters.to_keras(*found).save(tmp_path / "back.keras")
+        assert converters.verify(net, keras.saving.load_model(tmp_path / "back.keras")).ok
+    finally:
+        table.rows_of.cache_clear()
+
+
+def test_groups_that_fall_so_by_chance_are_no_warning(recwarn):
+    t = torch.nn
+    net = t.Sequential(t.Conv2d(2, 4, 3), t.Flatten(), t.Linear(48, 5))
+    groups = fwt.prune(pattern=fwt.patterns.n_m(2, 4), where="2/kernel")
+    for seed, prune, warns in ((0, fwt.prune(0.9), False), (1, fwt.prune(0.97), False),
+                               (2, groups, True)):  # fmt: skip
+        cases.randomise_torch(net, seed)
+        converters.transform(net, prune)
+        recwarn.clear()
+        converters.from_torch(net, input_shape=(2, 5, 6))
+        assert any("sparse" in str(w.message) for w in recwarn.list) == warns

@@ -1230,3 +1230,39 @@ def test_an_affine_without_its_numbers(tmp_path):
     found = read(activation_alpha=[1.0])(x)
     wanted = onnxruntime.InferenceSession(tmp_path / "a.onnx").run(None, {"x": x})[0]
     np.testing.assert_allclose(found, wanted, atol=1e-6)
+
+
+@pytest.mark.parametrize("policy", ["mixed_float16", "float16"])
+def test_a_half_precision_model_of_keras_goes_out(policy, tmp_path):
+    """Layers of other policies stand next to each other, with a cast between them."""
+    k = keras.layers
+    net = keras.Sequential([
+        keras.Input((6,)), k.Dense(4, "relu", dtype=policy), k.Dense(5, dtype=policy),
+        k.Activation("softmax", dtype="float32")])  # fmt: skip
+    converters.to_onnx(*converters.from_keras(net), tmp_path / "n.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "n.onnx")
+    x = np.random.default_rng(0).normal(size=(3, 6)).astype(np.float32)
+    (found,) = session.run(None, {"input": x})
+    np.testing.assert_allclose(found, np.asarray(net(x)), atol=5e-3)
+
+
+def test_what_onnx_can_not_say_of_a_policy_names_the_way_out(tmp_path):
+    import keras
+
+    k = keras.layers
+    d = {"dtype": "mixed_bfloat16"}
+    net = keras.Sequential([keras.Input((6,)), k.Dense(4, **d), k.Dense(2, **d)])
+    with pytest.raises(converters.ConversionError, match=r"from_keras\(model, dtype='float32'\)"):
+        converters.to_onnx(*converters.from_keras(net), tmp_path / "n.onnx")
+    converters.to_onnx(*converters.from_keras(net, dtype="float32"), tmp_path / "n.onnx")
+
+
+@pytest.mark.parametrize("activation", ["relu", "elu"])
+def test_recurrent_layers_that_grow_go_out(activation, tmp_path):
+    """Where a saturated gate leaves 1e-16, onnxruntime's is 0; its Elu rounds 0 as 1."""
+    keras.utils.set_random_seed(0)
+    k = keras.layers
+    net = keras.Sequential([keras.Input((5, 4)), k.LSTM(3, activation=activation), k.Dense(3)])
+    model = converters.from_keras(net)
+    converters.to_onnx(*model, tmp_path / "n.onnx")
+    assert converters.verify(model, tmp_path / "n.onnx").ok

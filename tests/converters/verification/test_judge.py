@@ -466,7 +466,7 @@ def test_a_file_is_checked_at_the_ends_before_it_is_written(tmp_path):
     """A graph that is wrong for large numbers alone, or beside a zero, is refused."""
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
-    from fwt.converters.onnx import write
+    from fwt.converters.onnx import check
 
     class Safe(nn.Module):
         @nn.compact
@@ -493,10 +493,10 @@ def test_a_file_is_checked_at_the_ends_before_it_is_written(tmp_path):
         model.ir_version = 8
         given = (model.SerializeToString(), tmp_path, Safe(), {}, (3,), np.dtype(np.float32))
         if fits:
-            write._compare(*given)
+            check.compare(*given)
             continue
         with pytest.raises(converters.ConversionError, match="onnxruntime's output differs by"):
-            write._compare(*given)
+            check.compare(*given)
 
 
 @pytest.mark.parametrize(
@@ -655,7 +655,7 @@ def identity_file(shape, factor=1.0):
 
 def test_what_is_checked_before_a_file_is_written(tmp_path):
     """A batch of one by its values; a file of which nothing can be compared says so."""
-    from fwt.converters.onnx import write
+    from fwt.converters.onnx.check import compare
 
     class Times(nn.Module):
         by: float
@@ -669,7 +669,7 @@ def test_what_is_checked_before_a_file_is_written(tmp_path):
 
     def check(module, factor):
         message = identity_file(["n", 3], factor)
-        write._compare(message, tmp_path, module, {}, (3,), np.dtype(np.float32))
+        compare(message, tmp_path, module, {}, (3,), np.dtype(np.float32))
 
     check(Times(2.0), 2.0)
     check(Times(np.nan), np.nan)
@@ -855,3 +855,16 @@ def test_small_weights_that_only_large_inputs_show():
     assert converters.verify(one, moved, input_shape=(6,)).ok
     report = converters.verify(one, other, input_shape=(6,))
     assert (report.ok, report.first) == (False, "0")
+
+
+def test_what_a_saturated_function_leaves_is_judged_beside_ordinary_outputs():
+    a = np.array([[0.5, -0.2], [1e-8, 2e-9], [0.3, 0.1]])
+    b = a.copy()
+    b[1] = 0
+    eps = float(np.finfo(np.float32).eps)
+    assert not judge.apart(a, b, eps=eps).equal
+    assert judge.apart(a, b, eps=eps, clamps=True).equal
+    b[1] = 1e-5
+    assert not judge.apart(a, b, eps=eps, clamps=True).equal
+    b[1], b[0, 0] = a[1], 0.50001
+    assert not judge.apart(a, b, eps=eps, clamps=True).equal

@@ -1,11 +1,13 @@
 """Every architecture of keras.applications, Keras -> Flax -> torch -> Flax -> Keras.
 
     python tests/graphs.py [--out graphs.json] [--size 96] [name ...]
+    python tests/graphs.py --torch [--out torch.json] [name ...]
 
 Weights are random, running statistics away from 0 and 1. A line of the table says how far each
 model's outputs are from Keras's, relative to the largest, and whether the weights came back bit
-for bit. What ``--out`` names is read first and written after each model, so that the command can
-be stopped and run again.
+for bit. With ``--torch`` it is the nets of tests/helpers/torch_nets.py, and how far Flax, torch,
+Keras and ONNX are from torch, or by what they are refused. What ``--out`` names is read first and
+written after each model, so that the command can be stopped and run again.
 """
 
 import argparse
@@ -143,25 +145,101 @@ def in_again(net, model):
         return converters.load(path, architecture=model)
 
 
+def torch_names():
+    from helpers import torch_nets
+
+    return list(torch_nets.NETS)
+
+
+def tour_of_torch(name):
+    """What came of a torch net in Flax, torch, Keras and ONNX."""
+    from helpers.torch_nets import made
+
+    net, xs = made(name)
+    with torch.no_grad():
+        expected = listed(net(*xs))
+    shapes = [tuple(x.shape[1:]) for x in xs]
+    given = [x.numpy() for x in xs]
+    model = converters.from_torch(net, shapes if len(xs) > 1 else shapes[0], layout="source")
+    out = {"flax": worst(listed(model.module.apply(model.variables, *given)), expected)}
+
+    def back():
+        again = converters.to_torch(model, layout="source")
+        state, found = net.state_dict(), again.state_dict()
+        out["bits"] = all(torch.equal(v, state[k]) for k, v in found.items() if k in state)
+        out["keys"] = len(set(state) & set(found)) / len(state)
+        with torch.no_grad():
+            return listed(again(*xs))
+
+    def in_onnx():
+        import tempfile
+
+        import onnxruntime
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = str(Path(folder) / "net.onnx")
+            kind = "int32" if given[0].dtype.kind == "i" else None
+            converters.to_onnx(model, path=path, input_dtype=kind)
+            session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+            wanted = session.get_inputs()
+            kinds = {"tensor(int64)": "int64", "tensor(int32)": "int32", "tensor(float)": "float32"}
+            feed = {i.name: x.astype(kinds[i.type]) for i, x in zip(wanted, given, strict=True)}
+            return session.run(None, feed)
+
+    def in_keras_():
+        return listed(converters.to_keras(model)(given[0] if len(given) == 1 else given))
+
+    for target, run in (("torch", back), ("keras", in_keras_), ("onnx", in_onnx)):
+        try:
+            out[target] = worst(run(), expected)
+        except Exception as problem:  # noqa: BLE001 - which the table tells
+            out[target] = f"{type(problem).__name__}: {problem}"[:300]
+    return out
+
+
+def listed(outputs):
+    many = list(outputs.values()) if isinstance(outputs, dict) else outputs
+    return list(many) if isinstance(many, list | tuple) else [many]
+
+
+def worst(found, expected):
+    plain = [keras.ops.convert_to_numpy(x) for x in found]
+    return max(error(a, b.numpy()) for a, b in zip(plain, expected, strict=True))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*")
     parser.add_argument("--out", default="graphs.json")
     parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--torch", action="store_true", help="nets of torch in place of Keras's")
     given = parser.parse_args()
     path = Path(given.out)
     told = json.loads(path.read_text()) if path.exists() else {}
-    for name in given.names or names():
+    for name in given.names or (torch_names() if given.torch else names()):
         if "bits" in told.get(name, {}):
             continue
         try:
-            told[name] = tour(build(name, given.size))
+            told[name] = tour_of_torch(name) if given.torch else tour(build(name, given.size))
         except Exception as problem:  # noqa: BLE001 - which the table tells
             told[name] = {"refused": f"{type(problem).__name__}: {problem}"[:500]}
             if given.names:
                 traceback.print_exc()
         path.write_text(json.dumps(told, indent=1))
         print(name, told[name], flush=True)
+    if given.torch:
+        print(rows_of(told))
+
+
+def rows_of(told):
+    """The table of the guide, of nets of torch."""
+    columns = ("flax", "torch", "keras", "onnx")
+    lines = ["| net | Flax | torch | Keras | ONNX |", "|---|---|---|---|---|"]
+    for name, found in told.items():
+        cells = [found.get(c, found.get("refused", "")) for c in columns]
+        cells = [f"{c:.1e}" if isinstance(c, float) else c.partition(": ")[2] for c in cells]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

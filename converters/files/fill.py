@@ -445,7 +445,7 @@ def _candidates(
         slots = {
             ".".join(_key(part, key)): np.asarray(value)
             for part in parts
-            for key, value in part.arrays.items()
+            for key, value in torch_layers.held(part).items()
         }
         out.append((kind, slots))
     if not out:
@@ -461,7 +461,13 @@ def _key(layer: Layer, name: str) -> list[str]:
 
 def _torch(model: Model) -> list[Layer]:
     net = _flax.read_flax(*model)
-    return torch_layers.torch_net(net, "channels_first", arrays_only=True).layers
+    try:
+        return torch_layers.torch_net(net, "channels_first", arrays_only=True).layers
+    except ConversionError:
+        if not isinstance(model.module, Graph):
+            raise
+        # Where no layer proves which axis holds the channels, as in a transformer, none moves.
+        return torch_layers.torch_net(net, "source", arrays_only=True).layers
 
 
 def _native(model: Model) -> list[Layer]:

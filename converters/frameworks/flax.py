@@ -19,7 +19,8 @@ from fwt.converters.rows import table
 from fwt.converters.rows.row import Layer, Row, parts_of, refuse, same
 from fwt.converters.walk import policy
 from fwt.converters.walk.net import Net, folded, nests
-from fwt.layers import Parameter
+from fwt.layers import Constant, Indexed, Parameter
+from fwt.layers.constants import packed
 
 
 def given(module: Any, variables: Any, call: str) -> tuple[Any, Any]:
@@ -123,6 +124,11 @@ def _layer(name: str, layer: Any, arrays: dict[str, Any]) -> Layer:
     place = f"{name} ({kind})"
     policy.name_of(fields.get("param_dtype"), place)
     dtype = policy.name_of(fields.pop("dtype", None), place)
+    if isinstance(layer, Constant):
+        arrays, fields = {"value": layer.value}, {"shape": layer.shape}
+    if isinstance(layer, Indexed) and arrays:
+        fields = {"shape": layer.gives, "table": arrays["value"]}
+        arrays = {"value": layer.positions}
     return Layer(name, kind, fields, arrays, defaults, dtype=dtype)
 
 
@@ -157,10 +163,17 @@ def _graph(net: Net) -> tuple[Graph, dict[str, dict[str, Any]]]:
             nodes.append(Node(layer.name, None, layer.inputs, layer.of))
             continue
         row = table.rows_of("flax", layer.kind)[0]
+        if layer.kind == "Constant":
+            told = Constant.settings(layer.arrays["value"])
+            layer = dataclasses.replace(layer, settings=told, arrays={})
+        if layer.kind == "Indexed":
+            table_, index = layer.settings["table"], layer.arrays["value"].astype(np.int32)
+            told = {"shape": table_.shape, "index": packed(index), "gives": index.shape}
+            layer = dataclasses.replace(layer, settings=told, arrays={"value": table_})
         nodes.append(Node(layer.name, _module(row, layer), layer.inputs))
         parts = parts_of(layer.name)
         for collection, path, value in _arrays(row, layer):
-            *inside, leaf = parts if layer.kind == "Parameter" else [*parts, *path]
+            *inside, leaf = parts if row.kind == "parameter" else [*parts, *path]
             node = trees[collection]
             for part in inside:
                 node = node.setdefault(part, {})

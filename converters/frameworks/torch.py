@@ -5,208 +5,49 @@ import dataclasses
 import functools
 import inspect
 import itertools
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 import torch
 import torch.nn.utils.parametrize
-from torch.nn.modules.dropout import _DropoutNd as _Dropout
 
 from fwt import _tree
 from fwt._types import ConversionError, Model
 from fwt.converters import io as _io
 from fwt.converters.frameworks import (
     altered,
+    torch_check,
     torch_computed,
+    torch_export,
     torch_graph,
     torch_layers,
-    torch_modules,
     torch_wrappers,
 )
 from fwt.converters.frameworks import flax as _flax
 from fwt.converters.frameworks import given as _given
 from fwt.converters.frameworks import sidecar as _sidecar
+from fwt.converters.frameworks.torch_layer import (
+    check_initialised,
+    class_of,
+    defaults_of,
+    layer_of,
+    to_numpy,
+    to_tensor,
+)
 from fwt.converters.frameworks.torch_wrappers import is_container, unwrapped
 from fwt.converters.rows import grouped, table
-from fwt.converters.rows.row import TRAINING, Layer, LiveLeaf, joined, order, parts_of, refuse
+from fwt.converters.rows.row import Layer, LiveLeaf, joined, order, parts_of, refuse
 from fwt.converters.walk import convert
 from fwt.converters.walk.convert import Layout
 from fwt.converters.walk.net import Net, folded, nests
 
-# NumPy has no such dtypes: they cross as integers of the same width.
-_AS_INTEGER = {
-    torch.bfloat16: (torch.int16, ml_dtypes.bfloat16),
-    **{
-        getattr(torch, f"float8_{kind}"): (torch.int8, getattr(ml_dtypes, f"float8_{kind}"))
-        for kind in ("e4m3fn", "e5m2", "e4m3fnuz", "e5m2fnuz", "e8m0fnu")
-        if hasattr(torch, f"float8_{kind}")  # the last came with torch 2.7
-    },
-}
-
-
-def _class(kind: str) -> type | None:
-    custom = table.CUSTOM["torch"].get(kind)
-    return custom or torch_modules.OURS.get(kind) or getattr(torch.nn, kind, None)
-
-
-@functools.cache
-def _defaults(cls: Any) -> dict[str, Any]:
-    if issubclass(cls, torch.nn.RNNBase):  # whose signature tells nothing
-        empty = inspect.Parameter.empty
-        names: dict[str, Any] = {"input_size": empty, "hidden_size": empty, "num_layers": 1}
-        names |= {"bias": True, "batch_first": False, "dropout": 0.0, "bidirectional": False}
-        if cls is torch.nn.LSTM:
-            names["proj_size"] = 0
-        return names | ({"nonlinearity": "tanh"} if cls is torch.nn.RNN else {})
-    parameters = list(inspect.signature(cls.__init__).parameters.values())[1:]
-    return {p.name: p.default for p in parameters}
-
-
-def to_numpy(tensor: torch.Tensor, place: str) -> np.ndarray:
-    """A tensor's values, whatever its dtype, device and layout in memory."""
-    if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
-        raise refuse(place, "a meta, sparse or quantised tensor has no plain values")
-    tensor = tensor.detach().cpu()
-    if tensor.dtype in _AS_INTEGER:
-        integer, dtype = _AS_INTEGER[tensor.dtype]
-        return tensor.contiguous().view(integer).numpy().view(dtype)
-    return tensor.numpy()
-
-
-def to_tensor(value: Any) -> torch.Tensor:
-    """An array as a tensor of its own memory."""
-    value = np.array(value, order="C")
-    for dtype, (integer, numpy_dtype) in _AS_INTEGER.items():
-        if value.dtype == numpy_dtype:
-            width = np.int16 if integer is torch.int16 else np.int8
-            return torch.from_numpy(value.view(width)).view(dtype)
-    return torch.from_numpy(value)
-
-
-def _layer(name: str, module: torch.nn.Module) -> Layer:
-    parametrized = torch.nn.utils.parametrize.is_parametrized(module)
-    cls: Any = type(module).__bases__[0] if parametrized else type(module)
-    kind = cls.__name__
-    place = f"{name} ({kind})"
-    found: Any = _class(kind)
-    if cls is not found:
-        raise refuse(
-            place,
-            f"{cls.__module__}.{kind} is a custom module, which can't be converted",
-            "converters.register(row) makes it known",
-        )
-    for key, parameter in module.named_parameters():
-        _check_initialised(parameter, f"{name}.{key}")
-    whole = _is_composite(cls)
-    parameters = dict(module.named_parameters(recurse=whole))
-    buffers = dict(module.named_buffers(recurse=whole))
-    arrays: dict[str, Any] = {
-        **parameters,
-        **buffers,
-        **torch_computed.folded(module, place, strict=True),
-    }
-    arrays = {k: v for k, v in arrays.items() if v is not None}
-    defaults = _defaults(cls)
-    settings = _composite(module, place)
-    for key in defaults:
-        if key in TRAINING["torch"] or key in settings:
-            continue
-        if key == "bias" and isinstance(getattr(module, key, None), torch.Tensor | None):
-            settings[key] = module.bias is not None
-        elif hasattr(module, key):
-            settings[key] = getattr(module, key)
-    if kind == "RMSNorm" and settings.get("eps", 0) is None:
-        doubles = any(v.dtype == torch.float64 for v in module.parameters())
-        settings["eps"] = torch.finfo(torch.float64 if doubles else torch.float32).eps
-    arrays = {k: to_numpy(v, f"{name}.{k}") for k, v in arrays.items()}
-    if table.CUSTOM["torch"].get(kind) is None:
-        _check_as_new(module, cls, settings, place)
-    known = {k: v for k, v in defaults.items() if v is not inspect.Parameter.empty}
-    return Layer(name, kind, settings, arrays, known)
-
 
 def _with_defaults(layer: Layer) -> Layer:
-    defaults = _defaults(_class(layer.kind))
+    defaults = defaults_of(class_of(layer.kind))
     known = {k: v for k, v in defaults.items() if v is not inspect.Parameter.empty}
     return dataclasses.replace(layer, settings={**known, **layer.settings}, defaults=known)
-
-
-def _check_as_new(module: torch.nn.Module, cls: Any, settings: dict[str, Any], place: str) -> None:
-    """Raises where a module, or one inside it, computes otherwise than its settings say."""
-    but = {*settings, *TRAINING["torch"], "training", "head_dim"}
-    if getattr(module, "padding_mode", "zeros") == "zeros":
-        but.add("_reversed_padding_repeated_twice")
-    for part in module.modules():
-        altered.check_methods(part, place)
-        if shadowed := sorted(set(part._parameters) & set(vars(part))):
-            raise refuse(place, f"its {shadowed[0]} stands before the parameter of that name")
-    everywhere: Any = torch.nn.modules.module
-    if everywhere._global_forward_hooks or everywhere._global_forward_pre_hooks:
-        raise refuse(place, "a forward hook of all modules can change what it does", "remove it")
-    try:
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            new = cls(**settings)
-    except (TypeError, ValueError, RuntimeError, AssertionError):
-        return  # its settings are no arguments, which the walk refuses or knows
-    parts = dict(module.named_modules())
-    for inside, part in new.named_modules():
-        live = parts.get(inside)
-        if type(part) in (type(live), cls) and not isinstance(part, _Dropout):
-            altered.check_as_new(live, part, place, but)
-
-
-def _is_composite(cls: type) -> bool:
-    return issubclass(cls, torch.nn.MultiheadAttention | torch.nn.TransformerEncoderLayer)
-
-
-def _composite(module: Any, place: str) -> dict[str, Any]:
-    """The settings of a module that holds others, which it keeps under other names."""
-    for name, part in module.named_modules() if _is_composite(type(module)) else ():
-        changed = part._forward_hooks or part._forward_pre_hooks or "forward" in vars(part)
-        if part is not module and (changed or torch.nn.utils.parametrize.is_parametrized(part)):
-            raise refuse(place, f"a hook or parametrization of its {name!r} changes what it does",
-                         "remove it")  # fmt: skip
-    if isinstance(module, torch.nn.MultiheadAttention):
-        if not module._qkv_same_embed_dim:
-            raise refuse(place, f"kdim={module.kdim}, vdim={module.vdim}: not that of embed_dim")
-        return {
-            "bias": module.in_proj_bias is not None,
-            "add_bias_kv": module.bias_k is not None,
-        }
-    if isinstance(module, torch.nn.TransformerEncoderLayer):
-        stock = {"self_attn": torch.nn.MultiheadAttention, "linear1": torch.nn.Linear,
-                 "linear2": torch.nn.Linear, "norm1": torch.nn.LayerNorm,
-                 "norm2": torch.nn.LayerNorm}  # fmt: skip
-        for part, cls in stock.items():
-            if type(getattr(module, part)) is not cls:
-                raise refuse(place, f"its {part} is no {cls.__name__}")
-        if module.norm1.eps != module.norm2.eps or module.self_attn.add_zero_attn:
-            raise refuse(place, "its parts have settings that the layer can't say")
-        names = {torch.nn.functional.relu: "relu", torch.nn.functional.gelu: "gelu"}
-        act: Any = module.activation
-        name = names.get(act)
-        if isinstance(act, torch.nn.ReLU):
-            name = "relu"
-        elif isinstance(act, torch.nn.GELU) and act.approximate == "none":
-            name = "gelu"
-        if name is None:
-            raise refuse(place, f"activation={act!r}: only relu and gelu")
-        return {
-            "d_model": module.linear1.in_features,
-            "nhead": module.self_attn.num_heads,
-            "dim_feedforward": module.linear1.out_features,
-            "dropout": module.dropout.p,
-            "activation": name,
-            "layer_norm_eps": module.norm1.eps,
-            "batch_first": module.self_attn.batch_first,
-            "bias": module.linear1.bias is not None,
-        }
-    return {}
 
 
 def _check_holder(model: torch.nn.Module, where: str) -> None:
@@ -240,7 +81,7 @@ def _children(model: torch.nn.Module, inside: tuple[str, ...], seen: dict[int, s
             held = torch.nn.Sequential(OrderedDict(within))
             layers += _children(held, (*inside, name), seen)
             continue
-        layers.append(_layer(place, module))
+        layers.append(layer_of(place, module))
         for parameter in module.parameters():
             if id(parameter) in seen:
                 same = "are one module" if id(module) in seen else "share a parameter"
@@ -253,13 +94,18 @@ def _children(model: torch.nn.Module, inside: tuple[str, ...], seen: dict[int, s
 
 
 def from_torch(
-    model: torch.nn.Sequential,
-    input_shape: Sequence[int | None] | None = None,
+    model: torch.nn.Module,
+    input_shape: Any = None,
     layout: Layout = "channels_last",
     *,
     sidecar: bool = False,
 ) -> Model:
-    """A torch Sequential as a Flax model with the same predictions (those in eval mode).
+    """A torch module as a Flax model with the same predictions (those in eval mode).
+
+    A Sequential becomes a :class:`fwt.Sequential`, any other module a :class:`fwt.Graph`: it is
+    followed by ``torch.export`` for any number of examples, its layers keep their paths, and what
+    is computed between them becomes layers too. Both are then run on random inputs, and a model
+    that does not agree is not given back.
 
     A Sequential inside another stays one, a ModuleList is used in order, and weights that
     ``torch.nn.utils.prune``, ``parametrize``, ``weight_norm`` or ``spectral_norm`` compute are
@@ -267,9 +113,11 @@ def from_torch(
     AveragedModel, as the model and as a layer of it, the module inside is taken under its name.
 
     Args:
-        model: a ``torch.nn.Sequential``; the names of its layers are kept.
-        input_shape: the shape of its input without the batch axis, such as (3, 32, 48). None works
-            where the rank follows from the first layers.
+        model: a ``torch.nn.Module``; the names of its layers are kept.
+        input_shape: the shape of its input without the batch axis, such as (3, 32, 48), or a list
+            of the shapes of several inputs; for a module that is no Sequential also a tensor for
+            each input, batch first. None works for a Sequential where the rank follows from the
+            first layers.
         layout: what the new model's input and output look like: "channels_last" or
             "channels_first" where a layer proves which axis holds the channels, or "source" to
             keep both ends exactly as the given model has them.
@@ -292,14 +140,14 @@ def from_torch(
         True
     """
     model = unwrapped(model)
-    if not is_container(model):
-        raise ConversionError(
-            f"from_torch takes a torch.nn.Sequential, found {type(model).__name__}, whose "
-            "forward can't be read: give a Sequential of the same layers, or save its state_dict() "
-            "and load('w.pt', architecture=keras_model, match='order'); "
-            "converters.transform(model, t) changes the weights of any torch module in place"
-        )
-    net = Net.line(_children(model, (), {})).given(input_shape)
+    if is_container(model):
+        net = Net.line(_children(model, (), {})).given(input_shape)
+    elif isinstance(model, torch.nn.Module):
+        inputs = torch_export.example_inputs(model, input_shape)
+        net = torch_export.net_of(model, inputs)
+        input_shape = None
+    else:
+        raise ConversionError(f"from_torch takes a torch.nn.Module, found {type(model).__name__}")
 
     def forth(net: Net) -> Model:
         net = folded(net, torch_layers.with_selected)
@@ -310,6 +158,9 @@ def from_torch(
         return forth(dataclasses.replace(net, layers=layers).given(input_shape))
 
     made = forth(net)
+    if not is_container(model):
+        with torch_export.at_inference(model):
+            torch_check.check(model, net, made, inputs)
     if not sidecar:
         return made
     there = "source" if layout == "source" else "channels_first"
@@ -365,7 +216,7 @@ def to_torch(
     net = _net_of(module, variables, input_shape, layout)
     net = _sidecar.restored(net, module, "torch", state=True)
     chain = net.is_line and nests(net.layers)
-    if not chain or any(_class(layer.kind) is None for layer in net.layers):
+    if not chain or any(class_of(layer.kind) is None for layer in net.layers):
         return torch_graph.graph_module(net, _built, to_tensor).eval()
     return _sequential([(parts_of(layer.name), layer) for layer in net.layers]).eval()
 
@@ -389,7 +240,7 @@ def _sequential(entries: list[tuple[list[str], Layer]]) -> torch.nn.Sequential:
 
 
 def _built(layer: Layer) -> torch.nn.Module:
-    cls: Any = _class(layer.kind)
+    cls: Any = class_of(layer.kind)
     assert cls is not None
     state = {k: to_tensor(v) for k, v in torch_layers.torch_state(layer).items()}
     # Made without memory: the arrays become its parameters.
@@ -436,7 +287,7 @@ def leaves(model: torch.nn.Module) -> list[LiveLeaf]:
         statistics = _statistics(module)
         for name, parameter in itertools.chain(plain_ones, computed.items(), statistics.items()):
             place = f"{prefix}.{name}" if prefix else name
-            _check_initialised(parameter, place)
+            check_initialised(parameter, place)
             if id(parameter) in made_of and name not in computed:
                 continue
             if not parameter.is_floating_point() and name not in statistics:
@@ -562,17 +413,12 @@ def _check_quantised(module: torch.nn.Module, place: str) -> None:
         )
 
 
-def _check_initialised(parameter: Any, place: str) -> None:
-    if isinstance(parameter, torch.nn.UninitializedParameter | torch.nn.UninitializedBuffer):
-        raise refuse(place, "a lazy module has no weights yet", "call the model once")
-
-
 def _public_name(module: torch.nn.Module) -> str:
     """The class in torch.nn that a module is or derives from."""
     if isinstance(module, torch.jit.ScriptModule):  # its class is torch.jit's
         return str(module.original_name)
     for cls in type(module).__mro__:
-        if _class(cls.__name__) is cls:
+        if class_of(cls.__name__) is cls:
             return cls.__name__
     return type(module).__name__
 

@@ -10,7 +10,6 @@ import torch
 
 from fwt._graph import names_in
 from fwt._types import ConversionError
-from fwt.converters.frameworks.torch_layers import torch_key
 from fwt.converters.rows.row import Layer, parts_of
 from fwt.converters.walk.net import Net
 
@@ -37,6 +36,8 @@ def graph_module(
     for layer in net.layers:
         given = [refs[i] for i in layer.inputs]
         refs[layer.name] = _node(graph, root, layer, given, built, tensor)
+        if not layer.inputs:
+            refs[layer.name].meta["alone"] = True
     if isinstance(net.outputs, str):
         graph.output(refs[net.outputs])
     elif isinstance(net.outputs, Mapping):
@@ -44,7 +45,17 @@ def graph_module(
     else:
         graph.output(tuple(refs[name] for name in net.outputs))
     graph.lint()
-    return torch.fx.GraphModule(root, graph)
+    made = torch.fx.GraphModule(root, graph)
+    for path, module in root.named_modules():  # what a GraphModule leaves out or forgets
+        parts = path.split(".") if path else []
+        holder = _holder(made, parts) if module._parameters or module._buffers else made
+        for name, parameter in module._parameters.items():
+            if name not in holder._parameters:
+                holder.register_parameter(name, parameter)
+        holder._non_persistent_buffers_set |= module._non_persistent_buffers_set & {
+            *holder._buffers
+        }
+    return made
 
 
 def _node(
@@ -65,6 +76,13 @@ def _node(
             node
         )  # fmt: skip
     if kind == "Concatenate":
+        # An array of the model stands for each example.
+        arrays = ["alone" in n.meta for n in given]
+        if any(arrays):
+            batch = graph.call_method("size", (given[arrays.index(False)], 0))
+            rest = [-1] * (len(layer.shape or ()))
+            given = [graph.call_method("expand", (n, batch, *rest)) if own else n
+                     for n, own in zip(given, arrays, strict=True)]  # fmt: skip
         return graph.call_function(torch.cat, (list(given), told["dim"]))
     if kind == "Permute":
         return graph.call_method("permute", (given[0], *told["dims"]))
@@ -79,9 +97,16 @@ def _node(
         return graph.call_function(operator.getitem, (given[0], index))
     if kind == "Rescaling":
         return _rescaled(graph, root, layer, given[0])
-    if kind == "Parameter":
+    if kind == "Indexed":
+        (index,) = layer.arrays.values()
+        whole = _array(graph, root, parts_of(layer.name), tensor(told["table"]))
+        parts = [*parts_of(layer.name)[:-1], f"{parts_of(layer.name)[-1]}__index"]
+        at = _array(graph, root, parts, tensor(index).long(), kind="Constant")
+        flat = graph.call_method("reshape", (whole, -1))
+        return graph.call_function(operator.getitem, (flat, at))
+    if kind in ("Parameter", "PersistentBuffer", "Constant"):
         (value,) = layer.arrays.values()
-        return _array(graph, root, torch_key(layer, ""), tensor(value))
+        return _array(graph, root, parts_of(layer.name), tensor(value), kind=kind)
     if kind == "LayerScale":
         (value,) = layer.arrays.values()
         parts = [*parts_of(layer.name), "gamma"]
@@ -90,11 +115,23 @@ def _node(
         return graph.call_function(operator.mul, (given[0], graph.call_method(
             "reshape", (gamma, shape))))  # fmt: skip
     path = ".".join(parts_of(layer.of or layer.name))
-    if kind in ("SelfAttention", "MultiheadAttention"):
+    if kind == "Lookup":
+        _alias(root, layer, given[0])
+        return graph.call_function(torch.nn.functional.embedding, (given[1], given[0]))
+    if kind == "Attend":
+        _alias(root, layer, given[1])
+        return graph.call_function(torch.nn.functional.linear, (given[0], given[1]))
+    if kind in ("SelfAttention", "CausalSelfAttention", "MultiheadAttention"):
         if not layer.of:
             _put(root, parts_of(layer.name), _attention(built(layer)))
         query, key, value = given[0], given[min(1, len(given) - 1)], given[-1]
-        node = graph.call_module(path, (query, key, value), {"need_weights": False})
+        more: dict[str, Any] = {"need_weights": False}
+        if kind == "CausalSelfAttention":
+            parts = parts_of(f"{layer.name}__mask")
+            size = (layer.shape or (1,))[0]
+            mask = torch.full((size or 1, size or 1), -torch.inf).triu(1)
+            more["attn_mask"] = _array(graph, root, parts, mask, kind="Constant")
+        node = graph.call_module(path, (query, key, value), more)
         return graph.call_function(operator.getitem, (node, 0))
     if not layer.of:
         _put(root, parts_of(layer.name), built(layer))
@@ -107,13 +144,29 @@ def _attention(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
+def _alias(root: torch.nn.Module, layer: Layer, table: Any) -> None:
+    """A layer that shares a table has it under its own name too."""
+    holder = _holder(root, parts_of(layer.name))
+    *inside, name = table.target.split(".")
+    if "weight" not in holder._parameters:
+        holder.register_parameter("weight", _holder(root, inside)._parameters[name])
+
+
 def _array(
-    graph: Any, root: torch.nn.Module, parts: Sequence[str], value: torch.Tensor, of: str = ""
+    graph: Any,
+    root: torch.nn.Module,
+    parts: Sequence[str],
+    value: torch.Tensor,
+    of: str = "",
+    kind: str = "Parameter",
 ) -> Any:
     if of:
         return graph.get_attr(".".join([*parts_of(of), parts[-1]]))
     holder = _holder(root, parts[:-1])
-    holder.register_parameter(parts[-1], torch.nn.Parameter(value, value.is_floating_point()))
+    if kind == "Parameter":
+        holder.register_parameter(parts[-1], torch.nn.Parameter(value, value.is_floating_point()))
+    else:
+        holder.register_buffer(parts[-1], value, persistent=kind == "PersistentBuffer")
     return graph.get_attr(".".join(parts))
 
 

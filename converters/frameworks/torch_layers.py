@@ -134,15 +134,26 @@ def _renamed(layer: Layer) -> Layer:
     return layer
 
 
+def held(layer: Layer) -> dict[str, Any]:
+    """A layer's arrays as files have them."""
+    if layer.kind == "Constant":
+        return {}
+    return {"value": layer.settings["table"]} if layer.kind == "Indexed" else layer.arrays
+
+
 def torch_state(layer: Layer) -> dict[str, Any]:
     """A torch layer's arrays, with the counter that running statistics have beside them."""
     if "running_mean" in layer.arrays:
         counter = {"num_batches_tracked": np.zeros((), np.int64)}
         return {**layer.arrays, **(counter if "num_batches_tracked" not in layer.arrays else {})}
-    return layer.arrays
+    return held(layer)
 
 
 def torch_key(layer: Layer, name: str) -> list[str]:
     """The parts of the key of an array in a state dict; a Parameter's is that of the layer."""
     parts = parts_of(layer.name)
-    return parts if layer.kind == "Parameter" else [*parts, name]
+    return (
+        parts
+        if layer.kind in ("Parameter", "Buffer", "PersistentBuffer", "Indexed")
+        else [*parts, name]
+    )

@@ -176,6 +176,15 @@ class SelfAttention(torch.nn.MultiheadAttention):
         return super().forward(x, x, x, need_weights=False)[0]
 
 
+class CausalSelfAttention(torch.nn.MultiheadAttention):
+    """The same, in which no step attends to a later one."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        later = torch.full((x.shape[1], x.shape[1]), -torch.inf, dtype=x.dtype, device=x.device)
+        mask = later.triu(1)
+        return super().forward(x, x, x, attn_mask=mask, need_weights=False)[0]
+
+
 _POINTWISE = ("abs", "acos", "acosh", "asin", "asinh", "atan", "atanh", "ceil", "cos", "cosh",
               "erf", "exp", "floor", "log", "reciprocal", "round", "sign", "sin", "sinh", "sqrt",
               "square", "tan")  # fmt: skip
@@ -219,6 +228,6 @@ class Reduce(torch.nn.Module):
         return f"function={self.function!r}, dim={self.dim}"
 
 
-_ALL = (EinsumDense, Flip, Masking, Normalization, Permute, Pointwise, Reduce, RepeatVector,
-        Rescaling, Select, SelfAttention)  # fmt: skip
+_ALL = (CausalSelfAttention, EinsumDense, Flip, Masking, Normalization, Permute, Pointwise, Reduce,
+        RepeatVector, Rescaling, Select, SelfAttention)  # fmt: skip
 OURS: dict[str, type] = {c.__name__: c for c in _ALL}

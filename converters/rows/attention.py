@@ -264,8 +264,27 @@ ENCODER = Row(
     lower=_lower_encoder,
     lacks={"keras": "keras.layers has no such layer"},
 )
+
+
+def _lower_causal(framework: Framework, layer: Layer, rank: int | None) -> Any:
+    if "in_proj_weight" not in layer.arrays:
+        return None
+    parts = _lower_attention(framework, dataclasses.replace(layer, kind="SelfAttention"), rank)
+    return [dataclasses.replace(x, kind="CausalSelfAttention") for x in parts]
+
+
+CAUSAL = dataclasses.replace(
+    ATTENTION,
+    flax=fl.CausalAttention,
+    torch="CausalSelfAttention",
+    keras=None,
+    several="",
+    lower=_lower_causal,
+    lacks={"keras": "keras.layers has no such layer"},
+)
 ROWS: tuple[Row, ...] = (
     ATTENTION,
+    CAUSAL,
     Row(
         None,
         "MultiheadAttention",

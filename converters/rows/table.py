@@ -21,6 +21,7 @@ from fwt._modules import einsum_names
 from fwt._types import ConversionError
 from fwt.converters.rows import (
     attention,
+    constants,
     functions,
     merges,
     pooling,
@@ -42,6 +43,7 @@ LAYERS: list[Row] = [
     *shapes.ROWS,
     *functions.ROWS,
     *merges.ROWS,
+    *constants.ROWS,
 ]
 
 # Classes of the user's own, by name.

@@ -12,6 +12,7 @@ from fwt.converters.rows.row import At, Layer, Row, read_settings, refuse
 from fwt.converters.walk.arrays import letter_sizes, moved
 from fwt.converters.walk.axis import Axis, Value
 from fwt.converters.walk.shapes import Restart, Shapes
+from fwt.converters.walk.write import reindex
 
 _MAY_BE_NEGATIVE = (fl.Subtract, fl.Divide, fl.MatMul)
 
@@ -21,13 +22,17 @@ class Merges(Shapes):
 
     def _parameter(self, layer: Layer) -> None:
         """A learned array: its axes are its own until a merge tells what they stand for."""
+        if layer.kind == "Indexed" and self.target == "keras":  # which has no such layer
+            held, at = layer.settings["table"], layer.arrays["value"]
+            layer = dataclasses.replace(layer, kind="Parameter", settings={"shape": at.shape},
+                                        arrays={"value": held.reshape(-1)[at]})  # fmt: skip
         row = table.rows_of(self.source, layer.kind)[0]
         if len(layer.arrays) != 1:
             raise refuse(str(layer), f"expected one array, found {sorted(layer.arrays)}")
         (value,) = layer.arrays.values()
         have = [Axis(size) for size in np.shape(value)]
         self._load(Value((), have, list(have), dtype=layer.dtype))
-        fields = {"shape": tuple(np.shape(value))}
+        fields = {**layer.settings, "shape": tuple(np.shape(value))}
         self._emit(row, layer.name, fields, At(str(layer), ()), {"value": np.array(value)})
 
     def _merge(self, layer: Layer, values: list[Value]) -> None:
@@ -92,11 +97,15 @@ class Merges(Shapes):
             for i, axes in enumerate(columns)
         ]
         batched = [v for v in laid if v.n is not None]
-        if joins is not None and 0 < len(batched) < len(laid):
-            raise refuse(place, "it joins what has a batch with what has none")
         at = {v.have.index(v.n) for v in batched if v.have is not None and v.n is not None}
         if len(at) > 1:
             raise refuse(place, "the batch stands at different places of its inputs")
+        # What the model has itself stands for each example, which Keras's Concatenate can't say.
+        alone = [v.have for v in laid if v.n is None and v.have is not None]
+        if joins is not None and at and alone:
+            many = any(len(have) != rank or have[next(iter(at))].size != 1 for have in alone)
+            if many or self.target == "keras":
+                raise refuse(place, "it joins what has a batch with what has none")
         self._meet(laid)
         self.have, self.want = have, [have[p] for p in order]
         self.n = have[next(iter(at))] if at else None
@@ -135,7 +144,7 @@ class Merges(Shapes):
                          "give all of them one rank, with a Reshape")  # fmt: skip
         if not short:
             return values
-        order = self._cheapest([v for v in values if v not in short], rank)
+        order = self._cheapest(values, rank)
         out = []
         for value in values:
             own = len(value.have or ())
@@ -147,15 +156,13 @@ class Merges(Shapes):
     def _widened(self, value: Value, rank: int, place: str) -> Value:
         """A learned array with axes of size 1 before its own."""
         made = next((x for x in self.out if x.name == value.tips[0]), None)
-        if made is None or made.kind != "Parameter" or value.have != value.want:
+        if made is None or made.inputs or value.have != value.want:
             raise refuse(place, "one of its inputs has fewer axes, which stand elsewhere in the "
                          "target", "give all of them one rank, with a Reshape")  # fmt: skip
         assert value.have is not None
-        (array,) = made.arrays.values()
-        shape = (*[1] * (rank - array.ndim), *array.shape)
-        made.arrays = dict.fromkeys(made.arrays, array.reshape(shape))
-        made.settings = {**made.settings, "shape": shape}
-        have = [*(Axis(1) for _ in range(rank - array.ndim)), *value.have]
+        ones = [1] * (rank - len(value.have))
+        reindex(made, lambda array: array.reshape(*ones, *array.shape), self.target != "keras")
+        have = [*map(Axis, ones), *value.have]
         return dataclasses.replace(value, have=have, want=list(have))
 
     def _cheapest(self, values: Sequence[Value], rank: int) -> tuple[int, ...]:
@@ -175,6 +182,9 @@ class Merges(Shapes):
                     total += math.prod(a.size or 64 for a in value.have or ())
             return total
 
+        short = [v for v in values if v.have is not None and len(v.have) < rank]
+        if any(v.tips[0] in self.several for v in short):  # which stand as they are for each
+            return tuple(range(rank))
         whole = [v for v in values if v.have is not None and len(v.have) == rank]
         found = [order_of(v) for v in whole if v.n is not None]
         return min(dict.fromkeys([*found, tuple(range(rank))]), key=cost)

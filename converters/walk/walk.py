@@ -61,6 +61,7 @@ class Walk(Merges):
         super().__init__(source, target, layout, channel, batch)
         self.net, self.plain = net, plain
         self.readers, self.ends = net.readers(), set(names_in(net.outputs))
+        self.several = {name for name, found in self.readers.items() if len(found) > 1} | self.ends
         self.whole = ""  # the layer of the net whose part is being written
         self.values: dict[str, Value] = {}
         self.first: dict[str, list[Layer]] = {}  # by layer, what it was written as

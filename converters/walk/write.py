@@ -1,7 +1,7 @@
 """Layers in the target's terms, with what they need around them."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,23 @@ from fwt.converters.rows.row import (
 from fwt.converters.walk.axis import Axis, Value
 
 
+def reindex(made: Layer, change: Callable[[Any], Any], keep: bool) -> None:
+    """Has an array between layers stand in another order or shape. To ``keep`` one that is learned
+    as other files of the model have it, its positions are turned instead."""
+    (value,) = made.arrays.values()
+    if made.kind == "Parameter" and keep:
+        made.kind, made.settings = "Indexed", {**made.settings, "table": value}
+        value = np.arange(value.size, dtype=np.int32).reshape(value.shape)
+    value = np.ascontiguousarray(change(value))
+    table = made.settings.get("table")
+    every = np.array_equal(value.reshape(-1), np.arange(value.size))
+    if table is not None and table.shape == value.shape and every:
+        made.kind, value = "Parameter", table
+        made.settings = {k: v for k, v in made.settings.items() if k != "table"}
+    made.arrays = dict.fromkeys(made.arrays, value)
+    made.settings = {**made.settings, "shape": value.shape}
+
+
 class Writer:
     """What is written so far, and the value that the next layer takes (see :class:`Value`)."""
 
@@ -35,6 +52,7 @@ class Writer:
         self.taken: set[str] = set()
         self.shapes: dict[str, tuple[int | None, ...]] = {}  # of what the target's layers give
         self.turned: dict[Any, str] = {}  # by what was turned and how, the transposition
+        self.several: set[str] = set()  # what more than one layer takes
         self._load(Value(()))
 
     def _load(self, value: Value) -> None:
@@ -56,11 +74,9 @@ class Writer:
             return
         dims = tuple(self.want.index(a) for a in order)
         made = self.out[-1] if self.out and self.out[-1].name == self.tips[0] else None
-        if self.n is None and made is not None and made.kind == "Parameter":  # is turned itself
-            (value,) = made.arrays.values()
-            value = np.ascontiguousarray(value.transpose(dims))
-            made.arrays = dict.fromkeys(made.arrays, value)
-            made.settings = {**made.settings, "shape": value.shape}
+        own = made is not None and not made.inputs and made.name not in self.several
+        if self.n is None and made is not None and own:  # is turned itself
+            reindex(made, lambda value: value.transpose(dims), self.target != "keras")
             self.want = list(order)
             return
         if dims[0] != 0 and self.whole_keras:

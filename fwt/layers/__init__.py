@@ -40,8 +40,10 @@ from fwt.layers.activations import (
     TanhShrink,
     Threshold,
 )
+from fwt.layers.attention import CausalAttention as CausalAttention
 from fwt.layers.attention import TransformerEncoderLayer
 from fwt.layers.base import tuples as tuples
+from fwt.layers.constants import Attend, Buffer, Constant, Indexed, Lookup
 from fwt.layers.convolutions import GroupedConvTranspose
 from fwt.layers.einsum import EinsumDense
 from fwt.layers.functions import from_function as from_function
@@ -85,6 +87,7 @@ from fwt.layers.recurrent import (
 from fwt.layers.shapes import (
     ChannelShuffle,
     Flatten,
+    Flip,
     Identity,
     Permute,
     PixelShuffle,
@@ -123,14 +126,17 @@ __all__ = [
     "AdaptiveAvgPool",
     "AdaptiveMaxPool",
     "Add",
+    "Attend",
     "Average",
     "AvgPool",
+    "Buffer",
     "CategoryEncoding",
     "CenterCrop",
     "ChannelShuffle",
     "CircularPad",
     "ClippedReLU",
     "Concatenate",
+    "Constant",
     "ConstantPad",
     "ConvLSTM",
     "Crop",
@@ -139,6 +145,7 @@ __all__ = [
     "EinsumDense",
     "Exponential",
     "Flatten",
+    "Flip",
     "GlobalAvgPool",
     "GlobalMaxPool",
     "GroupedConvTranspose",
@@ -147,12 +154,14 @@ __all__ = [
     "HardSwish",
     "HardTanh",
     "Identity",
+    "Indexed",
     "LPPool",
     "LayerScale",
     "LeakyReLU",
     "LocalResponseNorm",
     "LogSigmoid",
     "LogSoftmax",
+    "Lookup",
     "Masking",
     "MatMul",
     "MaxPool",

@@ -2,9 +2,11 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from fwt._types import Array
 from fwt.layers.base import Layer
@@ -75,3 +77,21 @@ class TransformerEncoderLayer(Layer):
             return x + feed(norm("norm2", x))
         x = norm("norm1", x + attend(x))
         return norm("norm2", x + feed(x))
+
+
+class CausalAttention(nn.MultiHeadDotProductAttention):
+    """Flax's attention of one tensor with itself, in which no step attends to a later one.
+
+    Example:
+        >>> import jax
+        >>> layer = CausalAttention(num_heads=2)
+        >>> y, _ = layer.init_with_output(jax.random.key(0), jnp.ones((1, 5, 4)))
+        >>> y.shape
+        (1, 5, 4)
+    """
+
+    @nn.compact
+    def __call__(self, x: Array, **named: Any) -> Array:  # type: ignore[override]  # of one tensor
+        mask = jnp.tril(jnp.ones((1, 1, x.shape[1], x.shape[1]), bool))
+        found: Array = super().__call__(x, mask=mask, **named)
+        return found

@@ -95,7 +95,7 @@ class Minimum(Layer):
 
 
 class Concatenate(Layer):
-    """Its inputs one after the other along an axis.
+    """Its inputs one after the other along an axis; along the others they broadcast.
 
     Args:
         axis: the number of the axis, from the end if it is negative.
@@ -108,7 +108,10 @@ class Concatenate(Layer):
     axis: int = -1
 
     def __call__(self, *xs: Array) -> Array:
-        return jnp.concatenate(xs, self.axis)
+        axis = self.axis % xs[0].ndim
+        others = jnp.broadcast_shapes(*((*x.shape[:axis], *x.shape[axis + 1 :]) for x in xs))
+        wide = [jnp.broadcast_to(x, (*others[:axis], x.shape[axis], *others[axis:])) for x in xs]
+        return jnp.concatenate(wide, axis)
 
 
 class MatMul(Layer):

@@ -91,6 +91,23 @@ class Permute(Layer):
         return jnp.transpose(x, self.dims)
 
 
+class Flip(Layer):
+    """An axis from its end to its start.
+
+    Args:
+        axis: the number of the axis.
+
+    Example:
+        >>> Flip().apply({}, jnp.arange(3.0)[None]).tolist()
+        [[2.0, 1.0, 0.0]]
+    """
+
+    axis: int = -1
+
+    def __call__(self, x: Array) -> Array:
+        return jnp.flip(x, self.axis)
+
+
 class RepeatVector(Layer):
     """(n, c) -> (n, ``times``, c).
 

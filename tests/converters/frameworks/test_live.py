@@ -962,7 +962,7 @@ def test_gradients_of_a_keras_model():
         grads[[v is kernel for v in net.trainable_variables].index(True)]))  # fmt: skip
     both = ["**/embedding", "**/kernel"]
     prune = fwt.prune(0.4, fwt.scores.saliency, grads=grads, where=both)
-    with pytest.raises(fwt.FwtError, match="embedding/embedding is frozen and has no gradient"):
+    with pytest.raises(fwt.FwtError, match=r"embedding\w*/embedding is frozen and has no gradient"):
         converters.transform(net, prune)
     given = {v.path: g for v, g in zip(net.trainable_variables, grads, strict=True)}
     prune = fwt.prune(0.4, fwt.scores.saliency, grads=given)

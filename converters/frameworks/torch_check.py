@@ -1,0 +1,155 @@
+"""Whether a Flax model computes what the torch module does that it was made of."""
+
+import itertools
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+
+from fwt._types import Model
+from fwt.converters import judge
+from fwt.converters.frameworks.torch_layer import to_numpy, to_tensor
+from fwt.converters.rows.row import Layer, refuse
+from fwt.converters.walk.net import Net
+
+_REPORT = "report it, please: fwt reads an operation of it in another way than torch"
+
+
+@judge.full_products()
+def check(model: torch.nn.Module, net: Net, made: Model, inputs: Sequence[torch.Tensor]) -> None:
+    """Raises unless both give the same on random inputs, but for rounding.
+
+    Args:
+        model: the torch module, in eval mode.
+        net: its layers.
+        made: the Flax model.
+        inputs: an example of each input of the module.
+    """
+    xs, given, wanted = _run(model, net, inputs)
+    run = jax.jit(lambda variables, xs: _flat(made.module.apply(variables, *xs)))
+    shapes = made.module.input_shape
+    shapes = [shapes] if len(xs) == 1 else shapes
+    try:
+        first = run(made.variables, [next(_ends(x, s)) for x, s in zip(xs, shapes, strict=True)])
+    except Exception as error:  # of any kind that JAX raises
+        raise refuse(
+            type(model).__name__, f"its Flax model can't be run ({error})", _REPORT
+        ) from error
+    eps = judge.eps_of([y.dtype for y in (*wanted, *first)])
+    _check_one(model, given, wanted, eps)
+    told: judge.Apart | None = None
+    for moved in itertools.product(*(_ends(x, shape) for x, shape in zip(xs, shapes, strict=True))):
+        found = [np.asarray(y) for y in run(made.variables, moved)]
+
+        def nudged(by: float, moved: Any = moved) -> list[np.ndarray]:
+            own = jax.tree.map(lambda leaf: judge.nudged(leaf, by), made.variables)
+            return [np.asarray(y) for y in run(own, [judge.nudged(x, by) for x in moved])]
+
+        apart = [_apart(a, b, eps) for a, b in zip(wanted, found, strict=True)]
+        if any(t is None or t.excess > 1 for t in apart):
+            noise = judge.rounding(nudged, found, eps)
+            each = zip(wanted, found, noise, strict=True)
+            apart = [_apart(a, b, eps, n) for a, b, n in each]
+        told = max((t for t in apart if t), key=lambda t: t.excess, default=None)
+        if all(t is not None and t.excess <= 1 for t in apart):
+            return
+    by = "has another shape" if told is None else f"differs by {told.absolute:.3g}"
+    raise refuse(
+        type(model).__name__,
+        f"the output of its Flax model {by}, and no rounding explains it, so nothing is given back",
+        _REPORT,
+    )
+
+
+def _flat(outputs: Any) -> list[Any]:
+    if isinstance(outputs, Mapping):
+        return list(outputs.values())
+    return list(outputs) if isinstance(outputs, list | tuple) else [outputs]
+
+
+def _run(
+    model: torch.nn.Module, net: Net, inputs: Sequence[torch.Tensor]
+) -> tuple[list[np.ndarray], list[torch.Tensor], list[np.ndarray]]:
+    """Random inputs, other ones and more than the examples, as arrays and as tensors, and what the
+    torch module gives for them."""
+    parts = 1
+    while True:
+        named = zip(inputs, net.inputs, strict=True)
+        xs = [_random(x, name, net.layers, parts) for x, name in named]
+        given = [to_tensor(x).to(like.dtype) for x, like in zip(xs, inputs, strict=True)]
+        try:
+            with torch.no_grad():
+                outputs = _flat(model(*given))
+        except IndexError:  # whole numbers that are made larger before they index a table
+            parts *= 2
+            if parts > 2**20:
+                raise
+            continue
+        return xs, given, [to_numpy(y, "its output") for y in outputs]
+
+
+def _check_one(
+    model: torch.nn.Module, given: Sequence[torch.Tensor], wanted: Sequence[np.ndarray], eps: float
+) -> None:
+    """Raises for a module that computes otherwise for one example than for several: what
+    torch.export tells is true for two or more."""
+    try:
+        with torch.no_grad():
+            alone = [to_numpy(y, "its output") for y in _flat(model(*[x[:1] for x in given]))]
+    except Exception:  # noqa: BLE001 - of any kind: then it takes no single one
+        return
+    place = type(model).__name__
+    for one, many in zip(alone, wanted, strict=True):
+        first = many[:1]
+        scale = np.max(np.abs(first), where=np.isfinite(first), initial=0)
+        if one.size != first.size or not np.allclose(
+            one.reshape(first.shape), first, 0, 100 * eps**0.5 * scale, equal_nan=True
+        ):
+            raise refuse(place, "it gives something else for one example than for one of several",
+                         "what it does may not depend on how many there are")  # fmt: skip
+        if one.shape != first.shape:
+            warnings.warn(
+                f"{place} gives {one.shape} for a single example, where the new model gives "
+                f"{first.shape}: squeeze(dim) instead of squeeze() keeps the batch",
+                stacklevel=5,
+            )
+
+
+def _random(like: torch.Tensor, name: str, layers: Sequence[Layer], parts: int) -> np.ndarray:
+    """Seven inputs of the kind of an example; whole numbers below the size of the tables that they
+    index, or a part of it."""
+    sizes = tuple(like.shape[1:])
+    if like.is_floating_point():
+        half = like.dtype == torch.float16
+        return judge.numbers(sizes, half)[:7].astype(to_numpy(like, name).dtype)
+    rows = {x.name: len(x.arrays["value"]) for x in layers if x.kind == "Parameter" and x.shape}
+    tables = {
+        x.name: len(x.arrays["weight"]) if x.kind == "Embedding" else rows[x.inputs[0]]
+        for x in layers
+        if x.kind == "Embedding" or (x.kind == "Lookup" and x.inputs[0] in rows)
+    }
+    own = [tables[x.name] for x in layers if name in x.inputs and x.name in tables]
+    count = min(own or tables.values(), default=2)
+    if like.dtype == torch.bool:
+        return judge.whole_numbers(2, (7, *sizes))[0].astype(bool)
+    return np.resize(judge.whole_numbers(max(count // parts, 1), sizes), (7, *sizes))
+
+
+def _ends(x: np.ndarray, shape: Any) -> Iterator[np.ndarray]:
+    """The array with its axes where a layout may have moved them."""
+    for moved in (x, np.moveaxis(x, 1, -1) if x.ndim > 2 else None):
+        if moved is not None and moved.shape[1:] == tuple(shape):
+            yield moved
+
+
+def _apart(a: np.ndarray, b: np.ndarray, eps: float, *noise: np.ndarray) -> judge.Apart | None:
+    """How far an output is from that of torch, whose channels may stand elsewhere."""
+    turned = (lambda y: np.moveaxis(y, -1, 1)) if b.ndim > 2 else (lambda y: y)
+    told = [
+        judge.apart(a, f(b), [f(n) for n in noise], eps=eps)
+        for f in (lambda y: y, turned) if f(b).shape == a.shape
+    ]  # fmt: skip
+    return min(told, key=lambda t: t.excess, default=None)

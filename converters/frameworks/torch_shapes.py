@@ -1,0 +1,497 @@
+"""Operations of torch that move entries: reshapes, permutations, cuts, and what joins tensors."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from fwt.converters.frameworks.torch_values import Batched, Reader, States, Value, name_of
+from fwt.converters.rows.row import refuse
+
+Args = dict[str, Any]
+
+
+def _same(reader: Reader, node: Any, args: Args, place: str) -> Any:
+    return reader.env[node.all_input_nodes[0]]
+
+
+def alike(reader: Reader, a: Value, b: Value, place: str) -> tuple[Value, Value]:
+    """Two values whose axes are in one order."""
+
+    def coarse(value: Value, place: str) -> Value:
+        sizes = sizes_of(value)
+        return reshaped(reader, value, sizes, place, whole=True)
+
+    for bring in (reader.lined_up, coarse, reader.plain):
+        if a.axes != b.axes or len(a.shape) != len(b.shape):
+            a, b = bring(a, place), bring(b, place)
+    return a, b
+
+
+def _view(reader: Reader, node: Any, args: Args, place: str) -> Any:
+    given = node.all_input_nodes[0]
+    found = reader.env[given]
+    if isinstance(found, States):
+        told = found.layer.settings
+        alone = told["num_layers"] == 1 and not told["bidirectional"]
+        return last_state(reader, found, 0, place) if alone and args.get("dim") == 0 else None
+    return reshaped(reader, reader.dynamic(given, place), reader.shape(node), place)
+
+
+def reshaped(
+    reader: Reader, value: Value, sizes: Sequence[Batched], place: str, whole: bool = False
+) -> Value:
+    """The value in another shape: its axes are split and merged, each as little as need be;
+    ``whole`` merges what stands for one axis beside the batch too."""
+    value = reader.lined_up(value, place)
+    order = [a for part in value.axes for a in part]
+    found = _refined([(a, value.shape[a]) for a in order], sizes)
+    if found is None and value.is_plain and sizes[0] == (1, True) and len(value.shape) > 2:
+        value = _merged(reader, value, 1, len(value.shape) - 1, place)
+        found = _refined(list(enumerate(value.shape)), sizes)
+    if found is not None and whole:
+        found = [_one_group(part) for part in found]
+    if found is None:
+        said = ", ".join("batch" if b and n == 1 else f"{n} * batch" if b else str(n)
+                         for n, b in sizes)  # fmt: skip
+        raise refuse(place, f"it makes ({said}) of a tensor whose axes don't divide so")
+    pieces = [p for part in found for group in part for p in group]
+    # A new axis of one entry is split off the axis behind it, or before it.
+    where: list[int | None] = []
+    for index, (axis, _) in enumerate(pieces):
+        behind = [a for a, _ in (*pieces[index:], *reversed(pieces[:index])) if a]
+        where.append(axis if axis is not None else behind[0] if behind else None)
+    if None in where:
+        raise refuse(place, "it adds an axis to a tensor of the batch alone")
+    for axis in reversed(range(1, len(value.shape))):
+        own = [n for w, (_, n) in zip(where, pieces, strict=True) if w == axis and n is not None]
+        if len(own) > 1:
+            shape = (*value.shape[:axis], *own, *value.shape[axis + 1 :])
+            settings = {"dim": axis, "unflattened_size": tuple(own)}
+            value = reader.emit("Unflatten", settings, [value], place, shape)
+    # What stands in one group is merged, from the last so that the numbers before it stay.
+    last = sum(axis != 0 for axis, _ in pieces)
+    for group in reversed([group for part in found for group in part]):
+        if group[0][0] != 0:
+            first = last - len(group) + 1
+            if first < last:
+                value = _merged(reader, value, first, last, place)
+            last = first - 1
+    axes: list[tuple[int, ...]] = []
+    count = 1
+    for part in found:
+        mine = []
+        for group in part:
+            mine.append(0 if group[0][0] == 0 else count)
+            count += group[0][0] != 0
+        axes.append(tuple(mine))
+    return Value(value.name, value.shape, tuple(axes))
+
+
+def _merged(reader: Reader, value: Value, start: int, end: int, place: str) -> Value:
+    sizes = [s for s in value.shape[start : end + 1] if s is not None]
+    shape = (*value.shape[:start], math.prod(sizes), *value.shape[end + 1 :])
+    last = end == len(value.shape) - 1
+    settings = {"start_dim": start, "end_dim": -1 if last else end}
+    return reader.emit("Flatten", settings, [value], place, shape)
+
+
+def _one_group(part: list[list[Any]]) -> list[list[Any]]:
+    """The groups of an axis but the batch as one."""
+    start = 1 if part and part[0][0][0] == 0 else 0
+    if any(g[0][0] == 0 for g in part[start:]) or len(part) <= start + 1:
+        return part
+    return [*part[:start], [p for g in part[start:] for p in g]]
+
+
+Piece = tuple[int | None, int | None]  # of which axis, None for a new one, and its size
+
+
+def _refined(
+    old: Sequence[tuple[int, int | None]], new: Sequence[Batched]
+) -> list[list[list[Piece]]] | None:
+    """For each new axis the groups of pieces of old ones that it is, one but for the batch merged
+    with others; None if an old one would have to be cut in another way than by division."""
+    left: list[Piece] = list(old)
+    ones: list[Piece] = []  # which go with the next piece but the batch
+    out: list[list[list[Piece]]] = []
+    for size, batched in new:
+        mine: list[list[Piece]] = []
+        merged = not batched
+        if (size, batched) == (1, False):
+            mine.append([left.pop(0) if left and left[0][1] == 1 else (None, 1)])
+        while size != 1 or batched:
+            if not left:
+                return None
+            axis, found = left.pop(0)
+            if found == 1:
+                ones.append((axis, found))
+                continue
+            if found is None:
+                if not batched:
+                    return None
+                batched = False
+                mine.append([(axis, found)])
+                continue
+            if size % found == 0:
+                size //= found
+            elif found % size == 0 and not batched:
+                left.insert(0, (axis, found // size))
+                found, size = size, 1
+            else:
+                return None
+            if merged and mine:
+                mine[0] += [*ones, (axis, found)]
+            else:
+                mine.append([*ones, (axis, found)])
+            ones = []
+        if merged and ones:
+            mine[0], ones = [*ones, *mine[0]], []
+        out.append(mine)
+    left = [*ones, *left]
+    if any(found != 1 for _, found in left) or (left and not out):
+        return None
+    if left and out[-1][-1][0][0] == 0:  # nothing but the batch is left
+        out[-1].append(left)
+    elif left:
+        out[-1][-1] += left
+    return out
+
+
+def _permute(reader: Reader, node: Any, args: Args, place: str) -> Any:
+    value = reader.env[args["self"]]
+    if not isinstance(value, Value):
+        return None
+    dims = list(range(len(value.axes)))
+    if "dims" in args:
+        dims = [d % len(dims) for d in args["dims"]]
+    elif "dim0" in args:
+        a, b = args["dim0"] % len(dims), args["dim1"] % len(dims)
+        dims[a], dims[b] = dims[b], dims[a]
+    else:  # t
+        dims.reverse()
+    axes = tuple(value.axes[d] for d in dims)
+    value = Value(value.name, value.shape, axes)
+    # A permutation that keeps the batch first is a layer; another waits for what follows.
+    return reader.lined_up(value, place) if axes[0] == (0,) else value
+
+
+def cut(
+    reader: Reader, value: Value, dim: int, start: int, stop: int, place: str, step: int = 1
+) -> Value:
+    """From ``start`` to ``stop`` along an axis of torch's."""
+    axis = reader.axis(value, dim, place)
+    size = value.shape[axis]
+    assert size is not None
+    if (start, stop, step) == (0, size, 1):
+        return value
+    count = len(range(start, stop, step))
+    shape = (*value.shape[:axis], count, *value.shape[axis + 1 :])
+    settings = {"dim": axis, "start": start, "stop": stop, "step": step}
+    return reader.emit("Slice", settings, [value], place, shape, value.axes)
+
+
+def _slice(reader: Reader, node: Any, args: Args, place: str) -> Any:
+    value, dim = reader.env[args["self"]], args["dim"]
+    start, end, step = args["start"] or 0, args["end"], args["step"]
+    if isinstance(value, States):
+        if dim == 0:
+            return None
+        return value if (start, step) == (0, 1) and _is_all(end) else None
+    value = reader.dynamic(args["self"], place)
+    dim %= len(value.axes)
+    if 0 in value.axes[dim]:
+        if (start, step) == (0, 1) and (_is_all(end) or _is_batch(reader, end)):
+            return value
+        raise refuse(place, "it takes some of the examples")
+    if not all(isinstance(x, int | None) for x in (start, end, step)):
+        raise refuse(place, "where it cuts follows from the number of examples")
+    size = reader.shape(args["self"])[dim][0]
+    first, last, step = slice(start, end, step).indices(size)
+    return cut(reader, value, dim, first, max(first, last), place, step)
+
+
+def _is_all(end: Any) -> bool:
+    return end is None or (isinstance(end, int) and end > 2**62)
+
+
+def _is_batch(reader: Reader, end: Any) -> bool:
+    found = getattr(end, "meta", {}).get("val")
+    return isinstance(found, torch.SymInt) and found.node.expr == reader.batch
+
+
+def _select(reader: Reader, node: Any, args: Args, place: str) -> Any:
+    value, dim, index = reader.env[args["self"]], args["dim"], args["index"]
+    if isinstance(value, States):
+        return last_state(reader, value, index, place) if dim == 0 else None
+    if not isinstance(index, int):
+        raise refuse(place, "which it takes follows from the number of examples")
+    return taken(reader, reader.dynamic(args["self"], place), dim, index, place)
+
+
+def taken(reader: Reader, value: Value, dim: int, index: int, place: str) -> Value:
+    """One entry of an axis of torch's, which goes."""
+    dim %= len(value.axes)
+    size = value.shape[reader.axis(value, dim, place)]
+    assert size is not None
+    index %= size
+    value = cut(reader, value, dim, index, index + 1, place)
+    sizes = sizes_of(value)
+    return reshaped(reader, value, [*sizes[:dim], *sizes[dim + 1 :]], place)
+
+
+def sizes_of(value: Value) -> list[Batched]:
+    """The shape that torch has."""
+    out = []
+    for part in value.axes:
+        known = [s for s in (value.shape[a] for a in part) if s is not None]
+        out.append((math.prod(known), 0 in part))
+    return out
+
+
+def last_state(reader: Reader, states: States, index: int, place: str) -> Value:
+    """The last output of one direction, which is the last state of it."""
+    settings = states.layer.settings
+    both = 2 if settings["bidirectional"] else 1
+    total = both * settings["num_layers"]
+    index %= total
+    if index < total - both:
+        raise refuse(place, f"it uses a state of a layer of {states.layer} below the last")
+    sequence, backward = states.sequence, index - (total - both) == 1
+    size = sequence.shape[-1]
+    assert size is not None
+    if both == 2:
+        half, last = size // 2, len(sequence.axes) - 1
+        start = half if backward else 0
+        sequence = cut(reader, sequence, last, start, start + half, place)
+    return taken(reader, sequence, states.time, 0 if backward else -1, place)
+
+
+def _parts(reader: Reader, node: Any, args: Args, place: str) -> Any:
+    """split, chunk, split_with_sizes, tensor_split."""
+    value = reader.dynamic(args["self"], place)
+    dim = args.get("dim", 0) % len(value.axes)
+    at, out = 0, []
+    for index, part in enumerate(node.meta["val"]):
+        size = part.shape[dim]
+        if not isinstance(size, int):
+            raise refuse(place, "it splits the examples")
+        out.append(cut(reader, value, dim, at, at + size, f"{place}__{index}"))
+        at += size
+    return out
+
+
+def _unbind(reader: Reader, node: Any, args: Args, place: str) -> Any:
+    value, dim = reader.dynamic(args["self"], place), args.get("dim", 0)
+    size = value.shape[reader.axis(value, dim, place)]
+    return [taken(reader, value, dim, i, f"{place}__{i}") for i in range(size or 0)]
+
+
+def _cat(reader: Reader, node: Any, args: Args, place: str) -> Any:
+    nodes = args["tensors"]
+    return joined_up(reader, nodes, args.get("dim", 0), place)
+
+
+def joined_up(reader: Reader, nodes: Sequence[Any], dim: int, place: str) -> Value:
+    """Tensors one after the other along an axis of torch's."""
+    values = [reader.dynamic(n, place) if n in reader.env else None for n in nodes]
+    found = [v for v in values if v is not None]
+    if len({(v.axes, len(v.shape)) for v in found}) > 1:
+        values = [v and reader.plain(v, place) for v in values]
+        found = [v for v in values if v is not None]
+    like = found[0]
+    parts = []
+    for node, value in zip(nodes, values, strict=True):
+        if value is None:
+            value = reader.array(node, like, place, whole=True)
+        parts.append(value)
+    return along(reader, parts, reader.axis(like, dim, place), place)
+
+
+def along(reader: Reader, parts: Sequence[Value], axis: int, place: str) -> Value:
+    """Values one after the other along an axis of what they are made of."""
+    if len(parts) == 1:
+        return parts[0]
+    like = next(v for v in parts if v.shape[:1] == (None,))
+    shape = list(like.shape)
+    shape[axis] = sum(v.shape[axis] or 0 for v in parts)
+    return reader.emit("Concatenate", {"dim": axis}, parts, place, shape, like.axes)
+
+
+def _stack(reader: Reader, node: Any, args: Args, place: str) -> Any:
+    dim = args["dim"] % len(node.meta["val"].shape)
+    nodes = []
+    for part in args["tensors"]:
+        if part not in reader.env:
+            reader.values[(node, part)] = reader.values[part].unsqueeze(dim)
+            reader.sources[(node, part)] = reader.sources[part]
+        else:
+            value = reader.dynamic(part, place)
+            sizes = sizes_of(value)
+            sizes.insert(dim, (1, False))
+            reader.env[(node, part)] = reshaped(reader, value, sizes, place)
+        nodes.append((node, part))
+    if dim == 0:
+        raise refuse(place, "it stacks in front of the batch")
+    return joined_up(reader, nodes, dim, place)
+
+
+def _expand(reader: Reader, node: Any, args: Args, place: str) -> Any:
+    """Repeats axes of one entry. What meets another tensor repeats by itself."""
+    value = reader.env[args["self"]]
+    if not isinstance(value, Value):
+        return None
+    sizes = reader.shape(node)
+    added = len(sizes) - len(value.axes)
+    if added:
+        raise refuse(place, "it adds an axis before the batch")
+    return value
+
+
+def _repeat(reader: Reader, node: Any, args: Args, place: str) -> Any:
+    value = reader.dynamic(args["self"], place)
+    counts = args["repeats"] if "repeats" in args else args["dims"]
+    if len(counts) != len(value.axes) or not all(isinstance(n, int) for n in counts):
+        return None
+    for dim, count in enumerate(counts):
+        if count != 1:
+            value = along(reader, [value] * count, reader.axis(value, dim, place), place)
+    return value
+
+
+def _index(reader: Reader, node: Any, args: Args, place: str) -> Any:
+    """Entries by constant positions along one axis."""
+    value = reader.dynamic(args["self"], place)
+    found = args["indices"] if "indices" in args else [None] * args["dim"] + [args["index"]]
+    dims = [i for i, x in enumerate(found) if x is not None]
+    at = reader.values.get(found[dims[0]]) if len(dims) == 1 else None
+    if at is None or at.ndim != 1 or at.dtype == torch.bool or not 0 < len(at) <= _MOST:
+        raise refuse(place, f"it takes entries by other indices than at most {_MOST} constant ones "
+                     "along one axis")  # fmt: skip
+    size = sizes_of(value)[dims[0]][0]
+    runs: list[list[int]] = []
+    for one in (int(i) % size for i in at):
+        if runs and one == runs[-1][1]:
+            runs[-1][1] += 1
+        else:
+            runs.append([one, one + 1])
+    parts = [cut(reader, value, dims[0], a, b, place) for a, b in runs]
+    return along(reader, parts, reader.axis(value, dims[0], place), place)
+
+
+_MOST = 64  # entries that are cut one by one
+
+
+def _roll(reader: Reader, node: Any, args: Args, place: str) -> Any:
+    value = reader.dynamic(args["self"], place)
+    if not args["dims"]:
+        return None
+    for shift, dim in zip(args["shifts"], args["dims"], strict=True):
+        axis = reader.axis(value, dim, place)
+        size = value.shape[axis] or 1
+        at = -shift % size
+        if at:
+            ends = [cut(reader, value, dim, a, b, place) for a, b in ((at, size), (0, at))]
+            value = along(reader, ends, axis, place)
+    return value
+
+
+def _flip(reader: Reader, node: Any, args: Args, place: str) -> Any:
+    value = reader.dynamic(args["self"], place)
+    for dim in args["dims"]:
+        axis = reader.axis(value, dim, place)
+        value = reader.emit("Flip", {"dim": axis}, [value], place, value.shape, value.axes)
+    return value
+
+
+_PADS = {"constant": "ConstantPad", "reflect": "ReflectionPad", "replicate": "ReplicationPad",
+         "circular": "CircularPad"}  # fmt: skip
+
+
+def _pad(reader: Reader, node: Any, args: Args, place: str) -> Any:
+    value = reader.dynamic(args["self"], place)
+    pads = list(args["pad"])
+    if not all(isinstance(p, int) for p in pads):
+        return None
+    while pads and pads[-2:] == [0, 0]:
+        del pads[-2:]
+    if not pads:
+        return value
+    count, fill = len(pads) // 2, args.get("value") or 0
+    kind = _PADS.get(args.get("mode", "constant"))
+    value = reader.plain(value, place)
+    if kind is None or count >= len(value.shape) or count > 3:
+        raise refuse(place, f"it pads {count} axes with mode={args.get('mode')!r}")
+    rank = len(value.shape)
+    spatial = rank - 2
+    if count > spatial or not 1 <= spatial <= 3:  # an axis of one entry stands for the channels
+        value = reshaped(reader, value, [(1, True), (1, False), *sizes_of(value)[1:]], place)
+        spatial = rank - 1
+        if spatial > 3:
+            raise refuse(place, f"it pads {count} axes of a tensor of rank {rank}")
+    pads += [0] * (2 * spatial - len(pads))
+    kind = "ZeroPad" if kind == "ConstantPad" and fill == 0 else kind
+    settings: Args = {"padding": tuple(pads)}
+    settings |= {"value": fill} if kind == "ConstantPad" else {}
+    shape = list(value.shape)
+    for i in range(spatial):
+        shape[-1 - i] = (shape[-1 - i] or 0) + pads[2 * i] + pads[2 * i + 1]
+    value = reader.emit(f"{kind}{spatial}d", settings, [value], place, shape)
+    return reshaped(reader, value, reader.shape(node), place)
+
+
+def _upsample(reader: Reader, node: Any, args: Args, place: str) -> Any:
+    value = reader.plain(reader.dynamic(args["input"], place), place)
+    mode = name_of(node).removeprefix("upsample_").removesuffix("_exact")
+    mode = {"nearest": "nearest", "linear": "linear", "bilinear": "bilinear",
+            "trilinear": "trilinear", "bicubic": "bicubic"}[mode.rstrip("123d")]  # fmt: skip
+    if name_of(node).endswith("exact"):
+        mode = "nearest-exact"
+    scales = args.get("scale_factors")
+    settings = {"mode": mode, "align_corners": args.get("align_corners"), "size": None,
+                "scale_factor": None}  # fmt: skip
+    if scales is not None:
+        settings["scale_factor"] = tuple(float(s) for s in scales)
+    else:
+        settings["size"] = tuple(args["output_size"])
+    if mode.startswith("nearest"):
+        settings["align_corners"] = None
+    shape = [None if b else n for n, b in reader.shape(node)]
+    return reader.emit("Upsample", settings, [value], place, shape)
+
+
+_SAME = ("clone", "contiguous", "alias", "detach", "lift_fresh_copy", "lift_fresh", "dropout",
+         "feature_dropout", "alpha_dropout")  # fmt: skip
+_RESHAPES = ("view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "flatten", "unflatten",
+             "_reshape_copy")  # fmt: skip
+
+Function = Callable[[Reader, Any, Args, str], Any]
+OPERATIONS: dict[str, Function] = {
+    **dict.fromkeys(_SAME, _same),
+    **dict.fromkeys(_RESHAPES, _view),
+    "permute": _permute,
+    "transpose": _permute,
+    "t": _permute,
+    "slice": _slice,
+    "select": _select,
+    "split": _parts,
+    "split_with_sizes": _parts,
+    "chunk": _parts,
+    "tensor_split": _parts,
+    "unbind": _unbind,
+    "cat": _cat,
+    "stack": _stack,
+    "expand": _expand,
+    "repeat": _repeat,
+    "tile": _repeat,
+    "index": _index,
+    "index_select": _index,
+    "roll": _roll,
+    "flip": _flip,
+    "pad": _pad,
+    "constant_pad_nd": _pad,
+    **{f"upsample_{m}{d}d": _upsample for m, d in (
+        ("nearest", 1), ("nearest", 2), ("nearest", 3), ("linear", 1), ("bilinear", 2),
+        ("trilinear", 3), ("bicubic", 2))},
+}  # fmt: skip

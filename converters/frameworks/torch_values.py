@@ -1,0 +1,384 @@
+"""What stands between the layers of an exported torch module.
+
+A tensor between layers always has the batch first. What torch has otherwise, the batch behind
+another axis or merged with one, is a ``Value``, which says where the axes of torch's are.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from fwt.converters.frameworks.torch_layer import class_of, defaults_of, to_numpy
+from fwt.converters.rows.row import Layer, joined, refuse
+
+Batched = tuple[int, bool]  # a size, and whether it counts that many examples
+
+
+@dataclasses.dataclass(frozen=True)
+class Value:
+    """A tensor that follows from the input.
+
+    Attributes:
+        name: of the layer, or the input, that gives it.
+        shape: of what that gives; the batch, None, is first.
+        axes: by axis of torch's tensor, the axes of this shape that it is: (0, 1) where the batch
+            is merged with what follows.
+    """
+
+    name: str
+    shape: tuple[int | None, ...]
+    axes: tuple[tuple[int, ...], ...]
+
+    @property
+    def is_plain(self) -> bool:
+        return self.axes == plain_axes(len(self.shape))
+
+    @property
+    def last(self) -> bool:
+        """Whether the last axis is the last in both."""
+        return self.axes[-1] == (len(self.shape) - 1,)
+
+
+@dataclasses.dataclass(frozen=True)
+class States:
+    """What a recurrent layer gives beside its output: the last state of each direction."""
+
+    sequence: Value
+    layer: Layer
+    time: int  # the axis of the sequence
+
+
+def plain_axes(rank: int) -> tuple[tuple[int, ...], ...]:
+    return tuple((i,) for i in range(rank))
+
+
+def _at(model: torch.nn.Module, path: str) -> Any:
+    inside, _, name = path.rpartition(".")
+    try:
+        return getattr(model.get_submodule(inside), name)
+    except AttributeError:
+        return None
+
+
+class Reader:
+    """The layers read so far, and what each node of the exported graph is in their terms."""
+
+    def __init__(self, model: torch.nn.Module, held: Mapping[str, torch.Tensor]):
+        self.model = model
+        self.held = held
+        every = (*model.named_parameters(), *model.named_buffers())
+        self.saved = set(model.state_dict())
+        self.names = {id(array): path for path, array in every}
+        self.layers: list[Layer] = []
+        self.env: dict[Any, Any] = {}  # what follows from the input: Value, States, a list
+        self.values: dict[Any, torch.Tensor] = {}  # what does not
+        self.sources: dict[Any, frozenset[str]] = {}  # the arrays of the model that it follows from
+        self.positions: dict[Any, Any] = {}  # of entries of one array, where they stand in it
+        self.index: dict[str, torch.Tensor] = {}  # by array, the positions that are taken
+        self.paths: dict[str, frozenset[str]] = {}  # the arrays of the model in a layer
+        self.made: dict[Any, Value] = {}  # arrays between layers
+        self.taken: dict[str, int] = {}
+        self.batch: Any = None  # the symbol that counts the examples
+
+    # -- names ---------------------------------------------------------------------------------
+
+    def unique(self, name: str) -> str:
+        count = self.taken.get(name, 0)
+        self.taken[name] = count + 1
+        return self.unique(f"{name}__{count}") if count else name
+
+    def place(self, node: Any) -> str:
+        """Where an operation is, for its name and for an error: its module and its own name."""
+        path, name = [p for p in torch_path(node).split(".") if p], name_of(node)
+        if path and self.model.get_submodule(".".join(path))._parameters:  # it may be a layer too
+            *path, last = path
+            name = f"{last}__{name}"
+        return joined([*path, name])
+
+    # -- sizes ---------------------------------------------------------------------------------
+
+    def sizes(self, shape: Sequence[Any], place: str) -> list[Batched]:
+        out = []
+        for size in shape:
+            if isinstance(size, int):
+                out.append((size, False))
+                continue
+            factor = size.node.expr / self.batch
+            if not factor.is_Integer:
+                raise refuse(place, f"the size {size.node.expr} follows from the number of "
+                             "examples in another way than as a multiple of it")  # fmt: skip
+            out.append((int(factor), True))
+        return out
+
+    def shape(self, node: Any) -> list[Batched]:
+        return self.sizes(node.meta["val"].shape, self.place(node))
+
+    # -- arrays of the model -------------------------------------------------------------------
+
+    def canonical(self, path: str) -> str:
+        """The first name of an array that has several."""
+        return self.names.get(id(_at(self.model, path)), path)
+
+    def is_whole(self, node: Any, name: str) -> bool:
+        """Whether a node is an array of this name of a module, and not computed from it."""
+        path, index = self.positions.get(node, ("", None))
+        if index is None or path.rpartition(".")[2] != name:
+            return False
+        whole = self.held[path].shape if path in self.held else ()
+        return bool(index.shape == whole and (index.flatten() == torch.arange(index.numel())).all())
+
+    def hold(self, node: Any, path: str) -> None:
+        value = self.values[node] = self.held[path].detach()
+        self.positions[node] = (
+            self.canonical(path),
+            torch.arange(value.numel()).reshape(value.shape),
+        )
+        known = _at(self.model, path) is not None  # else it is a constant of its forward
+        self.sources[node] = frozenset([self.canonical(path)] if known else [])
+
+    def fold(self, node: Any) -> None:
+        """Computes what does not follow from the input."""
+
+        def plain(x: Any) -> Any:
+            if isinstance(x, torch.fx.Node):
+                return self.values.get(x, 1)  # one example, along which all are alike
+            return x
+
+        tags = getattr(node.target, "tags", ())
+        if torch.Tag.nondeterministic_seeded in tags:
+            raise refuse(self.place(node), "it draws random numbers")
+        if any(is_size(a) for a in node.all_input_nodes) and name_of(node) not in ALIKE:
+            raise refuse(self.place(node), "it computes with the number of examples")
+        args = torch.fx.map_arg(node.args, plain), torch.fx.map_arg(node.kwargs, plain)
+        self.values[node] = node.target(*args[0], **args[1])
+        given = (self.sources.get(a, frozenset()) for a in node.all_input_nodes)
+        self.sources[node] = frozenset().union(*given)
+        first = self.positions.get(next(iter(node.all_input_nodes), None))
+        if name_of(node) in SELECTS and first is not None:
+            path, index = first
+            given = node.all_input_nodes[0]
+            args = torch.fx.map_arg((node.args, node.kwargs), lambda a: (
+                index if a is given else plain(a)))  # fmt: skip
+            self.positions[node] = path, node.target(*args[0], **args[1])
+
+    # -- layers --------------------------------------------------------------------------------
+
+    def emit(
+        self,
+        kind: str,
+        settings: Mapping[str, Any],
+        inputs: Sequence[Value],
+        place: str,
+        shape: Sequence[int | None],
+        axes: tuple[tuple[int, ...], ...] | None = None,
+        arrays: Mapping[str, Any] | None = None,
+    ) -> Value:
+        """A layer in torch's terms, and what it gives."""
+        defaults = usual(kind)
+        shape = tuple(shape)
+        own = shape[1:] if shape[:1] == (None,) else shape
+        layer = Layer(
+            self.unique(place), kind, {**defaults, **settings}, dict(arrays or {}), defaults,
+            inputs=tuple(v.name for v in inputs), shape=own,
+        )  # fmt: skip
+        self.layers.append(layer)
+        return Value(layer.name, shape, plain_axes(len(shape)) if axes is None else axes)
+
+    def dynamic(self, node: Any, place: str) -> Value:
+        """What follows from the input; an array of the model becomes a layer."""
+        found = self.env.get(node)
+        if isinstance(found, Value) and not isinstance(node, torch.fx.Node):
+            return found  # made here, at its full size
+        if isinstance(found, Value):
+            return self._at_full_size(found, self.sizes(node.meta["val"].shape, place), place)
+        if isinstance(found, States):
+            raise refuse(place, f"it uses the last states of {found.layer} in a way that is not "
+                         "known", "take one by its index, such as hidden[-1]")  # fmt: skip
+        raise refuse(place, "it is computed without the input")
+
+    def _at_full_size(self, value: Value, sizes: Sequence[Batched], place: str) -> Value:
+        """The value with what it only stands for, entries repeated along an axis."""
+        ones = []
+        for part, (size, _) in zip(value.axes, sizes, strict=True):
+            found = [value.shape[a] for a in part]
+            ones.append(size if found == [1] and size != 1 else 1)
+        if all(n == 1 for n in ones):
+            return value
+        key = object()
+        self.values[key], self.sources[key] = torch.ones(ones), frozenset()
+        other = self.array(key, value, place)
+        return self.emit("Multiply", {}, [value, other], f"{place}__expand", wider(value, other),
+                         value.axes)  # fmt: skip
+
+    def plain(self, value: Value, place: str) -> Value:
+        """The value with its axes as torch has them."""
+        if value.is_plain:
+            return value
+        if any(len(a) != 1 for a in value.axes):
+            if all(value.shape[a] in (1, None) for part in value.axes for a in part):
+                raise refuse(place, "it takes a tensor of the batch alone, (n,)",
+                             "keep an axis: (n, 1)")  # fmt: skip
+            raise refuse(place, "it takes a tensor whose batch is merged with another axis")
+        dims = tuple(a for (a,) in value.axes)
+        if dims[0] != 0:
+            raise refuse(place, "it takes a tensor whose first axis is not the batch")
+        return self.ordered(value, dims, place)
+
+    def ordered(self, value: Value, dims: Sequence[int], place: str) -> Value:
+        """The value with the axes of what it is made of in another order, the batch first."""
+        dims = tuple(dims)
+        if dims == tuple(range(len(dims))):
+            return value
+        shape = [value.shape[d] for d in dims]
+        axes = tuple(tuple(dims.index(a) for a in part) for part in value.axes)
+        return self.emit("Permute", {"dims": dims}, [value], f"{place}__permute", shape, axes)
+
+    def lined_up(self, value: Value, place: str) -> Value:
+        """The value with its axes in torch's order but for the batch, which is first."""
+        order = [a for part in value.axes for a in part if a != 0]
+        return self.ordered(value, (0, *order), place)
+
+    def axis(self, value: Value, dim: int, place: str) -> int:
+        """The axis that one of torch's is."""
+        found = value.axes[dim % len(value.axes)]
+        if len(found) != 1 or found == (0,):
+            raise refuse(place, f"it works along axis {dim}, which is the batch")
+        return found[0]
+
+    def array(self, node: Any, like: Value, place: str, whole: bool = False) -> Value:
+        """An array of the model that meets a value, entry by entry; ``whole`` gives it as many
+        axes."""
+        value = self.values[node]
+        rank = len(like.axes)
+        if value.ndim > rank:
+            raise refuse(place, f"an array of rank {value.ndim} meets a tensor of rank {rank}")
+        where = dict(zip(reversed(range(rank)), reversed(value.shape), strict=False))
+        index: list[int] = []  # the axes of the array in the order of the value's
+        sizes = []
+        for axis in range(len(like.shape)):
+            dim = next(i for i, part in enumerate(like.axes) if axis in part)
+            if len(like.axes[dim]) > 1 or axis == 0:
+                if where.get(dim, 1) != 1:
+                    raise refuse(place, "it meets an array that has an entry for each example")
+                sizes.append(1)
+                continue
+            if dim in where:
+                index.append(dim - (rank - value.ndim))
+            sizes.append(where.get(dim, 1))
+        rest = [i for i in range(value.ndim) if i not in index]  # of one entry
+        array = _at(self.model, self.positions.get(node, ("", None))[0])
+        own = array.ndim if isinstance(array, torch.Tensor) else value.ndim
+
+        def arranged(given: torch.Tensor) -> torch.Tensor:
+            moved = given.permute(*rest, *index) if given.ndim else given
+            plain = not whole and sizes[len(sizes) - given.ndim :] == list(moved.shape)
+            if not plain:
+                return moved.reshape(sizes)
+            while moved.ndim > own and moved.shape[0] == 1:  # broadcasting adds them again
+                moved = moved[0]
+            return moved
+
+        return self.between(node, arranged, place)
+
+    def between(
+        self, node: Any, arranged: Callable[[torch.Tensor], torch.Tensor], place: str
+    ) -> Value:
+        """An array as a layer without inputs: one of the model under its name, another as a
+        constant, in the order and shape in which it is met."""
+        value = arranged(self.values[node])
+        paths = self.sources[node] & self.saved
+        learned = {p for p in paths if isinstance(_at(self.model, p), torch.nn.Parameter)}
+        path, index = self.positions.get(node, ("", None))
+        if path in self.saved and (made := self._named(path, arranged(index), place)):
+            return made
+        key = node, tuple(value.shape), tuple(value.stride())
+        if key not in self.made:
+            kind, word = ("Parameter", "computed") if learned else ("Constant", "constant")
+            self.made[key] = self._source(kind, f"{place}__{word}", value, place)
+            self.paths[self.made[key].name] = frozenset(learned)
+        return self.made[key]
+
+    def _named(self, path: str, index: torch.Tensor, place: str) -> Value | None:
+        """The layer of an array of the model, or of entries of it, by their positions; None for
+        entries of one that is not learned."""
+        known = self.made.get(path)
+        if known is not None and torch.equal(self.index[path], index):
+            return known
+        array = _at(self.model, path)
+        learned, whole = isinstance(array, torch.nn.Parameter), array.detach()
+        if known is not None and learned:
+            raise refuse(place, f"it takes {path} in another way than an operation before it")
+        every = torch.equal(index.reshape(-1), torch.arange(whole.numel()))
+        at_front = index.shape[index.ndim - whole.ndim :] == whole.shape
+        name = joined(path.split("."))
+        at_front = index.shape == whole.shape or (at_front and not learned)
+        if every and at_front and (whole.ndim < 2 or whole.shape[-1] != 1) and known is None:
+            made = self._source("Parameter" if learned else "PersistentBuffer", name,
+                                whole.reshape(index.shape), place)  # fmt: skip
+        elif learned:
+            made = self._source("Indexed", name, index.int(), place, to_numpy(whole, place))
+        else:
+            return None
+        self.made[path], self.index[path] = made, index
+        self.paths[made.name] = frozenset([path])
+        return made
+
+    def _source(
+        self, kind: str, name: str, value: torch.Tensor, place: str, table: Any = None
+    ) -> Value:
+        arrays = {"value": to_numpy(value, place)}
+        settings: dict[str, Any] = {"shape": tuple(value.shape)}
+        settings |= {} if table is None else {"table": table}
+        return self.emit(kind, settings, [], name, value.shape, arrays=arrays)
+
+
+# What gives the same for each example, so that one stands for all.
+# What gives entries of its first argument as they are.
+SELECTS = ("view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "flatten", "unflatten", "t",
+           "permute", "transpose", "expand", "repeat", "slice", "select", "index", "clone",
+           "contiguous", "alias", "detach", "roll", "flip", "index_select", "embedding", "unbind",
+           "split", "chunk", "split_with_sizes", "getitem")  # fmt: skip
+ALIKE = ("expand", "repeat", "zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "view",
+          "reshape", "empty", "sym_size")  # fmt: skip
+
+
+def wider(a: Value, b: Value) -> tuple[int | None, ...]:
+    rank = max(len(a.shape), len(b.shape))
+    first, second = ((1,) * (rank - len(v.shape)) + v.shape for v in (a, b))
+    return tuple(n if m == 1 else m for m, n in zip(first, second, strict=True))
+
+
+def torch_path(node: Any) -> str:
+    """The path of the innermost module that an operation is in."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return next((p for k, (p, _) in reversed(stack.items()) if not k.startswith("_empty")), "")
+
+
+def name_of(node: Any) -> str:
+    """An operation's name without what tells its variants apart."""
+    target = node.target
+    if hasattr(target, "_schema"):
+        return str(target._schema.name.split("::")[1].rstrip("_"))
+    return str(getattr(target, "__name__", target))
+
+
+def is_size(node: Any) -> bool:
+    return isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool)
+
+
+def arguments(node: Any) -> dict[str, Any]:
+    """The arguments of an operation by name, those at their defaults too."""
+    schema = node.target._schema.arguments
+    given = dict(zip((a.name for a in schema), node.args, strict=False))
+    return {a.name: given.get(a.name, node.kwargs.get(a.name, a.default_value)) for a in schema}
+
+
+def usual(kind: str) -> dict[str, Any]:
+    """The defaults of the settings of a layer."""
+    cls = class_of(kind)
+    module = isinstance(cls, type) and issubclass(cls, torch.nn.Module)
+    found = defaults_of(cls) if module else {}
+    return {k: v for k, v in found.items() if v is not inspect.Parameter.empty}

@@ -1,0 +1,60 @@
+"""Rows of arrays between the layers of a graph, and of tables that layers share."""
+
+from fwt import layers as fl
+from fwt.converters.rows.row import AxisSetting, P, Row, S
+
+_NOTHING = {"keras": "keras.layers has no layer that takes nothing"}
+
+ROWS: tuple[Row, ...] = (
+    Row(
+        fl.Buffer,
+        "PersistentBuffer",
+        None,
+        kind="parameter",
+        settings=(S("shape", "shape", None),),
+        params=(P("value: *p", "value: *p", "-", collection="batch_stats"),),
+        lacks=_NOTHING,
+    ),
+    Row(
+        fl.Constant,
+        "Constant",
+        None,
+        kind="parameter",
+        settings=(S("shape", "shape", None),),
+        params=(P("value: *p", "value: *p", "-"),),
+        lacks=_NOTHING,
+        note="an array that is a setting",
+    ),
+    Row(
+        fl.Indexed,
+        "Indexed",
+        None,
+        kind="parameter",
+        settings=(S("shape", "shape", None), S("table", "table", None)),
+        params=(P("value: *p", "value: *p", "-"),),
+        lacks=_NOTHING,
+        note="the array is a setting on its way, what the walk turns are the positions",
+    ),
+    Row(
+        fl.Lookup,
+        "Lookup",
+        None,
+        several="v f, n t -> n t f",
+        lacks={"keras": "keras.layers has no layer of a table that others share"},
+    ),
+    Row(
+        fl.Attend,
+        "Attend",
+        None,
+        several="n t f, v f -> n t v",
+        lacks={"keras": "keras.layers has no layer of a table that others share"},
+    ),
+    Row(
+        fl.Flip,
+        "Flip",
+        None,
+        settings=(AxisSetting("axis", "dim", None),),
+        ordered=True,
+        lacks={"keras": "keras.layers has no such layer"},
+    ),
+)

@@ -1,0 +1,439 @@
+"""Torch modules of any shape through Flax, beside torch itself."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fwt import ConversionError, converters
+from fwt.converters.frameworks import torch_check, torch_export
+from tests.helpers.torch_nets import INTEGERS, MORE, NETS, made
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*take no part", "ignore::FutureWarning", "ignore:.*degrees of freedom"
+)
+# The keys of a state dict that the new model has no place for.
+LEFT_OUT = {
+    "Swin": {"attn.relative_position_index"},
+    "Swin, unshifted": {"attn.relative_position_index"},
+    "WaveNet": {"residual_convs.2.weight", "residual_convs.2.bias"},
+    "Transformer": {"positional_encoding.pe"},
+    "nanoGPT, slow": {"transformer.h.0.attn.bias", "transformer.h.1.attn.bias"},
+}
+SUMMED = {"BiLSTM"}  # whose two biases cross as their sum
+
+
+def outputs(y):
+    many = list(y.values()) if isinstance(y, dict) else y if isinstance(y, tuple | list) else [y]
+    return [np.asarray(v.detach() if isinstance(v, torch.Tensor) else v) for v in many]
+
+
+def p(*shape):
+    return nn.Parameter(torch.rand(shape))
+
+
+class Gained(nn.Linear):
+    """Has an array beside those of a Linear."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.gain = p(sizes[1])
+
+    def forward(self, x):
+        return super().forward(x) * self.gain
+
+
+class Standardised(nn.Conv2d):
+    def forward(self, x):
+        return F.conv2d(x, self.weight - self.weight.mean(1, keepdim=True), self.bias)
+
+
+def assert_same(a, b, limit=1e-5):
+    for x, y in zip(outputs(a), outputs(b), strict=True):
+        assert x.shape == y.shape
+        assert np.abs(x - y).max() <= limit * np.abs(x).max()
+
+
+def shapes_of(xs):
+    shapes = [tuple(x.shape[1:]) for x in xs]
+    return shapes[0] if len(xs) == 1 else shapes
+
+
+def run(model, xs):
+    return model.module.apply(model.variables, *[x.numpy() for x in xs])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n == "PointNet" else pytest.param(n, marks=pytest.mark.thorough)
+     for n in (*NETS, *MORE)],
+)  # fmt: skip
+def test_nets_go_to_flax_and_back_with_their_state(name, tmp_path):
+    net, xs = made(name)
+    model = converters.from_torch(net, shapes_of(xs), layout="source")
+    assert_same(net(*xs), run(model, xs))
+    back = converters.to_torch(model, layout="source")
+    assert_same(net(*xs), back(*xs))
+    state, found = net.state_dict(), back.state_dict()
+    assert set(found) == set(state) - LEFT_OUT.get(name, set())
+    for key, value in found.items():
+        assert name in SUMMED or torch.equal(value, state[key]), key
+    again = converters.from_torch(back, shapes_of(xs), layout="source")
+    assert_same(run(model, xs), run(again, xs))
+    # Another one's weights go in by name.
+    other, _ = made(name, 1)
+    torch.save(other.state_dict(), tmp_path / "w.pt")
+    drop = [*LEFT_OUT.get(name, ()), *(["lm_head.weight"] if "nanoGPT" in name else [])]
+    filled = converters.load(tmp_path / "w.pt", architecture=model, drop=drop)
+    assert_same(other(*xs), run(filled, xs))
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["ResNet-18", "ConvNeXt", "ViT", "U-Net"])
+def test_nets_take_images_with_the_channels_last(name):
+    net, (x,) = made(name)
+    model = converters.from_torch(net, tuple(x.shape[1:]))
+    y = net(x).detach().numpy()
+    found = run(model, [x.movedim(1, -1)])
+    assert_same(y, np.moveaxis(found, -1, 1) if y.ndim > 2 else found)
+
+
+class Net(nn.Module):
+    """What a function does, with modules and parameters."""
+
+    def __init__(self, function, **parts):
+        super().__init__()
+        self.function = function
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, *xs):
+        return self.function(self, *xs)
+
+
+IMAGE, STEPS = (4, 6, 5), (7, 6)
+
+
+def heads(**more):
+    return nn.MultiheadAttention(6, 2, **{"batch_first": True, **more})
+
+
+CAUSAL = torch.full((7, 7), -math.inf).triu(1)
+of = dict
+OPERATIONS = {
+    "arithmetic": (lambda m, x: 2 / (1 - x / 3 + x * x) - x**3 + 0.5, IMAGE),
+    "functions": (lambda m, x: torch.rsqrt(x.abs() + 1) + x.exp().sin() - F.celu(x, 0.7), IMAGE),
+    "clamps": (lambda m, x: x.clamp(min=0.3) + x.clamp(-0.5, 0.2) + x.clamp(max=0.1), IMAGE),
+    "means": (lambda m, x: x.mean((2, 3)) + x.sum(-1).amax(2) + x.max(3)[0].min(-1).values, IMAGE),
+    "deviations": (lambda m, x: torch.cat([x.std(1), x.var((1,), unbiased=False)], -1), IMAGE),
+    "normalised": (lambda m, x: F.normalize(x, dim=1) + x.logsumexp(2, keepdim=True), IMAGE),
+    "soft": (
+        lambda m, x: F.log_softmax(x, -1) * x.softmax(1) + F.glu(x, 2).repeat(1, 1, 2, 1),
+        IMAGE,
+    ),
+    "pools": (
+        lambda m, x: F.adaptive_avg_pool2d(F.max_pool2d(x, 3, 2, 1), (2, 1)) - F.avg_pool2d(x, 3),
+        IMAGE,
+    ),
+    "resized": (
+        lambda m, x: F.interpolate(F.interpolate(x, scale_factor=2), (9, 8), mode="bilinear"),
+        IMAGE,
+    ),
+    "shuffled": (lambda m, x: F.pixel_shuffle(F.channel_shuffle(x, 2), 2), IMAGE),
+    "pads": (lambda m, x: F.pad(F.pad(x, (0, 0, 0, 0, 1, 1)), (1, 2, 1, 1), mode="reflect"), IMAGE),
+    "pads of steps": (lambda m, x: F.pad(x, (0, 0, 2, 0), value=0.5), STEPS),
+    "weights": (
+        lambda m, x: F.conv2d(x, m.w - m.w.mean((1, 2, 3), keepdim=True), padding=1),
+        IMAGE,
+        of(w=p(3, 4, 3, 3)),
+    ),
+    "matrix": (lambda m, x: F.linear(x, m.w) @ m.v, STEPS, of(w=p(5, 6), v=p(5, 3))),
+    "norms": (
+        lambda m, x: F.group_norm(x, 2) + F.layer_norm(x, (6, 5)) + F.instance_norm(x),
+        IMAGE,
+    ),
+    "views": (lambda m, x: x.transpose(1, 2).reshape(-1, 6, 20).unsqueeze(2).flatten(1), IMAGE),
+    "views cut anew": (lambda m, x: x.reshape(x.shape[0], 8, 15), IMAGE),
+    "batch inside": (
+        lambda m, x: (
+            x.permute(1, 0, 2, 3)[2] + x.permute(2, 0, 1, 3).unbind(0)[1].mean(1, keepdim=True)
+        ),
+        IMAGE,
+    ),
+    "batch merged": (
+        lambda m, x: m.l(x.reshape(-1, 6)).relu().view(x.size(0), 7, 3),
+        STEPS,
+        of(l=nn.Linear(6, 3)),
+    ),
+    "parts": (
+        lambda m, x: torch.cat([*x.chunk(2, 1)[::-1], x[:, [2, 0]], x.roll((1, -2), (2, 3))], 1)[
+            :, 1:, ::2
+        ],
+        IMAGE,
+    ),
+    "stacks": (lambda m, x: torch.stack([x, x * 2], -1).sum(1).flip(2), IMAGE),
+    "expanded": (
+        lambda m, x: torch.cat([x, x.mean((2, 3), keepdim=True).expand(-1, -1, 6, 5)], 1),
+        IMAGE,
+    ),
+    "products": (
+        lambda m, x, y: (x @ y.mT).softmax(-1) @ y + torch.einsum("btc,oc->bto", x, m.w),
+        (STEPS, (4, 6)),
+        of(w=p(6, 6)),
+    ),
+    "einsum": (lambda m, x, y: torch.einsum("bhqd,bkhd->bhqk", x, y), ((2, 3, 5), (4, 2, 5))),
+    "masked": (
+        lambda m, x: torch.where(CAUSAL == 0, x, 0) + x.tril() + x.masked_fill(CAUSAL < 0, -9.0),
+        (7, 7),
+    ),
+    "channels": (
+        lambda m, x: x * m.g.view(1, -1, 1, 1) + m.b[:, None, None] * m.s,
+        IMAGE,
+        of(g=p(4), b=p(4), s=p()),
+    ),
+    "positions": (
+        lambda m, x: x + m.p[:, :7] + m.e(torch.arange(7)),
+        STEPS,
+        of(p=p(1, 9, 6), e=nn.Embedding(9, 6)),
+    ),
+    "two readers": (
+        lambda m, x: (-x * m.p + x * m.p).view(x.shape[0], 7, 2, 3).transpose(1, 2) * m.q + m.q,
+        STEPS,
+        of(p=p(1, 7, 6), q=p(7, 3)),
+    ),
+    "a layer and more": (lambda m, x: m.g(x) + x, STEPS, of(g=Gained(6, 6))),
+    "in place": (
+        lambda m, x: (lambda y: m.r(y) + y)(m.c(x)),
+        IMAGE,
+        of(r=nn.ReLU(True), c=nn.Conv2d(4, 3, 1)),
+    ),
+    "called twice": (
+        lambda m, x: {"a": m.c(m.c(x)), "b": m.l(m.c(x))},
+        IMAGE,
+        of(
+            c=nn.Conv2d(4, 4, 3, padding=1),
+            l=nn.utils.parametrizations.weight_norm(nn.Linear(5, 2)),
+        ),
+    ),
+    "attention": (
+        lambda m, x, y: m.a(x, y, y, need_weights=False)[0] + m.a(x, y, y)[0],
+        (STEPS, (4, 6)),
+        of(a=heads()),
+    ),
+    "attention, key apart": (lambda m, x, y: m.a(x, y, x)[0], (STEPS, STEPS), of(a=heads())),
+    "attention, causal": (lambda m, x: m.a(x, x, x, attn_mask=CAUSAL)[0], STEPS, of(a=heads())),
+    "time first": (
+        lambda m, x: m.a(*[m.g(x.transpose(0, 1))[0]] * 3)[0].transpose(0, 1),
+        STEPS,
+        of(a=heads(batch_first=False), g=nn.GRU(6, 6)),
+    ),
+    "states": (
+        lambda m, x: m.l(x)[1][0][-1] + m.r(x)[1].squeeze(0) + m.l(x)[0][:, -1],
+        STEPS,
+        of(l=nn.LSTM(6, 3, 2, batch_first=True), r=nn.RNN(6, 3, batch_first=True)),
+    ),
+    "encoder": (
+        lambda m, x: m.e(x, nn.Transformer.generate_square_subsequent_mask(7)),
+        STEPS,
+        of(e=nn.TransformerEncoder(nn.TransformerEncoderLayer(6, 2, 8, batch_first=True), 1)),
+    ),
+    "numbers": (
+        lambda m, x: torch.sub(x, 1, alpha=2) + x.clamp(0.5, -0.5) + torch.add(x, x, alpha=3),
+        IMAGE,
+    ),
+    "scores unscaled": (lambda m, x: F.scaled_dot_product_attention(x, x, x, scale=0.0), IMAGE),
+    "a size of its own": (
+        lambda m, x: m.c(x, output_size=(12, 10)),
+        IMAGE,
+        of(c=nn.ConvTranspose2d(4, 6, 3, 2, 1)),
+    ),
+    "an axis before": (
+        lambda m, x: torch.cat([m.t[None, None].expand(x.shape[0], 1, -1), x + m.p[None]], 1),
+        STEPS,
+        of(t=p(6), p=p(7, 6)),
+    ),
+    "global response": (
+        lambda m, x: (
+            m.g[:, None, None] * x / (x.norm(2, (2, 3), keepdim=True).mean(1, keepdim=True) + 1e-6)
+            + x
+        ),
+        IMAGE,
+        of(g=p(4)),
+    ),
+}
+
+
+def inputs_of(shape, count=3):
+    torch.manual_seed(1)
+    shapes = shape if isinstance(shape[0], tuple) else (shape,)
+    return [torch.randn(count, *s) for s in shapes]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n in ("two readers", "batch inside", "parts", "in place", "channels") else
+     pytest.param(n, marks=pytest.mark.thorough) for n in OPERATIONS],
+)  # fmt: skip
+def test_operations_come_as_layers(name):
+    torch.manual_seed(0)
+    function, shape, *parts = OPERATIONS[name]
+    net, xs = Net(function, **(parts[0] if parts else {})).eval(), inputs_of(shape)
+    model = converters.from_torch(net, shape, layout="source")
+    assert_same(net(*xs), run(model, xs))
+    back = converters.to_torch(model, layout="source")
+    assert_same(net(*xs), back(*xs))
+    state, found = net.state_dict(), back.state_dict()
+    assert all(found[k].shape == state[k].shape for k in set(found) & set(state))
+
+
+REFUSED = {
+    "random": (lambda m, x: x + torch.rand(5), IMAGE, "random numbers"),
+    "random, alike": (lambda m, x: x + torch.randn_like(x), IMAGE, "randn_like"),
+    "the batch": (lambda m, x: x - x.mean(0), IMAGE, "the batch"),
+    "everything": (lambda m, x: x / x.mean(), IMAGE, "the batch"),
+    "joined examples": (lambda m, x: torch.cat([x, x]), IMAGE, "the batch"),
+    "some examples": (lambda m, x: x[1:] * 1, IMAGE, "export"),
+    "the first example": (lambda m, x: x[0], IMAGE, "the batch"),
+    "the number of examples": (lambda m, x: x * x.shape[0], IMAGE, "number of examples"),
+    "a number": (lambda m, x: x.reshape(len(x), 30, 4), IMAGE, r"x.shape\[0\] for len\(x\)"),
+    "control flow": (lambda m, x: x if x.sum() > 0 else -x, IMAGE, "export"),
+    "a mask of the input": (lambda m, x: x.masked_fill(x > 0, 0.0), IMAGE, "gt"),
+    "an index": (lambda m, x: x.max(1)[1], IMAGE, "without the input"),
+    "a sort": (lambda m, x: x.sort(1)[0], IMAGE, "sort"),
+    "a cast": (lambda m, x: x.double(), IMAGE, "float64"),
+    "merged batches": (lambda m, x: F.conv2d(x.flatten(0, 1)[:, None], m.w), IMAGE, "merged"),
+    "a batch behind": (lambda m, x: x.transpose(0, 1), STEPS, "the batch"),
+    "nested outputs": (lambda m, x: {"a": [x]}, IMAGE, "nested"),
+    "a state": (lambda m, x: m.l(x, torch.ones(1, x.size(0), 3))[0], STEPS, "states to begin"),
+    "cell states": (lambda m, x: m.c(x)[1][1][0], STEPS, "cell states"),
+    "an output that is none": (lambda m, x: (x * 2, None), IMAGE, "no tensor"),
+    "one example": (lambda m, x: x * (2 if x.shape[0] == 1 else 1), IMAGE, "for one example"),
+    "dropout": (lambda m, x: F.dropout(x, 1e-6), IMAGE, "random numbers"),
+    "statistics of the batch": (
+        lambda m, x: F.batch_norm(x, None, None, training=True),
+        IMAGE,
+        "in training",
+    ),
+    "a wider sum": (lambda m, x: x.sum(1, dtype=torch.float64), IMAGE, "float64 of float32"),
+    "decimals": (lambda m, x: x.round(decimals=1), IMAGE, "decimals"),
+    "the deviation of one": (lambda m, x: x[:, :1].var(1), IMAGE, "is NaN"),
+    "nothing to attend to": (
+        lambda m, x: F.scaled_dot_product_attention(x, x, x, torch.eye(6) < 0),
+        IMAGE,
+        "hides everything",
+    ),
+    "a bicubic": (lambda m, x: F.interpolate(x, (9, 9), mode="bicubic"), IMAGE, "bicubic"),
+    "a counter": (lambda m, x: x * m.n.add_(1), IMAGE, "changes what it holds"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_no_layer_says_is_refused_by_name(name):
+    function, shape, said = REFUSED[name]
+    cells = {"l": nn.GRU(6, 3, batch_first=True), "c": nn.LSTM(6, 3, batch_first=True)}
+    net = Net(function, w=p(2, 1, 3, 3), n=nn.Parameter(torch.zeros(()), False), **cells)
+    with pytest.raises(ConversionError, match=said):
+        converters.from_torch(net, shape, layout="source")
+
+
+def test_whole_numbers_stay_whole():
+    """Also those that are made larger before they index a table."""
+    net = Net(lambda m, x: m.e(x * 2 + 1 + m.at), e=nn.Embedding(16, 6))
+    net.register_buffer("at", torch.tensor([0, 4, 8]))
+    x = torch.tensor([[3, 1, 2], [0, 0, 3]])
+    model = converters.from_torch(net, x, layout="source")
+    assert_same(net(x), run(model, [x]))
+    big = torch.tensor([[2**25 + 1]])
+    model = converters.from_torch(Net(lambda m, x: x * 2 + 1), big, layout="source")
+    assert run(model, [big]).tolist() == [[2**26 + 3]]
+
+
+def test_ids_are_drawn_within_the_table_of_their_input():
+    net = Net(lambda m, x, y: m.e(x) + m.f(y), e=nn.Embedding(9, 6), f=nn.Embedding(4, 6))
+    xs = torch.tensor([[8, 1]]), torch.tensor([[3, 0]])
+    layers = torch_export.net_of(net, [torch.cat([x, x]) for x in xs]).layers
+    largest = [torch_check._random(x, name, layers, 1).max() for x, name in
+               zip(xs, [n for layer in layers[:2] for n in layer.inputs], strict=True)]  # fmt: skip
+    assert largest == [8, 3]
+    assert_same(net(*xs), run(converters.from_torch(net, xs, layout="source"), xs))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_modules_of_other_widths(dtype):
+    net = Net(lambda m, x: m.c(x).relu() + x, c=nn.Conv2d(4, 4, 1)).to(dtype)
+    model = converters.from_torch(net, IMAGE, layout="source")
+    back = converters.to_torch(model, layout="source")
+    x = torch.randn(3, *IMAGE, dtype=dtype)
+    assert torch.allclose(back(x), net(x))
+    assert torch.equal(back.c.weight, net.c.weight)
+
+
+def test_weights_made_of_weights_have_another_name():
+    """So that those of a state dict do not come in as they are."""
+    net = Net(lambda m, x: m.c(x) + 1, c=Standardised(4, 3, 3))
+    model = converters.from_torch(net, IMAGE, layout="source")
+    assert not {"c.weight"} & set(converters.to_torch(model, layout="source").state_dict())
+
+
+def test_a_squeeze_of_the_batch_is_told():
+    net = Net(lambda m, x: x.mean(2, keepdim=True).squeeze())
+    with pytest.warns(UserWarning, match=r"gives \(7,\) for a single example"):
+        converters.from_torch(net, STEPS, layout="source")
+
+
+def test_a_hook_on_a_layer_is_refused():
+    net = Net(lambda m, x: m.c(x) + x, c=nn.Conv2d(4, 4, 1))
+    net.c.register_forward_hook(lambda module, given, y: y * 2)
+    with pytest.raises(ConversionError, match=r"c .Conv2d. has a forward hook"):
+        converters.from_torch(net, IMAGE)
+
+
+def test_a_table_that_two_layers_share_is_one_array():
+    net, xs = made("nanoGPT")
+    model = converters.from_torch(net, (9,), layout="source")
+    params = model.variables["params"]
+    assert "lm_head" not in params
+    assert params["transformer"]["wte"]["weight"].shape == (11, 8)
+    back = converters.to_torch(model, layout="source")
+    assert back.lm_head.weight is back.transformer.wte.weight
+    assert_same(net(*xs), back(*xs))
+
+
+def test_shapes_dtypes_and_modes_of_the_module_stay():
+    net, _ = made("BiLSTM")
+    net.train()
+    net.dropout.eval()
+    inputs = torch_export.example_inputs(net, (7,))
+    assert [x.dtype for x in inputs] == [torch.int64]
+    torch_export.net_of(net, inputs)
+    assert net.training
+    assert net.lstm.training
+    assert not net.dropout.training
+    with pytest.raises(ConversionError, match="can't be run on input_shape"):
+        converters.from_torch(made("PointNet")[0], (4, 14))
+    with pytest.raises(ConversionError, match=r"is no torch.nn.Sequential.*give input_shape="):
+        converters.from_torch(made("PointNet")[0])
+
+
+def test_what_takes_no_part_is_told():
+    net = Net(lambda m, x: m.a(x), a=nn.Conv2d(4, 3, 1), aux=nn.Linear(5, 2))
+    with pytest.warns(UserWarning, match="aux.weight and 1 more of Net take no part"):
+        converters.from_torch(net, IMAGE, layout="source")
+
+
+def test_a_wrong_model_is_not_given_back():
+    net, xs = made("PointNet")
+    told = torch_export.net_of(net, xs)
+    model = converters.from_torch(net, shapes_of(xs), layout="source")
+    torch_check.check(net, told, model, xs)
+    kernel = model.variables["params"]["fc"]["kernel"]
+    model.variables["params"]["fc"]["kernel"] = kernel * np.float32(1.001)
+    with pytest.raises(ConversionError, match="differs by"):
+        torch_check.check(net, told, model, xs)
+
+
+def test_each_net_of_whole_numbers_is_known():
+    assert set(NETS | MORE) >= INTEGERS

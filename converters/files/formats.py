@@ -421,6 +421,7 @@ def save(
     module: Any,
     variables: Any = None,
     *,
+    input_shape: Any = None,
     layout: str | None = None,
     shard_bytes: int | None = None,
     source: str | os.PathLike[str] | None = None,
@@ -434,8 +435,12 @@ def save(
             ``torch.load(weights_only=True)`` and the module that ``to_torch`` gives), ``.msgpack``.
             ``.weights.h5`` is for the model that ``to_keras`` gives.
         module: a :class:`fwt.Sequential`, a linen ``nn.Sequential``, a ``Model`` of one, an
-            ``nnx.Sequential``, or None to write the variables as they are (not to Keras's formats).
+            ``nnx.Sequential``, any linen or nnx module with ``input_shape=``, or None to write the
+            variables as they are (not to Keras's formats).
         variables: ``{"params": ..., "batch_stats": ...}``; a Model has its own.
+        input_shape: the shape of its input without the batch axis, where the file is to tell it.
+            A linen or nnx module of one's own needs it, or a list of shapes, or an example of each
+            input: it is traced and becomes a :class:`fwt.Graph`.
         layout: for torch, the layout of the model's ends, as in ``to_torch``: "channels_first"
             unless told otherwise, or "source".
         shard_bytes: for ``.safetensors`` and ``.weights.h5``: the path becomes a folder of shards
@@ -459,7 +464,8 @@ def save(
         True
     """
     path = _io.given_path(path)
-    module, variables = _given.given(module, variables, "save(path, model)")
+    call = "save(path, model)"
+    module, variables, input_shape = _given.given(module, variables, call, input_shape)
     found = by_suffix(path)
     if found is None or (found.save is None and found.save_folder is None):
         known = ", ".join(s for s, f in SUFFIXES.items() if f.save or f.save_folder)
@@ -479,6 +485,8 @@ def save(
             "model's own ends"
         )
     module = _flax.sequential_of(module)
+    if input_shape is not None and isinstance(module, Sequential | Graph):
+        module = module.clone(input_shape=input_shape)
     if not isinstance(module, Sequential | Graph | None) and found is not _ONNX:
         held = "nnx.state(module)" if _nodes.is_graph(module) else "variables"
         there = (
@@ -486,7 +494,8 @@ def save(
         )
         raise ConversionError(
             f"{path}: {type(module).__name__} is no fwt.Sequential, so its architecture can't be "
-            f"written: save({there!r}, None, {held}) writes the weights alone"
+            f"written: give input_shape= (without the batch axis), with which it is traced; or "
+            f"save({there!r}, None, {held}) writes the weights alone"
         )
     if not isinstance(variables, Mapping):
         raise ConversionError(

@@ -1,4 +1,4 @@
-"""What a user gives as a model: a module and its variables, a Model, or an nnx.Sequential."""
+"""What a user gives as a model: a module and its variables, a Model, or an nnx module."""
 
 import sys
 from collections.abc import Mapping
@@ -7,11 +7,13 @@ from typing import Any
 from fwt import _nodes
 from fwt._types import ConversionError
 from fwt.converters.frameworks import flax as _flax
+from fwt.converters.frameworks import linen_trace
 
 
-def given(module: Any, variables: Any, call: str) -> tuple[Any, Any]:
-    """The module and variables that a user gave, as two arguments or as one model; ``call`` is how
-    the function is called with one."""
+def given(module: Any, variables: Any, call: str, input_shape: Any = None) -> tuple[Any, Any, Any]:
+    """The module and variables that a user gave, as two arguments or as one model, and the shape
+    of its input; ``call`` is how the function is called with one. A module of one's own is traced
+    for that shape, and the graph that it becomes knows it."""
     name, saved = type(module).__name__, call.startswith("save")
     if _is_equinox(module):
         raise ConversionError(
@@ -27,25 +29,26 @@ def given(module: Any, variables: Any, call: str) -> tuple[Any, Any]:
             f"{call} takes a Model, or a module and its variables; found variables alone, a {name}"
         )
     if not _nodes.is_graph(module) or isinstance(module, Mapping):
-        return _flax.given(module, variables, call)
+        module, variables = _flax.given(module, variables, call)
+        # to_onnx writes the jaxpr of any linen module itself, and weights alone can be saved.
+        whole = input_shape is not None if saved else not call.startswith("to_onnx")
+        if whole and linen_trace.is_own(module):
+            return *linen_trace.traced(module, variables, input_shape), None
+        return module, variables, input_shape
     from flax import nnx
 
-    if not isinstance(module, nnx.Sequential):
-        if saved:
-            return module, variables  # whose weights alone can be written, as the error says
-        raise ConversionError(
-            f"{name} is an nnx module, of which only an nnx.Sequential is converted: build it as "
-            "one, or as fwt.Sequential([(name, layer), ...])"
-        )
+    own = type(module) is not nnx.Sequential
+    if saved and own and input_shape is None:
+        return module, variables, None  # whose weights alone can be written, as the error says
     if variables is not None:
         raise ConversionError(
-            f"an nnx.Sequential holds its variables, so {type(variables).__name__} after it is one "
+            f"an nnx module holds its variables, so {type(variables).__name__} after it is one "
             f"argument too many: {call}, and what follows by name"
         )
     from fwt.converters.frameworks import nnx as _nnx
 
-    model = _nnx.from_nnx(module)
-    return model.module, model.variables
+    model = _nnx.from_nnx(module, input_shape)
+    return model.module, model.variables, None if own else input_shape
 
 
 _WEIGHTS = "save(path, None, {'params': equinox.filter(model, equinox.is_array)})"

@@ -357,11 +357,12 @@ def to_keras(
     """A Flax model as a Keras model with the same predictions.
 
     Args:
-        module: a :class:`fwt.Sequential` or :class:`fwt.Graph`, a linen ``nn.Sequential``, a
-            ``Model`` of one, or an ``nnx.Sequential``, which holds its variables.
+        module: a :class:`fwt.Sequential` or :class:`fwt.Graph`, a linen module, a ``Model`` of
+            one, or an nnx module, which holds its variables. One that is no Sequential is traced.
         variables: its variables, float32; a Model has its own.
         input_shape: the shape of its input without the batch axis, of several inputs a tuple of
-            shapes; None takes the module's own, or what follows from the first layers.
+            shapes; None takes the module's own, or what follows from the first layers. A module
+            that is traced needs it, or an example of each input.
 
     Returns:
         A built ``keras.Sequential`` on the active backend, or a Functional model where the layers
@@ -378,7 +379,8 @@ def to_keras(
         >>> [layer.name for layer in to_keras(net, variables).layers]
         ['dense']
     """
-    module, variables = _given.given(module, variables, "to_keras(model)")
+    call = "to_keras(model)"
+    module, variables, input_shape = _given.given(module, variables, call, input_shape)
     net = keras_config.to_keras_net(module, variables, input_shape, state=True)
     config = keras_write.keras_config(net)
     cls = keras.Sequential if config["class_name"] == "Sequential" else keras.Model

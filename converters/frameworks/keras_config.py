@@ -6,7 +6,7 @@ from typing import Any
 
 from fwt._types import ConversionError, Model
 from fwt.converters.frameworks import flax as _flax
-from fwt.converters.frameworks import keras_ops, keras_read, keras_write, sidecar
+from fwt.converters.frameworks import keras_constants, keras_read, keras_write, sidecar
 from fwt.converters.rows import table
 from fwt.converters.rows.row import Layer, S
 from fwt.converters.walk import convert, policy
@@ -86,7 +86,7 @@ def to_keras_net(
         new = convert.convert(given, "flax", "keras", "source")
     if not any_dtype:
         policy.to_keras(new)
-    new = keras_ops.with_parameters(_attention(folded(new, fold_activations)))
+    new = keras_constants.with_parameters(_attention(folded(new, fold_activations)))
     new = keras_write.placed(new)
     new = sidecar.restored(new, _flax.sequential_of(module), "keras", state)
     places = keras_read.groups(keras_write.keras_config(new))
@@ -211,9 +211,9 @@ def gathered(layers: list[Layer]) -> None:
 
 
 def shared(net: Net) -> Net:
-    """The net with the arrays of each layer in its further calls."""
+    """The net with the arrays of each layer in its further calls, and arrays between layers."""
     first = {x.name: x for x in net.layers}
     for layer in net.layers:
         if layer.of:
             layer.arrays, layer.inner = first[layer.of].arrays, first[layer.of].inner
-    return net
+    return keras_constants.without_lookups(net)

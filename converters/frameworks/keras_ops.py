@@ -1,16 +1,13 @@
 """What stands in the configs of Functional models beside layers: operations of keras.ops, and
 classes that keras.applications has for itself."""
 
-import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from fwt._graph import renamed
 from fwt._types import FileFormatError
 from fwt.converters.rows import table
 from fwt.converters.rows.row import Layer, refuse, same
-from fwt.converters.walk.net import Net, fresh
 
 # Layers of keras.applications, and where they live.
 HOME = {"LayerScale": "keras.src.applications.convnext"}
@@ -21,7 +18,19 @@ DEFAULTS = {"LayerScale": {"init_values": 1e-6}}  # what they must be told
 _BINARY = {"Add": "Add", "Subtract": "Subtract", "Multiply": "Multiply", "Maximum": "Maximum",
            "Minimum": "Minimum", "TrueDivide": "ops.TrueDivide", "Divide": "ops.TrueDivide",
            "Matmul": "ops.Matmul"}  # fmt: skip
-_IN_NN = ("Gelu",)
+# Where in keras.src.ops a class stands that is not in its numpy.
+_ROOMS = {"Gelu": "nn", "Erf": "math", "Logsumexp": "math"}
+# Functions of each entry, and of all along an axis, by the classes that compute them.
+_EACH = {
+    "abs": "Absolute", "acos": "Arccos", "acosh": "Arccosh", "asin": "Arcsin", "asinh": "Arcsinh",
+    "atan": "Arctan", "atanh": "Arctanh",
+    **{f: f.capitalize() for f in ("ceil", "cos", "cosh", "erf", "exp", "floor", "log",
+                                   "reciprocal", "round", "sign", "sin", "sinh", "sqrt", "square",
+                                   "tan")},
+}  # fmt: skip
+_ALONG = {f: f.capitalize() for f in ("sum", "mean", "max", "min", "prod", "logsumexp")}
+_FUNCTION = {**{kind: f for f, kind in _EACH.items()}, "Abs": "abs"}
+_REDUCTION = {kind: f for f, kind in _ALONG.items()}
 
 
 def is_operation(entry: Any) -> bool:
@@ -53,6 +62,8 @@ def layers_of(entry: Any, node: Any, name: str, place: str) -> list[Layer]:
         return [Layer(name, _BINARY[kind], {})]
     if kind in _BINARY and len(given) == 1 and len(args) == 2:
         return [_with_constant(kind, name, args, where)]
+    if kind == "ZerosLike":  # see keras_constants; by itself no row says it
+        return [Layer(name, "ops.ZerosLike", {})]
     if kind == "Concatenate":
         return [Layer(name, kind, {"axis": own.get("axis", -1)})]
     if len(given) != 1:
@@ -69,6 +80,15 @@ def layers_of(entry: Any, node: Any, name: str, place: str) -> list[Layer]:
     if pooled and isinstance(shape, list | tuple) and _is_spatial(own.get("axis"), len(shape)):
         settings = {"keepdims": bool(own.get("keepdims"))}
         return [Layer(name, f"Global{pooled}Pooling{len(shape) - 2}D", settings)]
+    if kind in _FUNCTION and not any(own.values()):
+        return [Layer(name, "ops.Pointwise", {"function": _FUNCTION[kind]})]
+    if kind in _REDUCTION and isinstance(shape, list | tuple) and own.get("initial") is None:
+        return _reduced(_REDUCTION[kind], name, own, list(shape), where)
+    if kind == "Flip" and isinstance(own.get("axis"), int) and isinstance(shape, list | tuple):
+        axis = own["axis"] % len(shape)
+        if axis == 0:
+            raise refuse(where, "it turns the examples around")
+        return [Layer(name, "ops.Flip", {"axis": axis})]
     function = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", kind).lower()
     row = table.row_of_function(function)
     if row is not None and row.function is not None:
@@ -85,6 +105,30 @@ def _is_spatial(axes: Any, rank: int) -> bool:
     if rank < 3 or not all(isinstance(a, int) for a in numbers):
         return False
     return sorted(a % rank for a in numbers) == list(range(1, rank - 1))
+
+
+def _reduced(
+    function: str, name: str, own: Mapping[str, Any], shape: list[Any], where: str
+) -> list[Layer]:
+    """A reduction as one along each axis, which keeps it, and a Reshape that drops them."""
+    axes = own.get("axis")
+    axes = [axes] if isinstance(axes, int) else axes
+    if not isinstance(axes, list | tuple) or not all(isinstance(a, int) for a in axes):
+        raise refuse(where, f"its axis={axes!r} takes in the examples, or is not known")
+    places = sorted({a % len(shape) for a in axes})
+    if not places or places[0] == 0:
+        raise refuse(where, f"its axis={own.get('axis')!r} takes in the examples, or none")
+    out = [Layer(name if not i else f"{name}__{i}", "ops.Reduce",
+                 {"function": function, "axis": a}) for i, a in enumerate(places)]  # fmt: skip
+    if not own.get("keepdims"):
+        left = [s for i, s in enumerate(shape) if i not in places]
+        if len(left) < 2:
+            raise refuse(
+                where, "it gives a tensor of the batch alone", "keepdims=True keeps an axis"
+            )
+        target = [-1 if s is None else s for s in left[1:]]
+        out.append(Layer(f"{name}__left", "Reshape", {"target_shape": target}))
+    return out
 
 
 def _with_constant(kind: str, name: str, args: Sequence[Any], where: str) -> Layer:
@@ -177,7 +221,10 @@ def entry_of(layer: Layer, name: str) -> dict[str, Any]:
     kind = layer.kind.removeprefix("ops.")
     own = {} if kind == "GetItem" else dict(layer.settings)
     own.pop("dtype", None)
-    module = "nn" if kind in _IN_NN else "numpy"
+    if kind in ("Pointwise", "Reduce"):
+        kind = {**_EACH, **_ALONG}[own.pop("function")]
+        own |= {"keepdims": True} if "axis" in own else {}
+    module = _ROOMS.get(kind, "numpy")
     return {"module": f"keras.src.ops.{module}", "class_name": kind, "registered_name": kind,
             "config": {"name": name, **own}, "name": name, "inbound_nodes": []}  # fmt: skip
 
@@ -196,40 +243,3 @@ def arguments(layer: Layer, given: list[Any]) -> list[Any]:
     step = None if told["step"] == 1 else told["step"]
     cuts[-1]["config"] = {"start": told["start"], "stop": told["stop"], "step": step}
     return [*given, cuts]
-
-
-def with_parameters(net: Net) -> Net:
-    """The net with each learned array as the one row of an Embedding, which is looked up for each
-    sample: nothing in Keras's graphs takes nothing."""
-    if not any(x.kind == "Parameter" for x in net.layers):
-        return net
-    start, shape = next(iter(net.inputs.items()))
-    taken = {x.name for x in net.layers} | set(net.inputs)
-    alias: dict[str, str] = {}
-    out: list[Layer] = []
-    for layer in net.layers:
-        if layer.kind != "Parameter":
-            inputs = tuple(alias.get(i, i) for i in layer.inputs)
-            out.append(dataclasses.replace(layer, inputs=inputs))
-            continue
-        (value,) = layer.arrays.values()
-        # Keras puts axes of size 1 behind the batch of what has fewer.
-        sizes = value.shape[next((i for i, n in enumerate(value.shape) if n != 1), value.ndim) :]
-        first: Any = [{"start": None, "stop": 1, "step": None}] * len(shape or ())
-        chain = [
-            Layer(f"{layer.name}__start", "ops.GetItem", {"cuts": first}, shape=(1,) * len(first)),
-            Layer(f"{layer.name}__zeros", "ops.ZerosLike", {}, shape=(1,) * len(first)),
-            Layer(f"{layer.name}__flat", "Flatten", {}, shape=(1,)),
-            Layer(layer.name, "Embedding", {"input_dim": 1, "output_dim": value.size},
-                  {"embeddings": value.reshape(1, -1)}, shape=(1, value.size)),
-            Layer(f"{layer.name}__shape", "Reshape", {"target_shape": sizes or (1,)},
-                  shape=sizes or (1,)),
-        ]  # fmt: skip
-        before = start
-        for part in chain:
-            part.name = part.name if part.name == layer.name else fresh(part.name, taken)
-            part.inputs, before = (before,), part.name
-            part.dtype = layer.dtype
-        alias[layer.name] = before
-        out += chain
-    return Net(out, net.inputs, renamed(net.outputs, alias), net.takes)

@@ -1,11 +1,8 @@
 """Flax NNX: ``nnx.Sequential`` of nnx layers, whose settings and arrays linen's layers have too."""
 
-import dataclasses
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
-import flax.linen as nn
 import numpy as np
 from flax import nnx
 
@@ -14,32 +11,10 @@ from fwt import layers as fl
 from fwt._graph import Graph
 from fwt._sequential import Named, Sequential, call, settings_of
 from fwt._types import ConversionError, FwtError, Model
-from fwt.converters.frameworks import architecture
+from fwt.converters.frameworks import architecture, nnx_trace
 from fwt.converters.frameworks import flax as _flax
-from fwt.converters.rows.row import TRAINING, refuse
-
-# nnx's layer, linen's, and what nnx calls a linen field and the size that linen has no field for.
-TWINS: tuple[tuple[Any, Any, dict[str, str], str | None], ...] = (
-    (nnx.Linear, nn.Dense, {"features": "out_features"}, "in_features"),
-    (nnx.Conv, nn.Conv, {"features": "out_features"}, "in_features"),
-    (nnx.ConvTranspose, nn.ConvTranspose, {"features": "out_features"}, "in_features"),
-    (nnx.BatchNorm, nn.BatchNorm, {}, "num_features"),
-    (nnx.LayerNorm, nn.LayerNorm, {}, "num_features"),
-    (nnx.RMSNorm, nn.RMSNorm, {}, "num_features"),
-    (nnx.GroupNorm, nn.GroupNorm, {}, "num_features"),
-    (nnx.InstanceNorm, nn.InstanceNorm, {}, "num_features"),
-    (nnx.Embed, nn.Embed, {}, None),
-    (nnx.Dropout, nn.Dropout, {}, None),
-)
-# What a layer is told when it runs, and how it computes.
-_LEFT_OUT = {
-    # How exact a norm is, and the dtype of the weights.
-    *(TRAINING["flax"] - {"use_fast_variance", "param_dtype"}),
-    *("use_running_average", "deterministic", "rngs", "rng_collection"),
-    *("dot_general", "promote_dtype", "conv_general_dilated", "kernel_shape", "feature_axis"),
-    *("in_features", "num_features", "out_features"),
-}
-_COLLECTIONS = {nnx.Param: "params", nnx.BatchStat: "batch_stats"}
+from fwt.converters.frameworks.nnx_layers import COLLECTIONS, LEFT_OUT, TWINS, layer_of
+from fwt.converters.rows.row import refuse
 
 
 class Linen(nnx.Module):
@@ -47,7 +22,7 @@ class Linen(nnx.Module):
 
     def __init__(self, layer: Any, variables: Mapping[str, Any]):
         self.layer = Named("layer", layer)  # in which linen leaves it alone
-        kinds = {name: kind for kind, name in _COLLECTIONS.items()}
+        kinds = {name: kind for kind, name in COLLECTIONS.items()}
         self.held = nnx.Dict({
             collection: _nested(tree, kinds[collection]) for collection, tree in variables.items()
         })  # fmt: skip
@@ -72,12 +47,14 @@ def _plain(node: Any) -> Any:
 
 
 def from_nnx(model: nnx.Sequential, input_shape: Any = None) -> Model:
-    """An ``nnx.Sequential`` as a Flax model of this library, with the same predictions.
+    """An nnx module as a Flax model of this library, with the same predictions.
 
     Args:
-        model: of nnx layers, functions such as ``nnx.relu`` and partials of them, or Sequentials;
-            the layers are named by their place, as nnx does.
-        input_shape: the shape of one input without the batch axis, where it is to be known.
+        model: an ``nnx.Sequential`` of nnx layers, functions such as ``nnx.relu`` and partials of
+            them, or Sequentials; the layers are named by their place, as nnx does. Any other
+            module is traced, and becomes a :class:`fwt.Graph`.
+        input_shape: the shape of one input without the batch axis, where it is to be known; of
+            several inputs a list of shapes. A module that is traced needs it.
 
     Returns:
         ``Model(module, variables)`` with NumPy leaves.
@@ -95,16 +72,19 @@ def from_nnx(model: nnx.Sequential, input_shape: Any = None) -> Model:
           1: ReLU()
         )
     """
-    if len(twice := _shared(model)) > 0:
+    if not isinstance(model, nnx.Module):
+        raise ConversionError(
+            f"from_nnx takes an nnx module, found {type(model).__name__}; a transform takes the "
+            "nnx.state of any module"
+        )
+    twice = _shared(model)
+    if twice and input_shape is None:
         raise ConversionError(
             f"{twice[0]} and {twice[1]} are one module; a Sequential keeps weights for each: give "
-            "them their own, nnx.clone(layer)"
+            "input_shape=, with which they become a Graph, or their own, nnx.clone(layer)"
         )
-    if type(model) is not nnx.Sequential:
-        raise ConversionError(
-            f"from_nnx takes an nnx.Sequential, found {type(model).__name__}; a transform takes "
-            "the nnx.state of any module"
-        )
+    if type(model) is not nnx.Sequential or twice:
+        return nnx_trace.traced(model, input_shape)
     module, variables = _read(model, ())
     module = Sequential(module.layers, input_shape)
     variables.setdefault("params", {})
@@ -142,7 +122,7 @@ def _read(model: nnx.Sequential, inside: tuple[str, ...]) -> tuple[Sequential, d
             made = layer.layer.layer
             own = {c: _numpy(tree) for c, tree in _plain(layer.held).items()}
         elif isinstance(layer, nnx.Module):
-            made, own = _layer(layer, f"{place} ({type(layer).__name__})")
+            made, own = layer_of(layer, f"{place} ({type(layer).__name__})")
         else:
             try:
                 made = fl.from_function(layer)
@@ -158,42 +138,6 @@ def _numpy(tree: Any) -> Any:
     if isinstance(tree, Mapping):
         return {name: _numpy(value) for name, value in tree.items()}
     return np.asarray(tree)
-
-
-def _layer(layer: Any, place: str) -> tuple[Any, dict[str, Any]]:
-    twin = next((t for t in TWINS if type(layer) is t[0]), None)
-    if twin is None:
-        raise refuse(place, "this nnx layer has no row")
-    _, cls, renamed, _ = twin
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    settings: dict[str, Any] = {}
-    for name, field in fields.items():
-        there = renamed.get(name, name)
-        if name in _LEFT_OUT or name in ("parent", "name") or not hasattr(layer, there):
-            continue
-        value = getattr(layer, there)
-        if name == "dtype" and cls is nn.Embed and value == layer.embedding[...].dtype:
-            continue  # which nnx writes for None
-        if isinstance(value, list):
-            value = tuple(value)
-        if value != field.default:
-            settings[name] = value
-    settings.pop("group_size", None)  # which nnx turns into num_groups
-    defaults = inspect.signature(type(layer).__init__).parameters
-    for name in ("dot_general", "conv_general_dilated", "promote_dtype"):
-        if name in defaults and getattr(layer, name, None) is not defaults[name].default:
-            raise refuse(place, f"a {name} of the user's own")
-    known = {renamed.get(n, n) for n in fields} | _LEFT_OUT
-    variables: dict[str, Any] = {}
-    for name, value in vars(layer).items():
-        if isinstance(value, nnx.Variable):
-            kind = next((c for k, c in _COLLECTIONS.items() if isinstance(value, k)), None)
-            if kind is None:
-                raise refuse(place, f"its {name} is a {type(value).__name__}")
-            variables.setdefault(kind, {})[name] = np.asarray(value[...])
-        elif not name.startswith("_") and name not in known and value is not None:
-            raise refuse(place, f"{name}={value!r:.60}: only the default can be converted")
-    return cls(**settings), variables
 
 
 def to_nnx(module: Any, variables: Any = None) -> Any:
@@ -248,7 +192,7 @@ def _made(layer: Any, variables: Mapping[str, Any], name: str) -> Any:
         return Linen(layer, variables)
     cls, _, renamed, size = twin
     arrays = {n: np.asarray(v) for tree in variables.values() for n, v in tree.items()}
-    given = {renamed.get(n, n): v for n, v in settings.items() if n not in _LEFT_OUT}
+    given = {renamed.get(n, n): v for n, v in settings.items() if n not in LEFT_OUT}
     if size == "in_features":
         kernel = arrays["kernel"]
         groups = settings.get("feature_group_count", 1)

@@ -186,12 +186,12 @@ def to_torch(
     does not.
 
     Args:
-        module: a :class:`fwt.Sequential` or :class:`fwt.Graph`, a linen ``nn.Sequential``, a
-            ``Model`` of one, or an ``nnx.Sequential``, which holds its variables.
+        module: a :class:`fwt.Sequential` or :class:`fwt.Graph`, a linen module, a ``Model`` of
+            one, or an nnx module, which holds its variables. One that is no Sequential is traced.
         variables: its variables; a Model has its own.
         input_shape: the shape of its input without the batch axis, in Flax's order, of several
             inputs a tuple of shapes; None takes the module's own, or works where nothing depends
-            on it.
+            on it. A module that is traced needs it, or an example of each input.
         layout: as in :func:`from_torch`.
 
     Returns:
@@ -211,7 +211,8 @@ def to_torch(
           (dense): Linear(in_features=3, out_features=2, bias=True)
         )
     """
-    module, variables = _given.given(module, variables, "to_torch(model)")
+    call = "to_torch(model)"
+    module, variables, input_shape = _given.given(module, variables, call, input_shape)
     module = _flax.sequential_of(module)
     net = _net_of(module, variables, input_shape, layout)
     net = _sidecar.restored(net, module, "torch", state=True)

@@ -14,13 +14,13 @@ from fwt.converters.frameworks.torch_operations import call
 from fwt.converters.frameworks.torch_values import (
     Reader,
     States,
-    Value,
     arguments,
     is_size,
     name_of,
 )
 from fwt.converters.rows import table
 from fwt.converters.rows.row import Layer, joined, parts_of, refuse
+from fwt.converters.walk.tensors import Value
 
 _OPERATION = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 _CAUSAL = "causal"  # a mask that hides what comes later

@@ -17,9 +17,10 @@ import torch
 
 from fwt._types import ConversionError
 from fwt.converters.frameworks import torch_calls, torch_operations
-from fwt.converters.frameworks.torch_values import Reader, Value
+from fwt.converters.frameworks.torch_values import Reader
 from fwt.converters.rows.row import Layer, refuse
 from fwt.converters.walk.net import Net
+from fwt.converters.walk.tensors import Value
 
 _INPUTS = "the shape of its input without the batch axis, such as (3, 32, 48), or a list "
 

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from fwt.converters.frameworks import torch_shapes
-from fwt.converters.frameworks.torch_shapes import Args, alike, reshaped, sizes_of
-from fwt.converters.frameworks.torch_values import Reader, States, Value, name_of, wider
+from fwt.converters.frameworks.torch_shapes import Args
+from fwt.converters.frameworks.torch_values import Reader, States, name_of
 from fwt.converters.rows.row import refuse
+from fwt.converters.walk.tensors import Value, wider
 
 
 def _made(reader: Reader, node: Any, args: Args, place: str) -> Any:
@@ -81,7 +82,7 @@ def met(reader: Reader, kind: str, nodes: Sequence[Any], place: str) -> Value:
         pair = [v or reader.array(n, like, place) for n, v in zip(nodes, values, strict=True)]
         return reader.emit(kind, {}, pair, place, wider(*pair), like.axes)
     a, b = found
-    a, b = alike(reader, a, b, place)
+    a, b = reader.alike(a, b, place)
     if len(a.shape) != len(b.shape):
         raise refuse(place, f"tensors of ranks {len(a.shape)} and {len(b.shape)} meet")
     return reader.emit(kind, {}, [a, b], place, wider(a, b), a.axes)
@@ -228,13 +229,13 @@ def _where(reader: Reader, node: Any, args: Args, place: str) -> Any:
     if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
         value, constant = (b, a) if isinstance(a, torch.Tensor) else (a, b)
         return constant_met(reader, "Add", value, constant, place)
-    a, b = alike(reader, a, b, place)
+    a, b = reader.alike(a, b, place)
     return reader.emit("Add", {}, [a, b], place, wider(a, b), a.axes)
 
 
 def _triangle(reader: Reader, node: Any, args: Args, place: str) -> Any:
     value = reader.dynamic(args["self"], place)
-    sizes = [n for n, _ in sizes_of(value)[-2:]]
+    sizes = [n for n, _ in value.sizes[-2:]]
     if 0 in (*value.axes[-1], *value.axes[-2]):
         return None
     keep = getattr(torch, name_of(node))(torch.ones(*sizes), args.get("diagonal", 0))
@@ -264,9 +265,7 @@ def reduced(
             value = reader.emit("Reduce", settings, [value], place, shape, value.axes)
     if keep:
         return value
-    return reshaped(
-        reader, value, [s for i, s in enumerate(sizes_of(value)) if i not in dims], place
-    )
+    return reader.reshaped(value, [s for i, s in enumerate(value.sizes) if i not in dims], place)
 
 
 def _dims(args: Args) -> list[int]:
@@ -300,7 +299,7 @@ def _variance(root: bool, mean_too: bool) -> Any:
         correction = args.get("correction", 1 if args.get("unbiased", True) else 0)
         correction = 1 if correction is None else correction
         dims = dims or list(range(len(value.axes)))
-        sizes = sizes_of(value)
+        sizes = value.sizes
         count = math.prod(sizes[d][0] for d in dims)
         if count <= correction:
             raise refuse(place, f"the deviation of {count} with correction={correction} is NaN")
@@ -312,7 +311,7 @@ def _variance(root: bool, mean_too: bool) -> Any:
         found = function_of(reader, found, "sqrt", place) if root else found
         if not args.get("keepdim"):
             left = [s for i, s in enumerate(sizes) if i not in {d % len(sizes) for d in dims}]
-            found, mean = (reshaped(reader, v, left, place) for v in (found, mean))
+            found, mean = (reader.reshaped(v, left, place) for v in (found, mean))
         return [found, mean] if mean_too else found
 
     return read

@@ -10,18 +10,15 @@ import torch
 
 from fwt.converters.frameworks import torch_functions, torch_products, torch_shapes
 from fwt.converters.frameworks.torch_layer import class_of, defaults_of, to_numpy
-from fwt.converters.frameworks.torch_shapes import sizes_of
 from fwt.converters.frameworks.torch_values import (
-    Batched,
     Reader,
-    Value,
     arguments,
     is_size,
     name_of,
-    plain_axes,
 )
 from fwt.converters.rows import table
 from fwt.converters.rows.row import joined, refuse
+from fwt.converters.walk.tensors import Batched, Value, plain_axes
 
 OPERATIONS = {
     **torch_shapes.OPERATIONS,
@@ -219,7 +216,7 @@ def call(
 
 def _sizes(weight: Any, value: Value, args: Mapping[str, Any]) -> dict[str, Any]:
     """What a layer says of the sizes of its arrays and of its input."""
-    sizes = sizes_of(value)
+    sizes = value.sizes
     found: dict[str, Any] = {"num_features": sizes[1][0], "num_channels": sizes[1][0]} if (
         len(sizes) > 1) else {}  # fmt: skip
     if weight is not None and weight.ndim > 1:

@@ -14,22 +14,10 @@ from fwt.converters.frameworks.torch_functions import (
     reduced,
     rescaled,
 )
-from fwt.converters.frameworks.torch_shapes import Args, Function, alike, reshaped, sizes_of
-from fwt.converters.frameworks.torch_values import Reader, Value, plain_axes, wider
+from fwt.converters.frameworks.torch_shapes import Args, Function
+from fwt.converters.frameworks.torch_values import Reader
 from fwt.converters.rows.row import refuse
-
-
-def product(reader: Reader, a: Value, b: Value, place: str) -> Value:
-    """The matrix product over the last two axes of torch's."""
-    if a.axes[-2:] != plain_axes(len(a.shape))[-2:]:
-        a, b = reader.lined_up(a, place), reader.lined_up(b, place)
-    a, b = alike(reader, a, b, place)
-    if a.axes != b.axes or a.axes[-2:] != plain_axes(len(a.shape))[-2:] or len(a.axes) < 3:
-        a, b = reader.plain(a, place), reader.plain(b, place)
-    if len(a.shape) != len(b.shape) or len(a.shape) < 3:
-        raise refuse(place, f"a product of tensors of ranks {len(a.shape)} and {len(b.shape)}")
-    shape = (*wider(a, b)[:-2], a.shape[-2], b.shape[-1])
-    return reader.emit("MatMul", {}, [a, b], place, shape, a.axes)
+from fwt.converters.walk.tensors import Value, plain_axes
 
 
 def _matmul(reader: Reader, node: Any, args: Args, place: str) -> Any:
@@ -57,7 +45,7 @@ def _matmul(reader: Reader, node: Any, args: Args, place: str) -> Any:
         like = reader.plain(reader.dynamic(other, place), place)
         values.append(reader.array(node_, like, place))
     a, b = values
-    return product(reader, a, b, place)
+    return reader.product(a, b, place)
 
 
 def linear(
@@ -89,7 +77,7 @@ def _attention(reader: Reader, node: Any, args: Args, place: str) -> Any:
     scale = 1 / math.sqrt(size or 1) if scale is None else scale
     turned = reader.ordered(key, (*range(rank - 2), rank - 1, rank - 2), place)
     turned = Value(turned.name, turned.shape, plain_axes(rank))
-    scores = product(reader, query, turned, place)
+    scores = reader.product(query, turned, place)
     scores = rescaled(reader, scores, place, scale, 0)
     if args.get("is_causal"):
         later = torch.ones(scores.shape[-2] or 1, scores.shape[-1] or 1).triu(1).bool()
@@ -110,7 +98,7 @@ def _attention(reader: Reader, node: Any, args: Args, place: str) -> Any:
             raise refuse(place, "its mask follows from the input")
         scores = reader.emit("Add", {}, [scores, other], place, scores.shape)
     weights = reader.emit("Softmax", {"dim": rank - 1}, [scores], place, scores.shape)
-    return product(reader, weights, value, place)
+    return reader.product(weights, value, place)
 
 
 def _einsum(reader: Reader, node: Any, args: Args, place: str) -> Any:
@@ -138,7 +126,7 @@ def _einsum(reader: Reader, node: Any, args: Args, place: str) -> Any:
     both = [x for x in a if x in b and x in right]
     summed = [x for x in a if x in b and x not in right]
     own, theirs = ([x for x in s if x not in other] for s, other in ((a, b), (b, a)))
-    size = dict(zip(a, sizes_of(first), strict=True))
+    size = dict(zip(a, first.sizes, strict=True))
     if nodes[1] not in reader.env:
         if both:
             raise refuse(place, f"the equation {equation!r} is not known of an array of the model")
@@ -147,12 +135,12 @@ def _einsum(reader: Reader, node: Any, args: Args, place: str) -> Any:
         matrix = weight.permute([b.index(x) for x in (*theirs, *summed)])
         matrix = matrix.reshape(math.prod(size[x][0] for x in theirs), -1)
         x = _turned(reader, first, a, [*own, *summed], place)
-        x = reshaped(reader, x, [*(size[y] for y in own), (matrix.shape[1], False)], place)
+        x = reader.reshaped(x, [*(size[y] for y in own), (matrix.shape[1], False)], place)
         made = linear(reader, x, matrix, reader.sources[nodes[1]], place)
-        made = reshaped(reader, made, [size[y] for y in (*own, *theirs)], place)
+        made = reader.reshaped(made, [size[y] for y in (*own, *theirs)], place)
         return _turned(reader, made, [*own, *theirs], right, place)
     second = reader.dynamic(nodes[1], place)
-    size |= dict(zip(b, sizes_of(second), strict=True))
+    size |= dict(zip(b, second.sizes, strict=True))
 
     def joined(letters: Sequence[str]) -> tuple[int, bool]:
         return math.prod(size[x][0] for x in letters), any(size[x][1] for x in letters)
@@ -162,10 +150,10 @@ def _einsum(reader: Reader, node: Any, args: Args, place: str) -> Any:
     x = _turned(reader, first, a, [*both, *own, *summed], place)
     y = _turned(reader, second, b, [*both, *summed, *theirs], place)
     head = [size[z] for z in both]
-    x = reshaped(reader, x, [*head, joined(own), joined(summed)], place)
-    y = reshaped(reader, y, [*head, joined(summed), joined(theirs)], place)
-    made = product(reader, x, y, place)
-    made = reshaped(reader, made, [*head, *(size[z] for z in (*own, *theirs))], place)
+    x = reader.reshaped(x, [*head, joined(own), joined(summed)], place)
+    y = reader.reshaped(y, [*head, joined(summed), joined(theirs)], place)
+    made = reader.product(x, y, place)
+    made = reader.reshaped(made, [*head, *(size[z] for z in (*own, *theirs))], place)
     return _turned(reader, made, [*both, *own, *theirs], right, place)
 
 
@@ -198,7 +186,7 @@ def _cosine(reader: Reader, node: Any, args: Args, place: str) -> Any:
     for one in pair:
         size = length(reader, reader.dynamic(one, place), dim, False, place)
         size = constant_met(reader, "Maximum", size, torch.tensor(args["eps"]), place)
-        along, size = alike(reader, along, size, place)
+        along, size = reader.alike(along, size, place)
         along = reader.emit("Divide", {}, [along, size], place, along.shape, along.axes)
     return along
 

@@ -1,32 +1,19 @@
 """Operations of torch that move entries: reshapes, permutations, cuts, and what joins tensors."""
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from fwt.converters.frameworks.torch_values import Batched, Reader, States, Value, name_of
+from fwt.converters.frameworks.torch_values import Reader, States, name_of
 from fwt.converters.rows.row import refuse
+from fwt.converters.walk.tensors import Value
 
 Args = dict[str, Any]
 
 
 def _same(reader: Reader, node: Any, args: Args, place: str) -> Any:
     return reader.env[node.all_input_nodes[0]]
-
-
-def alike(reader: Reader, a: Value, b: Value, place: str) -> tuple[Value, Value]:
-    """Two values whose axes are in one order."""
-
-    def coarse(value: Value, place: str) -> Value:
-        sizes = sizes_of(value)
-        return reshaped(reader, value, sizes, place, whole=True)
-
-    for bring in (reader.lined_up, coarse, reader.plain):
-        if a.axes != b.axes or len(a.shape) != len(b.shape):
-            a, b = bring(a, place), bring(b, place)
-    return a, b
 
 
 def _view(reader: Reader, node: Any, args: Args, place: str) -> Any:
@@ -36,127 +23,7 @@ def _view(reader: Reader, node: Any, args: Args, place: str) -> Any:
         told = found.layer.settings
         alone = told["num_layers"] == 1 and not told["bidirectional"]
         return last_state(reader, found, 0, place) if alone and args.get("dim") == 0 else None
-    return reshaped(reader, reader.dynamic(given, place), reader.shape(node), place)
-
-
-def reshaped(
-    reader: Reader, value: Value, sizes: Sequence[Batched], place: str, whole: bool = False
-) -> Value:
-    """The value in another shape: its axes are split and merged, each as little as need be;
-    ``whole`` merges what stands for one axis beside the batch too."""
-    value = reader.lined_up(value, place)
-    order = [a for part in value.axes for a in part]
-    found = _refined([(a, value.shape[a]) for a in order], sizes)
-    if found is None and value.is_plain and sizes[0] == (1, True) and len(value.shape) > 2:
-        value = _merged(reader, value, 1, len(value.shape) - 1, place)
-        found = _refined(list(enumerate(value.shape)), sizes)
-    if found is not None and whole:
-        found = [_one_group(part) for part in found]
-    if found is None:
-        said = ", ".join("batch" if b and n == 1 else f"{n} * batch" if b else str(n)
-                         for n, b in sizes)  # fmt: skip
-        raise refuse(place, f"it makes ({said}) of a tensor whose axes don't divide so")
-    pieces = [p for part in found for group in part for p in group]
-    # A new axis of one entry is split off the axis behind it, or before it.
-    where: list[int | None] = []
-    for index, (axis, _) in enumerate(pieces):
-        behind = [a for a, _ in (*pieces[index:], *reversed(pieces[:index])) if a]
-        where.append(axis if axis is not None else behind[0] if behind else None)
-    if None in where:
-        raise refuse(place, "it adds an axis to a tensor of the batch alone")
-    for axis in reversed(range(1, len(value.shape))):
-        own = [n for w, (_, n) in zip(where, pieces, strict=True) if w == axis and n is not None]
-        if len(own) > 1:
-            shape = (*value.shape[:axis], *own, *value.shape[axis + 1 :])
-            settings = {"dim": axis, "unflattened_size": tuple(own)}
-            value = reader.emit("Unflatten", settings, [value], place, shape)
-    # What stands in one group is merged, from the last so that the numbers before it stay.
-    last = sum(axis != 0 for axis, _ in pieces)
-    for group in reversed([group for part in found for group in part]):
-        if group[0][0] != 0:
-            first = last - len(group) + 1
-            if first < last:
-                value = _merged(reader, value, first, last, place)
-            last = first - 1
-    axes: list[tuple[int, ...]] = []
-    count = 1
-    for part in found:
-        mine = []
-        for group in part:
-            mine.append(0 if group[0][0] == 0 else count)
-            count += group[0][0] != 0
-        axes.append(tuple(mine))
-    return Value(value.name, value.shape, tuple(axes))
-
-
-def _merged(reader: Reader, value: Value, start: int, end: int, place: str) -> Value:
-    sizes = [s for s in value.shape[start : end + 1] if s is not None]
-    shape = (*value.shape[:start], math.prod(sizes), *value.shape[end + 1 :])
-    last = end == len(value.shape) - 1
-    settings = {"start_dim": start, "end_dim": -1 if last else end}
-    return reader.emit("Flatten", settings, [value], place, shape)
-
-
-def _one_group(part: list[list[Any]]) -> list[list[Any]]:
-    """The groups of an axis but the batch as one."""
-    start = 1 if part and part[0][0][0] == 0 else 0
-    if any(g[0][0] == 0 for g in part[start:]) or len(part) <= start + 1:
-        return part
-    return [*part[:start], [p for g in part[start:] for p in g]]
-
-
-Piece = tuple[int | None, int | None]  # of which axis, None for a new one, and its size
-
-
-def _refined(
-    old: Sequence[tuple[int, int | None]], new: Sequence[Batched]
-) -> list[list[list[Piece]]] | None:
-    """For each new axis the groups of pieces of old ones that it is, one but for the batch merged
-    with others; None if an old one would have to be cut in another way than by division."""
-    left: list[Piece] = list(old)
-    ones: list[Piece] = []  # which go with the next piece but the batch
-    out: list[list[list[Piece]]] = []
-    for size, batched in new:
-        mine: list[list[Piece]] = []
-        merged = not batched
-        if (size, batched) == (1, False):
-            mine.append([left.pop(0) if left and left[0][1] == 1 else (None, 1)])
-        while size != 1 or batched:
-            if not left:
-                return None
-            axis, found = left.pop(0)
-            if found == 1:
-                ones.append((axis, found))
-                continue
-            if found is None:
-                if not batched:
-                    return None
-                batched = False
-                mine.append([(axis, found)])
-                continue
-            if size % found == 0:
-                size //= found
-            elif found % size == 0 and not batched:
-                left.insert(0, (axis, found // size))
-                found, size = size, 1
-            else:
-                return None
-            if merged and mine:
-                mine[0] += [*ones, (axis, found)]
-            else:
-                mine.append([*ones, (axis, found)])
-            ones = []
-        if merged and ones:
-            mine[0], ones = [*ones, *mine[0]], []
-        out.append(mine)
-    left = [*ones, *left]
-    if any(found != 1 for _, found in left) or (left and not out):
-        return None
-    if left and out[-1][-1][0][0] == 0:  # nothing but the batch is left
-        out[-1].append(left)
-    elif left:
-        out[-1][-1] += left
-    return out
+    return reader.reshaped(reader.dynamic(given, place), reader.shape(node), place)
 
 
 def _permute(reader: Reader, node: Any, args: Args, place: str) -> Any:
@@ -177,21 +44,6 @@ def _permute(reader: Reader, node: Any, args: Args, place: str) -> Any:
     return reader.lined_up(value, place) if axes[0] == (0,) else value
 
 
-def cut(
-    reader: Reader, value: Value, dim: int, start: int, stop: int, place: str, step: int = 1
-) -> Value:
-    """From ``start`` to ``stop`` along an axis of torch's."""
-    axis = reader.axis(value, dim, place)
-    size = value.shape[axis]
-    assert size is not None
-    if (start, stop, step) == (0, size, 1):
-        return value
-    count = len(range(start, stop, step))
-    shape = (*value.shape[:axis], count, *value.shape[axis + 1 :])
-    settings = {"dim": axis, "start": start, "stop": stop, "step": step}
-    return reader.emit("Slice", settings, [value], place, shape, value.axes)
-
-
 def _slice(reader: Reader, node: Any, args: Args, place: str) -> Any:
     value, dim = reader.env[args["self"]], args["dim"]
     start, end, step = args["start"] or 0, args["end"], args["step"]
@@ -209,7 +61,7 @@ def _slice(reader: Reader, node: Any, args: Args, place: str) -> Any:
         raise refuse(place, "where it cuts follows from the number of examples")
     size = reader.shape(args["self"])[dim][0]
     first, last, step = slice(start, end, step).indices(size)
-    return cut(reader, value, dim, first, max(first, last), place, step)
+    return reader.cut(value, dim, first, max(first, last), place, step)
 
 
 def _is_all(end: Any) -> bool:
@@ -227,27 +79,7 @@ def _select(reader: Reader, node: Any, args: Args, place: str) -> Any:
         return last_state(reader, value, index, place) if dim == 0 else None
     if not isinstance(index, int):
         raise refuse(place, "which it takes follows from the number of examples")
-    return taken(reader, reader.dynamic(args["self"], place), dim, index, place)
-
-
-def taken(reader: Reader, value: Value, dim: int, index: int, place: str) -> Value:
-    """One entry of an axis of torch's, which goes."""
-    dim %= len(value.axes)
-    size = value.shape[reader.axis(value, dim, place)]
-    assert size is not None
-    index %= size
-    value = cut(reader, value, dim, index, index + 1, place)
-    sizes = sizes_of(value)
-    return reshaped(reader, value, [*sizes[:dim], *sizes[dim + 1 :]], place)
-
-
-def sizes_of(value: Value) -> list[Batched]:
-    """The shape that torch has."""
-    out = []
-    for part in value.axes:
-        known = [s for s in (value.shape[a] for a in part) if s is not None]
-        out.append((math.prod(known), 0 in part))
-    return out
+    return reader.entry(reader.dynamic(args["self"], place), dim, index, place)
 
 
 def last_state(reader: Reader, states: States, index: int, place: str) -> Value:
@@ -264,8 +96,8 @@ def last_state(reader: Reader, states: States, index: int, place: str) -> Value:
     if both == 2:
         half, last = size // 2, len(sequence.axes) - 1
         start = half if backward else 0
-        sequence = cut(reader, sequence, last, start, start + half, place)
-    return taken(reader, sequence, states.time, 0 if backward else -1, place)
+        sequence = reader.cut(sequence, last, start, start + half, place)
+    return reader.entry(sequence, states.time, 0 if backward else -1, place)
 
 
 def _parts(reader: Reader, node: Any, args: Args, place: str) -> Any:
@@ -277,7 +109,7 @@ def _parts(reader: Reader, node: Any, args: Args, place: str) -> Any:
         size = part.shape[dim]
         if not isinstance(size, int):
             raise refuse(place, "it splits the examples")
-        out.append(cut(reader, value, dim, at, at + size, f"{place}__{index}"))
+        out.append(reader.cut(value, dim, at, at + size, f"{place}__{index}"))
         at += size
     return out
 
@@ -285,7 +117,7 @@ def _parts(reader: Reader, node: Any, args: Args, place: str) -> Any:
 def _unbind(reader: Reader, node: Any, args: Args, place: str) -> Any:
     value, dim = reader.dynamic(args["self"], place), args.get("dim", 0)
     size = value.shape[reader.axis(value, dim, place)]
-    return [taken(reader, value, dim, i, f"{place}__{i}") for i in range(size or 0)]
+    return [reader.entry(value, dim, i, f"{place}__{i}") for i in range(size or 0)]
 
 
 def _cat(reader: Reader, node: Any, args: Args, place: str) -> Any:
@@ -306,17 +138,7 @@ def joined_up(reader: Reader, nodes: Sequence[Any], dim: int, place: str) -> Val
         if value is None:
             value = reader.array(node, like, place, whole=True)
         parts.append(value)
-    return along(reader, parts, reader.axis(like, dim, place), place)
-
-
-def along(reader: Reader, parts: Sequence[Value], axis: int, place: str) -> Value:
-    """Values one after the other along an axis of what they are made of."""
-    if len(parts) == 1:
-        return parts[0]
-    like = next(v for v in parts if v.shape[:1] == (None,))
-    shape = list(like.shape)
-    shape[axis] = sum(v.shape[axis] or 0 for v in parts)
-    return reader.emit("Concatenate", {"dim": axis}, parts, place, shape, like.axes)
+    return reader.along(parts, reader.axis(like, dim, place), place)
 
 
 def _stack(reader: Reader, node: Any, args: Args, place: str) -> Any:
@@ -328,9 +150,9 @@ def _stack(reader: Reader, node: Any, args: Args, place: str) -> Any:
             reader.sources[(node, part)] = reader.sources[part]
         else:
             value = reader.dynamic(part, place)
-            sizes = sizes_of(value)
+            sizes = value.sizes
             sizes.insert(dim, (1, False))
-            reader.env[(node, part)] = reshaped(reader, value, sizes, place)
+            reader.env[(node, part)] = reader.reshaped(value, sizes, place)
         nodes.append((node, part))
     if dim == 0:
         raise refuse(place, "it stacks in front of the batch")
@@ -356,7 +178,7 @@ def _repeat(reader: Reader, node: Any, args: Args, place: str) -> Any:
         return None
     for dim, count in enumerate(counts):
         if count != 1:
-            value = along(reader, [value] * count, reader.axis(value, dim, place), place)
+            value = reader.along([value] * count, reader.axis(value, dim, place), place)
     return value
 
 
@@ -369,15 +191,15 @@ def _index(reader: Reader, node: Any, args: Args, place: str) -> Any:
     if at is None or at.ndim != 1 or at.dtype == torch.bool or not 0 < len(at) <= _MOST:
         raise refuse(place, f"it takes entries by other indices than at most {_MOST} constant ones "
                      "along one axis")  # fmt: skip
-    size = sizes_of(value)[dims[0]][0]
+    size = value.sizes[dims[0]][0]
     runs: list[list[int]] = []
     for one in (int(i) % size for i in at):
         if runs and one == runs[-1][1]:
             runs[-1][1] += 1
         else:
             runs.append([one, one + 1])
-    parts = [cut(reader, value, dims[0], a, b, place) for a, b in runs]
-    return along(reader, parts, reader.axis(value, dims[0], place), place)
+    parts = [reader.cut(value, dims[0], a, b, place) for a, b in runs]
+    return reader.along(parts, reader.axis(value, dims[0], place), place)
 
 
 _MOST = 64  # entries that are cut one by one
@@ -392,8 +214,8 @@ def _roll(reader: Reader, node: Any, args: Args, place: str) -> Any:
         size = value.shape[axis] or 1
         at = -shift % size
         if at:
-            ends = [cut(reader, value, dim, a, b, place) for a, b in ((at, size), (0, at))]
-            value = along(reader, ends, axis, place)
+            ends = [reader.cut(value, dim, a, b, place) for a, b in ((at, size), (0, at))]
+            value = reader.along(ends, axis, place)
     return value
 
 
@@ -426,7 +248,7 @@ def _pad(reader: Reader, node: Any, args: Args, place: str) -> Any:
     rank = len(value.shape)
     spatial = rank - 2
     if count > spatial or not 1 <= spatial <= 3:  # an axis of one entry stands for the channels
-        value = reshaped(reader, value, [(1, True), (1, False), *sizes_of(value)[1:]], place)
+        value = reader.reshaped(value, [(1, True), (1, False), *value.sizes[1:]], place)
         spatial = rank - 1
         if spatial > 3:
             raise refuse(place, f"it pads {count} axes of a tensor of rank {rank}")
@@ -438,7 +260,7 @@ def _pad(reader: Reader, node: Any, args: Args, place: str) -> Any:
     for i in range(spatial):
         shape[-1 - i] = (shape[-1 - i] or 0) + pads[2 * i] + pads[2 * i + 1]
     value = reader.emit(f"{kind}{spatial}d", settings, [value], place, shape)
-    return reshaped(reader, value, reader.shape(node), place)
+    return reader.reshaped(value, reader.shape(node), place)
 
 
 def _upsample(reader: Reader, node: Any, args: Args, place: str) -> Any:

@@ -1,8 +1,5 @@
-"""What stands between the layers of an exported torch module.
-
-A tensor between layers always has the batch first. What torch has otherwise, the batch behind
-another axis or merged with one, is a ``Value``, which says where the axes of torch's are.
-"""
+"""What stands between the layers of an exported torch module: tensors that follow from the input,
+and arrays of the model."""
 
 import dataclasses
 import inspect
@@ -13,33 +10,7 @@ import torch
 
 from fwt.converters.frameworks.torch_layer import class_of, defaults_of, to_numpy
 from fwt.converters.rows.row import Layer, joined, refuse
-
-Batched = tuple[int, bool]  # a size, and whether it counts that many examples
-
-
-@dataclasses.dataclass(frozen=True)
-class Value:
-    """A tensor that follows from the input.
-
-    Attributes:
-        name: of the layer, or the input, that gives it.
-        shape: of what that gives; the batch, None, is first.
-        axes: by axis of torch's tensor, the axes of this shape that it is: (0, 1) where the batch
-            is merged with what follows.
-    """
-
-    name: str
-    shape: tuple[int | None, ...]
-    axes: tuple[tuple[int, ...], ...]
-
-    @property
-    def is_plain(self) -> bool:
-        return self.axes == plain_axes(len(self.shape))
-
-    @property
-    def last(self) -> bool:
-        """Whether the last axis is the last in both."""
-        return self.axes[-1] == (len(self.shape) - 1,)
+from fwt.converters.walk.tensors import Axes, Batched, Tensors, Value, wider
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,10 +22,6 @@ class States:
     time: int  # the axis of the sequence
 
 
-def plain_axes(rank: int) -> tuple[tuple[int, ...], ...]:
-    return tuple((i,) for i in range(rank))
-
-
 def _at(model: torch.nn.Module, path: str) -> Any:
     inside, _, name = path.rpartition(".")
     try:
@@ -63,16 +30,16 @@ def _at(model: torch.nn.Module, path: str) -> Any:
         return None
 
 
-class Reader:
+class Reader(Tensors):
     """The layers read so far, and what each node of the exported graph is in their terms."""
 
     def __init__(self, model: torch.nn.Module, held: Mapping[str, torch.Tensor]):
+        super().__init__(usual)
         self.model = model
         self.held = held
         every = (*model.named_parameters(), *model.named_buffers())
         self.saved = set(model.state_dict())
-        self.names = {id(array): path for path, array in every}
-        self.layers: list[Layer] = []
+        self.paths_of = {id(array): path for path, array in every}
         self.env: dict[Any, Any] = {}  # what follows from the input: Value, States, a list
         self.values: dict[Any, torch.Tensor] = {}  # what does not
         self.sources: dict[Any, frozenset[str]] = {}  # the arrays of the model that it follows from
@@ -80,15 +47,9 @@ class Reader:
         self.index: dict[str, torch.Tensor] = {}  # by array, the positions that are taken
         self.paths: dict[str, frozenset[str]] = {}  # the arrays of the model in a layer
         self.made: dict[Any, Value] = {}  # arrays between layers
-        self.taken: dict[str, int] = {}
         self.batch: Any = None  # the symbol that counts the examples
 
     # -- names ---------------------------------------------------------------------------------
-
-    def unique(self, name: str) -> str:
-        count = self.taken.get(name, 0)
-        self.taken[name] = count + 1
-        return self.unique(f"{name}__{count}") if count else name
 
     def place(self, node: Any) -> str:
         """Where an operation is, for its name and for an error: its module and its own name."""
@@ -120,7 +81,7 @@ class Reader:
 
     def canonical(self, path: str) -> str:
         """The first name of an array that has several."""
-        return self.names.get(id(_at(self.model, path)), path)
+        return self.paths_of.get(id(_at(self.model, path)), path)
 
     def is_whole(self, node: Any, name: str) -> bool:
         """Whether a node is an array of this name of a module, and not computed from it."""
@@ -171,21 +132,14 @@ class Reader:
         kind: str,
         settings: Mapping[str, Any],
         inputs: Sequence[Value],
-        place: str,
+        name: str,
         shape: Sequence[int | None],
-        axes: tuple[tuple[int, ...], ...] | None = None,
+        axes: Axes | None = None,
         arrays: Mapping[str, Any] | None = None,
     ) -> Value:
-        """A layer in torch's terms, and what it gives."""
-        defaults = usual(kind)
-        shape = tuple(shape)
-        own = shape[1:] if shape[:1] == (None,) else shape
-        layer = Layer(
-            self.unique(place), kind, {**defaults, **settings}, dict(arrays or {}), defaults,
-            inputs=tuple(v.name for v in inputs), shape=own,
-        )  # fmt: skip
-        self.layers.append(layer)
-        return Value(layer.name, shape, plain_axes(len(shape)) if axes is None else axes)
+        """A layer with all its settings, and what it gives."""
+        given = {**usual(kind), **settings}
+        return super().emit(kind, given, inputs, name, shape, axes, arrays)
 
     def dynamic(self, node: Any, place: str) -> Value:
         """What follows from the input; an array of the model becomes a layer."""
@@ -212,41 +166,6 @@ class Reader:
         other = self.array(key, value, place)
         return self.emit("Multiply", {}, [value, other], f"{place}__expand", wider(value, other),
                          value.axes)  # fmt: skip
-
-    def plain(self, value: Value, place: str) -> Value:
-        """The value with its axes as torch has them."""
-        if value.is_plain:
-            return value
-        if any(len(a) != 1 for a in value.axes):
-            if all(value.shape[a] in (1, None) for part in value.axes for a in part):
-                raise refuse(place, "it takes a tensor of the batch alone, (n,)",
-                             "keep an axis: (n, 1)")  # fmt: skip
-            raise refuse(place, "it takes a tensor whose batch is merged with another axis")
-        dims = tuple(a for (a,) in value.axes)
-        if dims[0] != 0:
-            raise refuse(place, "it takes a tensor whose first axis is not the batch")
-        return self.ordered(value, dims, place)
-
-    def ordered(self, value: Value, dims: Sequence[int], place: str) -> Value:
-        """The value with the axes of what it is made of in another order, the batch first."""
-        dims = tuple(dims)
-        if dims == tuple(range(len(dims))):
-            return value
-        shape = [value.shape[d] for d in dims]
-        axes = tuple(tuple(dims.index(a) for a in part) for part in value.axes)
-        return self.emit("Permute", {"dims": dims}, [value], f"{place}__permute", shape, axes)
-
-    def lined_up(self, value: Value, place: str) -> Value:
-        """The value with its axes in torch's order but for the batch, which is first."""
-        order = [a for part in value.axes for a in part if a != 0]
-        return self.ordered(value, (0, *order), place)
-
-    def axis(self, value: Value, dim: int, place: str) -> int:
-        """The axis that one of torch's is."""
-        found = value.axes[dim % len(value.axes)]
-        if len(found) != 1 or found == (0,):
-            raise refuse(place, f"it works along axis {dim}, which is the batch")
-        return found[0]
 
     def array(self, node: Any, like: Value, place: str, whole: bool = False) -> Value:
         """An array of the model that meets a value, entry by entry; ``whole`` gives it as many
@@ -343,12 +262,6 @@ SELECTS = ("view", "reshape", "_unsafe_view", "unsqueeze", "squeeze", "flatten",
            "split", "chunk", "split_with_sizes", "getitem")  # fmt: skip
 ALIKE = ("expand", "repeat", "zeros", "ones", "full", "new_zeros", "new_ones", "new_full", "view",
           "reshape", "empty", "sym_size")  # fmt: skip
-
-
-def wider(a: Value, b: Value) -> tuple[int | None, ...]:
-    rank = max(len(a.shape), len(b.shape))
-    first, second = ((1,) * (rank - len(v.shape)) + v.shape for v in (a, b))
-    return tuple(n if m == 1 else m for m, n in zip(first, second, strict=True))
 
 
 def torch_path(node: Any) -> str:

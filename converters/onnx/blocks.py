@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
+from fwt._types import ConversionError
 from fwt.converters.onnx.graph import Graph
-from fwt.converters.onnx.line import Reader
 from fwt.converters.onnx.numbers import POINTWISE, ZEROS, Node, axes_of, slices_of
+from fwt.converters.onnx.reader import Reader
 from fwt.converters.onnx.weights import add_group_norm, add_layer_norm
 from fwt.converters.rows.padding import pairs_in
-from fwt.converters.rows.row import refuse
 
 
 def _sigmoid(x: Any) -> Any:
@@ -73,21 +73,26 @@ def _is_pointwise(graph: Graph, block: list[Node]) -> bool:
     )
 
 
-def function_of(reader: Reader, block: list[Node], end: str) -> str | None:
-    """The end of the nodes that together are one activation, the longest such run; None if there
-    is no such run of more than one node."""
+def read(reader: Reader, node: Node, plain: bool) -> str | None:
+    """The end of the nodes from this one on that together are one layer; None if there are none.
+    A value that is not ``plain`` may only go through functions of each entry."""
+    runs = [r for r in reader.graph.regions(reader.at, node) if len(r[0]) > 1]
+    along = (_softmax_of, _norm_of, _glu_of, _index_of, _wrapped) if plain else ()
+    for part in (_function_of, *along):
+        if runs and (found := part(reader, runs)) is not None:
+            nodes, end = found
+            reader.done |= {id(n) for n in nodes}
+            return end
+    return None
+
+
+Run = tuple[list[Node], str]
+
+
+def _function_of(reader: Reader, runs: list[Run]) -> Run | None:
+    """The longest run that is one activation."""
     graph = reader.graph
-    if not _is_pointwise(graph, block):
-        return None
-    runs = [(block, end)]
-    while len(runs) < _LONGEST and graph.users.get(runs[-1][1]):
-        more, after = graph.block(runs[-1][1])
-        if not _is_pointwise(graph, more):
-            break
-        runs.append(([*runs[-1][0], *more], after))
-    for nodes, last in reversed(runs):
-        if len(nodes) < 2:
-            return None
+    for nodes, last in reversed([r for r in runs if _is_pointwise(graph, r[0])][:_LONGEST]):
         numbers = [float(np.ravel(graph.known[n])[0]) for node in nodes for n in node.inputs
                    if n in graph.known]  # fmt: skip
         numbers += [float(v) for n in nodes for v in n.attributes.values()
@@ -103,11 +108,11 @@ def function_of(reader: Reader, block: list[Node], end: str) -> str | None:
                 if _is(function, c, below, points, y, far):
                     told = settings(_short(c), _short(below))
                     reader.add(reader.name(nodes[-1]), kind, **told)
-                    return last
+                    return nodes, last
         if below < above and _is(lambda x, c, v: np.clip(x, v, c), above, below, points, y, far):
             reader.add(reader.name(nodes[-1]), "Hardtanh", min_val=_short(below),
                        max_val=_short(above))  # fmt: skip
-            return last
+            return nodes, last
     return None
 
 
@@ -132,28 +137,38 @@ def _short(c: float) -> float:
     return float(str(np.float32(c)))
 
 
-def several(reader: Reader, block: list[Node], end: str) -> None:
-    """A block of nodes that come together again: a norm told by its values, or one of a few forms
-    that exporters write."""
-    last = block[-1]
-    if _means(block) and _norm(reader, block, end):
-        return
-    if _is_glu(reader, block):
-        split = block[0]
-        reader.add(reader.name(last), "GLU", dim=split("axis", 0) % reader.rank(split))
-        return
-    users = reader.graph.users.get(end, [])
-    table = reader.graph.known.get(users[0].inputs[0]) if len(users) == 1 else None
-    pointwise = all(n.op in POINTWISE or n.op == "Cast" for n in block)
-    if pointwise and table is not None and users[0].op == "Gather" and np.ndim(table) == 2:
-        # An index that counts from the end where it is negative: nothing to any other.
-        count = np.arange(table.shape[0])
-        if np.array_equal(_evaluated(reader, block, end, count), count):
-            return
-    if _wrapped(reader, block, end):
-        return
-    names = ", ".join(str(n) for n in block[:4])
-    raise refuse(names, f"these {len(block)} operators together are no layer that is known")
+def _index_of(reader: Reader, runs: list[Run]) -> Run | None:
+    """An index that counts from the end where it is negative: nothing to any other."""
+    for nodes, end in runs:
+        users = reader.graph.users.get(end, [])
+        if len(users) != 1 or users[0].op != "Gather":
+            continue
+        table = reader.graph.known.get(users[0].inputs[0])
+        pointwise = all(n.op in POINTWISE or n.op == "Cast" for n in nodes)
+        if pointwise and table is not None and np.ndim(table) == 2:
+            count = np.arange(table.shape[0])
+            if np.array_equal(_evaluated(reader, nodes, end, count), count):
+                return nodes, end
+    return None
+
+
+def _glu_of(reader: Reader, runs: list[Run]) -> Run | None:
+    for nodes, end in runs:
+        if _is_glu(reader, nodes):
+            split = nodes[0]
+            reader.add(reader.name(nodes[-1]), "GLU", dim=split("axis", 0) % reader.rank(split))
+            return nodes, end
+    return None
+
+
+def _norm_of(reader: Reader, runs: list[Run]) -> Run | None:
+    """A norm, whose scale and bias may be among what follows."""
+    for nodes, end in runs:
+        rooted = any(n.op in ("Sqrt", "Pow", "Reciprocal") for n in nodes)
+        likely = _means(nodes) and rooted and nodes[-1].op in ("Div", "Mul", "Add", "Sub", "Cast")
+        if likely and _norm(reader, nodes, end):
+            return nodes, end
+    return None
 
 
 _SOFTMAX: Mapping[tuple[str, ...], str] = {
@@ -162,63 +177,50 @@ _SOFTMAX: Mapping[tuple[str, ...], str] = {
 }
 
 
-def softmax_of(reader: Reader, block: list[Node], end: str) -> str | None:
-    """The end of a softmax, or its logarithm, that is taken apart: where the largest entry is taken
-    away first, as what does not overflows. None for anything else."""
-    if [n.op for n in block] != ["ReduceMax", "Sub"]:
-        return None
-    more: list[Node] = []
-    last, kind = end, ""
-    while not kind and len(more) < 4 and reader.graph.users.get(last):
-        following, last = reader.graph.block(last)
-        more += following
-        kind = _SOFTMAX.get(tuple(n.op for n in more), "")
-    shape = reader.shape(block[0])
-    if not kind or math.prod(shape[1:]) > _LARGEST:
-        return None
-    x = _sample(shape)
-    y = _evaluated(reader, [*block, *more], last, x)
-    for axis in range(1, len(shape)):
-        wide = np.exp(x - x.max(axis, keepdims=True))
-        wanted = wide / wide.sum(axis, keepdims=True)
-        wanted = np.log(wanted) if kind == "LogSoftmax" else wanted
-        if y.shape == wanted.shape and np.allclose(y, wanted, rtol=1e-9, atol=1e-12):
-            reader.add(reader.name(more[-1]), kind, dim=axis)
-            return last
+def _softmax_of(reader: Reader, runs: list[Run]) -> Run | None:
+    """A softmax, or its logarithm, that is taken apart: where the largest entry is taken away
+    first, as what does not overflows."""
+    for nodes, end in runs:
+        ops = tuple(n.op for n in nodes)
+        kind = _SOFTMAX.get(ops[2:], "")
+        if ops[:2] != ("ReduceMax", "Sub") or not kind:
+            continue
+        shape = reader.shape(nodes[0])
+        if math.prod(shape[1:]) > _LARGEST:
+            continue
+        x = _sample(shape)
+        y = _evaluated(reader, nodes, end, x)
+        for axis in range(1, len(shape)):
+            wide = np.exp(x - x.max(axis, keepdims=True))
+            wanted = wide / wide.sum(axis, keepdims=True)
+            wanted = np.log(wanted) if kind == "LogSoftmax" else wanted
+            if y.shape == wanted.shape and np.allclose(y, wanted, rtol=1e-9, atol=1e-12):
+                reader.add(reader.name(nodes[-1]), kind, dim=axis)
+                return nodes, end
     return None
 
 
-def centred_of(reader: Reader, block: list[Node], end: str) -> str | None:
-    """The end of a norm whose mean is taken away first, and then taken as its input."""
-    if [n.op for n in block] != ["ReduceMean", "Sub"] or not reader.graph.users.get(end):
-        return None
-    more, last = reader.graph.block(end)
-    return last if _means(more) and _norm(reader, [*block, *more], last) else None
-
-
-def _wrapped(reader: Reader, block: list[Node], end: str) -> bool:
+def _wrapped(reader: Reader, runs: list[Run]) -> Run | None:
     """A padding of one axis with what is at its other end."""
-    last, shape = block[-1], reader.shape(block[0])
-    if (
-        last.op != "Concat"
-        or any(n.op != "Slice" for n in block[:-1])
-        or len(shape) not in (3, 4, 5)
-    ):
-        return False
-    axis = last("axis", 0) % len(shape)
-    if axis < 2 or math.prod(shape[1:]) > _LARGEST:
-        return False
-    x = np.arange(math.prod(shape[1:])).reshape(1, *shape[1:])
-    y = _evaluated(reader, block, end, x)
-    more = y.shape[axis] - shape[axis]
-    for before in range(max(more, -1) + 1):
-        pairs = [(0, 0)] * len(shape)
-        pairs[axis] = (before, more - before)
-        if np.array_equal(y, np.pad(x, pairs, mode="wrap")):
-            reader.add(reader.name(last), f"CircularPad{len(shape) - 2}d",
-                       padding=pairs_in("torch", tuple(pairs[2:])))  # fmt: skip
-            return True
-    return False
+    for nodes, end in runs:
+        last = nodes[-1]
+        if last.op != "Concat" or any(n.op != "Slice" for n in nodes[:-1]):
+            continue
+        shape = reader.shape(nodes[0])
+        axis = last("axis", 0) % len(shape)
+        if len(shape) not in (3, 4, 5) or axis < 2 or math.prod(shape[1:]) > _LARGEST:
+            continue
+        x = np.arange(math.prod(shape[1:])).reshape(1, *shape[1:])
+        y = _evaluated(reader, nodes, end, x)
+        more = y.shape[axis] - shape[axis]
+        for before in range(max(more, -1) + 1):
+            pairs = [(0, 0)] * len(shape)
+            pairs[axis] = (before, more - before)
+            if np.array_equal(y, np.pad(x, pairs, mode="wrap")):
+                reader.add(reader.name(last), f"CircularPad{len(shape) - 2}d",
+                           padding=pairs_in("torch", tuple(pairs[2:])))  # fmt: skip
+                return nodes, end
+    return None
 
 
 def _means(block: list[Node]) -> int:
@@ -320,19 +322,64 @@ def _also_small(
     return True
 
 
-def grouped(reader: Reader, node: Node, new: tuple[int, ...]) -> str | None:
-    """A GroupNorm of the last axis that is computed in parts; the value after it."""
+def grouped(reader: Reader, node: Node) -> str | None:
+    """The end of a GroupNorm that is computed between two Reshapes."""
     graph, shape = reader.graph, reader.shape(node)
+    users = graph.users.get(node.outputs[0], [])
+    if len(shape) < 3 and len(users) < 2:
+        return None
+    if len(users) == 1 and users[0].op != "InstanceNormalization" and users[0].op != "ReduceMean":
+        return None
+    told = graph.known.get(node.inputs[1])
+    if not isinstance(told, np.ndarray) or not users or not users[0].outputs:
+        return None
+    value = reader.env[reader.at]
+    try:
+        sizes = reader.sizes([int(n) for n in np.ravel(told)],
+                             graph.of_batch.get(node.inputs[1]), value, node)  # fmt: skip
+    except ConversionError:
+        return None
+    if sizes[0] != (1, True):
+        return None
+    new = tuple(n for n, _ in sizes[1:])
+    if users[0].op == "InstanceNormalization":
+        return _instances(reader, node, shape, new, users[0])
     if new[:-2] != tuple(shape[1:-1]) or len(new) < 3 or new[-1] * new[-2] != shape[-1]:
         return None
-    if not graph.users.get(node.outputs[0]):
+    graph.shapes.setdefault(node.outputs[0], (shape[0], *new))
+    for block, end in graph.regions(node.outputs[0], users[0]):
+        after = graph.users.get(end, [])
+        if not _means(block) or len(after) != 1 or after[0].op != "Reshape":
+            continue
+        if tuple((graph.shapes.get(after[0].outputs[0]) or ())[1:]) == tuple(shape[1:]):
+            return _in_groups(reader, node, new, block, end, after[0])
+    return None
+
+
+def _instances(
+    reader: Reader, node: Node, shape: Any, new: tuple[int, ...], norm: Node
+) -> str | None:
+    """A GroupNorm, which older exporters say as an InstanceNormalization of groups."""
+    graph = reader.graph
+    after = graph.users.get(norm.outputs[0], [])
+    scale, bias = graph.const(norm, 1), graph.const(norm, 2)
+    if len(after) != 1 or after[0].op != "Reshape" or len(new) != 2 or np.any(scale != 1) or (
+        np.any(bias != 0) or shape[1] % new[0]
+    ):  # fmt: skip
         return None
-    block, end = graph.block(node.outputs[0])
-    after = graph.users.get(end, [])
-    if not _means(block) or len(after) != 1 or after[0].op != "Reshape":
+    if tuple((graph.shapes.get(after[0].outputs[0]) or ())[1:]) != tuple(shape[1:]):
         return None
-    if tuple(graph.shape(after[0].outputs[0], after[0])[1:]) != tuple(shape[1:]):
-        return None
+    reader.add(reader.name(norm), "GroupNorm", num_groups=new[0], num_channels=shape[1],
+               eps=norm("epsilon", 1e-5), affine=False)  # fmt: skip
+    reader.lacks = "scale"
+    reader.done |= {id(norm), id(after[0])}
+    return after[0].outputs[0]
+
+
+def _in_groups(
+    reader: Reader, node: Node, new: tuple[int, ...], block: list[Node], end: str, last: Node
+) -> str | None:
+    shape = reader.shape(node)
     if math.prod(shape[1:]) > _LARGEST:
         return None
     x = _sample(shape)
@@ -360,7 +407,8 @@ def grouped(reader: Reader, node: Node, new: tuple[int, ...]) -> str | None:
         scale, bias = found
         scale = np.ones(shape[-1], np.float32) if scale is None else scale
         bias = np.zeros(shape[-1], np.float32) if bias is None else bias
-        name, end = reader.name(block[-1]), after[0].outputs[0]
+        name = reader.name(block[-1])
+        reader.done |= {id(n) for n in (*block, last)}
 
         def add(
             name: str = name, scale: Any = scale, bias: Any = bias, epsilon: float = epsilon
@@ -368,7 +416,7 @@ def grouped(reader: Reader, node: Node, new: tuple[int, ...]) -> str | None:
             add_group_norm(reader, name, new[-2], scale, bias, epsilon)
 
         reader.with_second(len(shape) - 1, len(shape), name, add)
-        return end
+        return last.outputs[0]
     return None
 
 

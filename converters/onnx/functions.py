@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from fwt.converters.onnx.line import Handler, Reader, array, one_axis
 from fwt.converters.onnx.numbers import Node, axes_of
+from fwt.converters.onnx.reader import Handler, Reader, array, one_axis
 from fwt.converters.rows.row import refuse
 
 
@@ -28,9 +28,15 @@ def _softmax(kind: str) -> Callable[[Reader, Node], None]:
         reader.only(node)
         rank = reader.rank(node)
         axis = node("axis", -1 if reader.graph.opset >= 13 else 1) % rank
-        if reader.graph.opset < 13 and axis != rank - 1:
-            raise refuse(str(node), f"before opset 13 it works on all axes from {axis} on")
-        reader.add(reader.name(node), kind, dim=axis)
+        flat = reader.graph.opset < 13 and axis != rank - 1  # it works on all axes from there on
+        if flat and axis == 0:
+            raise refuse(str(node), "before opset 13 it works on all axes from 0 on, the batch too")
+        name, sizes = reader.name(node), reader.shape(node)[axis:] if flat else ()
+        if flat:
+            reader.add(f"{name}__flatten", "Flatten", start_dim=axis, end_dim=-1)
+        reader.add(name, kind, dim=axis)
+        if flat:
+            reader.add(f"{name}__shape", "Unflatten", dim=axis, unflattened_size=tuple(sizes))
 
     return op
 
@@ -123,20 +129,6 @@ def _neg(reader: Reader, node: Node) -> None:
     reader.add(reader.name(node), "Rescaling", scale=-1.0, offset=0.0)
 
 
-def _concat(reader: Reader, node: Node) -> None:
-    if len(node.inputs) != 1:
-        raise refuse(str(node), "it joins its input with other values")
-
-
-def _nothing(reader: Reader, node: Node) -> None:
-    reader.only(node)
-
-
-def _alone(reader: Reader, node: Node) -> None:
-    if len(node.inputs) != 1:
-        raise refuse(str(node), f"it takes {len(node.inputs)} values")
-
-
 def _swish(reader: Reader, node: Node) -> None:
     reader.only(node)
     if node("alpha", 1.0) != 1:
@@ -169,14 +161,19 @@ def _cast(reader: Reader, node: Node) -> None:
     import onnx
 
     node("saturate")
-    start = onnx.TensorProto.FLOAT if reader.layers else reader.graph.dtype
+    is_input = reader.tip in reader.graph.inputs
+    start = reader.graph.dtypes.get(reader.at, onnx.TensorProto.FLOAT)
     kinds = reader.graph.types.get(node.inputs[0], start), node("to")
     given, there = (np.dtype(onnx.helper.tensor_dtype_to_np_dtype(k)) for k in kinds)
     whole = given.kind in "iu"
     # What JAX has in their place: int32 for int64, if not told otherwise.
     ours = [jax.dtypes.canonicalize_dtype(d) for d in (given, there)]
     fits = np.can_cast(given, there) or (whole and ours[0] == ours[1])
-    if reader.layers:
+    if whole and there == np.float32:
+        # One times a whole number is a floating one.
+        reader.add(reader.name(node), "Rescaling", scale=1.0, offset=0.0)
+        return
+    if not is_input:
         same = there == np.float32 and (fits or whole)
     else:
         same = fits and (there == np.float32 if given.kind == "f" else given.kind == there.kind)
@@ -196,11 +193,7 @@ def _pointwise(*functions: str) -> Handler:
 
 def _each(reader: Reader, functions: Sequence[str], name: str) -> None:
     for function in functions:
-        label = f"{name}__{function}"
-        while label in reader.names:
-            label += "_"
-        reader.names.add(label)
-        reader.add(label, "Pointwise", function=function)
+        reader.add(f"{name}__{function}", "Pointwise", function=function)
 
 
 def _power(reader: Reader, node: Node) -> None:
@@ -211,7 +204,8 @@ def _power(reader: Reader, node: Node) -> None:
     functions: Mapping[float, tuple[str, ...]]
     functions = {1.0: (), 2.0: ("square",), 0.5: ("sqrt",), -1.0: ("reciprocal",),
                  4.0: ("square", "square"), -2.0: ("square", "reciprocal")}  # fmt: skip
-    if number not in functions or value.ndim > reader.rank(node):
+    whole = number < 1 and not reader.graph.has_floats(reader.at)
+    if number not in functions or value.ndim > reader.rank(node) or whole:
         raise refuse(str(node), f"the power {number}: only {', '.join(map(str, functions))}")
     _each(reader, functions[number], reader.name(node))
 
@@ -226,8 +220,9 @@ def _reduce(
 
     def op(reader: Reader, node: Node) -> None:
         reader.only(node)
-        shape = reader.shape(node)
-        rank = len(shape)
+        rank = reader.rank(node)
+        if node.op in ("ReduceMax", "ReduceMin"):
+            reader.shape(node)  # of no entries there is no largest
         keeps = bool(node("keepdims", 1))
         given = axes_of(reader.graph, node)
         nothing = bool(node("noop_with_empty_axes", 0))
@@ -241,15 +236,17 @@ def _reduce(
         if pool and len(left) == 1 and rank in (3, 4, 5):
             _pooled(reader, pool, axes, left[0], keeps, name)
             return
-        if not left and not keeps:
-            raise refuse(str(node), "it leaves the batch alone, without any other axis")
         _each(reader, before, name)
         for axis in axes:
             reader.add(f"{name}__{axis}", "Reduce", function=function, dim=axis)
         _each(reader, after, name)
         if not keeps and axes:
-            reader.add(f"{name}__flatten", "Flatten", start_dim=1, end_dim=-1)
+            if rank > 2:
+                reader.add(f"{name}__flatten", "Flatten", start_dim=1, end_dim=-1)
+            if not left:
+                reader.end(node.outputs[0], ((0, 1),), (None, 1))
             if len(left) > 1:
+                shape = reader.shape(node)
                 new = tuple(shape[a] for a in left)
                 reader.add(f"{name}__shape", "Unflatten", dim=1, unflattened_size=new)
 
@@ -279,10 +276,9 @@ OPS: Mapping[str, Handler] = {
     "HardSwish": _function("Hardswish"),
     "ThresholdedRelu": _function("Threshold", threshold=("alpha", 1.0), value=("", 0.0)),
     "HardSigmoid": _hard_sigmoid, "Gelu": _gelu, "Shrink": _shrink, "PRelu": _prelu,
-    "Mean": _alone, "Sum": _alone, "Clip": _clip, "Max": _extreme, "Min": _extreme, "Pow": _power,
+    "Clip": _clip, "Max": _extreme, "Min": _extreme, "Pow": _power,
     "Softmax": _softmax("Softmax"), "LogSoftmax": _softmax("LogSoftmax"),
-    "Swish": _swish, "Identity": _nothing, "Dropout": _dropout, "Cast": _cast, "Neg": _neg,
-    "Concat": _concat,
+    "Swish": _swish, "Dropout": _dropout, "Cast": _cast, "Neg": _neg,
     **{f.capitalize(): _pointwise(f) for f in (
         "abs", "acos", "acosh", "asin", "asinh", "atan", "atanh", "ceil", "cos", "cosh", "erf",
         "exp", "floor", "log", "reciprocal", "round", "sign", "sin", "sinh", "sqrt", "tan")},
@@ -293,3 +289,37 @@ OPS: Mapping[str, Handler] = {
     "ReduceSumSquare": _reduce("sum", before=("square",)),
     "ReduceLogSum": _reduce("sum", after=("log",)), "ReduceLogSumExp": _reduce("logsumexp"),
 }  # fmt: skip
+# What does the same to each entry, whatever the order of axes.
+EACH = frozenset(
+    [
+        "Relu",
+        "Sigmoid",
+        "Tanh",
+        "LeakyRelu",
+        "Elu",
+        "Celu",
+        "Selu",
+        "Softsign",
+        "Mish",
+        "Softplus",
+        "HardSwish",
+        "ThresholdedRelu",
+        "HardSigmoid",
+        "Gelu",
+        "Shrink",
+        "Clip",
+        "Swish",
+        "Dropout",
+        "Cast",
+        "Neg",
+        "Pow",
+        "Abs",
+        "Sqrt",
+        "Exp",
+        "Log",
+        "Erf",
+        "Reciprocal",
+        "Sin",
+        "Cos",
+    ]
+)

@@ -1,7 +1,8 @@
 """An ONNX file as checked nodes and arrays: nothing runs, and sizes are checked first."""
 
+import dataclasses
+import heapq
 import importlib.util
-import itertools
 import math
 import mmap
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,15 @@ import numpy as np
 from fwt._types import FileFormatError
 from fwt.converters import io as _io
 from fwt.converters.onnx import older
-from fwt.converters.onnx.numbers import MOST_FILLED, MOVES, ZEROS, Node, folded, owned
+from fwt.converters.onnx.numbers import (
+    MOST_FILLED,
+    MOVES,
+    POINTWISE,
+    ZEROS,
+    Node,
+    folded,
+    owned,
+)
 from fwt.converters.rows.row import refuse
 
 OPSETS = range(9, 29)
@@ -21,7 +30,7 @@ MOST_NODES = 100_000
 
 
 class Graph:
-    """The nodes between one input and one output, and what is known of the values between them.
+    """The nodes between inputs and outputs, and what is known of the values between them.
 
     Attributes:
         nodes: those that compute with the input.
@@ -40,52 +49,71 @@ class Graph:
         if graph.sparse_initializer:
             raise FileFormatError(f"{path}: it has sparse arrays")
         self.known: dict[str, Any] = {}
-        self.of_batch: set[str] = set()  # the numbers in which the batch's size is -1
+        # The numbers among which the batch's size is, as -1, or a multiple of it, and where.
+        self.of_batch: dict[str, np.ndarray] = {}
+        self.origin: dict[str, str] = {}  # of which array of the file another is, entry by entry
+        self.turned: dict[str, str] = {}  # by name of a matrix, of which other it is the transpose
+        self.alike: set[str] = set()  # arrays with one entry along the batch, for each the same
         self.left = (64 << 20) + 4 * path.stat().st_size  # bytes that folding may take
         self.filled = MOST_FILLED  # bytes that it may fill with what repeats
         for tensor in graph.initializer:
             self.known[tensor.name] = array_of(tensor, path, external)
-        inputs = [v for v in graph.input if v.name not in self.known]
-        if len(inputs) != 1 or len(graph.output) != 1:
-            names = [v.name for v in inputs], [v.name for v in graph.output]
+        self.own = set(self.known)  # what the file has under a name of its own
+        given = [v for v in graph.input if v.name not in self.known]
+        self.inputs = [v.name for v in given]
+        self.outputs = [v.name for v in graph.output]
+        if not self.inputs or not self.outputs:
             raise FileFormatError(
-                f"{path}: only a graph of one input and one output is read, found the inputs "
-                f"{names[0]} and the outputs {names[1]}"
+                f"{path}: it has {len(self.inputs)} inputs and {len(self.outputs)} outputs, "
+                "expected at least one of each"
             )
-        self.input, self.output = inputs[0].name, graph.output[0].name
         self.shapes, self.types = _shapes(proto, path, {})
-        self.dtype = inputs[0].type.tensor_type.elem_type
-        shape = self.shapes.get(self.input)
-        if not shape:
-            raise FileFormatError(f"{path}: it does not say the rank of its input {self.input!r}")
-        self.batch = shape[0]
+        self.dtypes = {v.name: v.type.tensor_type.elem_type for v in given}
+        sizes: set[Any] = set()
+        for name in self.inputs:
+            if not self.shapes.get(name):
+                raise FileFormatError(f"{path}: it does not say the rank of its input {name!r}")
+            sizes.add(self.shapes[name][0])
+        if len(sizes) > 1:
+            raise FileFormatError(
+                f"{path}: the first axes of its inputs, the batch, have the sizes "
+                f"{', '.join(sorted(map(str, sizes)))}"
+            )
+        self.batch = sizes.pop()
         self.nodes: list[Node] = []
-        given = set(self.known)
         told: dict[str, list[int]] = {}
-        nodes = _needed([_node(n, path) for n in graph.node], self.output)
+        nodes = _needed([_node(n, path) for n in graph.node], self.outputs)
+        self.said = {n.output[0]: n for n in graph.node if n.output}
         for _ in range(200):  # once for each recurrent layer behind another
             self.nodes = []
             for node in nodes:
                 self._take(node)
             # Shapes may depend on numbers that were computed now.
-            small = {n: v for n, v in self.known.items() if n not in given and v is not ZEROS
-                     and v.dtype == np.int64 and v.size <= 64 and np.sum(v == -1) < 2
+            small = {n: v for n, v in self.known.items() if n not in self.own and v is not ZEROS
+                     and v.dtype == np.int64 and v.size <= 64
+                     and np.sum(v < 0 if n in self.of_batch else v == -1) < 2
                      and (n not in self.of_batch or _only_reshapes(nodes, n))}  # fmt: skip
-            sizes = {n: v.tolist() for n, v in small.items()}
-            if sizes == told:
+            small |= {n: np.maximum(small[n], -1) for n in small if n in self.of_batch}
+            found = {n: v.tolist() for n, v in small.items()}
+            if found == told:
                 break
-            told = sizes
+            told = found
             self.shapes, self.types = _shapes(proto, path, small)
-        self.nodes = _needed(self.nodes, self.output)
+        self.nodes = _needed(self.nodes, self.outputs)
         for n in self.nodes:
             for i, name in enumerate(n.inputs):
                 if name in self.of_batch and i not in _MAY_TAKE.get(n.op, ()):
                     raise refuse(str(n), f"its input {name!r} is the batch's size as a number")
+                if name in self.alike and n.op not in _OF_EACH:
+                    raise refuse(str(n), f"it takes {name!r}, an array as long as the batch")
         self.place = {id(n): i for i, n in enumerate(self.nodes)}
         self.users: dict[str, list[Node]] = {}
         for n in self.nodes:
             for name in dict.fromkeys(n.inputs):
                 self.users.setdefault(name, []).append(n)
+        for name in self.outputs:
+            end = Node("", f"the output {name!r}", [name], [], {})
+            self.users.setdefault(name, []).append(end)
 
     def _take(self, node: Node) -> None:
         if node.op == "Constant":
@@ -106,30 +134,130 @@ class Graph:
             shape = self.known[node.inputs[0]].shape
         if node.op == "Shape" and shape is not None and shape.count(None) < 3:
             sizes = [-1 if s is None else s for s in shape]
-            value = np.array(sizes[node("start", 0) : node("end")], np.int64)
-            self._know(node.outputs[0], value, None in shape)
+            there = slice(node("start", 0), node("end"))
+            value, free = np.array(sizes[there], np.int64), np.array([s is None for s in shape])
+            self._know(node.outputs[0], value, free[there])
             return
+        if node.op == "Reshape" and node.inputs[1] in self.of_batch and shape is not None:
+            self._settle(node, shape)
         given = [self.known.get(n) if n else None for n in node.inputs]
         numbers = given and all(g is not None or not n for g, n in zip(given, node.inputs))
         batch = [i for i, n in enumerate(node.inputs) if n in self.of_batch]
         moves = node.op in MOVES and (node.op in _MAY_TAKE or not any(batch))
-        if numbers and (moves or not batch):
+        if numbers and batch and node.op == "Expand" and self._of_each(node, *given):
+            return
+        if numbers and batch and node.op in _CHOOSES and self._chosen(node, given):
+            return
+        products = node.op in ("Mul", "Div", "ReduceProd") and len(batch) == 1
+        if numbers and (moves or not batch or products):
             values = folded(self, node, given)
-            lost = batch and node.op == "Cast" and not np.any(values and values[0] == -1)
-            if values is not None and not lost:
+            where = self._where(node, given, values) if batch and values else None
+            if values is not None and not (batch and (
+                where is None or np.any(np.asarray(values[0])[where] >= 0)
+            )):  # fmt: skip
                 for name, value in zip(node.outputs, values, strict=True):
-                    self._know(name, value, bool(batch))
+                    self._know(name, value, where)
+                first = self.origin.get(node.inputs[0], node.inputs[0])
+                if node.op in _KEEPS and first in self.own:
+                    self.origin[node.outputs[0]] = first
+                if node.op == "Transpose" and np.ndim(values[0]) == 2 and node("perm") != [0, 1]:
+                    self.turned[node.outputs[0]] = node.inputs[0]
                 return
         self.nodes.append(node)
 
-    def _know(self, name: str, value: Any, batch: bool) -> None:
+    def _chosen(self, node: Node, given: list[Any]) -> bool:
+        """Comparisons of sizes with what no batch's is, and choices among sizes, by which torch's
+        expand says -1, and tf2onnx which of two batches is repeated."""
+        if any(g is ZEROS for g in given):
+            return False
+        shape = np.broadcast_shapes(*(np.shape(g) for g in given))
+        free = [np.broadcast_to(self.of_batch.get(n, False), shape) for n in node.inputs]
+        if node.op == "Equal":
+            a, b = (np.broadcast_to(g, shape) for g in given)
+            if np.any(free[0] & (free[1] | (b > 0))) or np.any(free[1] & (a > 0)):
+                return False
+            self._know(node.outputs[0], (a == b) & ~free[0] & ~free[1], None)
+            return True
+        if node.op == "Max":  # of one size twice, or of one and 1
+            a, b = (np.broadcast_to(g, shape) for g in given)
+            least = np.where(free[0] & free[1], a == b, ~(free[0] | free[1]))
+            if not np.all(
+                least | (free[0] & ~free[1] & (b == 1)) | (free[1] & ~free[0] & (a == 1))
+            ):
+                return False
+            value = np.where(free[0], a, np.where(free[1], b, np.maximum(a, b)))
+            self._know(node.outputs[0], value, free[0] | free[1])
+            return True
+        if node.inputs[0] in self.of_batch:
+            return False
+        self._know(node.outputs[0], np.where(*given), np.where(given[0], *free[1:]))
+        return True
+
+    def _settle(self, node: Node, shape: tuple[int | None, ...]) -> None:
+        """Says the size that a Reshape leaves open beside the batch's."""
+        name = node.inputs[1]
+        target, free = self.known[name].copy(), self.of_batch[name]
+        left = [i for i, (n, f) in enumerate(zip(target, free, strict=True)) if n == -1 and not f]
+        if len(left) != 1 or shape.count(None) != 1 or np.any(target == 0) or np.sum(free) != 1:
+            return
+        whole = math.prod(s for s in shape if s is not None)
+        others = -math.prod(int(n) for i, n in enumerate(target) if i not in left)
+        if others <= 0 or whole % others:
+            return
+        target[left[0]] = whole // others
+        new = f"{name}/{node.outputs[0]}"
+        self.known[new], self.of_batch[new] = target, free
+        node.inputs[1] = self.said[node.outputs[0]].input[1] = new
+
+    def _where(self, node: Node, given: list[Any], values: list[Any]) -> Any:
+        """Where in what a node makes of numbers the batch's size is; None if that is lost."""
+        if values[0] is ZEROS or node.op in ("Expand", "ConstantOfShape", "Size"):
+            return np.zeros(np.shape(values[0]), bool) if values[0] is not ZEROS else False
+        free = [self.of_batch.get(n) for n in node.inputs]
+        if node.op in ("Mul", "Div"):
+            if node.op == "Div" and (free[0] is None or np.any(given[0] % given[1])):
+                return None
+            found = next(f for f in free if f is not None)
+            return np.broadcast_to(found, np.shape(values[0]))
+        if node.op == "ReduceProd":
+            count = dataclasses.replace(node, op="ReduceSum", taken=set())
+            there = self.of_batch[node.inputs[0]].astype(np.int64)
+            sums = folded(self, count, [there, *given[1:]])
+            return None if sums is None or np.any(sums[0] > 1) else sums[0] > 0
+        data = range(len(given)) if node.op == "Concat" else (0,)
+        marks = [
+            (np.zeros(np.shape(g), np.int64) if f is None else f.astype(np.int64))
+            if i in data
+            else g
+            for i, (g, f) in enumerate(zip(given, free, strict=True))
+        ]
+        if node.op == "Cast":
+            return free[0]
+        return np.asarray((folded(self, node, marks) or [None])[0], bool)
+
+    def _of_each(self, node: Node, x: Any, shape: Any) -> bool:
+        """An array repeated for each example, such as a token before the others: one is kept."""
+        where = self.of_batch[node.inputs[1]]
+        at = np.flatnonzero(where).tolist()
+        if x is ZEROS or at != [0] or shape[0] != -1 or (x.ndim == len(shape) and len(x) != 1):
+            return False
+        found = folded(self, node, [x, np.where(where, 1, shape)])
+        if found is None:
+            return False
+        self.alike.add(node.outputs[0])
+        if np.shape(found[0]) == np.shape(x) and node.inputs[0] in self.own:
+            self.origin[node.outputs[0]] = node.inputs[0]
+        self._know(node.outputs[0], found[0], None)
+        return True
+
+    def _know(self, name: str, value: Any, free: Any) -> None:
         if value is not ZEROS:
             self.left -= owned(value)
             self.filled -= value.nbytes - owned(value)
             if min(self.left, self.filled) < 0:
                 raise FileFormatError(f"{self.path}: its constants grow beyond what it holds")
-            if batch and np.any(value == -1):
-                self.of_batch.add(name)
+            if free is not None and np.any(free):
+                self.of_batch[name] = np.asarray(free)
         self.known[name] = value
 
     def const(self, node: Node, index: int, default: Any = None) -> Any:
@@ -143,6 +271,10 @@ class Graph:
                 str(node), f"its input {node.inputs[index]!r} is computed, expected numbers"
             )
         return value
+
+    def has_floats(self, name: str) -> bool:
+        """Whether a value has floating numbers, as far as is known."""
+        return self.types.get(name, 1) in (1, 10, 11, 16)
 
     def rank(self, name: str, node: Node) -> int:
         """How many axes a value has."""
@@ -159,28 +291,48 @@ class Graph:
                          "export it with fixed sizes (but for the batch)")  # fmt: skip
         return shape
 
-    def block(self, start: str) -> tuple[list[Node], str]:
-        """The nodes from a value to the next one through which everything goes, and that one."""
-        inside, inner = {start}, []
-        users = self.users.get(start, ())
-        left = {start: len(users)}
-        first = min((self.place[id(n)] for n in users), default=0)
-        for node in itertools.islice(self.nodes, first, None):
-            taken = [n for n in dict.fromkeys(node.inputs) if n in inside]
-            if not taken:
+    def regions(self, start: str, first: Node) -> list[tuple[list[Node], str]]:
+        """The nodes that make one value of another and nothing else, by where they end: such runs
+        as begin with a node, among them those that a pattern may be told by."""
+        inside: dict[str, Node] = {}
+        queue = [(self.place[id(n)], n) for n in self.users.get(start, []) if n.outputs]
+        heapq.heapify(queue)
+        seen: set[int] = set()
+        out = []
+        while queue and len(seen) < _LARGEST:
+            place, node = heapq.heappop(queue)
+            known = all(n == start or n in inside or n in self.known or not n for n in node.inputs)
+            if place in seen or not known or node.op not in IN_REGIONS:
                 continue
-            inner.append(node)
-            for name in taken:
-                left[name] -= 1
+            seen.add(place)
             for name in node.outputs:
-                if name in self.users or name == self.output:
-                    inside.add(name)
-                    left[name] = len(self.users.get(name, ()))
-            live = [n for n, count in left.items() if count or n == self.output]
-            if len(live) == 1 and live[0] != start:
-                return inner, live[0]
-        names = ", ".join(str(n) for n in inner[:3]) or start
-        raise refuse(str(self.path), f"what follows {start!r} does not come together ({names})")
+                inside[name] = node
+                for n in self.users.get(name, []):
+                    if n.outputs:
+                        heapq.heappush(queue, (self.place[id(n)], n))
+            if len(node.outputs) == 1 and (found := self._closed(start, node, inside, first)):
+                out.append((found, node.outputs[0]))
+        return out
+
+    def _closed(
+        self, start: str, last: Node, inside: Mapping[str, Node], first: Node
+    ) -> list[Node] | None:
+        """The nodes that one value is made by, if nothing else takes what is between."""
+        found: dict[int, Node] = {}
+        left = [last]
+        while left:
+            node = left.pop()
+            found[self.place[id(node)]] = node
+            left += [inside[n] for n in node.inputs if n in inside
+                     and self.place[id(inside[n])] not in found]  # fmt: skip
+        if self.place[id(first)] not in found:
+            return None
+        for node in found.values():
+            for name in node.outputs if node is not last else ():
+                if any(not n.outputs or self.place[id(n)] not in found
+                       for n in self.users.get(name, [])):  # fmt: skip
+                    return None
+        return [found[i] for i in sorted(found)]
 
 
 def proto_of(path: Path) -> Any:
@@ -234,6 +386,13 @@ def _check_functions(proto: Any, path: Path) -> None:
 
 
 # Where the batch's size may be an input: it is the size of an axis there.
+_LARGEST = 24  # nodes that are looked at for a pattern
+IN_REGIONS = {*POINTWISE, "Cast", "ReduceMean", "ReduceMax", "ReduceSum", "GlobalAveragePool",
+              "Reshape", "Slice", "Concat", "Split"}  # fmt: skip
+_CHOOSES = ("Equal", "Where", "Max")
+_KEEPS = ("Identity", "Unsqueeze", "Squeeze", "Reshape")  # what an array keeps its entries in
+# What may take an array that has one entry along the batch for all.
+_OF_EACH = ("Add", "Sub", "Mul", "Div", "Concat", "Identity", "Max", "Min")
 _MAY_TAKE = {"Reshape": (1,), "Expand": (1,), "Concat": (), "Resize": (3,), "ConstantOfShape": (0,)}
 
 
@@ -242,9 +401,9 @@ def _only_reshapes(nodes: list[Node], name: str) -> bool:
     return all(n.op == "Reshape" and n.inputs[1:2] == [name] for n in nodes if name in n.inputs)
 
 
-def _needed(nodes: list[Node], output: str) -> list[Node]:
-    """The nodes that the output hangs on."""
-    names, kept = {output}, []
+def _needed(nodes: list[Node], outputs: list[str]) -> list[Node]:
+    """The nodes that the outputs hang on."""
+    names, kept = set(outputs), []
     for node in reversed(nodes):
         if names.intersection(node.outputs):
             names.update(node.inputs)

@@ -99,7 +99,9 @@ def folded(graph: "Graph", node: Node, given: list[Any]) -> list[Any] | None:
     if any(g is ZEROS for g in given):
         moves = ("Expand", "Reshape", "Unsqueeze", "Squeeze", "Slice", "Concat", "Identity", "Cast",
                  "Transpose", "Split", "Gather")  # fmt: skip
-        return [ZEROS] * len(node.outputs) if node.op in moves else None
+        data = given if node.op == "Concat" else given[:1]
+        moved = node.op in moves and all(g is ZEROS for g in data)
+        return [ZEROS] * len(node.outputs) if moved else None
     if node.op in POINTWISE or node.op in _ALONE:
         out = _of_each(node, given)
     elif node.op in _FOLDS:
@@ -250,6 +252,7 @@ _FOLDS: Mapping[str, Callable[..., Any]] = {
     "MatMul": _fold_matmul,
     "ReduceSum": _fold_reduce(np.sum), "ReduceMean": _fold_reduce(np.mean),
     "ReduceMax": _fold_reduce(np.max), "ReduceMin": _fold_reduce(np.min),
+    "ReduceProd": _fold_reduce(np.prod),
     "ReduceL2": _fold_reduce(lambda x, **how: np.sqrt(np.sum(np.square(x), **how))),
     "ReduceSumSquare": _fold_reduce(lambda x, **how: np.sum(np.square(x), **how)),
 }  # fmt: skip

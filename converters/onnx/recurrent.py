@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 
 from fwt.converters.onnx.graph import Graph
-from fwt.converters.onnx.line import Handler, Reader
 from fwt.converters.onnx.numbers import ZEROS, Node, axes_of, slices_of
+from fwt.converters.onnx.reader import Handler, Reader
 from fwt.converters.rows.row import refuse
 from fwt.layers.recurrent import HARD_SIGMOID
 
@@ -154,7 +154,7 @@ def _given_out(graph: Graph, node: Node, count: int) -> tuple[str, str, list[str
 
     The axes are followed by letters: time, direction, n for the batch, h.
     """
-    used = [i for i, n in enumerate(node.outputs) if n and (n in graph.users or n == graph.output)]
+    used = [i for i, n in enumerate(node.outputs) if n and n in graph.users]
     if node("direction", "forward") == "reverse" and used == [0]:
         raise refuse(str(node), "direction='reverse' of a sequence, whose last step is its first")
     if used not in ([0], [1]):

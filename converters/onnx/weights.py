@@ -1,13 +1,14 @@
 """ONNX's operators with weights: products, convolutions, norms, and arithmetic with numbers."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from fwt.converters.onnx.line import (
-    DEFAULTS,
+from fwt.converters.onnx.numbers import ZEROS, Node
+from fwt.converters.onnx.reader import (
     Handler,
     Reader,
     array,
@@ -16,8 +17,7 @@ from fwt.converters.onnx.line import (
     spatial,
     window_of,
 )
-from fwt.converters.onnx.numbers import ZEROS, Node
-from fwt.converters.rows.row import Layer, refuse
+from fwt.converters.rows.row import refuse
 
 # -- products --------------------------------------------------------------------------------------
 
@@ -170,8 +170,10 @@ def add_batch_norm(
 
 def _layer_norm(reader: Reader, node: Node) -> None:
     reader.only(node)
-    rank = reader.rank(node)
-    shape = reader.shape(node)[node("axis", -1) % rank :]
+    axis = node("axis", -1) % reader.rank(node)
+    if axis == 0:
+        raise refuse(str(node), "it norms the batch")
+    shape = reader.sizes_from(node, axis)
     scale, bias = array(reader, node, 1), reader.graph.const(node, 2)
     node("stash_type")
     if any(v is not None and v.ndim > len(shape) for v in (scale, bias)):
@@ -200,7 +202,7 @@ def _rms_norm(reader: Reader, node: Node) -> None:
     axis = node("axis", -1) % rank
     if node("stash_type", 1) != 1 or axis == 0:
         raise refuse(str(node), "it computes in half precision" if axis else "it norms the batch")
-    shape, scale = reader.shape(node)[axis:], array(reader, node, 1)
+    shape, scale = reader.sizes_from(node, axis), array(reader, node, 1)
     if scale.ndim > len(shape):
         raise refuse(str(node), f"a scale of shape {scale.shape} for the axes {shape}")
     add_layer_norm(reader, reader.name(node, node.inputs[1]), shape, scale, None,
@@ -257,7 +259,7 @@ def _arithmetic(reader: Reader, node: Node) -> str | None:
             raise refuse(str(node), "it divides by 0, or by what has no float32 reciprocal")
     value = -value if op == "Sub" else value
     adds = op in ("Add", "Sub")
-    if _joined(reader, value, adds, rank):
+    if joined(reader, value, adds, rank):
         return None
     axis = one_axis(node, value, rank)
     name = reader.name(node)
@@ -289,11 +291,12 @@ def _arithmetic(reader: Reader, node: Node) -> str | None:
     return end
 
 
-def _joined(reader: Reader, value: np.ndarray, adds: bool, rank: int) -> bool:
+def joined(reader: Reader, value: np.ndarray, adds: bool, rank: int) -> bool:
     """Puts a sum or product into the layer before it, if it lacks just this."""
-    lacks, layer = reader.lacks, reader.layers[-1] if reader.layers else None
-    if layer is None or lacks is None or adds == (lacks == "scale"):
+    lacks = reader.lacks
+    if lacks is None or adds == (lacks == "scale"):
         return False
+    index, layer = next((i, x) for i, x in enumerate(reader.layers) if x.name == reader.tip)
     settings, arrays = dict(layer.settings), dict(layer.arrays)
     if layer.kind in ("LayerNorm", "RMSNorm"):
         shape = settings["normalized_shape"]
@@ -315,9 +318,21 @@ def _joined(reader: Reader, value: np.ndarray, adds: bool, rank: int) -> bool:
         arrays["bias"] = value
     if layer.kind in ("LayerNorm", "Linear") or layer.kind.startswith("Conv"):
         settings["bias"] = True
-    reader.layers[-1] = Layer(layer.name, layer.kind, settings, arrays, DEFAULTS)
+    reader.layers[index] = dataclasses.replace(layer, settings=settings, arrays=arrays)
+    reader.sources[layer.name] = (*reader.sources.get(layer.name, ()), *reader.constants)
     reader.lacks = "shift" if lacks == "scale" and layer.kind != "RMSNorm" else None
     return True
+
+
+def fits_norm(reader: Reader, name: str, value: np.ndarray) -> bool:
+    """Whether an array may be what the LayerNorm before a value lacks, along all its axes."""
+    layer = next((x for x in reader.layers if x.name == reader.env[name].name), None)
+    shape = layer.settings.get("normalized_shape") if layer is not None else None
+    return (
+        layer is not None and layer.name in reader.lacking and shape is not None
+        and len(reader.graph.users.get(name, ())) == 1
+        and value.shape[-len(shape) :] == tuple(shape) and value.size == math.prod(shape)
+    )  # fmt: skip
 
 
 OPS: Mapping[str, Handler] = {

@@ -90,7 +90,8 @@ def to_onnx(
     """
     if path is None and isinstance(variables, str | os.PathLike):  # after one model
         variables, path = None, variables
-    module, variables = _given.given(module, variables, "to_onnx(model, path)")
+    call = "to_onnx(model, path)"
+    module, variables, input_shape = _given.given(module, variables, call, input_shape)
     path = _io.given_path(path)
     given = _Given(module, variables, input_shape, opset, input_dtype)
     proto, weights = given.converted()

@@ -18,11 +18,10 @@ ROWS: tuple[Row, ...] = (
     Row(
         fl.Constant,
         "Constant",
-        None,
+        "Constant",
         kind="parameter",
-        settings=(S("shape", "shape", None),),
-        params=(P("value: *p", "value: *p", "-"),),
-        lacks=_NOTHING,
+        settings=(S("shape", "shape", "shape"),),
+        params=(P.alike("value: *p"),),
         note="an array that is a setting",
     ),
     Row(
@@ -52,9 +51,8 @@ ROWS: tuple[Row, ...] = (
     Row(
         fl.Flip,
         "Flip",
-        None,
-        settings=(AxisSetting("axis", "dim", None),),
+        "ops.Flip",
+        settings=(AxisSetting("axis", "dim", "axis"),),
         ordered=True,
-        lacks={"keras": "keras.layers has no such layer"},
     ),
 )

@@ -20,6 +20,7 @@ from fwt._types import ConversionError, Model
 from fwt.converters import judge
 from fwt.converters.files import formats
 from fwt.converters.frameworks import flax as _flax
+from fwt.converters.frameworks import linen_trace
 from fwt.converters.rows.row import parts_of
 from fwt.converters.verification import inputs as _inputs
 from fwt.converters.verification import settings
@@ -79,7 +80,8 @@ def verify(
             them, among them each row of a table of embeddings in which the models differ.
             Images are moved between channels first and last where one of them is a torch model
             with spatial layers.
-        input_shape: of one input of ``a``, where neither model says it.
+        input_shape: of one input of ``a``, where neither model says it. A linen module of one's own
+            is traced for it, or for ``inputs``.
         tolerance: how far a row may be off relative to its largest value, in place of ten
             roundings.
         external_data: whether an ONNX file may have its weights in another in its folder.
@@ -101,7 +103,8 @@ def verify(
     """
     if tolerance is not None and not 0 <= tolerance < math.inf:
         raise ConversionError(f"verify: tolerance={tolerance} is no part of a row's largest value")
-    one, other = _side(a, external_data), _side(b, external_data)
+    shape = np.asarray(inputs) if input_shape is None and inputs is not None else input_shape
+    one, other = (_side(_graph_of(m, shape), external_data) for m in (a, b))
     notes: list[str] = []
     made = inputs is None
     if made:
@@ -513,6 +516,13 @@ def _alone(layer: Any, own: Any) -> Side:
         return np.asarray(call(layer, moved, x)), {}
 
     return Side(run, None, False, lambda *_: Model(layer, own))
+
+
+def _graph_of(model: Any, shape: Any) -> Any:
+    """A linen module of one's own and its variables as a Graph, anything else as it is."""
+    if not isinstance(model, tuple) or len(model) != 2 or not linen_trace.is_own(model[0]):
+        return model
+    return linen_trace.traced(*model, shape)
 
 
 def _side(model: Any, external: bool = False) -> Side:

@@ -240,7 +240,7 @@ class Merges(Shapes):
             self._saved()
         if len({len(s) for s in stars}) > 1:
             raise refuse(place, "its inputs have different ranks")
-        if len(stars[0]) and any(v.have is None or v.have[0] is not v.n for v in values):
+        if len(stars[0]) and not all(_batch_first(v) for v in values):
             raise refuse(place, "an input of it has its batch elsewhere than first")
         star = [_united(list(axes), place) for axes in zip(*stars, strict=True)]
         if any(a.scrambled for a in bound.values()):
@@ -260,6 +260,12 @@ class Merges(Shapes):
         self.have = [after[1], after[0], *after[2:]] if time_first else list(after)
         self.non_negative = False
         self._emit(row, layer.name, fields, At(place, (), rank=len(after)), arrays, sizes)
+
+
+def _batch_first(value: Value) -> bool:
+    """Whether a value has its batch first, or is an array that is the same for each example."""
+    first = None if value.have is None else value.have[0]
+    return first is not None and (first is value.n or (value.n is None and first.size == 1))
 
 
 def _united(axes: list[Axis], place: str) -> Axis:

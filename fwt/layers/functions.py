@@ -37,7 +37,7 @@ from fwt.layers.base import Layer
 from fwt.layers.norms import LogSoftmax, Softmax
 from fwt.layers.windows import AvgPool, MaxPool
 
-_FUNCTIONS: Sequence[tuple[Callable[..., Any], type[Layer], dict[str, Any]]] = (
+FUNCTIONS: Sequence[tuple[Callable[..., Any], type[Layer], dict[str, Any]]] = (
     (jax.nn.relu, ReLU, {}),
     (jax.nn.relu6, ReLU6, {}),
     (jax.nn.leaky_relu, LeakyReLU, {}),
@@ -87,7 +87,7 @@ def from_function(function: Callable[..., Any]) -> Layer:
     """
     if isinstance(function, functools.partial):
         return _from_partial(function)
-    for known, layer, settings in _FUNCTIONS:
+    for known, layer, settings in FUNCTIONS:
         if function is known:
             return layer(**settings)
     name = getattr(function, "__name__", type(function).__name__)
@@ -109,7 +109,7 @@ def _from_partial(function: "functools.partial[Any]") -> Layer:
         if function.func is nn.max_pool:
             return MaxPool(**pool)
         return AvgPool(**{"count_include_pad": True, **pool})
-    for known, layer, settings in _FUNCTIONS:
+    for known, layer, settings in FUNCTIONS:
         if function.func is known:
             fields = layer.__dataclass_fields__
             if unknown := [k for k in given if k not in fields or k in ("parent", "name")]:

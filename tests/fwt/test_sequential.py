@@ -121,7 +121,7 @@ def test_grad_through_a_model():
 
 
 @pytest.mark.parametrize(
-    "function", [f for f, _, _ in functions._FUNCTIONS], ids=lambda f: f.__name__
+    "function", [f for f, _, _ in functions.FUNCTIONS], ids=lambda f: f.__name__
 )
 def test_functions_become_layers_with_the_same_values(function):
     layer = fwt.Sequential([function])

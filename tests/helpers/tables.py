@@ -169,6 +169,7 @@ def layer_line(framework, name):
         t for name in ours for t in _table.rows_of("flax", name) if set(t.ranks) & _ranks(rows)
     ]
     there = {r.class_in(other) for r in [*rows, *twins] if r.class_in(other)}
+    there = {kind for kind in there if not kind.startswith("ops.")}  # no layers
     if not there and other == "keras":
         there = {f"`Activation({r.function[0]!r})`" for r in rows if r.function}
     silent = any(r.flax is None or r.kind for r in rows) or "identity" in "".join(notes)

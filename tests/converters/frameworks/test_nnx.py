@@ -175,7 +175,7 @@ def test_what_nnx_says_and_linen_can_not():
             "a dot_general",
         ),
         (nnx.Sequential(lambda x: x), "0: .* is no linen module"),
-        (nnx.Linear(3, 2, rngs=rngs), "takes an nnx.Sequential"),
+        (nnx.Linear(3, 2, rngs=rngs), "give input_shape="),
     ):
         with pytest.raises(converters.ConversionError, match=said):
             converters.from_nnx(net)

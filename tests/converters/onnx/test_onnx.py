@@ -27,6 +27,7 @@ import pytest
 import torch
 from command import fwt_command
 from compare import in_flax
+from exporters import exported
 
 import fwt
 from fwt import converters
@@ -254,8 +255,7 @@ def test_any_linen_module_goes_out(tmp_path):
     close(run(path, x), np.asarray(Net().apply(variables, x)))
     names = {i.name for i in onnx.load(path).graph.initializer}
     assert {"one/kernel", "one/bias", "two/kernel", "two/bias"} <= names
-    with pytest.raises(converters.FileFormatError, match=r"does not come together|together are"):
-        converters.from_onnx(path)
+    close(np.asarray(converters.from_onnx(path)(x)), run(path, x))
     linen = nn.Sequential([nn.Dense(3), nn.tanh])
     variables = linen.init(jax.random.key(0), x)
     converters.to_onnx(linen, variables, path, (4,))
@@ -372,22 +372,6 @@ def test_it_is_quiet_and_needs_no_keras(tmp_path):
 # -- ONNX in --------------------------------------------------------------------------------------
 
 
-def exported(net, x, path, dynamo):
-    with (
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")
-        x = torch.from_numpy(x)
-        if dynamo:
-            torch.onnx.export(net, (x,), str(path), dynamo=True, verbose=False,
-                                  dynamic_shapes=({0: torch.export.Dim("n")},))  # fmt: skip
-        else:
-            torch.onnx.export(net, (x,), str(path), dynamo=False, input_names=["x"],
-                                  dynamic_axes={"x": {0: "n"}}, opset_version=17)  # fmt: skip
-
-
 class Last(t.Module):
     def forward(self, given):
         return given[0][:, -1]
@@ -437,7 +421,7 @@ def test_torchs_exporters(tmp_path, name, dynamo):
     x = rng.normal(size=(2, *shape)).astype(np.float32) if isinstance(shape, tuple) else (
         rng.integers(0, shape, (2, 6)))  # fmt: skip
     path = tmp_path / "a.onnx"
-    exported(net, x, path, dynamo)
+    exported(net, [torch.from_numpy(x)], path, dynamo)
     model = converters.from_onnx(path, external_data=True)
     given = x if isinstance(shape, tuple) else x.astype(np.int32)
     for batch in (slice(0, 2), slice(0, 1)):
@@ -825,7 +809,7 @@ def test_filled_weights_take_no_room_until_they_are_used(tmp_path):
         tracemalloc.stop()
 
 
-def test_what_is_no_straight_line_is_refused_by_the_nodes_name(tmp_path):
+def test_what_cannot_be_read_is_refused_by_the_nodes_name(tmp_path):
     path = tmp_path / "a.onnx"
     value = onnx.helper.make_tensor_value_info
     x = {"w": np.ones((5, 5), F32), "i": np.array([1])}
@@ -841,24 +825,20 @@ def test_what_is_no_straight_line_is_refused_by_the_nodes_name(tmp_path):
     refused("the operator 'Det'", [node("Det", ["x"], ["y"], name="odd")])
     refused(
         r"odd \(Einsum\)",
-        [node("Einsum", ["x", "w"], ["y"], name="odd", equation="nij,jk->nik")],
+        [node("Einsum", ["x", "w"], ["y"], name="odd", equation="nij,jk->ik")],
         x,
     )
     refused("no standard operator", [node("Gelu", ["x"], ["y"], domain="com.microsoft")],
             opsets=[onnx.helper.make_opsetid("com.microsoft", 1)])  # fmt: skip
-    refused("together are no layer", [node("MatMul", ["x", "w"], ["a"], name="product"),
-                                      node("Add", ["x", "a"], ["y"])], x)  # fmt: skip
-    refused("only a graph of one input", [node("Add", ["x", "z"], ["y"])],
-            inputs=[value(n, 1, ("n", 4)) for n in "xz"])  # fmt: skip
-    refused("only a graph of one input", [node("Relu", ["x"], ["y"]), node("Tanh", ["x"], ["z"])],
-            outputs=[value(n, 1, None) for n in "yz"])  # fmt: skip
-    refused(r"perm=.*moves the batch", [node("Transpose", ["x"], ["y"], perm=[1, 0, 2])])
+    refused("the batch, have the sizes 2, 3", [node("Add", ["x", "z"], ["y"])],
+            inputs=[value("x", 1, (2, 4)), value("z", 1, (3, 4))])  # fmt: skip
+    refused("first axis is not the batch", [node("Transpose", ["x"], ["y"], perm=[1, 0, 2])])
     for axis in (0, -3):
         ones = {"i": np.array([axis])}
         squeezed = [node("Squeeze", ["x", "i"], ["y"])]
         refused("moves the batch", squeezed, ones, shape=(1, 1, 5))
         refused("moves the batch", [node("Unsqueeze", ["x", "i"], ["y"])], ones, shape=(1, 1))
-    refused("the batch must stay", [node("Reshape", ["x", "s"], ["y"])], {"s": np.array([-1, 5])})
+    refused("merged with another", [node("Reshape", ["x", "s"], ["y"])], {"s": np.array([-1, 5])})
     refused("opset 29", [node("Relu", ["x"], ["y"])], opset=29)
     refused("alpha=0", [node("Gemm", ["x", "w"], ["y"], alpha=0.0)], x, shape=("n", 5))
     refused("transA=1", [node("Gemm", ["x", "w"], ["y"], transA=1)], x, shape=("n", 5))
@@ -874,7 +854,7 @@ def test_what_is_no_straight_line_is_refused_by_the_nodes_name(tmp_path):
         [*size, node("Slice", ["x", "i", "k", "i"], ["y"])],
     ):
         refused("is the batch's size as a number", more, {**x, "i": np.array([0])})
-    refused("before opset 13", [node("Softmax", ["x"], ["y"], axis=1)], opset=11)
+    refused("before opset 13", [node("Softmax", ["x"], ["y"], axis=0)], opset=11)
     refused("initial_h is not zero", [
         node("Transpose", ["x"], ["t"], perm=[1, 0, 2]),
         node("RNN", ["t", "w1", "r1", "", "", "h"], ["q"], hidden_size=1),
@@ -993,8 +973,7 @@ def test_hostile_graphs_are_held_to_their_size(tmp_path):
     refused([*wide, joined], {"p": np.ones((2048, 1), F32), "q": np.ones((1, 2048), F32)})
     mean = [node("ReduceMean", ["x"], ["m"], axes=[1, 2]), node("Sub", ["x", "m"], ["s"])]
     written(path, [*mean, node("Relu", ["s"], ["y"])], {}, ("n", 8192, 8192))
-    with pytest.raises(converters.FileFormatError):
-        converters.from_onnx(path)
+    assert [n.name for n in converters.from_onnx(path).module.nodes][-1] == "relu_5"
     functions = []
     for i in range(30):
         called = f"f{i + 1}" if i < 29 else "Relu"

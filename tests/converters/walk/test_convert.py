@@ -222,7 +222,7 @@ def test_flax_refusals_name_the_setting():
     refused(fl.ClippedReLU(2.0, 0.5, 1.0), "max_value")
     refused(fl.HardShrink(0.3), "threshold", to=converters.to_keras)
     refused(fl.Threshold(0.5, 2.0), "value", to=converters.to_keras)
-    refused(fl.GELU(approximate=True), "approximate", to=converters.to_keras)
+    refused(fl.Softplus(1.0, 3.0), "threshold", to=converters.to_keras)
     refused(fl.MaxPool((3, 3), (2, 2), ((1, 1), (1, 1))), "padding", to=converters.to_keras)
     refused(fl.AvgPool((4, 4), (1, 1), "SAME"), "padding")
     refused(fl.Softmax(axis=0), "batch axis")

@@ -1,0 +1,363 @@
+"""Any linen module as a graph: its layers stay whole, and what it computes between them is read
+from its jaxpr.
+
+A layer that has a row is one opaque primitive there. What stands between is made of layers without
+weights by ``linen_windows``, which knows functions such as ``nn.gelu`` again, and by the rules of
+``linen_rules``, one for each primitive. Open ``traced`` first.
+"""
+
+import dataclasses
+import inspect
+import itertools
+import warnings
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import export
+from jax.extend.core import Primitive
+
+from fwt import _nodes, _tree
+from fwt._graph import Graph
+from fwt._sequential import Sequential, bare, flags
+from fwt._types import ConversionError, Model
+from fwt.converters import judge
+from fwt.converters.frameworks import linen_rules, linen_values
+from fwt.converters.frameworks.linen_nodes import Reader
+from fwt.converters.frameworks.linen_values import Equations, Held, Layered, Reopen
+from fwt.converters.rows import table
+from fwt.converters.rows.row import joined, refuse
+from fwt.converters.walk.net import fresh
+
+LAYER = Primitive(linen_values.LAYER)
+LAYER.def_abstract_eval(lambda *xs, out, **told: jax.core.ShapedArray(out.shape, out.dtype))
+
+# How a module is told that it does not train.
+INFERENCE = {
+    **dict.fromkeys(("train", "training", "is_training", "is_train"), False),
+    **dict.fromkeys(("deterministic", "use_running_average", "inference", "is_eval"), True),
+}
+
+
+def is_own(module: Any) -> bool:
+    """Whether it is a linen module that is none of fwt's and no chain of layers."""
+    own = not isinstance(module, Sequential | Graph) and type(module) is not nn.Sequential
+    return isinstance(module, nn.Module) and own
+
+
+def traced(module: Any, variables: Any, input_shape: Any) -> Model:
+    """A linen module as a Graph with the same predictions.
+
+    Args:
+        module: any linen module, whose ``__call__`` takes arrays with the batch first.
+        variables: its variables.
+        input_shape: the shape of its input without the batch axis, or a list of shapes, or an
+            example of each input.
+
+    Returns:
+        ``Model(graph, variables)`` with NumPy leaves, under the paths that they have.
+
+    Raises:
+        ConversionError: for what can't be said by layers, by the name of the operation.
+    """
+    name = type(module).__name__
+    if input_shape is None:
+        raise ConversionError(
+            f"{name} is a linen module of one's own, which is traced for a shape of its input: "
+            "give input_shape= (without the batch axis), or build it as "
+            "fwt.Sequential([(name, layer), ...])"
+        )
+    variables = _nodes.unboxed(_tree.as_variables(variables))
+    variables = jax.tree.map(np.asarray, variables)
+    told = inference_of(type(module).__call__)
+
+    def run(variables: Any, *xs: Any) -> Any:
+        return module.apply(variables, *xs, **told)
+
+    def tracing(opened: Collection[str]) -> Any:
+        return nn.intercept_methods(_Whole(opened))
+
+    return traced_call(run, tracing, variables, input_shape, name)
+
+
+def inference_of(call: Any) -> dict[str, bool]:
+    """The flags of a ``__call__``, as they are at inference."""
+    return {n: INFERENCE[n] for n in inspect.signature(call).parameters if n in INFERENCE}
+
+
+def traced_call(
+    run: Callable[..., Any],
+    tracing: Callable[[Collection[str]], Any],
+    variables: Mapping[str, Any],
+    input_shape: Any,
+    name: str,
+) -> Model:
+    """A function of variables and inputs as a Graph; ``tracing`` gives the context in which the
+    layers are opaque but those of the paths that it is given."""
+    (batch,) = export.symbolic_shape("b")
+    opened: dict[str, str] = {}  # by path, why
+    inputs = _inputs(run, variables, input_shape, name)
+    while True:
+        try:
+            specs = [jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for x in inputs]
+            forms: list[Any] = []
+
+            def flat(variables: Any, *xs: Any, forms: list[Any] = forms) -> list[Any]:
+                with tracing(opened):
+                    leaves, form = jax.tree.flatten(run(variables, *xs))
+                forms.append(form)
+                return leaves
+
+            closed = jax.make_jaxpr(flat)(variables, *specs)
+        except ConversionError:
+            raise
+        except Exception as error:  # of any kind that a module raises
+            raise refuse(
+                name,
+                f"JAX can't trace it for any number of examples ({_first_line(error)})",
+                "what it does may not depend on the values of its input, nor on how many examples "
+                "there are",
+            ) from error
+        try:
+            return _read(closed, forms[-1], variables, inputs, name, run)
+        except Reopen as found:
+            if found.path in opened:
+                raise AssertionError(f"{found.path} stays closed") from found
+            opened[found.path] = found.why
+        except ConversionError as error:
+            why = next((w for p, w in opened.items() if w and str(error).startswith(p)), "")
+            if not why:
+                raise
+            raise ConversionError(f"{error}; as a whole layer: {why}") from error
+
+
+def _read(
+    closed: Any, form: Any, variables: Any, inputs: Sequence[Any], name: str, run: Any
+) -> Model:
+    flat, _ = jax.tree_util.tree_flatten_with_path(variables)
+    held = [Held(tuple(str(k.key) for k in path), value) for path, value in flat]
+    taken = {path[1] for path in (h.path for h in held) if len(path) > 1}
+    names = ["input"] if len(inputs) == 1 else [f"input_{i}" for i in range(len(inputs))]
+    names = [fresh(n, taken) for n in names]
+    equations = Equations(closed, held, len(inputs))
+    reader = Reader(equations, variables, names)
+    linen_rules.read(reader)
+    if any(slot.follows and reader.batch_of(slot) for slot in equations.outs):
+        raise refuse(name, "the first axis of its output is not the batch")
+    ends = [reader.value(slot, "the output").name for slot in equations.outs]
+    outputs: Any = jax.tree.unflatten(form, ends)
+    if isinstance(outputs, list):
+        outputs = tuple(outputs)
+    several = outputs.values() if isinstance(outputs, Mapping) else outputs
+    if not isinstance(outputs, str) and not (
+        isinstance(outputs, Mapping | tuple) and all(isinstance(x, str) for x in several)
+    ):
+        raise refuse(name, "its outputs are nested", "give one array, a tuple or a dict of them")
+    nodes, outputs = reader.apart(reader.used(ends), outputs)
+    kept, left = reader.variables(nodes)
+    if left:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        warnings.warn(
+            f"the new model has no {left[0]}{more} of {name}: its output does not follow from "
+            "them, or only by arrays that are computed from weights and stand there as they are",
+            stacklevel=6,
+        )
+    shapes = tuple(tuple(x.shape[1:]) for x in inputs)
+    ins: Any = names[0] if len(names) == 1 else tuple(names)
+    graph = Graph(nodes, ins, outputs, shapes[0] if len(shapes) == 1 else shapes)
+    model = Model(graph, kept)
+    _check(run, variables, model, inputs, name)
+    return model
+
+
+# -- inputs ---------------------------------------------------------------------------------------
+
+
+def _inputs(run: Any, variables: Any, given: Any, name: str) -> list[Any]:
+    """What each input looks like, for a batch of two; whole numbers are found by trying."""
+    several = given if isinstance(given, list | tuple) else (given,)
+    if several and all(hasattr(x, "shape") and hasattr(x, "dtype") for x in several):
+        if any(len(x.shape) < 1 for x in several):
+            raise ConversionError("an example of an input has a batch axis")
+        return [jax.ShapeDtypeStruct((2, *x.shape[1:]), x.dtype) for x in several]
+    shapes = several if several and isinstance(several[0], list | tuple) else (several,)
+    for shape in shapes:
+        if not all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in shape):
+            raise ConversionError(
+                f"input_shape={given!r}: expected the shape of its input without the batch axis, "
+                "such as (32, 48, 3), or a list of them"
+            )
+    failed: Exception | None = None
+    for dtypes in itertools.product((jnp.float32, jnp.int32), repeat=len(shapes)):
+        inputs = [
+            jax.ShapeDtypeStruct((2, *shape), dtype)
+            for shape, dtype in zip(shapes, dtypes, strict=True)
+        ]
+        try:
+            jax.eval_shape(run, variables, *inputs)
+        except Exception as error:  # noqa: BLE001 - of any kind that a module raises
+            failed = failed or error
+        else:
+            return inputs
+    raise ConversionError(
+        f"{name} can't be run on input_shape={given!r}: {_first_line(failed)}"
+    ) from failed
+
+
+def _first_line(error: BaseException | None) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+
+
+# -- layers ---------------------------------------------------------------------------------------
+
+
+class _Whole:
+    """Keeps each layer that has a row whole, but those of some paths."""
+
+    def __init__(self, opened: Collection[str]):
+        self.opened = opened
+        self.inside = False
+
+    def __call__(self, run: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        layer = context.module
+        path = joined(layer.path)
+        if (
+            self.inside
+            or path in self.opened
+            or context.method_name != "__call__"
+            or not has_row(layer)
+            or is_odd(*args, *kwargs.values(), *jax.tree.leaves(layer.variables))
+        ):
+            return run(*args, **kwargs)
+        self.inside = True
+        try:
+            return bound(layer, layer.path, layer.variables, args, kwargs)
+        finally:
+            self.inside = False
+
+
+def is_odd(*given: Any) -> bool:
+    """Whether some array is one example of a vmap, or its batch is not the first axis alone."""
+    return any(
+        type(x).__name__ == "BatchTracer"  # which has no public name
+        or (hasattr(x, "shape") and not all(map(_is_number, x.shape[1:])))
+        for x in given
+    )
+
+
+def has_row(layer: Any) -> bool:
+    """Whether a linen layer is of a class that the table knows."""
+    return any(r.flax is type(layer) for r in table.rows_of("flax", type(layer).__name__))
+
+
+def bound(
+    layer: Any, path: Sequence[str], variables: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Any:
+    """One call of a linen layer as one primitive of its inputs and its variables."""
+    place = f"{joined(path)} ({type(layer).__name__})"
+    signature = inspect.signature(type(layer).__call__)
+    given = signature.bind(layer, *args, **kwargs).arguments
+    given.pop(next(iter(signature.parameters)))
+    told = {n: given.pop(n) for n in list(given) if n in INFERENCE}
+    for name, value in told.items():
+        if value is not None and value is not INFERENCE[name] and not _inert(layer):
+            raise refuse(place, f"it is called with {name}={value}, as in training")
+    given = {n: v for n, v in given.items() if v is not None}
+    for name, value in given.items():
+        if not isinstance(value, jax.Array | np.ndarray | jax.core.Tracer):
+            raise refuse(place, f"it is called with {name}={value!r:.80}")
+    fields = {f.name: getattr(layer, f.name) for f in dataclasses.fields(layer)}
+    flag = next((n for n in INFERENCE if fields.get(n) is not None), None)
+    if flag is not None and fields[flag] is not INFERENCE[flag] and not _inert(layer):
+        raise refuse(place, f"its {flag} is {fields[flag]}, as in training")
+    plain: Any = bare(layer)
+    plain = plain.clone(**{flag: None}) if flag else plain
+    names = tuple(given)
+
+    def example(variables: Any, *xs: Any) -> Any:
+        named = dict(zip(names, xs, strict=True))
+        return plain.apply(variables, **named, **flags(plain, False))
+
+    batch = next(
+        (x.shape[0] for x in given.values() if x.ndim and not _is_number(x.shape[0])), None
+    )
+    specs = [jax.ShapeDtypeStruct([s if _is_number(s) else 2 for s in x.shape], x.dtype)
+             for x in given.values()]  # fmt: skip
+    out = jax.eval_shape(example, jax.tree.map(_like, variables), *specs)
+    if not hasattr(out, "shape"):
+        raise refuse(place, "it gives several arrays")
+    if batch is not None:
+        out = jax.ShapeDtypeStruct((batch, *out.shape[1:]), out.dtype)
+    leaves, _ = jax.tree_util.tree_flatten_with_path(variables)
+    held = tuple(tuple(str(k.key) for k in where) for where, _ in leaves)
+    call = Layered(plain, tuple(path), names, held)
+    arrays = [value for _, value in leaves]
+    return LAYER.bind(*given.values(), *arrays, call=call, out=_Static(out.shape, out.dtype))
+
+
+def _inert(layer: Any) -> bool:
+    return isinstance(layer, nn.Dropout) and layer.rate == 0
+
+
+def _is_number(size: Any) -> bool:
+    return isinstance(size, int | np.integer)
+
+
+def _like(x: Any) -> Any:
+    return jax.ShapeDtypeStruct(x.shape, x.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    shape: Any
+    dtype: Any
+
+
+# -- the comparison -------------------------------------------------------------------------------
+
+
+@judge.full_products()
+def _check(run: Any, variables: Any, made: Model, inputs: Sequence[Any], name: str) -> None:
+    """Raises unless both give the same on random inputs, but for rounding."""
+    tables = [n.layer.num_embeddings for n in made.module.nodes if isinstance(n.layer, nn.Embed)]
+    xs = [
+        judge.numbers(x.shape[1:])[:4].astype(x.dtype)
+        if jnp.issubdtype(x.dtype, jnp.floating)
+        else judge.whole_numbers(min(tables, default=2), x.shape[1:]).astype(x.dtype)
+        for x in inputs
+    ]
+    first = min(len(x) for x in xs)
+    xs = [x[:first] for x in xs]
+    wanted = [np.asarray(y) for y in jax.tree.leaves(jax.jit(run)(variables, *xs))]
+    there = jax.jit(lambda variables, xs: jax.tree.leaves(made.module.apply(variables, *xs)))
+    found = [np.asarray(y) for y in there(made.variables, xs)]
+    eps = judge.eps_of([y.dtype for y in wanted])
+
+    def nudged(by: float) -> list[Any]:
+        own = jax.tree.map(lambda leaf: judge.nudged(leaf, by), made.variables)
+        return [np.asarray(y) for y in there(own, [judge.nudged(x, by) for x in xs])]
+
+    for apart in _apart(wanted, found, eps, nudged):
+        if apart is None or apart.excess > 1:
+            by = "has another shape" if apart is None else f"differs by {apart.absolute:.3g}"
+            raise refuse(
+                name,
+                f"the output of its graph {by}, and no rounding explains it, so nothing is given "
+                "back",
+                "report it, please: fwt reads an operation of it in another way than JAX",
+            )
+
+
+def _apart(wanted: Any, found: Any, eps: float, nudged: Any) -> Iterator[judge.Apart | None]:
+    if [a.shape for a in wanted] != [b.shape for b in found]:
+        yield None
+        return
+    apart = [judge.apart(a, b, [], eps=eps) for a, b in zip(wanted, found, strict=True)]
+    if any(t.excess > 1 for t in apart):
+        noise = judge.rounding(nudged, found, eps)
+        each = zip(wanted, found, noise, strict=True)
+        apart = [judge.apart(a, b, list(n), eps=eps) for a, b, n in each]
+    yield from apart

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fwt import _apart, _axes, _calls, _graph, _keys, _mesh, _nodes, _paths, _tree
+from fwt import _apart, _axes, _calls, _keys, _mesh, _nodes, _paths, _tree
 from fwt._types import FwtError, LeafError, Model, Params, Score, Scores
 from fwt.selection.keys import magnitude_key
 
@@ -424,8 +424,8 @@ def _called(name: str, loss: Any, score: Score) -> Score:
         (takes := inspect.signature(loss)).bind(None)
     except (TypeError, ValueError) as error:
         if takes is not None:
-            way = f"{name}(lambda params: loss(params, batch))"
-            raise FwtError(f"{name}'s loss takes the params alone, found {takes}: {way}") from error
+            way = f"found {takes}: {name}(lambda params: loss(params, batch))"
+            raise FwtError(f"{name}'s loss takes the params alone, {way}") from error
     score.__name__ = name
     return score
 
@@ -435,11 +435,8 @@ def _variables(name: str, module: Any, params: Params, collections: Mapping[str,
     if framework or not hasattr(module, "apply"):
         way = f"; fwt.converters.from_{framework}(model) gives one" if framework else ""
         raise FwtError(f"{name} takes a Flax module, found {type(module).__name__}{way}")
-    if isinstance(params, Model):
-        params = params.variables
-    if _tree.is_variables(params):
-        return {**params, **collections}
-    return {"params": params, **collections}
+    params = params.variables if isinstance(params, Model) else params
+    return {**(params if _tree.is_variables(params) else {"params": params}), **collections}
 
 
 def synflow(
@@ -475,10 +472,11 @@ def synflow(
         9
     """
     shape = getattr(module, "input_shape", None) if input_shape is None else input_shape
-    many = shape is not None and any(isinstance(s, tuple) for s in shape)
-    several: Any = shape if many else (shape,)
+    several: Any = shape if any(isinstance(s, tuple) for s in shape or ()) else (shape,)
     if any(s is None or None in s for s in several):
         raise FwtError("synflow needs the shape of one input: synflow(module, input_shape=(...))")
+    from fwt import _graph
+
     dtype = input_dtype or _graph.input_dtype(module)
 
     def score(params: Params) -> Scores:

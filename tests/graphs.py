@@ -1,4 +1,5 @@
-"""Every architecture of keras.applications, Keras -> Flax -> torch -> Flax -> Keras.
+"""Every architecture of keras.applications, Keras -> Flax -> torch -> Flax -> Keras, by a .keras
+file, and to ONNX and back.
 
     python tests/graphs.py [--out graphs.json] [--size 96] [name ...]
     python tests/graphs.py --torch [--out torch.json] [name ...]
@@ -14,6 +15,7 @@ import argparse
 import json
 import os
 import resource
+import tempfile
 import time
 import traceback
 from pathlib import Path
@@ -119,30 +121,31 @@ def tour(model):
     net = converters.to_torch(there)
     with torch.no_grad():
         out["torch"] = error(net(turned).numpy(), expected)
-    back = in_again(net, there)
+    back = converters.from_torch(net, input_shape=(shape[-1], *shape[:-1]))
     out["flax again"] = error(in_flax(back, x), expected)
     again = converters.to_keras(back)
     out["keras again"] = error(in_keras(again, x), expected)
     out["bits"] = bits(again, model)
+    with tempfile.TemporaryDirectory() as folder:
+        out |= by_files(there, x, expected, Path(folder))
     out["seconds"] = round(time.perf_counter() - start, 1)
     out["GiB"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)
     return out
 
 
-def in_again(net, model):
-    """A torch net in Flax: as it is read, or by its state dict."""
+def by_files(there, x, expected, folder):
+    """How far a .keras file written without Keras, and an ONNX file, lead."""
+    out = {}
+    converters.save(folder / "net.keras", there)
+    again = keras.saving.load_model(folder / "net.keras", compile=False)
+    out["by .keras"] = error(in_keras(again, x), expected)
     try:
-        shape = model.module.input_shape
-        return converters.from_torch(net, input_shape=(shape[-1], *shape[:-1]))
-    except converters.ConversionError:
-        if isinstance(net, torch.nn.Sequential):
-            raise
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "net.pt"
-        torch.save(net.state_dict(), path)
-        return converters.load(path, architecture=model)
+        converters.to_onnx(there, path=folder / "net.onnx")
+        back = converters.from_onnx(folder / "net.onnx")
+        out["by ONNX"] = error(in_flax(back, x), expected)
+    except converters.ConversionError as problem:
+        out["by ONNX"] = str(problem)[:300]
+    return out
 
 
 def torch_names():
@@ -172,8 +175,6 @@ def tour_of_torch(name):
             return listed(again(*xs))
 
     def in_onnx():
-        import tempfile
-
         import onnxruntime
 
         with tempfile.TemporaryDirectory() as folder:

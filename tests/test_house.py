@@ -62,6 +62,7 @@ LAZY = {
     "fwt._terminal": TOP_LEVEL_IS_TOO_SLOW,
     "fwt._demo": TOP_LEVEL_IS_TOO_SLOW,
     "fwt._calls": TOP_LEVEL_IS_TOO_SLOW,
+    "fwt.scores": TOP_LEVEL_IS_TOO_SLOW,
     "fwt.converters.files.fill": "imports Keras or torch, for a live architecture only",
     "fwt.converters.files.formats": "imports onnx, for ONNX files only",
     "fwt.converters.frameworks.given": "imports Flax NNX, for an nnx module only",

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from fwt._types import ConversionError
-from fwt.converters.frameworks import torch_calls, torch_operations
+from fwt.converters.frameworks import torch_calls, torch_operations, torch_state
 from fwt.converters.frameworks.torch_values import Reader
 from fwt.converters.rows.row import Layer, refuse
 from fwt.converters.walk.net import Net
@@ -56,7 +56,7 @@ def example_inputs(model: torch.nn.Module, input_shape: Any) -> tuple[torch.Tens
             torch.zeros(2, *shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)
         )
         try:
-            with torch.no_grad():
+            with at_inference(model), torch.no_grad():
                 model(*inputs)
             return inputs
         except Exception as error:  # noqa: BLE001 - of any kind that the model raises
@@ -76,14 +76,14 @@ def _first_line(error: BaseException | None) -> str:
 
 @contextlib.contextmanager
 def at_inference(model: torch.nn.Module) -> Iterator[None]:
-    """The model in eval mode, each module of it as it was afterwards."""
-    was = {m: m.training for m in model.modules()}
+    """The model in eval mode; afterwards each module of it is as it was."""
+    was = {m: torch_state.held(m, weights=False) for m in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        for module, training in was.items():
-            module.training = training
+        for module, before in was.items():
+            torch_state.put_back(module, before)
 
 
 @contextlib.contextmanager

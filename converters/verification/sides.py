@@ -420,7 +420,7 @@ def torch_side(model: Any) -> Side:
     import torch
 
     from fwt.converters.frameworks import torch as _torch
-    from fwt.converters.frameworks import torch_wrappers
+    from fwt.converters.frameworks import torch_state, torch_wrappers
 
     model = torch_wrappers.plain(model)
     counts: set[tuple[str, str]] = set()  # attributes that a forward changes
@@ -443,7 +443,7 @@ def torch_side(model: Any) -> Side:
 
     def through(model: Any, given: Any, by: float = 0.0) -> tuple[np.ndarray, Taps]:
         taps: Taps = {}
-        hooks, held = [], [(m, _held(m)) for m in model.modules()]
+        hooks, held = [], [(m, torch_state.held(m)) for m in model.modules()]
 
         def keep(name: str) -> Callable[..., None]:
             def hook(_: Any, __: Any, y: Any) -> None:
@@ -472,7 +472,7 @@ def torch_side(model: Any) -> Side:
             for hook in hooks:
                 hook.remove()
             for module, before in held:
-                changed = _put_back(module, before)
+                changed = torch_state.put_back(module, before)
                 counts.update((type(module).__name__, name) for name in changed)
             settings[:] = [each for each in settings if not counted(each[0])]
         found, further = outputs(y, array)
@@ -525,50 +525,6 @@ def torch_side(model: Any) -> Side:
                 settings=settings, time_first=time_first and chain, told=told_batch and chain,
                 apart=bool(rows) and not straight,
                 takes=array(weights[0].flatten()[:1]).dtype if weights else None)  # fmt: skip
-
-
-Held = tuple[dict[str, Any], list[tuple[Any, Any, int]]]
-
-
-def _held(module: Any) -> Held:
-    """The attributes of a module, and a copy of each of its tensors."""
-    import torch
-
-    own = {name: dict(v) if isinstance(v, dict) else list(v) if type(v) is list else v
-           for name, v in vars(module).items()}  # fmt: skip
-    tensors = [*module.parameters(False), *module.buffers(False)]
-    tensors += [v for v in own.values() if isinstance(v, torch.Tensor)]
-    lazy = torch.nn.parameter.is_lazy
-    return own, [(v, v.detach().clone(), v._version) for v in tensors
-                 if not lazy(v) and not v.is_inference()]  # fmt: skip
-
-
-def _put_back(module: Any, held: Held) -> list[str]:
-    """Undoes what a forward changed; leaves the names of the numbers among it."""
-    import torch
-
-    own, tensors = held
-    with torch.no_grad():
-        for tensor, before, version in tensors:
-            if tensor._version != version:
-                tensor.copy_(before)
-    changed = []
-    for name in [n for n in vars(module) if n not in own]:
-        del vars(module)[name]
-    for name, before in own.items():
-        now = vars(module).get(name)
-        if isinstance(now, dict) and isinstance(before, dict):
-            if [*map(id, now.values())] != [*map(id, before.values())] or [*now] != [*before]:
-                now.clear()
-                now.update(before)
-        elif type(now) is list and type(before) is list:
-            if [*map(id, now)] != [*map(id, before)]:
-                now[:] = before
-        elif now is not before:
-            if type(before) in (int, float) and now != before:
-                changed.append(name)
-            vars(module)[name] = before
-    return changed
 
 
 def _torch_kind(module: Any) -> Kind:

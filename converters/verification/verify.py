@@ -81,7 +81,7 @@ def verify(
             Images are moved between channels first and last where one of them is a torch model
             with spatial layers.
         input_shape: of one input of ``a``, where neither model says it. A linen module of one's own
-            is traced for it, or for ``inputs``.
+            is traced for it, or for ``inputs``; without one, its outputs alone are compared.
         tolerance: how far a row may be off relative to its largest value, in place of ten
             roundings.
         external_data: whether an ONNX file may have its weights in another in its folder.
@@ -519,10 +519,15 @@ def _alone(layer: Any, own: Any) -> Side:
 
 
 def _graph_of(model: Any, shape: Any) -> Any:
-    """A linen module of one's own and its variables as a Graph, anything else as it is."""
-    if not isinstance(model, tuple) or len(model) != 2 or not linen_trace.is_own(model[0]):
+    """A linen module of one's own and its variables as a Graph, if it can be one for that shape;
+    anything else as it is."""
+    own = isinstance(model, tuple) and len(model) == 2 and linen_trace.is_own(model[0])
+    if not own or shape is None:
         return model
-    return linen_trace.traced(*model, shape)
+    try:
+        return linen_trace.traced(*model, shape)
+    except ConversionError:
+        return model
 
 
 def _side(model: Any, external: bool = False) -> Side:

@@ -2,6 +2,7 @@
 
 import base64
 import functools
+import math
 import zlib
 from typing import Any
 
@@ -9,7 +10,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 
-from fwt._types import Array
+from fwt._types import Array, FwtError
 from fwt.layers.base import Layer
 from fwt.layers.merges import Parameter
 
@@ -20,8 +21,16 @@ def packed(value: Any) -> str:
     return base64.b64encode(zlib.compress(raw, 9)).decode()
 
 
+_MOST = 1 << 28  # bytes, which a short text of a hostile file could else exceed
+
+
 def _unpacked(text: str, kind: str, shape: tuple[int, ...]) -> np.ndarray:
-    raw = zlib.decompress(base64.b64decode(text))
+    size = math.prod(shape) * np.dtype(kind).itemsize
+    reader = zlib.decompressobj()
+    raw = reader.decompress(base64.b64decode(text), min(size, _MOST) + 1)
+    if len(raw) != size:
+        raise FwtError(f"a constant of shape {shape} and dtype {kind} has {size} bytes (at most "
+                       f"{_MOST} are read), found {len(raw)} or more")  # fmt: skip
     return np.frombuffer(raw, np.dtype(kind)).reshape(shape)
 
 

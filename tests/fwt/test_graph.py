@@ -168,3 +168,11 @@ def test_transforms_know_the_layers_of_a_graph():
     scaled = fwt.lsuv(net, variables, np.random.default_rng(0).normal(size=(99, 2, 3, 4)), 0,
                       where="dense/kernel")  # fmt: skip
     assert jax.tree.structure(scaled) == jax.tree.structure(variables)
+
+
+def test_a_constant_is_no_larger_than_it_says():
+    layer = fl.Constant.holding(np.zeros((500, 500), np.float32))
+    assert layer.apply({}).shape == (500, 500)
+    for shape in ((500,), (501, 500)):
+        with pytest.raises(fwt.FwtError, match="bytes"):
+            layer.clone(shape=shape).apply({})

@@ -1,5 +1,6 @@
 """Torch modules of any shape through Flax, beside torch itself."""
 
+import contextlib
 import math
 
 import numpy as np
@@ -437,3 +438,31 @@ def test_a_wrong_model_is_not_given_back():
 
 def test_each_net_of_whole_numbers_is_known():
     assert set(NETS | MORE) >= INTEGERS
+
+
+class Kept(nn.Module):
+    """Whose forward changes all that a module may hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)
+        self.table = nn.Embedding(4, 4, max_norm=0.1)
+        self.register_buffer("inside", torch.zeros(()))
+        self.calls, self.seen, self.last = 0, [], None
+
+    def forward(self, x):
+        self.calls, self.last = self.calls + 1, x
+        self.seen.append(x)
+        row = self.table(torch.zeros((), dtype=torch.int64))
+        return self.norm(self.conv(x)) + row[:, None, None]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_module_stays_as_it_is(training):
+    net = Kept().train(training)
+    before = {name: v.clone() for name, v in net.state_dict().items()}
+    with contextlib.suppress(converters.ConversionError):
+        converters.from_torch(net, input_shape=(3, 6, 5))
+    assert all(torch.equal(v, before[name]) for name, v in net.state_dict().items())
+    assert (net.calls, net.seen, net.last) == (0, [], None)
+    assert all(module.training == training for module in net.modules())

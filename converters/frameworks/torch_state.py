@@ -1,0 +1,47 @@
+"""What a forward may change of a torch module, so that it can be undone."""
+
+from typing import Any
+
+import torch
+
+Held = tuple[dict[str, Any], list[tuple[Any, Any, int]]]
+
+
+def held(module: Any, weights: bool = True) -> Held:
+    """The attributes of a module, and a copy of each of its tensors; without ``weights``, of those
+    that a forward of torch.nn may change."""
+    own = {name: dict(v) if isinstance(v, dict) else list(v) if type(v) is list else v
+           for name, v in vars(module).items()}  # fmt: skip
+    tensors = [*module.buffers(False)]
+    if weights or own.get("max_norm") is not None:  # to which an Embedding cuts its rows
+        tensors += module.parameters(False)
+    tensors += [v for v in own.values() if isinstance(v, torch.Tensor)]
+    lazy = torch.nn.parameter.is_lazy
+    return own, [(v, v.detach().clone(), v._version) for v in tensors
+                 if not lazy(v) and not v.is_inference()]  # fmt: skip
+
+
+def put_back(module: Any, before: Held) -> list[str]:
+    """Undoes what a forward changed; leaves the names of the numbers among it."""
+    own, tensors = before
+    with torch.no_grad():
+        for tensor, value, version in tensors:
+            if tensor._version != version:
+                tensor.copy_(value)
+    changed = []
+    for name in [n for n in vars(module) if n not in own]:
+        del vars(module)[name]
+    for name, was in own.items():
+        now = vars(module).get(name)
+        if isinstance(now, dict) and isinstance(was, dict):
+            if [*map(id, now.values())] != [*map(id, was.values())] or [*now] != [*was]:
+                now.clear()
+                now.update(was)
+        elif type(now) is list and type(was) is list:
+            if [*map(id, now)] != [*map(id, was)]:
+                now[:] = was
+        elif now is not was:
+            if type(was) in (int, float) and now != was:
+                changed.append(name)
+            vars(module)[name] = was
+    return changed

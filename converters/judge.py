@@ -7,6 +7,7 @@ import contextlib
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple, cast
 
 import flax.linen as nn
@@ -19,6 +20,10 @@ _VECTOR = 8  # fewer channels say too little of their own scale
 _CANCELS = 4  # how much more than measured rounding may move a position
 _LEAST = 1e-20  # what is smaller is 0 where a function is saturated
 _TOLD = 4  # one row in so many must be told apart from rounding, else nothing is compared
+
+
+# What torch was told before full_products: what has a setting, its name and its value.
+_BEFORE: ContextVar[tuple[tuple[Any, str, Any], ...]] = ContextVar("_BEFORE", default=())
 
 
 @contextlib.contextmanager
@@ -36,14 +41,28 @@ def full_products() -> Iterator[None]:
             else:  # before 2.9
                 name, value = "allow_tf32", False
                 holders = [of.cuda.matmul, of.cudnn]
-            for holder in holders:
-                stack.callback(setattr, holder, name, getattr(holder, name))
+            before = tuple((holder, name, getattr(holder, name)) for holder in holders)
+            if not _BEFORE.get():
+                stack.callback(_BEFORE.reset, _BEFORE.set(before))
+            for holder, _, old in before:
+                stack.callback(setattr, holder, name, old)
                 setattr(holder, name, value)
         tf: Any = tensorflow and tensorflow.config.experimental
         if tf and tf.tensor_float_32_execution_enabled():
             stack.callback(tf.enable_tensor_float_32_execution, True)
             tf.enable_tensor_float_32_execution(False)
         stack.enter_context(jax.default_matmul_precision("highest"))
+        yield
+
+
+@contextlib.contextmanager
+def usual_products() -> Iterator[None]:
+    """As torch was told to multiply before :func:`full_products`: torch.export asks in older words,
+    which torch refuses to answer beside those."""
+    with contextlib.ExitStack() as stack:
+        for holder, name, old in _BEFORE.get():
+            stack.callback(setattr, holder, name, getattr(holder, name))
+            setattr(holder, name, old)
         yield
 
 

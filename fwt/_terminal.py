@@ -92,7 +92,7 @@ def print_model(path: Path, model: "Model", as_json: bool, architecture: Any = N
     if module is None or form.weights_only:
         about += ", weights only"
     if module is not None and not bare:
-        about += f", {len(module.layers)} layers"
+        about += f", {len(fwt.nodes_of(module))} layers"
         about += f" of {architecture}" if form.weights_only else ""
         if (shape := module.input_shape) is not None:
             about += f", input {' x '.join('any' if s is None else str(s) for s in shape)}"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fwt import layers as fl
-from fwt._graph import Graph, Node
+from fwt._graph import Graph, Node, nodes_of
 from fwt._sequential import Named, Sequential
 from fwt._sequential import settings_of as flax_settings
 from fwt._types import FileFormatError, FwtError, Model
@@ -14,6 +14,7 @@ from fwt.converters.frameworks import flax as _flax
 from fwt.converters.rows import table
 from fwt.converters.rows.row import TRAINING, Layer, listed, refuse
 from fwt.converters.walk import convert, policy
+from fwt.layers.constants import MOST
 
 # use_fast_variance decides how exact a norm is, param_dtype is half of a policy.
 _LEFT_OUT = TRAINING["flax"] - {"use_fast_variance", "param_dtype"}
@@ -30,6 +31,10 @@ def described(text: str, variables: dict[str, Any], path: Path) -> Model:
     if told["version"] != 1:
         raise FileFormatError(f"{path}: version {told['version']!r}, only 1 is known")
     module = module_from_json(told["module"], path)
+    constants = [n.layer for n in (nodes_of(module) if module is not None else ())
+                 if isinstance(n.layer, fl.Constant | fl.Indexed)]  # fmt: skip
+    if sum(x.nbytes for x in constants) > MOST:
+        raise FileFormatError(f"{path}: the constants of its architecture are over {MOST} bytes")
     variables.setdefault("params", {})
     return checked(module, variables)
 

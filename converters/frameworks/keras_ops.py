@@ -89,6 +89,8 @@ def layers_of(entry: Any, node: Any, name: str, place: str) -> list[Layer]:
         if axis == 0:
             raise refuse(where, "it turns the examples around")
         return [Layer(name, "ops.Flip", {"axis": axis})]
+    if kind == "Pad" and not any(args[1:]) and isinstance(shape, list | tuple):
+        return [_padded(name, own, len(shape), where)]
     function = re.sub(r"([a-z0-9])([A-Z])", r"\1_\2", kind).lower()
     row = table.row_of_function(function)
     if row is not None and row.function is not None:
@@ -105,6 +107,20 @@ def _is_spatial(axes: Any, rank: int) -> bool:
     if rank < 3 or not all(isinstance(a, int) for a in numbers):
         return False
     return sorted(a % rank for a in numbers) == list(range(1, rank - 1))
+
+
+def _padded(name: str, own: Mapping[str, Any], rank: int, where: str) -> Layer:
+    """Padding by zeros or by reflection, of the axes between the batch and the last one."""
+    pads: Any = own.get("pad_width")
+    mode = own.get("mode", "constant")
+    kind = {"constant": f"ZeroPadding{rank - 2}D", "reflect": "ops.ReflectPad"}.get(mode)
+    pairs = isinstance(pads, list | tuple) and all(isinstance(p, list | tuple) for p in pads)
+    if not pairs or len(pads) != rank or rank < 3 or any([*pads[0], *pads[-1]]) or kind is None:
+        raise refuse(where, f"pad_width={pads!r} with mode={mode!r} is not known",
+                     "pad by zeros or reflection, and only what lies between the batch and the "
+                     "last axis")  # fmt: skip
+    padding = [list(p) for p in pads[1:-1]]
+    return Layer(name, kind, {"padding": padding[0] if rank == 3 else padding})
 
 
 def _reduced(
@@ -221,6 +237,12 @@ def entry_of(layer: Layer, name: str) -> dict[str, Any]:
     kind = layer.kind.removeprefix("ops.")
     own = {} if kind == "GetItem" else dict(layer.settings)
     own.pop("dtype", None)
+    if kind == "ReflectPad":
+        own.pop("data_format", None)
+        inner = own.pop("padding")
+        inner = [inner] if isinstance(inner[0], int) else inner
+        pads = [[0, 0], *map(list, inner), [0, 0]]
+        kind, own = "Pad", {**own, "pad_width": pads, "mode": "reflect"}
     if kind in ("Pointwise", "Reduce"):
         kind = {**_EACH, **_ALONG}[own.pop("function")]
         own |= {"keepdims": True} if "axis" in own else {}

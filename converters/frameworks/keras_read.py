@@ -17,7 +17,14 @@ from fwt.layers.recurrent import HARD_SIGMOID
 
 CONTAINERS = ("Sequential", "Functional")
 # What says more than a tensor and changes nothing at inference.
-_IDLE = {"training": ("Resizing", "CenterCrop", "Rescaling", "Normalization"),
+# Layers that Keras calls with training=True by itself, and which are the identity in predict.
+_AUGMENTS = ("AugMix", "CutMix", "MixUp", "RandAugment", "RandomBrightness",
+             "RandomColorDegeneration", "RandomColorJitter", "RandomContrast",
+             "RandomElasticTransform", "RandomErasing", "RandomFlip", "RandomGaussianBlur",
+             "RandomGrayscale", "RandomHue", "RandomInvert", "RandomPerspective",
+             "RandomPosterization", "RandomRotation", "RandomSaturation", "RandomSharpness",
+             "RandomShear", "RandomTranslation", "RandomZoom")  # fmt: skip
+_IDLE = {"training": ("Resizing", "CenterCrop", "Rescaling", "Normalization", *_AUGMENTS),
          "mask": ("BatchNormalization", "Dropout", *CONTAINERS)}  # fmt: skip
 # In what order a layer of several tensors takes them, and how Keras calls them.
 _ARGUMENTS = {"MultiHeadAttention": ("query", "value", "key"),

@@ -301,6 +301,7 @@ def _select(reader: Reader, equation: Equation) -> Any:
     for slot, keep in zip(cases, (~one, one), strict=True):
         if slot.follows:
             value = reader.thin(slot, place)
+            reader.check_finite(value, place)
             others = [s.number for s in cases if s is not slot and not s.follows]
             # Beside minus infinity any number is nothing.
             if others != [-math.inf]:

@@ -1,6 +1,7 @@
 """Whether a Flax model computes what the torch module does that it was made of."""
 
 import itertools
+import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from fwt.converters.frameworks.torch_layer import to_numpy, to_tensor
 from fwt.converters.rows.row import Layer, refuse
 from fwt.converters.walk.net import Net
 
+_ALONE = 1 << 13  # roundings that one example alone may be off
 _REPORT = "report it, please: fwt reads an operation of it in another way than torch"
 
 
@@ -38,6 +40,10 @@ def check(model: torch.nn.Module, net: Net, made: Model, inputs: Sequence[torch.
         raise refuse(
             type(model).__name__, f"its Flax model can't be run ({error})", _REPORT
         ) from error
+    for a, b in zip(wanted, first, strict=True):
+        if a.dtype.itemsize < b.dtype.itemsize and a.dtype.kind not in "iub":
+            raise refuse(type(model).__name__, f"it gives {a.dtype}, its Flax model {b.dtype}",
+                         "convert model.float()")  # fmt: skip
     eps = judge.eps_of([y.dtype for y in (*wanted, *first)])
     _check_one(model, given, wanted, eps)
     told: judge.Apart | None = None
@@ -106,7 +112,7 @@ def _check_one(
         first = many[:1]
         scale = np.max(np.abs(first), where=np.isfinite(first), initial=0)
         if one.size != first.size or not np.allclose(
-            one.reshape(first.shape), first, 0, 100 * eps**0.5 * scale, equal_nan=True
+            one.reshape(first.shape), first, 0, _ALONE * eps * scale, equal_nan=True
         ):
             raise refuse(place, "it gives something else for one example than for one of several",
                          "what it does may not depend on how many there are")  # fmt: skip
@@ -152,4 +158,10 @@ def _apart(a: np.ndarray, b: np.ndarray, eps: float, *noise: np.ndarray) -> judg
         judge.apart(a, f(b), [f(n) for n in noise], eps=eps)
         for f in (lambda y: y, turned) if f(b).shape == a.shape
     ]  # fmt: skip
-    return min(told, key=lambda t: t.excess, default=None)
+    found = min(told, key=lambda t: t.excess, default=None)
+    # The first input is an ordinary one: what is a number there is none by rounding.
+    lost = [np.isfinite(a[0]) & ~np.isfinite(f(b)[0])
+            for f in (lambda y: y, turned) if f(b).shape == a.shape and len(a)]  # fmt: skip
+    if found is not None and lost and all(x.any() for x in lost):
+        return found._replace(excess=math.inf, absolute=math.inf)
+    return found

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from fwt._types import ConversionError
+from fwt.converters import judge
 from fwt.converters.frameworks import torch_calls, torch_operations, torch_state
 from fwt.converters.frameworks.torch_values import Reader
 from fwt.converters.rows.row import Layer, refuse
@@ -32,7 +33,15 @@ def example_inputs(model: torch.nn.Module, input_shape: Any) -> tuple[torch.Tens
     """
     given = input_shape if isinstance(input_shape, list | tuple) else (input_shape,)
     if given and all(isinstance(x, torch.Tensor | np.ndarray) for x in given):
-        tensors = [torch.as_tensor(x) for x in given]
+        floats = [p.dtype for p in model.parameters() if p.is_floating_point()]
+        try:
+            tensors = [torch.as_tensor(x) for x in given]
+        except TypeError as error:
+            raise ConversionError(f"an example of an input is no tensor ({error})") from error
+        if any(x.is_complex() or x.layout != torch.strided for x in tensors):
+            raise ConversionError("an example of an input is a dense tensor of real numbers")
+        # NumPy's numbers are float64 unless told otherwise.
+        tensors = [x.to(floats[0]) if floats and x.dtype == torch.float64 else x for x in tensors]
         if any(x.ndim < 1 or not len(x) for x in tensors):
             raise ConversionError("an example of an input has a batch axis, and at least one entry")
         return tuple(torch.cat([x, x])[:2] for x in tensors)
@@ -77,7 +86,7 @@ def _first_line(error: BaseException | None) -> str:
 @contextlib.contextmanager
 def at_inference(model: torch.nn.Module) -> Iterator[None]:
     """The model in eval mode; afterwards each module of it is as it was."""
-    was = {m: torch_state.held(m, weights=False) for m in model.modules()}
+    was = {m: torch_state.held(m) for m in model.modules()}
     model.eval()
     try:
         yield
@@ -98,7 +107,7 @@ def _traceable() -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(False)
     logger.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), torch.no_grad():
+        with warnings.catch_warnings(), torch.no_grad(), judge.usual_products():
             warnings.simplefilter("ignore")
             yield
     finally:
@@ -111,7 +120,11 @@ def exported(model: torch.nn.Module, inputs: Sequence[torch.Tensor]) -> Any:
     """The operations of a model, for any batch, without those in place."""
     batch = torch.export.Dim("batch")
     shapes: tuple[Any, ...] = tuple({0: batch} for _ in inputs)
-    kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
+    try:
+        kinds = [p.kind for p in inspect.signature(model.forward).parameters.values()]
+    except ValueError as error:
+        raise refuse(type(model).__name__, f"its forward has no signature ({error})",
+                     "give the module that it was made of") from error  # fmt: skip
     if inspect.Parameter.VAR_POSITIONAL in kinds:
         first = kinds.index(inspect.Parameter.VAR_POSITIONAL)
         shapes = (*shapes[:first], shapes[first:])
@@ -141,7 +154,11 @@ def net_of(model: torch.nn.Module, inputs: Sequence[torch.Tensor]) -> Net:
     for module in model.modules():
         torch_calls.check_hooks(module, model)
     with at_inference(model):
-        program = exported(model, inputs)
+        return _read(model, inputs, exported(model, inputs))
+
+
+def _read(model: torch.nn.Module, inputs: Sequence[torch.Tensor], program: Any) -> Net:
+    """The net of an exported program."""
     signature = program.graph_signature
     held = {
         **signature.inputs_to_parameters,

@@ -200,6 +200,7 @@ def _masked_fill(reader: Reader, node: Any, args: Args, place: str) -> Any:
 
 def masked(reader: Reader, value: Value, mask: torch.Tensor, fill: float, place: str) -> Value:
     """The value where a mask is false, a number where it is true."""
+    reader.check_finite(value, place)
     zero = torch.zeros(())
     if fill != -math.inf:  # beside which any number is nothing
         value = constant_met(reader, "Multiply", value, (~mask).float(), place)
@@ -220,6 +221,7 @@ def _where(reader: Reader, node: Any, args: Args, place: str) -> Any:
     for x, where in sides:
         if x in reader.env:
             value = reader.dynamic(x, place)
+            reader.check_finite(value, place)
             parts.append(constant_met(reader, "Multiply", value, where.float(), place))
         elif x in reader.values and not reader.sources[x]:
             parts.append(reader.values[x] * where)

@@ -4,20 +4,18 @@ from typing import Any
 
 import torch
 
-Held = tuple[dict[str, Any], list[tuple[Any, Any, int]]]
+# Attributes, and of each tensor its memory and a copy.
+Held = tuple[dict[str, Any], list[tuple[Any, Any, Any]]]
 
 
-def held(module: Any, weights: bool = True) -> Held:
-    """The attributes of a module, and a copy of each of its tensors; without ``weights``, of those
-    that a forward of torch.nn may change."""
+def held(module: Any) -> Held:
+    """The attributes of a module, and a copy of each of its tensors."""
     own = {name: dict(v) if isinstance(v, dict) else list(v) if type(v) is list else v
            for name, v in vars(module).items()}  # fmt: skip
-    tensors = [*module.buffers(False)]
-    if weights or own.get("max_norm") is not None:  # to which an Embedding cuts its rows
-        tensors += module.parameters(False)
+    tensors = [*module.parameters(False), *module.buffers(False)]
     tensors += [v for v in own.values() if isinstance(v, torch.Tensor)]
     lazy = torch.nn.parameter.is_lazy
-    return own, [(v, v.detach().clone(), v._version) for v in tensors
+    return own, [(v, v.detach(), v.detach().clone()) for v in tensors
                  if not lazy(v) and not v.is_inference()]  # fmt: skip
 
 
@@ -25,9 +23,11 @@ def put_back(module: Any, before: Held) -> list[str]:
     """Undoes what a forward changed; leaves the names of the numbers among it."""
     own, tensors = before
     with torch.no_grad():
-        for tensor, value, version in tensors:
-            if tensor._version != version:
-                tensor.copy_(value)
+        for tensor, memory, value in tensors:
+            if tensor.data_ptr() != memory.data_ptr():
+                tensor.data = memory
+            if not torch.equal(memory, value):
+                memory.copy_(value)
     changed = []
     for name in [n for n in vars(module) if n not in own]:
         del vars(module)[name]

@@ -38,6 +38,9 @@ class Reader(Tensors):
         self.model = model
         self.held = held
         every = (*model.named_parameters(), *model.named_buffers())
+        named = [n for n, _ in (*model.named_modules(remove_duplicate=False), *every) if n]
+        # What forward computes is called by no name that a module or an array has.
+        self.own = {joined(n.split(".")) for n in named}
         self.saved = set(model.state_dict())
         self.paths_of = {id(array): path for path, array in every}
         self.env: dict[Any, Any] = {}  # what follows from the input: Value, States, a list
@@ -57,7 +60,8 @@ class Reader(Tensors):
         if path and self.model.get_submodule(".".join(path))._parameters:  # it may be a layer too
             *path, last = path
             name = f"{last}__{name}"
-        return joined([*path, name])
+        place = joined([*path, name])
+        return f"{place}__" if place in self.own else place
 
     # -- sizes ---------------------------------------------------------------------------------
 

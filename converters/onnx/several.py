@@ -87,7 +87,7 @@ def _met(reader: Reader, node: Node, parts: Sequence[Value], like: Sequence[Valu
 def _with_array(reader: Reader, node: Node, name: str) -> bool:
     """A value and an array that no layer of one value says."""
     if node.inputs == [name] * 2:
-        if node.op == "Mul":
+        if node.op == "Mul" and reader.graph.has_floats(name):
             return False
         if node.op in ("Max", "Min", "Mean"):
             return _same(reader, node)
@@ -150,6 +150,7 @@ def _where(reader: Reader, node: Node) -> bool:
             value = reader.value(name, node)
             if any(x.name == value.name and "Softmax" in x.kind for x in reader.layers):
                 raise refuse(str(node), "it replaces entries of a softmax, which may be NaN")
+            reader.check_finite(value, str(node))
             mask = _constant(reader, node, where.astype(np.float32), value)
             made = reader.emit("Multiply", {}, [value, mask], reader.name(node),
                                wider(value, mask), value.axes)  # fmt: skip
@@ -478,6 +479,9 @@ def _tile(reader: Reader, node: Node) -> bool:
         if value.shape[axis] == 1 and k > _MOST:
             ones = [1] * len(value.shape)
             ones[axis] = k
+            reader.graph.left -= 4 * k
+            if reader.graph.left < 0:
+                raise refuse(str(node), f"it repeats an entry {k} times")
             other = reader.source(f"{node.outputs[0]}|{dim}", np.ones(ones, np.float32), node,
                                   "Constant")  # fmt: skip
             value = reader.emit("Multiply", {}, [value, other], reader.name(node),

@@ -324,7 +324,7 @@ class PadAmounts(Special):
         if framework == "torch" and self.field == "cropping":
             return dataclasses.replace(layer, kind=f"ZeroPad{self.rank}d")
         pairs = fields[self.field]
-        if framework == "keras" and layer.kind.startswith("ZeroPadding"):
+        if framework == "keras" and self.field == "padding":
             amounts = [n for pair in pairs for n in pair]
             if max(amounts) <= 0 and any(amounts):
                 cut = pairs_in("keras", tuple((-lo, -hi) for lo, hi in pairs))

@@ -39,14 +39,14 @@ def _pad(r: int, flax: type, torch: str, keras: str | None = None, *settings: S)
     return Row(
         flax,
         f"{torch}{r}d",
-        f"{keras}{r}D" if keras else None,
+        f"{keras}{r}D" if keras and not keras.startswith("ops.") else keras,
         **same_axes(r),
         rank_of="padding",
         settings=settings,
         keras_defaults={"padding": (1,) * r if r > 1 else 1, "data_format": "channels_last"},
         special=PadAmounts(r),
         lower=lower.channels_first(),
-        lacks={"keras": "its pads are of zeros only"},
+        lacks={} if keras else {"keras": "its pads are of zeros only"},
     )
 
 
@@ -324,7 +324,7 @@ CATEGORY_ENCODING = Row(
 _PAIRS: tuple[tuple[Any, ...], ...] = (
     (fl.ZeroPad, "ZeroPad", "ZeroPadding"),
     (fl.ConstantPad, "ConstantPad", None, S("value", "value", None)),
-    (fl.ReflectPad, "ReflectionPad"),
+    (fl.ReflectPad, "ReflectionPad", "ops.ReflectPad"),
     (fl.ReplicatePad, "ReplicationPad"),
     (fl.CircularPad, "CircularPad"),
 )

@@ -12,6 +12,7 @@ from fwt._sequential import Sequential
 from fwt._types import Model
 from fwt.converters.rows.row import TRAINING
 from fwt.converters.verification.sides import OF_TRAINING
+from fwt.layers import Constant
 
 
 def of_layers(a: Model, b: Model) -> str | None:
@@ -24,6 +25,12 @@ def of_layers(a: Model, b: Model) -> str | None:
     if len(one) != len(other) or any(type(x.layer) is not type(y.layer) for x, y in pairs):
         return None
     for x, y in pairs:
+        if isinstance(x.layer, Constant):
+            held = [np.asarray(n.layer.value, np.float64) for n in (x, y)]
+            same = held[0].shape == held[1].shape
+            if not (same and np.allclose(*held, 1e-6, 0, equal_nan=True)):
+                return f"{x.name}: the constants differ"
+            continue
         for field in dataclasses.fields(x.layer):
             if field.name in TRAINING["flax"] or field.name in OF_TRAINING:
                 continue

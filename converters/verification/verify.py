@@ -103,6 +103,11 @@ def verify(
     """
     if tolerance is not None and not 0 <= tolerance < math.inf:
         raise ConversionError(f"verify: tolerance={tolerance} is no part of a row's largest value")
+    apart = isinstance(inputs, list | tuple) and len({np.shape(x) for x in inputs}) > 1
+    if apart or isinstance(inputs, dict):
+        raise ConversionError("verify feeds one array, found several inputs")
+    if any(isinstance(s, list | tuple) for s in input_shape or ()):
+        raise ConversionError(f"verify feeds one array, found input_shape={input_shape!r}")
     shape = np.asarray(inputs) if input_shape is None and inputs is not None else input_shape
     one, other = (_side(_graph_of(m, shape), external_data) for m in (a, b))
     notes: list[str] = []
@@ -208,10 +213,11 @@ def _hidden(lines: Sequence[Line], carries: set[str], changed: set[str] | None) 
         changed: those with other weights; None where the models have other names for them. Such
             models may do the same in other ways, so there only small differences are faults.
     """
-    if any(line.status.startswith("only") for line in lines):
-        return None
+    both = [line for line in lines if not line.status.startswith("only")]
+    if changed is None and len(both) < len(lines):
+        return None  # where weights have the same names, what one has alone is an operation
     waits = None
-    for line in lines:
+    for line in both:
         if line.status == "differs":
             if line.allowed == 0 and math.isinf(line.absolute):
                 return None  # of another shape: the models do the same in other ways
@@ -525,7 +531,7 @@ def _graph_of(model: Any, shape: Any) -> Any:
     if not own or shape is None:
         return model
     try:
-        return linen_trace.traced(*model, shape)
+        return linen_trace.traced(model[0], model[1], shape)
     except ConversionError:
         return model
 

@@ -21,16 +21,20 @@ def packed(value: Any) -> str:
     return base64.b64encode(zlib.compress(raw, 9)).decode()
 
 
-_MOST = 1 << 28  # bytes, which a short text of a hostile file could else exceed
+_KINDS = ("bool", "float16", "float32", "float64", "bfloat16",
+          *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)))  # fmt: skip
+MOST = 1 << 28  # bytes, which a short text of a hostile file could else exceed
 
 
 def _unpacked(text: str, kind: str, shape: tuple[int, ...]) -> np.ndarray:
+    if kind not in _KINDS:
+        raise FwtError(f"a constant of dtype {kind!r}: expected one of {', '.join(_KINDS)}")
     size = math.prod(shape) * np.dtype(kind).itemsize
     reader = zlib.decompressobj()
-    raw = reader.decompress(base64.b64decode(text), min(size, _MOST) + 1)
+    raw = reader.decompress(base64.b64decode(text), min(size, MOST) + 1)
     if len(raw) != size:
         raise FwtError(f"a constant of shape {shape} and dtype {kind} has {size} bytes (at most "
-                       f"{_MOST} are read), found {len(raw)} or more")  # fmt: skip
+                       f"{MOST} are read), found {len(raw)} or more")  # fmt: skip
     return np.frombuffer(raw, np.dtype(kind)).reshape(shape)
 
 
@@ -88,6 +92,11 @@ class Constant(Layer):
         return {"shape": value.shape, "data": packed(value), "kind": value.dtype.name}
 
     @property
+    def nbytes(self) -> int:
+        """The bytes that it takes."""
+        return math.prod(self.shape) * (np.dtype(self.kind).itemsize if self.kind in _KINDS else 1)
+
+    @property
     def value(self) -> np.ndarray:
         """The array."""
         return _unpacked(self.data, self.kind, self.shape)
@@ -126,9 +135,18 @@ class Indexed(Parameter):
         return super().__call__().reshape(-1)[self.positions]
 
     @property
+    def nbytes(self) -> int:
+        """The bytes that its positions take."""
+        return 4 * math.prod(self.gives)
+
+    @property
     def positions(self) -> np.ndarray:
         """The position of each entry."""
-        return _unpacked(self.index, "int32", self.gives)
+        found = _unpacked(self.index, "int32", self.gives)
+        size = math.prod(self.shape)
+        if found.size and not 0 <= found.min() <= found.max() < size:
+            raise FwtError(f"positions {found.min()} to {found.max()} of an array of {size}")
+        return found
 
     @nn.nowrap
     def of(self, scope: Any, name: str) -> Array:

@@ -170,6 +170,14 @@ def test_transforms_know_the_layers_of_a_graph():
     assert jax.tree.structure(scaled) == jax.tree.structure(variables)
 
 
+def test_positions_lie_in_their_array():
+    layer = fl.Indexed.at(np.array([2, 6]), (3, 2))
+    with pytest.raises(fwt.FwtError, match="positions 2 to 6 of an array of 6"):
+        layer.apply({"params": {"value": jnp.ones((3, 2))}})
+    with pytest.raises(fwt.FwtError, match="'U4'"):
+        fl.Constant(shape=(1,), data="", kind="U4").apply({})
+
+
 def test_a_constant_is_no_larger_than_it_says():
     layer = fl.Constant.holding(np.zeros((500, 500), np.float32))
     assert layer.apply({}).shape == (500, 500)

@@ -169,10 +169,13 @@ def layer_line(framework, name):
         t for name in ours for t in _table.rows_of("flax", name) if set(t.ranks) & _ranks(rows)
     ]
     there = {r.class_in(other) for r in [*rows, *twins] if r.class_in(other)}
-    there = {kind for kind in there if not kind.startswith("ops.")}  # no layers
+    operations = {kind for kind in there if kind.startswith("ops.")}
+    there -= operations
     if not there and other == "keras":
         there = {f"`Activation({r.function[0]!r})`" for r in rows if r.function}
     silent = any(r.flax is None or r.kind for r in rows) or "identity" in "".join(notes)
+    if operations and not there:
+        notes.append("in keras an operation")
     if not there and not silent and f"in {other}" not in "".join(notes):
         reason = next((r.lacks.get(other) for r in rows if r.lacks), None)
         notes.append(f"{other}: refused, {reason}")

@@ -466,3 +466,78 @@ def test_a_module_stays_as_it_is(training):
     assert all(torch.equal(v, before[name]) for name, v in net.state_dict().items())
     assert (net.calls, net.seen, net.last) == (0, [], None)
     assert all(module.training == training for module in net.modules())
+
+
+class Sums(nn.Module):
+    """Whose own weights are of the shape of its layer's, which it calls after them."""
+
+    def __init__(self, alone=1.0):
+        super().__init__()
+        self.w, self.b = p(4, 4), p(4)
+        self.linear, self.head, self.alone = nn.Linear(4, 4), nn.Linear(4, 2), alone
+
+    def forward(self, x):
+        first = F.linear(x, self.w, self.b).relu()
+        return self.head(self.linear(first).relu() + x) * (self.alone if x.shape[0] == 1 else 1)
+
+
+def test_operations_take_no_names_of_layers():
+    net = Sums()
+    params = converters.from_torch(net, input_shape=(4,)).variables["params"]
+    np.testing.assert_array_equal(params["linear"]["kernel"], net.linear.weight.detach().numpy().T)
+
+
+def test_a_single_example_is_judged_by_rounding():
+    with pytest.raises(ConversionError, match="for one example"):
+        converters.from_torch(Sums(1.01), input_shape=(4,))
+
+
+def test_verify_sees_through_a_bias_that_hides_a_layer():
+    net = Sums()
+    with torch.no_grad():
+        net.head.bias.fill_(1e6)
+    model = converters.from_torch(net, input_shape=(4,))
+    assert converters.verify(net, model).ok
+    kernel = model.variables["params"]["linear"]["kernel"]
+    kernel = model.variables["params"]["linear"]["kernel"] = kernel.copy()
+    kernel[0, 0] *= 1.5
+    report = converters.verify(net, model)
+    assert (report.ok, report.first) == (False, "linear")
+
+
+class Norms(nn.Module):
+    """Which changes its own weights in its forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.other = nn.utils.parametrizations.spectral_norm(nn.Linear(4, 3))
+
+    def forward(self, x):
+        self.conv.weight.data = torch.renorm(self.conv.weight.data, 2, 0, 0.5)
+        return self.other(self.conv(x).mean((2, 3)))
+
+
+def test_weights_that_a_forward_changes_are_put_back():
+    net = Norms().train()
+    before = {name: v.clone() for name, v in net.state_dict().items()}
+    with contextlib.suppress(ConversionError):
+        converters.from_torch(net, input_shape=(3, 6, 5))
+    assert all(torch.equal(v, before[name]) for name, v in net.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "hide",
+    [
+        lambda x, keep: torch.where(keep, x.log(), torch.zeros(())),
+        lambda x, keep: x.exp().reshape(-1, 4).masked_fill(keep, 0.0),
+        lambda x, keep: torch.where(keep, 1 / x, x),
+    ],
+)
+def test_what_may_be_infinite_is_not_hidden(hide):
+    class Hides(nn.Module):
+        def forward(self, x):
+            return hide(x, torch.tensor([True, False, True, True]))
+
+    with pytest.raises(ConversionError, match="hides entries"):
+        converters.from_torch(Hides(), input_shape=(4,))

@@ -555,7 +555,7 @@ def test_a_row_of_any_table_counts(name):
 
 
 class Capped(torch.nn.Module):
-    """Which no converter takes."""
+    """Whose setting is a constant of its graph."""
 
     def __init__(self, most, drop_prob=0.0):
         super().__init__()
@@ -572,13 +572,13 @@ def masked(value, rate=0.0):
 
 
 @pytest.mark.parametrize(("make", "shape"), [(Capped, (4,)), (masked, (5, 4))])
-def test_settings_of_models_that_can_not_be_converted(make, shape):
+def test_settings_that_no_layer_shows(make, shape):
     a, b, c = make(1e12), make(1e13), make(1e12, 0.25)
     for other in (b, c):
         if make is masked:
             other.set_weights(a.get_weights())
     report = converters.verify(a, b, input_shape=shape)
-    assert (report.ok, report.first) == (False, "masking" if make is masked else "Capped")
+    assert (report.ok, report.first) == (False, "masking" if make is masked else "clamp__constant")
     assert "setting differs" in str(report)
     assert converters.verify(a, c, input_shape=shape).ok  # in training alone they are two
 

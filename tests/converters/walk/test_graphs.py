@@ -216,6 +216,22 @@ def test_a_line_with_an_operation_is_a_graph_where_no_layer_says_it():
     close(converters.to_keras(*model)(x), flat(net(x)))
 
 
+@pytest.mark.parametrize("mode", ["constant", "reflect"])
+def test_a_pad_of_keras_ops_is_a_layer_and_comes_back(mode):
+    start = keras.Input((6, 5, 3))
+    y = keras.ops.pad(start, [[0, 0], [1, 2], [0, 1], [0, 0]], mode=mode)
+    net = keras.Model(start, L.Conv2D(4, 2, name="conv")(y))
+    x = np.random.default_rng(0).normal(size=(2, 6, 5, 3)).astype("float32")
+    model = converters.from_keras(net)
+    close(np.asarray(model(x)), flat(net(x)))
+    with torch.no_grad():
+        found = converters.to_torch(model)(torch.from_numpy(np.moveaxis(x, -1, 1).copy()))
+    close(np.moveaxis(found.numpy(), 1, -1), flat(net(x)))
+    again = converters.to_keras(model)
+    close(again(x), flat(net(x)))
+    close(np.asarray(converters.from_keras(again)(x)), flat(net(x)))
+
+
 def test_a_name_that_torch_can_not_run_is_refused():
     net = fwt.Graph([("in", nn.Dense(3)), ("sum", fwt.layers.Add(), ("in", "input"))])
     variables = net.init(jax.random.key(0), np.ones((1, 3)))
@@ -230,6 +246,8 @@ x = keras.Input((4, 3), name="x")
     ("made", "said"),
     [
         (lambda: keras.ops.cumsum(x, 1), "operation with.*is not known"),
+        (lambda: keras.ops.pad(x, 1, mode="reflect"), "pad_width=1 with mode='reflect'"),
+        (lambda: keras.ops.pad(x, [[0, 0], [1, 1], [0, 0]], constant_values=2.0), "is not known"),
         (lambda: keras.ops.maximum(x, 2.0), "with the number 2.0"),
         (lambda: L.Dropout(0.5)(x, training=True), "training=True"),
         (lambda: L.MultiHeadAttention(1, 3)(x, x, use_causal_mask=True), "use_causal_mask"),

@@ -26,9 +26,9 @@ def of_layers(a: Model, b: Model) -> str | None:
         return None
     for x, y in pairs:
         if isinstance(x.layer, Constant):
-            held = [np.asarray(n.layer.value, np.float64) for n in (x, y)]
-            same = held[0].shape == held[1].shape
-            if not (same and np.allclose(*held, 1e-6, 0, equal_nan=True)):
+            left, right = (np.asarray(n.layer.value, np.float64) for n in (x, y))
+            same = left.shape == right.shape
+            if not (same and np.allclose(left, right, 1e-6, 0, equal_nan=True)):
                 return f"{x.name}: the constants differ"
             continue
         for field in dataclasses.fields(x.layer):

@@ -151,3 +151,14 @@ def test_what_is_no_transform():
             converters.transform(net, given)
     same = fwt.initialize(fwt.initializers.torch.kaiming_normal, key=0)
     assert converters.transform(net, same) is net
+
+
+def test_commands_show_and_prune_a_graph(tmp_path):
+    start = keras.Input((6, 5, 3))
+    y = keras.layers.Conv2D(3, 1, name="conv")(start)
+    net = keras.Model(start, keras.layers.Add(name="sum")([start, y]))
+    net.save(tmp_path / "net.keras")
+    assert "2 layers, input 6 x 5 x 3" in cli("inspect", "net.keras", cwd=tmp_path).stdout
+    cli("prune", "net.keras", "half.keras", "--sparsity", "0.5", cwd=tmp_path)
+    found = fwt.select(converters.load(tmp_path / "half.keras").variables, "conv/kernel")
+    assert int((found["conv/kernel"] == 0).sum()) == 4  # of 9

@@ -372,6 +372,24 @@ def test_modules_of_other_widths(dtype):
     assert torch.equal(back.c.weight, net.c.weight)
 
 
+def test_half_precision_that_would_grow_is_refused():
+    keep = torch.tensor([True, False, True, True])
+    net = Net(lambda m, x: m.c(x).masked_fill(keep, -1e4), c=nn.Linear(3, 4)).half()
+    with pytest.raises(ConversionError, match=r"gives float16, its Flax model float32"):
+        converters.from_torch(net, (3,), layout="source")
+
+
+def test_examples_are_dense_tensors_of_real_numbers():
+    net = Net(lambda m, x: m.c(x).relu() + 1, c=nn.Linear(3, 4))
+    x = np.random.default_rng(0).normal(size=(2, 3))  # of float64
+    assert converters.from_torch(net, x).module.input_shape == (3,)
+    for other in (torch.ones(2, 3, dtype=torch.complex64), np.full((2, 3), None)):
+        with pytest.raises(ConversionError, match="an example of an input is"):
+            converters.from_torch(net, other)
+    with pytest.raises(ConversionError, match="no signature"):
+        converters.from_torch(torch.jit.trace(nn.Linear(3, 4), torch.ones(2, 3)), (3,))
+
+
 def test_weights_made_of_weights_have_another_name():
     """So that those of a state dict do not come in as they are."""
     net = Net(lambda m, x: m.c(x) + 1, c=Standardised(4, 3, 3))

@@ -423,6 +423,7 @@ def test_graphs_by_hand(tmp_path, name):
 
 WHOLE = {
     "twice as much": ([make("Add", ["x", "x"], ["y"])], 7, "whole numbers"),
+    "a square": ([make("Mul", ["x", "x"], ["y"])], 7, "whole numbers"),
     "a mean": ([make("ReduceMean", ["x"], ["a"], axes=[2]), make("Cast", ["a"], ["y"], to=1)], 1,
                "whole numbers of fractions"),
     "a table behind arithmetic": ([make("Max", ["x", "one"], ["a"]),
@@ -443,6 +444,23 @@ def test_whole_numbers(tmp_path, name):
         compared(path, [np.arange(24).reshape(2, 3, 4) % 6])
         return
     with pytest.raises(converters.FileFormatError, match=said):
+        converters.from_onnx(path)
+
+
+@pytest.mark.parametrize("function", ["Log", "Exp", "Reciprocal"])
+def test_what_may_be_infinite_is_not_hidden(tmp_path, function):
+    nodes = [make(function, ["x"], ["a"]), make("Where", ["keep", "a", "zero"], ["y"])]
+    arrays = {"keep": np.array([True, False, True]), "zero": np.float32(0)}
+    path = written(tmp_path / "a.onnx", nodes, arrays, {"x": (3,)}, ["y"])
+    with pytest.raises(converters.FileFormatError, match="hides entries of"):
+        converters.from_onnx(path)
+
+
+def test_repeats_are_held_to_the_size_of_the_file(tmp_path):
+    arrays = {"times": np.array([1, 1 << 26])}
+    nodes = [make("Tile", ["x", "times"], ["y"])]
+    path = written(tmp_path / "a.onnx", nodes, arrays, {"x": (1,)}, ["y"])
+    with pytest.raises(converters.FileFormatError, match="repeats an entry 67108864 times"):
         converters.from_onnx(path)
 
 

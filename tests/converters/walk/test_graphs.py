@@ -232,6 +232,17 @@ def test_a_pad_of_keras_ops_is_a_layer_and_comes_back(mode):
     close(np.asarray(converters.from_keras(again)(x)), flat(net(x)))
 
 
+def test_augmentation_is_the_identity_of_predict():
+    start = keras.Input((6, 5, 3))
+    y = start
+    for layer in (L.RandomFlip(), L.RandomRotation(0.2), L.RandomZoom(0.2), L.RandomContrast(0.2)):
+        y = layer(y)
+    net = keras.Model(start, L.Add(name="sum")([L.Conv2D(3, 1, name="conv")(y), y]))
+    x = np.random.default_rng(0).uniform(size=(2, 6, 5, 3)).astype("float32")
+    model = converters.from_keras(net)
+    close(np.asarray(model(x)), flat(net.predict(x, verbose=0)))
+
+
 def test_a_name_that_torch_can_not_run_is_refused():
     net = fwt.Graph([("in", nn.Dense(3)), ("sum", fwt.layers.Add(), ("in", "input"))])
     variables = net.init(jax.random.key(0), np.ones((1, 3)))

@@ -246,7 +246,7 @@ def test_a_cast_is_read_only_where_it_changes_nothing(tmp_path, name):
     end = np.float32 if arrays else x.dtype
     path = written(tmp_path / "a.onnx", nodes, arrays, ("n", x.shape[1]), x.dtype, end)
     if not read:
-        with pytest.raises(converters.FileFormatError, match="Cast|whole numbers"):
+        with pytest.raises(converters.FileFormatError, match=r"Cast|whole numbers"):
             converters.from_onnx(path)
         return
     np.testing.assert_allclose(np.asarray(converters.from_onnx(path)(x)), run(path, x), rtol=1e-6)

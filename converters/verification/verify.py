@@ -167,7 +167,8 @@ def verify(
     if ok and tolerance is None and setting is not None:
         ok, first = False, setting.split(":")[0]
         notes.append(f"no output on these inputs shows it, but a setting differs: {setting}")
-    if ok and tolerance is None and (first := _hidden(lines, carries, changed)) is not None:
+    graphs = models is not None and all(isinstance(m.module, Graph) for m in models)
+    if ok and tolerance is None and (first := _hidden(lines, carries, changed, graphs)) is not None:
         ok = False
         notes.append(f"the layers behind {first} hide the difference: the output is close")
     if ok and weights and models:
@@ -204,7 +205,9 @@ def _layer(path: str) -> str:
     return layer_name(_tree.split(path)[1:-1] or ("",))
 
 
-def _hidden(lines: Sequence[Line], carries: set[str], changed: set[str] | None) -> str | None:
+def _hidden(
+    lines: Sequence[Line], carries: set[str], changed: set[str] | None, graphs: bool
+) -> str | None:
     """The first layer whose difference is hidden, where both models have the same layers.
 
     Args:
@@ -212,10 +215,11 @@ def _hidden(lines: Sequence[Line], carries: set[str], changed: set[str] | None) 
         carries: those whose units are another's in another order, or scaled and moved.
         changed: those with other weights; None where the models have other names for them. Such
             models may do the same in other ways, so there only small differences are faults.
+        graphs: whether both are graphs.
     """
     both = [line for line in lines if not line.status.startswith("only")]
-    if changed is None and len(both) < len(lines):
-        return None  # where weights have the same names, what one has alone is an operation
+    if len(both) < len(lines) and (changed is None or not graphs):
+        return None  # in graphs of the same weights, what one has alone is an operation
     waits = None
     for line in both:
         if line.status == "differs":

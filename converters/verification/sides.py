@@ -327,7 +327,7 @@ def keras_side(model: Any) -> Side:
 
     numbers = keras.ops.convert_to_numpy
     graph = type(model).__name__ == "Functional"
-    once = [x for x in model.layers if _has_one_output(x)] if graph else []
+    once = [x for x in model.operations if _has_one_output(x)] if graph else []
     inner = keras.Model(model.inputs, [x.output for x in once]) if once else None
 
     def through(x: np.ndarray, by: float = 0.0) -> tuple[np.ndarray, Taps]:
@@ -405,7 +405,8 @@ def _dtype(name: Any) -> Any:
 
 
 def _has_one_output(layer: Any) -> bool:
-    """Whether a layer of a Functional model is called once, and is no model and no input."""
+    """Whether a layer or an operation of a Functional model is called once, and is no model and no
+    input."""
     plain = type(layer).__name__ != "InputLayer" and not hasattr(layer, "layers")
     return plain and len(layer._inbound_nodes) == 1 and hasattr(layer.output, "shape")
 

@@ -251,6 +251,7 @@ class Graph:
         return True
 
     def _know(self, name: str, value: Any, free: Any) -> None:
+        self.of_batch.pop(name, None)  # with the shapes of before it may have been
         if value is not ZEROS:
             self.left -= owned(value)
             self.filled -= value.nbytes - owned(value)

@@ -406,7 +406,7 @@ TORCH_NETS = {
     ("dynamo", "name"),
     [(True, "image"), *((False, n) for n in list(TORCH_NETS)[:5])]
     + [pytest.param(False, n, marks=pytest.mark.thorough) for n in list(TORCH_NETS)[5:]]
-    + [pytest.param(True, n, marks=pytest.mark.thorough) for n in ("norms", "conv1d")],
+    + [pytest.param(True, n, marks=pytest.mark.thorough) for n in list(TORCH_NETS)[1::2]],
 )
 def test_torchs_exporters(tmp_path, name, dynamo):
     shape, layers = TORCH_NETS[name]

@@ -11,7 +11,7 @@ from fwt import layers as fl
 from fwt._graph import Node, may_hold, renamed
 from fwt.converters.frameworks.linen_values import Equation, Equations, Held, Slot
 from fwt.converters.rows.row import joined, parts_of, refuse
-from fwt.converters.walk.tensors import UNBOUNDED
+from fwt.converters.walk.tensors import UNBOUNDED, Names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,16 +24,16 @@ class Value:
     shape: tuple[int | None, ...]
 
 
-class Reader:
+class Reader(Names):
     """The nodes read so far, and what each slot is in their terms."""
 
     def __init__(self, equations: Equations, variables: Any, inputs: Sequence[str]):
+        super().__init__()
         self.equations, self.tree = equations, variables
         self.nodes: list[Node] = []
         self.env: dict[int, Value] = {}  # by id of a slot
         self.arrays: dict[str, dict[tuple[str, ...], np.ndarray]] = {}  # of nodes of our own
         self.shapes: dict[str, tuple[int | None, ...]] = {}
-        self.taken: dict[str, int] = {}
         self.sources: dict[Any, Value] = {}
         self.index: dict[str, np.ndarray] = {}  # by array, the positions that are taken
         self.consumed: set[tuple[str, ...]] = set()  # arrays that nodes of our own hold, reshaped
@@ -111,11 +111,6 @@ class Reader:
         return self.env.get(id(slot)) or self.value(slot, place)
 
     # -- nodes ------------------------------------------------------------------------------------
-
-    def unique(self, name: str) -> str:
-        count = self.taken.get(name, 0)
-        self.taken[name] = count + 1
-        return self.unique(f"{name}__{count}") if count else name
 
     def emit(
         self,

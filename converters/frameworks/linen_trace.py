@@ -114,7 +114,7 @@ def traced_call(
             closed = jax.make_jaxpr(flat)(variables, *specs)
         except ConversionError:
             raise
-        except Exception as error:  # of any kind that a module raises
+        except Exception as error:  # a user's module raises what it likes: it becomes ours
             raise refuse(
                 name,
                 f"JAX can't trace it for any number of examples ({_first_line(error)})",
@@ -198,7 +198,7 @@ def _inputs(run: Any, variables: Any, given: Any, name: str) -> list[Any]:
         ]
         try:
             jax.eval_shape(run, variables, *inputs)
-        except Exception as error:  # noqa: BLE001 - of any kind that a module raises
+        except Exception as error:  # noqa: BLE001 - as above; other dtypes may fit
             failed = failed or error
         else:
             return inputs

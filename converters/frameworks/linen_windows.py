@@ -38,7 +38,7 @@ def _candidates(rank: int, dtype: str) -> tuple[_Candidate, ...]:
         try:
             made = layer(**fields, **marks)
             form = _form_of(function or (lambda x, made=made: made.apply({}, x)), rank, dtype)
-        except Exception:  # noqa: BLE001 - a layer that takes no such tensor
+        except Exception:  # noqa: BLE001 - what a layer says of a tensor that does not fit
             continue
         if form:
             found.append(_Candidate(layer, fields, marks, form))

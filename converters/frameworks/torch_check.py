@@ -36,7 +36,7 @@ def check(model: torch.nn.Module, net: Net, made: Model, inputs: Sequence[torch.
     shapes = [shapes] if len(xs) == 1 else shapes
     try:
         first = run(made.variables, [next(_ends(x, s)) for x, s in zip(xs, shapes, strict=True)])
-    except Exception as error:  # of any kind that JAX raises
+    except Exception as error:  # JAX's errors share no class
         raise refuse(
             type(model).__name__, f"its Flax model can't be run ({error})", _REPORT
         ) from error
@@ -105,7 +105,7 @@ def _check_one(
     try:
         with torch.no_grad():
             alone = [to_numpy(y, "its output") for y in _flat(model(*[x[:1] for x in given]))]
-    except Exception:  # noqa: BLE001 - of any kind: then it takes no single one
+    except Exception:  # noqa: BLE001 - a user's module; it takes no single one then
         return
     place = type(model).__name__
     for one, many in zip(alone, wanted, strict=True):

@@ -68,7 +68,7 @@ def example_inputs(model: torch.nn.Module, input_shape: Any) -> tuple[torch.Tens
             with at_inference(model), torch.no_grad():
                 model(*inputs)
             return inputs
-        except Exception as error:  # noqa: BLE001 - of any kind that the model raises
+        except Exception as error:  # noqa: BLE001 - a user's module; other dtypes may fit
             failed = failed or error
     raise ConversionError(
         f"the model can't be run on input_shape={input_shape!r}: {_first_line(failed)}"
@@ -132,7 +132,7 @@ def exported(model: torch.nn.Module, inputs: Sequence[torch.Tensor]) -> Any:
         with _traceable():
             program = torch.export.export(model, tuple(inputs), dynamic_shapes=shapes, strict=False)
             return program.run_decompositions({})
-    except Exception as error:  # of any kind: what can't be traced is said by many
+    except Exception as error:  # torch.export's errors share no class, and mean one thing
         raise refuse(
             type(model).__name__,
             f"torch.export can't follow it ({_first_line(error)})",

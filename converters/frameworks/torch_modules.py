@@ -179,7 +179,7 @@ class SelfAttention(torch.nn.MultiheadAttention):
 class CausalSelfAttention(torch.nn.MultiheadAttention):
     """The same, in which no step attends to a later one."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # of one tensor
         later = torch.full((x.shape[1], x.shape[1]), -torch.inf, dtype=x.dtype, device=x.device)
         mask = later.triu(1)
         return super().forward(x, x, x, attn_mask=mask, need_weights=False)[0]

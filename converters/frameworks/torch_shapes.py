@@ -191,15 +191,7 @@ def _index(reader: Reader, node: Any, args: Args, place: str) -> Any:
     if at is None or at.ndim != 1 or at.dtype == torch.bool or not 0 < len(at) <= _MOST:
         raise refuse(place, f"it takes entries by other indices than at most {_MOST} constant ones "
                      "along one axis")  # fmt: skip
-    size = value.sizes[dims[0]][0]
-    runs: list[list[int]] = []
-    for one in (int(i) % size for i in at):
-        if runs and one == runs[-1][1]:
-            runs[-1][1] += 1
-        else:
-            runs.append([one, one + 1])
-    parts = [reader.cut(value, dims[0], a, b, place) for a, b in runs]
-    return reader.along(parts, reader.axis(value, dims[0], place), place)
+    return reader.entries(value, dims[0], at, place)
 
 
 _MOST = 64  # entries that are cut one by one

@@ -403,18 +403,7 @@ def _gather(reader: Reader, node: Node) -> bool:
     if np.ndim(at) == 0:
         reader.give(node.outputs[0], reader.entry(value, dim, int(at), reader.name(node)))
         return True
-    axis = reader.axis(value, dim, str(node))
-    size = value.shape[axis]
-    if any(not -size <= i < size for i in at):
-        raise refuse(str(node), f"it takes entries beyond {size}")
-    runs: list[list[int]] = []
-    for one in (int(i) % size for i in at):
-        if runs and one == runs[-1][1]:
-            runs[-1][1] += 1
-        else:
-            runs.append([one, one + 1])
-    parts = [reader.cut(value, dim, start, stop, reader.name(node)) for start, stop in runs]
-    reader.give(node.outputs[0], reader.along(parts, axis, reader.name(node)))
+    reader.give(node.outputs[0], reader.entries(value, dim, at, reader.name(node)))
     return True
 
 

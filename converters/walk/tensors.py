@@ -70,19 +70,27 @@ _MOVES = frozenset({"Permute", "Flatten", "Unflatten", "Reshape", "Slice", "Sele
                     "Flip"})  # fmt: skip
 
 
-class Tensors:
+class Names:
+    """The names of layers and inputs, and how often each was asked for."""
+
+    def __init__(self) -> None:
+        self.taken: dict[str, int] = {}
+
+    def unique(self, name: str) -> str:
+        """The name, or one like it that is free."""
+        count = self.taken.get(name, 0)
+        self.taken[name] = count + 1
+        return self.unique(f"{name}__{count}") if count else name
+
+
+class Tensors(Names):
     """The layers read so far, in torch's terms; ``usual`` gives the defaults of the settings of one
     of a kind."""
 
     def __init__(self, usual: Callable[[str], Mapping[str, Any]]):
+        super().__init__()
         self.layers: list[Layer] = []
         self.usual = usual
-        self.taken: dict[str, int] = {}  # how often each name was asked for, of layers and inputs
-
-    def unique(self, name: str) -> str:
-        count = self.taken.get(name, 0)
-        self.taken[name] = count + 1
-        return self.unique(f"{name}__{count}") if count else name
 
     def emit(
         self,
@@ -245,6 +253,20 @@ class Tensors:
         value = self.cut(value, dim, index, index + 1, name)
         sizes = value.sizes
         return self.reshaped(value, [*sizes[:dim], *sizes[dim + 1 :]], name)
+
+    def entries(self, value: Value, dim: int, at: Any, name: str) -> Value:
+        """The entries at constant positions along one axis, each run of them cut out at once."""
+        axis = self.axis(value, dim, name)
+        size = value.shape[axis]
+        if any(not -size <= i < size for i in at):
+            raise refuse(name, f"it takes entries beyond {size}")
+        runs: list[list[int]] = []
+        for one in (int(i) % size for i in at):
+            if runs and one == runs[-1][1]:
+                runs[-1][1] += 1
+            else:
+                runs.append([one, one + 1])
+        return self.along([self.cut(value, dim, a, b, name) for a, b in runs], axis, name)
 
     def along(self, parts: Sequence[Value], axis: int, name: str) -> Value:
         """Values one after the other along an axis of what they are made of."""

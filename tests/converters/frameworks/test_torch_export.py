@@ -521,6 +521,7 @@ def test_verify_sees_through_a_bias_that_hides_a_layer():
     kernel[0, 0] *= 1.5
     report = converters.verify(net, model)
     assert (report.ok, report.first) == (False, "linear")
+    assert [line.name for line in report.weights] == ["params/linear/kernel"]
 
 
 class Norms(nn.Module):

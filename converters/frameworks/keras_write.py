@@ -282,13 +282,44 @@ def _functional(net: Net, name: str, depth: int = 0) -> dict[str, Any]:
             return list(f(of))
         return {k: f(v) for k, v in of.items()} if isinstance(of, Mapping) else [f(v) for v in of]
 
+    ends = sorted(net.outputs.items()) if isinstance(net.outputs, Mapping) else ()
+    last = [v for _, v in ends] or list(names_in(net.outputs))
     return {
         "name": name,
         "trainable": True,
-        "layers": list(entries.values()),
+        "layers": [entries[n] for n in _sorted(entries, [refs[v] for v in last])],
         "input_layers": form(net.takes, refs.__getitem__),
         "output_layers": form(net.outputs, end),
     }
+
+
+def _sorted(entries: Mapping[str, Any], ends: Sequence[Sequence[Any]]) -> list[str]:
+    """The names of layers in the order that a Functional model of Keras gives them, by which its
+    files number them: by how far they are from the outputs, and then as a search from there meets
+    them."""
+    parents = {
+        (name, call): [tuple(t["config"]["keras_history"][:2]) for t in keras_ops.tensors(node)]
+        for name, entry in entries.items()
+        for call, node in enumerate(entry["inbound_nodes"] or [{}])
+    }
+    met: dict[str, int] = {}
+    done: dict[tuple[str, int], None] = {}  # each call behind those that it takes
+    left = [(tuple(end[:2]), False) for end in reversed(ends)]
+    while left:
+        node, after = left.pop()
+        if after:
+            done[node] = None
+        elif node not in done:
+            met.setdefault(node[0], len(met))
+            left.append((node, True))
+            left += [(parent, False) for parent in reversed(parents[node])]
+    depths: dict[tuple[str, int], int] = {}
+    deepest: dict[str, int] = {}
+    for node in reversed(done):
+        depth = deepest[node[0]] = max(depths.get(node, 0), deepest.get(node[0], 0))
+        for parent in parents[node]:
+            depths[parent] = max(depth + 1, depths.get(parent, 0))
+    return sorted(entries, key=lambda n: (-deepest.get(n, 0), met.get(n, -1)))
 
 
 def _is_read(net: Net, layer: Layer, unit: _Unit, depth: int) -> bool:

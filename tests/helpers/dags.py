@@ -5,6 +5,7 @@
 
 import itertools
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -366,6 +367,12 @@ def run(seed):
     same(there(given), "flax")
     again = converters.to_keras(there)
     same(again(given, training=False), "keras again")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "ours.keras"
+        converters.save(path, there)
+        same(keras.saving.load_model(path, compile=False)(given, training=False), "our file")
+        model.save(Path(folder) / "theirs.keras")
+        same(converters.load(Path(folder) / "theirs.keras")(given), "their file")
     held = [v for v in model.variables if v.name != "seed_generator_state"]
     back = [v for v in again.variables if v.name != "seed_generator_state"]
     assert sorted(np.ravel(v).tobytes() for v in held) == sorted(

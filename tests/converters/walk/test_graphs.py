@@ -175,6 +175,22 @@ def test_random_graphs(seed):
     dags.run(seed)
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+def test_branches_of_other_lengths_keep_their_weights_in_a_file(tmp_path, swapped):
+    """Keras numbers the layers of a file by how far they are from the output."""
+    start = keras.Input((4, 3))
+    short = L.Dense(3, name="short")(start)
+    long = L.Dense(3, name="long_1")(start)
+    long = L.Dense(3, name="long_2")(L.Activation("tanh")(long))
+    both = [long, short] if swapped else [short, long]
+    net = keras.Model(start, L.Dense(2, name="head")(L.Subtract()(both)))
+    for v in net.weights:
+        v.assign(np.random.default_rng(len(v.path)).normal(size=v.shape))
+    x = np.random.default_rng(0).normal(size=(2, 4, 3)).astype("float32")
+    converters.save(tmp_path / "a.keras", converters.from_keras(net))
+    close(keras.saving.load_model(tmp_path / "a.keras")(x), flat(net(x)))
+
+
 def test_learned_arrays_between_layers():
     """A gain, a row for each channel and a table of positions."""
     net = fwt.Graph(

@@ -321,6 +321,7 @@ REFUSED = (
     "flattened in another order",
     "has the weights of",
     "torch can't say a mean",
+    "only Keras itself can write",  # attention of one tensor in a line of layers
 )
 
 
@@ -369,8 +370,13 @@ def run(seed):
     same(again(given, training=False), "keras again")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ours.keras"
-        converters.save(path, there)
-        same(keras.saving.load_model(path, compile=False)(given, training=False), "our file")
+        try:
+            converters.save(path, there)
+            same(keras.saving.load_model(path, compile=False)(given, training=False), "our file")
+        except converters.ConversionError as error:
+            if REFUSED[-1] not in str(error):
+                raise
+            said.append(str(error))
         model.save(Path(folder) / "theirs.keras")
         same(converters.load(Path(folder) / "theirs.keras")(given), "their file")
     held = [v for v in model.variables if v.name != "seed_generator_state"]

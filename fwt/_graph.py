@@ -133,6 +133,7 @@ class Graph(nn.Module, KnowsAxes):
         object.__setattr__(
             self, "_by_path", {n.name: n.layer for n in nodes if n.layer is not None}
         )
+        object.__setattr__(self, "_last", _last_uses(nodes, names_in(outputs)))
         super().__post_init__()
 
     @nn.compact
@@ -156,6 +157,7 @@ class Graph(nn.Module, KnowsAxes):
             raise FwtError(f"expected the inputs {', '.join(names)}, found {len(xs)}")
         values = dict(zip(names, xs, strict=True))
         bound: dict[str, Any] = {}
+        done: Mapping[str, Sequence[str]] = vars(self)["_last"]
         for node in self.nodes:
             if isinstance(node.layer, _layers.Parameter):
                 values[node.name] = self._array(node)
@@ -174,6 +176,9 @@ class Graph(nn.Module, KnowsAxes):
                     "batch comes first, and a converted model has its channels where layout= put "
                     f"them, last unless told otherwise ({error})"
                 ) from error
+            del given
+            for name in done.get(node.name, ()):
+                del values[name]  # whose memory is free, outside of jit
         out = [values[name] for name in names_in(self.outputs)]
         if isinstance(self.outputs, Mapping):
             return dict(zip(self.outputs, out, strict=True))
@@ -298,6 +303,15 @@ def _node(entry: Any) -> Node:
     given = [*entry, *[INPUT, ""][len(entry) - 2 :]]
     name, layer, inputs, of = given
     return Node(name, layer, (inputs,) if isinstance(inputs, str) else tuple(inputs), of)
+
+
+def _last_uses(nodes: Sequence[Node], outputs: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """By name of a node, what no node after it takes."""
+    later, found = set(outputs), {}
+    for node in reversed(nodes):
+        found[node.name] = tuple(set(node.inputs) - later)
+        later.update(node.inputs)
+    return found
 
 
 def _check(nodes: Sequence[Node], inputs: tuple[str, ...], outputs: tuple[str, ...]) -> None:

@@ -144,7 +144,9 @@ def from_torch(
         net = Net.line(_children(model, (), {})).given(input_shape)
     elif isinstance(model, torch.nn.Module):
         inputs = torch_export.example_inputs(model, input_shape)
-        net = torch_export.net_of(model, inputs)
+        with torch_export.at_inference(model):
+            net = torch_export.net_of(model, inputs)
+            tried = torch_check.tried(model, net, inputs)
         input_shape = None
     else:
         raise ConversionError(f"from_torch takes a torch.nn.Module, found {type(model).__name__}")
@@ -159,8 +161,7 @@ def from_torch(
 
     made = forth(net)
     if not is_container(model):
-        with torch_export.at_inference(model):
-            torch_check.check(model, net, made, inputs)
+        torch_check.check(tried, made)
     if not sidecar:
         return made
     there = "source" if layout == "source" else "channels_first"

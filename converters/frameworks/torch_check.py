@@ -3,8 +3,8 @@
 import itertools
 import math
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -17,42 +17,62 @@ from fwt.converters.rows.row import Layer, refuse
 from fwt.converters.walk.net import Net
 
 _ALONE = 1 << 13  # roundings that one example alone may be off
+_LARGE = 1 << 16  # numbers in an example that is large
 _REPORT = "report it, please: fwt reads an operation of it in another way than torch"
 
 
+class Tried(NamedTuple):
+    """Random inputs, and what a torch module gives for them."""
+
+    place: str
+    inputs: list[np.ndarray]
+    outputs: list[np.ndarray]
+
+
 @judge.full_products()
-def check(model: torch.nn.Module, net: Net, made: Model, inputs: Sequence[torch.Tensor]) -> None:
-    """Raises unless both give the same on random inputs, but for rounding.
+def tried(model: torch.nn.Module, net: Net, inputs: Sequence[torch.Tensor]) -> Tried:
+    """A torch module in eval mode on random inputs.
 
     Args:
-        model: the torch module, in eval mode.
+        model: the module.
         net: its layers.
-        made: the Flax model.
-        inputs: an example of each input of the module.
+        inputs: an example of each input.
+
+    Raises:
+        ConversionError: for a module that computes otherwise for one example than for several.
     """
     xs, given, wanted = _run(model, net, inputs)
-    run = jax.jit(lambda variables, xs: _flat(made.module.apply(variables, *xs)))
+    _check_one(model, given, wanted, judge.eps_of([y.dtype for y in wanted]))
+    return Tried(type(model).__name__, xs, wanted)
+
+
+@judge.full_products()
+def check(torch_gave: Tried, made: Model) -> None:
+    """Raises unless a Flax model gives what a torch module did, but for rounding."""
+    place, xs, wanted = torch_gave
+    compiled = jax.jit(lambda variables, xs: _flat(made.module.apply(variables, *xs)))
+
+    def run(variables: Any, xs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        return _in_parts(lambda part: [*map(np.asarray, compiled(variables, part))], xs)
+
     shapes = made.module.input_shape
     shapes = [shapes] if len(xs) == 1 else shapes
     try:
         first = run(made.variables, [next(_ends(x, s)) for x, s in zip(xs, shapes, strict=True)])
     except Exception as error:  # JAX's errors share no class
-        raise refuse(
-            type(model).__name__, f"its Flax model can't be run ({error})", _REPORT
-        ) from error
+        raise refuse(place, f"its Flax model can't be run ({error})", _REPORT) from error
     for a, b in zip(wanted, first, strict=True):
         if a.dtype.itemsize < b.dtype.itemsize and a.dtype.kind not in "iub":
-            raise refuse(type(model).__name__, f"it gives {a.dtype}, its Flax model {b.dtype}",
+            raise refuse(place, f"it gives {a.dtype}, its Flax model {b.dtype}",
                          "convert model.float()")  # fmt: skip
     eps = judge.eps_of([y.dtype for y in (*wanted, *first)])
-    _check_one(model, given, wanted, eps)
     told: judge.Apart | None = None
     for moved in itertools.product(*(_ends(x, shape) for x, shape in zip(xs, shapes, strict=True))):
-        found = [np.asarray(y) for y in run(made.variables, moved)]
+        found, first = first or run(made.variables, moved), []
 
         def nudged(by: float, moved: Any = moved) -> list[np.ndarray]:
             own = jax.tree.map(lambda leaf: judge.nudged(leaf, by), made.variables)
-            return [np.asarray(y) for y in run(own, [judge.nudged(x, by) for x in moved])]
+            return run(own, [judge.nudged(x, by) for x in moved])
 
         apart = [_apart(a, b, eps) for a, b in zip(wanted, found, strict=True)]
         if any(t is None or t.excess > 1 for t in apart):
@@ -64,7 +84,7 @@ def check(model: torch.nn.Module, net: Net, made: Model, inputs: Sequence[torch.
             return
     by = "has another shape" if told is None else f"differs by {told.absolute:.3g}"
     raise refuse(
-        type(model).__name__,
+        place,
         f"the output of its Flax model {by}, and no rounding explains it, so nothing is given back",
         _REPORT,
     )
@@ -87,14 +107,30 @@ def _run(
         xs = [_random(x, name, net.layers, parts) for x, name in named]
         given = [to_tensor(x).to(like.dtype) for x, like in zip(xs, inputs, strict=True)]
         try:
-            with torch.no_grad():
-                outputs = _flat(model(*given))
+            return xs, given, _in_parts(lambda part: _outputs(model, part), given)
         except IndexError:  # whole numbers that are made larger before they index a table
             parts *= 2
             if parts > 2**20:
                 raise
-            continue
-        return xs, given, [to_numpy(y, "its output") for y in outputs]
+
+
+def _outputs(model: torch.nn.Module, xs: Sequence[torch.Tensor]) -> list[np.ndarray]:
+    with torch.no_grad():
+        return [to_numpy(y, "its output") for y in _flat(model(*xs))]
+
+
+def _in_parts(
+    function: Callable[[Sequence[Any]], list[np.ndarray]], xs: Sequence[Any]
+) -> list[np.ndarray]:
+    """What a function gives for a batch, of large examples two at a time for the memory's sake."""
+    count = len(xs[0])
+    if sum(math.prod(x.shape[1:]) for x in xs) < _LARGE:
+        return function(xs)
+    rows = [[i, (i + 1) % count] for i in range(0, count, 2)]
+    parts = [function([x[row] for x in xs]) for row in rows]
+    if any(y.shape[:1] != (2,) for ys in parts for y in ys):
+        return function(xs)
+    return [np.concatenate(ys)[:count] for ys in zip(*parts, strict=True)]
 
 
 def _check_one(
@@ -103,8 +139,7 @@ def _check_one(
     """Raises for a module that computes otherwise for one example than for several: what
     torch.export tells is true for two or more."""
     try:
-        with torch.no_grad():
-            alone = [to_numpy(y, "its output") for y in _flat(model(*[x[:1] for x in given]))]
+        alone = _outputs(model, [x[:1] for x in given])
     except Exception:  # noqa: BLE001 - a user's module; it takes no single one then
         return
     place = type(model).__name__

@@ -145,7 +145,7 @@ def net_of(model: torch.nn.Module, inputs: Sequence[torch.Tensor]) -> Net:
     """The layers of a model in an order in which each follows what it takes.
 
     Args:
-        model: any module.
+        model: any module, in eval mode.
         inputs: an example of each of its inputs, whose first axis is the batch.
 
     Returns:
@@ -153,8 +153,7 @@ def net_of(model: torch.nn.Module, inputs: Sequence[torch.Tensor]) -> Net:
     """
     for module in model.modules():
         torch_calls.check_hooks(module, model)
-    with at_inference(model):
-        return _read(model, inputs, exported(model, inputs))
+    return _read(model, inputs, exported(model, inputs))
 
 
 def _read(model: torch.nn.Module, inputs: Sequence[torch.Tensor], program: Any) -> Net:

@@ -3,6 +3,7 @@ and arrays of the model."""
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -46,7 +47,8 @@ class Reader(Tensors):
         self.env: dict[Any, Any] = {}  # what follows from the input: Value, States, a list
         self.values: dict[Any, torch.Tensor] = {}  # what does not
         self.sources: dict[Any, frozenset[str]] = {}  # the arrays of the model that it follows from
-        self.positions: dict[Any, Any] = {}  # of entries of one array, where they stand in it
+        # Of entries of one array, where they stand in it; None for the whole array.
+        self.positions: dict[Any, tuple[str, torch.Tensor | None]] = {}
         self.index: dict[str, torch.Tensor] = {}  # by array, the positions that are taken
         self.paths: dict[str, frozenset[str]] = {}  # the arrays of the model in a layer
         self.made: dict[Any, Value] = {}  # arrays between layers
@@ -90,17 +92,14 @@ class Reader(Tensors):
     def is_whole(self, node: Any, name: str) -> bool:
         """Whether a node is an array of this name of a module, and not computed from it."""
         path, index = self.positions.get(node, ("", None))
-        if index is None or path.rpartition(".")[2] != name:
+        if path.rpartition(".")[2] != name:
             return False
         whole = self.held[path].shape if path in self.held else ()
-        return bool(index.shape == whole and (index.flatten() == torch.arange(index.numel())).all())
+        return index is None or (index.shape == whole and torch.equal(index, _positions(whole)))
 
     def hold(self, node: Any, path: str) -> None:
-        value = self.values[node] = self.held[path].detach()
-        self.positions[node] = (
-            self.canonical(path),
-            torch.arange(value.numel()).reshape(value.shape),
-        )
+        self.values[node] = self.held[path].detach()
+        self.positions[node] = self.canonical(path), None
         known = _at(self.model, path) is not None  # else it is a constant of its forward
         self.sources[node] = frozenset([self.canonical(path)] if known else [])
 
@@ -125,6 +124,7 @@ class Reader(Tensors):
         if name_of(node) in SELECTS and first is not None:
             path, index = first
             given = node.all_input_nodes[0]
+            index = _positions(self.values[given].shape) if index is None else index
             args = torch.fx.map_arg((node.args, node.kwargs), lambda a: (
                 index if a is given else plain(a)))  # fmt: skip
             self.positions[node] = path, node.target(*args[0], **args[1])
@@ -215,8 +215,10 @@ class Reader(Tensors):
         paths = self.sources[node] & self.saved
         learned = {p for p in paths if isinstance(_at(self.model, p), torch.nn.Parameter)}
         path, index = self.positions.get(node, ("", None))
-        if path in self.saved and (made := self._named(path, arranged(index), place)):
-            return made
+        if path in self.saved:
+            index = _positions(self.values[node].shape) if index is None else index
+            if made := self._named(path, arranged(index), place):
+                return made
         key = node, tuple(value.shape), tuple(value.stride())
         if key not in self.made:
             kind, word = ("Parameter", "computed") if learned else ("Constant", "constant")
@@ -256,6 +258,11 @@ class Reader(Tensors):
         settings: dict[str, Any] = {"shape": tuple(value.shape)}
         settings |= {} if table is None else {"table": table}
         return self.emit(kind, settings, [], name, value.shape, arrays=arrays)
+
+
+def _positions(shape: Sequence[int]) -> torch.Tensor:
+    """Where each entry of an array stands in it."""
+    return torch.arange(math.prod(shape)).reshape(*shape)
 
 
 # What gives the same for each example, so that one stands for all.

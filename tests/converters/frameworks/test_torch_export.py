@@ -427,7 +427,9 @@ def test_shapes_dtypes_and_modes_of_the_module_stay():
     net.dropout.eval()
     inputs = torch_export.example_inputs(net, (7,))
     assert [x.dtype for x in inputs] == [torch.int64]
-    torch_export.net_of(net, inputs)
+    with torch_export.at_inference(net):
+        torch_export.net_of(net, inputs)
+        assert not net.training
     assert net.training
     assert net.lstm.training
     assert not net.dropout.training
@@ -447,11 +449,31 @@ def test_a_wrong_model_is_not_given_back():
     net, xs = made("PointNet")
     told = torch_export.net_of(net, xs)
     model = converters.from_torch(net, shapes_of(xs), layout="source")
-    torch_check.check(net, told, model, xs)
+    tried = torch_check.tried(net, told, xs)
+    torch_check.check(tried, model)
     kernel = model.variables["params"]["fc"]["kernel"]
     model.variables["params"]["fc"]["kernel"] = kernel * np.float32(1.001)
     with pytest.raises(ConversionError, match="differs by"):
-        torch_check.check(net, told, model, xs)
+        torch_check.check(tried, model)
+
+
+def test_large_examples_are_tried_two_at_a_time():
+    taken = []
+
+    def forward(m, x):
+        taken.append(x.shape[0])
+        return m.a(x).mean((2, 3))
+
+    net = Net(forward, a=nn.Conv2d(3, 4, 3)).eval()
+    for side, most in ((9, 7), (150, 2)):
+        taken.clear()
+        model = converters.from_torch(net, (3, side, side + 1), layout="source")
+        assert max(n for n in taken if isinstance(n, int)) == most
+        x = torch.randn(3, 3, side, side + 1)
+        assert_same(net(x), run(model, [x]))
+    mixed = Net(lambda m, x: m.a(x) - x.amax(0, keepdim=True), a=nn.Conv2d(3, 3, 1)).eval()
+    with pytest.raises(ConversionError):
+        converters.from_torch(mixed, (3, 150, 151), layout="source")
 
 
 def test_each_net_of_whole_numbers_is_known():

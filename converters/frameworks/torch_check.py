@@ -3,7 +3,7 @@
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ from fwt.converters.rows.row import Layer, refuse
 from fwt.converters.walk.net import Net
 
 _ALONE = 1 << 13  # roundings that one example alone may be off
-_LARGE = 1 << 16  # numbers in an example that is large
+_LARGE = 1 << 16  # numbers in an example of which only three are tried
 _REPORT = "report it, please: fwt reads an operation of it in another way than torch"
 
 
@@ -53,7 +53,7 @@ def check(torch_gave: Tried, made: Model) -> None:
     compiled = jax.jit(lambda variables, xs: _flat(made.module.apply(variables, *xs)))
 
     def run(variables: Any, xs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        return _in_parts(lambda part: [*map(np.asarray, compiled(variables, part))], xs)
+        return [np.asarray(y) for y in compiled(variables, xs)]
 
     shapes = made.module.input_shape
     shapes = [shapes] if len(xs) == 1 else shapes
@@ -101,13 +101,13 @@ def _run(
 ) -> tuple[list[np.ndarray], list[torch.Tensor], list[np.ndarray]]:
     """Random inputs, other ones and more than the examples, as arrays and as tensors, and what the
     torch module gives for them."""
-    parts = 1
+    parts, count = 1, 3 if sum(x[0].numel() for x in inputs) > _LARGE else 7
     while True:
         named = zip(inputs, net.inputs, strict=True)
-        xs = [_random(x, name, net.layers, parts) for x, name in named]
+        xs = [_random(x, name, net.layers, parts, count) for x, name in named]
         given = [to_tensor(x).to(like.dtype) for x, like in zip(xs, inputs, strict=True)]
         try:
-            return xs, given, _in_parts(lambda part: _outputs(model, part), given)
+            return xs, given, _outputs(model, given)
         except IndexError:  # whole numbers that are made larger before they index a table
             parts *= 2
             if parts > 2**20:
@@ -117,20 +117,6 @@ def _run(
 def _outputs(model: torch.nn.Module, xs: Sequence[torch.Tensor]) -> list[np.ndarray]:
     with torch.no_grad():
         return [to_numpy(y, "its output") for y in _flat(model(*xs))]
-
-
-def _in_parts(
-    function: Callable[[Sequence[Any]], list[np.ndarray]], xs: Sequence[Any]
-) -> list[np.ndarray]:
-    """What a function gives for a batch, of large examples two at a time for the memory's sake."""
-    count = len(xs[0])
-    if sum(math.prod(x.shape[1:]) for x in xs) < _LARGE:
-        return function(xs)
-    rows = [[i, (i + 1) % count] for i in range(0, count, 2)]
-    parts = [function([x[row] for x in xs]) for row in rows]
-    if any(y.shape[:1] != (2,) for ys in parts for y in ys):
-        return function(xs)
-    return [np.concatenate(ys)[:count] for ys in zip(*parts, strict=True)]
 
 
 def _check_one(
@@ -159,13 +145,17 @@ def _check_one(
             )
 
 
-def _random(like: torch.Tensor, name: str, layers: Sequence[Layer], parts: int) -> np.ndarray:
-    """Seven inputs of the kind of an example; whole numbers below the size of the tables that they
-    index, or a part of it."""
+def _random(
+    like: torch.Tensor, name: str, layers: Sequence[Layer], parts: int, count: int = 7
+) -> np.ndarray:
+    """As many inputs of the kind of an example; whole numbers below the size of the tables that
+    they index, or a part of it."""
     sizes = tuple(like.shape[1:])
     if like.is_floating_point():
         half = like.dtype == torch.float16
-        return judge.numbers(sizes, half)[:7].astype(to_numpy(like, name).dtype)
+        return judge.numbers(sizes, half)[[0, 1, 4, 5, 2, 3, 6][:count]].astype(
+            to_numpy(like, name).dtype
+        )
     rows = {x.name: len(x.arrays["value"]) for x in layers if x.kind == "Parameter" and x.shape}
     tables = {
         x.name: len(x.arrays["weight"]) if x.kind == "Embedding" else rows[x.inputs[0]]
@@ -173,10 +163,10 @@ def _random(like: torch.Tensor, name: str, layers: Sequence[Layer], parts: int) 
         if x.kind == "Embedding" or (x.kind == "Lookup" and x.inputs[0] in rows)
     }
     own = [tables[x.name] for x in layers if name in x.inputs and x.name in tables]
-    count = min(own or tables.values(), default=2)
+    end = min(own or tables.values(), default=2)
     if like.dtype == torch.bool:
-        return judge.whole_numbers(2, (7, *sizes))[0].astype(bool)
-    return np.resize(judge.whole_numbers(max(count // parts, 1), sizes), (7, *sizes))
+        return judge.whole_numbers(2, (count, *sizes))[0].astype(bool)
+    return np.resize(judge.whole_numbers(max(end // parts, 1), sizes), (count, *sizes))
 
 
 def _ends(x: np.ndarray, shape: Any) -> Iterator[np.ndarray]:

@@ -18,6 +18,7 @@ import resource
 import tempfile
 import time
 import traceback
+from collections import Counter
 from pathlib import Path
 
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")  # which compiles nothing
@@ -29,6 +30,7 @@ import torch
 
 from fwt import converters
 
+ONNX = 100_000_000  # parameters, beyond which a model goes to no ONNX file here
 # Names that say with which sizes a model is built where any others are refused.
 SIZES = {"NASNetLarge": 96, "InceptionV3": 96, "InceptionResNetV2": 96, "Xception": 96}
 
@@ -79,22 +81,27 @@ def error(found, expected):
 
 
 def held(model):
-    """The arrays of each layer by its name; those of a Normalization come back as settings."""
-    return [
-        (layer.name, np.ravel(v))
+    """Each array of the layers; those of a Normalization come back as settings."""
+    return Counter(
+        np.ravel(v).tobytes()
         for layer in model._flatten_layers()
         if not isinstance(layer, keras.Model | keras.layers.Normalization)
         for v in layer.variables
         if keras.backend.is_float_dtype(v.dtype)
-    ]
-
-
-def bits(a, b):
-    """Whether two Keras models hold the same weights in layers of the same names, in order."""
-    one, two = held(a), held(b)
-    return len(one) == len(two) and all(
-        n == m and v.tobytes() == w.tobytes() for (n, v), (m, w) in zip(one, two, strict=True)
     )
+
+
+def bits(again, model):
+    """Whether all arrays of a model came back bit for bit, and beside them nothing but ones, which
+    torch has where Keras's BatchNormalization is told scale=False."""
+    one, two = held(again), held(model)
+    return not two - one and all((np.frombuffer(x, "float32") == 1).all() for x in one - two)
+
+
+def named(again, model):
+    """The share of layers with weights whose names came back."""
+    own = {x.name for x in model._flatten_layers() if x.variables and not hasattr(x, "layers")}
+    return len(own & {x.name for x in again._flatten_layers()}) / len(own)
 
 
 def in_keras(model, x):
@@ -125,7 +132,7 @@ def tour(model):
     out["flax again"] = error(in_flax(back, x), expected)
     again = converters.to_keras(back)
     out["keras again"] = error(in_keras(again, x), expected)
-    out["bits"] = bits(again, model)
+    out["bits"], out["names"] = bits(again, model), round(named(again, model), 3)
     with tempfile.TemporaryDirectory() as folder:
         out |= by_files(there, x, expected, Path(folder))
     out["seconds"] = round(time.perf_counter() - start, 1)
@@ -139,6 +146,8 @@ def by_files(there, x, expected, folder):
     converters.save(folder / "net.keras", there)
     again = keras.saving.load_model(folder / "net.keras", compile=False)
     out["by .keras"] = error(in_keras(again, x), expected)
+    if sum(v.size for v in jax.tree.leaves(there.variables)) > ONNX:
+        return out | {"by ONNX": "not tried"}
     try:
         converters.to_onnx(there, path=folder / "net.onnx")
         back = converters.from_onnx(folder / "net.onnx")
@@ -228,17 +237,26 @@ def main():
                 traceback.print_exc()
         path.write_text(json.dumps(told, indent=1))
         print(name, told[name], flush=True)
-    if given.torch:
-        print(rows_of(told))
+    print(rows_of(told, TORCH if given.torch else KERAS))
 
 
-def rows_of(told):
-    """The table of the guide, of nets of torch."""
-    columns = ("flax", "torch", "keras", "onnx")
-    lines = ["| net | Flax | torch | Keras | ONNX |", "|---|---|---|---|---|"]
+TORCH = {"Flax": "flax", "torch": "torch", "Keras": "keras", "ONNX": "onnx"}
+KERAS = {
+    "Flax": "flax",
+    "torch": "torch",
+    "Keras again": "keras again",
+    "`.keras`": "by .keras",
+    "ONNX and back": "by ONNX",
+}
+
+
+def rows_of(told, table):
+    """The table of the guide."""
+    columns = table.values()
+    lines = [f"| net | {' | '.join(table)} |", "|---" * (len(table) + 1) + "|"]
     for name, found in told.items():
         cells = [found.get(c, found.get("refused", "")) for c in columns]
-        cells = [f"{c:.1e}" if isinstance(c, float) else c.partition(": ")[2] for c in cells]
+        cells = [f"{c:.0e}" if isinstance(c, float) else c.partition(": ")[2] or c for c in cells]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

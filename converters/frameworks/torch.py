@@ -23,6 +23,7 @@ from fwt.converters.frameworks import (
     torch_export,
     torch_graph,
     torch_layers,
+    torch_state,
     torch_wrappers,
 )
 from fwt.converters.frameworks import flax as _flax
@@ -122,8 +123,9 @@ def from_torch(
             "channels_first" where a layer proves which axis holds the channels, or "source" to
             keep both ends exactly as the given model has them.
         sidecar: whether to keep what Flax has no place for (the second bias of an LSTM, counters,
-            what matters in training only) in ``module.sidecar``, so that :func:`to_torch` gives it
-            all back, bit for bit where the weights are the same; ``save`` writes it along.
+            what matters in training only, the order of a state dict that is not that of the calls)
+            in ``module.sidecar``, so that :func:`to_torch` gives it all back, bit for bit where the
+            weights are the same; ``save`` writes it along.
 
     Returns:
         ``Model(module, variables)`` with NumPy leaves.
@@ -171,6 +173,7 @@ def from_torch(
         "torch",
         lambda m: _net_of(m.module, m.variables, None, there),
         again,
+        None if is_container(model) else {"order": list(model.state_dict())},
     )
 
 
@@ -219,7 +222,8 @@ def to_torch(
     net = _sidecar.restored(net, module, "torch", state=True)
     chain = net.is_line and nests(net.layers)
     if not chain or any(class_of(layer.kind) is None for layer in net.layers):
-        return torch_graph.graph_module(net, _built, to_tensor).eval()
+        made = torch_graph.graph_module(net, _built, to_tensor).eval()
+        return torch_state.in_order(made, _sidecar.whole(module, "torch").get("order", ()))
     return _sequential([(parts_of(layer.name), layer) for layer in net.layers]).eval()
 
 

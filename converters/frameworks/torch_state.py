@@ -1,5 +1,6 @@
-"""What a forward may change of a torch module, so that it can be undone."""
+"""What a forward may change of a torch module, so that it can be undone; the order of its state."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -45,3 +46,19 @@ def put_back(module: Any, before: Held) -> list[str]:
                 changed.append(name)
             vars(module)[name] = was
     return changed
+
+
+def in_order(model: torch.nn.Module, names: Sequence[str]) -> torch.nn.Module:
+    """The module with its state dict in the order of these names."""
+    first: dict[str, int] = {}
+    for index, name in enumerate(names):
+        parts = name.split(".")
+        for end in range(1, len(parts) + 1):
+            first.setdefault(".".join(parts[:end]), index)
+    for prefix, module in model.named_modules():
+        inside = f"{prefix}." if prefix else ""
+        for own in (module._parameters, module._buffers, module._modules):
+            found: Any = sorted(own.items(), key=lambda e: first.get(inside + e[0], len(first)))
+            own.clear()
+            own.update(found)
+    return model

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from collections import OrderedDict
 
 import numpy as np
 import pytest
@@ -90,6 +91,22 @@ def test_nets_go_to_flax_and_back_with_their_state(name, tmp_path):
     drop = [*LEFT_OUT.get(name, ()), *(["lm_head.weight"] if "nanoGPT" in name else [])]
     filled = converters.load(tmp_path / "w.pt", architecture=model, drop=drop)
     assert_same(other(*xs), run(filled, xs))
+
+
+def test_a_sidecar_keeps_the_order_of_the_state_dict(tmp_path):
+    inner = nn.Sequential(OrderedDict(norm=nn.BatchNorm2d(4), conv=nn.Conv2d(4, 4, 1)))
+    net = Net(
+        lambda m, x: m.head((m.inner.norm(m.inner.conv(x)) * m.gain).mean((2, 3))),
+        head=nn.Linear(4, 3), gain=nn.Parameter(torch.rand(4, 1, 1)), inner=inner,
+    ).eval()  # fmt: skip
+    inner.norm.num_batches_tracked += 3
+    x = torch.randn(3, 4, 6, 5)
+    converters.save(tmp_path / "w.safetensors", converters.from_torch(net, IMAGE, sidecar=True))
+    back = converters.to_torch(converters.load(tmp_path / "w.safetensors"))
+    state, found = net.state_dict(), back.state_dict()
+    assert list(found) == list(state)
+    assert all(torch.equal(v, state[k]) for k, v in found.items())
+    assert_same(net(x), back(x))
 
 
 @pytest.mark.thorough

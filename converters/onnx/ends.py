@@ -11,6 +11,7 @@ import numpy as np
 from fwt._graph import Graph, counts_of, end_of, names_in
 from fwt._sequential import Sequential, call
 from fwt._types import ConversionError
+from fwt.converters.frameworks import linen_trace
 
 
 class Input(NamedTuple):
@@ -39,7 +40,7 @@ def inputs(module: Any, variables: Any, shape: Any, dtype: Any) -> list[Input]:
         shape = getattr(module, "input_shape", None)
     given = _each(shape, keys, takes, "input_shape")
     if takes is None and len(given) > 1:
-        keys = [f"input_{i}" for i in range(len(given))]
+        keys = linen_trace.arguments_of(type(module), len(given))
         if isinstance(module, Sequential):
             raise ConversionError(f"to_onnx: a Sequential takes one array, found {len(given)}")
     elif len(given) != len(keys):

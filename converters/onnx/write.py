@@ -8,6 +8,7 @@ import os
 import secrets
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from fwt._types import ConversionError
 from fwt.converters import io as _io
 from fwt.converters.frameworks import flax as _flax
 from fwt.converters.frameworks import given as _given
+from fwt.converters.frameworks import linen_trace
 from fwt.converters.onnx import check as _check
 from fwt.converters.onnx import ends, ours
 from fwt.converters.onnx.layers import through
@@ -257,8 +259,9 @@ def _converted(
             kind = onnx.helper.np_dtype_to_tensor_dtype(weights[value.name].dtype)
             value.type.tensor_type.elem_type = kind
         undo = {n: w.undo for n, w in zip(names, taken, strict=True)}
-        ours.describe(proto, module, undo, [leaf for w in jax.tree.leaves(tree) for leaf in
-                                                   w.undo])  # fmt: skip
+        leaves = {leaf for w in jax.tree.leaves(tree) for leaf in w.undo}
+        if leaves == {leaf for told in undo.values() for leaf in told}:
+            ours.describe(proto, *_of_layers(module, variables, inputs, undo))
         try:
             onnx.checker.check_model(proto, full_check=False)
         except onnx.checker.ValidationError as error:
@@ -268,6 +271,40 @@ def _converted(
         if node.domain not in ("", "ai.onnx"):
             raise refuse(node.name, f"{node.domain}.{node.op_type} is no operator of standard ONNX")
     return proto, weights
+
+
+def _of_layers(
+    module: Any, variables: Any, inputs: Sequence[ends.Input], undo: Any
+) -> tuple[Any, Any]:
+    """A module of one's own as the Graph of the same weights that it can be, and how these come
+    back for it; else both as they are."""
+    if not linen_trace.is_own(module):
+        return module, undo
+    examples = [np.zeros((2, *x.shape), x.dtype) for x in inputs]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of arrays that it lacks
+            graph, kept = linen_trace.traced(module, variables, examples)
+    except ConversionError:
+        return module, undo
+    old, new = (_tree.Tree({"params": dict(v)}, whole=True).leaves for v in (variables, kept))
+    places: dict[str, tuple[str, list[Any]]] = {}
+    for path, value in new.items():
+        collection, *parts = _tree.split(path)
+        # A layer by itself has a name in the Graph, and weights of another rank may be a Dense's.
+        for own in (path, "/".join((collection, *parts[1:]))):
+            there = np.asarray(old[own]) if own in old and own not in places else np.zeros(0)
+            flat = there.reshape(value.shape) if there.size == value.size else None
+            if flat is not None and np.array_equal(flat, value, equal_nan=True):
+                same = there.shape == value.shape
+                places[own] = path, [] if same else [["reshape", list(value.shape)]]
+                break
+    if places.keys() != old.keys() or len(places) != len(new):
+        return module, undo
+    return graph, {
+        name: {places[leaf][0]: [*steps, *places[leaf][1]] for leaf, steps in told.items()}
+        for name, told in undo.items()
+    }
 
 
 def _weights(variables: Any, make: Any, inside: tuple[str, ...] = ()) -> Any:

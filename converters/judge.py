@@ -251,15 +251,16 @@ def rounding(run: Callable[[float], Any], before: Any, eps: float) -> list[np.nd
     return found
 
 
-def numbers(sizes: Sequence[int], half: bool = False) -> np.ndarray:
+def numbers(sizes: Sequence[int], half: bool = False, seed: int = 0) -> np.ndarray:
     """Inputs (8, ...) of float32 that reach where functions part: ordinary ones, then ones of
     which half is zero, all zeros, ones, large, the same negated, small ones, all magnitudes.
 
     Args:
         sizes: of one input.
         half: whether a model of half precision takes them, whose numbers end at 65504.
+        seed: another for each input of a model, so that two of one shape are told apart.
     """
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     rows = rng.normal(size=(8, *sizes))
     if sizes:
         rows[1, sizes[0] - sizes[0] // 2 :] = 0  # as padding is
@@ -273,10 +274,10 @@ def numbers(sizes: Sequence[int], half: bool = False) -> np.ndarray:
     return rows.astype(np.float32)
 
 
-def whole_numbers(count: int, sizes: Sequence[int], all_of: Any = ()) -> np.ndarray:
+def whole_numbers(count: int, sizes: Sequence[int], all_of: Any = (), seed: int = 0) -> np.ndarray:
     """Inputs (n, ...) of int32 below ``count``: any, any of which half is zero, all zeros, the
     largest, and then rows with all of the given ones."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     rows = rng.integers(0, count, (4, *sizes))
     if sizes:
         rows[1, sizes[0] - sizes[0] // 2 :] = 0

@@ -402,6 +402,15 @@ def count_of(layer: Any) -> int:
     return getattr(layer, "num_embeddings", None) or getattr(layer, "num_tokens", None) or 0
 
 
+def counts_of(module: Any) -> list[int]:
+    """For each input, below which its whole numbers must be, if a layer takes it that says so."""
+    layers, out = {n.name: n.layer for n in nodes_of(module)}, []
+    for start in inputs_of(module):
+        found = [count_of(layers[n.of or n.name]) for n in nodes_of(module) if start in n.inputs]
+        out.append(min([c for c in found if c], default=0))
+    return out
+
+
 def input_dtype(module: Any) -> Any:
     """The dtype of a model's input: int32 where a first layer takes whole numbers."""
     return np.int32 if any(map(count_of, first_layers(module))) else np.float32

@@ -80,7 +80,15 @@ def traced(module: Any, variables: Any, input_shape: Any) -> Model:
     def tracing(opened: Collection[str]) -> Any:
         return nn.intercept_methods(_Whole(opened))
 
-    return traced_call(run, tracing, variables, input_shape, name)
+    return traced_call(run, tracing, variables, input_shape, type(module))
+
+
+def arguments_of(cls: Any, count: int) -> list[str]:
+    """What a module's ``__call__`` calls its inputs, of which there are several."""
+    found = list(inspect.signature(cls.__call__).parameters.values())[1:]
+    plain = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [p.name for p in found if p.kind in plain and p.name not in INFERENCE]
+    return names[:count] if len(names) >= count else [f"input_{i}" for i in range(count)]
 
 
 def inference_of(call: Any) -> dict[str, bool]:
@@ -93,10 +101,12 @@ def traced_call(
     tracing: Callable[[Collection[str]], Any],
     variables: Mapping[str, Any],
     input_shape: Any,
-    name: str,
+    cls: Any,
 ) -> Model:
     """A function of variables and inputs as a Graph; ``tracing`` gives the context in which the
-    layers are opaque but those of the paths that it is given."""
+    layers are opaque but those of the paths that it is given, and ``cls`` is the class of the
+    module."""
+    name = cls.__name__
     (batch,) = export.symbolic_shape("b")
     opened: dict[str, str] = {}  # by path, why
     inputs = _inputs(run, variables, input_shape, name)
@@ -122,7 +132,7 @@ def traced_call(
                 "there are",
             ) from error
         try:
-            return _read(closed, forms[-1], variables, inputs, name, run)
+            return _read(closed, forms[-1], variables, inputs, cls, run)
         except Reopen as found:
             if found.path in opened:
                 raise AssertionError(f"{found.path} stays closed") from found
@@ -135,12 +145,13 @@ def traced_call(
 
 
 def _read(
-    closed: Any, form: Any, variables: Any, inputs: Sequence[Any], name: str, run: Any
+    closed: Any, form: Any, variables: Any, inputs: Sequence[Any], cls: Any, run: Any
 ) -> Model:
+    name = cls.__name__
     flat, _ = jax.tree_util.tree_flatten_with_path(variables)
     held = [Held(tuple(str(k.key) for k in path), value) for path, value in flat]
     taken = {path[1] for path in (h.path for h in held) if len(path) > 1}
-    names = ["input"] if len(inputs) == 1 else [f"input_{i}" for i in range(len(inputs))]
+    names = ["input"] if len(inputs) == 1 else arguments_of(cls, len(inputs))
     names = [fresh(n, taken) for n in names]
     equations = Equations(closed, held, len(inputs))
     reader = Reader(equations, variables, names)

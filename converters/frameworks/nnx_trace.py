@@ -78,7 +78,7 @@ def traced(model: nnx.Module, input_shape: Any) -> Model:
         finally:
             opened[0] = None
 
-    return linen_trace.traced_call(run, tracing, variables, input_shape, name)
+    return linen_trace.traced_call(run, tracing, variables, input_shape, type(model))
 
 
 def _collection(variable: Any) -> str:

@@ -1,17 +1,20 @@
 """What is written is tried before: onnxruntime must give the outputs of the module."""
 
+import functools
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from fwt import _graph
 from fwt._sequential import call, flags
 from fwt._types import ConversionError
 from fwt.converters import judge
+from fwt.converters.onnx import ends
+from fwt.converters.onnx.ends import Input
 from fwt.converters.onnx.layers import refused
 from fwt.converters.walk import policy
 
@@ -41,13 +44,12 @@ def _check_loads(message: bytes, folder: Path) -> None:
 
 @judge.full_products()
 def compare(
-    message: bytes, folder: Path, module: Any, variables: Any, shape: Any, dtype: np.dtype
+    message: bytes, folder: Path, module: Any, variables: Any, inputs: Sequence[Input]
 ) -> None:
     """Raises unless onnxruntime computes what the module does."""
     import onnxruntime
 
-    floats = np.issubdtype(dtype, np.floating)
-    computed = _computed(module, variables, np.zeros((1, *shape), dtype))
+    computed = _computed(module, variables, [np.zeros((1, *x.shape), x.dtype) for x in inputs])
     if np.float16 in computed:
         _check_loads(message, folder)
     options = onnxruntime.SessionOptions()
@@ -55,58 +57,76 @@ def compare(
     options.add_session_config_entry(_FOLDER, str(folder.resolve()))
     with refused("to_onnx: onnxruntime can't run it"):
         session = onnxruntime.InferenceSession(message, options, ["CPUExecutionProvider"])
-    kind = session.get_outputs()[0].type + session.get_inputs()[0].type
-    if "bfloat16" in kind:
+    names = [x.name for x in session.get_inputs()]
+    gives = [y.name for y in session.get_outputs()]
+    if any("bfloat16" in x.type for x in (*session.get_inputs(), *session.get_outputs())):
         return  # which NumPy can't hand over
     stored = [leaf.dtype for leaf in jax.tree.leaves(variables)]
-    half = any(d.itemsize == 2 for d in (dtype, *stored, *computed))
-    x = judge.numbers(shape, half) if floats else judge.whole_numbers(_count(module), shape)
-    x = x.astype(dtype)
-    for given in (x[:1], x):
-        wanted = np.asarray(call(module, variables, jax.numpy.asarray(given)))
+    half = any(d.itemsize == 2 for d in (*(x.dtype for x in inputs), *stored, *computed))
+    each = [_made(x, half, seed) for seed, x in enumerate(inputs)]
+    count = max(map(len, each))
+    xs = [x[np.arange(count) % len(x)] for x in each]
+    told: list[judge.Apart] = []
+
+    def run(variables: Any, given: Sequence[Any]) -> list[Any]:
+        return ends.flat(module, call(module, variables, *given))
+
+    for given in ([x[:1] for x in xs], xs):
+        wanted = [np.asarray(y) for y in run(variables, [jax.numpy.asarray(x) for x in given])]
         with refused("to_onnx: onnxruntime can't run it"):
-            (found,) = session.run(None, {"input": given})
-        if found.shape != wanted.shape:
-            raise ConversionError(
-                f"to_onnx: onnxruntime gives {list(found.shape)}, expected {list(wanted.shape)}"
-            )
-        eps = judge.eps_of([*computed, found.dtype])
-        told = judge.apart(wanted, found, eps=eps, clamps=True)
-        if not told.equal:
-
-            def run(by: float, given: Any = given) -> list[Any]:
-                moved = jax.tree.map(lambda leaf: judge.nudged(leaf, by), variables)
-                with judge.between_layers(by):
-                    return [call(module, moved, given)]
-
-            told = judge.apart(
-                wanted, found, judge.rounding(run, [wanted], eps), eps=eps, clamps=True
-            )
-        if told.excess > 1:
-            raise ConversionError(
-                f"to_onnx: onnxruntime's output differs by {told.absolute:.3g}, which is "
-                f"{told.relative:.2%} of the largest value in its row, and no rounding explains "
-                "it; nothing is written. verify(model, file) after check=False says from which "
-                "layer on"
-            )
-    if not told.compared and told.absolute:
+            found = session.run(None, dict(zip(names, given, strict=True)))
+        noise: list[Any] = []
+        told = []
+        for at, (theirs, ours) in enumerate(zip(found, wanted, strict=True)):
+            which = f" {gives[at]!r}" if len(gives) > 1 else ""
+            if theirs.shape != ours.shape:
+                raise ConversionError(
+                    f"to_onnx: onnxruntime gives the output{which} as {list(theirs.shape)}, "
+                    f"expected {list(ours.shape)}"
+                )
+            eps = judge.eps_of([*computed, theirs.dtype])
+            told.append(judge.apart(ours, theirs, eps=eps, clamps=True))
+            if not told[-1].equal:
+                if not noise:
+                    each_way = functools.partial(_nudged, run, variables, given)
+                    noise = judge.rounding(each_way, wanted, eps)
+                told[-1] = judge.apart(ours, theirs, [noise[at]], eps=eps, clamps=True)
+            if told[-1].excess > 1:
+                raise ConversionError(
+                    f"to_onnx: onnxruntime's output{which} differs by {told[-1].absolute:.3g}, "
+                    f"which is {told[-1].relative:.2%} of the largest value in its row, and no "
+                    "rounding explains it; nothing is written. verify(model, file) after "
+                    "check=False says from which layer on"
+                )
+    if not any(t.compared for t in told) and any(t.absolute for t in told):
         raise ConversionError(
             "to_onnx: nothing could be compared: rounding alone moves the outputs by more than "
             "their size; nothing is written. check=False writes the file unchecked"
         )
 
 
-def _computed(module: Any, variables: Any, x: Any) -> list[Any]:
+def _nudged(run: Callable[..., Any], variables: Any, given: Any, by: float) -> list[Any]:
+    """The outputs as the rounding of weights and between layers may move them."""
+    moved = jax.tree.map(lambda leaf: judge.nudged(leaf, by), variables)
+    with judge.between_layers(by):
+        return list(run(moved, given))
+
+
+def _made(x: Input, half: bool, seed: int) -> np.ndarray:
+    """A batch for an input, of other numbers than those of other inputs."""
+    if np.issubdtype(x.dtype, np.integer):
+        return judge.whole_numbers(max(x.below, 1), x.shape, seed=seed).astype(x.dtype)
+    numbers = judge.numbers(x.shape, half, seed)
+    return (numbers > 0 if x.dtype == bool else numbers).astype(x.dtype)
+
+
+def _computed(module: Any, variables: Any, xs: Sequence[Any]) -> list[Any]:
     """The dtypes of what the layers of a module give."""
 
-    def run(variables: Any, x: Any) -> Any:
+    def run(variables: Any, *xs: Any) -> Any:
         return module.apply(
-            variables, x, **flags(module, False), capture_intermediates=True,
+            variables, *xs, **flags(module, False), capture_intermediates=True,
             mutable=["intermediates"],
         )  # fmt: skip
 
-    return [y.dtype for y in jax.tree.leaves(jax.eval_shape(run, variables, x))]
-
-
-def _count(module: Any) -> int:
-    return max([*map(_graph.count_of, _graph.first_layers(module)), 0]) or 2
+    return [y.dtype for y in jax.tree.leaves(jax.eval_shape(run, variables, *xs))]

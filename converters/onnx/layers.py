@@ -11,6 +11,7 @@ from fwt import layers as fl
 from fwt._graph import Graph, end_of, inputs_of, may_hold, names_in, nodes_of
 from fwt._sequential import Sequential, call
 from fwt._types import ConversionError
+from fwt.converters.onnx import ends
 from fwt.converters.rows.row import parts_of, refuse
 
 
@@ -28,14 +29,17 @@ def refused(what: str, of_whole: str = "") -> Iterator[None]:
         raise ConversionError(f"{what} ({why:.300}){way}") from error
 
 
-def through(tracer: Any, module: Any, tree: Any, x: Any, aval: Any) -> tuple[Any, Any]:
-    """The output of a module, layer by layer, and its shape."""
+def through(
+    tracer: Any, module: Any, tree: Any, xs: Sequence[Any], avals: Sequence[Any]
+) -> tuple[list[Any], list[str], list[Any]]:
+    """The outputs of a module, layer by layer, their names, and their shapes."""
     import tensorflow as tf
 
     if not isinstance(module, Sequential | Graph):
-        return _one(tracer, module, tree, [x], [aval], type(module).__name__)
-    (start,) = inputs_of(module)
-    values, layers = {start: (x, aval)}, {n.name: n.layer for n in nodes_of(module)}
+        ys, form = _one(tracer, module, tree, xs, avals, type(module).__name__, whole=True)
+        return ys, ends.outputs(module, form), jax.tree.leaves(form)
+    values = dict(zip(inputs_of(module), zip(xs, avals, strict=True), strict=True))
+    layers = {n.name: n.layer for n in nodes_of(module)}
     for node in nodes_of(module):
         name = node.of or node.name
         given = [values[i] for i in node.inputs]
@@ -44,14 +48,13 @@ def through(tracer: Any, module: Any, tree: Any, x: Any, aval: Any) -> tuple[Any
         with contextlib.ExitStack() as stack:
             for part in parts_of(node.name):
                 stack.enter_context(tf.name_scope(_scope(part)))
-            values[node.name] = _one(
+            (made,), out = _one(
                 tracer, layers[name], _own(tree, parts, layers[name]), [v for v, _ in given],
                 [shape for _, shape in given], place,
             )  # fmt: skip
-    end = end_of(module)
-    if not isinstance(end, str):
-        raise ConversionError(f"to_onnx: it gives {len(names_in(end))} arrays: only one is written")
-    return values[end]
+            values[node.name] = made, out
+    found = [values[name] for name in names_in(end_of(module))]
+    return [y for y, _ in found], ends.outputs(module, None), [out for _, out in found]
 
 
 def _own(tree: Any, parts: Sequence[str], layer: Any) -> dict[str, Any]:
@@ -73,8 +76,15 @@ def _scope(name: str) -> str:
 
 
 def _one(
-    tracer: Any, layer: Any, own: Any, xs: list[Any], avals: list[Any], place: str
-) -> tuple[Any, Any]:
+    tracer: Any,
+    layer: Any,
+    own: Any,
+    xs: Sequence[Any],
+    avals: Sequence[Any],
+    place: str,
+    whole: bool = False,
+) -> tuple[list[Any], Any]:
+    """What a layer gives and its shape; of a whole module that may be several, in any form."""
     from fwt.converters.onnx.operators import NATIVE
 
     tracer.place = place
@@ -88,11 +98,11 @@ def _one(
     way = "; input_dtype='int32' feeds it whole numbers" if floats else ""
     with refused(f"{place}: it does not run on {shapes}", way):
         out = jax.eval_shape(function, structs, *avals)
-    if not hasattr(out, "shape"):
+    leaves = jax.tree.leaves(out)
+    if not leaves or not (whole or hasattr(out, "shape")):
         raise refuse(place, "its output is no array")
     with refused(f"{place}: TensorFlow has no such operation"):
         plain = len(xs) == 1 and type(layer) in NATIVE and getattr(layer, "dtype", None) is None
         y = NATIVE[type(layer)](tracer, layer, own, xs[0], avals[0], out) if plain else None
-        if y is None:
-            y, _ = tracer.apply_all(function, own, xs, avals)
-    return y, out
+        ys = tracer.apply_all(function, own, xs, avals)[0] if y is None else [y]
+    return ys, out

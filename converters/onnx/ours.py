@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +14,11 @@ from fwt.converters.frameworks import architecture
 from fwt.converters.onnx.graph import array_of
 
 
-def describe(
-    proto: Any, module: Any, undo: Mapping[str, Mapping[str, list[Any]]], leaves: Sequence[str]
-) -> None:
+def describe(proto: Any, module: Any, undo: Mapping[str, Mapping[str, list[Any]]]) -> None:
     """Writes into the metadata what the layers are and how their weights come back, while the
     weights are still inputs; what can't be described is left to be read from the graph."""
-    found = {leaf for told in undo.values() for leaf in told}
     try:
-        told = json.loads(architecture.description(module)) if found == set(leaves) else None
+        told = json.loads(architecture.description(module))
     except ConversionError:
         told = None
     if told is not None and told["module"] is not None:

@@ -134,19 +134,20 @@ class Tracer:
     def apply(self, function: Callable[..., Any], variables: Any, x: Any, shape: Any) -> Any:
         """The tensor that ``function(variables, x)`` is, and what is known of it; ``variables`` is
         a tree of Weights."""
-        return self.apply_all(function, variables, [x], [shape])
+        (y,), (out,) = self.apply_all(function, variables, [x], [shape])
+        return y, out
 
     def apply_all(
         self, function: Callable[..., Any], variables: Any, xs: Sequence[Any], shapes: Sequence[Any]
-    ) -> Any:
-        """The same of ``function(variables, *xs)``."""
+    ) -> tuple[list[Any], Sequence[Any]]:
+        """The same of ``function(variables, *xs)``, and of all that it gives."""
         weights, tree = jax.tree.flatten(variables)
         structs = [jax.ShapeDtypeStruct(w.value.shape, w.value.dtype) for w in weights]
         closed = jax.make_jaxpr(lambda v, *ys: function(jax.tree.unflatten(tree, v), *ys))(
             structs, *shapes
         )
-        (out,) = self.run(closed, [*weights, *xs])
-        return self.tensor(self.full(out, closed.out_avals[0])), closed.out_avals[0]
+        outs = zip(self.run(closed, [*weights, *xs]), closed.out_avals, strict=True)
+        return [self.tensor(self.full(out, aval)) for out, aval in outs], closed.out_avals
 
     def run(self, closed: Any, args: Sequence[Any]) -> list[Any]:
         """The values of a jaxpr's outputs."""

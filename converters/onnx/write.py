@@ -8,6 +8,7 @@ import os
 import secrets
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,16 +17,17 @@ import jax
 import numpy as np
 from jax import export
 
-from fwt import _graph, _tree
-from fwt._graph import Graph, inputs_of
+from fwt import _tree
+from fwt._graph import Graph
 from fwt._nodes import unboxed
 from fwt._sequential import Sequential
 from fwt._types import ConversionError
 from fwt.converters import io as _io
 from fwt.converters.frameworks import flax as _flax
 from fwt.converters.frameworks import given as _given
+from fwt.converters.frameworks import linen_trace
 from fwt.converters.onnx import check as _check
-from fwt.converters.onnx import ours
+from fwt.converters.onnx import ends, ours
 from fwt.converters.onnx.layers import through
 from fwt.converters.rows.row import joined, refuse
 
@@ -46,7 +48,9 @@ def to_onnx(
 ) -> None:
     """Writes a Flax model as an ONNX file with the same outputs, whole or not at all.
 
-    The input and output have the layout of the module, and any batch size. The weights are
+    The inputs and outputs have the layout of the module, its order and any batch size. Several
+    keep their names: the keys of a dict, else those in the Graph. One input is called "input", and
+    one output "output". The weights are
     initializers under the paths that :func:`fwt.paths` gives, their values bit for bit (of a
     recurrent layer in ONNX's order of gates), so that zeros stay zeros. It needs TensorFlow,
     tf2onnx and onnx: ``pip install 'fwt[onnx]'``.
@@ -55,14 +59,16 @@ def to_onnx(
     onnxruntime's MaxPool passes over NaN, and makes of a window of -inf the least float32.
 
     Args:
-        module: a :class:`fwt.Sequential`, a linen ``nn.Sequential``, or any linen module of one
-            array; or a ``Model`` of one or an ``nnx.Sequential``, ``to_onnx(model, path)``.
+        module: a :class:`fwt.Sequential`, a :class:`fwt.Graph`, or any linen module; or a ``Model``
+            of one or an nnx module, ``to_onnx(model, path)``. It may take and give several arrays.
         variables: its variables, or its params; a Model has its own.
         path: where to, such as ``"net.onnx"``.
         input_shape: the shape of one input without the batch axis; that of the module by default.
+            Of several inputs a list of shapes, or a dict of them where they have keys. An example
+            of an input, batch first, tells its dtype too.
         opset: the version of ONNX's operators, 15 to 18.
-        input_dtype: of the input: float32, or int32 where the first layer takes whole numbers, by
-            default.
+        input_dtype: of the input, or a list or dict of those of several: by default float32, or
+            int32 where layers take whole numbers.
         external_data: whether the weights go into a file of their own beside it, as ONNX wants for
             more than 2 GB; by default where they must.
         check: whether onnxruntime, if it is installed, must give the same outputs before anything
@@ -123,27 +129,14 @@ class _Given:
     ):  # fmt: skip
         self.opset = opset
         self.module, self.variables = _checked(module, variables, opset)
-        shape = input_shape if input_shape is not None else getattr(module, "input_shape", None)
-        sizes: Any = shape if isinstance(shape, tuple | list) else (None,)
-        if any(type(s) is not int or s < 1 for s in sizes):
-            raise ConversionError(
-                f"to_onnx: the input's sizes must be known, found {shape}: give input_shape= "
-                "(without the batch axis)"
-            )
-        self.shape = tuple(sizes)
-        try:
-            self.dtype = np.dtype(input_dtype or _graph.input_dtype(self.module))
-        except TypeError as error:
-            raise ConversionError(f"input_dtype={input_dtype!r} is no dtype") from error
-        if self.dtype != jax.dtypes.canonicalize_dtype(self.dtype):
-            raise ConversionError(f"input_dtype={self.dtype}: set jax_enable_x64")
+        self.inputs = ends.inputs(self.module, self.variables, input_shape, input_dtype)
 
     def converted(self) -> tuple[Any, dict[str, np.ndarray]]:
-        return _converted(self.module, self.variables, self.shape, self.dtype, self.opset)
+        return _converted(self.module, self.variables, self.inputs, self.opset)
 
     def check(self, message: bytes, folder: Path) -> None:
         if importlib.util.find_spec("onnxruntime") is not None:
-            _check.compare(message, folder, self.module, self.variables, self.shape, self.dtype)
+            _check.compare(message, folder, self.module, self.variables, self.inputs)
 
 
 def _checked(module: Any, variables: Any, opset: int) -> tuple[Any, Any]:
@@ -157,10 +150,6 @@ def _checked(module: Any, variables: Any, opset: int) -> tuple[Any, Any]:
     variables = unboxed(_tree.as_variables(variables))
     if isinstance(module, Sequential | Graph):
         _flax.read_flax(module, variables)  # which checks the names
-        if len(inputs_of(module)) > 1:
-            raise ConversionError(
-                f"to_onnx: the model takes {len(inputs_of(module))} arrays: only one is written"
-            )
     elif not hasattr(module, "apply"):
         raise ConversionError(f"expected a linen module, found {type(module).__name__}")
     return module, variables
@@ -209,7 +198,7 @@ def _needed() -> Any:
 
 
 def _converted(
-    module: Any, variables: Any, shape: tuple[int, ...], dtype: np.dtype, opset: int
+    module: Any, variables: Any, inputs: Sequence[ends.Input], opset: int
 ) -> tuple[Any, dict[str, np.ndarray]]:
     """The graph as a protobuf message whose weights are still inputs, and the weights."""
     with quiet():
@@ -221,15 +210,19 @@ def _converted(
         from fwt.converters.onnx.trace import MARK, Tracer
 
         tree = _weights(variables, Weight)
-        symbol = jax.ShapeDtypeStruct((*export.symbolic_shape("batch"), *shape), dtype)
+        (batch,) = export.symbolic_shape("batch")
+        symbols = [jax.ShapeDtypeStruct((batch, *x.shape), x.dtype) for x in inputs]
         found: list[Any] = []
-        specs = tf.TensorSpec((None, *shape), tf.as_dtype(dtype), "input")
+        specs = [
+            tf.TensorSpec((None, *x.shape), tf.as_dtype(x.dtype), f"input_{i}")
+            for i, x in enumerate(inputs)
+        ]
 
-        def traced(x: Any, take: Any) -> Any:
-            tracer = Tracer(tf.shape(x)[0], take, opset)
-            y, out = through(tracer, module, tree, x, symbol)
-            found[:] = [out]
-            return tf.identity(y)
+        def traced(xs: Sequence[Any], take: Any) -> Any:
+            tracer = Tracer(tf.shape(xs[0])[0], take, opset)
+            ys, names, outs = through(tracer, module, tree, xs, symbols)
+            found[:] = [names, outs]
+            return [tf.identity(y) for y in ys]
 
         # Once to learn which arrays it takes, then as a function of them: so they never go
         # through TensorFlow, whatever their size.
@@ -240,32 +233,35 @@ def _converted(
             return tf.compat.v1.placeholder(_tf_dtype(tf, weight), weight.value.shape)
 
         with tf.Graph().as_default():
-            traced(tf.compat.v1.placeholder(specs.dtype, specs.shape), ask)
+            traced([tf.compat.v1.placeholder(x.dtype, x.shape) for x in specs], ask)
         signature = [
             tf.TensorSpec(w.value.shape, _tf_dtype(tf, w), f"weight_{i}")
             for i, w in enumerate(taken)
         ]
 
-        def function(x: Any, *given: Any) -> Any:
-            each = iter(given)
-            return traced(x, lambda weight: next(each))
+        def function(*given: Any) -> Any:
+            each = iter(given[len(specs) :])
+            return traced(given[: len(specs)], lambda weight: next(each))
 
         proto, _ = tf2onnx.convert.from_function(
             tf.function(function, autograph=False),
-            input_signature=[specs, *signature],
+            input_signature=[*specs, *signature],
             opset=opset,
             custom_op_handlers={MARK: (_marked, [])},
         )
-        names = _names([w.name for w in taken])
+        used: set[str] = set()
+        takes = list(ends.unlike([x.name for x in inputs], used))
+        gives = list(ends.unlike(found[0], used))
+        names = list(ends.unlike([w.name for w in taken], used))
         weights = {n: w.value for n, w in zip(names, taken, strict=True)}
-        for value, weight in zip(proto.graph.input[1:], taken, strict=True):
-            # tf2onnx takes bfloat16 for float16.
-            kind = onnx.helper.np_dtype_to_tensor_dtype(weight.value.dtype)
+        _finish(proto, takes, gives, names, inputs, found[1])
+        for value in proto.graph.input[len(takes) :]:  # tf2onnx takes bfloat16 for float16
+            kind = onnx.helper.np_dtype_to_tensor_dtype(weights[value.name].dtype)
             value.type.tensor_type.elem_type = kind
-        _finish(proto, names, found[0])
         undo = {n: w.undo for n, w in zip(names, taken, strict=True)}
-        ours.describe(proto, module, undo, [leaf for w in jax.tree.leaves(tree) for leaf in
-                                                   w.undo])  # fmt: skip
+        leaves = {leaf for w in jax.tree.leaves(tree) for leaf in w.undo}
+        if leaves == {leaf for told in undo.values() for leaf in told}:
+            ours.describe(proto, *_of_layers(module, variables, inputs, undo))
         try:
             onnx.checker.check_model(proto, full_check=False)
         except onnx.checker.ValidationError as error:
@@ -275,6 +271,40 @@ def _converted(
         if node.domain not in ("", "ai.onnx"):
             raise refuse(node.name, f"{node.domain}.{node.op_type} is no operator of standard ONNX")
     return proto, weights
+
+
+def _of_layers(
+    module: Any, variables: Any, inputs: Sequence[ends.Input], undo: Any
+) -> tuple[Any, Any]:
+    """A module of one's own as the Graph of the same weights that it can be, and how these come
+    back for it; else both as they are."""
+    if not linen_trace.is_own(module):
+        return module, undo
+    examples = [np.zeros((2, *x.shape), x.dtype) for x in inputs]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of arrays that it lacks
+            graph, kept = linen_trace.traced(module, variables, examples)
+    except ConversionError:
+        return module, undo
+    old, new = (_tree.Tree({"params": dict(v)}, whole=True).leaves for v in (variables, kept))
+    places: dict[str, tuple[str, list[Any]]] = {}
+    for path, value in new.items():
+        collection, *parts = _tree.split(path)
+        # A layer by itself has a name in the Graph, and weights of another rank may be a Dense's.
+        for own in (path, "/".join((collection, *parts[1:]))):
+            there = np.asarray(old[own]) if own in old and own not in places else np.zeros(0)
+            flat = there.reshape(value.shape) if there.size == value.size else None
+            if flat is not None and np.array_equal(flat, value, equal_nan=True):
+                same = there.shape == value.shape
+                places[own] = path, [] if same else [["reshape", list(value.shape)]]
+                break
+    if places.keys() != old.keys() or len(places) != len(new):
+        return module, undo
+    return graph, {
+        name: {places[leaf][0]: [*steps, *places[leaf][1]] for leaf, steps in told.items()}
+        for name, told in undo.items()
+    }
 
 
 def _weights(variables: Any, make: Any, inside: tuple[str, ...] = ()) -> Any:
@@ -296,17 +326,6 @@ def _weights(variables: Any, make: Any, inside: tuple[str, ...] = ()) -> Any:
 
 def _tf_dtype(tf: Any, weight: Any) -> Any:
     return tf.as_dtype(weight.value.dtype)
-
-
-def _names(names: Sequence[str]) -> list[str]:
-    out: list[str] = []
-    for name in names:
-        new, count = name, 1
-        while new in out or new in ("input", "output"):
-            count += 1
-            new = f"{name}:{count}"
-        out.append(new)
-    return out
 
 
 def _marked(graph: Any, node: Any, name: str, _: Any) -> None:
@@ -344,38 +363,58 @@ def _unlike(name: str, taken: set[str]) -> str:
     return name
 
 
-def _finish(proto: Any, names: Sequence[str], out: Any) -> None:
+def _finish(
+    proto: Any,
+    takes: Sequence[str],
+    gives: Sequence[str],
+    names: Sequence[str],
+    inputs: Sequence[ends.Input],
+    outs: Sequence[Any],
+) -> None:
     """Gives inputs, outputs and weights their names, and the batch axis its own."""
+    import onnx
+
     from fwt.converters.onnx.trace import MARK
 
     graph = proto.graph
     renamed = {f"weight_{i}": name for i, name in enumerate(names)}
-    renamed[graph.output[0].name] = "output"
+    renamed |= {f"input_{i}": name for i, name in enumerate(takes)}
+    renamed |= {value.name: name for value, name in zip(graph.output, gives, strict=True)}
     taken = {name for node in _nodes(graph) for name in node.output}
-    taken |= {tensor.name for tensor in graph.initializer}
+    new = set(renamed.values())
+    taken |= {tensor.name for tensor in graph.initializer} | new
+    for tensor in graph.initializer:
+        if tensor.name in new:
+            renamed[tensor.name] = tensor.name = _unlike(tensor.name, taken)
     nodes = {node.name for node in _nodes(graph) if MARK not in node.name}
     for node in _nodes(graph):
         node.op_type = node.op_type.removeprefix("fwt.")  # see CAST
         if MARK in node.name:
             node.name = _unlike(node.name.replace(MARK, node.op_type), nodes)
         for name in node.output:
-            if MARK in name:
-                renamed.setdefault(name, _unlike(name.replace(MARK, node.op_type), taken))
+            if name not in renamed and (MARK in name or name in new):
+                renamed[name] = _unlike(name.replace(MARK, node.op_type), taken)
     for node in _nodes(graph):
         for listed in (node.input, node.output):
             for i, name in enumerate(listed):
                 listed[i] = renamed.get(name, name)
-    for value in (*graph.input, *graph.output):
+    there = {renamed.get(value.name, value.name): value for value in graph.input}
+    values = []
+    for name, given in zip(takes, inputs, strict=True):  # one that no layer takes is one too
+        kind = onnx.helper.np_dtype_to_tensor_dtype(given.dtype)
+        values.append(onnx.helper.make_tensor_value_info(name, kind, ("batch", *given.shape)))
+    values += [there[name] for name in names]
+    for value in values:
         value.name = renamed.get(value.name, value.name)
-    for value, shape in ((graph.input[0], None), (graph.output[0], out.shape)):
+    del graph.input[:]
+    graph.input.extend(values)
+    for value, shape in zip(graph.output, (out.shape for out in outs), strict=True):
+        value.name = renamed[value.name]
         dims = value.type.tensor_type.shape.dim
-        if shape is not None:
-            del dims[:]
-            for size in shape:
-                dims.add(**({"dim_value": size} if isinstance(size, int) else {}))
-        if len(dims) and (shape is None or str(shape[0]) == "batch"):
-            dims[0].Clear()
-            dims[0].dim_param = "batch"
+        del dims[:]
+        for i, size in enumerate(shape):
+            batch = {"dim_param": "batch"} if not i and str(size) == "batch" else {}
+            dims.add(**({"dim_value": size} if isinstance(size, int) else batch))
     del graph.value_info[:]  # it may be wrong about the batch
     kept = [o for o in proto.opset_import if o.domain in ("", "ai.onnx")]
     del proto.opset_import[:]
@@ -395,8 +434,9 @@ def _message(
 
     kept: list[np.ndarray] = []
     inputs = list(proto.graph.input)
-    del proto.graph.input[1:]
-    for value in inputs[1:]:
+    start = len(inputs) - len(weights)
+    del proto.graph.input[start:]
+    for value in inputs[start:]:
         array = np.ascontiguousarray(weights[value.name])
         tensor = proto.graph.initializer.add(
             name=value.name, dims=array.shape, data_type=value.type.tensor_type.elem_type

@@ -41,6 +41,7 @@ class Ends(NamedTuple):
     time_first: bool
     channels_first: bool
     told: bool
+    has_channels: bool = False  # whether a layer tells where channels are
 
 
 def ends(framework: Framework, layers: Iterable[Kind], inside: bool) -> Ends:
@@ -76,7 +77,8 @@ def ends(framework: Framework, layers: Iterable[Kind], inside: bool) -> Ends:
         if kind in _RESHAPES:
             break
     time_first = batch == 1
-    return Ends(time_first, channels == (0 if time_first else 1), batch in (0, 1))
+    return Ends(time_first, channels == (0 if time_first else 1), batch in (0, 1),
+                channels is not None)  # fmt: skip
 
 
 def _starts_with_batch(framework: Framework, kind: str) -> bool:

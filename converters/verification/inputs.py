@@ -1,13 +1,16 @@
 """The inputs that ``verify`` makes: they reach where functions part, and every row of a table."""
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from fwt._types import ConversionError
 from fwt.converters import judge
+from fwt.converters.verification import batch
 from fwt.converters.verification.sides import Side
 
 _ROWS = 128  # of a batch, for the rows of a table
@@ -48,6 +51,113 @@ def made(one: Side, other: Side, shape: Sequence[int] | None) -> tuple[np.ndarra
             x, notes = np.concatenate([x, more]), [*notes, *said]
         return x, notes
     return _of_numbers(one, other, (low, high), half, sizes)
+
+
+def are_several(shape: Any) -> bool:
+    """Whether what a user gives as ``input_shape`` is of several inputs."""
+    return isinstance(shape, Mapping) or any(isinstance(s, list | tuple) for s in shape or ())
+
+
+def made_of_several(one: Side, other: Side, shape: Any) -> tuple[list[np.ndarray], list[str]]:
+    """A batch for each input of the first model, in its layout and order: the numbers of each are
+    its own, so that two inputs of one shape are told apart."""
+    sizes = _sizes_of(one, other, shape)
+    takes = [_takes(one, i) + _takes(other, i) for i in range(len(sizes))]
+    held = (*one.dtypes, *other.dtypes, *one.computes, *other.computes)
+    floats = [np.dtype(d) for each in takes for d in each if np.dtype(d).kind not in "iub"]
+    half = any(np.dtype(d).itemsize == 2 and np.dtype(d).kind not in "iu" for d in (*held, *floats))
+    tables = sorted({len(t) for side in (one, other) for t in side.tables})
+    counts = [min([c for side in (one, other) if side.counts for c in [side.counts[i]] if c],
+                  default=0) for i in range(len(sizes))]  # fmt: skip
+
+    def taken(xs: Sequence[np.ndarray], finite: bool = False) -> bool:
+        return _all_taken([(one, xs), (other, batch.laid(xs, one, other))], finite)
+
+    def zeros(kinds: Sequence[str]) -> list[np.ndarray]:
+        return [np.zeros((1, *s), {"i": np.int32, "b": bool}.get(k, np.float32))
+                for s, k in zip(sizes, kinds, strict=True)]  # fmt: skip
+
+    told = [_kind(each, count) for each, count in zip(takes, counts, strict=True)]
+    ways = [["f", "i"] if kind is None else [kind] for kind in told]
+    kinds = next((k for k in itertools.product(*ways) if taken(zeros(k))), [w[0] for w in ways])
+    start = zeros(kinds)
+    finite = taken(start, True)
+    apart, out, notes = _furthest(one, other), [], list[str]()
+    for i, (kind, own) in enumerate(zip(kinds, sizes, strict=True)):
+        if kind != "i":
+            x = judge.numbers(own, half, seed=i)
+            out.append((x > 0).astype(x.dtype) if kind == "b" else x)
+            continue
+        limit = counts[i]
+        for count in () if limit else reversed(tables):
+            fed = [np.full_like(x, count - 1) if j == i else x for j, x in enumerate(start)]
+            if taken(fed, finite):
+                limit = count
+                break
+        low = np.iinfo(np.int32).max
+        for d in takes[i]:
+            if np.dtype(d).kind in "iu":
+                low = min(low, int(np.iinfo(d).max))
+        limit = min(limit or 100, low)
+        rows, most = _differing(apart, limit), _ROWS * max(math.prod(own), 1)
+        if len(rows) > most:
+            notes.append(f"{most:,} of the {len(rows):,} rows of the tables in which the models "
+                         "may differ were fed: give inputs= for more")  # fmt: skip
+        out.append(judge.whole_numbers(limit, own, rows[:most].tolist(), seed=i))
+    count = max(map(len, out))
+    return [x[np.arange(count) % len(x)] for x in out], notes
+
+
+def _takes(side: Side, at: int) -> list[Any]:
+    """The dtype that an input of a model is cast to, if it says one for it alone."""
+    found = side.takes[at] if isinstance(side.takes, list) else None
+    return [] if found is None else [found]
+
+
+def _kind(takes: Sequence[Any], count: int) -> str | None:
+    """Whether an input is whole numbers, booleans or others; None where no model tells."""
+    kinds = {np.dtype(d).kind for d in takes}
+    if count or kinds & set("iu"):
+        return "i"
+    return "b" if "b" in kinds else "f" if kinds else None
+
+
+def _sizes_of(one: Side, other: Side, shape: Any) -> list[tuple[int, ...]]:
+    """The sizes of each input of the first model."""
+    if isinstance(shape, Mapping):
+        names = next(
+            (s.names_of for s in (one, other) if set(s.names_of or ()) == set(shape)), None
+        )
+        if names is None:
+            raise ConversionError(f"verify: input_shape= names {', '.join(shape)}, which are not "
+                                  "the inputs of a model")  # fmt: skip
+        shape = [shape[name] for name in names]
+    mine, theirs = one.shapes, other.shapes
+    count = len(shape or mine or theirs or ())
+    if not count:
+        raise ConversionError(
+            "verify: neither model says what it takes: give input_shape= (a list of shapes) or "
+            "inputs="
+        )
+    out = []
+    for i in range(count):
+        there = theirs[i] if theirs is not None and len(theirs) == count else None
+        known = shape[i] if shape else mine[i] if mine is not None else None
+        first = one.channels[i] if one.channels is not None else one.channels_first
+        then = other.channels[i] if other.channels is not None else other.channels_first
+        channels = one.channels is None or other.channels is None
+        told = (first if other.channels is None else then) is not None or not channels
+        if there is not None and len(there) > 1 and told and bool(first) != bool(then):
+            there = (there[-1], *there[:-1]) if first else (*there[1:], there[0])
+        if known is None:
+            known = there
+        if known is None:
+            raise ConversionError(f"verify: no model says the shape of its input {i + 1}: give "
+                                  "input_shape= or inputs=")  # fmt: skip
+        if there is not None and len(there) == len(known):
+            known = [b if a is None else a for a, b in zip(known, there, strict=True)]
+        out.append(tuple(9 if s is None else int(s) for s in known))
+    return out
 
 
 def _of_one_table(
@@ -152,14 +262,19 @@ def _of_numbers(
 
 
 def _taken(sides: Sequence[Side], x: np.ndarray, finite: bool) -> bool:
-    """Whether all models take a batch, and give no NaN for it if ``finite``."""
-    for side in sides:
+    return _all_taken([(side, [x]) for side in sides], finite)
+
+
+def _all_taken(fed: Sequence[tuple[Side, Sequence[np.ndarray]]], finite: bool) -> bool:
+    """Whether all models take what they are fed, and give no NaN for it if ``finite``."""
+    for side, xs in fed:
         try:
-            y = side.outputs(x)[0]
+            ys = jax.tree.leaves(side.outputs(xs)[0])
         except Exception:  # noqa: BLE001 - each framework has its own for what is out of range
             return False
-        if finite and y.dtype.kind not in "iub" and not np.isfinite(y.astype(np.float64)).all():
-            return False
+        for y in ys if finite else ():
+            if y.dtype.kind not in "iub" and not np.isfinite(y.astype(np.float64)).all():
+                return False
     return True
 
 

@@ -53,6 +53,7 @@ class Report:
         weights: a line for each weight that is not the same, bit for bit, in Flax's form.
         output: the line of the output; of several, of the one that agrees least.
         notes: what else is to be known.
+        outputs: of a model of several outputs a line for each, in their order.
     """
 
     ok: bool
@@ -61,10 +62,14 @@ class Report:
     weights: tuple[Line, ...]
     output: Line
     notes: tuple[str, ...] = ()
+    outputs: tuple[Line, ...] = ()
+
+    def _lines(self) -> tuple[Line, ...]:
+        return (*self.layers, *(self.outputs or (self.output,)))
 
     def __str__(self) -> str:
-        width = max([len(line.name) for line in (*self.layers, self.output)])
-        rows = [_row(line, width) + self._beside(line) for line in (*self.layers, self.output)]
+        width = max(len(line.name) for line in self._lines())
+        rows = [_row(line, width) + self._beside(line) for line in self._lines()]
         rows += [f"weight {line.name}: {line.status}, by at most {line.absolute:.3g}"
                  for line in self.weights]  # fmt: skip
         return "\n".join([self._head(), *rows, *self.notes])
@@ -97,7 +102,7 @@ class Report:
             f"<tr><td>{html.escape(line.name)}</td><td>{line.shape}</td><td>{line.absolute:.3g}</td>"
             f"<td>{line.relative:.3g}</td><td>{line.ulp:,}</td><td>{line.allowed:,.0f}</td>"
             f"<td>{line.status}{self._beside(line)}</td></tr>"
-            for line in (*self.layers, self.output)
+            for line in self._lines()
         ]
         names = ("layer", "shape", "absolute", "relative", "ULP", "allowed", "")
         titles = "".join(f"<th>{t}</th>" for t in names)

@@ -1,40 +1,49 @@
 """One side of ``verify``: how a model of each framework runs, its layers' outputs kept."""
 
-import copy
 import dataclasses
-import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 from flax import nnx
 
-from fwt._graph import Graph, Node, end_of, inputs_of, may_hold, names_in, nodes_of
+from fwt._graph import (
+    Graph,
+    Node,
+    counts_of,
+    end_of,
+    inputs_of,
+    may_hold,
+    names_in,
+    nodes_of,
+)
 from fwt._sequential import Sequential, call
 from fwt._types import ConversionError, Model
 from fwt.converters import judge
 from fwt.converters.rows.row import Framework, is_training, joined, parts_of
 from fwt.converters.verification.ends import Kind, ends
+from fwt.converters.verification.names import call_name, first_call
 from fwt.layers import Parameter
 
 Taps = dict[str, np.ndarray]
+Xs = Sequence[np.ndarray]
 
 
 @dataclasses.dataclass
 class Side:
     """A model: how it runs, its input, and the model that it is in Flax.
 
-    ``run`` takes a batch, and a part of itself by which each weight is moved; the model stays as
-    it is. It is asked through ``outputs``.
+    ``run`` takes a batch for each input, and a part of itself by which each weight is moved; the
+    model stays as it is. It gives what the model gives, one array, several or several by key. It is
+    asked through ``outputs``.
     """
 
-    run: Callable[[np.ndarray, float], tuple[np.ndarray, Taps]]
-    shape: tuple[int | None, ...] | None
+    run: Callable[[Xs, float], tuple[Any, Taps]]
+    shape: tuple[int | None, ...] | None  # of its one input
     channels_first: bool  # at its ends
-    # For inputs of a shape, without the batch axis, and whether in the layout of the source.
+    # For inputs, and whether in the layout of the source.
     model: Callable[..., Model]
     integers: int | None = None  # the input is whole numbers, below this if straight into a table
     tables: Sequence[Any] = ()  # of embeddings, of which these are the rows
@@ -47,18 +56,51 @@ class Side:
     time_first: bool = False  # whether the batch is the second axis, of sequences
     told: bool = True  # whether a layer tells that
     along: Any = None  # gives ``run`` and ``shape`` for the axis that the batch is, if it matters
-    takes: Any = None  # the dtype that its input is cast to, if it says one
+    takes: Any = None  # the dtype that its input is cast to, if it says one, or one for each
     clamps: bool = False  # whether its functions end where others go on
     apart: bool = False  # whether its tables are not known to be fed the input as it is
+    # Of several inputs: how many there are if that is known, their names, whether they are a
+    # dict, the shapes, whether each has its channels first (None where no layer tells that it has
+    # some), and below what its whole numbers must be (0 where no layer tells).
+    count: int | None = None
+    names_of: Sequence[str] | None = None
+    by_key: bool = False
+    is_file: bool = False  # of ONNX, which has both names and an order
+    shapes: Sequence[Any] | None = None
+    channels: Sequence[bool | None] | None = None
+    counts: Sequence[int] | None = None
+    gives: Sequence[str] | None = None  # the names of several outputs, if they have some
 
-    def swaps(self, x: np.ndarray) -> bool:
+    def swaps(self, xs: Xs) -> bool:
         """Whether it takes the axes 0 and 1 of a batch the other way round."""
+        if len(xs) > 1:
+            return False
+        (x,) = xs
         return self.time_first and (x.ndim > 2 or (x.ndim == 2 and x.dtype.kind in "iu"))
 
-    def outputs(self, x: np.ndarray, by: float = 0.0) -> tuple[np.ndarray, Taps]:
-        """What it gives for a batch (n, ...): its output and those of its layers, (n, ...)."""
-        if not self.swaps(x):
-            return self.run(x, by)
+    def ordered(self, order: Sequence[int]) -> "Side":
+        """The side fed the inputs of another, in the other's order."""
+
+        def run(xs: Xs, by: float) -> tuple[Any, Taps]:
+            return self.run([xs[i] for i in order], by)
+
+        def model(xs: Xs, *rest: Any) -> Model:
+            return self.model([xs[i] for i in order], *rest)
+
+        def back(values: Any) -> Any:
+            if not isinstance(values, list | tuple):
+                return values
+            return [values[order.index(i)] for i in range(len(order))]
+
+        told = ("names_of", "shapes", "channels", "counts", "takes")
+        each = {name: back(getattr(self, name)) for name in told}
+        return dataclasses.replace(self, run=run, model=model, **each)
+
+    def outputs(self, xs: Xs, by: float = 0.0) -> tuple[Any, Taps]:
+        """What it gives for batches (n, ...): its output and those of its layers, (n, ...)."""
+        if not self.swaps(xs):
+            return self.run(xs, by)
+        (x,) = xs
         count = len(x)
         if count == x.shape[1]:  # one row more tells the batch from the time
             x = np.concatenate([x, x[-1:]])
@@ -68,8 +110,8 @@ class Side:
                 v = np.ascontiguousarray(v.swapaxes(0, 1))
             return v[:count] if v.ndim and v.shape[0] == len(x) else v
 
-        y, taps = self.run(np.ascontiguousarray(x.swapaxes(0, 1)), by)
-        return back(y), {name: back(v) for name, v in taps.items()}
+        y, taps = self.run([np.ascontiguousarray(x.swapaxes(0, 1))], by)
+        return jax.tree.map(back, y), {name: back(v) for name, v in taps.items()}
 
     def timed(self, first: bool) -> "Side":
         """The side with the time first, or the batch."""
@@ -91,7 +133,7 @@ _AXES = re.compile(r"(?:: |/)[^:]*(dim|axis|axes)[^:]*$")
 _AT_RANDOM = ("Drop", "Noise", "Random")  # parts of the names of layers that only train
 
 
-def _numbers(
+def numbers_of(
     framework: Framework, layers: Iterable[tuple[str, Any, Any]]
 ) -> list[tuple[str, float, int]]:
     """The numbers among the settings of layers, but those of training, by place. Of whole ones,
@@ -122,11 +164,11 @@ def _numbers(
 
 
 # Layers that only move numbers, behind which whole numbers stay what they are.
-_MOVES = ("Reshape", "Flatten", "Unflatten", "Permute", "RepeatVector", "Identity", "Dropout",
+MOVES = ("Reshape", "Flatten", "Unflatten", "Permute", "RepeatVector", "Identity", "Dropout",
           "Sequential")  # fmt: skip
 
 
-def _permutes(layer: Any) -> tuple[int, ...] | None:
+def permutes(layer: Any) -> tuple[int, ...] | None:
     """How a layer of Flax, torch or Keras permutes all axes."""
     dims = getattr(layer, "dims", None) if type(layer).__name__ == "Permute" else None
     if dims is None or 0 in dims:
@@ -137,57 +179,78 @@ def _permutes(layer: Any) -> tuple[int, ...] | None:
 def flax_side(model: Model) -> Side:
     if not isinstance(model.module, Sequential | Graph):
         return _linen_side(model)
-    starts = inputs_of(model.module)
-    if len(starts) > 1:
-        raise ConversionError(f"verify: the Model takes {len(starts)} arrays, and verify feeds one")
+    module: Any = model.module
+    starts, end = inputs_of(module), end_of(module)
+    layer_of = {n.name: n.layer for n in nodes_of(module)}
 
-    def run(x: np.ndarray, by: float = 0.0) -> tuple[np.ndarray, Taps]:
+    def named(node: Node) -> str:
+        base = layer_of.get(first_call(node.name))
+        again = bool(node.of) or (base is not None and base == node.layer)
+        return call_name(node.name, node.inputs, again)
+
+    def run(xs: Xs, by: float = 0.0) -> tuple[Any, Taps]:
         taps: Taps = {}
         variables = dict(model.variables)
         if by:
             variables = jax.tree.map(lambda v: judge.nudged(v, by), variables)
-        values: dict[str, Any] = {starts[0]: x}
-        for node, layer, own in each_layer(model.module, variables):
+        values: dict[str, Any] = dict(zip(starts, xs, strict=True))
+        for node, layer, own in each_layer(module, variables):
             given = [values[i] if i in starts else judge.unsettled(values[i], by)
                      for i in node.inputs]  # fmt: skip
             values[node.name] = y = call(layer, own, *given)
-            taps[layer_name(parts_of(node.name))] = np.asarray(y)
-        end = end_of(model.module)
-        keys = end if isinstance(end, Mapping) else range(len(names_in(end)))
-        gives = dict(zip(keys, (values[n] for n in names_in(end)), strict=True))
-        y, further = outputs(gives, np.asarray)
-        return y, taps | further
+            taps[named(node)] = np.asarray(y)
+        found = [np.asarray(values[n]) for n in names_in(end)]
+        return dict(zip(end, found, strict=True)) if isinstance(end, Mapping) else found, taps
 
-    layers = [(x, own) for _, x, own in each_layer(model.module, dict(model.variables))]
-    first = next((x for x, _ in layers if type(x).__name__ not in _MOVES), None)
+    layers = [(x, own) for _, x, own in each_layer(module, dict(model.variables))]
+    first = next((x for x, _ in layers if type(x).__name__ not in MOVES), None)
     count = getattr(first, "num_embeddings", None) or getattr(first, "num_tokens", None)
+    several = len(starts) > 1
     rows = [own["params"]["embedding"] for x, own in layers
-            if count and getattr(x, "num_embeddings", None) == count]  # fmt: skip
-    settings = _numbers("flax", ((n.name, x, _fields(x))
-                                 for n, x, _ in each_layer(model.module, {})))  # fmt: skip
+            if (count or several) and getattr(x, "num_embeddings", None)
+            and (several or x.num_embeddings == count)]  # fmt: skip
+    settings = numbers_of("flax", ((n.name, x, _fields(x))
+                                 for n, x, _ in each_layer(module, {})))  # fmt: skip
     dtypes = [v.dtype for v in jax.tree.leaves(model.variables) if hasattr(v, "dtype")]
     told = [getattr(x, "dtype", None) for x, _ in layers]
     dtypes += [np.dtype(d) for d in told if d is not None]
-    kinds = [kind for x, _ in layers for kind in _kinds_of(x)]
-    time_first, channels_first, told_batch = ends("flax", kinds, False)
-    return Side(run, model.module.input_shape, channels_first, lambda *_: model, count, rows,
-                dtypes=dtypes, model_first=channels_first, settings=settings,
-                time_first=time_first, told=told_batch)  # fmt: skip
+    kinds = [kind for x, _ in layers for kind in kinds_of(x)]
+    time_first, channels_first, told_batch, _ = ends("flax", kinds, False)
+    side = Side(run, module.input_shape, channels_first, lambda *_: model, count, rows,
+                dtypes=dtypes, model_first=channels_first, settings=settings, count=len(starts),
+                time_first=time_first, told=told_batch, gives=_gives(end))  # fmt: skip
+    takes = module.inputs if isinstance(module, Graph) else starts[0]
+    side.by_key = isinstance(takes, Mapping)
+    side.names_of = list(takes if isinstance(takes, Mapping) else names_in(takes))
+    if not several:
+        return side
+    counts = counts_of(module)
+    behind = {start: _behind(nodes_of(module), start) for start in starts}
+    found = [ends("flax", (k for n in behind[s] for k in kinds_of(layer_of[n.of or n.name])), False)
+             for s in starts]  # fmt: skip
+    return dataclasses.replace(
+        side, shape=None, shapes=module.input_shape, integers=None, counts=counts,
+        takes=[np.dtype(np.int32) if c else None for c in counts],
+        channels=[e.channels_first if e.has_channels else None for e in found],
+        channels_first=any(e.channels_first for e in found),
+    )  # fmt: skip
 
 
-class Further(str):
-    """The name of an output beside the first."""
+def _behind(nodes: Sequence[Node], start: str) -> list[Node]:
+    """The nodes that follow from an input."""
+    reached, out = {start}, []
+    for node in nodes:
+        if not reached.isdisjoint(node.inputs):
+            reached.add(node.name)
+            out.append(node)
+    return out
 
 
-def outputs(y: Any, array: Callable[[Any], np.ndarray]) -> tuple[np.ndarray, Taps]:
-    """The first output of a model, and by name those beside it, each of which is judged by its
-    own scale; those of a dict in the order of their keys."""
-    if isinstance(y, Mapping):
-        y = [y[key] for key in sorted(y)]
-    first, *others = y if isinstance(y, list | tuple) else [y]
-    further: Taps = {Further(f"output {i} of the model"): array(v)
-                     for i, v in enumerate(others, 2)}  # fmt: skip
-    return array(first), further
+def _gives(end: Any) -> list[str] | None:
+    """The names of several outputs."""
+    if isinstance(end, str):
+        return None
+    return list(end if isinstance(end, Mapping) else names_in(end))
 
 
 def _linen_side(model: Model) -> Side:
@@ -197,14 +260,11 @@ def _linen_side(model: Model) -> Side:
         what = f"a {what}, no module" if module is not None else "weights alone"
         raise ConversionError(f"verify: the Model holds {what}, which can't run")
 
-    def run(x: np.ndarray, by: float = 0.0) -> tuple[np.ndarray, Taps]:
+    def run(xs: Xs, by: float = 0.0) -> tuple[Any, Taps]:
         variables = dict(model.variables)
         if by:
             variables = jax.tree.map(lambda v: judge.nudged(v, by), variables)
-        y = module.apply(variables, x)
-        if not hasattr(y, "shape"):
-            raise ConversionError(f"its output is a {type(y).__name__}, and not one array")
-        return np.asarray(y), {}
+        return jax.tree.map(np.asarray, module.apply(variables, *xs)), {}
 
     def converted(*_: Any) -> Model:
         raise ConversionError(f"{what} is no fwt.Sequential, so that only outputs are compared")
@@ -227,22 +287,22 @@ def _fields(layer: Any) -> dict[str, Any]:
     return {f.name: getattr(layer, f.name) for f in fields if f.name not in ("parent", "name")}
 
 
-def _kinds(module: Any) -> Iterator[Kind]:
+def kinds_in(module: Any) -> Iterator[Kind]:
     """What each layer of a Flax, nnx or Keras model tells of its axes."""
     for entry in module.layers:
         layer = getattr(entry, "layer", entry)
         layer = getattr(layer, "layer", layer)  # a linen layer inside nnx
-        yield from _kinds_of(layer)
+        yield from kinds_of(layer)
 
 
-def _kinds_of(layer: Any) -> Iterator[Kind]:
+def kinds_of(layer: Any) -> Iterator[Kind]:
     if hasattr(layer, "layers"):
-        yield from _kinds(layer)
+        yield from kinds_in(layer)
     else:
         axis = getattr(layer, "axes", getattr(layer, "axis", None))
         first = axis == 1 or (isinstance(axis, list | tuple) and list(axis) == [1])
         first = first and ("Norm" in type(layer).__name__ or "PReLU" in type(layer).__name__)
-        yield Kind(type(layer).__name__, _permutes(layer), first)
+        yield Kind(type(layer).__name__, permutes(layer), first)
 
 
 def each_layer(module: Any, variables: Any) -> Iterator[tuple[Node, Any, Any]]:
@@ -263,7 +323,7 @@ def each_layer(module: Any, variables: Any) -> Iterator[tuple[Node, Any, Any]]:
 
 
 def nnx_side(model: Any) -> Side:
-    def run(x: np.ndarray, by: float = 0.0) -> tuple[np.ndarray, Taps]:
+    def run(xs: Xs, by: float = 0.0) -> tuple[Any, Taps]:
         taps: Taps = {}
         graph, state = nnx.split(model)
         copied = nnx.merge(graph, jax.tree.map(lambda v: judge.nudged(v, by), state) if by else
@@ -281,13 +341,13 @@ def nnx_side(model: Any) -> Side:
             return y
 
         if type(copied) is nnx.Sequential:
-            return np.asarray(under(copied, x, ())), taps
-        return np.asarray(copied(x)), taps
+            return np.asarray(under(copied, xs[0], ())), taps
+        return jax.tree.map(np.asarray, copied(*xs)), taps
 
-    def converted(*_: Any) -> Model:
+    def converted(xs: Xs, *_: Any) -> Model:
         from fwt.converters.frameworks import nnx as _nnx
 
-        return _nnx.from_nnx(model)
+        return _nnx.from_nnx(model, list(xs) if len(xs) > 1 else None)
 
     first: Any = model
     while type(first) is nnx.Sequential and first.layers:
@@ -296,241 +356,8 @@ def nnx_side(model: Any) -> Side:
     rows = [first.embedding[...]] if isinstance(first, nnx.Embed) else []
     dtypes = [v.dtype for v in jax.tree.leaves(nnx.state(model, nnx.Not(nnx.RngState)))
               if hasattr(v, "dtype")]  # fmt: skip
-    kinds = _kinds(model) if type(model) is nnx.Sequential else ()
-    time_first, channels_first, told_batch = ends("flax", kinds, False)
+    kinds = kinds_in(model) if type(model) is nnx.Sequential else ()
+    time_first, channels_first, told_batch, _ = ends("flax", kinds, False)
     return Side(run, None, channels_first, converted, count, rows, dtypes=dtypes,
                 model_first=channels_first, time_first=time_first,
                 told=told_batch)  # fmt: skip
-
-
-def layer_name(parts: Sequence[str]) -> str:
-    """The name that the parts of one layer share."""
-    return joined((*parts[:-1], parts[-1].split("__")[0]))
-
-
-def keras_side(model: Any) -> Side:
-    import keras
-
-    from fwt.converters.frameworks import keras as _keras
-
-    def run(x: np.ndarray, by: float = 0.0) -> tuple[np.ndarray, Taps]:
-        if by:
-            moved = [(v, keras.ops.convert_to_tensor(
-                judge.nudged(keras.ops.convert_to_numpy(v), by), dtype=v.dtype))
-                for v in model.variables]  # fmt: skip
-            with keras.StatelessScope(state_mapping=moved):
-                return through(x, by)
-        if not model.built:
-            return through(x)
-        with keras.StatelessScope():  # states that a layer keeps stay the user's
-            return through(x)
-
-    numbers = keras.ops.convert_to_numpy
-    graph = type(model).__name__ == "Functional"
-    once = [x for x in model.operations if _has_one_output(x)] if graph else []
-    inner = keras.Model(model.inputs, [x.output for x in once]) if once else None
-
-    def through(x: np.ndarray, by: float = 0.0) -> tuple[np.ndarray, Taps]:
-        taps: Taps = {}
-        given = keras.ops.convert_to_tensor(x)
-        given = given if taken is None else keras.ops.cast(given, taken)
-
-        def under(holder: Any, y: Any, inside: tuple[str, ...]) -> Any:
-            for layer in holder.layers:
-                if isinstance(layer, keras.layers.InputLayer):
-                    continue
-                if isinstance(layer, keras.Sequential):
-                    y = under(layer, y, (*inside, layer.name))
-                    continue
-                if by and taps:
-                    y = keras.ops.convert_to_numpy(y)
-                    y = keras.ops.convert_to_tensor(judge.unsettled(y, by).astype(y.dtype))
-                y = layer(y, training=False) if _trains(layer) else layer(y)
-                taps[layer_name((*inside, layer.name))] = keras.ops.convert_to_numpy(y)
-            return y
-
-        if isinstance(model, keras.Sequential):
-            y = under(model, given, ())
-        if not by or not isinstance(model, keras.Sequential):
-            y = model(given, training=False)
-        if inner is not None:
-            seen = inner(given, training=False)
-            seen = seen if isinstance(seen, list | tuple) else [seen]
-            taps |= {layer_name((x.name,)): numbers(v) for x, v in zip(once, seen, strict=True)}
-        found, further = outputs(y, numbers)
-        return found, taps | further
-
-    shape = getattr(model, "input_shape", None)
-    own = tuple(shape[1:]) if isinstance(shape, tuple) else None
-    flat = [x for x in model._flatten_layers(include_self=False) if not hasattr(x, "layers")]
-    moves = (*_MOVES, "InputLayer")
-    first = next((x for x in flat if type(x).__name__ not in moves), None)
-    formats = {getattr(x, "data_format", None) for x in flat}
-    inside = "channels_first" in formats
-    _, channels_first, _ = ends("keras", _kinds(model), inside)
-    taken = getattr(next(iter(getattr(model, "inputs", None) or ()), None), "dtype", None)
-    found = [x for x in flat if isinstance(x, keras.layers.Embedding)]
-    count = getattr(first, "input_dim", None) or getattr(first, "num_tokens", None)
-    straight = count is not None and all(
-        isinstance(x, keras.Sequential) for x in (model, *model._flatten_layers(include_self=False))
-        if hasattr(x, "layers"))  # fmt: skip
-    rows = [x.get_weights()[0] for x in found if not straight or x is first]
-    if not straight and not rows and _dtype(taken or "float32").kind in "iu":
-        count = None
-    dtypes = [v.dtype for v in model.variables]
-    layers = list(model._flatten_layers(include_self=False))
-    computes = {str(x.compute_dtype) for x in (model, *layers)}
-    names = [type(x) for x in layers], [tuple(v.shape) for v in model.variables]
-    with _keras.without_tensorflow():
-        settings = _numbers("keras", ((x.name, x, _config(x)) for x in layers))
-    return Side(run, own, channels_first, lambda *_: _keras.from_keras(model), count, rows, inside,
-                [_dtype(d) for d in dtypes], [_dtype(d) for d in computes],
-                channels_first and not inside, names, settings, apart=bool(rows) and not straight,
-                takes=taken and _dtype(taken))  # fmt: skip
-
-
-def _config(layer: Any) -> Any:
-    try:
-        return {} if hasattr(layer, "layers") else layer.get_config()
-    except NotImplementedError:  # of a user's own class
-        return {}
-
-
-def _dtype(name: Any) -> Any:
-    """A dtype by its name; one of no floats for what NumPy does not know."""
-    try:
-        return jax.numpy.dtype(name)
-    except TypeError:
-        return np.dtype(bool)
-
-
-def _has_one_output(layer: Any) -> bool:
-    """Whether a layer or an operation of a Functional model is called once, and is no model and no
-    input."""
-    plain = type(layer).__name__ != "InputLayer" and not hasattr(layer, "layers")
-    return plain and len(layer._inbound_nodes) == 1 and hasattr(layer.output, "shape")
-
-
-def _trains(layer: Any) -> bool:
-    import inspect
-
-    return "training" in inspect.signature(layer.call).parameters
-
-
-def torch_side(model: Any) -> Side:
-    import torch
-
-    from fwt.converters.frameworks import torch as _torch
-    from fwt.converters.frameworks import torch_state, torch_wrappers
-
-    model = torch_wrappers.plain(model)
-    counts: set[tuple[str, str]] = set()  # attributes that a forward changes
-    weights = [w for w in (*model.parameters(), *model.buffers()) if w.is_floating_point()]
-
-    def run(x: np.ndarray, by: float = 0.0) -> tuple[np.ndarray, Taps]:
-        given = tensor(x)
-        if weights:
-            like = weights[0]
-            floats = given.is_floating_point() or numbers
-            given = given.to(like.device, like.dtype if floats else None)
-        if not by:
-            return through(model, given)
-        moved = copy.deepcopy(model)
-        with torch.no_grad():
-            for w in itertools.chain(moved.parameters(), moved.buffers()):
-                if w.is_floating_point():
-                    w.copy_(tensor(judge.nudged(array(w), by)))
-        return through(moved, given, by)
-
-    def through(model: Any, given: Any, by: float = 0.0) -> tuple[np.ndarray, Taps]:
-        taps: Taps = {}
-        hooks, held = [], [(m, torch_state.held(m)) for m in model.modules()]
-
-        def keep(name: str) -> Callable[..., None]:
-            def hook(_: Any, __: Any, y: Any) -> None:
-                if isinstance(y, torch.Tensor):
-                    taps[layer_name(name.split("."))] = array(y)
-
-            return hook
-
-        def unsettled(_: Any, args: Any) -> Any:
-            if len(args) != 1 or args[0] is given or not isinstance(args[0], torch.Tensor):
-                return None
-            if not args[0].is_floating_point():
-                return None
-            return tensor(judge.nudged(array(args[0]), by)).to(args[0])
-
-        for name, module in model.named_modules():
-            if name and not isinstance(module, torch.nn.Sequential | torch.nn.ModuleList):
-                if by and not list(module.children()):
-                    hooks.append(module.register_forward_pre_hook(unsettled))
-                hooks.append(module.register_forward_hook(keep(name)))
-        try:
-            with torch.no_grad():
-                model.eval()
-                y = model(given)
-        finally:
-            for hook in hooks:
-                hook.remove()
-            for module, before in held:
-                changed = torch_state.put_back(module, before)
-                counts.update((type(module).__name__, name) for name in changed)
-            settings[:] = [each for each in settings if not counted(each[0])]
-        found, further = outputs(y, array)
-        return found, taps | further
-
-    def tensor(x: np.ndarray) -> Any:
-        """A copy, for a layer may work in place."""
-        return torch.tensor(x.astype(np.float32) if x.dtype == ml_dtypes.bfloat16 else x)
-
-    def array(y: Any) -> np.ndarray:
-        y = y.detach().cpu().clone()  # the next layer may work in place
-        if y.dtype == torch.bfloat16:
-            return y.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-        return y.numpy()
-
-    kinds_of = map(_torch_kind, model.modules())
-    time_first, channels_first, told_batch = ends("torch", kinds_of, True)
-    # Only of a chain is it known what stands before a layer.
-    chain = isinstance(model, torch.nn.Sequential | torch.nn.TransformerEncoder)
-    leaves = [m for m in model.modules() if not list(m.children())]
-    leaf: Any = next((m for m in leaves if type(m).__name__ not in _MOVES), None)
-    kinds = torch.nn.Embedding | torch.nn.EmbeddingBag
-    count = leaf.num_embeddings if isinstance(leaf, kinds) else None
-    numbers = chain and not isinstance(leaf, kinds)
-    first: Any = model
-    while isinstance(first, torch.nn.Sequential):
-        first = next((m for m in first if isinstance(m, torch.nn.Sequential)
-                      or type(m).__name__ not in _MOVES), None)  # fmt: skip
-    straight = first is leaf
-    tabled = [m for m in leaves if isinstance(m, kinds) and (m is leaf or not straight)]
-    rows = [array(m.weight) for m in tabled if count is not None]
-
-    modules = [(name, type(module)) for name, module in model.named_modules()]
-    names = modules, [(name, getattr(w, "shape", ())) for name, w in model.state_dict().items()]
-
-    own = ((name or type(m).__name__, m, vars(m)) for name, m in model.named_modules())
-    settings = _numbers("torch", own)
-    kind_of = {name or type(m).__name__: type(m).__name__ for name, m in model.named_modules()}
-
-    def counted(place: str) -> bool:
-        layer, _, name = place.partition(": ")
-        return (kind_of[layer], name.split("/")[0]) in counts
-
-    def converted(shape: tuple[int, ...], source: bool = False) -> Model:
-        how: dict[str, Any] = {"layout": "source"} if source else {}
-        return _torch.from_torch(model, input_shape=shape, **how)
-
-    return Side(run, None, channels_first, converted, count, rows, True,
-                [array(w.flatten()[:1]).dtype for w in weights], names=names,
-                settings=settings, time_first=time_first and chain, told=told_batch and chain,
-                apart=bool(rows) and not straight,
-                takes=array(weights[0].flatten()[:1]).dtype if weights else None)  # fmt: skip
-
-
-def _torch_kind(module: Any) -> Kind:
-    # A layer of an encoder leaves it to its attention.
-    first = getattr(getattr(module, "self_attn", module), "batch_first", None)
-    batch = 1 - first if isinstance(first, bool) else None
-    own = not str(type(module).forward.__module__).startswith(("torch.", "fwt."))
-    return Kind(type(module).__name__, _permutes(module), batch=batch, turns=own)

@@ -466,7 +466,7 @@ def test_a_file_is_checked_at_the_ends_before_it_is_written(tmp_path):
     """A graph that is wrong for large numbers alone, or beside a zero, is refused."""
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("onnxruntime")
-    from fwt.converters.onnx import check
+    from fwt.converters.onnx import check, ends
 
     class Safe(nn.Module):
         @nn.compact
@@ -491,7 +491,8 @@ def test_a_file_is_checked_at_the_ends_before_it_is_written(tmp_path):
         )
         model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)])
         model.ir_version = 8
-        given = (model.SerializeToString(), tmp_path, Safe(), {}, (3,), np.dtype(np.float32))
+        inputs = [ends.Input("input", (3,), np.dtype(np.float32), 0)]
+        given = (model.SerializeToString(), tmp_path, Safe(), {}, inputs)
         if fits:
             check.compare(*given)
             continue
@@ -656,6 +657,7 @@ def identity_file(shape, factor=1.0):
 def test_what_is_checked_before_a_file_is_written(tmp_path):
     """A batch of one by its values; a file of which nothing can be compared says so."""
     from fwt.converters.onnx.check import compare
+    from fwt.converters.onnx.ends import Input
 
     class Times(nn.Module):
         by: float
@@ -669,7 +671,7 @@ def test_what_is_checked_before_a_file_is_written(tmp_path):
 
     def check(module, factor):
         message = identity_file(["n", 3], factor)
-        compare(message, tmp_path, module, {}, (3,), np.dtype(np.float32))
+        compare(message, tmp_path, module, {}, [Input("x", (3,), np.dtype(np.float32), 0)])
 
     check(Times(2.0), 2.0)
     check(Times(np.nan), np.nan)

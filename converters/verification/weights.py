@@ -1,0 +1,174 @@
+"""What ``verify`` finds of the weights: those that differ, and whether that matters where no output
+shows it."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fwt import _tree
+from fwt._graph import Graph, inputs_of, nodes_of
+from fwt._sequential import Sequential, call
+from fwt._types import ConversionError, Model
+from fwt.converters import judge
+from fwt.converters.rows.row import parts_of
+from fwt.converters.verification import batch
+from fwt.converters.verification.lines import lines_of, worst
+from fwt.converters.verification.names import layer_name
+from fwt.converters.verification.report import Line, identical, weight_apart
+from fwt.converters.verification.sides import Side, each_layer, flax_side
+
+LARGER = 2.0**-4  # relative to the scale: what is no longer a small difference
+
+
+def layer_of(path: str) -> str:
+    """The layer of a weight."""
+    return layer_name(_tree.split(path)[1:-1] or ("",))
+
+
+def apart_in(a: Model, b: Model) -> Iterator[Line]:
+    """The weights that are not the same, where both models have them in Flax's form."""
+    for path, x, y in _pairs(a, b):
+        if not identical(x, y):
+            yield weight_apart(path, x, y)
+
+
+def _pairs(a: Model, b: Model) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    one, other = (_tree.Tree({"params": dict(m.variables)}, whole=True).leaves for m in (a, b))
+    if one.keys() != other.keys():
+        raise ConversionError("the models have other names for them")
+    return [(path, np.asarray(v), np.asarray(other[path])) for path, v in one.items()]
+
+
+def unseen(
+    one: Side, models: tuple[Model, Model], xs: Sequence[np.ndarray], order: Any = None
+) -> str | None:
+    """The first layer whose weights are more than ten roundings apart, if that matters.
+
+    It does if the outputs show it when the difference is made larger, or small weights of both are.
+    Weights that are far apart need not matter: the units of a layer may stand in another order.
+    """
+    if any(not isinstance(m.module, Sequential | Graph) for m in models):
+        return None
+    steps: dict[str, np.ndarray] = {}
+    largest = 0.0
+    for path, a, b in _pairs(*models):
+        step = _step(a, b)
+        if step is not None:
+            steps[path], part = step
+            largest = max(largest, part)
+    if not steps:
+        return None
+    if largest >= LARGER:
+        return _unseen_small(one, models, xs, list(steps), order)
+    mine, theirs = models[0], Model(models[1].module, models[0].variables)
+    given = _for_model(xs, one, mine)
+    same = nodes_of(mine.module) == nodes_of(theirs.module)
+    if not same and worst(lines_of(flax_side(mine), _as_second(theirs, order), given)) == "differs":
+        return None  # what differs in the weights may be made up for in the layers
+    tree = _tree.Tree({"params": dict(mine.variables)}, whole=True)
+    old = {path: np.asarray(tree.leaves[path]) for path in steps}
+    new = {path: (old[path] + LARGER / largest * step).astype(old[path].dtype)
+           for path, step in steps.items()}  # fmt: skip
+    wider = Model(mine.module, tree.replace(new)["params"])
+    if worst(lines_of(flax_side(mine), flax_side(wider), given)) != "differs":
+        return _unseen_small(one, models, xs, list(steps), order)
+    return layer_of(next(iter(steps)))
+
+
+def _for_model(xs: Sequence[np.ndarray], one: Side, model: Model) -> list[np.ndarray]:
+    """The inputs of a side as its model in Flax takes them."""
+    if len(xs) == 1:
+        return batch.laid(xs, one, one, True)
+    return batch.laid(xs, one, flax_side(model))
+
+
+def _as_second(model: Model, order: Any) -> Side:
+    side = flax_side(model)
+    return side if order is None else side.ordered(order)
+
+
+def _unseen_small(
+    one: Side,
+    models: tuple[Model, Model],
+    xs: Sequence[np.ndarray],
+    paths: Sequence[str],
+    order: Any,
+) -> str | None:
+    given, new = _for_model(xs, one, models[0]), []
+    held = {path: (a, b) for path, a, b in _pairs(*models) if path in paths}
+    for index, model in enumerate(models):
+        grown = {path: (pair[index] / np.abs(pair).max()).astype(pair[index].dtype)
+                 for path, pair in held.items() if 0 < np.abs(pair).max() < LARGER}  # fmt: skip
+        tree = _tree.Tree({"params": dict(model.variables)}, whole=True)
+        new.append(Model(model.module, tree.replace(grown)["params"]))
+    same = nodes_of(models[0].module) == nodes_of(models[1].module)  # else these may make up for it
+    pair = flax_side(new[0]), _as_second(new[1], order)
+    told = same and worst(lines_of(*pair, given)) == "differs"
+    return layer_of(next(iter(held))) if told else None
+
+
+def _step(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, float] | None:
+    """Where two arrays of weights are more than ten roundings apart, by how much, and the largest
+    difference relative to its unit's scale."""
+    if a.shape != b.shape or not jnp.issubdtype(a.dtype, jnp.floating) or identical(a, b):
+        return None
+    wide = np.result_type(a.dtype, np.float32)
+    axes = tuple(range(max(a.ndim - 1, min(a.ndim, 1))))
+    with np.errstate(all="ignore"):
+        own, step = a.astype(wide, copy=False), np.subtract(b, a, dtype=wide)
+        scale = np.maximum(np.abs(own).max(axes, keepdims=True),
+                           np.abs(b.astype(wide, copy=False)).max(axes, keepdims=True))  # fmt: skip
+        part = np.abs(step) / np.where(scale, scale, 1)
+        part[np.isnan(part) & ~((a == b) | (np.isnan(a) & np.isnan(b)))] = np.inf
+    far = part > judge.ROUNDINGS * judge.eps_of([a.dtype])
+    return (np.where(far, step, 0), float(part[far].max())) if far.any() else None
+
+
+def idle(
+    models: tuple[Model, Model], xs: Sequence[np.ndarray], lines: Sequence[Line], one: Side
+) -> str | None:
+    """The first layer with other weights that does not show it because of what it is fed, as
+    zeros behind a ReLU: by itself, fed ordinary numbers, it gives another output.
+
+    Layers that are fed, or give, the units of the other model in another order are left out.
+    """
+    if any(not isinstance(m.module, Sequential | Graph) for m in models):
+        return None
+    close = {line.name for line in lines if line.status in ("exact", "close")}
+    given = _for_model(xs, one, models[0])
+    turned = flax_side(models[0]).swaps(given)
+    starts = inputs_of(models[0].module)
+    values = {n: jnp.asarray(x.swapaxes(0, 1) if turned else x)
+              for n, x in zip(starts, given, strict=True)}  # fmt: skip
+    settled = dict.fromkeys(starts, True)
+    both = (each_layer(m.module, dict(m.variables)) for m in models)
+    for (node, layer, own), (_, there, others) in zip(*both, strict=False):
+        name, weights = layer_name(parts_of(node.name)), jax.tree.leaves(own)
+        takes, known = [values[i] for i in node.inputs], all(settled[i] for i in node.inputs)
+        pairs = list(zip(weights, jax.tree.leaves(others), strict=False))
+        far = any(_step(np.asarray(v), np.asarray(w)) is not None for v, w in pairs)
+        rows = getattr(layer, "num_embeddings", None)
+        floats = known and all(jnp.issubdtype(x.dtype, jnp.floating) for x in takes)
+        if far and name in close and len(takes) == 1 and (rows or floats):
+            fed = np.random.default_rng(0).normal(size=takes[0].shape).astype(takes[0].dtype)
+            if rows:
+                apart = [np.asarray(v != w).any(1) for v, w in pairs if np.ndim(v) == 2]
+                fed = np.flatnonzero(apart[0])[:1024] if apart else np.arange(1)
+            if worst(lines_of(_alone(layer, own), _alone(there, others), [fed])) == "differs":
+                return name
+        settled[node.name] = name in close and (known or bool(weights))
+        values[node.name] = call(layer, own, *takes)
+    return None
+
+
+def _alone(layer: Any, own: Any) -> Side:
+    """One layer as a side."""
+
+    def run(xs: Sequence[np.ndarray], by: float = 0.0) -> tuple[Any, dict[str, np.ndarray]]:
+        moved = jax.tree.map(lambda v: judge.nudged(v, by), own) if by else own
+        return np.asarray(call(layer, moved, *xs)), {}
+
+    return Side(run, None, False, lambda *_: Model(layer, own))

@@ -4,16 +4,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from fwt import _tree
+from fwt import _states, _tree
 from fwt._types import (
     LeafError,
+    Masks,
     Params,
     Transform,
     Where,
     wants_statistics,
+    with_inside,
     with_statistics,
 )
+from fwt.pruning.prune import apply_masks
 
 
 def chain(*transforms: Transform) -> Transform:
@@ -42,7 +46,39 @@ def chain(*transforms: Transform) -> Transform:
             params = t(params)
         return params
 
-    return with_statistics(apply, transforms)
+    def inside(masks: Masks) -> Transform:
+        return chain(*(within(t, masks) for t in transforms))
+
+    return with_inside(with_statistics(apply, transforms), inside)
+
+
+def within(transform: Transform, masks: Masks) -> Transform:
+    """The transform where these masks hold, if there are any. A function that can't be told of
+    them is followed by them."""
+    if masks is None:
+        return transform
+    inside = getattr(transform, "__fwt_inside__", None)
+    if inside is not None:
+        return inside(masks)
+    after = apply_masks(masks)
+    return lambda params: after(transform(params))
+
+
+def masks_in(state: Any, params: Params) -> Masks:
+    """The masks of every ``sparsify`` in the state of an optimizer of these params, or None."""
+
+    def ours(x: Any) -> bool:
+        return set(getattr(x, "_fields", ())) >= _states.OURS
+
+    found = {
+        path: mask
+        for x in jax.tree.leaves(state, is_leaf=ours) if ours(x)
+        for path, mask in _tree.Tree(x.masks).leaves.items()
+    }  # fmt: skip
+    if not found:
+        return None
+    tree = _tree.Tree(params)
+    return tree.replace({p: found.get(p, np.True_) for p in tree.leaves}, ties=False)
 
 
 def at(where: Where, transform: Transform) -> Transform:
@@ -90,7 +126,10 @@ def at(where: Where, transform: Transform) -> Transform:
             )
         return tree.replace(tree.once(new))
 
-    return with_statistics(apply, [transform])
+    def inside(masks: Masks) -> Transform:
+        return at(where, within(transform, masks))
+
+    return with_inside(with_statistics(apply, [transform]), inside)
 
 
 def straight_through(transform: Transform) -> Transform:

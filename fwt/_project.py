@@ -19,6 +19,7 @@ from fwt._types import (
     Where,
     hashes,
     resolve,
+    with_inside,
 )
 
 
@@ -95,7 +96,16 @@ def project(
         new = [_mesh.like(x, old) if ours else x for x, old in zip(new, leaves, strict=True)]
         return tree.replace(dict(zip(names, new, strict=True)))
 
-    return apply
+    def inside(masks: Masks) -> Transform:
+        if not getattr(chosen, "keeps_zeros", False):
+            raise FwtError(
+                f"constrain: {getattr(chosen, 'name', chosen)!r} does not declare that it keeps "
+                "zeros, so it would refill what sparsify prunes: sparsify(constrain(tx, "
+                "project(...)), sparsity) prunes after it"
+            )
+        return project(constraint, where, masks, axes=axes, dtype=dtype)
+
+    return apply if masks is not None else with_inside(apply, inside)
 
 
 def _projected(constraint: Any, places: Any, leaves: list[Any], kept: list[Any]) -> list[Any]:

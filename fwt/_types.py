@@ -51,6 +51,12 @@ def wants_statistics(transform: Any) -> bool:
     return getattr(transform, "__fwt_statistics__", False) is True
 
 
+def with_inside(transform: Transform, inside: Callable[[Masks], Transform]) -> Transform:
+    """Says what a transform is where these masks hold, for those who know them."""
+    transform.__dict__["__fwt_inside__"] = inside
+    return transform
+
+
 def resolve(x: Any) -> Any:
     """A noun that was written bare, called."""
     return x() if getattr(x, "__fwt_noun__", False) else x

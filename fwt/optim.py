@@ -10,6 +10,7 @@ import optax
 from jax import lax
 
 from fwt import _again, _axes, _keys, _mesh, _moments, _tree, constraints, patterns, scores
+from fwt._compose import masks_in, within
 from fwt._types import FwtError, LeafError, Masks, Params, Score, Transform, Where, resolve
 from fwt.pruning import chosen as _chosen
 from fwt.pruning import plan as _plan
@@ -35,6 +36,9 @@ def constrain(
       is moved to less than 2**-12 of itself (bfloat16: 2**-15) without becoming 0.
     - float32 params land on it exactly at 0, and wherever the new weight is within a factor of 2
       of the old one; elsewhere they are off by at most an ULP of the larger of the two.
+
+    Around :func:`sparsify` what is pruned stays zero: :func:`fwt.project` keeps to its masks, and
+    refuses constraints that would refill zeros; a function of your own is followed by the masks.
 
     It must be the last link, ``constrain(optax.chain(...), t)``: a later ``optax.scale`` moves
     the weights out of the set again, and an average of weights (``optax.lookahead``, an EMA of
@@ -94,7 +98,7 @@ def constrain(
         steps, state = inner.update(updates, state, params, **extra)
         _check_addable(params, steps)
         moved = _plan.moved(params, steps)
-        wanted = transform(moved)
+        wanted = within(transform, masks_in(state, moved))(moved)
         found: Any = jax.tree.structure(wanted)
         expected: Any = jax.tree.structure(moved)
         if found != expected:

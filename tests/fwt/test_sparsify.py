@@ -14,7 +14,7 @@ from marks import thorough_but
 
 import fwt
 
-S = fwt.scores
+S, C = fwt.scores, fwt.constraints
 sparsify = fwt.optim.sparsify
 
 
@@ -535,6 +535,58 @@ def test_constrain_and_sparsify_together():
     for path, mask in kernels(state.masks).items():
         assert not kernels(params)[path][~mask].any()
         assert (np.linalg.norm(kernels(params)[path], axis=0) <= 0.5 + 1e-6).all()
+
+
+SIMPLEX = fwt.project(C.simplex(2.0))
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        SIMPLEX,
+        fwt.project(C.l1_sphere(5.0)),
+        fwt.project(C.hyperplane(1.0, 2.0)),
+        fwt.project(C.hyperplane()),
+        jax.jit(SIMPLEX),
+        fwt.chain(fwt.project(C.simplex(2.0), where="a/kernel"), fwt.project(C.non_negative)),
+        fwt.at("a/kernel", fwt.project(C.l1_sphere(5.0))),
+        lambda tree: jax.tree.map(lambda x: x + 1, tree),
+        fwt.chain(lambda tree: jax.tree.map(lambda x: x + 1, tree)),
+    ],
+)
+def test_what_is_pruned_stays_so_behind_a_constraint(transform):
+    for tx in (
+        fwt.optim.constrain(sparsify(optax.adam(0.05), 0.5), transform),
+        fwt.optim.constrain(optax.chain(sparsify(optax.adam(0.05), 0.5), optax.scale(1.0)),
+                            transform),
+    ):  # fmt: skip
+        params = weights()
+        state = tx.init(params)
+        for n in range(3):
+            updates, state = jax.jit(tx.update)(weights(n), state, params)
+            params = optax.apply_updates(params, updates)
+        masks = (state if hasattr(state, "masks") else state[0]).masks
+        for path, mask in kernels(masks).items():
+            assert not kernels(params)[path][~mask].any()
+            assert kernels(params)[path][mask].any()
+        if transform is SIMPLEX:
+            assert np.allclose(kernels(params)["a/kernel"].sum(0), 2.0, atol=1e-5)
+
+
+@pytest.mark.parametrize("constraint", [C.zero_mean, C.weight_standardization, C.orthogonal])
+def test_a_constraint_that_would_refill_is_refused(constraint):
+    t = fwt.project(constraint)
+    for tx in (
+        fwt.optim.constrain(sparsify(optax.sgd(0.1), 0.5), t),
+        fwt.optim.constrain(sparsify(optax.sgd(0.1), 0.5), fwt.chain(fwt.at("a/*", t))),
+    ):
+        with pytest.raises(fwt.FwtError, match=r"would refill.*sparsify\(constrain\(tx"):
+            tx.update(weights(1), tx.init(weights()), weights())
+    tx = sparsify(fwt.optim.constrain(optax.sgd(0.1), t), 0.5)
+    updates, state = tx.update(weights(1), tx.init(weights()), weights())
+    params = optax.apply_updates(weights(), updates)
+    for path, mask in kernels(state.masks).items():
+        assert not kernels(params)[path][~mask].any()
 
 
 def test_extra_arguments_reach_the_optimizer():

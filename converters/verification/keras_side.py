@@ -101,6 +101,7 @@ def keras_side(model: Any) -> Side:
                 [_dtype(d) for d in dtypes], [_dtype(d) for d in computes],
                 channels_first and not inside, names, settings, apart=bool(rows) and not straight,
                 takes=takes[0] if takes else None, count=len(takes) or None)  # fmt: skip
+    side.weights = lambda: [(x.name, numbers(v)) for x in flat for v in x.weights]
     if not graph:
         return side
     ending = getattr(model, "_outputs_struct", None)

@@ -70,6 +70,8 @@ class Side:
     channels: Sequence[bool | None] | None = None
     counts: Sequence[int] | None = None
     gives: Sequence[str] | None = None  # the names of several outputs, if they have some
+    # Each weight with its layer, of models that can't be converted.
+    weights: Callable[[], Iterable[tuple[str, np.ndarray]]] = tuple
 
     def swaps(self, xs: Xs) -> bool:
         """Whether it takes the axes 0 and 1 of a batch the other way round."""

@@ -134,8 +134,12 @@ def torch_side(model: Any) -> Side:
 
     forward = [] if isinstance(model, torch.nn.Sequential) else _parameters(type(model).forward)
 
+    def held() -> list[tuple[str, np.ndarray]]:
+        every = itertools.chain(model.named_parameters(), model.named_buffers())
+        return [(name.rpartition(".")[0], array(w)) for name, w in every]
+
     return Side(run, None, channels_first, converted, count, rows, True,
-                [array(w.flatten()[:1]).dtype for w in weights], names=names,
+                [array(w.flatten()[:1]).dtype for w in weights], names=names, weights=held,
                 settings=settings, time_first=time_first and chain, told=told_batch and chain,
                 apart=bool(rows) and not straight,
                 takes=array(weights[0].flatten()[:1]).dtype if weights else None,

@@ -29,7 +29,7 @@ from fwt.converters.verification.report import (
 )
 from fwt.converters.verification.sides import Side, flax_side, nnx_side
 from fwt.converters.verification.torch_side import torch_side
-from fwt.converters.verification.weights import LARGER, apart_in, idle, layer_of, unseen
+from fwt.converters.verification.weights import LARGER, apart_in, idle, layer_of, of_raw, unseen
 
 
 @judge.full_products()
@@ -174,6 +174,12 @@ def verify(
     if ok and tolerance is None and (first := _hidden(lines, carries, changed, graphs)) is not None:
         ok = False
         notes.append(f"the layers behind {first} hide the difference: the output is close")
+    if ok and tolerance is None and models is None and one.names == other.names:
+        first = of_raw(one, other)
+        ok = first is None
+        if not ok:
+            why = "layers of a model that can't be converted are not fed by themselves"
+            notes.append(f"no output shows how the weights of {first} differ, and {why}")
     if ok and weights and models:
         why = "one does if they differ by more in the same direction"
         try:

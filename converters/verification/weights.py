@@ -127,17 +127,26 @@ def _step(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, float] | None:
     return (np.where(far, step, 0), float(part[far].max())) if far.any() else None
 
 
+def of_raw(one: Side, other: Side) -> str | None:
+    """The first layer whose weights are more than ten roundings apart, in models of the same layers
+    that can't be converted."""
+    pairs = zip(one.weights(), other.weights(), strict=False)
+    return next((name for (name, a), (_, b) in pairs if _step(a, b) is not None), None)
+
+
 def idle(
     models: tuple[Model, Model], xs: Sequence[np.ndarray], lines: Sequence[Line], one: Side
 ) -> str | None:
     """The first layer with other weights that does not show it because of what it is fed, as
-    zeros behind a ReLU: by itself, fed ordinary numbers, it gives another output.
+    zeros behind a ReLU, or because of a large bias: by itself, fed ordinary numbers, and without
+    the bias that both have, it gives another output.
 
-    Layers that are fed, or give, the units of the other model in another order are left out.
+    Layers that are fed the units of the other model in another order are left out.
     """
     if any(not isinstance(m.module, Sequential | Graph) for m in models):
         return None
     close = {line.name for line in lines if line.status in ("exact", "close")}
+    held = close | {line.name for line in lines if line.status == "reordered"}
     given = _for_model(xs, one, models[0])
     turned = flax_side(models[0]).swaps(given)
     starts = inputs_of(models[0].module)
@@ -152,16 +161,30 @@ def idle(
         far = any(_step(np.asarray(v), np.asarray(w)) is not None for v, w in pairs)
         rows = getattr(layer, "num_embeddings", None)
         floats = known and all(jnp.issubdtype(x.dtype, jnp.floating) for x in takes)
-        if far and name in close and len(takes) == 1 and (rows or floats):
+        if far and name in held and len(takes) == 1 and (rows or floats):
             fed = np.random.default_rng(0).normal(size=takes[0].shape).astype(takes[0].dtype)
             if rows:
                 apart = [np.asarray(v != w).any(1) for v, w in pairs if np.ndim(v) == 2]
                 fed = np.flatnonzero(apart[0])[:1024] if apart else np.arange(1)
-            if worst(lines_of(_alone(layer, own), _alone(there, others), [fed])) == "differs":
-                return name
+            for way in (lambda x, _: x, _unbiased):
+                sides = _alone(layer, way(own, others)), _alone(there, way(others, own))
+                if worst(lines_of(*sides, [fed])) == "differs":
+                    return name
         settled[node.name] = name in close and (known or bool(weights))
         values[node.name] = call(layer, own, *takes)
     return None
+
+
+def _unbiased(own: Any, others: Any) -> Any:
+    """The variables of a layer with zeros for each bias that the other has too."""
+
+    def one(path: Any, x: Any, y: Any) -> Any:
+        bias = getattr(path[-1], "key", None) == "bias" and identical(np.asarray(x), np.asarray(y))
+        return jnp.zeros_like(x) if bias else x
+
+    found: Any = jax.tree.structure(own)
+    same = found == jax.tree.structure(others)
+    return jax.tree.map_with_path(one, own, others) if same else own
 
 
 def _alone(layer: Any, own: Any) -> Side:

@@ -870,3 +870,36 @@ def test_what_a_saturated_function_leaves_is_judged_beside_ordinary_outputs():
     assert not judge.apart(a, b, eps=eps, clamps=True).equal
     b[1], b[0, 0] = a[1], 0.50001
     assert not judge.apart(a, b, eps=eps, clamps=True).equal
+
+
+@pytest.mark.parametrize("bias", [3e6, 1e7, -1e7])
+def test_weights_behind_a_large_bias_of_their_layer_are_seen(bias):
+    one = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.ReLU()).eval()
+    with torch.no_grad():
+        one[0].bias.fill_(bias)
+        one[0].weight.abs_()
+    assert converters.verify(one, copy.deepcopy(one), input_shape=(6,)).ok
+    other = copy.deepcopy(one)
+    with torch.no_grad():
+        other[0].weight[0, 0] += 0.1
+    report = converters.verify(one, other, input_shape=(6,))
+    assert not report.ok
+    assert report.first == "0"
+
+
+def test_weights_of_models_that_cannot_be_converted_are_seen():
+    def made(scale):
+        keras.utils.set_random_seed(0)
+        seen = keras.layers.Normalization(axis=None, mean=1.6e9, variance=1e14)
+        hidden = keras.layers.Dense(4, "relu", name="hidden")
+        net = keras.Sequential([keras.Input((3,)), seen, hidden, keras.layers.Dense(2)])
+        hidden.kernel.assign(np.abs(hidden.kernel.numpy()) * scale)
+        return net
+
+    with pytest.raises(converters.ConversionError, match="one mean for all"):
+        converters.from_keras(made(1))
+    assert converters.verify(made(1), made(1)).ok
+    report = converters.verify(made(1), made(3))
+    assert not report.ok
+    assert report.first == "hidden"
+    assert "no output shows how the weights of hidden differ" in report.notes[-1]

@@ -59,11 +59,11 @@ def verify(
         a: a live Keras model, a torch or nnx module, a ``fwt.Model``, or a file with a model.
         b: another of them.
         inputs: a batch in the layout of ``a``, or a list or a dict of a batch for each of its
-            inputs, in which each number is rounded to the dtypes that the models take. By default random numbers of several sizes and
-            signs, zeros and ones, each in a row of its own; whole numbers to models that take
-            them, among them each row of a table of embeddings in which the models differ.
-            Images are moved between channels first and last where one of them is a torch model
-            with spatial layers.
+            inputs, in which each number is rounded to the dtypes that the models take. By default
+            random numbers of several sizes and signs, zeros and ones, each in a row of its own;
+            whole numbers to models that take them, among them each row of a table of embeddings
+            in which the models differ. Images are moved between channels first and last where one
+            of them is a torch model with spatial layers.
         input_shape: of one input of ``a``, where neither model says it; of several inputs a list or
             a dict of shapes. A linen module of one's own
             is traced for it, or for ``inputs``; without one, its outputs alone are compared.

@@ -188,8 +188,8 @@ def tour_of_torch(name):
 
         with tempfile.TemporaryDirectory() as folder:
             path = str(Path(folder) / "net.onnx")
-            kind = "int32" if given[0].dtype.kind == "i" else None
-            converters.to_onnx(model, path=path, input_dtype=kind)
+            kinds = ["int32" if x.dtype.kind == "i" else str(x.dtype) for x in given]
+            converters.to_onnx(model, path=path, input_dtype=kinds)
             session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
             wanted = session.get_inputs()
             kinds = {"tensor(int64)": "int64", "tensor(int32)": "int32", "tensor(float)": "float32"}

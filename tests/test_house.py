@@ -70,7 +70,9 @@ LAZY = {
     "fwt.converters.onnx.layers": "imports TensorFlow, when a file is written",
     "fwt.converters.onnx.write": "imports TensorFlow, when a file is written",
     "fwt.converters.verification.verify": "imports onnx, for ONNX files only",
-    "fwt.converters.verification.sides": "imports Keras or torch, whichever the model is of",
+    "fwt.converters.verification.keras_side": "imports Keras, for its models only",
+    "fwt.converters.verification.torch_side": "imports torch, for its modules only",
+    "fwt.converters.verification.sides": "imports Flax NNX, for an nnx module only",
 }
 
 

@@ -138,10 +138,6 @@ def _reduced(
                  {"function": function, "axis": a}) for i, a in enumerate(places)]  # fmt: skip
     if not own.get("keepdims"):
         left = [s for i, s in enumerate(shape) if i not in places]
-        if len(left) < 2:
-            raise refuse(
-                where, "it gives a tensor of the batch alone", "keepdims=True keeps an axis"
-            )
         target = [-1 if s is None else s for s in left[1:]]
         out.append(Layer(f"{name}__left", "Reshape", {"target_shape": target}))
     return out

@@ -43,6 +43,12 @@ def keras_net(config: Any, place: str) -> Net:
     kind, body = _body(config, place)
     takes, gives = reader.model(kind, body, (), (), None)
     places = groups(config)
+    alone = {x.name for x in reader.layers if x.settings.get("target_shape") in ([], ())}
+    for layer in reader.layers:
+        if len(layer.inputs) > 1 and alone & set(layer.inputs):
+            name = min(alone & set(layer.inputs)).partition("__")[0]
+            raise refuse(joined((place, name)), "it gives a tensor of the batch alone, which meets "
+                         "another", "keepdims=True keeps an axis")  # fmt: skip
     layers = [dataclasses.replace(x, group=places.get(x.name, "")) for x in reader.layers]
     return Net(layers, reader.inputs, gives, takes)
 

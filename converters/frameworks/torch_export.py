@@ -191,7 +191,7 @@ def _read(model: torch.nn.Module, inputs: Sequence[torch.Tensor], program: Any) 
     if "" in names or not all(n in {x.name for x in nodes} for n in names):
         raise refuse(type(model).__name__, "one of its outputs is no tensor", "leave it out")
     by_name = {n.name: n for n in nodes}
-    ends = [reader.plain(reader.dynamic(by_name[n], "the output"), "the output") for n in names]
+    ends = [reader.at_end(reader.dynamic(by_name[n], "the output"), "the output") for n in names]
     outputs = torch.utils._pytree.tree_unflatten([v.name for v in ends], program.call_spec.out_spec)
     used = _used(reader.layers, [v.name for v in ends])
     _report_unused(model, reader, used)

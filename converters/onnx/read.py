@@ -111,7 +111,7 @@ def _net(graph: Graph) -> Net:
     for name in graph.outputs:
         if name not in reader.env:
             raise refuse(str(graph.path), f"the output {name!r} does not come from the input")
-    ends = [reader.plain(reader.env[n], f"the output {n!r}").name for n in graph.outputs]
+    ends = [reader.at_end(reader.env[n], f"the output {n!r}").name for n in graph.outputs]
     for node in graph.nodes:
         unknown = [n for n, v in node.attributes.items()
                    if n not in node.taken and _HARMLESS.get(n) != v]  # fmt: skip

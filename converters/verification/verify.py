@@ -42,7 +42,7 @@ def verify(
     tolerance: float | None = None,
     external_data: bool = False,
 ) -> Report:
-    """Feeds two models the same inputs and compares the outputs of every layer.
+    """Feeds two models the same inputs and compares the outputs of every layer, and every output.
 
     Each row of the batch is judged by its own scale, its largest value, and so is each position
     of an image or a sequence, from 8 channels on. A row may be off by ten roundings. Where two
@@ -58,13 +58,14 @@ def verify(
     Args:
         a: a live Keras model, a torch or nnx module, a ``fwt.Model``, or a file with a model.
         b: another of them.
-        inputs: a batch in the layout of ``a``, in which each number is rounded to the dtypes that
-            the models take. By default random numbers of several sizes and
-            signs, zeros and ones, each in a row of its own; whole numbers to models that take
-            them, among them each row of a table of embeddings in which the models differ.
-            Images are moved between channels first and last where one of them is a torch model
-            with spatial layers.
-        input_shape: of one input of ``a``, where neither model says it. A linen module of one's own
+        inputs: a batch in the layout of ``a``, or a list or a dict of a batch for each of its
+            inputs, in which each number is rounded to the dtypes that the models take. By default
+            random numbers of several sizes and signs, zeros and ones, each in a row of its own;
+            whole numbers to models that take them, among them each row of a table of embeddings
+            in which the models differ. Images are moved between channels first and last where one
+            of them is a torch model with spatial layers.
+        input_shape: of one input of ``a``, where neither model says it; of several inputs a list or
+            a dict of shapes. A linen module of one's own
             is traced for it, or for ``inputs``; without one, its outputs alone are compared.
         tolerance: how far a row may be off relative to its largest value, in place of ten
             roundings.

@@ -179,6 +179,9 @@ class Shapes(Writer):
         rank = len(self.have)
         first, last = start % rank, end % rank
         group = self.have[first : last + 1]
+        if len(group) == rank and self._is_alone():
+            self._alone(layer)
+            return
         if self.n in group or len(group) < 1:
             raise refuse(str(layer), f"it would merge axes {start} to {end} with the batch axis")
         several = [a for a in group if a.size != 1]
@@ -255,6 +258,22 @@ class Shapes(Writer):
         else:
             self.permute_name = layer.name
 
+    def _is_alone(self) -> bool:
+        """Whether each example of the value is one number."""
+        if self.have is None or not any(a is self.n for a in self.have):
+            return False
+        return all(a is self.n or a.size == 1 for a in self.have)
+
+    def _alone(self, layer: Layer) -> None:
+        """Writes what leaves the batch alone, (n,)."""
+        place = At(str(layer), ())
+        if self.target == "torch":
+            self._emit(table.FLATTEN, layer.name, {"start": 0, "end": -1}, place)
+        else:
+            self._emit(table.RESHAPE, layer.name, {"shape": ()}, place)
+        self.have = [a for a in self.have or () if a is self.n]
+        self.want = list(self.have)
+
     def _only_ones(self, layer: Layer, row: Row, shape: list[int], dim: int | None) -> bool:
         """Writes a reshape that adds or drops axes of size 1 alone, so that the others stay what
         they are, in the target's order; tells whether it was one."""
@@ -319,6 +338,9 @@ class Shapes(Writer):
 
     def _reshape(self, layer: Layer, row: Row, fields: dict[str, Any]) -> None:
         shape, dim = list(fields["shape"]), fields.get("dim")
+        if not shape and self._is_alone():
+            self._alone(layer)
+            return
         if self._only_ones(layer, row, shape, dim):
             return
         if dim is None or self.have is None or len(self.have) == 2:

@@ -154,6 +154,14 @@ class Tensors(Names):
             raise refuse(name, "it takes a tensor whose first axis is not the batch")
         return self.ordered(value, [a for (a,) in value.axes], name)
 
+    def at_end(self, value: Value, name: str) -> Value:
+        """The same of an output, which may be of the batch alone."""
+        alone = len(value.axes) == 1 and all(s in (1, None) for s in value.shape)
+        if value.is_plain or not alone:
+            return self.plain(value, name)
+        settings = {"start_dim": 0, "end_dim": -1}
+        return self.emit("Flatten", settings, [value], f"{value.name}__alone", (None,))
+
     def alike(self, a: Value, b: Value, name: str) -> tuple[Value, Value]:
         """Two values whose axes are in one order."""
 

@@ -245,3 +245,45 @@ def test_the_layers_of_an_exported_graph_have_names(tmp_path, dynamo):
     report = converters.verify(net, path, external_data=True)
     assert (report.ok, report.first) == (False, "b")
     assert [x.status == "differs" for x in report.outputs] == [True, False]
+
+
+@pytest.mark.thorough
+def test_images_and_sequences_of_the_same_sizes(tmp_path):
+    """Where channels are is told for each input by the layers behind it."""
+    image, steps = keras.Input((3, 3, 3), name="image"), keras.Input((3, 3), name="steps")
+    free = keras.Input((None, None, 3), name="free")
+    pool = keras.layers.GlobalAveragePooling2D
+    parts = [pool()(keras.layers.Conv2D(4, 2, name="a")(image)),
+             keras.layers.LSTM(4, name="b")(steps),
+             pool()(keras.layers.Conv2D(4, 2, name="c")(free))]  # fmt: skip
+    last = keras.layers.Conv2D(2, 1, name="d")(image)
+    net = keras.Model([image, steps, free], [keras.layers.Add(name="sum")(parts), last])
+    model = converters.from_keras(net)
+    there, path = converters.to_torch(model), tmp_path / "net.onnx"
+    converters.to_onnx(model, path, input_shape=[(3, 3, 3), (3, 3), (5, 6, 3)])
+    for pair in ((net, there), (there, net), (there, model), (there, path), (path, net)):
+        report = converters.verify(*pair)
+        assert report.ok, str(report)
+    with torch.no_grad():
+        there.b.weight_ih_l0[0, 0] += 0.01
+    assert converters.verify(net, there).first == "b"
+
+
+@pytest.mark.thorough
+def test_the_command_line(tmp_path):
+    from typer.testing import CliRunner
+
+    from fwt.cli import app
+
+    net, path = shop(), tmp_path / "net.onnx"
+    net.save(tmp_path / "net.keras")
+    run = CliRunner().invoke
+    made = run(app, ["convert", str(tmp_path / "net.keras"), str(path), "--verify"])
+    assert made.exit_code == 0, made.output
+    model = converters.from_onnx(path)
+    bias = model.variables["params"]["tags"]["bias"] + 1
+    converters.to_onnx(fwt.assign({"tags/bias": bias})(model), tmp_path / "other.onnx")
+    found = run(app, ["verify", str(tmp_path / "net.keras"), str(tmp_path / "other.onnx")])
+    assert found.exit_code == 3
+    assert "from tags on" in found.output
+    assert "output tags" in found.output

@@ -307,3 +307,53 @@ def test_both_axes_of_a_product_with_its_own_transposition(behind):
     np.testing.assert_allclose(found, wanted, atol=1e-5)
     again = converters.to_keras(*graph)(given)
     np.testing.assert_allclose(keras.ops.convert_to_numpy(again), wanted, atol=1e-5)
+
+
+class Alone(torch.nn.Module):
+    """One number for each example, beside another output."""
+
+    def __init__(self, how):
+        super().__init__()
+        self.a, self.b, self.how = torch.nn.Linear(4, 3), torch.nn.Linear(3, 1), how
+
+    def forward(self, x):
+        h = torch.relu(self.a(x))
+        ways = {
+            "squeeze": lambda: self.b(h).squeeze(-1),
+            "view": lambda: self.b(h).view(-1),
+            "entry": lambda: self.b(h)[:, 0],
+            "norm": lambda: ((h * h).sum(-1) + self.b(h)[:, 0]).sqrt(),
+        }
+        return ways[self.how](), self.b(h)
+
+
+@pytest.mark.parametrize("how", thorough_but(1, ["squeeze", "view", "entry", "norm"]))
+def test_one_number_for_each_example_of_torch(how):
+    net = Alone(how).eval()
+    x = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+    model = converters.from_torch(net, (4,))
+    wanted = [y.detach().numpy() for y in net(torch.from_numpy(x))]
+    there = converters.to_torch(model)
+    for found in (
+        model(x), converters.to_keras(model)(x), [y.detach() for y in there(torch.from_numpy(x))]
+    ):  # fmt: skip
+        for theirs, ours in zip(wanted, found, strict=True):
+            assert tuple(ours.shape) == theirs.shape
+            np.testing.assert_allclose(theirs, ours, rtol=1e-5, atol=1e-6)
+    assert converters.from_torch(there, (4,)).module == model.module
+
+
+def test_one_number_for_each_example_of_keras():
+    x = keras.Input((4,), name="x")
+    h = keras.layers.Dense(3, name="h")(x)
+    net = keras.Model(x, [keras.ops.sum(h, -1), keras.ops.sqrt(keras.ops.sum(h * h, -1)), h])
+    model = converters.from_keras(net)
+    given = np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)
+    there = [y.detach() for y in converters.to_torch(model)(torch.from_numpy(given))]
+    for found in (model(given), converters.to_keras(model)(given), there):
+        for theirs, ours in zip(net(given), found, strict=True):
+            assert tuple(ours.shape) == tuple(theirs.shape)
+            np.testing.assert_allclose(theirs, ours, rtol=1e-5, atol=1e-6)
+    meets = keras.Model(x, keras.ops.sum(h, -1) + keras.ops.max(h, -1))
+    with pytest.raises(converters.ConversionError, match="the batch alone, which meets another"):
+        converters.from_keras(meets)

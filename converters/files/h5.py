@@ -501,7 +501,9 @@ def save_legacy(file: Any, module: Any, variables: Any, layout: str | None) -> N
         root = h5.create_group("model_weights")
         root.attrs.update(version)
         tops: dict[str, list[Layer]] = {}
-        for layer in keras_config.opened_up(layers):
+        # Keras reads the arrays in the order of the layers in the config.
+        place = {name: i for i, name in enumerate(keras_read.groups(config))}
+        for layer in sorted(keras_config.opened_up(layers), key=lambda x: place[x.name]):
             tops.setdefault(parts_of(layer.name)[0], []).append(layer)
         _put_names(root, "layer_names", list(tops))
         for top, inside in tops.items():

@@ -187,8 +187,9 @@ def test_branches_of_other_lengths_keep_their_weights_in_a_file(tmp_path, swappe
     for v in net.weights:
         v.assign(np.random.default_rng(len(v.path)).normal(size=v.shape))
     x = np.random.default_rng(0).normal(size=(2, 4, 3)).astype("float32")
-    converters.save(tmp_path / "a.keras", converters.from_keras(net))
-    close(keras.saving.load_model(tmp_path / "a.keras")(x), flat(net(x)))
+    for name in ("a.keras", "a.h5"):
+        converters.save(tmp_path / name, converters.from_keras(net))
+        close(keras.saving.load_model(tmp_path / name)(x), flat(net(x)))
 
 
 def test_learned_arrays_between_layers():

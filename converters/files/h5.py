@@ -157,7 +157,8 @@ def fill_groups(layers: list[Layer], tree: Mapping[str, Any], path: Path) -> Non
         for part, place in keras_config.places(layer, layer.group):
             node: Any = tree
             for name in [*place.split("/"), "vars"]:
-                node = node.get(name, {}) if isinstance(node, Mapping) else {}
+                node = node if isinstance(node, Mapping) else {}
+                node = node.get(name, node.get(name.removeprefix("_"), {}))
             names = keras_config.keras_names(part)
             found = [node.get(str(i)) for i in range(len(node))]
             if len(found) != len(names) or not all(isinstance(v, np.ndarray) for v in found):

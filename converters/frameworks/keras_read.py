@@ -6,8 +6,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from fwt._graph import INPUT, names_in
 from fwt._types import ConversionError, FileFormatError
 from fwt.converters.frameworks import keras_ops
@@ -380,25 +378,23 @@ class _Reader:
         dtype = _computes_in(told.get("dtype"), where)
         own = parts_of(label)
 
-        def add(part: str, kind: str, inputs: Sequence[str], held: Any = None, **how: Any) -> str:
+        def add(part: str, kind: str, inputs: Sequence[str], **how: Any) -> str:
             name = self._name((*own[:-1], f"{own[-1]}__{part}")) if part else label
-            arrays = {} if held is None else {"value": held}
-            self.layers.append(
-                Layer(name, kind, how, arrays, inputs=tuple(inputs), dtype=dtype, fused=bool(part))
-            )
+            made = Layer(name, kind, how, inputs=tuple(inputs), dtype=dtype, fused=bool(part))
+            self.layers.append(made)
             return name
 
         places = [a % r for a, r in zip(axes, ranks, strict=True)]
-        if told.get("normalize"):
-            least = np.full((), _EPSILON, dtype)
-            for i, at in enumerate(places):
-                size = add(f"square_{i}", "ops.Pointwise", [given[i]], function="square")
-                size = add(f"sum_{i}", "ops.Reduce", [size], function="sum", axis=at)
-                size = add(f"length_{i}", "ops.Pointwise", [size], function="sqrt")
-                eps = add(f"least_{i}", "Constant", [], least, shape=())
-                size = add(f"most_{i}", "Maximum", [size, eps])
-                given = [*given[:i], add(f"unit_{i}", "ops.TrueDivide", [given[i], size]),
-                         *given[i + 1 :]]  # fmt: skip
+        for i, at in enumerate(places if told.get("normalize") else ()):
+            size = add(f"square_{i}", "ops.Pointwise", [given[i]], function="square")
+            size = add(f"sum_{i}", "ops.Reduce", [size], function="sum", axis=at)
+            size = add(f"length_{i}", "ops.Pointwise", [size], function="sqrt")
+            # The larger one of it and the least that Keras divides by.
+            size = add(f"less_{i}", "Rescaling", [size], scale=1.0, offset=-_EPSILON)
+            size = add(f"rest_{i}", "ReLU", [size])
+            size = add(f"more_{i}", "Rescaling", [size], scale=1.0, offset=_EPSILON)
+            unit = add(f"unit_{i}", "ops.TrueDivide", [given[i], size])
+            given = [*given[:i], unit, *given[i + 1 :]]
         if ranks == [2, 2]:
             product = add("product", "Multiply", given)
             return add("", "ops.Reduce", [product], function="sum", axis=1)

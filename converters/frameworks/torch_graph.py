@@ -154,7 +154,7 @@ def _later(layer: Layer, query: Any, key: Any) -> torch.Tensor:
     if None in sizes:
         raise refuse(str(layer), "torch needs the number of steps for its causal mask",
                      "give input_shape=")  # fmt: skip
-    return torch.full(sizes, -torch.inf).triu(1)
+    return torch.full([n for n in sizes if n], -torch.inf).triu(1)
 
 
 def _scored(

@@ -19,8 +19,10 @@ from fwt.converters.rows.row import (
     whole,
 )
 
-_KERAS = {"dropout": 0.0, "attention_axes": None, "flash_attention": None, "use_gate": False,
-          "sliding_window": None, "use_causal_mask": False}  # fmt: skip
+_KERAS: dict[str, Any] = {
+    **{"dropout": 0.0, "attention_axes": None, "flash_attention": None, "use_gate": False},
+    **{"sliding_window": None, "use_causal_mask": False},
+}
 
 
 class Grouped(Special):
@@ -85,7 +87,7 @@ def _projections() -> tuple[P, ...]:
     return tuple(out)
 
 
-_GROUPED = {
+_GROUPED: dict[str, Any] = {
     "axes": "n t i -> n t o",
     "several": "n t i, n s a, n s y -> n t o",
     "ranks": (3,),
@@ -128,7 +130,7 @@ def _mode(value: Any) -> str:
     return str(value)
 
 
-_SCORED = {
+_SCORED: dict[str, Any] = {
     "axes": "n t i -> n t o",
     "several": "n t i, n s i, n s o -> n t o",
     "ranks": (3,),

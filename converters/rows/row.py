@@ -231,7 +231,7 @@ class Row:
     keras_defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     function: tuple[str, Mapping[str, Any]] | None = None
     kind: Literal["", "flatten", "reshape", "permute", "einsum", "slice", "merge", "join",
-                  "parameter"] = ""  # fmt: skip
+                  "contract", "parameter"] = ""  # fmt: skip
     fused_activation: bool = False
     special: Special = dataclasses.field(default_factory=Special)
     rank_of: str | None = None

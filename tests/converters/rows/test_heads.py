@@ -129,6 +129,10 @@ def test_they_go_round(name, tmp_path):
         converters.save(tmp_path / f"ours.{suffix}", model)
         ours = keras.saving.load_model(tmp_path / f"ours.{suffix}", compile=False)
         close(ours(given, training=False), expected)
+    converters.save(tmp_path / "ours.safetensors", model)
+    found = converters.load(tmp_path / "ours.safetensors")
+    assert found.module == model.module
+    close(found(given), expected)
 
 
 def test_a_class_token_is_joined_to_what_has_a_batch():

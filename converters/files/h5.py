@@ -157,7 +157,8 @@ def fill_groups(layers: list[Layer], tree: Mapping[str, Any], path: Path) -> Non
         for part, place in keras_config.places(layer, layer.group):
             node: Any = tree
             for name in [*place.split("/"), "vars"]:
-                node = node.get(name, {}) if isinstance(node, Mapping) else {}
+                node = node if isinstance(node, Mapping) else {}
+                node = node.get(name, node.get(name.removeprefix("_"), {}))
             names = keras_config.keras_names(part)
             found = [node.get(str(i)) for i in range(len(node))]
             if len(found) != len(names) or not all(isinstance(v, np.ndarray) for v in found):
@@ -501,7 +502,9 @@ def save_legacy(file: Any, module: Any, variables: Any, layout: str | None) -> N
         root = h5.create_group("model_weights")
         root.attrs.update(version)
         tops: dict[str, list[Layer]] = {}
-        for layer in keras_config.opened_up(layers):
+        # Keras reads the arrays in the order of the layers in the config.
+        place = {name: i for i, name in enumerate(keras_read.groups(config))}
+        for layer in sorted(keras_config.opened_up(layers), key=lambda x: place[x.name]):
             tops.setdefault(parts_of(layer.name)[0], []).append(layer)
         _put_names(root, "layer_names", list(tops))
         for top, inside in tops.items():

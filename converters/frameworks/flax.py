@@ -19,6 +19,7 @@ from fwt.converters.rows import table
 from fwt.converters.rows.row import Layer, Row, parts_of, refuse, same
 from fwt.converters.walk import policy
 from fwt.converters.walk.net import Net, folded, nests
+from fwt.converters.walk.opened import of_module
 from fwt.layers import Constant, Indexed, Parameter
 from fwt.layers.constants import packed
 
@@ -118,18 +119,15 @@ def _layer(name: str, layer: Any, arrays: dict[str, Any]) -> Layer:
     kind = cls.__name__
     if any(r.flax is not cls for r in table.rows_of("flax", kind)):
         raise refuse(name, f"{cls.__module__}.{kind} is not the class that fwt knows")
-    known = [f for f in dataclasses.fields(layer) if f.name not in ("parent", "name")]
-    fields = {f.name: getattr(layer, f.name) for f in known if f.init}
-    defaults = {f.name: f.default for f in known if f.default is not dataclasses.MISSING}
-    place = f"{name} ({kind})"
-    policy.name_of(fields.get("param_dtype"), place)
-    dtype = policy.name_of(fields.pop("dtype", None), place)
+    made = of_module(name, layer, arrays)
+    policy.name_of(made.settings.get("param_dtype"), str(made))
+    made.dtype = policy.name_of(made.settings.pop("dtype", None), str(made))
     if isinstance(layer, Constant):
-        arrays, fields = {"value": layer.value}, {"shape": layer.shape}
+        made.arrays, made.settings = {"value": layer.value}, {"shape": layer.shape}
     if isinstance(layer, Indexed) and arrays:
-        fields = {"shape": layer.gives, "table": arrays["value"]}
-        arrays = {"value": layer.positions}
-    return Layer(name, kind, fields, arrays, defaults, dtype=dtype)
+        made.settings = {"shape": layer.gives, "table": arrays["value"]}
+        made.arrays = {"value": layer.positions}
+    return made
 
 
 def write_flax(net: Net) -> Model:

@@ -95,7 +95,8 @@ def _check_plain(layer: Any, place: str) -> None:
 
 def _named(layer: Any) -> list[tuple[str, Any]]:
     """The variables of a layer, those of attention as ``query/kernel``."""
-    count = 2 if isinstance(layer, keras.layers.MultiHeadAttention) else 1
+    heads = (keras.layers.MultiHeadAttention, keras.layers.GroupQueryAttention)
+    count = 2 if isinstance(layer, heads) else 1
     seed = "seed_generator_state"
     if type(layer).__name__ in keras_ops.HOME:  # which gives its variables no names
         return [(n, getattr(layer, n)) for n in keras_ops.VARIABLES[type(layer).__name__]]
@@ -103,25 +104,6 @@ def _named(layer: Any) -> list[tuple[str, Any]]:
         (v.name if v.name == seed else "/".join(v.path.split("/")[-count:]), v)
         for v in layer.variables
     ]
-
-
-class SelfAttention(keras.layers.MultiHeadAttention):
-    """``keras.layers.MultiHeadAttention`` of one tensor with itself, which fits a Sequential."""
-
-    def build(self, shape: Any) -> None:
-        super().build(shape, shape)
-
-    def call(self, x: Any, training: bool | None = None) -> Any:
-        return super().call(x, x, training=training)
-
-    def compute_output_shape(self, shape: Any) -> Any:
-        return super().compute_output_shape(shape, shape)
-
-    def compute_output_spec(self, x: Any, training: bool | None = None) -> Any:
-        return keras.KerasTensor(self.compute_output_shape(x.shape), dtype=self.compute_dtype)
-
-
-table.CUSTOM["keras"]["SelfAttention"] = SelfAttention
 
 
 def from_keras(
@@ -213,7 +195,8 @@ def _sync(model: Any) -> None:
 
 def _check_globals(layer: Layer) -> None:
     """Refuses what Keras computes otherwise under its present settings and backend."""
-    if layer.kind == "Normalization" and keras.config.epsilon() != _EPSILON:
+    least = layer.kind == "Normalization" or layer.settings.get("normalize")
+    if least and keras.config.epsilon() != _EPSILON:
         raise refuse(str(layer), f"it divides by at least keras.config.epsilon(), which is "
                      f"{keras.config.epsilon():g}", f"set it to {_EPSILON:g}")  # fmt: skip
     pads = layer.kind.startswith("AveragePooling") and layer.settings.get("padding") == "same"
@@ -281,13 +264,14 @@ def _check_known(layer: Any) -> None:
         return
     custom = table.CUSTOM["keras"].get(cls.__name__)
     beside = (cls.__name__, cls.__module__) in keras_ops.BESIDE
-    if not beside and cls is not (custom or getattr(keras.layers, cls.__name__, None)):
+    public = {own: name for name, own in keras_ops.CLASSES.items()}.get(cls.__name__, cls.__name__)
+    if not beside and cls is not (custom or getattr(keras.layers, public, None)):
         raise refuse(
             layer.name,
             f"{cls.__module__}.{cls.__name__} is a custom layer, which can't be converted",
             "converters.register(row) makes it known",
         )
-    if isinstance(layer, keras.layers.MultiHeadAttention):
+    if isinstance(layer, keras.layers.MultiHeadAttention | keras.layers.GroupQueryAttention):
         _check_attention(layer)
     _check_config(layer)
     _check_activations(layer)
@@ -341,9 +325,10 @@ def _check_config(layer: Any) -> None:
 def _check_attention(layer: Any) -> None:
     """Raises where it keeps more than its settings say: its scale, and what its parts do."""
     parts = layer._flatten_layers(include_self=False, recursive=True)
-    scale = getattr(layer, "_inverse_sqrt_key_dim", None)
-    if scale not in (None, 1.0 / math.sqrt(float(layer.key_dim))):
-        raise refuse(layer.name, f"its scores are scaled by {scale}, not by 1 / sqrt(key_dim)")
+    size = "key_dim" if hasattr(layer, "key_dim") else "head_dim"
+    scale = getattr(layer, f"_inverse_sqrt_{size}", None)
+    if scale not in (None, 1.0 / math.sqrt(float(getattr(layer, size)))):
+        raise refuse(layer.name, f"its scores are scaled by {scale}, not by 1 / sqrt({size})")
     for part in parts:
         activation = getattr(part, "activation", None)
         if activation not in (None, keras.activations.linear):

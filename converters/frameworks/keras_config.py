@@ -6,7 +6,13 @@ from typing import Any
 
 from fwt._types import ConversionError, Model
 from fwt.converters.frameworks import flax as _flax
-from fwt.converters.frameworks import keras_constants, keras_read, keras_write, sidecar
+from fwt.converters.frameworks import (
+    keras_constants,
+    keras_read,
+    keras_tables,
+    keras_write,
+    sidecar,
+)
 from fwt.converters.rows import table
 from fwt.converters.rows.row import Layer, S
 from fwt.converters.walk import convert, policy
@@ -86,7 +92,9 @@ def to_keras_net(
         new = convert.convert(given, "flax", "keras", "source")
     if not any_dtype:
         policy.to_keras(new)
-    new = keras_constants.with_parameters(_attention(folded(new, fold_activations)))
+    new = keras_constants.with_parameters(
+        keras_tables.with_tables(_attention(folded(new, fold_activations)))
+    )
     new = keras_write.placed(new)
     new = sidecar.restored(new, _flax.sequential_of(module), "keras", state)
     places = keras_read.groups(keras_write.keras_config(new))
@@ -110,11 +118,15 @@ def _shape_told(net: Net) -> Any:
 
 
 def _attention(net: Net) -> Net:
-    """Outside of a Sequential attention of one tensor is Keras's own."""
-    if keras_write.is_sequential(net):
-        return net
-    layers = [dataclasses.replace(x, kind="MultiHeadAttention") if x.kind == "SelfAttention" else x
-              for x in net.layers]  # fmt: skip
+    """Attention of several heads as Keras's own, which it calls so or so."""
+    layers = []
+    for layer in net.layers:
+        if layer.kind in ("SelfAttention", "CausalSelfAttention"):
+            causal = {"use_causal_mask": True} if layer.kind == "CausalSelfAttention" else {}
+            layer = dataclasses.replace(
+                layer, kind="MultiHeadAttention", settings={**layer.settings, **causal}
+            )
+        layers.append(layer)
     return dataclasses.replace(net, layers=layers)
 
 
@@ -144,9 +156,9 @@ def with_sidecar(
 def places(layer: Layer, group: str) -> list[tuple[Layer, str]]:
     """A layer and what it wraps, with the groups that hold their arrays."""
     roles = {"Bidirectional": ("forward_layer", "backward_layer")}.get(layer.kind, ("layer",))
-    if layer.kind == "MultiHeadAttention":
+    if layer.kind in HEADS:
         named = zip(layer.inner, ATTENTION, strict=True)
-        return [(part, f"{group}/{role}") for part, role in named]
+        return [(part, f"{group}/{HEADS[layer.kind]}{role}") for part, role in named]
     if layer.kind == "RNN":
         return [(layer.inner[0], f"{group}/cell")]
     if layer.kind in CELLS:
@@ -161,6 +173,7 @@ ATTENTION = {
     "query_dense": "query", "key_dense": "key", "value_dense": "value",
     "output_dense": "attention_output",
 }  # fmt: skip
+HEADS = {"MultiHeadAttention": "", "GroupQueryAttention": "_"}  # what stands before those names
 # Layers whose arrays are those of a cell inside them.
 CELLS = ("SimpleRNN", "LSTM", "GRU", "ConvLSTM1D", "ConvLSTM2D", "ConvLSTM3D")
 
@@ -170,6 +183,11 @@ def keras_names(layer: Layer) -> list[str]:
     if layer.kind == "Normalization":
         given = layer.settings.get("mean") is not None
         return [] if given else ["mean", "variance", "count"]
+    if layer.kind == "ReversibleEmbedding" and layer.settings.get("tie_weights", True):
+        return ["embeddings"]
+    if layer.settings.get("score_mode") == "concat":
+        scale = ["scale"] if layer.settings.get("use_scale") else []
+        return [*scale, "concat_score_weight"]
     rows = table.rows_of("keras", layer.kind.removesuffix("Cell"))
     names = []
     for p in rows[0].params if rows else ():
@@ -191,7 +209,7 @@ def opened_up(layers: list[Layer]) -> list[Layer]:
     for layer in own:
         if layer.kind != "Activation" and not table.rows_of("keras", layer.kind):
             raise table.unknown("keras", layer)
-        if layer.kind == "MultiHeadAttention":
+        if layer.kind in HEADS:
             parts = {"bias_axes": layer.settings.get("use_bias")}
             layer.inner = tuple(
                 Layer(n, "EinsumDense", parts, {k.removeprefix(f"{n}/"): v for k, v in
@@ -204,7 +222,7 @@ def opened_up(layers: list[Layer]) -> list[Layer]:
 def gathered(layers: list[Layer]) -> None:
     """What was read into the parts of attention, in the layer itself."""
     for layer in layers:
-        if layer.kind == "MultiHeadAttention":
+        if layer.kind in HEADS:
             for part in layer.inner:
                 layer.arrays |= {f"{part.name}/{n}": v for n, v in part.arrays.items()}
             layer.inner = ()
@@ -216,4 +234,4 @@ def shared(net: Net) -> Net:
     for layer in net.layers:
         if layer.of:
             layer.arrays, layer.inner = first[layer.of].arrays, first[layer.of].inner
-    return keras_constants.without_lookups(net)
+    return keras_constants.without_lookups(keras_tables.without_tables(net))

@@ -19,6 +19,7 @@ def with_parameters(net: Net) -> Net:
         return net
     start, shape = next(iter(net.inputs.items()))
     taken = {x.name for x in net.layers} | set(net.inputs)
+    readers = net.readers()
     alias: dict[str, str] = {}
     out: list[Layer] = []
     for layer in net.layers:
@@ -27,8 +28,10 @@ def with_parameters(net: Net) -> Net:
             out.append(dataclasses.replace(layer, inputs=inputs))
             continue
         (value,) = layer.arrays.values()
-        # Keras puts axes of size 1 behind the batch of what has fewer.
+        # Keras puts axes of size 1 behind the batch of what has fewer, but where it joins.
         sizes = value.shape[next((i for i, n in enumerate(value.shape) if n != 1), value.ndim) :]
+        if any(x.kind == "Concatenate" for x in readers.get(layer.name, ())):
+            sizes = value.shape[1:]
         first: Any = [{"start": None, "stop": 1, "step": None}] * len(shape or ())
         chain = [
             Layer(f"{layer.name}__start", "ops.GetItem", {"cuts": first}, shape=(1,) * len(first)),
@@ -68,6 +71,8 @@ def without_lookups(net: Net) -> Net:
         if layer.settings.get("input_dim") != 1 or "embeddings" not in layer.arrays:
             continue
         sizes = tuple(shaped.settings["target_shape"])
+        if any(x.kind == "Concatenate" for x in readers.get(shaped.name, ())):
+            sizes = (1, *sizes)  # as many axes as what it is joined with
         # Keras adds axes before it where it meets tensors of more axes.
         wide = [x for x in readers.get(shaped.name, []) if x.kind == "Reshape" and x.fused]
         value = layer.arrays["embeddings"].reshape(sizes)

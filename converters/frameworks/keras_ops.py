@@ -14,12 +14,18 @@ HOME = {"LayerScale": "keras.src.applications.convnext"}
 SCALED = ("CustomScaleLayer", "keras.src.applications.inception_resnet_v2")  # x + scale y
 BESIDE = {*HOME.items(), SCALED}
 VARIABLES = {"LayerScale": ("gamma",)}
+# What a call says beside tensors; a layer has it among its settings.
+CALLED = {**dict.fromkeys(("MultiHeadAttention", "GroupQueryAttention", "Attention",
+                           "AdditiveAttention"), ("use_causal_mask",)),
+          "ReversibleEmbedding": ("reverse",), "ops.DotProductAttention": ("scale",)}  # fmt: skip
+CLASSES = {"GroupQueryAttention": "GroupedQueryAttention"}  # whose own names are others
+LISTED = ("Attention", "AdditiveAttention")  # which take query, value and key in a list
 DEFAULTS = {"LayerScale": {"init_values": 1e-6}}  # what they must be told
 _BINARY = {"Add": "Add", "Subtract": "Subtract", "Multiply": "Multiply", "Maximum": "Maximum",
            "Minimum": "Minimum", "TrueDivide": "ops.TrueDivide", "Divide": "ops.TrueDivide",
            "Matmul": "ops.Matmul"}  # fmt: skip
 # Where in keras.src.ops a class stands that is not in its numpy.
-_ROOMS = {"Gelu": "nn", "Erf": "math", "Logsumexp": "math"}
+_ROOMS = {"Gelu": "nn", "Erf": "math", "Logsumexp": "math", "DotProductAttention": "nn"}
 # Functions of each entry, and of all along an axis, by the classes that compute them.
 _EACH = {
     "abs": "Absolute", "acos": "Arccos", "acosh": "Arccosh", "asin": "Arcsin", "asinh": "Arcsinh",
@@ -66,6 +72,10 @@ def layers_of(entry: Any, node: Any, name: str, place: str) -> list[Layer]:
         return [Layer(name, "ops.ZerosLike", {})]
     if kind == "Concatenate":
         return [Layer(name, kind, {"axis": own.get("axis", -1)})]
+    if kind == "Einsum" and len(given) == 2:
+        return [Layer(name, "ops.Einsum", {"subscripts": own.get("subscripts")})]
+    if kind == "DotProductAttention" and len(given) == 3 and not any(map(tensors, args[3:])):
+        return [_attention(name, own, node, where)]
     if len(given) != 1:
         raise refuse(where, f"the operation with {len(given)} tensors is not known")
     if kind == "GetItem":
@@ -100,6 +110,19 @@ def layers_of(entry: Any, node: Any, name: str, place: str) -> list[Layer]:
             return [Layer(name, str(row.class_in("keras")), own)]
     raise refuse(where, f"the operation{f' with {own}' if own else ''} is not known",
                  "use the layer that does the same, if there is one")  # fmt: skip
+
+
+def _attention(name: str, own: Mapping[str, Any], node: Any, where: str) -> Layer:
+    """Products of queries, keys and values, which Keras takes in this order."""
+    told = dict(zip(("bias", "mask", "scale"), (node.get("args") or [])[3:], strict=False))
+    told |= node.get("kwargs") or {}
+    scale = told.get("scale")
+    rest = {k: v for k, v in {**own, **told}.items() if k not in ("scale", "is_causal")}
+    if any(rest.values()) or isinstance(scale, bool) or not isinstance(scale, int | float | None):
+        raise refuse(where, f"it is called with {told} and {own}: only tensors, a number as scale= "
+                     "and is_causal= convert")  # fmt: skip
+    return Layer(name, "ops.DotProductAttention",
+                 {"is_causal": bool(own.get("is_causal")), "scale": scale})  # fmt: skip
 
 
 def _is_spatial(axes: Any, rank: int) -> bool:
@@ -239,6 +262,7 @@ def entry_of(layer: Layer, name: str) -> dict[str, Any]:
         inner = [inner] if isinstance(inner[0], int) else inner
         pads = [[0, 0], *map(list, inner), [0, 0]]
         kind, own = "Pad", {**own, "pad_width": pads, "mode": "reflect"}
+    own = {k: v for k, v in own.items() if k not in CALLED.get(layer.kind, ())}
     if kind in ("Pointwise", "Reduce"):
         kind = {**_EACH, **_ALONG}[own.pop("function")]
         own |= {"keepdims": True} if "axis" in own else {}

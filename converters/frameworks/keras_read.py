@@ -24,11 +24,12 @@ _AUGMENTS = ("AugMix", "CutMix", "MixUp", "RandAugment", "RandomBrightness",
              "RandomGrayscale", "RandomHue", "RandomInvert", "RandomPerspective",
              "RandomPosterization", "RandomRotation", "RandomSaturation", "RandomSharpness",
              "RandomShear", "RandomTranslation", "RandomZoom")  # fmt: skip
+_EPSILON = 1e-7  # keras.config.epsilon(), unless it was changed
 _IDLE = {"training": ("Resizing", "CenterCrop", "Rescaling", "Normalization", *_AUGMENTS),
          "mask": ("BatchNormalization", "Dropout", *CONTAINERS)}  # fmt: skip
 # In what order a layer of several tensors takes them, and how Keras calls them.
-_ARGUMENTS = {"MultiHeadAttention": ("query", "value", "key"),
-              "GroupedQueryAttention": ("query", "value", "key")}  # fmt: skip
+_ARGUMENTS = dict.fromkeys(("MultiHeadAttention", "GroupQueryAttention", "Attention",
+                            "AdditiveAttention"), ("query", "value", "key"))  # fmt: skip
 Ref = tuple[str, int, int]  # a layer, the number of its call, and that of its output
 
 
@@ -63,7 +64,8 @@ def groups(config: Mapping[str, Any]) -> dict[str, str]:
             kind, own = entry["class_name"], entry["config"]
             if keras_ops.is_operation(entry):
                 continue
-            stem = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", re.sub(r"\W+", "", kind))
+            stem = keras_ops.CLASSES.get(kind, kind)
+            stem = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", re.sub(r"\W+", "", stem))
             stem = re.sub(r"([a-z])([A-Z])", r"\1_\2", stem).lower()
             count = seen.get(stem, 0)
             seen[stem] = count + 1
@@ -95,6 +97,7 @@ class _Reader:
         self.layers: list[Layer] = []
         self.inputs: dict[str, Any] = {}
         self.named: dict[str, int] = {}  # how often each name was given
+        self.own: set[str] = set()  # the names that layers have themselves
 
     # -- models -------------------------------------------------------------------------------
 
@@ -154,6 +157,7 @@ class _Reader:
             if not isinstance(name, str):
                 raise FileFormatError(f"{self.place}: a layer of a Functional model has no name")
             entries[name] = entry
+            self.own.add(joined((*inside, name)))
         takes, gives = self._ends(body, "input_layers"), self._ends(body, "output_layers")
         refs: dict[Ref, str] = {}
         dtypes: dict[str, Any] = {}
@@ -322,9 +326,13 @@ class _Reader:
             scaled = Layer(name, "Rescaling", {"scale": settings.get("scale")}, fused=True)
             given = [given[0], self._chain([scaled], given[1:])]
             return [self._chain([Layer(label, "Add", {}, fused=True)], given)]
+        if kind == "Dot" and node is not None:
+            return [self._dot(label, settings, node, given)]
         chain = layer_and_activation(label, kind, settings, self.place)
         if kind in _ARGUMENTS and node is not None:
             given = _attended(kind, own, node, given, self.place)
+        told = {k: True for k in keras_ops.CALLED.get(kind, ()) if node and node["kwargs"].get(k)}
+        chain[0].settings.update(told)
         if any(r.kind == "merge" for r in table.rows_of("keras", kind)) and node is not None:
             given = self._same_rank(label, node, given)
         if label != first:  # each part is the part of the first call that ends alike
@@ -334,7 +342,10 @@ class _Reader:
     def _name(self, parts: tuple[str, ...]) -> str:
         name = joined(parts)
         count = self.named[name] = self.named.get(name, 0) + 1
-        return name if count == 1 else self._name((*parts[:-1], f"{parts[-1]}__call_{count}"))
+        again = (*parts[:-1], f"{parts[-1]}__call_{count}")
+        if count > 1:  # but no layer of its own is called so
+            return self._name(parts if joined(again) in self.own else again)
+        return name
 
     def _chain(self, chain: list[Layer], given: Sequence[str]) -> str:
         """The name of the last of some layers, the first of which takes what is given."""
@@ -352,9 +363,54 @@ class _Reader:
             found = histories(value)
             if value is None or value is False or (found and (type(key) is int or key in known)):
                 continue
+            if value is True and key in keras_ops.CALLED.get(kind, ()):
+                continue
             if found:
                 raise refuse(place, f"it is called with a tensor as {key}=")
             raise refuse(place, f"it is called with {key}={value!r}: only tensors convert")
+
+    def _dot(self, label: str, told: Mapping[str, Any], node: Any, given: list[str]) -> str:
+        """Keras's Dot as an einsum, each tensor divided by its length before, if that is asked."""
+        where = f"{self.place}: {label} (Dot)"
+        ranks = [len(t["config"]["shape"]) for t in keras_ops.tensors(node)]
+        axes = told.get("axes")
+        axes = list(axes) if isinstance(axes, list | tuple) else [axes] * len(ranks)
+        known = {"name", "trainable", "dtype", "axes", "normalize"}
+        fits = len(ranks) == len(axes) == 2 and all(
+            type(a) is int and -r <= a < r and a % r for a, r in zip(axes, ranks, strict=False)
+        )
+        if not fits or set(told) - known:
+            raise refuse(where, f"{dict(told)} of tensors of rank {ranks}")
+        dtype = _computes_in(told.get("dtype"), where)
+        own = parts_of(label)
+
+        def add(part: str, kind: str, inputs: Sequence[str], **how: Any) -> str:
+            name = self._name((*own[:-1], f"{own[-1]}__{part}")) if part else label
+            made = Layer(name, kind, how, inputs=tuple(inputs), dtype=dtype, fused=bool(part))
+            self.layers.append(made)
+            return name
+
+        places = [a % r for a, r in zip(axes, ranks, strict=True)]
+        for i, at in enumerate(places if told.get("normalize") else ()):
+            size = add(f"square_{i}", "ops.Pointwise", [given[i]], function="square")
+            size = add(f"sum_{i}", "ops.Reduce", [size], function="sum", axis=at)
+            size = add(f"length_{i}", "ops.Pointwise", [size], function="sqrt")
+            # The larger one of it and the least that Keras divides by.
+            size = add(f"less_{i}", "Rescaling", [size], scale=1.0, offset=-_EPSILON)
+            size = add(f"rest_{i}", "ReLU", [size])
+            size = add(f"more_{i}", "Rescaling", [size], scale=1.0, offset=_EPSILON)
+            unit = add(f"unit_{i}", "ops.TrueDivide", [given[i], size])
+            given = [*given[:i], unit, *given[i + 1 :]]
+        if ranks == [2, 2]:
+            product = add("product", "Multiply", given)
+            return add("", "ops.Reduce", [product], function="sum", axis=1)
+        letters = "abcdefghijklmnopqrstuvw"
+        first = [*"z", *letters[: ranks[0] - 1]]
+        second = [*"z", *letters[ranks[0] : ranks[0] + ranks[1] - 1]]
+        second[places[1]] = first[places[0]]
+        out = [x for x in (*first, *second[1:]) if x != first[places[0]]]
+        text = f"{''.join(first)},{''.join(second)}->{''.join(out)}"
+        return add("", "ops.Einsum", given, subscripts=text)
 
     def _same_rank(self, label: str, node: Any, given: list[str]) -> list[str]:
         """Keras puts axes of size 1 behind the batch of what has fewer."""
@@ -404,13 +460,17 @@ def _attended(kind: str, name: str, node: Any, given: list[str], place: str) -> 
     """What attention takes, as query, key and value; one tensor where all are one."""
     order = _ARGUMENTS[kind]
     args, kwargs = node.get("args") or [], node.get("kwargs") or {}
+    if kind in keras_ops.LISTED:
+        args = next((v for v in (*args, kwargs.get("inputs")) if keras_ops.tensors(v)), [])
+        kwargs = {}
     every = (*zip(order, args, strict=False), *kwargs.items())
     places = [k for k, v in every if keras_ops.tensors(v)]
     if len(places) != len(given) or "query" not in places or "value" not in places:
         raise refuse(f"{place}: {name}", f"it is called with {', '.join(places)}")
     by = dict(zip(places, given, strict=True))
     found = [by["query"], by.get("key", by["value"]), by["value"]]
-    return found[:1] if len(set(found)) == 1 else found
+    one = len(set(found)) == 1 and kind not in keras_ops.LISTED
+    return found[:1] if one else found
 
 
 # -- one layer --------------------------------------------------------------------------------
@@ -423,6 +483,7 @@ def entry_of(entry: Any, place: str) -> tuple[str, dict[str, Any]]:
     kind, module = entry.get("class_name"), entry.get("module")
     if not isinstance(kind, str):
         raise FileFormatError(f"{place}: a layer's class is {kind!r}")
+    kind = {own: public for public, own in keras_ops.CLASSES.items()}.get(kind, kind)
     own = kind.rpartition(">")[2]  # behind the package that the user registered it in
     if own in table.CUSTOM["keras"] or (kind, module) in keras_ops.BESIDE:
         return own, dict(entry["config"])

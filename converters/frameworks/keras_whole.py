@@ -82,7 +82,7 @@ def _fill(layer: Layer, given: Mapping[str, Layer]) -> None:
     """Gives a layer, or each part of it that has arrays, those of its namesake."""
     theirs = given.get(layer.name)
     parts = [part for part, _ in keras_config.places(layer, "")]
-    if layer.kind == "MultiHeadAttention" and theirs is not None:
+    if layer.kind in keras_config.HEADS and theirs is not None:
         for part in parts:
             names = keras_config.keras_names(part)
             part.arrays = {n: theirs.arrays[f"{part.name}/{n}"] for n in names}

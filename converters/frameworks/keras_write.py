@@ -44,8 +44,14 @@ def keras_config(net: Net, name: str | None = None) -> dict[str, Any]:
 def is_sequential(net: Net) -> bool:
     """Whether a Sequential can hold a net: a line of layers none of which is an operation."""
     return net.is_line and nests(net.layers) and not any(
-        x.kind.startswith("ops.") for x in net.layers
+        x.kind.startswith("ops.") or "Attention" in x.kind or _told(x) for x in net.layers
     )  # fmt: skip
+
+
+def _told(layer: Layer) -> dict[str, Any]:
+    """What a layer is called with beside tensors."""
+    names = keras_ops.CALLED.get(layer.kind, ())
+    return {n: layer.settings[n] for n in names if layer.settings.get(n) not in (None, False)}
 
 
 def placed(net: Net) -> Net:
@@ -148,7 +154,8 @@ def _check_name(name: str) -> None:
 
 
 def _input(name: str, shape: Sequence[Any], readers: Sequence[Layer]) -> dict[str, Any]:
-    dtype = "int32" if any(x.kind == "Embedding" for x in readers) else "float32"
+    ids = any(x.kind in ("Embedding", "ReversibleEmbedding") and not _told(x) for x in readers)
+    dtype = "int32" if ids else "float32"
     if any(x.settings.get("dtype") == "float64" for x in readers):
         dtype = "float64"  # which the input would else lose
     return {
@@ -161,7 +168,8 @@ def _input(name: str, shape: Sequence[Any], readers: Sequence[Layer]) -> dict[st
 
 def _entry(name: str, layer: Layer) -> dict[str, Any]:
     beside = keras_ops.DEFAULTS.get(layer.kind, {})
-    config = {"name": name, "dtype": "float32", **beside, **listed(layer.settings)}
+    own = {k: v for k, v in layer.settings.items() if k not in keras_ops.CALLED.get(layer.kind, ())}
+    config = {"name": name, "dtype": "float32", **beside, **listed(own)}
     for role, inner in zip(("layer", "backward_layer"), layer.inner, strict=False):
         config[role] = _entry(inner.name, inner)
     custom = table.CUSTOM["keras"].get(layer.kind)
@@ -269,7 +277,8 @@ def _functional(net: Net, name: str, depth: int = 0) -> dict[str, Any]:
             entries[own_name] = made
         entry = entries[own_name]
         refs[layer.name] = [own_name, len(entry["inbound_nodes"]), 0]
-        entry["inbound_nodes"].append({"args": _called(layer, args), "kwargs": {}})
+        node = {"args": _called(layer, args), "kwargs": _told(layer)}
+        entry["inbound_nodes"].append(node)
     models = {n for n, e in entries.items() if e["class_name"] == "Functional"}
 
     def end(value: str) -> list[Any]:
@@ -361,8 +370,10 @@ def _called(layer: Layer, args: list[Any]) -> list[Any]:
     """What a layer is called with."""
     if layer.kind.startswith("ops."):
         return keras_ops.arguments(layer, args)
-    if layer.kind == "MultiHeadAttention":  # query, value, key
-        return [args[0], args[-1], args[1]] if len(args) > 1 else [args[0], args[0]]
+    if "use_causal_mask" in keras_ops.CALLED.get(layer.kind, ()):  # query, value, key
+        called = [args[0], args[-1], args[1]] if len(args) > 1 else [args[0], args[0]]
+        called = called[:2] if called[1] == called[-1] else called
+        return [called] if layer.kind in keras_ops.LISTED else called
     if any(r.kind in _SEVERAL for r in table.rows_of("keras", layer.kind)):
         return [args]
     return args

@@ -239,7 +239,7 @@ class _Call:
         if roles[3] is not None:
             causal = roles[3] == _CAUSAL
             mask = None if causal else self._constant(roles[3])
-            if not same or not (causal or (mask is not None and _is_causal(mask))):
+            if not (causal or (mask is not None and _is_causal(mask))):
                 return False
             layer.kind = "CausalSelfAttention"
         shape = (*values[0].shape[:2], self.module.embed_dim)
@@ -309,7 +309,5 @@ def _every_parameter(model: torch.nn.Module) -> list[tuple[str, Any]]:
 
 def _is_causal(mask: torch.Tensor) -> bool:
     """Whether a mask, added to the scores, hides what comes later and nothing else."""
-    size = mask.shape[-1]
-    plain = mask.float().reshape(-1, mask.shape[-2], size)
-    later = torch.full((mask.shape[-2], size), -torch.inf).triu(1)
-    return mask.shape[-2] == size and all(torch.equal(m, later) for m in plain)
+    later = torch.full(mask.shape[-2:], -torch.inf).triu(1)
+    return all(torch.equal(m, later) for m in mask.float().reshape(-1, *later.shape))

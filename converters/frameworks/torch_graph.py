@@ -10,7 +10,7 @@ import torch
 
 from fwt._graph import names_in
 from fwt._types import ConversionError
-from fwt.converters.rows.row import Layer, parts_of
+from fwt.converters.rows.row import Layer, parts_of, refuse
 from fwt.converters.walk.net import Net
 
 _PAIRS = {"Add": operator.add, "Subtract": operator.sub, "Multiply": operator.mul,
@@ -28,6 +28,7 @@ def graph_module(
     for name in names_in(net.takes):
         label = _identifier(name, taken)
         refs[name] = graph.placeholder(label)
+        refs[name].meta["shape"] = net.inputs[name]
     if isinstance(net.takes, Mapping) and list(net.takes) != [n.name for n in refs.values()]:
         raise ConversionError(
             f"the inputs {', '.join(net.takes)} are keys that torch can't have as arguments of "
@@ -36,6 +37,7 @@ def graph_module(
     for layer in net.layers:
         given = [refs[i] for i in layer.inputs]
         refs[layer.name] = _node(graph, root, layer, given, built, tensor)
+        refs[layer.name].meta["shape"] = layer.shape
         if not layer.inputs:
             refs[layer.name].meta["alone"] = True
     if isinstance(net.outputs, str):
@@ -84,6 +86,15 @@ def _node(
             given = [graph.call_method("expand", (n, batch, *rest)) if own else n
                      for n, own in zip(given, arrays, strict=True)]  # fmt: skip
         return graph.call_function(torch.cat, (list(given), told["dim"]))
+    if kind == "DotProductAttention":
+        attend = torch.nn.functional.scaled_dot_product_attention
+        usual = {"is_causal": False, "scale": None, "enable_gqa": False}
+        return graph.call_function(attend, tuple(given), {
+            k: v for k, v in told.items() if v != usual[k]})  # fmt: skip
+    if kind == "Einsum":
+        return graph.call_function(torch.einsum, (told["equation"], *given))
+    if kind in ("Attention", "AdditiveAttention"):
+        return _scored(graph, root, layer, given, tensor)
     if kind == "Permute":
         return graph.call_method("permute", (given[0], *told["dims"]))
     if kind == "Flip":
@@ -128,14 +139,53 @@ def _node(
         more: dict[str, Any] = {"need_weights": False}
         if kind == "CausalSelfAttention":
             parts = parts_of(f"{layer.name}__mask")
-            size = (layer.shape or (1,))[0]
-            mask = torch.full((size or 1, size or 1), -torch.inf).triu(1)
-            more["attn_mask"] = _array(graph, root, parts, mask, kind="Constant")
+            more["attn_mask"] = _array(graph, root, parts, _later(layer, query, key),
+                                       kind="Constant")  # fmt: skip
         node = graph.call_module(path, (query, key, value), more)
         return graph.call_function(operator.getitem, (node, 0))
     if not layer.of:
         _put(root, parts_of(layer.name), built(layer))
     return graph.call_module(path, tuple(given))
+
+
+def _later(layer: Layer, query: Any, key: Any) -> torch.Tensor:
+    """What hides the later steps, added to scores."""
+    sizes = [(n.meta.get("shape") or (None,))[0] for n in (query, key)]
+    if None in sizes:
+        raise refuse(str(layer), "torch needs the number of steps for its causal mask",
+                     "give input_shape=")  # fmt: skip
+    return torch.full([n for n in sizes if n], -torch.inf).triu(1)
+
+
+def _scored(
+    graph: Any, root: torch.nn.Module, layer: Layer, given: Sequence[Any], tensor: Any
+) -> Any:
+    """Attention of one head without projections."""
+    told, parts = layer.settings, parts_of(layer.name)
+    query, key, value = given[0], given[1], given[-1]
+
+    def times(name: str, x: Any) -> Any:
+        if name not in layer.arrays:
+            return x
+        array = _array(graph, root, [*parts, name], tensor(layer.arrays[name]), layer.of)
+        return graph.call_function(operator.mul, (x, array))
+
+    if told.get("mode") == "dot":
+        turned = graph.call_method("transpose", (key, 1, 2))
+        scores = times("scale", graph.call_function(torch.matmul, (query, turned)))
+    else:
+        pair = [graph.call_method("unsqueeze", x) for x in ((query, 2), (key, 1))]
+        both = graph.call_function(operator.add, tuple(pair))
+        concat = told.get("mode") == "concat"
+        both = graph.call_function(torch.tanh, (times("scale", both) if concat else both,))
+        both = both if concat else times("scale", both)
+        scores = times("concat_score_weight", graph.call_method("sum", (both, -1)))
+    if told["causal"]:
+        mask = _array(graph, root, [*parts_of(f"{layer.name}__mask")], _later(layer, query, key),
+                      kind="Constant")  # fmt: skip
+        scores = graph.call_function(operator.add, (scores, mask))
+    weights = graph.call_function(torch.softmax, (scores, -1))
+    return graph.call_function(torch.matmul, (weights, value))
 
 
 def _attention(module: torch.nn.Module) -> torch.nn.Module:

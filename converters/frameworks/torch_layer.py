@@ -144,8 +144,6 @@ def _composite(module: Any, place: str) -> dict[str, Any]:
             raise refuse(place, f"a hook or parametrization of its {name!r} changes what it does",
                          "remove it")  # fmt: skip
     if isinstance(module, torch.nn.MultiheadAttention):
-        if not module._qkv_same_embed_dim:
-            raise refuse(place, f"kdim={module.kdim}, vdim={module.vdim}: not that of embed_dim")
         return {
             "bias": module.in_proj_bias is not None,
             "add_bias_kv": module.bias_k is not None,

@@ -68,12 +68,19 @@ def _attention(reader: Reader, node: Any, args: Args, place: str) -> Any:
     names = ("query", "key", "value")
     if not all(args[n] in reader.env for n in names) or args.get("dropout_p"):
         return None
-    if args.get("enable_gqa"):
-        raise refuse(place, "enable_gqa=True is not known")
     query, key, value = (reader.plain(reader.dynamic(args[n], place), place) for n in names)
     mask = args.get("attn_mask")
     rank, size = len(query.shape), query.shape[-1]
     scale = args.get("scale")
+    # Keras's operation takes values of the size of the keys alone.
+    same = rank == len(key.shape) == len(value.shape) == 4 and size == value.shape[-1]
+    if mask is None and (same or args.get("enable_gqa")):
+        told = {"is_causal": bool(args.get("is_causal")), "scale": scale,
+                "enable_gqa": bool(args.get("enable_gqa"))}  # fmt: skip
+        shape = (*query.shape[:-1], value.shape[-1])
+        return reader.emit("DotProductAttention", told, [query, key, value], place, shape)
+    if args.get("enable_gqa"):
+        raise refuse(place, "enable_gqa=True with a mask is not known")
     scale = 1 / math.sqrt(size or 1) if scale is None else scale
     turned = reader.ordered(key, (*range(rank - 2), rank - 1, rank - 2), place)
     turned = Value(turned.name, turned.shape, plain_axes(rank))
@@ -119,6 +126,10 @@ def _einsum(reader: Reader, node: Any, args: Args, place: str) -> Any:
         nodes, specs = nodes[::-1], specs[::-1]
     first = reader.dynamic(nodes[0], place)
     a, b = specs
+    alone = [i for i, x in enumerate(a) if x not in right and x not in b]
+    if alone:
+        first = reduced(reader, first, "sum", alone, False, place)
+        a = "".join(x for i, x in enumerate(a) if i not in alone)
     if any(
         x not in right and x not in other for x, other in [(x, b) for x in a] + [(x, a) for x in b]
     ):
@@ -191,11 +202,32 @@ def _cosine(reader: Reader, node: Any, args: Args, place: str) -> Any:
     return along
 
 
+def _bilinear(reader: Reader, node: Any, args: Args, place: str) -> Any:
+    """Two tensors through a table for each output, as a linear layer and a product of matrices."""
+    nodes = args["input1"], args["input2"]
+    if args["weight"] not in reader.values or not all(n in reader.env for n in nodes):
+        return None
+    weight = reader.values[args["weight"]]
+    outs, _, inner = weight.shape
+    matrix = weight.permute(0, 2, 1).reshape(outs * inner, -1)
+    x, y = (reader.plain(reader.dynamic(n, place), place) for n in nodes)
+    rest = x.sizes[:-1]
+    x = linear(reader, x, matrix, reader.sources[args["weight"]], place)
+    x = reader.reshaped(x, [*rest, (outs, False), (inner, False)], place)
+    y = reader.reshaped(y, [*rest, (inner, False), (1, False)], place)
+    made = reader.reshaped(reader.product(x, y, place), [*rest, (outs, False)], place)
+    if args.get("bias") is None:
+        return made
+    other = reader.array(args["bias"], made, place)
+    return reader.emit("Add", {}, [made, other], place, made.shape)
+
+
 OPERATIONS: dict[str, Function] = {
     "matmul": _matmul,
     "bmm": _matmul,
     "mm": _matmul,
     "einsum": _einsum,
+    "bilinear": _bilinear,
     "scaled_dot_product_attention": _attention,
     "pairwise_distance": _distance,
     "cosine_similarity": _cosine,

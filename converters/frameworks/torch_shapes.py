@@ -141,6 +141,70 @@ def joined_up(reader: Reader, nodes: Sequence[Any], dim: int, place: str) -> Val
     return reader.along(parts, reader.axis(like, dim, place), place)
 
 
+def _assigned(reader: Reader, node: Any, args: Args, place: str) -> Any:
+    """A tensor some of whose entries along an axis are those of another: its parts joined."""
+    shape, dim = node.meta["val"].shape, args["dim"] % len(node.meta["val"].shape)
+    size, src = shape[dim], args["src"]
+    every = dim == 0 and "index" not in args and src in reader.env and args["step"] == 1
+    every = every and (args["start"] or 0) == 0
+    if every and (_is_all(args["end"]) or _is_batch(reader, args["end"])):
+        return reader.dynamic(src, place)  # all examples
+    own = args["self"]
+    if dim == 0 or not isinstance(size, int) or not (own in reader.env or src in reader.env):
+        return None
+    if "index" in args:
+        start = args["index"] % size
+        at = range(start, start + 1)
+        if src in reader.env:
+            sizes = reader.plain(reader.dynamic(src, place), place).sizes
+            part = reader.reshaped(reader.dynamic(src, place), [*sizes[:dim], (1, False),
+                                                                *sizes[dim:]], place)  # fmt: skip
+            reader.env[(node, src)] = part
+        else:
+            reader.values[(node, src)] = reader.values[src].unsqueeze(dim)
+            reader.sources[(node, src)] = reader.sources[src]
+        src = (node, src)
+    else:
+        at = range(size)[args["start"] : args["end"] : args["step"]]
+        if at.step != 1:
+            raise refuse(place, f"it assigns every {at.step}th entry")
+    nodes = []
+    for label, first, last in (("before", 0, at.start), ("", 0, 0), ("behind", at.stop, size)):
+        if not label:
+            nodes += [src] if len(at) else []
+        elif first < last:
+            nodes.append((node, label))
+            if own in reader.env:
+                value = reader.plain(reader.dynamic(own, place), place)
+                reader.env[nodes[-1]] = reader.cut(value, dim, first, last, place)
+            else:
+                reader.values[nodes[-1]] = reader.values[own].narrow(dim, first, last - first)
+                reader.sources[nodes[-1]] = reader.sources[own]
+    return joined_up(reader, nodes, dim, place)
+
+
+def _copied(reader: Reader, node: Any, args: Args, place: str) -> Any:
+    """What is assigned to a tensor of its shape."""
+    src = args["src"]
+    if src in reader.env and list(src.meta["val"].shape) == list(node.meta["val"].shape):
+        return reader.dynamic(src, place)
+    return _filled(reader, node, {"value": src}, place) if src in reader.values else None
+
+
+def _filled(reader: Reader, node: Any, args: Args, place: str) -> Any:
+    """A number, or an array, for each entry of a tensor."""
+    value, sizes = args["value"], node.meta["val"].shape[1:]
+    number = reader.values.get(value, torch.tensor(value) if not hasattr(value, "meta") else None)
+    if number is None or not all(isinstance(s, int) for s in sizes):
+        return None
+    number = number.reshape([1] * (len(sizes) + 1 - number.ndim) + list(number.shape))
+    if number.shape[0] != 1:
+        return None
+    reader.values[node] = number.to(node.meta["val"].dtype).expand(1, *sizes).contiguous()
+    reader.sources[node] = reader.sources.get(value, frozenset())
+    return reader.values[node]
+
+
 def _stack(reader: Reader, node: Any, args: Args, place: str) -> Any:
     dim = args["dim"] % len(node.meta["val"].shape)
     nodes = []
@@ -295,6 +359,10 @@ OPERATIONS: dict[str, Function] = {
     "tensor_split": _parts,
     "unbind": _unbind,
     "cat": _cat,
+    "slice_scatter": _assigned,
+    "select_scatter": _assigned,
+    "copy": _copied,
+    "fill": _filled,
     "stack": _stack,
     "expand": _expand,
     "repeat": _repeat,

@@ -31,12 +31,14 @@ _PARTS = ("query", "key", "value")
 def _split(arrays: dict[str, Any], inside: str, to: str, heads: int) -> dict[str, Any]:
     """Torch's joined projections as one kernel each, (in, heads, width)."""
     out: dict[str, Any] = {}
-    weight = arrays.pop(f"{inside}in_proj_weight")
-    size = weight.shape[1]
+    whole_ = arrays.pop(f"{inside}in_proj_weight", None)
+    apart = [arrays.pop(f"{inside}{part[0]}_proj_weight", None) for part in _PARTS]
+    size = arrays[f"{inside}out_proj.weight"].shape[0]
     bias = arrays.pop(f"{inside}in_proj_bias", None)
     for index, part in enumerate(_PARTS):
         rows = slice(index * size, (index + 1) * size)
-        out[f"{to}{part}/kernel"] = weight[rows].T.reshape(size, heads, size // heads)
+        weight = apart[index] if whole_ is None else whole_[rows]
+        out[f"{to}{part}/kernel"] = weight.T.reshape(-1, heads, size // heads)
         if bias is not None:
             out[f"{to}{part}/bias"] = bias[rows].reshape(heads, size // heads)
     end = arrays.pop(f"{inside}out_proj.weight")
@@ -50,8 +52,12 @@ def _join(arrays: dict[str, Any], inside: str, to: str) -> dict[str, Any]:
     """The inverse of :func:`_split`."""
     out: dict[str, Any] = {}
     kernels = [arrays.pop(f"{to}{part}/kernel") for part in _PARTS]
-    size = kernels[0].shape[0]
-    out[f"{inside}in_proj_weight"] = np.concatenate([k.reshape(size, -1).T for k in kernels])
+    weights = [k.reshape(len(k), -1).T for k in kernels]
+    if len({w.shape for w in weights}) == 1:
+        out[f"{inside}in_proj_weight"] = np.concatenate(weights)
+    else:
+        named = zip(_PARTS, weights, strict=True)
+        out |= {f"{inside}{part[0]}_proj_weight": w for part, w in named}
     if f"{to}query/bias" in arrays:
         biases = [arrays.pop(f"{to}{part}/bias").reshape(-1) for part in _PARTS]
         out[f"{inside}in_proj_bias"] = np.concatenate(biases)
@@ -83,16 +89,10 @@ class Attention(BatchFirst):
             if take("deterministic") is False:
                 raise refuse(take.place, "deterministic=False: it drops at inference too")
         elif framework == "torch":
-            size = take("embed_dim")
-            for name in ("kdim", "vdim"):
-                if take(name) not in (None, size):
-                    raise refuse(take.place, f"{name}={take(name)}: not that of embed_dim")
-            take("batch_first")
-            take("dropout")
+            for name in ("embed_dim", "kdim", "vdim", "batch_first", "dropout"):
+                take(name)
         else:
-            if take("value_dim") not in (None, take("key_dim")):
-                raise refuse(take.place, "value_dim must be its key_dim")
-            for name in ("output_shape", "dropout"):
+            for name in ("key_dim", "value_dim", "output_shape", "dropout"):
                 take(name)
             if take("attention_axes") not in (None, [1], (1,)):
                 raise refuse(take.place, f"attention_axes={take('attention_axes')!r}: only time")
@@ -131,6 +131,9 @@ class Attention(BatchFirst):
                 f"and {outputs} outputs",
             )
         layer.settings["embed_dim"] = inputs
+        for name, part in (("kdim", "key"), ("vdim", "value")):
+            if len(arrays[f"{part}/kernel"]) != inputs:
+                layer.settings[name] = len(arrays[f"{part}/kernel"])
         layer.arrays = _join(arrays, "", "")
         return layer
 
@@ -139,7 +142,11 @@ def _lower_attention(framework: Framework, layer: Layer, rank: int | None) -> An
     if "query/kernel" in layer.arrays:
         if framework == "keras" and "attention_output/kernel" in layer.arrays:
             arrays = {k.replace("attention_output/", "out/"): v for k, v in layer.arrays.items()}
-            return [dataclasses.replace(layer, arrays=arrays, kind="SelfAttention")]
+            settings = dict(layer.settings)
+            if settings.get("value_dim") not in (None, settings.get("key_dim")):
+                return [dataclasses.replace(layer, kind="WideAttention")]
+            kind = "CausalSelfAttention" if settings.pop("use_causal_mask", 0) else "SelfAttention"
+            return [dataclasses.replace(layer, arrays=arrays, kind=kind, settings=settings)]
         return None
     if framework != "torch":
         return None
@@ -147,8 +154,9 @@ def _lower_attention(framework: Framework, layer: Layer, rank: int | None) -> An
     if found is not None:
         return found
     left = dict(layer.arrays)
-    if "in_proj_weight" not in left:
-        raise refuse(str(layer), "the array 'in_proj_weight' is missing")
+    for name in ("out_proj.weight", *([] if "q_proj_weight" in left else ["in_proj_weight"])):
+        if name not in left:
+            raise refuse(str(layer), f"the array {name!r} is missing")
     arrays = _split(left, "", "", layer.settings["num_heads"])
     arrays |= left  # what is unknown is named later
     return [dataclasses.replace(layer, arrays=arrays, kind="SelfAttention")]
@@ -156,8 +164,8 @@ def _lower_attention(framework: Framework, layer: Layer, rank: int | None) -> An
 
 def _attention_params(to: str = "") -> tuple[P, ...]:
     out = []
-    for part in _PARTS:
-        out.append(P.alike(f"{to}{part}/kernel: i m k"))
+    for part, letter in zip(_PARTS, "iay", strict=True):
+        out.append(P.alike(f"{to}{part}/kernel: {letter} m k"))
         out.append(P.alike(f"{to}{part}/bias: m k", when="use_bias"))
     out.append(P.alike(f"{to}out/kernel: m k o"))
     out.append(P.alike(f"{to}out/bias: o", when="use_bias"))
@@ -169,7 +177,7 @@ ATTENTION = Row(
     "SelfAttention",
     "SelfAttention",
     axes="n t i -> n t o",
-    several="n t i, n s i, n s i -> n t o",
+    several="n t i, n s a, n s y -> n t o",
     ranks=(3,),
     settings=(
         S("num_heads", "num_heads", "num_heads", normal=whole),
@@ -267,7 +275,7 @@ ENCODER = Row(
 
 
 def _lower_causal(framework: Framework, layer: Layer, rank: int | None) -> Any:
-    if "in_proj_weight" not in layer.arrays:
+    if "out_proj.weight" not in layer.arrays:
         return None
     parts = _lower_attention(framework, dataclasses.replace(layer, kind="SelfAttention"), rank)
     return [dataclasses.replace(x, kind="CausalSelfAttention") for x in parts]
@@ -277,10 +285,8 @@ CAUSAL = dataclasses.replace(
     ATTENTION,
     flax=fl.CausalAttention,
     torch="CausalSelfAttention",
-    keras=None,
-    several="",
+    keras="CausalSelfAttention",
     lower=_lower_causal,
-    lacks={"keras": "keras.layers has no such layer"},
 )
 ROWS: tuple[Row, ...] = (
     ATTENTION,

@@ -37,16 +37,25 @@ ROWS: tuple[Row, ...] = (
     Row(
         fl.Lookup,
         "Lookup",
-        None,
+        "Lookup",
         several="v f, n t -> n t f",
-        lacks={"keras": "keras.layers has no layer of a table that others share"},
     ),
     Row(
         fl.Attend,
         "Attend",
-        None,
+        "Attend",
         several="n t f, v f -> n t v",
-        lacks={"keras": "keras.layers has no layer of a table that others share"},
+    ),
+    Row(
+        None,
+        None,
+        "ReversibleEmbedding",
+        params=(
+            P("embedding: v f", "-", "embeddings: v f"),
+            P("reverse_embeddings: f v", "-", "reverse_embeddings: f v"),
+        ),
+        note="tied to its reverse by one array in each framework; untied it is an Embedding and a "
+        "Dense",
     ),
     Row(
         fl.Flip,

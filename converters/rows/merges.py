@@ -30,6 +30,19 @@ ROWS: tuple[Row, ...] = (
         several="*b t i, *b i s -> *b t s",
     ),
     Row(
+        None,
+        None,
+        "Dot",
+        note="by an equation; with normalize=True each tensor is divided by its length before",
+    ),
+    Row(
+        fl.Einsum,
+        "Einsum",
+        "ops.Einsum",
+        kind="contract",
+        settings=(S("equation", "equation", "subscripts"),),
+    ),
+    Row(
         fl.Slice,
         "Slice",
         "ops.GetItem",

@@ -1,5 +1,6 @@
 """Rows of the pools: of windows, global and adaptive, each in one to three dimensions."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -38,17 +39,30 @@ class Adaptive(Special):
         settings["output_size"] = tuple(
             n if m is None else m for n, m in zip(known, fields["output_size"], strict=True)
         )
-        for n, m in zip(known, settings["output_size"], strict=True):
+        pairs = list(zip(known, settings["output_size"], strict=True))
+        for n, m in pairs:
             # Keras finds the windows in float32, by a product with 1 / m.
             at_ = np.arange(m + 1, dtype=np.float32) * np.float32(n)
             exact = np.arange(m + 1) * n
             for found in (at_ / np.float32(m), at_ * (np.float32(1) / np.float32(m))):
                 low, high = np.floor(found[:-1]), np.ceil(found[1:])
                 if any(low != exact[:-1] // m) or any(high != -(-exact[1:] // m)):
+                    if not any(n % m for n, m in pairs):  # a plain pool says it
+                        del settings["output_size"]
+                        window = tuple(n // m for n, m in pairs)
+                        settings |= {"pool_size": window, "strides": window}
+                        return []
                     raise refuse(
                         at.place, f"Keras's adaptive pools round {n} to {m} in another way"
                     )
         return []
+
+    def finish(
+        self, framework: Framework, layer: Layer, fields: Mapping[str, Any], sizes: Any, at: At
+    ) -> Layer:
+        if "pool_size" in layer.settings:
+            layer.kind = layer.kind.removeprefix("Adaptive")
+        return layer
 
 
 def same_axes(r: int) -> dict[str, Any]:

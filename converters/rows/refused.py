@@ -8,16 +8,6 @@ _CELL = "a cell is one step of a recurrent layer: use the layer"
 
 KERAS = {
     **dict.fromkeys(
-        [
-            "Dot",
-            "AdditiveAttention",
-            "Attention",
-            "GroupQueryAttention",
-            "GroupedQueryAttention",
-        ],
-        _TWO,
-    ),
-    **dict.fromkeys(
         ["HashedCrossing", "Hashing", "IntegerLookup", "StringLookup", "TextVectorization"], _TEXT
     ),
     **dict.fromkeys(["Layer", "Wrapper", "InputSpec", "Pipeline"], _BASE),
@@ -39,7 +29,6 @@ KERAS = {
         ],
         "it changes images at inference too, in a way that others have not",
     ),
-    "ReversibleEmbedding": "it is two layers in one, by an argument of its call",
     "RandomCrop": "at inference it resizes and crops by rules of its own",
 }
 TORCH = {
@@ -74,15 +63,9 @@ TORCH = {
     ),
     **dict.fromkeys(
         [
-            "Bilinear",
-            "CosineSimilarity",
-            "PairwiseDistance",
             "MaxUnpool1d",
             "MaxUnpool2d",
             "MaxUnpool3d",
-            "Transformer",
-            "TransformerDecoder",
-            "TransformerDecoderLayer",
         ],
         _TWO + " (two inputs)",
     ),

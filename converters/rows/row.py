@@ -202,9 +202,11 @@ class Row:
         function: (name in keras.activations, the fields that it stands for).
         fused_activation: whether Keras's layer has an activation=, which becomes a layer.
         kind: how the walk treats it: "" by its axes, or "flatten", "reshape", "permute", "einsum",
-            "slice"; of several tensors "merge" (entry by entry) or "join" (one after the other);
+            "slice"; of several tensors "merge" (entry by entry) or "join" (one after the other), or
+            "contract" (by an equation);
             "parameter" of none.
         several: ``axes`` where it takes several tensors, ``"n t i, n s i, n s i -> n t o"``.
+        torch_several: the same where torch differs.
         several_least: how many it takes at least then.
         rank_of: the Flax field that has an entry for each spatial axis.
         ordered: whether the order of the channels matters beyond which weight meets which.
@@ -229,7 +231,7 @@ class Row:
     keras_defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     function: tuple[str, Mapping[str, Any]] | None = None
     kind: Literal["", "flatten", "reshape", "permute", "einsum", "slice", "merge", "join",
-                  "parameter"] = ""  # fmt: skip
+                  "contract", "parameter"] = ""  # fmt: skip
     fused_activation: bool = False
     special: Special = dataclasses.field(default_factory=Special)
     rank_of: str | None = None
@@ -242,12 +244,18 @@ class Row:
     sizes: Callable[[Mapping[str, Any]], dict[str, int]] | None = None
     note: str = ""
     several: str = ""
+    torch_several: str = ""
     several_least: int = 2
 
     def spec(self, framework: Framework) -> tuple[list[str], list[str]]:
         text = self.torch_axes if framework == "torch" and self.torch_axes else self.axes
         left, _, right = text.partition("->")
         return left.split(), right.split()
+
+    def several_spec(self, framework: Framework) -> tuple[list[list[str]], list[str]]:
+        text = self.torch_several if framework == "torch" and self.torch_several else self.several
+        left, _, right = text.partition("->")
+        return [x.split() for x in left.split(",")], right.split()
 
     def right(self, framework: Framework, fields: Mapping[str, Any]) -> list[str]:
         """The letters of the output, which a setting may keep or drop."""

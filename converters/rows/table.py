@@ -23,6 +23,7 @@ from fwt.converters.rows import (
     attention,
     constants,
     functions,
+    heads,
     merges,
     pooling,
     recurrent,
@@ -39,6 +40,7 @@ LAYERS: list[Row] = [
     *weights.ROWS,
     *recurrent.ROWS,
     *attention.ROWS,
+    *heads.ROWS,
     *pooling.ROWS,
     *shapes.ROWS,
     *functions.ROWS,
@@ -156,7 +158,7 @@ def axis_names(letters: list[str], rank: int) -> tuple[str, ...] | None:
     full = [y for x in letters for y in ([x[1:]] * fill if x.startswith("*") else [x])]
     # Of a recurrent layer: the state that it takes, its gates, and what a projection gives.
     words = {"i": "in", "j": "in", "o": "out", "c": "out", "g": "group", "m": "out",
-             "r": "in", "y": "in", "q": "out", "p": "out"}  # fmt: skip
+             "r": "in", "y": "in", "a": "in", "e": "out", "q": "out", "p": "out"}  # fmt: skip
     names = tuple(words.get(x, x) for x in full)
     return names if {"in", "out"} & set(names) else None
 

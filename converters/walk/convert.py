@@ -7,6 +7,7 @@ from fwt._types import ConversionError
 from fwt.converters.rows.row import Framework, Layer, refuse
 from fwt.converters.walk import policy
 from fwt.converters.walk.net import Net
+from fwt.converters.walk.opened import opened
 from fwt.converters.walk.shapes import CONVENTION, Restart
 from fwt.converters.walk.walk import Walk
 
@@ -35,6 +36,8 @@ def convert(
                "Masking); converters.transform(model, t) changes its weights as it is")  # fmt: skip
         _check_masks(net, way)
     net = dataclasses.replace(net, layers=policy.settled(net, source, target))
+    if source == "flax":
+        net = opened(net, target)
     known: dict[str, dict[Any, int]] = {"channel": {}, "batch": {}, "plain": {}}
     known["rank"] = {i: len(shape) + 1 for i, shape in enumerate(shapes) if shape is not None}
     # Each restart settles something of an input or of a layer that several call.

@@ -54,7 +54,9 @@ class Merges(Shapes):
                 rows = table.rows_of(self.source, parts[0].kind)
                 layer, found = dataclasses.replace(parts[0], inputs=layer.inputs), rows
                 break
-        row = next((r for r in found if r.several), None)
+        row = next((r for r in found if r.several or r.kind == "contract"), None)
+        if row is not None and row.kind == "contract":
+            row = dataclasses.replace(row, several=self._equation(layer, row, values))
         if row is None:
             raise refuse(place, f"it takes {len(values)} tensors, and its row one")
         return self._several(layer, row, values, time_first)
@@ -100,12 +102,11 @@ class Merges(Shapes):
         at = {v.have.index(v.n) for v in batched if v.have is not None and v.n is not None}
         if len(at) > 1:
             raise refuse(place, "the batch stands at different places of its inputs")
-        # What the model has itself stands for each example, which Keras's Concatenate can't say.
+        # What the model has itself stands for each example.
         alone = [v.have for v in laid if v.n is None and v.have is not None]
-        if joins is not None and at and alone:
-            many = any(len(have) != rank or have[next(iter(at))].size != 1 for have in alone)
-            if many or self.target == "keras":
-                raise refuse(place, "it joins what has a batch with what has none")
+        fits = all(len(have) == rank and have[i].size == 1 for have in alone for i in at)
+        if joins is not None and not fits:
+            raise refuse(place, "it joins what has a batch with what has none")
         self._meet(laid)
         self.have, self.want = have, [have[p] for p in order]
         self.n = have[next(iter(at))] if at else None
@@ -191,10 +192,26 @@ class Merges(Shapes):
 
     # -- by a row that says the axes of each ---------------------------------------------------
 
+    def _equation(self, layer: Layer, row: Row, values: list[Value]) -> str:
+        """What an einsum says of the axes, as a row says it."""
+        (equation,) = read_settings(row, self.source, layer, At(str(layer), ())).values()
+        equation = str(equation).replace(" ", "")
+        left, arrow, right = equation.partition("->")
+        parts = [*left.split(","), right]
+        plain = arrow and len(parts) == 3 and all(p.isalpha() and len(set(p)) == len(p)
+                                                  for p in parts)  # fmt: skip
+        if not plain or not set(right) <= set(left):
+            raise refuse(str(layer), f"equation={equation!r}: only of two tensors, without dots, "
+                         "with an arrow and each axis once in a tensor")  # fmt: skip
+        if any(p[0] != parts[0][0] for p in parts) or any(v.n is None for v in values):
+            raise refuse(str(layer), f"equation={equation!r} does not keep the batch first")
+        letters = [["n", *(f"x{x}" for x in p[1:])] for p in parts]
+        one, two, out = (" ".join(x) for x in letters)
+        return f"{one}, {two} -> {out}"
+
     def _several(self, layer: Layer, row: Row, values: list[Value], time_first: bool) -> None:
         place = str(layer)
-        given, _, result = row.several.partition("->")
-        specs = [text.split() for text in given.split(",")]
+        (specs, result), (wanted, after) = map(row.several_spec, (self.source, self.target))
 
         def as_given(letters: list[str]) -> list[str]:
             return [letters[1], letters[0], *letters[2:]] if time_first else letters
@@ -227,7 +244,7 @@ class Merges(Shapes):
                              "check input_shape= and the layers before it")  # fmt: skip
         tips: list[str] = []
         stars: list[list[Axis]] = []
-        for left, b, value in zip(specs, binds, values, strict=False):
+        for left, b, value in zip(wanted, binds, values, strict=False):
             self._load(value)
             assert value.have is not None
             named = list(b.values())
@@ -246,18 +263,20 @@ class Merges(Shapes):
         if any(a.scrambled for a in bound.values()):
             raise refuse(place, "it takes a flattened axis in another order than the target's")
         arrays = moved(row, self.source, self.target, layer, fields, bound, None)
-        after: list[Axis] = []
-        for letter in result.split():
-            if letter.startswith("*"):
-                after += star
-            else:
+        made: dict[str, Axis] = {}
+        for letter in result:
+            if not letter.startswith("*"):
                 found = bound.get(letter) or Axis(sizes.get(letter))
                 # Of the product of a tensor and its transposition both axes are one of it.
-                after.append(dataclasses.replace(found) if found in after else found)
+                made[letter] = dataclasses.replace(found) if found in made.values() else found
+
+        def order_of(letters: list[str]) -> list[Axis]:
+            return [a for x in letters for a in (star if x.startswith("*") else [made[x]])]
+
         self._meet(values)
         self.tips = tuple(tips)
-        self.want, self.n = after, after[0]
-        self.have = [after[1], after[0], *after[2:]] if time_first else list(after)
+        self.have, self.want = order_of(as_given(result)), order_of(after)
+        self.n = self.want[0]
         self.non_negative = False
         self._emit(row, layer.name, fields, At(place, (), rank=len(after)), arrays, sizes)
 

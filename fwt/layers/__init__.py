@@ -40,8 +40,14 @@ from fwt.layers.activations import (
     TanhShrink,
     Threshold,
 )
+from fwt.layers.attention import (
+    AdditiveAttention,
+    Attention,
+    DotProductAttention,
+    GroupedQueryAttention,
+    TransformerEncoderLayer,
+)
 from fwt.layers.attention import CausalAttention as CausalAttention
-from fwt.layers.attention import TransformerEncoderLayer
 from fwt.layers.base import tuples as tuples
 from fwt.layers.constants import Attend, Buffer, Constant, Indexed, Lookup
 from fwt.layers.convolutions import GroupedConvTranspose
@@ -52,6 +58,7 @@ from fwt.layers.merges import (
     Average,
     Concatenate,
     Divide,
+    Einsum,
     LayerScale,
     MatMul,
     Maximum,
@@ -126,7 +133,9 @@ __all__ = [
     "AdaptiveAvgPool",
     "AdaptiveMaxPool",
     "Add",
+    "AdditiveAttention",
     "Attend",
+    "Attention",
     "Average",
     "AvgPool",
     "Buffer",
@@ -142,6 +151,8 @@ __all__ = [
     "Crop",
     "Discretization",
     "Divide",
+    "DotProductAttention",
+    "Einsum",
     "EinsumDense",
     "Exponential",
     "Flatten",
@@ -149,6 +160,7 @@ __all__ = [
     "GlobalAvgPool",
     "GlobalMaxPool",
     "GroupedConvTranspose",
+    "GroupedQueryAttention",
     "HardShrink",
     "HardSigmoid",
     "HardSwish",

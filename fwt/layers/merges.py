@@ -126,6 +126,23 @@ class MatMul(Layer):
         return jnp.matmul(a, b)
 
 
+class Einsum(Layer):
+    """``einsum(equation, a, b)`` of two tensors whose first axes are the batch.
+
+    Args:
+        equation: such as "bti,bsi->bts", without dots.
+
+    Example:
+        >>> Einsum("bti,bsi->bts").apply({}, jnp.ones((5, 2, 3)), jnp.ones((5, 4, 3))).shape
+        (5, 2, 4)
+    """
+
+    equation: str
+
+    def __call__(self, a: Array, b: Array) -> Array:
+        return jnp.einsum(self.equation, *nn.dtypes.promote_dtype(a, b))
+
+
 class Slice(Layer):
     """What stands from ``start`` to ``stop`` along an axis.
 

@@ -553,6 +553,11 @@ def _(rng):
     return ints(rng, rng.integers(1, 3), 1, 4), k.Embedding(7, 3)
 
 
+@case(KERAS, "ReversibleEmbedding", integers=7)
+def _(rng):
+    return ints(rng, rng.integers(1, 3), 1, 4), k.ReversibleEmbedding(7, 3)
+
+
 @case(KERAS, "BatchNormalization")
 def _(rng):
     shape = ints(rng, rng.integers(1, 5), 2, 4)
@@ -769,7 +774,7 @@ def _(rng):
     return (int(rng.integers(1, 5)), heads * 2), layer
 
 
-@case(TORCH, "TransformerEncoderLayer", refused=f"keras has no TransformerEncoderLayer|{MOVES}")
+@case(TORCH, "TransformerEncoderLayer", refused=MOVES)
 def _(rng):
     heads = int(rng.integers(1, 4))
     layer = t.TransformerEncoderLayer(
@@ -779,7 +784,7 @@ def _(rng):
     return (int(rng.integers(1, 5)), heads * 2), layer
 
 
-@case(TORCH, "TransformerEncoder", refused=f"keras has no TransformerEncoderLayer|{MOVES}")
+@case(TORCH, "TransformerEncoder", refused=MOVES)
 def _(rng):
     one = t.TransformerEncoderLayer(4, 2, 5, batch_first=yes(rng), norm_first=yes(rng))
     norm = pick(rng, None, t.LayerNorm(4))

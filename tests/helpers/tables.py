@@ -138,6 +138,14 @@ HELD = {
     ("torch", "Sequential"): "one inside another too",
     ("torch", "ModuleList"): "used in order",
     ("torch", "TransformerEncoder"): "its layers, under their paths",
+    **{
+        ("torch", name): "in a module: its layers and what it computes between them"
+        for name in ("Transformer", "TransformerDecoder", "TransformerDecoderLayer")
+    },
+    **{
+        ("torch", name): "in a module: what it computes"
+        for name in ("Bilinear", "CosineSimilarity", "PairwiseDistance")
+    },
 }
 
 

@@ -300,7 +300,7 @@ def test_every_class_has_a_row_and_a_case_or_a_reason():
     from fwt.converters.rows import table as _table
 
     elsewhere = (
-        "MultiHeadAttention",
+        *("MultiHeadAttention", "Attention", "AdditiveAttention", "GroupQueryAttention", "Dot"),
         "FeatureAlphaDropout",
         "Concatenate",
         "Parameter",
@@ -315,7 +315,7 @@ def test_every_class_has_a_row_and_a_case_or_a_reason():
             if known:
                 assert name in drawn or name in elsewhere, name
         for name in _table.REFUSED[framework]:
-            assert name in [*tables.classes(framework), "GroupedQueryAttention", "Select"], name
+            assert name in [*tables.classes(framework), "Select"], name
 
 
 def test_the_guides_table_is_that_of_the_rows():
@@ -425,7 +425,8 @@ def refused_in_keras(make, said, shape=(5, 4)):
 
 def test_what_a_layer_is_called_with_is_not_dropped():
     k = keras.layers
-    refused_in_keras(lambda a: k.MultiHeadAttention(2, 2)(a, a, use_causal_mask=True), "causal")
+    mask = np.ones((1, 5, 5), bool)
+    refused_in_keras(lambda a: k.MultiHeadAttention(2, 2)(a, a, attention_mask=mask), "mask")
     refused_in_keras(lambda a: k.BatchNormalization()(a, training=True), "training=True")
     refused_in_keras(lambda a: k.Dropout(0.5)(a, training=True), "training=True")
     refused_in_keras(lambda a: k.GRU(3)(a, mask=np.ones((1, 5), bool)), "mask")

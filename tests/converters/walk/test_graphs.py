@@ -187,8 +187,9 @@ def test_branches_of_other_lengths_keep_their_weights_in_a_file(tmp_path, swappe
     for v in net.weights:
         v.assign(np.random.default_rng(len(v.path)).normal(size=v.shape))
     x = np.random.default_rng(0).normal(size=(2, 4, 3)).astype("float32")
-    converters.save(tmp_path / "a.keras", converters.from_keras(net))
-    close(keras.saving.load_model(tmp_path / "a.keras")(x), flat(net(x)))
+    for name in ("a.keras", "a.h5"):
+        converters.save(tmp_path / name, converters.from_keras(net))
+        close(keras.saving.load_model(tmp_path / name)(x), flat(net(x)))
 
 
 def test_learned_arrays_between_layers():
@@ -277,7 +278,10 @@ x = keras.Input((4, 3), name="x")
         (lambda: keras.ops.pad(x, [[0, 0], [1, 1], [0, 0]], constant_values=2.0), "is not known"),
         (lambda: keras.ops.maximum(x, 2.0), "with the number 2.0"),
         (lambda: L.Dropout(0.5)(x, training=True), "training=True"),
-        (lambda: L.MultiHeadAttention(1, 3)(x, x, use_causal_mask=True), "use_causal_mask"),
+        (lambda: L.MultiHeadAttention(1, 3)(x, x, query_mask=x[..., 0] > 0), "query_mask|Greater"),
+        (lambda: L.MultiHeadAttention(1, 3, use_gate=True)(x, x), "use_gate"),
+        (lambda: L.GroupQueryAttention(3, 2, 1, sliding_window=2)(x, x), "sliding_window"),
+        (lambda: L.Attention()([x, x], return_attention_scores=True)[0], "attention_scores"),
         (lambda: L.LSTM(2, return_state=True)(x), "return_state|its output"),
         (lambda: L.LSTM(2)(x, mask=keras.ops.not_equal(x[..., 0], 0)), "NotEqual"),
         (lambda: keras.ops.reshape(x, (-1, 3)), "does not hold|batch"),

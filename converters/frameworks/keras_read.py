@@ -299,6 +299,8 @@ class _Reader:
         """The names of what one call of a layer or a model gives."""
         if keras_ops.is_operation(entry):
             name = self._name((*inside, str(entry["config"].get("name"))))
+            if cuts := keras_ops.split_of(entry, node, name, self.place):
+                return [self._chain([part], given) for part in cuts]
             return [self._chain(keras_ops.layers_of(entry, node, name, self.place), given)]
         kind, settings = entry_of(entry, self.place)
         own = settings.get("name")

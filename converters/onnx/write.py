@@ -397,7 +397,7 @@ def _message(
     inputs = list(proto.graph.input)
     del proto.graph.input[1:]
     for value in inputs[1:]:
-        array = np.ascontiguousarray(weights[value.name])
+        array = np.asarray(weights[value.name], order="C")  # of rank 0 too
         tensor = proto.graph.initializer.add(
             name=value.name, dims=array.shape, data_type=value.type.tensor_type.elem_type
         )

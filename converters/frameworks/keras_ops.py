@@ -77,6 +77,21 @@ def split_of(entry: Any, node: Any, name: str, place: str) -> list[Layer]:
     ]
 
 
+def stack_of(entry: Any, node: Any, name: str, place: str) -> tuple[list[list[int]], int] | None:
+    """Of a stack the shapes with an axis of one entry more, and that axis; of another None."""
+    if entry.get("class_name") != "Stack" or not isinstance(node, Mapping):
+        return None
+    axis = (entry.get("config") or {}).get("axis")
+    shapes = [t["config"].get("shape") for t in tensors(node)]
+    if type(axis) is not int or not all(isinstance(s, list | tuple) and len(s) for s in shapes):
+        raise refuse(f"{place}: {name} (keras.ops, Stack)", "what it stacks has no known shape")
+    axis %= len(shapes[0]) + 1
+    if axis == 0:
+        raise refuse(f"{place}: {name} (keras.ops, Stack)", "it stacks in front of the batch")
+    wider = [[*s[1:axis], 1, *s[axis:]] for s in shapes]
+    return [[-1 if n is None else n for n in s] for s in wider], axis
+
+
 def layers_of(entry: Any, node: Any, name: str, place: str) -> list[Layer]:
     """The call of an operation as layers, each of which takes what the one before it gives."""
     kind, own = entry.get("class_name"), entry.get("config")

@@ -154,6 +154,8 @@ def _parted(model: torch.nn.Module, program: Any) -> dict[Any, Any]:
         if node.op == "call_function" and hasattr(node.target, "_schema"):
             inside = torch_calls.in_layer(model, node) or torch_operations.is_known(node)
             (known if inside else unknown).add(node.target)
+    if not unknown - known:
+        return {}
     table = torch.export.default_decompositions()
     return {target: table[target] for target in unknown - known if target in table}
 

@@ -248,11 +248,14 @@ def test_a_pad_of_keras_ops_is_a_layer_and_comes_back(mode):
     close(np.asarray(converters.from_keras(again)(x)), flat(net(x)))
 
 
-def test_a_split_of_keras_ops_is_a_slice_for_each_of_its_outputs():
+def test_what_keras_ops_split_and_stack():
     start = keras.Input((6, 5), name="start")
     one, two, three = keras.ops.split(start, [1, 4], axis=1)
     halves = keras.ops.split(keras.ops.swapaxes(L.Conv1D(4, 2, name="conv")(two), 1, -1), 2, axis=1)
-    ends = [L.Dense(3, name="dense")(one + three[:, 1:]), halves[1] * 2.0 - halves[0]]
+    ends = [
+        L.Dense(3, name="dense")(one + three[:, 1:]),
+        keras.ops.stack([halves[1] * 2.0, halves[0]], axis=-2),
+    ]
     net = keras.Model(start, ends)
     x = np.random.default_rng(0).normal(size=(3, 6, 5)).astype("float32")
     model = converters.from_keras(net)

@@ -3,18 +3,26 @@ file, and to ONNX and back.
 
     python tests/graphs.py [--out graphs.json] [--size 96] [name ...]
     python tests/graphs.py --torch [--out torch.json] [name ...]
+    python tests/graphs.py --random keras|torch COUNT [--first 0] [--jobs 1] [--out random.jsonl]
 
 Weights are random, running statistics away from 0 and 1. A line of the table says how far each
 model's outputs are from Keras's, relative to the largest, and whether the weights came back bit
 for bit. With ``--torch`` it is the nets of tests/helpers/torch_nets.py, and how far Flax, torch,
-Keras and ONNX are from torch, or by what they are refused. What ``--out`` names is read first and
-written after each model, so that the command can be stopped and run again.
+Keras and ONNX are from torch, or by what they are refused. With ``--random`` it is that many drawn
+graphs of tests/helpers/dags.py or torch_dags.py, and the table counts them: exact on every way,
+exact but for a way that is refused by name, wrong. What ``--out`` names is read first and written
+after each model, so that the command can be stopped and run again; what was wrong is tried again.
 """
 
 import argparse
+import concurrent.futures
+import importlib
 import json
+import multiprocessing
 import os
+import re
 import resource
+import sys
 import tempfile
 import time
 import traceback
@@ -217,14 +225,87 @@ def worst(found, expected):
     return max(error(a, b.numpy()) for a, b in zip(plain, expected, strict=True))
 
 
+DRAWN = {"keras": "dags", "torch": "torch_dags"}
+
+
+def alone():
+    """A process that only computes what others hand to it, one graph at a time."""
+    sys.path.insert(0, str(Path(__file__).parent / "helpers"))
+    jax.config.update("jax_disable_most_optimizations", True)  # each program runs once or twice
+    torch.set_num_threads(1)
+
+
+def outcome(kind, seed):
+    """What came of the drawn graph of a seed: the refusals on its way, or what is wrong."""
+    try:
+        said = importlib.import_module(DRAWN[kind]).run(seed)
+    except Exception as problem:  # noqa: BLE001 - which the table tells
+        return {"seed": seed, "wrong": f"{type(problem).__name__}: {problem}"[:600]}
+    return {"seed": seed, "said": said}
+
+
+def drawn(kind, count, first, jobs, path):
+    """Runs the seeds that a file of lines does not have yet, and gives the outcome of each."""
+    told = {}
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines() if line.endswith("}")]
+        found = [x for x in map(json.loads, lines) if x.pop("kind") == kind]
+        told = {x["seed"]: x for x in found if "said" in x}
+    seeds = range(first, first + count)
+    pool = concurrent.futures.ProcessPoolExecutor(
+        jobs, multiprocessing.get_context("spawn"), alone, max_tasks_per_child=100
+    )
+    with pool, path.open("a") as file:
+        left = [pool.submit(outcome, kind, seed) for seed in seeds if seed not in told]
+        for done in concurrent.futures.as_completed(left):
+            result = told[done.result()["seed"]] = done.result()
+            file.write(json.dumps({"kind": kind, **result}) + "\n")
+            file.flush()
+            if "wrong" in result:
+                print(result["seed"], result["wrong"], flush=True)
+    return [told[seed] for seed in seeds]
+
+
+def reason(text):
+    """What a refusal says, without the names and numbers of one graph."""
+    way, _, rest = text.partition(": ")
+    place, _, found = rest.partition(": ")
+    found = re.sub(r"'[^']*'|\"[^\"]*\"", "'...'", (found or place).partition(";")[0])
+    return f"{way}: {re.sub(r'[0-9]+', 'n', found)[:90]}"
+
+
+def counts_of(kind, results):
+    """The table of drawn graphs."""
+    wrong = [x["seed"] for x in results if "wrong" in x]
+    exact = sum(x.get("said") == [] for x in results)
+    lines = [f"| random graphs of {kind} | {len(results):,} |", "|---|---|",
+             f"| exact on every way | {exact:,} |",
+             f"| exact, and a way refused by name | {len(results) - exact - len(wrong):,} |",
+             f"| wrong | {len(wrong):,} |"]  # fmt: skip
+    ways = Counter(w for x in results for w in {t.partition(": ")[0] for t in x.get("said", ())})
+    lines += [f"| of these, refused on the way {w} | {n:,} |" for w, n in ways.most_common()]
+    why = Counter(r for x in results for r in {reason(text) for text in x.get("said", ())})
+    lines += ["", "| refused | graphs |", "|---|---|"]
+    lines += [f"| {text} | {n:,} |" for text, n in why.most_common()]
+    return "\n".join([*lines, *([f"\nwrong: {wrong}"] if wrong else [])])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*")
-    parser.add_argument("--out", default="graphs.json")
+    parser.add_argument("--out")
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--torch", action="store_true", help="nets of torch in place of Keras's")
+    parser.add_argument("--random", nargs=2, metavar=("KIND", "COUNT"), help="drawn graphs")
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
+    parser.add_argument("--jobs", type=int, default=1, help="how many processes")
     given = parser.parse_args()
-    path = Path(given.out)
+    if given.random:
+        kind, count = given.random[0], int(given.random[1])
+        path = Path(given.out or "random.jsonl")
+        print(counts_of(kind, drawn(kind, count, given.first, given.jobs, path)))
+        return
+    path = Path(given.out or "graphs.json")
     told = json.loads(path.read_text()) if path.exists() else {}
     for name in given.names or (torch_names() if given.torch else names()):
         if "bits" in told.get(name, {}):

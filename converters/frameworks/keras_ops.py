@@ -1,6 +1,7 @@
 """What stands in the configs of Functional models beside layers: operations of keras.ops, and
 classes that keras.applications has for itself."""
 
+import itertools
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -30,9 +31,9 @@ _ROOMS = {"Gelu": "nn", "Erf": "math", "Logsumexp": "math", "DotProductAttention
 _EACH = {
     "abs": "Absolute", "acos": "Arccos", "acosh": "Arccosh", "asin": "Arcsin", "asinh": "Arcsinh",
     "atan": "Arctan", "atanh": "Arctanh",
-    **{f: f.capitalize() for f in ("ceil", "cos", "cosh", "erf", "exp", "floor", "log",
-                                   "reciprocal", "round", "sign", "sin", "sinh", "sqrt", "square",
-                                   "tan")},
+    **{f: f.capitalize() for f in ("ceil", "cos", "cosh", "erf", "exp", "expm1", "floor", "log",
+                                   "log1p", "reciprocal", "round", "sign", "sin", "sinh", "sqrt",
+                                   "square", "tan")},
 }  # fmt: skip
 _ALONG = {f: f.capitalize() for f in ("sum", "mean", "max", "min", "prod", "logsumexp")}
 _FUNCTION = {**{kind: f for f, kind in _EACH.items()}, "Abs": "abs"}
@@ -52,6 +53,49 @@ def tensors(node: Any) -> list[Any]:
             return [node]
         return [t for value in node.values() for t in tensors(value)]
     return [t for v in node for t in tensors(v)] if isinstance(node, list | tuple) else []
+
+
+def split_of(entry: Any, node: Any, name: str, place: str) -> list[Layer]:
+    """A split as one slice for each of its outputs; of another operation nothing."""
+    if entry.get("class_name") != "Split" or not isinstance(node, Mapping):
+        return []
+    told = entry.get("config") or {}
+    where = f"{place}: {name} (keras.ops, Split)"
+    given = tensors(node)
+    shape = given[0]["config"].get("shape") if len(given) == 1 else None
+    at, axis = told.get("indices_or_sections"), told.get("axis")
+    if not isinstance(shape, list | tuple) or type(axis) is not int or len(shape) < 2:
+        raise refuse(where, "the shape of what it splits is not known")
+    axis %= len(shape)
+    size = shape[axis]
+    if axis == 0 or type(size) is not int:
+        raise refuse(where, "it splits the examples, or an axis whose size is not known")
+    if type(at) is int and at > 0 and size % at == 0:
+        at = list(range(size // at, size, size // at))
+    if not isinstance(at, list | tuple) or not all(type(i) is int for i in at):
+        raise refuse(where, f"it splits at {at!r:.80}")
+    ends = [0, *(min(max(i, 0), size) for i in at), size]
+    if any(a >= b for a, b in itertools.pairwise(ends)):
+        raise refuse(where, "one of its parts is empty")
+    return [
+        Layer(f"{name}__{i}", "ops.GetItem", {"axis": axis, "start": a, "stop": b, "step": 1})
+        for i, (a, b) in enumerate(itertools.pairwise(ends))
+    ]
+
+
+def stack_of(entry: Any, node: Any, name: str, place: str) -> tuple[list[list[int]], int] | None:
+    """Of a stack the shapes with an axis of one entry more, and that axis; of another None."""
+    if entry.get("class_name") != "Stack" or not isinstance(node, Mapping):
+        return None
+    axis = (entry.get("config") or {}).get("axis")
+    shapes = [t["config"].get("shape") for t in tensors(node)]
+    if type(axis) is not int or not all(isinstance(s, list | tuple) and len(s) for s in shapes):
+        raise refuse(f"{place}: {name} (keras.ops, Stack)", "what it stacks has no known shape")
+    axis %= len(shapes[0]) + 1
+    if axis == 0:
+        raise refuse(f"{place}: {name} (keras.ops, Stack)", "it stacks in front of the batch")
+    wider = [[*s[1:axis], 1, *s[axis:]] for s in shapes]
+    return [[-1 if n is None else n for n in s] for s in wider], axis
 
 
 def layers_of(entry: Any, node: Any, name: str, place: str) -> list[Layer]:
@@ -86,6 +130,12 @@ def layers_of(entry: Any, node: Any, name: str, place: str) -> list[Layer]:
         return [_ones(kind, name, own.get("axis"), list(shape), where)]
     if kind == "Transpose" and own.get("axes") and own["axes"][0] == 0:
         return [Layer(name, "Permute", {"dims": [int(a) for a in own["axes"][1:]]})]
+    if kind == "Swapaxes" and isinstance(shape, list | tuple):
+        dims = list(range(len(shape)))
+        one, two = (own[k] % len(dims) for k in ("axis1", "axis2"))
+        dims[one], dims[two] = two, one
+        if dims[0] == 0:
+            return [Layer(name, "Permute", {"dims": dims[1:]})]
     pooled = {"Mean": "Average", "Max": "Max"}.get(kind)
     if pooled and isinstance(shape, list | tuple) and _is_spatial(own.get("axis"), len(shape)):
         settings = {"keepdims": bool(own.get("keepdims"))}

@@ -309,6 +309,14 @@ class _Reader:
         """The names of what one call of a layer or a model gives."""
         if keras_ops.is_operation(entry):
             name = self._name((*inside, str(entry["config"].get("name"))))
+            if cuts := keras_ops.split_of(entry, node, name, self.place):
+                return [self._chain([part], given) for part in cuts]
+            if stacked := keras_ops.stack_of(entry, node, name, self.place):
+                shapes, axis = stacked
+                ones = [Layer(f"{name}__{i}", "Reshape", {"target_shape": s})
+                        for i, s in enumerate(shapes)]  # fmt: skip
+                given = [self._chain([x], [v]) for x, v in zip(ones, given, strict=True)]
+                return [self._chain([Layer(name, "Concatenate", {"axis": axis})], given)]
             return [self._chain(keras_ops.layers_of(entry, node, name, self.place), given)]
         kind, settings = entry_of(entry, self.place)
         own = settings.get("name")

@@ -487,9 +487,9 @@ def _convolution(reader: Reader, equation: Equation) -> Any:
 # Those that know no axes.
 _EACH: dict[str, Rule] = {
     **dict.fromkeys(_MEETS, _arithmetic),
-    **{n: _of(n) for n in ("abs", "ceil", "cos", "cosh", "erf", "exp", "floor", "log", "round",
-                           "sign", "sin", "sinh", "sqrt", "tan", "acos", "acosh", "asin", "asinh",
-                           "atan", "atanh")},
+    **{n: _of(n) for n in ("abs", "ceil", "cos", "cosh", "erf", "exp", "expm1", "floor", "log",
+                           "log1p", "round", "sign", "sin", "sinh", "sqrt", "tan", "acos", "acosh",
+                           "asin", "asinh", "atan", "atanh")},
     "rsqrt": _of("sqrt", "reciprocal"),
     "tanh": lambda r, e: pointwise(r, fl.Tanh(), r.thin(e.ins[0], e.place), e.place),
     "logistic": lambda r, e: pointwise(r, fl.Sigmoid(), r.thin(e.ins[0], e.place), e.place),

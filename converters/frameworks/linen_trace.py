@@ -349,7 +349,9 @@ def _check(run: Any, variables: Any, made: Model, inputs: Sequence[Any], name: s
 
     def nudged(by: float) -> list[Any]:
         own = jax.tree.map(lambda leaf: judge.nudged(leaf, by), made.variables)
-        return [np.asarray(y) for y in there(own, [judge.nudged(x, by) for x in xs])]
+        with judge.between_layers(by):
+            outputs = made.module.apply(own, *(judge.nudged(x, by) for x in xs))
+        return [np.asarray(y) for y in jax.tree.leaves(outputs)]
 
     for apart in _apart(wanted, found, eps, nudged):
         if apart is None or apart.excess > 1:

@@ -47,6 +47,13 @@ def _is_layer(module: torch.nn.Module) -> bool:
     return class_of(name) is cls and bool(table.rows_of("torch", name))
 
 
+def in_layer(model: torch.nn.Module, node: Any) -> bool:
+    """Whether an operation is in a module that has a row."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [p.split("@")[0] for k, (p, _) in stack.items() if p and not k.startswith("_empty")]
+    return any(_is_layer(model.get_submodule(path)) for path in paths)
+
+
 Key = tuple[str, str]  # the path of a module, and which of its calls
 
 

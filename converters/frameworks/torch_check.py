@@ -72,7 +72,9 @@ def check(torch_gave: Tried, made: Model) -> None:
 
         def nudged(by: float, moved: Any = moved) -> list[np.ndarray]:
             own = jax.tree.map(lambda leaf: judge.nudged(leaf, by), made.variables)
-            return run(own, [judge.nudged(x, by) for x in moved])
+            with judge.between_layers(by):
+                outputs = made.module.apply(own, *(judge.nudged(x, by) for x in moved))
+            return [np.asarray(y) for y in _flat(outputs)]
 
         apart = [_apart(a, b, eps) for a, b in zip(wanted, found, strict=True)]
         if any(t is None or t.excess > 1 for t in apart):
@@ -170,23 +172,21 @@ def _random(
 
 
 def _ends(x: np.ndarray, shape: Any) -> Iterator[np.ndarray]:
-    """The array with its axes where a layout may have moved them."""
-    for moved in (x, np.moveaxis(x, 1, -1) if x.ndim > 2 else None):
-        if moved is not None and moved.shape[1:] == tuple(shape):
+    """The array with its axes where a layout may have moved them: one of them to the end."""
+    for moved in (x, *(np.moveaxis(x, axis, -1) for axis in range(1, x.ndim - 1))):
+        if moved.shape[1:] == tuple(shape):
             yield moved
 
 
 def _apart(a: np.ndarray, b: np.ndarray, eps: float, *noise: np.ndarray) -> judge.Apart | None:
     """How far an output is from that of torch, whose channels may stand elsewhere."""
-    turned = (lambda y: np.moveaxis(y, -1, 1)) if b.ndim > 2 else (lambda y: y)
-    told = [
-        judge.apart(a, f(b), [f(n) for n in noise], eps=eps)
-        for f in (lambda y: y, turned) if f(b).shape == a.shape
-    ]  # fmt: skip
+    axes = [-1, *range(1, b.ndim - 1)]
+    axes = [i for i in axes if np.moveaxis(b, -1, i).shape == a.shape]
+    turned = [[np.moveaxis(y, -1, i) for y in (b, *noise)] for i in axes]
+    told = [judge.apart(a, y, more, eps=eps) for y, *more in turned]
     found = min(told, key=lambda t: t.excess, default=None)
     # The first input is an ordinary one: what is a number there is none by rounding.
-    lost = [np.isfinite(a[0]) & ~np.isfinite(f(b)[0])
-            for f in (lambda y: y, turned) if f(b).shape == a.shape and len(a)]  # fmt: skip
+    lost = [np.isfinite(a[0]) & ~np.isfinite(y[0]) for y, *_ in turned if len(a)]
     if found is not None and lost and all(x.any() for x in lost):
         return found._replace(excess=math.inf, absolute=math.inf)
     return found

@@ -131,7 +131,11 @@ def exported(model: torch.nn.Module, inputs: Sequence[torch.Tensor]) -> Any:
     try:
         with _traceable():
             program = torch.export.export(model, tuple(inputs), dynamic_shapes=shapes, strict=False)
-            return program.run_decompositions({})
+            program = program.run_decompositions({})
+            for _ in range(3):  # what one is made of may be made of others
+                if parted := _parted(model, program):
+                    program = program.run_decompositions(parted)
+            return program
     except Exception as error:  # torch.export's errors share no class, and mean one thing
         raise refuse(
             type(model).__name__,
@@ -139,6 +143,21 @@ def exported(model: torch.nn.Module, inputs: Sequence[torch.Tensor]) -> Any:
             "what it does may not depend on the values of its input, nor on how many examples "
             "there are (x.shape[0] for len(x), which is a fixed number)",
         ) from error
+
+
+def _parted(model: torch.nn.Module, program: Any) -> dict[Any, Any]:
+    """How torch computes with others each operation that no rule reads, where it says so: those of
+    another name, such as torch.concat, and those made of several."""
+    known: set[Any] = set()
+    unknown: set[Any] = set()
+    for node in program.graph.nodes:
+        if node.op == "call_function" and hasattr(node.target, "_schema"):
+            inside = torch_calls.in_layer(model, node) or torch_operations.is_known(node)
+            (known if inside else unknown).add(node.target)
+    if not unknown - known:
+        return {}
+    table = torch.export.default_decompositions()
+    return {target: table[target] for target in unknown - known if target in table}
 
 
 def net_of(model: torch.nn.Module, inputs: Sequence[torch.Tensor]) -> Net:

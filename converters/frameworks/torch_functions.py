@@ -161,6 +161,14 @@ def _of(*functions: str) -> Any:
     return read
 
 
+def _log(base: int) -> Any:
+    def read(reader: Reader, node: Any, args: Args, place: str) -> Any:
+        value = function_of(reader, reader.env[args["self"]], "log", place)
+        return rescaled(reader, value, place, 1 / math.log(base), 0)
+
+    return read
+
+
 def _clamp(reader: Reader, node: Any, args: Args, place: str) -> Any:
     value = reader.env.get(args["self"])
     low, high = (_number(reader, args.get(k)) for k in ("min", "max"))
@@ -172,9 +180,11 @@ def _clamp(reader: Reader, node: Any, args: Args, place: str) -> Any:
         return pointwise(reader, value, "ReLU", place)
     if low is None and high is None:
         return None
+    dtype = node.meta["val"].dtype
+    dtype = torch.int32 if dtype == torch.int64 else dtype
     for bound, kind in ((low, "Maximum"), (high, "Minimum")):
         if bound is not None:
-            value = constant_met(reader, kind, value, torch.tensor(bound), place)
+            value = constant_met(reader, kind, value, torch.tensor(bound, dtype=dtype), place)
     return value
 
 
@@ -330,14 +340,17 @@ def norm(reader: Reader, node: Any, args: Args, place: str) -> Any:
 
 
 _POINTWISE = ("abs", "acos", "acosh", "asin", "asinh", "atan", "atanh", "ceil", "cos", "cosh",
-              "erf", "exp", "floor", "log", "reciprocal", "round", "sign", "sin", "sinh", "sqrt",
-              "square", "tan")  # fmt: skip
+              "erf", "exp", "expm1", "floor", "log", "log1p", "reciprocal", "round", "sign", "sin",
+              "sinh", "sqrt", "square", "tan")  # fmt: skip
 OPERATIONS: dict[str, torch_shapes.Function] = {
     **{name: _of(name) for name in _POINTWISE},
     **dict.fromkeys(("to", "_to_copy", "type_as"), _cast),
     **{f"new_{x}": _made for x in ("zeros", "ones", "full", "empty")},
     **{f"{x}_like": _made for x in ("zeros", "ones", "full", "empty")},
     "rsqrt": _of("sqrt", "reciprocal"),
+    "log2": _log(2), "log10": _log(10),
+    "exp2": lambda r, n, a, p: function_of(
+        r, rescaled(r, r.env[a["self"]], p, math.log(2), 0), "exp", p),
     "neg": lambda r, n, a, p: _scaled(r, n, a["self"], p, -1, 0),
     "add": _arithmetic("Add"),
     "sub": _arithmetic("Subtract"),

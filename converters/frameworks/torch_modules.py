@@ -186,8 +186,8 @@ class CausalSelfAttention(torch.nn.MultiheadAttention):
 
 
 _POINTWISE = ("abs", "acos", "acosh", "asin", "asinh", "atan", "atanh", "ceil", "cos", "cosh",
-              "erf", "exp", "floor", "log", "reciprocal", "round", "sign", "sin", "sinh", "sqrt",
-              "square", "tan")  # fmt: skip
+              "erf", "exp", "expm1", "floor", "log", "log1p", "reciprocal", "round", "sign", "sin",
+              "sinh", "sqrt", "square", "tan")  # fmt: skip
 
 
 class Pointwise(torch.nn.Module):

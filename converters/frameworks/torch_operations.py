@@ -27,9 +27,14 @@ OPERATIONS = {
 }
 
 
+def says_nothing(node: Any) -> bool:
+    """Whether an operation is no more than about sizes."""
+    return is_size(node) or name_of(node).startswith(("_assert", "sym_"))
+
+
 def read(reader: Reader, node: Any) -> None:
     """One operation that is in no module with a row."""
-    if is_size(node) or name_of(node).startswith(("_assert", "sym_")):
+    if says_nothing(node):
         return
     known = [a for a in node.all_input_nodes if a in reader.env]
     if not known:
@@ -142,6 +147,15 @@ def by_rule(reader: Reader, node: Any, args: dict[str, Any], place: str) -> Any:
     found = call(reader, kind, settings, value, where, reader.sizes(out.shape, place), own)
     reader.paths[found.name] = paths
     return [found] if isinstance(node.meta["val"], list | tuple) else found
+
+
+def is_known(node: Any) -> bool:
+    """Whether a rule of some name reads an operation."""
+    if says_nothing(node):
+        return True
+    name = _CALLED.get(name_of(node), name_of(node))
+    own = name.replace("_", "")
+    return name in OPERATIONS or any(f"{own}{end}" in _classes() for end in ("", "1d", "2d", "3d"))
 
 
 def _is_alone(reader: Reader, holder: str, held: Mapping[str, Any]) -> bool:

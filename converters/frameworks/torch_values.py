@@ -240,7 +240,9 @@ class Reader(Tensors):
         at_front = index.shape[index.ndim - whole.ndim :] == whole.shape
         name = joined(path.split("."))
         at_front = index.shape == whole.shape or (at_front and not learned)
-        if every and at_front and (whole.ndim < 2 or whole.shape[-1] != 1) and known is None:
+        # One that may be turned, with the channels first, is kept by the positions in it.
+        turned = learned and whole.ndim > 1 and whole.shape[-1] == 1
+        if every and at_front and not turned and known is None:
             made = self._source("Parameter" if learned else "PersistentBuffer", name,
                                 whole.reshape(index.shape), place)  # fmt: skip
         elif learned:

@@ -63,8 +63,10 @@ def _own(tree: Any, parts: Sequence[str], layer: Any) -> dict[str, Any]:
     for collection, node in tree.items():
         for part in parts:
             node = node.get(part, {}) if isinstance(node, Mapping) else {}
-        if isinstance(layer, fl.Parameter):
-            return {"params": {"value": node}}
+        if isinstance(layer, fl.Parameter):  # an array where others have a scope
+            if not isinstance(node, Mapping):
+                return {collection: {"value": node}}
+            continue
         if node and may_hold(layer):
             out[collection] = node
     return out

@@ -172,7 +172,7 @@ class Reader(Tensors):
             full = full.transpose(list(dict.fromkeys(order))).reshape(sizes)
         else:
             full = full.transpose(order)
-        return self.source(name, np.ascontiguousarray(full), node, kind)
+        return self.source(name, np.asarray(full, order="C"), node, kind)
 
     def source(self, name: str, array: np.ndarray, node: Node, kind: str = "Parameter") -> Value:
         """An array of the file as a layer without inputs; met again in the same order, the same."""

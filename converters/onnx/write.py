@@ -437,7 +437,7 @@ def _message(
     start = len(inputs) - len(weights)
     del proto.graph.input[start:]
     for value in inputs[start:]:
-        array = np.ascontiguousarray(weights[value.name])
+        array = np.asarray(weights[value.name], order="C")  # of rank 0 too
         tensor = proto.graph.initializer.add(
             name=value.name, dims=array.shape, data_type=value.type.tensor_type.elem_type
         )

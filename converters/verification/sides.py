@@ -317,9 +317,9 @@ def each_layer(module: Any, variables: Any) -> Iterator[tuple[Node, Any, Any]]:
             held: Any = tree
             for part in parts_of(name):
                 held = held.get(part, {}) if isinstance(held, Mapping) else {}
-            if isinstance(layers[name], Parameter) and collection == "params":
+            if isinstance(layers[name], Parameter) and not isinstance(held, Mapping):
                 held = {"value": held}
-            if len(held):
+            if held:
                 own[collection] = held
         yield node, layers[name], own
 

@@ -31,7 +31,7 @@ def reindex(made: Layer, change: Callable[[Any], Any], keep: bool) -> None:
     if made.kind == "Parameter" and keep:
         made.kind, made.settings = "Indexed", {**made.settings, "table": value}
         value = np.arange(value.size, dtype=np.int32).reshape(value.shape)
-    value = np.ascontiguousarray(change(value))
+    value = np.asarray(change(value), order="C")
     table = made.settings.get("table")
     every = np.array_equal(value.reshape(-1), np.arange(value.size))
     if table is not None and table.shape == value.shape and every:

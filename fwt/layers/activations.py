@@ -284,9 +284,9 @@ _POINTWISE: Mapping[str, Callable[[Array], Array]] = {
     "abs": jnp.abs, "acos": jnp.arccos, "acosh": jnp.arccosh, "asin": jnp.arcsin,
     "asinh": jnp.arcsinh, "atan": jnp.arctan, "atanh": jnp.arctanh, "ceil": jnp.ceil,
     "cos": jnp.cos, "cosh": jnp.cosh, "erf": jax.scipy.special.erf, "exp": jnp.exp,
-    "floor": jnp.floor, "log": jnp.log, "reciprocal": lambda x: 1 / x, "round": jnp.round,
-    "sign": jnp.sign, "sin": jnp.sin, "sinh": jnp.sinh, "sqrt": jnp.sqrt, "square": jnp.square,
-    "tan": jnp.tan,
+    "expm1": jnp.expm1, "floor": jnp.floor, "log": jnp.log, "log1p": jnp.log1p,
+    "reciprocal": lambda x: 1 / x, "round": jnp.round, "sign": jnp.sign,
+    "sin": jnp.sin, "sinh": jnp.sinh, "sqrt": jnp.sqrt, "square": jnp.square, "tan": jnp.tan,
 }  # fmt: skip
 
 
@@ -295,8 +295,8 @@ class Pointwise(Layer):
 
     Args:
         function: "abs", "acos", "acosh", "asin", "asinh", "atan", "atanh", "ceil", "cos", "cosh",
-            "erf", "exp", "floor", "log", "reciprocal", "round" (halves to the even number),
-            "sign", "sin", "sinh", "sqrt", "square" or "tan".
+            "erf", "exp", "expm1", "floor", "log", "log1p", "reciprocal", "round" (halves to the
+            even number), "sign", "sin", "sinh", "sqrt", "square" or "tan".
 
     Raises:
         FwtError: for any other name.

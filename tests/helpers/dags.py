@@ -1,15 +1,11 @@
 """Random Keras models that are graphs, and their way through the other frameworks.
 
-``python tests/helpers/dags.py COUNT [FIRST]`` tries that many seeds and says what was wrong.
+``python tests/graphs.py --random keras COUNT`` runs many; ``run(seed)`` is one.
 """
 
 import itertools
-import sys
 import tempfile
-from collections import Counter
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent))
 
 import keras
 import numpy as np
@@ -17,6 +13,7 @@ import torch
 
 from fwt import converters
 
+ROWS = 7  # of each Embedding
 MERGES = ("Add", "Subtract", "Multiply", "Average", "Maximum", "Minimum")
 
 
@@ -25,12 +22,17 @@ class Draw:
 
     def __init__(self, seed):
         self.rng = np.random.default_rng(seed)
-        self.inputs = [
-            keras.Input(self.size(), name=f"in{i}") for i in range(self.rng.integers(1, 4))
-        ]
-        self.tensors = list(self.inputs)
         self.layers = []  # (layer, the shape that it takes), to be called again
         self.count = 0
+        self.inputs, self.tensors = [], []
+        for i in range(self.rng.integers(1, 4)):
+            if self.rng.random() < 0.1:
+                x = keras.Input((int(self.rng.integers(2, 6)),), name=f"in{i}", dtype="int32")
+                self.tensors.append(self.layer("Embedding", ROWS, int(self.rng.integers(2, 6)))(x))
+            else:
+                x = keras.Input(self.size(), name=f"in{i}")
+                self.tensors.append(x)
+            self.inputs.append(x)
 
     def size(self):
         if self.rng.random() < 0.25:
@@ -71,6 +73,14 @@ class Draw:
                 "inside",
                 "slice",
                 "attend",
+                "recurrent",
+                "each_step",
+                "reduce",
+                "parts",
+                "moved",
+                "first",
+                "product",
+                "crop",
             ]
         )
         found = getattr(self, choice)()
@@ -102,13 +112,19 @@ class Draw:
             "padding": str(self.rng.choice(["same", "valid"])),
             "kernel_size": int(self.rng.integers(1, 4)),
         }
-        if any(s is not None and s < how["kernel_size"] for s in x.shape[1:-1]):
+        if self.rng.random() < 0.2 and "Transpose" not in kind:
+            how["dilation_rate"] = 2
+        wide = (how["kernel_size"] - 1) * how.get("dilation_rate", 1) + 1
+        if any(s is not None and s < wide for s in x.shape[1:-1]):
             return None
         if not kind.startswith("Depth"):
             how["filters"] = int(self.rng.integers(1, 6))
+        if kind.startswith("Conv") and "Transpose" not in kind and self.rng.random() < 0.3:
+            how["groups"] = next(g for g in (2, 3, 5, 1) if x.shape[-1] % g == 0)
+            how["filters"] = how["groups"] * int(self.rng.integers(1, 3))
         if self.rng.random() < 0.4:
             how["activation"] = str(self.rng.choice(["relu", "tanh", "sigmoid", "gelu"]))
-        if self.rng.random() < 0.3:
+        if self.rng.random() < 0.3 and "dilation_rate" not in how:
             how["strides"] = 2
         return self.kept(self.layer(kind, **how), x)
 
@@ -123,13 +139,34 @@ class Draw:
 
     def norm(self):
         x = self.pick()
-        kind = self.rng.choice(["BatchNormalization", "LayerNormalization"])
-        return self.kept(self.layer(kind), x)
+        kind = str(self.rng.choice(["Batch", "Layer", "Batch", "Layer", "Group", "RMS", "Unit"]))
+        rank = len(x.shape)
+        how = {}
+        if kind == "Group":
+            how["groups"] = next(g for g in (2, 3, 1) if x.shape[-1] % g == 0)
+        elif kind == "Layer" and self.rng.random() < 0.3:
+            how["axis"] = [int(n) + 1 for n in np.sort(self.rng.permutation(rank - 1)[:2])]
+        elif kind in ("Batch", "Unit") and self.rng.random() < 0.3:
+            how["axis"] = int(self.rng.integers(1, rank))
+        return self.kept(self.layer(f"{kind}Normalization", **how), x)
 
     def function(self):
         x = self.pick()
         kind = self.rng.choice(
-            ["ReLU", "LeakyReLU", "Activation", "Dropout", "Rescaling", "Softmax", "op"]
+            [
+                "ReLU",
+                "LeakyReLU",
+                "Activation",
+                "Dropout",
+                "Rescaling",
+                "Softmax",
+                "op",
+                "op",
+                "PReLU",
+                "ELU",
+                "GaussianNoise",
+                "Spatial",
+            ]
         )
         if kind == "op":
             return self.rng.choice(
@@ -140,9 +177,28 @@ class Draw:
                     lambda x: x * 2.0 + 1.0,
                     lambda x: 1.0 - x,
                     lambda x: x / 3.0,
+                    keras.ops.abs,
+                    keras.ops.square,
+                    keras.ops.sin,
+                    keras.ops.expm1,
+                    lambda x: keras.ops.log1p(keras.ops.abs(x)),
+                    lambda x: keras.ops.sqrt(keras.ops.abs(x) + 0.5),
+                    lambda x: keras.ops.softmax(x, axis=1),
+                    lambda x: keras.ops.leaky_relu(x, 0.1),
                 ]
             )(x)
-        given = {"Activation": ("tanh",), "Dropout": (0.5,), "Rescaling": (0.5, 0.25)}.get(kind, ())
+        if kind == "Spatial":
+            rank = len(x.shape)
+            return None if rank < 3 else self.layer(f"SpatialDropout{rank - 2}D", 0.3)(x)
+        if kind == "PReLU":
+            axes = [a for a in range(1, len(x.shape) - 1) if self.rng.random() < 0.7]
+            return self.kept(self.layer(kind, shared_axes=axes or None), x)
+        given = {
+            "Activation": ("tanh",),
+            "Dropout": (0.5,),
+            "Rescaling": (0.5, 0.25),
+            "GaussianNoise": (0.5,),
+        }.get(kind, ())
         return self.kept(self.layer(kind, *given), x)
 
     def pool(self):
@@ -299,6 +355,104 @@ class Draw:
             return self.layer("Dot", 2, normalize=causal)([x, y])
         return keras.ops.einsum("bti,bsi->bst", x, y)
 
+    def recurrent(self):
+        """A recurrent layer, alone or both ways, or a vector that is repeated for one."""
+        x = self.pick((2, 3))
+        if x is None:
+            return None
+        if len(x.shape) == 2:
+            return self.layer("RepeatVector", int(self.rng.integers(2, 5)))(x)
+        kind = str(self.rng.choice(["LSTM", "GRU", "SimpleRNN"]))
+        how = {"return_sequences": bool(self.rng.integers(2))}
+        if self.rng.random() < 0.4:
+            made = self.layer(kind, 2, **how)
+            mode = str(self.rng.choice(["concat", "sum", "ave", "mul"]))
+            return self.kept(self.layer("Bidirectional", made, merge_mode=mode), x)
+        if kind == "GRU":
+            how["reset_after"] = bool(self.rng.integers(2))
+        how["go_backwards"] = bool(self.rng.random() < 0.2)
+        return self.kept(self.layer(kind, int(self.rng.integers(1, 5)), **how), x)
+
+    def each_step(self):
+        x = self.pick((3, 4))
+        if x is None:
+            return None
+        kind = self.rng.choice(["Dense", "LayerNormalization", "ReLU"])
+        given = (int(self.rng.integers(1, 5)),) if kind == "Dense" else ()
+        return self.kept(self.layer("TimeDistributed", self.layer(kind, *given)), x)
+
+    def reduce(self):
+        x = self.pick((3, 4))
+        if x is None:
+            return None
+        rank = len(x.shape)
+        dims = self.rng.permutation(rank - 1)[: self.rng.integers(1, rank - 1)] + 1
+        axes = [int(d) - rank * int(self.rng.integers(2)) for d in dims]
+        ops = keras.ops
+        f = self.rng.choice([ops.mean, ops.sum, ops.max, ops.min, ops.logsumexp])
+        return f(x, axis=axes if len(axes) > 1 else axes[0], keepdims=bool(self.rng.integers(2)))
+
+    def parts(self):
+        """What split gives, put together otherwise; or two stacked."""
+        x = self.pick()
+        if x is None:
+            return None
+        axis = int(self.rng.integers(1, len(x.shape)))
+        if x.shape[axis] % 2 == 0:
+            one, two = keras.ops.split(x, 2, axis=axis)
+            return one * keras.ops.sigmoid(two) if self.rng.random() < 0.5 else two - one
+        if len(x.shape) < 4:
+            return keras.ops.stack([x, keras.ops.relu(x)], axis=axis)
+        at = int(self.rng.integers(1, x.shape[axis] + 1))
+        first, *_ = keras.ops.split(x, [at], axis=axis) if at < x.shape[axis] else (x,)
+        return first
+
+    def moved(self):
+        """Axes in another order, one more or one less."""
+        x = self.pick()
+        rank = len(x.shape)
+        alone = [a for a in range(1, rank) if x.shape[a] == 1]
+        if alone and rank > 2:
+            return keras.ops.squeeze(x, axis=alone[0])
+        if rank < 4 and self.rng.random() < 0.4:
+            return keras.ops.expand_dims(x, int(self.rng.integers(1, rank + 1)))
+        if rank == 2:
+            return keras.ops.concatenate([x, x * 0.5], axis=-1)
+        order = [0, *(int(d) + 1 for d in self.rng.permutation(rank - 1))]
+        if self.rng.random() < 0.5:
+            return keras.ops.transpose(x, order)
+        return keras.ops.swapaxes(x, 1, rank - 1)
+
+    def first(self):
+        """A layer that has the channels before the other axes."""
+        x = self.pick((4,))
+        if x is None:
+            return None
+        kinds = [("ZeroPadding2D", (1,)), ("UpSampling2D", (2,)), ("Flatten", ()),
+                 ("GlobalAveragePooling2D", ()), ("GlobalMaxPooling2D", ())]  # fmt: skip
+        if keras.backend.backend() == "jax":  # TensorFlow has no such convolutions without a GPU
+            kinds += [("Conv2D", (3, 2)), ("MaxPooling2D", (1, 2))]
+        kind, given = kinds[self.rng.integers(len(kinds))]
+        if kind == "Conv2D" and min(x.shape[2:]) < 2:
+            return None
+        return self.layer(kind, *given, data_format="channels_first")(x)
+
+    def product(self):
+        """The product of a tensor of steps with what another of as many channels has."""
+        x = self.pick((3,))
+        if x is None:
+            return None
+        near = [t for t in self.tensors if len(t.shape) == 3 and t.shape[-1] == x.shape[-1]]
+        y = near[self.rng.integers(len(near))]
+        return keras.ops.matmul(x, keras.ops.transpose(y, (0, 2, 1)))
+
+    def crop(self):
+        x = self.pick((3, 4))
+        if x is None or min(x.shape[1:-1]) < 3:
+            return None
+        r = len(x.shape) - 2
+        return self.layer(f"Cropping{r}D", (1, 1) if r == 1 else ((1, 0), (0, 1)))(x)
+
     def model(self):
         for _ in range(self.rng.integers(4, 14)):
             self.step()
@@ -337,6 +491,7 @@ REFUSED = (
     "flattened in another order",
     "has the weights of",
     "torch can't say a mean",
+    "torch.nn has no such layer",  # UnitNormalization
 )
 
 
@@ -363,7 +518,10 @@ def run(seed):
     model, used = draw.model()
     cases.randomise_keras(model, seed)
     rng = np.random.default_rng(seed)
-    xs = [rng.normal(size=(2, *t.shape[1:])).astype("float32") for t in used]
+    xs = [
+        rng.integers(0, ROWS, (2, *t.shape[1:])).astype("int32") if t.dtype == "int32"
+        else rng.normal(size=(2, *t.shape[1:])).astype("float32") for t in used
+    ]  # fmt: skip
     by_name = {t.name: x for t, x in zip(used, xs, strict=True)}
     given = by_name if isinstance(model.input, dict) else xs if len(xs) > 1 else xs[0]
     expected = [np.asarray(v) for v in flat(model(given, training=False))]
@@ -379,7 +537,7 @@ def run(seed):
             found_ = np.abs(a - b).max() if a.shape == b.shape else (a.shape, b.shape)
             assert close, f"{what}: {found_}"
 
-    there = converters.from_keras(model)
+    there = converters.from_keras(model, layout="source")
     same(there(given), "flax")
     again = converters.to_keras(there)
     same(again(given, training=False), "keras again")
@@ -419,27 +577,3 @@ def as_taken(model, xs):
         next(y for y in orders_of(x) if y.shape[1:] == shape)
         for x, shape in zip(xs, net.inputs.values(), strict=True)
     ]
-
-
-def main():
-    count, start = int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 0
-    refused = wrong = 0
-    why = Counter()
-    for seed in range(start, start + count):
-        try:
-            said = run(seed)
-        except Exception as problem:
-            wrong += 1
-            print(seed, type(problem).__name__, str(problem)[:300], flush=True)
-            if count == 1:
-                raise
-            continue
-        refused += bool(said)
-        why.update(next(r for r in REFUSED if r in text) for text in said)
-        if count == 1:
-            print(said)
-    print(f"{count} models, {wrong} wrong, {refused} refused in part: {dict(why)}", flush=True)
-
-
-if __name__ == "__main__":
-    main()

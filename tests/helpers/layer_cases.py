@@ -263,8 +263,8 @@ def _(rng):
 
 
 FUNCTIONS = ("abs", "acos", "acosh", "asin", "asinh", "atan", "atanh", "ceil", "cos", "cosh", "erf",
-             "exp", "floor", "log", "reciprocal", "round", "sign", "sin", "sinh", "sqrt", "square",
-             "tan")  # fmt: skip
+             "exp", "expm1", "floor", "log", "log1p", "reciprocal", "round", "sign", "sin", "sinh",
+             "sqrt", "square", "tan")  # fmt: skip
 
 
 @case(TORCH, "Pointwise", refused="keras has no Pointwise")

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from marks import thorough_but
 from torch import nn
 
+import fwt
 from fwt import ConversionError, converters
 from fwt.converters.frameworks import torch_check, torch_export
 from tests.helpers.torch_nets import INTEGERS, MORE, NETS, made
@@ -17,6 +19,7 @@ from tests.helpers.torch_nets import INTEGERS, MORE, NETS, made
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*take no part", "ignore::FutureWarning", "ignore:.*degrees of freedom"
 )
+QUICK = (6, 10, 46)  # of the random modules
 # The keys of a state dict that the new model has no place for.
 LEFT_OUT = {
     "Swin": {"attn.relative_position_index"},
@@ -273,6 +276,26 @@ OPERATIONS = {
         STEPS,
         of(t=p(6), p=p(7, 6)),
     ),
+    "other names": (
+        lambda m, x: torch.concat([torch.absolute(x), torch.multiply(x, 2)], 1).clip(-1, 1),
+        IMAGE,
+    ),
+    "made of several": (
+        lambda m, x: (
+            torch.lerp(x, x * x, 0.3)
+            + torch.std_mean(x, 1)[0][:, None]
+            + torch.tensordot(x, m.w, 1)
+            + x.diff(dim=2, prepend=x[:, :, :1])
+        ),
+        IMAGE,
+        of(w=p(5, 5)),
+    ),
+    "logarithms": (
+        lambda m, x: (
+            x.abs().log1p() + x.expm1() + (x * x + 1).log2() + x.exp2() + (x.abs() + 1).log10()
+        ),
+        IMAGE,
+    ),
     "global response": (
         lambda m, x: (
             m.g[:, None, None] * x / (x.norm(2, (2, 3), keepdim=True).mean(1, keepdim=True) + 1e-6)
@@ -355,6 +378,58 @@ def test_what_no_layer_says_is_refused_by_name(name):
     net = Net(function, w=p(2, 1, 3, 3), n=nn.Parameter(torch.zeros(()), False), **cells)
     with pytest.raises(ConversionError, match=said):
         converters.from_torch(net, shape, layout="source")
+
+
+def test_buffers_keep_their_keys():
+    """Also those of one column, which a layout may turn, and of one entry."""
+    shapes = {"column": (4, 1, 1), "one": (), "rows": (1, 6, 1)}
+    net = Net(lambda m, x: m.c(x) * m.column * m.one + m.rows, c=nn.Conv2d(4, 4, 1))
+    for name, shape in shapes.items():
+        net.register_buffer(name, torch.randn(shape))
+    for layout in ("source", "channels_last"):
+        model = converters.from_torch(net, IMAGE, layout=layout)
+        taken = "source" if layout == "source" else "channels_first"
+        back = converters.to_torch(model, layout=taken)
+        state, found = net.state_dict(), back.state_dict()
+        assert set(found) == set(state)
+        assert all(torch.equal(found[k], v) for k, v in state.items())
+    assert converters.verify(net, model).ok
+
+
+def test_channels_that_a_module_puts_elsewhere_are_found_there():
+    net = Net(lambda m, x: m.n(m.c(x).permute(0, 2, 1, 3)), c=nn.Conv2d(4, 3, 1), n=nn.LayerNorm(5))
+    (x,) = inputs_of(IMAGE)
+    found = run(converters.from_torch(net, IMAGE), [x.movedim(1, -1)])
+    assert_same(net(x), np.moveaxis(found, -1, 2))
+
+
+def test_a_constant_image_is_normalised_as_it_is_rounded():
+    """What is zero but for rounding is divided by almost nothing, in each framework in its way."""
+    torch.manual_seed(0)
+    net = Net(
+        lambda m, x: m.n(F.interpolate(m.c(x).log_softmax(-1), scale_factor=2, mode="linear")),
+        c=nn.Conv1d(3, 4, 2),
+        n=nn.LayerNorm(38),
+    )
+    (x,) = inputs_of((3, 20))
+    assert_same(net(x), run(converters.from_torch(net, (3, 20), layout="source"), [x]))
+
+
+def test_a_bound_has_the_dtype_of_what_it_bounds():
+    net = Net(lambda m, x: m.c(x).clamp(max=2), c=nn.Linear(6, 3))
+    model = converters.from_torch(net, STEPS, layout="source")
+    kinds = {np.asarray(n.layer.value).dtype for n in model.module.nodes
+             if isinstance(n.layer, fwt.layers.Constant)}  # fmt: skip
+    assert kinds == {np.dtype("float32")}
+    (x,) = inputs_of(STEPS)
+    assert_same(net(x), converters.to_keras(model)(x.numpy()))
+
+
+@pytest.mark.parametrize("seed", thorough_but(lambda s: s in QUICK, range(50)))
+def test_random_modules(seed):
+    import torch_dags
+
+    torch_dags.run(seed)
 
 
 def test_whole_numbers_stay_whole():

@@ -1,5 +1,7 @@
 """ONNX graphs with branches: as exporters write them, and drawn, against onnxruntime."""
 
+import flax.linen
+import jax
 import numpy as np
 import onnx
 import onnxruntime
@@ -462,6 +464,27 @@ def test_repeats_are_held_to_the_size_of_the_file(tmp_path):
     path = written(tmp_path / "a.onnx", nodes, arrays, {"x": (1,)}, ["y"])
     with pytest.raises(converters.FileFormatError, match="repeats an entry 67108864 times"):
         converters.from_onnx(path)
+
+
+@pytest.mark.parametrize("kind", [fwt.layers.Parameter, fwt.layers.Buffer])
+@pytest.mark.parametrize("shape", [(), (4, 1)])
+def test_arrays_between_layers_keep_their_shape(tmp_path, kind, shape):
+    net = fwt.Graph(
+        [
+            ("gain", kind(shape), ()),
+            ("dense", flax.linen.Dense(3), ("input",)),
+            ("product", fwt.layers.Multiply(), ("dense", "gain")),
+        ],
+        input_shape=(4, 3),
+    )
+    x = np.random.default_rng(0).normal(size=(2, 4, 3)).astype("float32")
+    held = jax.tree.map(lambda v: v + 0.7, net.init(jax.random.key(0), x))
+    path = tmp_path / "net.onnx"
+    converters.to_onnx(net, held, path)
+    model = compared(path, [x])
+    assert model.module == net
+    assert jax.tree.map(np.array_equal, model.variables, held)
+    assert converters.verify((net, held), path).ok
 
 
 def test_a_graph_of_ours_comes_back_bit_for_bit(tmp_path):

@@ -251,6 +251,10 @@ def rounding(run: Callable[[float], Any], before: Any, eps: float) -> list[np.nd
     return found
 
 
+LARGE = 1 << 16  # numbers in an example that is so large that models are run on few of them
+FEW = [0, 1, 4]  # of numbers(): ordinary ones, half of them zero, large ones
+
+
 def numbers(sizes: Sequence[int], half: bool = False, seed: int = 0) -> np.ndarray:
     """Inputs (8, ...) of float32 that reach where functions part: ordinary ones, then ones of
     which half is zero, all zeros, ones, large, the same negated, small ones, all magnitudes.

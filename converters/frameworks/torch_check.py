@@ -17,7 +17,6 @@ from fwt.converters.rows.row import Layer, refuse
 from fwt.converters.walk.net import Net
 
 _ALONE = 1 << 13  # roundings that one example alone may be off
-_LARGE = 1 << 16  # numbers in an example of which only three are tried
 _REPORT = "report it, please: fwt reads an operation of it in another way than torch"
 
 
@@ -103,7 +102,8 @@ def _run(
 ) -> tuple[list[np.ndarray], list[torch.Tensor], list[np.ndarray]]:
     """Random inputs, other ones and more than the examples, as arrays and as tensors, and what the
     torch module gives for them."""
-    parts, count = 1, 3 if sum(x[0].numel() for x in inputs) > _LARGE else 7
+    large = sum(x[0].numel() for x in inputs) > judge.LARGE
+    parts, count = 1, len(judge.FEW) if large else 7
     while True:
         named = zip(inputs, net.inputs, strict=True)
         xs = [_random(x, name, net.layers, parts, count) for x, name in named]
@@ -155,7 +155,7 @@ def _random(
     sizes = tuple(like.shape[1:])
     if like.is_floating_point():
         half = like.dtype == torch.float16
-        return judge.numbers(sizes, half)[[0, 1, 4, 5, 2, 3, 6][:count]].astype(
+        return judge.numbers(sizes, half)[[*judge.FEW, 2, 3, 5, 6][:count]].astype(
             to_numpy(like, name).dtype
         )
     rows = {x.name: len(x.arrays["value"]) for x in layers if x.kind == "Parameter" and x.shape}

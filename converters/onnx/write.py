@@ -427,9 +427,10 @@ def _finish(
 
 
 def _message(
-    proto: Any, weights: Mapping[str, np.ndarray], outside: "_Outside | None"
+    proto: Any, weights: dict[str, np.ndarray], outside: "_Outside | None"
 ) -> tuple[bytes, list[np.ndarray]]:
-    """The message with its weights, and those that are to be written into another file."""
+    """The message with its weights, which are used up, and those that are to be written into
+    another file."""
     import onnx
 
     kept: list[np.ndarray] = []
@@ -437,7 +438,7 @@ def _message(
     start = len(inputs) - len(weights)
     del proto.graph.input[start:]
     for value in inputs[start:]:
-        array = np.asarray(weights[value.name], order="C")  # of rank 0 too
+        array = np.asarray(weights.pop(value.name), order="C")  # of rank 0 too
         tensor = proto.graph.initializer.add(
             name=value.name, dims=array.shape, data_type=value.type.tensor_type.elem_type
         )
@@ -448,7 +449,9 @@ def _message(
         for key, told in outside.place(array.nbytes):
             tensor.external_data.add(key=key, value=str(told))
         kept.append(array)
-    return proto.SerializeToString(), kept
+    message = proto.SerializeToString()
+    proto.graph.ClearField("initializer")  # of which the message has a copy
+    return message, kept
 
 
 class _Outside:
@@ -466,7 +469,7 @@ class _Outside:
 def _write(
     path: Path,
     proto: Any,
-    weights: Mapping[str, np.ndarray],
+    weights: dict[str, np.ndarray],
     external: bool,
     check: Callable[[bytes, Path], None],
 ) -> None:

@@ -18,6 +18,7 @@ t, k = torch.nn, keras.layers
 # name.
 NOT_PROMISED = ("RNN_", "SpectralNormalization", "Normalization", "AugMix", "RandAugment")
 OTHER_CONFIG = ("DepthwiseConv1D", "Conv2DTranspose", "Conv3DTranspose", "EinsumDense", "ReLU",
+                "ReversibleEmbedding",
                 "UnitNormalization", "ELU", "Softmax", "Identity", "TimeDistributed",
                 "Bidirectional", "RandomCo", "RandomElastic")  # fmt: skip
 

@@ -97,7 +97,7 @@ def close(found, expected):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max())
 
 
-@pytest.mark.parametrize("name", thorough_but(5, list(NETS)))
+@pytest.mark.parametrize("name", thorough_but(3, list(NETS)))
 def test_they_go_round(name, tmp_path):
     make, shapes = NETS[name]
     whole = name in ("tied", "tied twice", "untied", "looked up")
@@ -220,7 +220,7 @@ MODULES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", thorough_but(4, list(MODULES)))
+@pytest.mark.parametrize("name", thorough_but(2, list(MODULES)))
 def test_modules_of_several_tensors_go_to_keras_and_back(name):
     make, shapes = MODULES[name]
     torch.manual_seed(0)

@@ -295,7 +295,7 @@ x = keras.Input((4, 3), name="x")
         (lambda: keras.ops.maximum(x, 2.0), "with the number 2.0"),
         (lambda: L.Dropout(0.5)(x, training=True), "training=True"),
         (lambda: L.MultiHeadAttention(1, 3)(x, x, query_mask=x[..., 0] > 0), "query_mask|Greater"),
-        (lambda: L.MultiHeadAttention(1, 3, use_gate=True)(x, x), "use_gate"),
+        (lambda: L.MultiHeadAttention(1, 3, use_gate=True)(x, x), "gate"),
         (lambda: L.GroupQueryAttention(3, 2, 1, sliding_window=2)(x, x), "sliding_window"),
         (lambda: L.Attention()([x, x], return_attention_scores=True)[0], "attention_scores"),
         (lambda: L.LSTM(2, return_state=True)(x), "return_state|its output"),

@@ -264,7 +264,7 @@ class Reader(Tensors):
 
 def _positions(shape: Sequence[int]) -> torch.Tensor:
     """Where each entry of an array stands in it."""
-    return torch.arange(math.prod(shape)).reshape(*shape)
+    return torch.arange(math.prod(shape)).reshape(tuple(shape))
 
 
 # What gives the same for each example, so that one stands for all.

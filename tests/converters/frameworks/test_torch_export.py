@@ -549,6 +549,15 @@ def test_a_wrong_model_is_not_given_back():
         torch_check.check(tried, model)
 
 
+def test_a_single_learned_number_keeps_its_name():
+    net = Net(lambda m, x: x * m.gain, gain=nn.Parameter(torch.tensor(1.5)))
+    x = torch.randn(3, 4)
+    model = converters.from_torch(net, (4,), layout="source")
+    back = converters.to_torch(model, layout="source")
+    assert back.state_dict()["gain"].shape == ()
+    assert_same(net(x), back(x))
+
+
 def test_of_large_examples_fewer_are_tried():
     taken = []
 

@@ -10,6 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
+from marks import thorough_but
 from scipy import stats
 
 import fwt
@@ -171,7 +172,9 @@ TORCH = [
 
 
 @pytest.mark.parametrize(("name", "settings"), TORCH, ids=[f"{n}-{len(s)}" for n, s in TORCH])
-@pytest.mark.parametrize("place", TORCH_PLACES)
+@pytest.mark.parametrize(
+    "place", thorough_but(lambda p: p in ("linear", "conv2d", "grouped"), TORCH_PLACES)
+)
 def test_torch_distributions(place, name, settings):
     make, weight = TORCH_PLACES[place]
     torch.manual_seed(0)

@@ -96,6 +96,7 @@ def rows():
     """Every case, and of those that act in training only, one Flax class, one a framework.
 
     Where both frameworks have it, each draws a shape; of half of the others a second is thorough.
+    Every other case is in the thorough run alone.
     """
     from fwt.converters.rows.special import INERT
 
@@ -103,7 +104,8 @@ def rows():
         inert = [n for n in table if n in INERT[framework]]
         for place, name in enumerate(table):
             if name not in inert[1:]:
-                yield framework, name, 0
+                marks = [pytest.mark.thorough] if place % 2 else []
+                yield pytest.param(framework, name, 0, marks=marks)
                 both = any(r.torch and r.keras for r in _table.rows_of(framework, name))
                 if not both and place % 2:
                     yield pytest.param(framework, name, 1, marks=pytest.mark.thorough)

@@ -27,6 +27,8 @@ class Known:
         turned: whether Flax, too, takes its inputs and outputs for each other when it draws.
         depthwise: of a convolution that Keras calls a DepthwiseConv where each group takes one
             input, its groups.
+        anew: whether a module around the layer draws its matrices anew, as ``torch.nn.Transformer``
+            does, by Xavier's uniform distribution.
         role: "kernels", "biases" or "others", where the class tells it.
     """
 
@@ -37,6 +39,7 @@ class Known:
     groups: int = 1
     turned: bool = False
     depthwise: int = 0
+    anew: bool = False
     role: str = ""
 
 
@@ -125,7 +128,7 @@ def _told(
         role = "kernels"
     groups = getattr(layer, "groups", 1) if transposed else 1
     depthwise = depthwise_groups(layer) if name == "Conv" and leaf in _KERNELS else 0
-    return Known(names, transposed, name, layer, groups, turned, depthwise, role)
+    return Known(names, transposed, name, layer, groups, turned, depthwise, role=role)
 
 
 def many(setting: Any) -> int:

@@ -269,12 +269,15 @@ def leaves(model: torch.nn.Module) -> list[LiveLeaf]:
     spans: Spans = {}
     holders: dict[str, list[int]] = {}  # of some memory, the leaves that it is or that it makes
     inside: list[str] = []  # what parametrize computes with
+    anew: list[str] = []  # whose matrices a module around them draws
     held: dict[int, list[tuple[LiveLeaf, str, Any]]] = {}  # the leaves of a module
     for prefix, module in _places(unwrapped(model)):
         if isinstance(module, torch.nn.utils.parametrize.ParametrizationList):
             inside.append(f"{prefix}.")
         if prefix.startswith(tuple(inside)) or f"{prefix}." in inside:
             continue
+        if isinstance(module, torch.nn.Transformer):
+            anew += [f"{prefix}.{n}.".lstrip(".") for n in ("encoder", "decoder")]
         above = [_tree.escape(p) for p in prefix.split(".") if p]
         if id(module) in held:  # one module in two places
             for leaf, flax_name, shape in held[id(module)]:
@@ -311,6 +314,7 @@ def leaves(model: torch.nn.Module) -> list[LiveLeaf]:
             share = groups if flax_name == "kernel" else 1
             value = _read(there, share, place, value)
             known = table.live("torch", module, kind, letters, flax_letters, value.ndim, share)
+            known = dataclasses.replace(known, anew=f"{prefix}.".startswith(tuple(anew)))
             path = "/".join([*above, _tree.escape(flax_name)])
             if first is not None:
                 first.also[path] = value.shape

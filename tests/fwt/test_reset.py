@@ -136,7 +136,15 @@ TORCH = {
     "attention_apart": lambda: t.MultiheadAttention(40, 4, kdim=30, vdim=20, add_bias_kv=True),
     "encoder": lambda: t.TransformerEncoderLayer(40, 4, 60),
     "bilinear": lambda: t.Bilinear(10, 20, 30),
-}
+    "transformer": lambda: t.Transformer(20, 2, 1, 1, 31),
+    # It draws the matrices of whatever is in it, and no others.
+    "transformer_of_others": lambda: t.ModuleDict({
+        "before": t.Linear(30, 40),
+        "core": t.Transformer(20, 2, custom_encoder=t.Sequential(
+            t.Embedding(50, 20, padding_idx=3), t.Conv1d(20, 24, 3), t.BatchNorm1d(24),
+            t.ConvTranspose2d(24, 10, 3)), custom_decoder=t.GRU(20, 24)),
+    }),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", TORCH)

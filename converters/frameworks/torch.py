@@ -395,7 +395,7 @@ def _tied(parameter: Any, place: str, spans: Spans) -> str:
     strides = zip(parameter.shape, parameter.stride(), strict=True)
     start = parameter.data_ptr()
     end = start + (1 + sum((n - 1) * s for n, s in strides)) * parameter.element_size()
-    view = (parameter.dtype, parameter.shape, parameter.stride())
+    view = (parameter.dtype, parameter.shape, parameter.stride(), parameter.is_neg())
     known = spans.setdefault(parameter.device, [])
     # None overlaps another, so that only the two neighbours of its start can be in the way.
     index = bisect.bisect_right(known, start, key=lambda span: span[0])

@@ -40,7 +40,7 @@ from fwt.converters.frameworks.torch_layer import (
 from fwt.converters.frameworks.torch_wrappers import is_container, unwrapped
 from fwt.converters.rows import grouped, table
 from fwt.converters.rows.row import Layer, LiveLeaf, joined, order, parts_of, refuse
-from fwt.converters.walk import convert
+from fwt.converters.walk import convert, policy
 from fwt.converters.walk.convert import Layout
 from fwt.converters.walk.net import Net, folded, nests
 
@@ -228,7 +228,9 @@ def to_torch(
 
 
 def _net_of(module: Any, variables: Any, input_shape: Any, layout: str) -> Net:
-    return torch_layers.torch_net(_flax.read_flax(module, variables).given(input_shape), layout)
+    net = _flax.read_flax(module, variables).given(input_shape)
+    policy.check_asked(net.layers)
+    return torch_layers.torch_net(net, layout)
 
 
 def _sequential(entries: list[tuple[list[str], Layer]]) -> torch.nn.Sequential:

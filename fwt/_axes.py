@@ -72,6 +72,8 @@ class Axes:
         groups: of a transposed convolution, in how many groups its inputs and outputs meet.
         turned: whether Flax, too, takes its inputs and outputs for each other when it draws, as
             for ``nn.ConvTranspose(transpose_kernel=True)``.
+        depthwise: of a convolution that Keras calls a DepthwiseConv where each group takes one
+            input, its groups.
         sliced: of how many axes of a stack this is one slice.
     """
 
@@ -81,6 +83,7 @@ class Axes:
     transposed: bool = False
     groups: int = 1
     turned: bool = False
+    depthwise: int = 0
     sliced: int = 0
 
     def _known(self) -> tuple[str, ...]:
@@ -181,6 +184,14 @@ class Axes:
         sides = self.outputs + self.stack
         return tuple(i for i in range(len(self.shape)) if i not in sides)
 
+    @property
+    def channels(self) -> int:
+        """Of the kernel of a convolution that Keras calls a DepthwiseConv, how many channels it
+        takes, which Keras's kernel (*k, channels, multiplier) has as its inputs; otherwise 0."""
+        ins, outs = self._where("in", "i"), self._where("out", "o")
+        alone = len(ins) == len(outs) == 1 and self.shape[ins[0]] == 1
+        return self.depthwise if alone and self.shape[outs[0]] % max(self.depthwise, 1) == 0 else 0
+
     def size(self, axes: Sequence[int]) -> int:
         """How many elements these axes hold together."""
         return math.prod(self.shape[i] for i in axes)
@@ -217,7 +228,9 @@ class Axes:
             return size, size
         window = self.size(self.spatial)
         ins, outs = self.size(self.inputs), self.size(self.outputs)
-        if "group" in self._known():
+        if like == "keras" and self.channels:
+            ins, outs = self.channels, outs // self.channels
+        elif "group" in self._known():
             if like == "torch":
                 return window, outs * window
             ins = self.size(self._where("group"))
@@ -232,6 +245,14 @@ class Axes:
         self._check_there(like)
         # torch keeps (in, out / groups, *k).
         return outs // self.groups * window, ins * self.groups * window
+
+
+def _told(
+    told: Known, path: str, shape: tuple[int, ...], names: tuple[str, ...], turned: bool = False
+) -> Axes:
+    """The axes of a leaf with these names, and what the class of its layer tells beside them."""
+    transposed = told.transposed or turned
+    return Axes(path, shape, names, transposed, told.groups, told.turned, told.depthwise)
 
 
 class KnowsAxes:
@@ -321,10 +342,10 @@ class Places:
         said = self._by_user(path)
         if said is not None:
             turned = _rules.order_is_transposed(tuple(n for n in said if n != "stack"))
-            return Axes(path, shape, said, told.transposed or turned, told.groups, told.turned)
+            return _told(told, path, shape, said, turned)
         if told.names is not None and len(told.names) == len(shape):
             names = _rules.with_heads(path, told.names)
-            return Axes(path, shape, names, told.transposed, told.groups, told.turned)
+            return _told(told, path, shape, names)
         live = path in KNOWN.get()
         if not live and self.tree.masked:
             told_by = self._rules.missing(path, self._hidden)
@@ -367,9 +388,13 @@ class Places:
             return KNOWN.get()[path]
         if path in self._classes:
             return self._classes[path]
+        rank = len(self.shapes[path])
         if isinstance(self.module, KnowsAxes):
-            return self.module._known_axes(path, len(self.shapes[path]))
-        return Known()
+            return self.module._known_axes(path, rank)
+        if self.module is None:
+            return Known()
+        alone = _of_layer(self.module, path, rank)  # one layer by itself, which needs no run
+        return alone if alone.names is not None else Known()
 
     @functools.cached_property
     def _rules(self) -> _rules.Rules:
@@ -419,7 +444,7 @@ class Places:
         if told.names is None or len(told.names) != len(inner.shape):
             return self._from_tree(path, stack, "")
         names = _with_stack(_rules.with_heads(path, told.names), stack, len(shape))
-        return Axes(path, shape, names, told.transposed, told.groups, told.turned)
+        return _told(told, path, shape, names)
 
     @functools.cached_property
     def _stacks(self) -> dict[tuple[str, ...], tuple[int, ...]]:

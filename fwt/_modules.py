@@ -25,6 +25,10 @@ class Known:
         owner: the layer itself, where there is a module.
         groups: of a transposed convolution, in how many groups its inputs and outputs meet.
         turned: whether Flax, too, takes its inputs and outputs for each other when it draws.
+        depthwise: of a convolution that Keras calls a DepthwiseConv where each group takes one
+            input, its groups.
+        anew: whether a module around the layer draws its matrices anew, as ``torch.nn.Transformer``
+            does, by Xavier's uniform distribution.
         role: "kernels", "biases" or "others", where the class tells it.
     """
 
@@ -34,6 +38,8 @@ class Known:
     owner: Any = None
     groups: int = 1
     turned: bool = False
+    depthwise: int = 0
+    anew: bool = False
     role: str = ""
 
 
@@ -121,7 +127,28 @@ def _told(
     if leaf in _KERNELS and leaves[leaf] not in ("? ?", "shape", "out"):
         role = "kernels"
     groups = getattr(layer, "groups", 1) if transposed else 1
-    return Known(names, transposed, name, layer, groups, turned, role)
+    depthwise = depthwise_groups(layer) if name == "Conv" and leaf in _KERNELS else 0
+    return Known(names, transposed, name, layer, groups, turned, depthwise, role=role)
+
+
+def many(setting: Any) -> int:
+    """How many there are of a setting that is one number or several."""
+    return len(setting) if hasattr(setting, "__len__") else 1
+
+
+def even(strides: Any) -> bool:
+    """Whether a window moves as far along each axis."""
+    return not hasattr(strides, "__len__") or len(set(strides)) <= 1
+
+
+def depthwise_groups(layer: Any) -> int:
+    """The groups of a convolution that Keras calls a DepthwiseConv where each takes one input, or
+    0: Keras has none of three axes, of uneven strides or with causal padding."""
+    groups: int = getattr(layer, "feature_group_count", getattr(layer, "groups", 1))
+    strides = getattr(layer, "strides", getattr(layer, "stride", 1))
+    causal = str(getattr(layer, "padding", "")).upper() == "CAUSAL"
+    fits = many(getattr(layer, "kernel_size", ())) <= 2 and even(strides) and not causal
+    return groups if fits and groups > 1 else 0
 
 
 def _with_stack(
@@ -303,9 +330,16 @@ def _inputs(module: Any, shapes: Any) -> Iterator[Any]:
         for window in ((), (4,), (8, 8)):
             yield jax.ShapeDtypeStruct((1, *window, size), jnp.float32)
     yield jax.ShapeDtypeStruct((1, 4), jnp.int32)
+    large = [s for s in dict.fromkeys(x.shape for x in jax.tree.leaves(shapes)) if len(s) > 2]
+    for *window, taken, given in large[:4]:
+        several = (n for n in range(given // 2, 1, -1) if given % n == 0)
+        for n in itertools.islice(several, 8 if taken == 1 else 0):  # of a depthwise convolution
+            yield jax.ShapeDtypeStruct((1, *[8] * len(window), n), jnp.float32)
+    for shape in large[:4]:  # of a layer that contracts several axes
+        for axes in range(2, len(shape)):
+            yield jax.ShapeDtypeStruct((1, *shape[:axes]), jnp.float32)
     # A layer with other weights at each position takes images of one size.
-    local = [s for s in dict.fromkeys(x.shape for x in jax.tree.leaves(shapes)) if len(s) > 2]
-    for *window, taken, _ in local[:4]:
+    for *window, taken, _ in large[:4]:
         for n in range(1, min(taken, 32) + 1):
             if taken % n == 0:
                 yield jax.ShapeDtypeStruct((1, *window, taken // n), jnp.float32)

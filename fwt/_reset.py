@@ -7,14 +7,14 @@ import re
 from collections.abc import Callable, Mapping, Sized
 from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from fwt import _axes, _draw, _rules, _tree, initializers
+from fwt import _reset_values as values
 from fwt._types import FwtError, LeafError, Params, Transform, Where, hashes, with_statistics
 from fwt.initializers import keras, torch
-from fwt.initializers._bound import Bound, as_matrix, bound
+from fwt.initializers._bound import Bound, bound
 
 Like = Literal["keras", "torch", "flax"]
 
@@ -69,7 +69,8 @@ def reset(
     and otherwise from the names beside it (a ``kernel`` of rank 3 or more is a convolution's).
     Convolutions, dense, separable and recurrent layers, attention, norms, embeddings and PReLU
     are known; any other leaf is refused. The values are those of the class by default, whatever
-    initializers a live layer was given. Where torch holds two biases and the leaf is their sum,
+    initializers a live layer was given; the matrices of a live ``torch.nn.Transformer`` are those
+    that it gives to its layers. Where torch holds two biases and the leaf is their sum,
     it gets the sum of two draws; where Keras draws one orthogonal matrix for all gates of a cell,
     each gate gets its part of it. Values are drawn in float32 at least and rounded to the leaf's
     dtype. They are spread over devices as their leaf is; see :func:`fwt.initialize`.
@@ -138,9 +139,9 @@ def reset(
                 return found, leaf.path
             made, root = _RECIPES[like](leaf)
             index = getattr(leaf.known.owner, "padding_idx", None)
-            if leaf.kind == "embedding" and index is not None:
+            if leaf.kind == "embedding" and index is not None and not leaf.known.anew:
                 # torch keeps this row at zero, where no gradient would bring it back.
-                made = bound(_padded, make=made, index=index)
+                made = bound(values.padded, make=made, index=index)
             return made, root
 
         drawn = [p for p, s in start.items() if s is None and not view.is_of_data(p)]
@@ -334,47 +335,7 @@ def _gate(name: str) -> str:
     return "if" if name == "if_" else name  # nnx's, for "if" is a word of Python
 
 
-# -- values that no initializer of a framework gives by itself --------------------------------
-
-
-def _padded(key: Any, shape: Any, dtype: Any, axes: Any, make: Bound, index: int) -> Any:
-    return make(key, shape, dtype).at[index].set(0)
-
-
-def _two_uniforms(key: Any, shape: Any, dtype: Any, axes: Any, limit: float) -> Any:
-    draws = (torch.uniform(-limit, limit)(k, shape, dtype) for k in jax.random.split(key))
-    return sum(draws)
-
-
-def _forget(key: Any, shape: Any, dtype: Any, axes: Any, units: int) -> Any:
-    return jnp.zeros(shape, dtype).at[units : 2 * units].set(1)
-
-
-def _gate_of_orthogonal(key: Any, shape: Any, dtype: Any, axes: Any, gate: int, gates: int) -> Any:
-    units = shape[-1]
-    whole = keras.orthogonal()(key, (units, gates * units), dtype)
-    return whole[:, gate * units : (gate + 1) * units]
-
-
-def _orthogonal_gates(key: Any, shape: Any, dtype: Any, axes: Any, gates: int) -> Any:
-    def draw(flat: tuple[int, int]) -> Any:
-        units = (flat[0], flat[1] // gates)
-        make = initializers.orthogonal()
-        return jnp.concatenate([make(k, units, dtype) for k in jax.random.split(key, gates)], 1)
-
-    return as_matrix(draw, axes, (*axes.inputs, *axes.outputs), len(axes.inputs))
-
-
-def _by_flax(key: Any, shape: Any, dtype: Any, axes: Any, make: Any) -> Any:
-    """A layer's own initializer, called as Flax calls it: several axes of one side are one."""
-    ins, outs = (axes.inputs, axes.outputs) if axes.known else ((), ())
-    if len(ins) + len(outs) < 3 or not ins or not outs:
-        return make(key, shape, dtype)
-    return as_matrix(lambda flat: make(key, flat, dtype), axes, (*ins, *outs), len(ins))
-
-
-def _in_one(key: Any, shape: Any, dtype: Any, axes: Any, make: Any, flat: Any) -> Any:
-    return make(key, flat, dtype).reshape(shape)
+# -- a layer's own initializers ----------------------------------------------------------------
 
 
 def _by(function: Any, leaf: _Leaf, make: Any, **settings: Any) -> Any:
@@ -412,7 +373,7 @@ def _whole(leaf: _Leaf, shape: tuple[int, ...]) -> Any:
     if layer is not None and rank not in (0, len(shape)):
         return None  # of a stack of such layers
     make = getattr(layer, "kernel_init", None) or initializers.lecun_normal()
-    return _by(_in_one, leaf, make, flat=flat)
+    return _by(values.in_one, leaf, make, flat=flat)
 
 
 _IN_ONE = ("ConvLocal", "Einsum", "DenseGeneral", "LinearGeneral")
@@ -435,7 +396,7 @@ def _own(leaf: _Leaf) -> Any:
     make = getattr(layer, f"{name}_init", None)
     if make is None or not callable(make):
         return None if make is None else initializers.constant(make)
-    return _by(_by_flax, leaf, make)
+    return _by(values.by_flax, leaf, make)
 
 
 # -- the recipes ------------------------------------------------------------------------------
@@ -472,14 +433,14 @@ def _keras(leaf: _Leaf) -> tuple[Bound, str]:
             raise leaf.refuse("keras", "no recurrent layer of Keras has a projection")
         units, width = leaf.beside["recurrent_kernel"][-2:]
         forget = width == 4 * units and getattr(leaf.known.owner, "unit_forget_bias", True)
-        return (bound(_forget, units=units) if forget else zeros), path
+        return (bound(values.forget, units=units) if forget else zeros), path
     if kind == "torch rnn" and "_hr" not in leaf.name:
         if leaf.name.startswith("weight"):
             return (keras.orthogonal().at(leaf.axes) if "_hh" in leaf.name else glorot), path
         width, units = leaf.beside[leaf.name.replace("bias", "weight").replace("_ih", "_hh")]
         # Keras has one bias where torch has two.
         forget = width == 4 * units and "_ih" in leaf.name
-        return (bound(_forget, units=units) if forget else zeros), path
+        return (bound(values.forget, units=units) if forget else zeros), path
     if kind == "flax rnn" and leaf.cell != "mgu":
         cell = leaf.cell or ""
         gates, gate = max(len(_CELLS[cell][0]), 1), _CELLS[cell][0].find(leaf.owner[1:])
@@ -487,7 +448,7 @@ def _keras(leaf: _Leaf) -> tuple[Bound, str]:
             return (keras.ones() if (cell, leaf.owner) == ("lstm", "hf") else zeros), path
         if leaf.owner[0] == "h":
             # One key for the cell, of which each gate takes its part.
-            return bound(_gate_of_orthogonal, gate=max(gate, 0), gates=gates), leaf.above
+            return bound(values.gate_of_orthogonal, gate=max(gate, 0), gates=gates), leaf.above
         limit = math.sqrt(6 / (shape[0] + gates * shape[1]))
         return keras.random_uniform(-limit, limit), path
     raise leaf.refuse("keras", "it is not known to be a weight of a Keras layer")
@@ -504,6 +465,9 @@ def _torch(leaf: _Leaf) -> tuple[Bound, str]:
         limit = math.sqrt(6 / (fan_in + fan_out))
         return torch.uniform(-limit, limit)
 
+    if leaf.known.anew and len(shape) > 1:
+        whole = torch.xavier_uniform().at(leaf.axes)
+        return (xavier(*shape) if len(shape) == 2 else whole), path
     if kind == "kernel":
         return torch.kaiming_uniform(math.sqrt(5)).at(leaf.axes), path
     if kind == "bias" and not leaf.is_norm:
@@ -540,13 +504,13 @@ def _torch(leaf: _Leaf) -> tuple[Bound, str]:
     if kind == "keras rnn" and len(leaf.beside["recurrent_kernel"]) == 2:
         units = leaf.beside.get("projection_kernel", leaf.beside["recurrent_kernel"])[0]
         if leaf.name == "bias" and len(shape) == 1:
-            return bound(_two_uniforms, limit=1 / math.sqrt(units)), path
+            return bound(values.two_uniforms, limit=1 / math.sqrt(units)), path
         return uniform(units), path
     if kind == "flax rnn" and leaf.cell != "mgu":
         units = shape[-1]
         # A GRU's candidate has both biases in Flax as well.
         if leaf.name == "bias" and (leaf.cell, leaf.owner) not in (("gru", "in"), ("gru", "hn")):
-            return bound(_two_uniforms, limit=1 / math.sqrt(units)), path
+            return bound(values.two_uniforms, limit=1 / math.sqrt(units)), path
         return uniform(units), path
     raise leaf.refuse("torch", "it is not known to be a weight of a torch layer")
 
@@ -576,7 +540,7 @@ def _flax(leaf: _Leaf) -> tuple[Bound, str]:
         if leaf.name == "recurrent_kernel" or "_hh" in leaf.name:
             units = leaf.axes.size(leaf.axes.inputs)
             gates = leaf.axes.size(leaf.axes.outputs) // max(units, 1)
-            return bound(_orthogonal_gates, gates=gates).at(leaf.axes), path
+            return bound(values.orthogonal_gates, gates=gates).at(leaf.axes), path
         return lecun, path
     if kind == "flax rnn":
         if leaf.name == "bias":

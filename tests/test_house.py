@@ -27,6 +27,7 @@ fwt._diff
 fwt.optim fwt.schedules
 fwt._again fwt._moments
 fwt._initialize fwt._reset fwt._lsuv fwt._draw fwt._project
+fwt._reset_values
 fwt.pruning
 fwt._own_names
 fwt.initializers fwt.constraints fwt.scores fwt.patterns

@@ -40,7 +40,7 @@ from fwt.converters.frameworks.torch_layer import (
 from fwt.converters.frameworks.torch_wrappers import is_container, unwrapped
 from fwt.converters.rows import grouped, table
 from fwt.converters.rows.row import Layer, LiveLeaf, joined, order, parts_of, refuse
-from fwt.converters.walk import convert
+from fwt.converters.walk import convert, policy
 from fwt.converters.walk.convert import Layout
 from fwt.converters.walk.net import Net, folded, nests
 
@@ -228,7 +228,9 @@ def to_torch(
 
 
 def _net_of(module: Any, variables: Any, input_shape: Any, layout: str) -> Net:
-    return torch_layers.torch_net(_flax.read_flax(module, variables).given(input_shape), layout)
+    net = _flax.read_flax(module, variables).given(input_shape)
+    policy.check_asked(net.layers)
+    return torch_layers.torch_net(net, layout)
 
 
 def _sequential(entries: list[tuple[list[str], Layer]]) -> torch.nn.Sequential:
@@ -269,12 +271,15 @@ def leaves(model: torch.nn.Module) -> list[LiveLeaf]:
     spans: Spans = {}
     holders: dict[str, list[int]] = {}  # of some memory, the leaves that it is or that it makes
     inside: list[str] = []  # what parametrize computes with
+    anew: list[str] = []  # whose matrices a module around them draws
     held: dict[int, list[tuple[LiveLeaf, str, Any]]] = {}  # the leaves of a module
     for prefix, module in _places(unwrapped(model)):
         if isinstance(module, torch.nn.utils.parametrize.ParametrizationList):
             inside.append(f"{prefix}.")
         if prefix.startswith(tuple(inside)) or f"{prefix}." in inside:
             continue
+        if isinstance(module, torch.nn.Transformer):
+            anew += [f"{prefix}.{n}.".lstrip(".") for n in ("encoder", "decoder")]
         above = [_tree.escape(p) for p in prefix.split(".") if p]
         if id(module) in held:  # one module in two places
             for leaf, flax_name, shape in held[id(module)]:
@@ -311,6 +316,7 @@ def leaves(model: torch.nn.Module) -> list[LiveLeaf]:
             share = groups if flax_name == "kernel" else 1
             value = _read(there, share, place, value)
             known = table.live("torch", module, kind, letters, flax_letters, value.ndim, share)
+            known = dataclasses.replace(known, anew=f"{prefix}.".startswith(tuple(anew)))
             path = "/".join([*above, _tree.escape(flax_name)])
             if first is not None:
                 first.also[path] = value.shape
@@ -391,7 +397,7 @@ def _tied(parameter: Any, place: str, spans: Spans) -> str:
     strides = zip(parameter.shape, parameter.stride(), strict=True)
     start = parameter.data_ptr()
     end = start + (1 + sum((n - 1) * s for n, s in strides)) * parameter.element_size()
-    view = (parameter.dtype, parameter.shape, parameter.stride())
+    view = (parameter.dtype, parameter.shape, parameter.stride(), parameter.is_neg())
     known = spans.setdefault(parameter.device, [])
     # None overlaps another, so that only the two neighbours of its start can be in the way.
     index = bisect.bisect_right(known, start, key=lambda span: span[0])

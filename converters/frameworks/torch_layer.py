@@ -48,7 +48,7 @@ def to_numpy(tensor: torch.Tensor, place: str) -> np.ndarray:
     """A tensor's values, whatever its dtype, device and layout in memory."""
     if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
         raise refuse(place, "a meta, sparse or quantised tensor has no plain values")
-    tensor = tensor.detach().cpu()
+    tensor = tensor.detach().cpu().resolve_conj().resolve_neg()  # bits that NumPy has no place for
     if tensor.dtype in _AS_INTEGER:
         integer, dtype = _AS_INTEGER[tensor.dtype]
         return tensor.contiguous().view(integer).numpy().view(dtype)

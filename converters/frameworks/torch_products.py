@@ -14,6 +14,7 @@ from fwt.converters.frameworks.torch_functions import (
     reduced,
     rescaled,
 )
+from fwt.converters.frameworks.torch_layer import to_numpy
 from fwt.converters.frameworks.torch_shapes import Args, Function
 from fwt.converters.frameworks.torch_values import Reader
 from fwt.converters.rows.row import refuse
@@ -31,7 +32,7 @@ def _matmul(reader: Reader, node: Any, args: Args, place: str) -> Any:
             if not value.last:
                 return None
             settings = {"in_features": weight.shape[0], "out_features": weight.shape[1]}
-            arrays = {"weight": weight.t().contiguous().numpy()}
+            arrays = {"weight": to_numpy(weight.t().contiguous(), place)}
             shape = (*value.shape[:-1], weight.shape[1])
             made = reader.emit("Linear", {**settings, "bias": False}, [value], place, shape,
                                value.axes, arrays)  # fmt: skip
@@ -57,7 +58,7 @@ def linear(
     if not value.last:
         raise refuse(place, "it works along the batch")
     settings = {"in_features": weight.shape[1], "out_features": weight.shape[0], "bias": False}
-    arrays = {"weight": weight.contiguous().numpy()}
+    arrays = {"weight": to_numpy(weight.contiguous(), place)}
     shape = (*value.shape[:-1], weight.shape[0])
     made = reader.emit("Linear", settings, [value], place, shape, value.axes, arrays)
     reader.paths[made.name] = paths

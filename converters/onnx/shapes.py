@@ -189,7 +189,7 @@ def _resize(reader: Reader, node: Node) -> None:
             raise refuse(str(node), f"align_corners to sizes of {factors} times what it takes")
     else:
         raise refuse(str(node), f"mode={mode!r} with {how!r}")
-    reader.add(reader.name(node), "Upsample", recompute_scale_factor=None, **settings)
+    reader.add(reader.name(node), "Upsample", recompute_scale_factor=None, copies=False, **settings)
 
 
 def _depth_to_space(reader: Reader, node: Node) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fwt import layers as fl
+from fwt._modules import even
 from fwt.converters.rows import grouped
 from fwt.converters.rows.row import Around, At, Framework, Layer, Special, Take, each, refuse, sides
 from fwt.layers.convolutions import transposed_padding
@@ -139,14 +140,13 @@ class ConvPadding(Special):
         """Keras has a class of its own for as many groups as inputs."""
         groups, settings = fields["feature_group_count"], layer.settings
         rank = len(fields["kernel_size"])
-        even = len(set(fields["strides"])) == 1
         plain = settings.get("padding") != "causal"
         part = layer.name.endswith("__depthwise")  # of a SeparableConv
         if framework != "keras" or groups != sizes.get("i") or rank > 2:
             return layer
         if groups == 1 and not part:
             return layer
-        if not even or not plain:
+        if not even(fields["strides"]) or not plain:
             return layer
         settings = {k: v for k, v in settings.items() if k not in ("filters", "groups")}
         settings["depth_multiplier"] = fields["features"] // groups

@@ -362,6 +362,15 @@ class _Weighted(RecurrentSettings):
     def finish(
         self, framework: Framework, layer: Layer, fields: Mapping[str, Any], sizes: Any, at: At
     ) -> "Layer | list[Layer]":
+        rows = 2 if fields.get("reset_after") else 1
+        for name, value in layer.arrays.items() if self.torch == "GRU" else ():
+            if name.startswith("bias") and value.ndim != rows:
+                raise refuse(
+                    at.place,
+                    f"reset_after={rows == 2} takes a bias of rank {rows}, found one of the "
+                    f"shape {value.shape}: the setting was changed after the weights were made",
+                    "make a new layer of the setting that is meant",
+                )
         if framework == "torch":
             layer.arrays = self.weights.write(layer.arrays)
         return super().finish(framework, layer, fields, sizes, at)

@@ -1,5 +1,6 @@
 """Rows of layers without weights but pools: pads, resizing, shapes, training only."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -9,6 +10,7 @@ from fwt.converters.rows import lower
 from fwt.converters.rows.padding import PadAmounts
 from fwt.converters.rows.pooling import NO_LAYER, same_axes
 from fwt.converters.rows.row import (
+    At,
     AxesSetting,
     Framework,
     Layer,
@@ -19,6 +21,7 @@ from fwt.converters.rows.row import (
     each,
     flag,
     number,
+    refuse,
     whole,
 )
 from fwt.converters.rows.special import (
@@ -306,6 +309,27 @@ DISCRETIZATION = Row(
     lower=lower.found_bins,
     lacks=_NUMBERS,
 )
+
+
+class OneCategory(Special):
+    """CategoryEncoding, whose "one_hot" of several numbers keeps them apart in Keras."""
+
+    def finish(
+        self, framework: Framework, layer: Layer, fields: Mapping[str, Any], sizes: Any, at: At
+    ) -> Layer:
+        count = sizes.get("k")
+        known = count if framework == "flax" else count or 1  # Flax's takes one column alone
+        if fields["output_mode"] == "one_hot" and known != 1:
+            many = "an unknown number of" if count is None else count
+            raise refuse(
+                at.place,
+                f"output_mode='one_hot' of {many} columns gives an axis of them, and only one "
+                "column can be converted",
+                "encode each column by a layer of its own",
+            )
+        return layer
+
+
 CATEGORY_ENCODING = Row(
     fl.CategoryEncoding,
     None,
@@ -318,6 +342,7 @@ CATEGORY_ENCODING = Row(
     ),
     keras_defaults={"sparse": False},
     lacks=_NUMBERS,
+    special=OneCategory(),
     sizes=lambda fields: {"o": fields["num_tokens"]},
     ordered=True,
 )

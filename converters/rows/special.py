@@ -431,16 +431,29 @@ _TWINS = {
 class ResizeSettings(Special):
     """Resizing: torch's Upsample, Keras's UpSampling2D and Resizing."""
 
+    FIELDS = ("shape", "scale", "method", "align_corners", "copies")
+
     def __init__(self, rank: int):
         self.rank = rank
 
     def _linear(self) -> str:
         return ("linear", "bilinear", "trilinear")[self.rank - 1]
 
+    def _copies(self, fields: Mapping[str, Any]) -> bool | None:
+        """Whether torch copies an axis that keeps its size, and doubles pixels, whatever the scale
+        is; None where the scale tells the same at any size."""
+        scale, method = fields["scale"], fields["method"]
+        if scale is None or fields["align_corners"] or method == "nearest-exact":
+            return None
+        if not any(1 < s < (2 if method == "linear" else 3) and s != 2 for s in scale):
+            return None
+        return bool(method == "linear" or self.rank == 2)
+
     def read(self, framework: Framework, take: Take, fields: dict[str, Any], at: At) -> None:
         fields |= {"shape": None, "scale": None, "method": "linear", "align_corners": False}
+        fields |= {"copies": False}
         if framework == "flax":
-            fields |= {k: take(k) for k in ("shape", "scale", "method", "align_corners")}
+            fields |= {k: take(k) for k in fields if k in self.FIELDS}
         elif framework == "torch":
             size, scale = take("size"), take("scale_factor")
             if size is not None:
@@ -459,6 +472,8 @@ class ResizeSettings(Special):
                 known = at.known("recompute_scale_factor=True")
                 sizes = zip(known, fields["scale"], strict=True)
                 fields["shape"], fields["scale"] = tuple(int(n * s) for n, s in sizes), None
+            onnx = "copies" in take.values  # whose Resize computes by its scales alone
+            fields["copies"] = take("copies") if onnx else bool(self._copies(fields))
         elif "size" in take.values:
             fields["scale"] = tuple(float(s) for s in each(2)(take("size")))
             if take("interpolation") != "bilinear":
@@ -481,13 +496,32 @@ class ResizeSettings(Special):
         self, framework: Framework, fields: dict[str, Any], settings: dict[str, Any], at: At
     ) -> list[Around]:
         if framework == "flax":
-            settings |= {k: fields[k] for k in ("shape", "scale", "method", "align_corners")}
+            settings |= {k: fields[k] for k in self.FIELDS}
         elif framework == "torch":
+            if self._copies(fields) not in (None, fields["copies"]):
+                self._check_same(fields, at)
             settings |= {"size": fields["shape"], "scale_factor": fields["scale"]}
             settings["mode"] = self._linear() if fields["method"] == "linear" else fields["method"]
             if fields["method"] == "linear":
                 settings["align_corners"] = fields["align_corners"]
         return []
+
+    def _check_same(self, fields: Mapping[str, Any], at: At) -> None:
+        """Raises where torch resizes an axis by another step than the scale's."""
+        known = at.known("whether torch resizes by the scale or copies an axis")
+        here, there = (
+            fl.Resize(**{k: fields[k] for k in self.FIELDS if k != "copies"}, copies=c).steps(known)
+            for c in (False, True)
+        )
+        if here != there:
+            copies, plain = "copies an axis that keeps its size or doubles it", "goes by the scale"
+            torch_does = plain if fields["copies"] else copies
+            raise refuse(
+                at.place,
+                f"it resizes {known} by scale={fields['scale']} to {tuple(m for m, _ in here)}, "
+                f"where torch {torch_does}",
+                "say the sizes with shape=, or an exact scale",
+            )
 
     def finish(
         self, framework: Framework, layer: Layer, fields: Mapping[str, Any], sizes: Any, at: At
@@ -503,8 +537,10 @@ class ResizeSettings(Special):
             return Layer(layer.name, "UpSampling2D", settings)
         if shape is None:
             known = at.known("the size that it is resized to")
-            shape = tuple(int(n * s) for n, s in zip(known, scale, strict=True))
-            if any(m != n * s for n, m, s in zip(known, shape, scale, strict=True)):
+            steps = fl.Resize(**{k: fields[k] for k in self.FIELDS}).steps(known)
+            shape = tuple(m for m, _ in steps)
+            each_axis = zip(known, steps, scale, strict=True)
+            if any(m != n * s and step != n / m for n, (m, step), s in each_axis):
                 raise refuse(at.place, f"Keras can't say scale={scale} at {known}")
         if method == "nearest":
             raise refuse(

@@ -17,7 +17,7 @@ import flax.linen as nn
 
 from fwt import layers as fl
 from fwt._axes import Known
-from fwt._modules import einsum_names
+from fwt._modules import depthwise_groups, einsum_names, many
 from fwt._types import ConversionError
 from fwt.converters.rows import (
     attention,
@@ -171,17 +171,12 @@ def is_transposed(framework: Framework, letters: list[str]) -> bool:
     return (letters.index(ins) < letters.index("o")) == (framework == "torch")
 
 
-def _many(setting: Any) -> int:
-    """How many there are of a setting that is one number or several."""
-    return len(setting) if hasattr(setting, "__len__") else 1
-
-
 def known(layer: Any, leaf: str, rank: int) -> Known:
     """What a Flax layer tells of its leaf; axes in front of those of its class are a stack."""
     kind = type(layer).__name__
     if type(layer) is nn.DenseGeneral and leaf in ("kernel", "bias"):
-        ins = _many(layer.axis) if leaf == "kernel" else 0
-        sides = (*["in"] * ins, *["out"] * _many(layer.features))
+        ins = many(layer.axis) if leaf == "kernel" else 0
+        sides = (*["in"] * ins, *["out"] * many(layer.features))
         return Known((*["stack"] * (rank - len(sides)), *sides), False, kind, layer)
     if type(layer) is fl.EinsumDense and leaf == "kernel":
         names = einsum_names(layer.equation)
@@ -198,13 +193,15 @@ def known(layer: Any, leaf: str, rank: int) -> Known:
                 transposed = is_transposed("keras", p.of("keras")[1])
                 own = rank if any(x.startswith("*") for x in letters) else len(letters)
                 if leaf == "kernel" and hasattr(layer, "kernel_size"):
-                    own = _many(layer.kernel_size) + 2
+                    own = many(layer.kernel_size) + 2
                 groups = getattr(layer, "feature_group_count", 1) if transposed else 1
                 turned = transposed and getattr(layer, "transpose_kernel", False)
                 names = axis_names(letters, min(own, rank))
                 if names is not None and len(names) < rank:
                     names = (*["stack"] * (rank - len(names)), *names)
-                return Known(names, transposed, kind, layer, groups, turned)
+                conv = type(layer) is nn.Conv and leaf == "kernel"
+                depthwise = depthwise_groups(layer) if conv else 0
+                return Known(names, transposed, kind, layer, groups, turned, depthwise)
     return Known(None, False, kind, layer)
 
 
@@ -221,7 +218,11 @@ def live(
     names = axis_names(flax_letters, rank) if letters else None
     if kind in ("Layer", "Model", "Module"):  # a class of the user's own, of which nothing is known
         kind = ""
-    return Known(names, is_transposed(framework, letters), kind, layer, groups)
+    transposed = is_transposed(framework, letters)
+    # Keras has a class for it, which tells by its letters.
+    conv = framework == "torch" and kind.startswith("Conv") and not transposed
+    depthwise = depthwise_groups(layer) if conv else 0
+    return Known(names, transposed, kind, layer, groups, depthwise=depthwise)
 
 
 def leaf_names(framework: Framework, kind: str) -> dict[str, tuple[str, list[str], list[str], str]]:

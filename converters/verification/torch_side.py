@@ -94,7 +94,7 @@ def torch_side(model: Any) -> Side:
         return torch.tensor(x.astype(np.float32) if x.dtype == ml_dtypes.bfloat16 else x)
 
     def array(y: Any) -> np.ndarray:
-        y = y.detach().cpu().clone()  # the next layer may work in place
+        y = y.detach().cpu().clone().resolve_neg()  # the next layer may work in place
         if y.dtype == torch.bfloat16:
             return y.contiguous().view(torch.int16).numpy().view(ml_dtypes.bfloat16)
         return y.numpy()

@@ -56,6 +56,17 @@ def check_said(layers: Sequence[Layer]) -> None:
                          "torch, or load(path, dtype='float32')")  # fmt: skip
 
 
+def check_asked(layers: Sequence[Layer]) -> None:
+    """Raises where a Flax model asks for weights in half precision and says no dtype, which torch
+    has no way to compute as Flax does: it would take no float32."""
+    for layer in layers if not any(x.dtype for x in layers) else ():
+        asked = str(jnp.dtype(layer.settings.get("param_dtype") or "float32"))
+        for found in held([layer]) & {asked} & {"float16", "bfloat16"}:
+            raise refuse(str(layer), f"it says param_dtype={found} and no dtype=, so that Flax "
+                         f"computes in float32 where the input is, and torch in {found} alone",
+                         _CAST)  # fmt: skip
+
+
 def settled(net: Net, source: Framework, target: Framework) -> list[Layer]:
     """The layers, each with the dtype that it computes in, or none of them with one."""
     layers = net.layers

@@ -26,6 +26,7 @@ from fwt.initializers._bound import (
     choice,
     floating,
     gives_each,
+    in_layout,
     no_matrix,
     number,
     numbers,
@@ -116,6 +117,11 @@ def _orthogonal(key: Any, shape: Any, dtype: Any, axes: Axes, gain: float) -> An
     floating("orthogonal", dtype)
     draw = _jax.orthogonal(gain)
     order = axes.layout("keras")
+    if axes.channels:  # which Keras has beside the window, and the multiplier alone as columns
+        sizes = tuple(axes.shape[i] for i in order)
+        times = sizes[-1] // axes.channels
+        drawn = draw(key, (math.prod(sizes) // times, times), dtype)
+        return in_layout(drawn.reshape(sizes), order).astype(dtype)
     return as_matrix(lambda s: draw(key, s, dtype), axes, order, len(order) - 1).astype(dtype)
 
 

@@ -451,6 +451,9 @@ class Resize(Layer):
         method: "nearest", the default, "nearest-exact" or "linear".
         align_corners: whether "linear" puts the first and the last sample on the first and the last
             pixel; False by default.
+        copies: whether, as in torch, an axis that keeps its size is left as it is whatever
+            ``scale`` is, and with "nearest" one of twice the size repeats each pixel; False by
+            default.
 
     Example:
         >>> import numpy as np
@@ -464,20 +467,32 @@ class Resize(Layer):
     scale: tuple[float, ...] | None = None
     method: Literal["nearest", "nearest-exact", "linear"] = "nearest"
     align_corners: bool = False
+    copies: bool = False
 
     def __call__(self, x: Array) -> Array:
         sizes = x.shape[1:-1]
-        if self.shape is not None:
-            shape, ratios = self.shape, [n / m for n, m in zip(sizes, self.shape, strict=True)]
-        else:
-            scale = self.scale or (1.0,) * len(sizes)
-            shape = tuple(math.floor(n * s) for n, s in zip(sizes, scale, strict=True))
-            ratios = [1 / s for s in scale]
-        for axis, (n, m, ratio) in enumerate(zip(sizes, shape, ratios, strict=True), 1):
-            if n == m and ratio == 1:
-                continue
-            x = self._along(x, axis, n, m, ratio)
+        for axis, (n, (m, step)) in enumerate(zip(sizes, self.steps(sizes), strict=True), 1):
+            if n != m or step != 1:
+                x = self._along(x, axis, n, m, step)
         return x
+
+    def steps(self, sizes: tuple[int, ...]) -> list[tuple[int, float]]:
+        """Of each spatial axis, the size of the output, and how many pixels of the input there are
+        to one of it.
+
+        Example:
+            >>> from fwt import layers
+            >>> layers.Resize(scale=(1.25, 3.0)).steps((2, 5))
+            [(2, 0.8), (15, 0.3333333333333333)]
+        """
+        if self.shape is not None:
+            return [(m, n / m) for n, m in zip(sizes, self.shape, strict=True)]
+        found = []
+        for n, s in zip(sizes, self.scale or (1.0,) * len(sizes), strict=True):
+            m = math.floor(n * s)
+            copied = m == n or (m == 2 * n and self.method == "nearest")
+            found.append((m, n / m if self.copies and copied else 1 / s))
+        return found
 
     def _along(self, x: Array, axis: int, n: int, m: int, ratio: float) -> Array:
         at = np.arange(m, dtype=np.float32)

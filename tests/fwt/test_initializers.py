@@ -298,7 +298,7 @@ def test_the_trap_of_the_fans():
         (depthwise, T.kaiming_uniform(0, "fan_out", "linear"), "depthwise_kernel", 144),
         (depthwise, fwt.initializers.lecun_uniform(), "depthwise_kernel", 9),
         (grouped, T.kaiming_uniform(nonlinearity="linear"), "kernel", 9),
-        (grouped, K.variance_scaling(1.0, "fan_out", "uniform"), "kernel", 144),
+        (grouped, K.variance_scaling(1.0, "fan_out", "uniform"), "kernel", 18),
     ]
     for layer, initializer, path, fan in cases:
         seen = {}
@@ -423,3 +423,97 @@ def test_constants_and_empty_leaves():
         with pytest.raises(fwt.FwtError, match="array of them"):
             space.constant("a")
         assert space.he_normal()(jax.random.key(0), (0, 3)).shape == (0, 3)
+
+
+DEPTHWISE = {
+    "DepthwiseConv2D": (lambda k: k.DepthwiseConv2D((3, 2), depth_multiplier=2), (5, 4, 120)),
+    "DepthwiseConv1D": (lambda k: k.DepthwiseConv1D(9), (12, 160)),
+    "SeparableConv2D": (lambda k: k.SeparableConv2D(30, 3, depth_multiplier=3), (4, 5, 60)),
+    "SeparableConv1D": (lambda k: k.SeparableConv1D(20, 7, strides=2), (12, 210)),
+}
+FANS = {
+    **{name: (lambda n=name: fwt.initialize(getattr(K, n), 0), name)
+       for name in ("he_normal", "glorot_uniform", "lecun_uniform", "orthogonal")},
+    "reset": (lambda: fwt.reset(0, like="keras"), "glorot_uniform"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FANS)
+@pytest.mark.parametrize("kind", DEPTHWISE)
+def test_keras_depthwise_fans_by_every_way(tmp_path, kind, name):
+    """In Flax it is a Conv with groups, of which Keras would count other fans."""
+    make, shape = DEPTHWISE[kind]
+    net = keras.Sequential([keras.Input(shape), make(keras.layers)])
+    transform, theirs = FANS[name][0](), getattr(keras.initializers, FANS[name][1])
+    wanted = [np.asarray(theirs(seed=1)(w.shape)) for w in net.weights if "kernel" in w.path]
+    source, out = tmp_path / "a.keras", tmp_path / "b.keras"
+    net.save(source)
+    model = converters.from_keras(net)
+    converters.save(out, *transform(converters.load(source)))
+    converters.transform(net, transform)
+    graph = fwt.Graph(fwt.nodes_of(model.module), input_shape=model.module.input_shape)
+    graph = transform(fwt.Model(graph, model.variables))
+    ways = {"live": net, "from_keras": converters.to_keras(*transform(model)),
+            "a file": keras.models.load_model(out),
+            "a graph": converters.to_keras(*graph)}  # fmt: skip
+    for way, found in ways.items():
+        assert type(found.layers[-1]).__name__ == kind, way
+        kernels = [np.asarray(w) for w in found.weights if "kernel" in w.path]
+        assert [w.shape for w in kernels] == [w.shape for w in wanted], way
+        for ours, expected in zip(kernels, wanted, strict=True):
+            same_distribution([ours], [expected])
+            if name == "orthogonal":
+                flat = ours.reshape(-1, ours.shape[-1])
+                np.testing.assert_allclose(flat.T @ flat, np.eye(flat.shape[1]), atol=1e-5)
+
+
+def test_what_keras_calls_depthwise_is_one_from_anywhere():
+    """As to_keras has it: a Conv whose groups take one input each, but of three axes, of uneven
+    strides or with causal padding."""
+    he = fwt.initialize(K.he_normal, 0)
+    window, channels = 9, 60
+
+    def spread(model):
+        return float(np.std(next(iter(fwt.select(model, "**").values()))))
+
+    def linen(size, **settings):
+        layer = nn.Conv(2 * channels, size, feature_group_count=channels, use_bias=False,
+                        **settings)  # fmt: skip
+        return fwt.Model(layer, layer.init(jax.random.key(0), jnp.ones((1, *[9] * len(size), 60))))
+
+    whole = (2 / (window * channels)) ** 0.5
+    for model in (
+        linen((3, 3)),
+        linen((9,)),
+        linen((9,), strides=2),
+        linen((3, 3), strides=(2, 2)),
+    ):
+        assert spread(he(model)) == pytest.approx(whole, rel=0.1)
+    group = (2 / window) ** 0.5
+    for model in (linen((9,), padding="CAUSAL"), linen((3, 3), strides=(1, 2)), linen((3, 3, 1))):
+        assert spread(he(model)) == pytest.approx(group, rel=0.1)
+
+    class Own(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Conv(120, (3, 3), feature_group_count=60, use_bias=False)(x)
+
+    model = fwt.Model(Own(), Own().init(jax.random.key(0), jnp.ones((1, 9, 9, 60))))
+    assert spread(he(model)) == pytest.approx(whole, rel=0.1)
+    few = nn.Conv(120, (3, 3), feature_group_count=30, use_bias=False)  # of two inputs each
+    model = fwt.Model(few, few.init(jax.random.key(0), jnp.ones((1, 9, 9, 60))))
+    assert spread(he(model)) == pytest.approx((2 / (2 * window)) ** 0.5, rel=0.1)
+
+    from flax import nnx
+
+    layer = nnx.Conv(60, 120, (3, 3), feature_group_count=60, use_bias=False, rngs=nnx.Rngs(0))
+    assert spread(he(nnx.state(layer))) == pytest.approx(group, rel=0.1)  # of a bare state
+    assert spread(he(layer)) == pytest.approx(whole, rel=0.1)
+    live = torch.nn.Sequential(torch.nn.Conv2d(60, 120, 3, groups=60, bias=False))
+    assert spread(he(converters.from_torch(live))) == pytest.approx(whole, rel=0.1)
+    converters.transform(live, he)
+    assert live[0].weight.detach().numpy().std() == pytest.approx(whole, rel=0.1)
+    # Keras's own Conv2D with as many groups as inputs is none, while it lives.
+    net = keras.Sequential([keras.Input((9, 9, 60)), keras.layers.Conv2D(120, 3, groups=60)])
+    converters.transform(net, he)
+    assert np.asarray(net.layers[0].kernel).std() == pytest.approx(group, rel=0.1)

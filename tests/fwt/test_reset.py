@@ -136,7 +136,15 @@ TORCH = {
     "attention_apart": lambda: t.MultiheadAttention(40, 4, kdim=30, vdim=20, add_bias_kv=True),
     "encoder": lambda: t.TransformerEncoderLayer(40, 4, 60),
     "bilinear": lambda: t.Bilinear(10, 20, 30),
-}
+    "transformer": lambda: t.Transformer(20, 2, 1, 1, 31),
+    # It draws the matrices of whatever is in it, and no others.
+    "transformer_of_others": lambda: t.ModuleDict({
+        "before": t.Linear(30, 40),
+        "core": t.Transformer(20, 2, custom_encoder=t.Sequential(
+            t.Embedding(50, 20, padding_idx=3), t.Conv1d(20, 24, 3), t.BatchNorm1d(24),
+            t.ConvTranspose2d(24, 10, 3)), custom_decoder=t.GRU(20, 24)),
+    }),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", TORCH)
@@ -701,3 +709,32 @@ def test_lsuv_under_jit_and_vmap():
     for v in range(3):
         one = jax.tree.map(lambda leaf, v=v: leaf[v], several)
         np.testing.assert_allclose(net.apply(one, x).var(), 1, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["general_join", "general", "depthwise"])
+def test_one_layer_of_linen_tells_its_axes(name):
+    """No run finds which inputs it takes, and none is needed."""
+    layer, shape = {
+        "general": (nn.DenseGeneral((10, 30), axis=(-2, -1)), (2, 7, 30)),
+        "general_join": (nn.DenseGeneral(90, axis=(-2, -1), kernel_init=he()), (2, 7, 30)),
+        "depthwise": (nn.Conv(120, (3, 3), feature_group_count=60), (1, 9, 9, 60)),
+    }[name]
+
+    class Own(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return layer.copy()(x)
+
+    for net in (layer, Own()):
+        fresh, *pools = (capture_flax(net, shape, seed) for seed in range(3))
+        changed = jax.tree.map(lambda v: v * 0 + 7, net.init(jax.random.key(0), jnp.ones(shape)))
+        if net is not layer and name == "general_join":
+            continue  # whose own initializers only a Sequential tells
+        new = fwt.reset(7, like="flax")(fwt.Model(net, changed))
+        found = {p: np.array(v) for p, v in fwt.select(new, "**").items()}
+        compare(found, fresh, pools)
+
+
+def capture_flax(net, shape, seed):
+    variables = net.init(jax.random.key(seed), jnp.ones(shape))
+    return {p: np.array(v) for p, v in fwt.select(variables, "**").items()}

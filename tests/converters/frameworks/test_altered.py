@@ -270,3 +270,21 @@ def test_rms_norm_of_float64_has_its_epsilon():
     with jax.enable_x64(True):
         np.testing.assert_allclose(model(x.numpy()), net(x).detach(), rtol=1e-9)
         np.testing.assert_allclose(converters.to_torch(*model)(x).detach(), net(x).detach())
+
+
+@pytest.mark.parametrize("after", [True, False])
+@pytest.mark.parametrize("bare", [True, False])
+def test_the_bias_of_a_gru_tells_where_its_reset_stands(tmp_path, bare, after):
+    layer = k.GRU(3, reset_after=after) if bare else k.RNN(k.GRUCell(3, reset_after=after))
+    net = keras.Sequential([keras.Input((4, 5)), layer])
+    layer.cell.reset_after = not after
+    with pytest.raises(converters.ConversionError, match=f"reset_after={not after} takes a bias"):
+        converters.from_keras(net)
+    net.save(tmp_path / "a.keras")
+    with pytest.raises(fwt.FwtError, match=f"reset_after={not after} takes a bias"):
+        converters.load(tmp_path / "a.keras")
+    layer = k.GRU(3, use_bias=False, reset_after=after)  # without one it is free
+    net = keras.Sequential([keras.Input((4, 5)), layer])
+    layer.cell.reset_after = not after
+    x = data(3, 4, 5)
+    close(in_flax(converters.from_keras(net), x), in_keras(net, x))

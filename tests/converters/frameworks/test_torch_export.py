@@ -4,10 +4,12 @@ import contextlib
 import math
 from collections import OrderedDict
 
+import jax
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from compare import close, in_flax, in_torch
 from marks import thorough_but
 from torch import nn
 
@@ -683,3 +685,37 @@ def test_what_may_be_infinite_is_not_hidden(hide):
 
     with pytest.raises(ConversionError, match="hides entries"):
         converters.from_torch(Hides(), input_shape=(4,))
+
+
+def test_negated_views(tmp_path):
+    """Their memory holds the other sign, which a bit of the tensor tells."""
+
+    def negated(*shape):
+        return torch.nn.Parameter(torch._neg_view(torch.randn(*shape)))
+
+    class Own(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.norm = torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4)
+            self.inner.weight, self.norm.running_mean = negated(4, 4), negated(4).data
+            self.weight = negated(4, 3)
+
+        def forward(self, x):
+            return self.norm(self.inner(x)) @ self.weight
+
+    own = Own().eval()
+    x = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+    for net in (own, torch.nn.Sequential(own.inner, own.norm)):
+        close(in_flax(converters.from_torch(net, (4,)), x), in_torch(net, x))
+    before = own.inner.weight.detach().clone()
+    converters.transform(own, fwt.at("inner/kernel", lambda t: jax.tree.map(lambda w: 2 * w, t)))
+    assert torch.equal(own.inner.weight, 2 * before)
+    line = torch.nn.Sequential(own.inner, own.norm)
+    torch.save(line.state_dict(), tmp_path / "a.pt")
+    model = converters.load(tmp_path / "a.pt", architecture=converters.from_torch(line, (4,)))
+    close(in_flax(model, x), in_torch(line, x))
+
+    shared = torch.nn.Sequential(torch.nn.Linear(4, 4, False), torch.nn.Linear(4, 4, False))
+    shared[1].weight = torch.nn.Parameter(torch._neg_view(shared[0].weight.data))
+    with pytest.raises(converters.ConversionError, match="without being the same weight"):
+        converters.transform(shared, lambda tree: tree)

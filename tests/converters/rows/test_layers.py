@@ -748,3 +748,18 @@ def test_einsums_that_mix_the_batch_are_refused():
     refused("abc,cd->abe", "none of an input and a kernel")
     refused("abcd,cd->ab", "does not fit an input of rank 3")
     refused("abc,bd->acd", "its kernel has 6 at 'b', found 4", kernel=(6, 5))
+
+
+def test_one_hot_of_one_column_alone():
+    """Keras gives one_hot of several columns an axis for them."""
+    for columns, said in ((3, "of 3 columns"), (None, "of an unknown number of columns")):
+        net = keras.Sequential(
+            [keras.Input((columns,)), k.CategoryEncoding(5, output_mode="one_hot")]
+        )
+        with pytest.raises(converters.ConversionError, match=said):
+            converters.from_keras(net)
+    net = keras.Sequential([keras.Input((1,)), k.CategoryEncoding(5, output_mode="one_hot")])
+    x = np.array([[0.0], [4.0], [2.0]], np.float32)
+    model = converters.from_keras(net)
+    assert np.array_equal(in_flax(model, x), in_keras(net, x))
+    assert np.array_equal(in_keras(converters.to_keras(*model), x), in_keras(net, x))

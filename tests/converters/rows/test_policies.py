@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from compare import generator
+from compare import close, generator, in_torch
 from marks import thorough_but
 
 import fwt
@@ -174,3 +174,19 @@ def test_a_layer_with_a_dtype_goes_to_onnx_as_flax_computes(tmp_path):
     converters.to_onnx(flax, variables, tmp_path / "net.onnx")
     run = onnxruntime.InferenceSession(str(tmp_path / "net.onnx")).run
     assert run(None, {"input": x})[0].dtype == np.float16
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("alone", [True, False])
+def test_half_weights_that_are_asked_for_compute_in_float32(dtype, alone):
+    """Flax computes in float32 where the input is; torch could take no float32."""
+    layer = nn.Dense(5, param_dtype=dtype)
+    net = layer if alone else fwt.Sequential([("a", layer), ("b", nn.relu)])
+    x = np.random.default_rng(0).normal(size=(3, 4)).astype(np.float32)
+    variables = net.init(jax.random.key(0), x)
+    assert net.apply(variables, x).dtype == np.float32
+    with pytest.raises(fwt.ConversionError, match=f"param_dtype={dtype} and no dtype=.*cast the"):
+        converters.to_torch(net, variables, (4,))
+    wide = jax.tree.map(lambda v: v.astype("float32"), variables)
+    back = converters.to_torch(net, wide, (4,))
+    close(in_torch(back, x), net.apply(wide, x))

@@ -17,7 +17,6 @@ from fwt._types import (
     with_inside,
     with_statistics,
 )
-from fwt.pruning.prune import apply_masks
 
 
 def chain(*transforms: Transform) -> Transform:
@@ -60,8 +59,13 @@ def within(transform: Transform, masks: Masks) -> Transform:
     inside = getattr(transform, "__fwt_inside__", None)
     if inside is not None:
         return inside(masks)
-    after = apply_masks(masks)
-    return lambda params: after(transform(params))
+
+    def followed(params: Params) -> Params:
+        tree = _tree.Tree(transform(params))
+        chosen = tree.match(_tree.Tree(masks).leaves)
+        return tree.replace({p: jnp.where(m, tree.leaves[p], 0) for p, m in chosen.items()})
+
+    return followed
 
 
 def masks_in(state: Any, params: Params) -> Masks:

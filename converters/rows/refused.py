@@ -95,3 +95,12 @@ TORCH = {
     "CrossMapLRN2d": "an old form of LocalResponseNorm: use that",
     "DataParallel": "it is no layer: give the module inside it, model.module",
 }
+# Of torch, in a Sequential.
+WITHIN = dict.fromkeys(
+    [
+        *("Bilinear", "CosineSimilarity", "PairwiseDistance"),
+        *("Transformer", "TransformerDecoder", "TransformerDecoderLayer"),
+    ],
+    "it takes two inputs, of which a Sequential gives it one; in a module whose forward gives it "
+    "both it converts",
+)

@@ -140,6 +140,8 @@ def row_of_function(name: str) -> Row | None:
 def unknown(framework: Framework, layer: Layer) -> ConversionError:
     """The refusal of a class that has no row."""
     reason = REFUSED[framework].get(layer.kind)
+    if framework == "torch":
+        reason = reason or refused.WITHIN.get(layer.kind)
     said = f"can't be converted: {reason}" if reason else "is not known, so it can't be converted"
     way_out = (
         ""

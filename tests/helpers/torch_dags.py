@@ -554,7 +554,11 @@ class Draw:
         """Layers in a list that forward goes through, or in a Sequential in a Sequential."""
         i = self.pick()
         w = self.tensors[i].shape[-1]
-        made = [nn.Linear(w, w), self.one(ACTIVATIONS)(), nn.Sequential(nn.LayerNorm(w), nn.Tanh())]
+        made = [
+            nn.Linear(w, w),
+            self.one(ACTIVATIONS)(),
+            nn.Sequential(nn.LayerNorm(w) if w > 1 else nn.ReLU(), nn.Tanh()),
+        ]
         made = [made[int(j)] for j in self.rng.permutation(3)]
         if self.chance():
             self.module(nn.Sequential(*made), i)

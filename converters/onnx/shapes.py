@@ -189,7 +189,9 @@ def _resize(reader: Reader, node: Node) -> None:
             raise refuse(str(node), f"align_corners to sizes of {factors} times what it takes")
     else:
         raise refuse(str(node), f"mode={mode!r} with {how!r}")
-    reader.add(reader.name(node), "Upsample", recompute_scale_factor=None, copies=False, **settings)
+    if settings["scale_factor"] and not (whole and mode == "nearest"):  # which repeats pixels
+        settings["copies"] = False
+    reader.add(reader.name(node), "Upsample", recompute_scale_factor=None, **settings)
 
 
 def _depth_to_space(reader: Reader, node: Node) -> None:

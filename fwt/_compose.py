@@ -1,5 +1,6 @@
 """Transforms made of transforms."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -74,11 +75,20 @@ def masks_in(state: Any, params: Params) -> Masks:
     def ours(x: Any) -> bool:
         return set(getattr(x, "_fields", ())) >= _states.OURS
 
-    found = {
-        path: mask
-        for x in jax.tree.leaves(state, is_leaf=ours) if ours(x)
-        for path, mask in _tree.Tree(x.masks).leaves.items()
-    }  # fmt: skip
+    def within(state: Any) -> Iterator[Any]:
+        for x in jax.tree.leaves(state, is_leaf=ours):
+            if ours(x):
+                yield x
+                yield from within(x.inner)
+
+    found: dict[str, Any] = {}
+    for x in within(state):
+        for path, mask in _tree.Tree(x.masks).leaves.items():
+            known = found.get(path)
+            if known is None or not np.ndim(known):
+                found[path] = mask
+            elif np.ndim(mask):
+                found[path] = known & mask
     if not found:
         return None
     tree = _tree.Tree(params)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fwt import _apart, _axes, _mesh, _own_names, _tree, constraints, initializers
 from fwt._types import (
@@ -97,13 +98,21 @@ def project(
         return tree.replace(dict(zip(names, new, strict=True)))
 
     def inside(masks: Masks) -> Transform:
-        if not getattr(chosen, "keeps_zeros", False):
-            raise FwtError(
-                f"constrain: {getattr(chosen, 'name', chosen)!r} does not declare that it keeps "
-                "zeros, so it would refill what sparsify prunes: sparsify(constrain(tx, "
-                "project(...)), sparsity) prunes after it"
-            )
-        return project(constraint, where, masks, axes=axes, dtype=dtype)
+        if getattr(chosen, "keeps_zeros", False):
+            return project(constraint, where, masks, axes=axes, dtype=dtype)
+        held = _tree.Tree(masks).leaves
+
+        def checked(params: Params) -> Params:
+            touched = [p for p in _tree.Tree(params).select(where) if np.ndim(held.get(p, True))]
+            if touched:
+                raise FwtError(
+                    f"constrain: {getattr(chosen, 'name', chosen)!r} does not declare that it "
+                    f"keeps zeros, so it would refill what sparsify prunes of {touched[0]}: "
+                    "sparsify(constrain(tx, project(...)), sparsity) prunes after it"
+                )
+            return apply(params)
+
+        return checked
 
     return apply if masks is not None else with_inside(apply, inside)
 

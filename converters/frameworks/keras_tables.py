@@ -4,7 +4,7 @@ several times."""
 import dataclasses
 
 from fwt._graph import names_in
-from fwt.converters.rows.row import Layer, joined, parts_of, refuse
+from fwt.converters.rows.row import Layer, joined, number, parts_of, refuse
 from fwt.converters.walk.net import Net
 
 _PLACE = {"Lookup": 0, "Attend": 1}  # which of what it takes is the table
@@ -92,6 +92,8 @@ def _call(layer: Layer, calls: list[Layer]) -> list[Layer]:
             inputs=(given, table) if turned else (table, given),
         ))  # fmt: skip
     if turned and cap is not None:
+        if not number(cap):
+            raise refuse(str(layer), f"logit_soft_cap={cap!r} divides by zero")
         last = made[-1]
         names = [f"{layer.name}__logits", f"{layer.name}__by_cap", f"{layer.name}__capped"]
         made[-1] = dataclasses.replace(last, name=names[0])

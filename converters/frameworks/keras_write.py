@@ -51,7 +51,8 @@ def is_sequential(net: Net) -> bool:
 def _told(layer: Layer) -> dict[str, Any]:
     """What a layer is called with beside tensors."""
     names = keras_ops.CALLED.get(layer.kind, ())
-    return {n: layer.settings[n] for n in names if layer.settings.get(n) not in (None, False)}
+    told = {n: layer.settings.get(n) for n in names}
+    return {n: v for n, v in told.items() if v is not None and v is not False}  # 0.0 is told
 
 
 def placed(net: Net) -> Net:

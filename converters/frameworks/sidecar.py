@@ -121,6 +121,15 @@ def whole(module: Any, framework: Framework) -> dict[str, Any]:
         return dict(_told(module, framework).get("whole", {}))
 
 
+def order(module: Any) -> list[str]:
+    """The names of a state dict of torch in the order that the module's sidecar holds, if any."""
+    found = whole(module, "torch").get("order", [])
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise ConversionError("the sidecar's order is no list of names; module.clone(sidecar='') "
+                              "drops it")  # fmt: skip
+    return found
+
+
 def _told(module: Any, framework: Framework) -> dict[str, Any]:
     """What the sidecar says, if it is of this framework."""
     text = getattr(module, "sidecar", "")

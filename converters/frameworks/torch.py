@@ -220,11 +220,14 @@ def to_torch(
     module = _flax.sequential_of(module)
     net = _net_of(module, variables, input_shape, layout)
     net = _sidecar.restored(net, module, "torch", state=True)
+    wanted = _sidecar.order(module)
     chain = net.is_line and nests(net.layers)
-    if not chain or any(class_of(layer.kind) is None for layer in net.layers):
-        made = torch_graph.graph_module(net, _built, to_tensor).eval()
-        return torch_state.in_order(made, _sidecar.whole(module, "torch").get("order", ()))
-    return _sequential([(parts_of(layer.name), layer) for layer in net.layers]).eval()
+    if chain and all(class_of(layer.kind) is not None for layer in net.layers):
+        made = _sequential([(parts_of(layer.name), layer) for layer in net.layers]).eval()
+        state, rank = list(made.state_dict()), {name: i for i, name in enumerate(wanted)}
+        if not wanted or state == sorted(state, key=lambda name: rank.get(name, len(rank))):
+            return made  # else the order of a Sequential would be that of its layers
+    return torch_state.in_order(torch_graph.graph_module(net, _built, to_tensor).eval(), wanted)
 
 
 def _net_of(module: Any, variables: Any, input_shape: Any, layout: str) -> Net:

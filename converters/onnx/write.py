@@ -403,9 +403,9 @@ def _finish(
     for name, given in zip(takes, inputs, strict=True):  # one that no layer takes is one too
         kind = onnx.helper.np_dtype_to_tensor_dtype(given.dtype)
         values.append(onnx.helper.make_tensor_value_info(name, kind, ("batch", *given.shape)))
-    values += [there[name] for name in names]
-    for value in values:
-        value.name = renamed.get(value.name, value.name)
+    for name in names:
+        there[name].name = name
+        values.append(there[name])
     del graph.input[:]
     graph.input.extend(values)
     for value, shape in zip(graph.output, (out.shape for out in outs), strict=True):

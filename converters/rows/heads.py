@@ -21,7 +21,7 @@ from fwt.converters.rows.row import (
 
 _KERAS: dict[str, Any] = {
     **{"dropout": 0.0, "attention_axes": None, "flash_attention": None, "use_gate": False},
-    **{"sliding_window": None, "use_causal_mask": False},
+    **{"sliding_window": None, "use_causal_mask": False, "output_shape": None},
 }
 
 
@@ -161,7 +161,11 @@ class Products(Special):
         if framework == "keras" and sizes.get("k") != sizes.get("l"):
             raise refuse(at.place, "Keras's operation has values of the size of its keys, found "
                          f"{sizes.get('l')} for {sizes.get('k')}")  # fmt: skip
-        if framework == "torch" and sizes.get("h") == sizes.get("g"):
+        heads, shared = sizes.get("h"), sizes.get("g")
+        if framework == "keras" and shared == 1 and heads != 1:
+            raise refuse(at.place, f"one head of keys for {heads} of queries: Keras on TensorFlow "
+                         "doesn't share it", "repeat it before")  # fmt: skip
+        if framework == "torch" and heads is not None and heads == shared:
             layer.settings["enable_gqa"] = False
         return layer
 

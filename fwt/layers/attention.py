@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from fwt._types import Array
+from fwt._types import Array, FwtError
 from fwt.layers.base import Layer
 
 __all__ = [
@@ -132,7 +132,10 @@ class DotProductAttention(Layer):
 
     def __call__(self, query: Array, key: Array, value: Array) -> Array:
         query, key, value = (x.swapaxes(1, 2) for x in (query, key, value))
-        each = query.shape[1] // key.shape[1]
+        each, rest = divmod(query.shape[1], key.shape[1])
+        if rest:
+            raise FwtError(f"DotProductAttention: {query.shape[1]} heads of queries can't share "
+                           f"{key.shape[1]} of keys")  # fmt: skip
         key, value = (jnp.repeat(x, each, axis=1) if each > 1 else x for x in (key, value))
         scale = query.shape[-1] ** -0.5 if self.scale is None else self.scale
         scores = (query * scale) @ key.swapaxes(2, 3)
@@ -208,6 +211,8 @@ class Attention(Layer):
 
     @nn.compact
     def __call__(self, query: Array, key: Array, value: Array | None = None) -> Array:
+        if self.mode not in ("dot", "concat"):
+            raise FwtError(f'Attention: mode={self.mode!r} is neither "dot" nor "concat"')
         scale = self.weight("scale", nn.initializers.ones, ()) if self.use_scale else None
         if self.mode == "dot":
             scores = query @ key.swapaxes(1, 2)

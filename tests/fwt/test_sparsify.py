@@ -589,6 +589,33 @@ def test_a_constraint_that_would_refill_is_refused(constraint):
         assert not kernels(params)[path][~mask].any()
 
 
+def test_each_sparsify_of_several_keeps_what_it_pruned():
+    one, other = (lambda tx: sparsify(tx, 0.5, where="a/kernel"),
+                  lambda tx: sparsify(tx, 0.4, where="b/kernel"))  # fmt: skip
+    moved = lambda tree: jax.tree.map(lambda x: x + 1, tree)  # noqa: E731
+    for tx in (
+        optax.chain(one(optax.sgd(0.1)), other(optax.identity())),
+        other(one(optax.sgd(0.1))),
+    ):
+        tx, params = fwt.optim.constrain(tx, moved), weights()
+        updates, _ = tx.update(weights(1), tx.init(params), params)
+        zeros = {
+            p: int((x == 0).sum()) for p, x in kernels(optax.apply_updates(params, updates)).items()
+        }
+        assert zeros == {"a/kernel": 42, "b/kernel": 22}
+
+
+def test_what_refills_leaves_that_are_not_pruned_is_let():
+    tx = sparsify(optax.sgd(0.1), 0.5, where="a/kernel")
+    for t in (fwt.project(C.zero_mean, where="b/kernel"),
+              fwt.at("b/kernel", fwt.project(C.zero_mean))):  # fmt: skip
+        both, params = fwt.optim.constrain(tx, t), weights()
+        updates, _ = both.update(weights(1), both.init(params), params)
+        found = kernels(optax.apply_updates(params, updates))
+        assert (found["a/kernel"] == 0).sum() == 42
+        assert np.allclose(found["b/kernel"].mean(0), 0, atol=1e-6)
+
+
 def test_extra_arguments_reach_the_optimizer():
     tx = sparsify(optax.contrib.reduce_on_plateau(), 0.5)
     tx.update(weights(1), tx.init(weights()), weights(), value=1.0)

@@ -112,6 +112,15 @@ def test_a_sidecar_keeps_the_order_of_the_state_dict(tmp_path):
     assert list(found) == list(state)
     assert all(torch.equal(v, state[k]) for k, v in found.items())
     assert_same(net(x), back(x))
+    line = Net(lambda m, x: m.b(m.a(x)), b=nn.Linear(4, 4), a=nn.Linear(4, 4))
+    model = converters.from_torch(line, (4,), sidecar=True)
+    assert list(converters.to_torch(model).state_dict()) == list(line.state_dict())
+    assert_same(line(torch.ones(2, 4)), converters.to_torch(model)(torch.ones(2, 4)))
+    wrong = model.module.clone(
+        sidecar='{"framework": "torch", "layers": {}, "whole": {"order": 3}}'
+    )
+    with pytest.raises(ConversionError, match="order is no list"):
+        converters.to_torch(wrong, model.variables)
 
 
 @pytest.mark.thorough

@@ -210,3 +210,18 @@ def test_attention_of_linen_comes_back(tmp_path, net):
               for each in (variables, model.variables)]  # fmt: skip
     assert leaves[0] == leaves[1]
     assert converters.verify((net, variables), path).ok
+
+
+@pytest.mark.parametrize("names", [("input_1", "input_2"), ("input_1", "input_0"), ("a", "input_0"),
+                                   ("weight_0", "output")])  # fmt: skip
+def test_inputs_keep_names_that_the_exporter_has_too(tmp_path, names):
+    net = fwt.Graph(
+        [("h", nn.Dense(4), names[0]), ("out", fwt.layers.Subtract(), ("h", names[1]))],
+        inputs=names, input_shape=((4,), (4,)),
+    )  # fmt: skip
+    xs = floats(3, 4), floats(3, 4)
+    variables = net.init(jax.random.key(0), *xs)
+    converters.to_onnx(net, variables, tmp_path / "n.onnx")
+    (found,), taken, _ = run(tmp_path / "n.onnx", *xs)
+    assert tuple(taken) == names
+    np.testing.assert_allclose(found, net.apply(variables, *xs), atol=1e-5)

@@ -236,3 +236,34 @@ def test_modules_of_several_tensors_go_to_keras_and_back(name):
     there = converters.to_keras(model)
     close(there(given), expected)
     close(converters.from_keras(there)(given), expected)
+
+
+def test_a_scale_of_zero_is_one():
+    x = keras.Input((5, 2, 3))
+    y = keras.ops.dot_product_attention(x, x, x, scale=0.0)
+    model = converters.from_keras(keras.Model(x, y))
+    given = np.random.default_rng(0).normal(size=(2, 5, 2, 3)).astype(np.float32)
+    means = np.broadcast_to(given.mean(1, keepdims=True), given.shape)
+    for found in (model(given), converters.to_keras(model)(given)):
+        np.testing.assert_allclose(np.asarray(found), means, atol=1e-6)
+
+
+def test_values_of_another_size_come_back_from_a_file(tmp_path):
+    x, y = keras.Input((5, 6)), keras.Input((4, 6))
+    layer = keras.layers.MultiHeadAttention(2, 3, value_dim=4, name="m")
+    model = keras.Model([x, y], layer(x, y))
+    there = converters.from_keras(model)
+    xs = [np.ones((2, 5, 6), np.float32), np.ones((2, 4, 6), np.float32)]
+    for name in ("m.keras", "m.h5"):
+        converters.save(tmp_path / name, there)
+        back = converters.load(tmp_path / name)
+        np.testing.assert_allclose(back(xs), model(xs), atol=1e-5)
+
+
+def test_one_head_that_keras_does_not_share_is_refused():
+    net = fwt.Graph([("a", fwt.layers.DotProductAttention(), ("q", "k", "k"))],
+                    inputs=("q", "k"), input_shape=((5, 4, 3), (6, 1, 3)))  # fmt: skip
+    with pytest.raises(converters.ConversionError, match="one head of keys for 4 of queries"):
+        converters.to_keras(net, {})
+    with pytest.raises(fwt.FwtError, match="4 heads of queries can't share 3"):
+        net.apply({}, np.ones((1, 5, 4, 3), np.float32), np.ones((1, 6, 3, 3), np.float32))

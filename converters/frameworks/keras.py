@@ -172,11 +172,17 @@ def net_of(model: Any) -> Net:
     """The net of a live model with its arrays."""
     _sync(model)
     net = keras_read.keras_net(_config(model), model.name)
+    places: dict[int, str] = {}
     for layer in net.layers:
         if layer.group and not layer.of:
             live = model
             for part in parts_of(layer.name):
                 live = live.get_layer(part)
+            first = places.setdefault(id(live), layer.name)
+            if first != layer.name and live.weights:
+                raise refuse(str(layer), f"it is the layer {first} too, in another model: each "
+                             "would have weights of its own",
+                             "call it in one of the models only")  # fmt: skip
             _fill(layer, live)
     return keras_config.shared(net)
 

@@ -41,11 +41,11 @@ def call_name(name: str, inputs: Iterable[str], again: bool) -> str:
     """
     parts, found = parts_of(name), _AGAIN.search(name)
     base = first_call(name)
-    if found is None or not again:
+    before = next((i for i in inputs if first_call(i) == base and i != name), None)
+    if before is not None and _AGAIN.search(before):  # a further part of a further call
+        return call_name(before, (), True)
+    if found is None or not again or before is not None:
         return layer_name(parts)
-    before = next((i for i in inputs if first_call(i) == base), None)
-    if before is not None:  # a further part, of this call or that
-        return call_name(before, (), again)
     count = int(found[2]) + (0 if found[1] else 1)
     return call_of(layer_name(parts_of(base)), count)
 

@@ -155,8 +155,10 @@ def _parameters(forward: Any) -> list[str] | None:
         return None
     if any(p.kind is inspect.Parameter.VAR_POSITIONAL for p in found):
         return None
-    return [p.name for p in found if p.default is inspect.Parameter.empty
-            and p.kind is not inspect.Parameter.VAR_KEYWORD]  # fmt: skip
+    named = [p for p in found if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    if len(named) > 1 and any(p.default is not inspect.Parameter.empty for p in named):
+        return None  # it may take more
+    return [p.name for p in named if p.default is inspect.Parameter.empty]
 
 
 def _torch_kind(module: Any) -> Kind:

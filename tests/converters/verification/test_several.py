@@ -287,3 +287,38 @@ def test_the_command_line(tmp_path):
     assert found.exit_code == 3
     assert "from tags on" in found.output
     assert "output tags" in found.output
+
+
+class Sums(torch.nn.Module):
+    """Two sums, of each of which Keras and ONNX make two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.l, self.m = torch.nn.Linear(5, 4), torch.nn.Linear(7, 4)
+
+    def forward(self, v):
+        return self.l(v[..., :5]).sum(1), self.m(v).sum(1)
+
+
+def test_parts_of_a_further_call_are_of_that_call(tmp_path):
+    net = Sums().eval()
+    model = converters.from_torch(net, (3, 7))
+    converters.to_onnx(model, tmp_path / "n.onnx")
+    for other in (converters.to_keras(model), tmp_path / "n.onnx", net):
+        report = converters.verify(other, model, input_shape=(3, 7))
+        assert report.ok, report
+
+
+def test_an_input_may_be_left_out():
+    class Two(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.l = torch.nn.Linear(4, 3)
+
+        def forward(self, x, y=None):
+            return self.l(x) if y is None else self.l(x) + y
+
+    net = Two().eval()
+    for shape in ((4,), [(4,), (3,)]):
+        model = converters.from_torch(net, shape, layout="source")
+        assert converters.verify(net, model, input_shape=shape).ok

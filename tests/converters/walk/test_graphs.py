@@ -377,3 +377,13 @@ def test_one_number_for_each_example_of_keras():
     meets = keras.Model(x, keras.ops.sum(h, -1) + keras.ops.max(h, -1))
     with pytest.raises(converters.ConversionError, match="the batch alone, which meets another"):
         converters.from_keras(meets)
+
+
+def test_a_layer_of_two_models_is_refused():
+    shared = keras.layers.Dense(4, name="shared")
+    x, start = keras.Input((4,)), keras.Input((4,))
+    inner = keras.Model(start, shared(start), name="inner")
+    with pytest.raises(
+        converters.ConversionError, match=r"it is the layer .*shared too, in another model"
+    ):
+        converters.from_keras(keras.Model(x, shared(inner(x))))

@@ -48,7 +48,7 @@ def opened(net: Net, target: Framework) -> Net:
     alias: dict[str, str] = {}
     for layer in net.layers:
         layer = dataclasses.replace(layer, inputs=tuple(alias.get(i, i) for i in layer.inputs))
-        apart = _APART.get((layer.kind, target))
+        apart = APART.get((layer.kind, target))
         if apart is None or (target == "torch" and _torch_says(layer)):
             out.append(layer)
             continue
@@ -114,7 +114,7 @@ def _heads(add: Parts, told: Any, *xs: str) -> str:
     return dense("out", add("attend__joined", fl.Flatten(2), y), flat, arrays.get("out/bias"))
 
 
-_APART: dict[tuple[str, Framework], Callable[..., str]] = {
+APART: dict[tuple[str, Framework], Callable[..., str]] = {
     ("TransformerEncoderLayer", "keras"): _encoder,
     ("MultiHeadDotProductAttention", "torch"): _heads,
     ("CausalAttention", "torch"): _heads,

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 import fwt
+from fwt.converters.walk import opened
 
 GUIDE = Path(__file__).resolve().parents[2] / "examples" / "guide"
 
@@ -181,6 +182,8 @@ def layer_line(framework, name):
     there -= operations
     if not there and other == "keras":
         there = {f"`Activation({r.function[0]!r})`" for r in rows if r.function}
+    if not there and any((kind, other) in opened.APART for kind in ours):
+        notes.append(f"in {other} the layers that it is made of")
     silent = any(r.flax is None or r.kind for r in rows) or "identity" in "".join(notes)
     if operations and not there:
         notes.append("in keras an operation")

@@ -1,7 +1,7 @@
 """What the conversion of ResNet-50 costs, each way: ``python tests/benchmarks/converting.py``.
 
 Each way runs in a process of its own: seconds of CPU of the first conversion after imports, and
-by how much memory grows at its peak, in multiples of the weights (90 MiB), the result included.
+by how much memory grows at its peak, in multiples of the weights, the result included.
 Other tools stand beside it where they are installed; ``--model VGG16`` takes a chain instead.
 ``--write`` puts the table into the guide.
 """
@@ -66,12 +66,22 @@ def onnx2torch(path, folder):
     return onnx2torch.convert(str(path))
 
 
-def ours(name, *more, **settings):
+def ours(name, *more):
     def run(source, folder):
         from fwt import converters
 
-        given = {k: v(folder) if callable(v) else v for k, v in settings.items()}
-        return getattr(converters, name)(source, *more, **given)
+        return getattr(converters, name)(source, *more)
+
+    return run
+
+
+def through(first, *more):
+    """A way over Flax: into it by one function, and out of it to an ONNX file."""
+
+    def run(source, folder):
+        from fwt import converters
+
+        converters.to_onnx(getattr(converters, first)(source, *more), folder / "out.onnx")
 
     return run
 
@@ -80,6 +90,12 @@ def onnx_to_torch(path, folder):
     from fwt import converters
 
     return converters.to_torch(converters.from_onnx(path))
+
+
+def written(model, folder):
+    from fwt import converters
+
+    converters.to_onnx(model, folder / "out.onnx")
 
 
 def saved(model, folder):
@@ -96,13 +112,10 @@ WAYS = {
     "a `.keras` file to Flax": (path(".keras"), ours("load")),
     "Flax to torch": (flax_model, ours("to_torch")),
     "torch to Flax": (torch_model, ours("from_torch", FIRST)),
-    "Flax to ONNX": (flax_model, ours("to_onnx", path=lambda folder: folder / "out.onnx")),
-    "torch to ONNX": (
-        torch_model,
-        ours("to_onnx", FIRST, path=lambda folder: folder / "out.onnx"),
-    ),
+    "Flax to ONNX": (flax_model, written),
+    "torch to ONNX": (torch_model, through("from_torch", FIRST)),
     "torch to ONNX, `torch.onnx.export`": (torch_model, torch_onnx),
-    "Keras to ONNX": (keras_model, ours("to_onnx", path=lambda folder: folder / "out.onnx")),
+    "Keras to ONNX": (keras_model, through("from_keras")),
     "Keras to ONNX, tf2onnx": (keras_model, tf2onnx_keras),
     "ONNX to Flax": (path(".onnx"), ours("from_onnx")),
     "ONNX to torch": (path(".onnx"), onnx_to_torch),

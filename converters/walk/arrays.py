@@ -125,14 +125,15 @@ _CHANCE = 1e-4  # below this, groups are no accident of a plain pruning
 
 def _report_groups(layer: Layer, target: Framework, given: Any, value: Any, index: int) -> None:
     """Warns where zeros that were n:m along the inputs are so no longer in the new order."""
+    share = np.count_nonzero(given) / max(given.size, 1)
     for n, m in ((1, 4), (2, 4), (1, 2), (4, 8)):
-        if value.ndim < 2 or value.shape[index] % m:
+        if value.ndim < 2 or value.shape[index] % m or share > n / m:
             continue
         most = [
             np.count_nonzero(np.moveaxis(x, index, -1).reshape(-1, m), axis=1).max(initial=0)
             for x in (given, value)
         ]
-        share = np.count_nonzero(given) / given.size  # as many may fall so by chance
+        # As many may fall so by chance.
         fits = sum(math.comb(m, k) * share**k * (1 - share) ** (m - k) for k in range(n + 1))
         if most[0] <= n < most[1] and fits ** (given.size // m) < _CHANCE:
             order = "chw" if target == "torch" else "hwc"

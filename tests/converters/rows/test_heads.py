@@ -97,7 +97,11 @@ def close(found, expected):
         np.testing.assert_allclose(a, b, rtol=0, atol=2e-6 * np.abs(b).max())
 
 
-@pytest.mark.parametrize("name", thorough_but(3, list(NETS)))
+# Keras on JAX, on which the thorough run is, can't call attention with values of another size.
+QUICK = ("tied", "causal", "scored", "wide", "wide causal")
+
+
+@pytest.mark.parametrize("name", thorough_but(lambda name: name in QUICK, list(NETS)))
 def test_they_go_round(name, tmp_path):
     make, shapes = NETS[name]
     whole = name in ("tied", "tied twice", "untied", "looked up")

@@ -79,7 +79,7 @@ def explained(what: str, module: Any, given: str, way: str, whole: str = "") -> 
         yield
     except FwtError:
         raise
-    except Exception as error:
+    except Exception as error:  # a user's module raises what it likes: it becomes ours
         why = " ".join(str(error).split())
         if "must be an integer" in why:
             way = whole or "a batch of whole numbers, of the dtype int32"

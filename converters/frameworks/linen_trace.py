@@ -209,7 +209,7 @@ def _inputs(run: Any, variables: Any, given: Any, name: str) -> list[Any]:
         ]
         try:
             jax.eval_shape(run, variables, *inputs)
-        except Exception as error:  # noqa: BLE001 - as above; other dtypes may fit
+        except Exception as error:  # noqa: BLE001 - a user's module; other dtypes may fit
             failed = failed or error
         else:
             return inputs

@@ -209,7 +209,7 @@ class Equations:
         if not why:
             try:
                 values = self._bound(eqn.primitive, [s.known for s in ins], params)
-            except Exception:  # noqa: BLE001 - JAX's errors share no class; told below
+            except Exception:  # noqa: BLE001 - JAX's errors share no class: it is why
                 why = "it can't be computed for one example"
         if not why:
             wanted = [tuple(self._one_example(n) for n in s.shape) for s in outs]

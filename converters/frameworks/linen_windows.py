@@ -38,7 +38,7 @@ def _candidates(rank: int, dtype: str) -> tuple[_Candidate, ...]:
         try:
             made = layer(**fields, **marks)
             form = _form_of(function or (lambda x, made=made: made.apply({}, x)), rank, dtype)
-        except Exception:  # noqa: BLE001 - what a layer says of a tensor that does not fit
+        except Exception:  # noqa: BLE001 - layers refuse a rank with any error
             continue
         if form:
             found.append(_Candidate(layer, fields, marks, form))

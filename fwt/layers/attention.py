@@ -98,7 +98,9 @@ class CausalAttention(nn.MultiHeadDotProductAttention):
     """
 
     @nn.compact
-    def __call__(self, x: Array, *others: Array, **named: Any) -> Array:  # type: ignore[override]
+    def __call__(  # type: ignore[override]  # Flax's names its arguments, which pass through here
+        self, x: Array, *others: Array, **named: Any
+    ) -> Array:
         mask = jnp.tril(jnp.ones((1, 1, x.shape[1], (x, *others)[-1].shape[1]), bool))
         found: Array = super().__call__(x, *others, mask=mask, **named)
         return found

@@ -4,18 +4,16 @@
 """
 
 import argparse
-import re
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pages
 
 import fwt
 
-PAGE = Path(__file__).resolve().parents[2] / "examples" / "guide" / "speed.md"
 EIGHT = [(16 + 4 * i, 24 + 8 * (i % 3)) for i in range(8)]
 MANY = [(16 + i, 24 + i % 7) for i in range(120)]
 ADAM = optax.adam(1e-3)
@@ -59,13 +57,6 @@ def rows(names):
         yield f"| {name} | {few:.1f} | {many:.1f} | {many / few:.1f} | {apart:.1f} |"
 
 
-def write(found):
-    start = "<!-- compile: python tests/benchmarks/compile.py --write -->\n"
-    text = PAGE.read_text()
-    block = re.search(re.escape(start) + r"(?:\|.*\n)*<!-- end -->", text)
-    PAGE.write_text(text.replace(block[0], f"{start}{found}\n<!-- end -->"))
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--verbs", nargs="*", default=list(VERBS))
@@ -77,4 +68,4 @@ if __name__ == "__main__":
         print(line, flush=True)
         lines.append(line)
     if given.write:
-        write("\n".join(lines))
+        pages.write("speed.md", "compile", "\n".join(lines))

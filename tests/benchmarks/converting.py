@@ -17,8 +17,9 @@ import tempfile
 import time
 from pathlib import Path
 
+import pages
+
 os.environ.setdefault("KERAS_BACKEND", "tensorflow")
-PAGE = Path(__file__).resolve().parents[2] / "examples" / "guide" / "conversion.md"
 SHAPE = (224, 224, 3)
 
 
@@ -202,13 +203,6 @@ def rows(name, ways, rounds):
                 yield f"| {way} | {found['cpu']:.1f} | {found['peak'] / weights:.1f} |"
 
 
-def write(found):
-    start = "<!-- converting: python tests/benchmarks/converting.py --write -->\n"
-    text = PAGE.read_text()
-    block = re.search(re.escape(start) + r"(?:\|.*\n)*<!-- end -->", text)
-    PAGE.write_text(text.replace(block[0], f"{start}{found}\n<!-- end -->"))
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--ways", nargs="*", default=list(WAYS))
@@ -228,4 +222,4 @@ if __name__ == "__main__":
             print(line, flush=True)
             lines.append(line)
         if given.write:
-            write("\n".join(lines))
+            pages.write("conversion.md", "converting", "\n".join(lines))

@@ -21,12 +21,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pages
 import torch
 import torch.nn.utils.prune as torch_prune
 
 import fwt
-
-PAGE = Path(__file__).resolve().parents[2] / "examples" / "guide" / "speed.md"
 
 
 def clock(rounds, **functions):
@@ -224,15 +223,6 @@ def table(small):
     return "\n".join([*lines, "", f"Measured on {processor()}, on {day:%-d %B %Y}."])
 
 
-def write(found):
-    start = "<!-- pruning: python tests/benchmarks/pruning.py --write -->\n"
-    text = PAGE.read_text()
-    block = re.search(re.escape(start) + r"(?:\|.*\n)*\n.*\n<!-- end -->", text)
-    if block is None:
-        raise SystemExit("speed.md has no place for the table")
-    PAGE.write_text(text.replace(block[0], f"{start}{found}\n<!-- end -->"))
-
-
 def processor():
     listed = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     name = re.search(r"^model name\s*: (.*)", listed, re.M)
@@ -248,4 +238,4 @@ if __name__ == "__main__":
     result = table(options.small)
     print(result)
     if options.write:
-        write(result)
+        pages.write("speed.md", "pruning", result)

@@ -272,3 +272,19 @@ TORCH["activation_softmaxes"] = (
     (5,),
     torch_model(lambda: t.Linear(5, 6), lambda: t.Softmax(dim=-1), lambda: t.LogSoftmax(dim=1)),
 )
+
+
+def shop(by_key=False, again=False):
+    """Tokens and numbers in; two outputs of different ranks out."""
+    tokens = keras.Input((5,), dtype="int32", name="tokens")
+    numbers = keras.Input((6,), name="numbers")
+    table = keras.layers.Embedding(11, 4, name="table")(tokens)
+    mean = keras.layers.GlobalAveragePooling1D(name="mean")(table)
+    dense = keras.layers.Dense(4, activation="relu", name="dense")(numbers)
+    score = keras.layers.Dense(3, name="score")(keras.layers.Add(name="sum")([mean, dense]))
+    tags = keras.layers.Dense(2, name="tags")(table)
+    if again:  # an input, and one output twice
+        return keras.Model([tokens, numbers], [score, numbers, score])
+    if by_key:
+        return keras.Model({"tokens": tokens, "numbers": numbers}, {"tags": tags, "score": score})
+    return keras.Model([tokens, numbers], [score, tags])

@@ -856,3 +856,16 @@ def made(name, seed=0):
     shapes = shapes if isinstance(shapes[0], tuple) else (shapes,)
     whole = name in INTEGERS
     return net, [torch.randint(0, 9, (3, *s)) if whole else torch.randn(3, *s) for s in shapes]
+
+
+class Net(nn.Module):
+    """What a function does, with modules and parameters."""
+
+    def __init__(self, function, **parts):
+        super().__init__()
+        self.function = function
+        for name, part in parts.items():
+            setattr(self, name, part)
+
+    def forward(self, *xs):
+        return self.function(self, *xs)

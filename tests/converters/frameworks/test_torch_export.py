@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from compare import close, in_flax, in_torch
 from marks import thorough_but
 from torch import nn
+from torch_nets import INTEGERS, MORE, NETS, Net, made
 
 import fwt
 from fwt import ConversionError, converters
 from fwt.converters.frameworks import torch_check, torch_export
-from tests.helpers.torch_nets import INTEGERS, MORE, NETS, made
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*take no part", "ignore::FutureWarning", "ignore:.*degrees of freedom"
@@ -131,19 +131,6 @@ def test_nets_take_images_with_the_channels_last(name):
     y = net(x).detach().numpy()
     found = run(model, [x.movedim(1, -1)])
     assert_same(y, np.moveaxis(found, -1, 1) if y.ndim > 2 else found)
-
-
-class Net(nn.Module):
-    """What a function does, with modules and parameters."""
-
-    def __init__(self, function, **parts):
-        super().__init__()
-        self.function = function
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, *xs):
-        return self.function(self, *xs)
 
 
 IMAGE, STEPS = (4, 6, 5), (7, 6)

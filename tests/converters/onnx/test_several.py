@@ -2,12 +2,12 @@
 
 import flax.linen as nn
 import jax
-import keras
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
+from cases import shop
 from flax import nnx
 
 import fwt
@@ -26,22 +26,6 @@ def run(path, *xs):
     names = [x.name for x in session.get_inputs()]
     return session.run(None, dict(zip(names, xs, strict=True))), names, [
         y.name for y in session.get_outputs()]  # fmt: skip
-
-
-def shop(by_key=False, again=False):
-    """Tokens and numbers in; two outputs of different ranks out."""
-    tokens = keras.Input((5,), dtype="int32", name="tokens")
-    numbers = keras.Input((6,), name="numbers")
-    table = keras.layers.Embedding(11, 4, name="table")(tokens)
-    mean = keras.layers.GlobalAveragePooling1D(name="mean")(table)
-    dense = keras.layers.Dense(4, activation="relu", name="dense")(numbers)
-    score = keras.layers.Dense(3, name="score")(keras.layers.Add(name="sum")([mean, dense]))
-    tags = keras.layers.Dense(2, name="tags")(table)
-    if again:  # an input, and one output twice
-        return keras.Model([tokens, numbers], [score, numbers, score])
-    if by_key:
-        return keras.Model({"tokens": tokens, "numbers": numbers}, {"tags": tags, "score": score})
-    return keras.Model([tokens, numbers], [score, tags])
 
 
 @pytest.mark.parametrize("how", [{}, {"by_key": True}, {"again": True}], ids=str)

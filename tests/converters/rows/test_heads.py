@@ -7,6 +7,7 @@ import pytest
 import torch
 from cases import randomise_keras
 from marks import thorough_but
+from torch_nets import Net
 
 import fwt
 from fwt import converters
@@ -173,19 +174,6 @@ def test_tables_that_keras_can_not_share_are_refused_by_name():
         converters.from_keras(keras.Model(start, table(table(start), reverse=True)))
 
 
-class Called(torch.nn.Module):
-    """What a function makes of this module, whose parts are given, and of its inputs."""
-
-    def __init__(self, function, **parts):
-        super().__init__()
-        self.function = function
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, *xs):
-        return self.function(self, *xs)
-
-
 def assigned(net, x):
     """Parts of tensors get what others hold, an array of the model, and numbers."""
     y, shifted = net.a(x).clone(), torch.zeros_like(x)
@@ -200,25 +188,25 @@ def assigned(net, x):
 T, F = torch.nn, torch.nn.functional
 MODULES = {
     "bilinear": (lambda: T.Bilinear(6, 5, 4), [(6,), (5,)]),
-    "assigned": (lambda: Called(assigned, a=T.Linear(6, 6),
+    "assigned": (lambda: Net(assigned, a=T.Linear(6, 6),
                                 gain=T.Parameter(torch.randn(5, 2))), [(5, 6)]),
-    "sizes": (lambda: Called(lambda net, q, k, v: net.a(q, k, v, need_weights=False)[0],
+    "sizes": (lambda: Net(lambda net, q, k, v: net.a(q, k, v, need_weights=False)[0],
                              a=T.MultiheadAttention(6, 2, kdim=5, vdim=4, batch_first=True)),
               [(5, 6), (7, 5), (7, 4)]),
     "pooled": (lambda: T.Sequential(T.Conv2d(2, 3, 1), T.AdaptiveAvgPool2d((7, None))),
                [(2, 14, 5)]),
     "of sequences": (lambda: T.Bilinear(6, 5, 4, bias=False), [(3, 6), (3, 5)]),
-    "groups": (lambda: Called(lambda _, q, k: F.scaled_dot_product_attention(
+    "groups": (lambda: Net(lambda _, q, k: F.scaled_dot_product_attention(
         q, k, k, enable_gqa=True, scale=0.3)), [(4, 5, 6), (2, 7, 6)]),
-    "wide values": (lambda: Called(lambda _, q, k, v: F.scaled_dot_product_attention(
+    "wide values": (lambda: Net(lambda _, q, k, v: F.scaled_dot_product_attention(
         q, k, v, is_causal=True)), [(4, 5, 6), (4, 7, 6), (4, 7, 2)]),
-    "causal": (lambda: Called(
+    "causal": (lambda: Net(
         lambda net, q, k: net.a(q, k, tgt_is_causal=True,
                                 tgt_mask=T.Transformer.generate_square_subsequent_mask(5)),
         a=T.TransformerDecoderLayer(6, 2, 8, batch_first=True, norm_first=True)),
         [(5, 6), (4, 6)]),
     "transformer": (lambda: T.Transformer(6, 2, 1, 1, 8, batch_first=True), [(5, 6), (4, 6)]),
-    "einsum": (lambda: Called(lambda _, a, b: torch.einsum("bijk,bkl->bjl", a, b)),
+    "einsum": (lambda: Net(lambda _, a, b: torch.einsum("bijk,bkl->bjl", a, b)),
                [(3, 5, 6), (6, 2)]),
     "max pooled": (lambda: T.Sequential(T.Conv1d(2, 3, 1), T.AdaptiveMaxPool1d(7)), [(2, 14)]),
 }  # fmt: skip

@@ -6,6 +6,7 @@ import keras
 import numpy as np
 import pytest
 import torch
+from cases import shop
 
 import fwt
 from fwt import converters
@@ -151,19 +152,8 @@ def test_each_output_has_its_own_scale():
     assert [x.status == "differs" for x in report.outputs] == [False, True]
 
 
-def shop():
-    tokens = keras.Input((5,), dtype="int32", name="tokens")
-    numbers = keras.Input((6,), name="numbers")
-    table = keras.layers.Embedding(11, 4, name="table")(tokens)
-    mean = keras.layers.GlobalAveragePooling1D(name="mean")(table)
-    dense = keras.layers.Dense(4, activation="relu", name="dense")(numbers)
-    score = keras.layers.Dense(3, name="score")(keras.layers.Add(name="sum")([mean, dense]))
-    tags = keras.layers.Dense(2, name="tags")(table)
-    return keras.Model({"tokens": tokens, "numbers": numbers}, {"tags": tags, "score": score})
-
-
 def test_keras_by_key(tmp_path):
-    net, path = shop(), tmp_path / "net.onnx"
+    net, path = shop(by_key=True), tmp_path / "net.onnx"
     model = converters.from_keras(net)
     converters.to_onnx(model, path)
     net.save(tmp_path / "net.keras")
@@ -275,7 +265,7 @@ def test_the_command_line(tmp_path):
 
     from fwt.cli import app
 
-    net, path = shop(), tmp_path / "net.onnx"
+    net, path = shop(by_key=True), tmp_path / "net.onnx"
     net.save(tmp_path / "net.keras")
     run = CliRunner().invoke
     made = run(app, ["convert", str(tmp_path / "net.keras"), str(path), "--verify"])

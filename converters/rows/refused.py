@@ -67,7 +67,7 @@ TORCH = {
             "MaxUnpool2d",
             "MaxUnpool3d",
         ],
-        _TWO + " (two inputs)",
+        _TWO,
     ),
     **dict.fromkeys(["RNNCell", "LSTMCell", "GRUCell"], _CELL),
     **dict.fromkeys(

@@ -1,6 +1,9 @@
 """The type Graph: names, values at init, and what every module of ours can do."""
 
 import pickle
+import types
+import weakref
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -184,3 +187,23 @@ def test_a_constant_is_no_larger_than_it_says():
     for shape in ((500,), (501, 500)):
         with pytest.raises(fwt.FwtError, match="bytes"):
             layer.clone(shape=shape).apply({})
+
+
+class Watched(nn.Module):
+    """Counts which of the arrays that such layers were given are still held."""
+
+    given: Any
+    held: Any
+
+    def __call__(self, x):
+        self.given.refs.append(weakref.ref(x))
+        self.held.counts.append(sum(ref() is not None for ref in self.given.refs))
+        return x + 1
+
+
+def test_outside_jit_what_no_later_node_takes_is_let_go():
+    given, held = types.SimpleNamespace(refs=[]), types.SimpleNamespace(counts=[])
+    layers = [(f"n{i}", Watched(given, held), f"n{i - 1}" if i else "input") for i in range(8)]
+    fwt.Graph(layers).apply({}, jnp.ones((2, 3)))
+    assert len(held.counts) == 8
+    assert max(held.counts) <= 3

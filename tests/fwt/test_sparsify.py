@@ -605,6 +605,19 @@ def test_each_sparsify_of_several_keeps_what_it_pruned():
         assert zeros == {"a/kernel": 42, "b/kernel": 22}
 
 
+def test_two_sparsify_of_one_leaf_keep_what_either_pruned():
+    inner = sparsify(optax.sgd(0.1), 0.5)
+    tx = fwt.optim.constrain(sparsify(inner, 0.4, S.random, key=1),
+                             lambda tree: jax.tree.map(lambda x: x + 1, tree))  # fmt: skip
+    params = weights()
+    updates, state = tx.update(weights(1), tx.init(params), params)
+    found = kernels(optax.apply_updates(params, updates))
+    one, other = kernels(state.masks), kernels(state.inner.masks)
+    for path, value in found.items():
+        assert (~one[path] & other[path]).any()
+        assert not value[~(one[path] & other[path])].any()
+
+
 def test_what_refills_leaves_that_are_not_pruned_is_let():
     tx = sparsify(optax.sgd(0.1), 0.5, where="a/kernel")
     for t in (fwt.project(C.zero_mean, where="b/kernel"),

@@ -253,7 +253,7 @@ def drawn(kind, count, first, jobs, path):
         told = {x["seed"]: x for x in found if "said" in x}
     seeds = range(first, first + count)
     pool = concurrent.futures.ProcessPoolExecutor(
-        jobs, multiprocessing.get_context("spawn"), alone, max_tasks_per_child=100
+        jobs, multiprocessing.get_context("spawn"), alone, max_tasks_per_child=300
     )
     with pool, path.open("a") as file:
         left = [pool.submit(outcome, kind, seed) for seed in seeds if seed not in told]

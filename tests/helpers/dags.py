@@ -515,7 +515,7 @@ def run(seed):
     """What is wrong with the model of a seed: "" if nothing, or the refusals."""
     import cases
 
-    keras.utils.clear_session()
+    keras.utils.clear_session(free_memory=False)  # which takes as long as all the rest
     draw = Draw(seed)
     model, used = draw.model()
     cases.randomise_keras(model, seed)

@@ -225,6 +225,7 @@ def worst(found, expected):
     return max(error(a, b.numpy()) for a, b in zip(plain, expected, strict=True))
 
 
+PART = 150  # graphs of one process
 DRAWN = {"keras": "dags", "torch": "torch_dags"}
 
 
@@ -252,17 +253,18 @@ def drawn(kind, count, first, jobs, path):
         found = [x for x in map(json.loads, lines) if x.pop("kind") == kind]
         told = {x["seed"]: x for x in found if "said" in x}
     seeds = range(first, first + count)
-    pool = concurrent.futures.ProcessPoolExecutor(
-        jobs, multiprocessing.get_context("spawn"), alone, max_tasks_per_child=300
-    )
-    with pool, path.open("a") as file:
-        left = [pool.submit(outcome, kind, seed) for seed in seeds if seed not in told]
-        for done in concurrent.futures.as_completed(left):
-            result = told[done.result()["seed"]] = done.result()
-            file.write(json.dumps({"kind": kind, **result}) + "\n")
-            file.flush()
-            if "wrong" in result:
-                print(result["seed"], result["wrong"], flush=True)
+    left = [seed for seed in seeds if seed not in told]
+    part, spawn = PART * jobs, multiprocessing.get_context("spawn")
+    with path.open("a") as file:
+        for at in range(0, len(left), part):  # new processes, since what they compile is kept
+            with concurrent.futures.ProcessPoolExecutor(jobs, spawn, alone) as pool:
+                these = [pool.submit(outcome, kind, seed) for seed in left[at : at + part]]
+                for done in concurrent.futures.as_completed(these):
+                    result = told[done.result()["seed"]] = done.result()
+                    file.write(json.dumps({"kind": kind, **result}) + "\n")
+                    file.flush()
+                    if "wrong" in result:
+                        print(result["seed"], result["wrong"], flush=True)
     return [told[seed] for seed in seeds]
 
 

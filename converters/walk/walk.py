@@ -288,7 +288,7 @@ class Walk(Merges):
                 self._arrange([*rest, *among], layer.name)
             elif len(among) > 1:
                 raise refuse(
-                    str(layer), f"torch has one {setting.flax} only, found {len(among)} axes"
+                    str(layer), f"torch's has numbers along one axis only, found {len(among)} axes"
                 )
             elif among:
                 self._arrange([rest[0], *among, *rest[1:]], layer.name)

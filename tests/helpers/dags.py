@@ -494,6 +494,7 @@ REFUSED = (
     "has the weights of",
     "torch can't say a mean",
     "torch.nn has no such layer",  # UnitNormalization
+    "numbers along one axis only",  # PReLU
 )
 
 

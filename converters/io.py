@@ -94,7 +94,7 @@ def write_atomically(path: Path, write: Callable[[Any], None]) -> None:
         handle = os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         leave(name)
         with os.fdopen(handle, "wb") as file:
-            write(Counted(file))
+            write(Counted(file, Path(name)))
             file.flush()
             os.fsync(file.fileno())
         with contextlib.suppress(FileNotFoundError):
@@ -159,10 +159,10 @@ def _writing(path: Path) -> Iterator[tuple[Path, Callable[[str], None]]]:
 
 
 class Counted:
-    """A file that tells how much was written."""
+    """A file that tells how much was written; ``path`` is where it stands meanwhile."""
 
-    def __init__(self, file: Any):
-        self.file = file
+    def __init__(self, file: Any, path: Path | None = None):
+        self.file, self.path = file, path
 
     def write(self, data: Any) -> int:
         count: int = self.file.write(data)

@@ -205,7 +205,7 @@ def nudged(x: Any, by: float) -> Any:
     if abs(by) < float(jnp.finfo(x.dtype).eps):  # stored with fewer bits than are computed with
         x = x.astype(np.float32)
     grows = np.random.default_rng(x.size).integers(0, 2, x.shape, np.int8)
-    return np.asarray(x * np.where(grows, 1 + by, 1 - by).astype(x.dtype))
+    return np.asarray(x * np.where(grows, x.dtype.type(1 + by), x.dtype.type(1 - by)))
 
 
 def unsettled(y: Any, by: float) -> Any:

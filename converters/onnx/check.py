@@ -2,6 +2,7 @@
 
 import functools
 import math
+import mmap
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -19,24 +20,23 @@ from fwt.converters.onnx.ends import Input
 from fwt.converters.onnx.layers import refused
 from fwt.converters.walk import policy
 
-_FOLDER = "session.model_external_initializers_file_folder_path"
-# Loads a message as the process that writes it would.
-_LOADS = f"""
+# Loads a file as the process that writes it would.
+_LOADS = """
 import sys, onnxruntime
 options = onnxruntime.SessionOptions()
 options.log_severity_level = 3
-options.add_session_config_entry({_FOLDER!r}, sys.argv[1])
-onnxruntime.InferenceSession(sys.stdin.buffer.read(), options, ["CPUExecutionProvider"])
+onnxruntime.InferenceSession(sys.argv[1], options, ["CPUExecutionProvider"])
 """
 
 
-def _check_loads(message: bytes, folder: Path) -> None:
+def _check_loads(file: Path) -> None:
     """Raises where onnxruntime crashes on a graph, as 1.32 does in float16 on a product after a
     transposition: in a process of its own, since a crash takes its process along."""
-    if b"Transpose" not in message or b"MatMul" not in message:
-        return
-    command = [sys.executable, "-c", _LOADS, str(folder.resolve())]
-    if subprocess.run(command, input=message, capture_output=True).returncode < 0:
+    with file.open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as there:
+        if there.find(b"Transpose") < 0 or there.find(b"MatMul") < 0:
+            return
+    command = [sys.executable, "-c", _LOADS, str(file)]
+    if subprocess.run(command, capture_output=True).returncode < 0:
         raise ConversionError(
             "to_onnx: onnxruntime crashes on this graph in float16; nothing is written. "
             f"{policy.WAY_OUT}"
@@ -44,20 +44,17 @@ def _check_loads(message: bytes, folder: Path) -> None:
 
 
 @judge.full_products()
-def compare(
-    message: bytes, folder: Path, module: Any, variables: Any, inputs: Sequence[Input]
-) -> None:
+def compare(file: Path, module: Any, variables: Any, inputs: Sequence[Input]) -> None:
     """Raises unless onnxruntime computes what the module does."""
     import onnxruntime
 
     computed = _computed(module, variables, [np.zeros((1, *x.shape), x.dtype) for x in inputs])
     if np.float16 in computed:
-        _check_loads(message, folder)
+        _check_loads(file)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    options.add_session_config_entry(_FOLDER, str(folder.resolve()))
     with refused("to_onnx: onnxruntime can't run it"):
-        session = onnxruntime.InferenceSession(message, options, ["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(file, options, ["CPUExecutionProvider"])
     names = [x.name for x in session.get_inputs()]
     gives = [y.name for y in session.get_outputs()]
     if any("bfloat16" in x.type for x in (*session.get_inputs(), *session.get_outputs())):
@@ -69,32 +66,34 @@ def compare(
     large = sum(math.prod(x.shape) for x in inputs) > judge.LARGE
     rows = np.array(judge.FEW) if large else np.arange(count)
     xs = [x[rows % len(x)] for x in each]
-    told: list[judge.Apart] = []
+    batches = [[x[:1] for x in xs], xs]
+    with refused("to_onnx: onnxruntime can't run it"):
+        theirs = [session.run(None, dict(zip(names, given, strict=True))) for given in batches]
+    del session  # which holds the weights once more
 
     def run(variables: Any, given: Sequence[Any]) -> list[Any]:
         return ends.flat(module, call(module, variables, *given))
 
     once = jax.jit(run) if large else run
-    for given in ([x[:1] for x in xs], xs):
+    told: list[judge.Apart] = []
+    for given, found in zip(batches, theirs, strict=True):
         wanted = [np.asarray(y) for y in once(variables, [jax.numpy.asarray(x) for x in given])]
-        with refused("to_onnx: onnxruntime can't run it"):
-            found = session.run(None, dict(zip(names, given, strict=True)))
         noise: list[Any] = []
         told = []
-        for at, (theirs, ours) in enumerate(zip(found, wanted, strict=True)):
+        for at, (their, ours) in enumerate(zip(found, wanted, strict=True)):
             which = f" {gives[at]!r}" if len(gives) > 1 else ""
-            if theirs.shape != ours.shape:
+            if their.shape != ours.shape:
                 raise ConversionError(
-                    f"to_onnx: onnxruntime gives the output{which} as {list(theirs.shape)}, "
+                    f"to_onnx: onnxruntime gives the output{which} as {list(their.shape)}, "
                     f"expected {list(ours.shape)}"
                 )
-            eps = judge.eps_of([*computed, theirs.dtype])
-            told.append(judge.apart(ours, theirs, eps=eps, clamps=True))
+            eps = judge.eps_of([*computed, their.dtype])
+            told.append(judge.apart(ours, their, eps=eps, clamps=True))
             if not told[-1].equal:
                 if not noise:
                     each_way = functools.partial(_nudged, run, variables, given)
                     noise = judge.rounding(each_way, wanted, eps)
-                told[-1] = judge.apart(ours, theirs, [noise[at]], eps=eps, clamps=True)
+                told[-1] = judge.apart(ours, their, [noise[at]], eps=eps, clamps=True)
             if told[-1].excess > 1:
                 raise ConversionError(
                     f"to_onnx: onnxruntime's output{which} differs by {told[-1].absolute:.3g}, "

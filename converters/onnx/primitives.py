@@ -23,7 +23,7 @@ class Weight:
     so that they cross bit for bit. ``undo`` says how the leaves come back from it."""
 
     def __init__(self, name: str, value: np.ndarray, undo: Mapping[str, list[Any]]):
-        self.name, self.value, self.undo = name, np.asarray(value, order="C"), undo
+        self.name, self.value, self.undo = name, value, undo
 
     def moved(self, value: np.ndarray, *step: Any) -> "Weight":
         """With its numbers at other places, from which the step brings them back."""

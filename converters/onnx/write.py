@@ -115,9 +115,8 @@ def save_onnx(file: Any, module: Any, variables: Any, layout: str | None) -> Non
     proto, weights = given.converted()
     if (total := sum(w.nbytes for w in weights.values())) > LIMIT:
         raise ConversionError(f"{total:,} bytes are too many for one .onnx file; use to_onnx")
-    message, _ = _message(proto, weights, None)
-    given.check(message, Path())
-    file.write(message)
+    _written(file, proto, weights)
+    given.check(file.path)
 
 
 class _Given:
@@ -134,9 +133,9 @@ class _Given:
     def converted(self) -> tuple[Any, dict[str, np.ndarray]]:
         return _converted(self.module, self.variables, self.inputs, self.opset)
 
-    def check(self, message: bytes, folder: Path) -> None:
+    def check(self, file: Path) -> None:
         if importlib.util.find_spec("onnxruntime") is not None:
-            _check.compare(message, folder, self.module, self.variables, self.inputs)
+            _check.compare(file, self.module, self.variables, self.inputs)
 
 
 def _checked(module: Any, variables: Any, opset: int) -> tuple[Any, Any]:
@@ -426,32 +425,58 @@ def _finish(
 # -- the file --------------------------------------------------------------------------------------
 
 
-def _message(
-    proto: Any, weights: dict[str, np.ndarray], outside: "_Outside | None"
-) -> tuple[bytes, list[np.ndarray]]:
-    """The message with its weights, which are used up, and those that are to be written into
-    another file."""
+def _written(
+    file: Any, proto: Any, weights: dict[str, np.ndarray], outside: "_Outside | None" = None
+) -> list[np.ndarray]:
+    """Writes the message with its weights, one after the other, so that there is no copy of all;
+    gives those that are to be written into another file."""
     import onnx
 
     kept: list[np.ndarray] = []
+    inside: list[tuple[bytes, np.ndarray | None]] = []
     inputs = list(proto.graph.input)
     start = len(inputs) - len(weights)
     del proto.graph.input[start:]
     for value in inputs[start:]:
-        array = np.asarray(weights.pop(value.name), order="C")  # of rank 0 too
-        tensor = proto.graph.initializer.add(
-            name=value.name, dims=array.shape, data_type=value.type.tensor_type.elem_type
-        )
+        array = _io.native(weights[value.name])
+        kind = value.type.tensor_type.elem_type
+        tensor = onnx.TensorProto(name=value.name, dims=array.shape, data_type=kind)
         if outside is None or array.nbytes < 1024:
-            tensor.raw_data = _io.native(array).tobytes()
+            told = tensor.SerializeToString() + _field(onnx.TensorProto, "raw_data", array.nbytes)
+            inside.append((told, array))
             continue
         tensor.data_location = onnx.TensorProto.EXTERNAL
-        for key, told in outside.place(array.nbytes):
-            tensor.external_data.add(key=key, value=str(told))
+        for key, there in outside.place(array.nbytes):
+            tensor.external_data.add(key=key, value=str(there))
         kept.append(array)
-    message = proto.SerializeToString()
-    proto.graph.ClearField("initializer")  # of which the message has a copy
-    return message, kept
+        inside.append((tensor.SerializeToString(), None))
+    sizes = [len(told) + (0 if array is None else array.nbytes) for told, array in inside]
+    heads = [_field(onnx.GraphProto, "initializer", size) for size in sizes]
+    graph = proto.graph.SerializeToString()
+    proto.ClearField("graph")
+    file.write(proto.SerializeToString())
+    file.write(_field(onnx.ModelProto, "graph", len(graph) + sum(sizes) + sum(map(len, heads))))
+    file.write(graph)
+    for head, (told, raw) in zip(heads, inside, strict=True):
+        file.write(head + told)
+        if raw is not None:
+            _io.write_array(file, raw)
+    file.flush()
+    return kept
+
+
+def _field(message: Any, name: str, size: int) -> bytes:
+    """What stands before the bytes of a field in protobuf: its number, its kind and its size."""
+    number = message.DESCRIPTOR.fields_by_name[name].number
+    return _varint(number << 3 | 2) + _varint(size)
+
+
+def _varint(number: int) -> bytes:
+    out = bytearray()
+    while number > 127:
+        out.append(number & 127 | 128)
+        number >>= 7
+    return bytes([*out, number])
 
 
 class _Outside:
@@ -471,33 +496,32 @@ def _write(
     proto: Any,
     weights: dict[str, np.ndarray],
     external: bool,
-    check: Callable[[bytes, Path], None],
+    check: Callable[[Path], None],
 ) -> None:
     # A name of its own, so that the file that is there now keeps its weights until it is replaced.
     # Nothing is removed: another file may name the data of the one that is replaced.
     path = path.resolve()
     outside = _Outside(f"{path.name}.{secrets.token_hex(4)}.data") if external else None
-    message, arrays = _message(proto, weights, outside)
 
     def write(file: Any) -> None:
-        check(message, path.parent)
-        file.write(message)
+        arrays = _written(file, proto, weights, outside)
+        if outside is not None:
+            _io.write_atomically(beside, lambda data: write_data(data, arrays))
+        check(file.path)
 
-    if outside is None:
-        _io.write_atomically(path, write)
-        return
-
-    def write_data(file: Any) -> None:
+    def write_data(file: Any, arrays: list[np.ndarray]) -> None:
         at = 0
         for array in arrays:
             file.write(bytes(-at % 4096))
             _io.write_array(file, array)
             at += -at % 4096 + array.nbytes
 
+    if outside is None:
+        _io.write_atomically(path, write)
+        return
     beside = path.parent / outside.name
-    _io.write_atomically(beside, write_data)
     try:
         _io.write_atomically(path, write)
     except BaseException:
-        beside.unlink()
+        beside.unlink(missing_ok=True)
         raise

@@ -99,6 +99,12 @@ def written(model, folder):
     converters.to_onnx(model, folder / "out.onnx")
 
 
+def unchecked(model, folder):
+    from fwt import converters
+
+    converters.to_onnx(model, folder / "out.onnx", check=False)
+
+
 def saved(model, folder):
     from fwt import converters
 
@@ -114,6 +120,7 @@ WAYS = {
     "Flax to torch": (flax_model, ours("to_torch")),
     "torch to Flax": (torch_model, ours("from_torch", FIRST)),
     "Flax to ONNX": (flax_model, written),
+    "Flax to ONNX, check=False": (flax_model, unchecked),
     "torch to ONNX": (torch_model, through("from_torch", FIRST)),
     "torch to ONNX, `torch.onnx.export`": (torch_model, torch_onnx),
     "Keras to ONNX": (keras_model, through("from_keras")),

@@ -495,6 +495,7 @@ REFUSED = (
     "torch can't say a mean",
     "torch.nn has no such layer",  # UnitNormalization
     "numbers along one axis only",  # PReLU
+    "no reset_after=False",  # GRU
 )
 
 

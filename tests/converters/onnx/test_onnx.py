@@ -32,6 +32,7 @@ from exporters import exported
 import fwt
 from fwt import converters
 from fwt import layers as fl
+from fwt.converters.onnx import write
 from fwt.converters.rows import table as _table
 
 k, t = keras.layers, torch.nn
@@ -275,6 +276,30 @@ def test_half_weights_stay_half(tmp_path, dtype):
     assert kinds == {onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))}
     close(run(path, x), np.asarray(net.apply(variables, x)))
     same_leaves(variables, converters.from_onnx(path).variables)
+
+
+def test_weights_are_written_one_after_the_other(tmp_path):
+    """What is held beside the model is one array, turned, and never a message of all."""
+    size = 1 << 20
+    shapes = {"turned": (4, size // 4), "plain": (size,), "single": ()}
+    weights = {n: np.random.default_rng(i).normal(size=s).astype("float32")
+               for i, (n, s) in enumerate(shapes.items())}  # fmt: skip
+    weights = {n: w.T for n, w in weights.items()}
+    values = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, w.shape)
+              for n, w in weights.items()]  # fmt: skip
+    one = onnx.helper.make_tensor("own", onnx.TensorProto.FLOAT, [1], [3.0])
+    graph = onnx.helper.make_graph([], "g", values, [], [one])
+    message = onnx.helper.make_model(graph)
+    tracemalloc.start()
+    with (tmp_path / "net.onnx").open("wb") as file:
+        assert write._written(file, message, weights) == []
+    held = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert held < 1.5 * 4 * size
+    found = onnx.load(tmp_path / "net.onnx").graph.initializer
+    assert [t.name for t in found] == ["own", "turned", "plain", "single"]
+    for tensor in found[1:]:
+        np.testing.assert_array_equal(onnx.numpy_helper.to_array(tensor), weights[tensor.name])
 
 
 def test_weights_in_a_file_of_their_own(tmp_path):

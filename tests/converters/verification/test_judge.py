@@ -492,7 +492,9 @@ def test_a_file_is_checked_at_the_ends_before_it_is_written(tmp_path):
         model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)])
         model.ir_version = 8
         inputs = [ends.Input("input", (3,), np.dtype(np.float32), 0)]
-        given = (model.SerializeToString(), tmp_path, Safe(), {}, inputs)
+        path = tmp_path / "net.onnx"
+        path.write_bytes(model.SerializeToString())
+        given = (path, Safe(), {}, inputs)
         if fits:
             check.compare(*given)
             continue
@@ -670,8 +672,9 @@ def test_what_is_checked_before_a_file_is_written(tmp_path):
             return jax.numpy.sin(y * 1e9) if self.sine else y
 
     def check(module, factor):
-        message = identity_file(["n", 3], factor)
-        compare(message, tmp_path, module, {}, [Input("x", (3,), np.dtype(np.float32), 0)])
+        path = tmp_path / "net.onnx"
+        path.write_bytes(identity_file(["n", 3], factor))
+        compare(path, module, {}, [Input("x", (3,), np.dtype(np.float32), 0)])
 
     check(Times(2.0), 2.0)
     check(Times(np.nan), np.nan)

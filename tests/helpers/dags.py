@@ -50,7 +50,7 @@ class Draw:
 
     def name(self, kind):
         self.count += 1
-        return f"{kind.lower()}_{self.count}"
+        return f"{kind.lower()}{self.count}"  # unlike "add_1", as operations are called
 
     def layer(self, kind, *given, **settings):
         made = getattr(keras.layers, kind)(*given, name=self.name(kind), **settings)

@@ -27,7 +27,6 @@ LEFT_OUT = {
     "Swin": {"attn.relative_position_index"},
     "Swin, unshifted": {"attn.relative_position_index"},
     "WaveNet": {"residual_convs.2.weight", "residual_convs.2.bias"},
-    "Transformer": {"positional_encoding.pe"},
     "nanoGPT, slow": {"transformer.h.0.attn.bias", "transformer.h.1.attn.bias"},
 }
 SUMMED = {"BiLSTM"}  # whose two biases cross as their sum

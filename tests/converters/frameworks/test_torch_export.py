@@ -5,6 +5,7 @@ import math
 from collections import OrderedDict
 
 import jax
+import keras
 import numpy as np
 import pytest
 import torch
@@ -395,6 +396,28 @@ def test_buffers_keep_their_keys():
         assert set(found) == set(state)
         assert all(torch.equal(found[k], v) for k, v in state.items())
     assert converters.verify(net, model).ok
+
+
+def test_what_does_nothing_at_inference_keeps_its_name():
+    """As Keras's Dropout with a shape of its noise, which torch has as an Identity."""
+    keep = keras.layers.Dropout(0.2, noise_shape=(None, 1, 1, 1), name="keep")
+    h, w = IMAGE[1:]
+    x = keras.Input((h, w, IMAGE[0]))
+    y = keras.layers.Conv2D(4, 1, name="conv")(x)
+    y = keras.layers.Add()([y, keep(y)])
+    y = keras.layers.SpatialDropout2D(0.3, name="spatial")(y)
+    given = keras.Model(x, y)
+    net = converters.to_torch(converters.from_keras(given))
+    back = converters.to_keras(converters.from_torch(net, IMAGE))
+    names = [x.name for x in back.layers]
+    assert {"conv", "keep", "spatial"} <= set(names)
+    assert type(back.get_layer("spatial")) is keras.layers.SpatialDropout2D
+    image = np.random.default_rng(0).normal(size=(2, h, w, IMAGE[0])).astype("float32")
+    close(back(image), given(image))
+    forward = nn.Identity.forward
+    net = Net(lambda m, x: m.a(x) + m.b((x, 2))[0], a=nn.Identity(), b=nn.Identity())
+    assert [n.name for n in converters.from_torch(net, (3,)).module.nodes] == ["a", "add"]
+    assert nn.Identity.forward is forward
 
 
 def test_channels_that_a_module_puts_elsewhere_are_found_there():

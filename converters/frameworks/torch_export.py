@@ -267,10 +267,14 @@ def _report_unused(model: torch.nn.Module, reader: Reader, layers: list[Layer]) 
 
 
 def _check_ties(reader: Reader, layers: list[Layer]) -> None:
-    """Raises for an array that two layers have; a second call of one layer has none of its own."""
-    holder: dict[str, str] = {}
+    """Raises for an array that two layers have, unless each has other entries of it; a second call
+    of one layer has none of its own."""
+    holders: dict[str, list[str]] = {}
     for layer in layers:
         for path in () if layer.of else sorted(reader.paths.get(layer.name, ())):
-            if holder.setdefault(path, layer.name) != layer.name:
-                raise refuse(layer.name, f"it and {holder[path]} share the array {path}",
-                             "give each its own, parameter.clone()")  # fmt: skip
+            for other in holders.setdefault(path, []):
+                mine, theirs = (reader.parts.get((n, path)) for n in (layer.name, other))
+                if mine is None or theirs is None or np.intersect1d(mine, theirs).size:
+                    raise refuse(layer.name, f"it and {other} share the array {path}",
+                                 "give each its own, parameter.clone()")  # fmt: skip
+            holders[path].append(layer.name)

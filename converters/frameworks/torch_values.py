@@ -51,6 +51,8 @@ class Reader(Tensors):
         self.positions: dict[Any, tuple[str, torch.Tensor | None]] = {}
         self.index: dict[str, torch.Tensor] = {}  # by array, the positions that are taken
         self.paths: dict[str, frozenset[str]] = {}  # the arrays of the model in a layer
+        # Of which of these a layer has a part alone, as positions in it.
+        self.parts: dict[tuple[str, str], Any] = {}
         self.made: dict[Any, Value] = {}  # arrays between layers
         self.batch: Any = None  # the symbol that counts the examples
 

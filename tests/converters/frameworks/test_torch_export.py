@@ -468,6 +468,55 @@ def test_whole_numbers_stay_whole():
     assert run(model, [big]).tolist() == [[2**26 + 3]]
 
 
+@pytest.mark.parametrize(
+    ("low", "high"),
+    thorough_but(1, [(1, 4), (0, 6), (None, 4), (2, None), (-(2**40), 2**40)]),
+)
+def test_whole_numbers_are_bounded(low, high):
+    bounds = low, high
+    net = Net(lambda m, x: m.e(x.clamp(*bounds)), e=nn.Embedding(7, 3))
+    ids = torch.randint(0, 7, (3, 5))
+    model = converters.from_torch(net, ids)
+    assert_same(net(ids), run(model, [ids]))
+    assert_same(net(ids), converters.to_torch(model)(ids))
+    with pytest.raises(ConversionError, match="an array of int32, which Keras has no layer"):
+        converters.to_keras(model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "widths"),
+    thorough_but(
+        1, [(bool, {"kdim": 5, "vdim": 3}), (bool, {}), (float, {"kdim": 5}), (float, {})]
+    ),
+)
+def test_attention_takes_a_mask(kind, widths):
+    """Also one that is not causal, of keys and values that are another tensor than the queries."""
+    mask = torch.rand(7, 7) < 0.4 if kind is bool else torch.randn(7, 7)
+    mask[:, 0] = False
+    net = Net(
+        lambda m, x: m.a(x, m.k(x), m.v(x), attn_mask=mask)[0],
+        a=nn.MultiheadAttention(6, 2, batch_first=True, **widths),
+        k=nn.Linear(6, widths.get("kdim", 6)), v=nn.Linear(6, widths.get("vdim", 6)),
+    ).eval()  # fmt: skip
+    x = torch.randn(3, 7, 6)
+    model = converters.from_torch(net, (7, 6), layout="source")
+    assert_same(net(x), run(model, [x]))
+    assert_same(net(x), converters.to_torch(model, layout="source")(x))
+    close(converters.to_keras(model)(x.numpy()), net(x).detach())
+
+
+def test_two_layers_of_one_array_have_each_their_entries():
+    def of(second):
+        return Net(lambda m, x: F.linear(x, m.w[:4]).tanh() + F.linear(x, m.w[second]),
+                   w=p(8, 6))  # fmt: skip
+
+    (x,) = inputs_of(STEPS)
+    net = of(slice(4, None))
+    assert_same(net(x), run(converters.from_torch(net, STEPS), [x]))
+    with pytest.raises(ConversionError, match="linear__1: it and linear share the array w"):
+        converters.from_torch(of(slice(3, 7)), STEPS)
+
+
 def test_ids_are_drawn_within_the_table_of_their_input():
     net = Net(lambda m, x, y: m.e(x) + m.f(y), e=nn.Embedding(9, 6), f=nn.Embedding(4, 6))
     xs = torch.tensor([[8, 1]]), torch.tensor([[3, 0]])

@@ -257,7 +257,9 @@ class Shapes(Writer):
         numbers = all(isinstance(d, int) for d in dims)
         if not dims or not numbers or sorted(dims) != list(range(len(dims))):
             raise refuse(str(layer), f"dims={dims!r} must be an order of all axes")
-        if dims[0] != 0 and not layer.fused and self.layout != "source":
+        alone = self.have is not None and self.n is None  # an array of the model, without a batch
+        moves = dims[0] != 0 and not alone
+        if moves and not layer.fused and self.layout != "source":
             raise refuse(
                 str(layer),
                 f"dims={dims!r} moves the batch, so where the ends have it is not known",
@@ -267,11 +269,11 @@ class Shapes(Writer):
             raise Restart("rank", dict.fromkeys(self.roots, len(dims)))
         if len(dims) != len(self.have):
             raise refuse(str(layer), f"dims={dims!r} does not fit rank {len(self.have)}")
-        if dims[0] != 0 and not layer.fused and self.target == "keras":
+        if moves and not layer.fused and self.target == "keras":
             raise refuse(str(layer), "the batch axis would have to move, which Keras can't do")
         together = self.have == self.want
         self.have = [self.have[d] for d in dims]
-        if dims[0] != 0 and self.n is not self.have[0] and not self.batch:
+        if moves and self.n is not self.have[0] and not self.batch:
             # The layer after it takes the batch first, so that is what this axis is.
             new = dict(self.have[0].origin)
             if not new or set(new) & set(self.batches):
@@ -279,7 +281,9 @@ class Shapes(Writer):
             raise Restart("batch", new)
         if layer.fused:
             return
-        if together and CONVENTION[self.source] == CONVENTION[self.target] == "channels_last":
+        if alone:
+            self._arrange(list(self.have), layer.name)
+        elif together and CONVENTION[self.source] == CONVENTION[self.target] == "channels_last":
             self._emit(table.PERMUTE, layer.name, {"dims": dims}, At(str(layer), ()))
             self.want = list(self.have)
         else:

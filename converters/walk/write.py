@@ -79,7 +79,7 @@ class Writer:
         if order == self.want:
             return
         dims = tuple(self.want.index(a) for a in order)
-        made = self.out[-1] if self.out and self.out[-1].name == self.tips[0] else None
+        made = next((x for x in reversed(self.out) if x.name == self.tips[0]), None)
         own = made is not None and not made.inputs and made.name not in self.several
         if self.n is None and made is not None and own:  # is turned itself
             reindex(made, lambda value: value.transpose(dims), self.target)

@@ -121,3 +121,22 @@ def test_a_part_of_a_buffer_keeps_the_whole():
     expected = net(x).detach().numpy()
     np.testing.assert_allclose(back(x).detach(), expected, atol=1e-5)
     np.testing.assert_allclose(converters.to_keras(model)(x.numpy()), expected, atol=1e-5)
+
+
+def test_a_learned_array_is_turned_itself(tmp_path):
+    """Also where other layers stand before what it meets; a transposition of it would seem to move
+    the batch."""
+
+    def forward(m, x):
+        y = x.view(-1, 1, 6, 1).permute(0, 2, 1, 3) * m.g
+        z = m.a(x).tanh()
+        return m.l(y).flatten(1) + z
+
+    net = Net(forward, g=nn.Parameter(torch.randn(1, 1, 1)), l=nn.Linear(1, 3), a=nn.Linear(6, 18))
+    x = torch.randn(2, 6)
+    model = converters.from_torch(net, (6,), layout="source")
+    converters.save(tmp_path / "w.safetensors", model)
+    assert converters.load(tmp_path / "w.safetensors").module == model.module
+    back = converters.to_torch(model, layout="source")
+    assert torch.equal(back.state_dict()["g"], net.g)
+    np.testing.assert_allclose(back(x).detach(), net(x).detach(), atol=1e-6)

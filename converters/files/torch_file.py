@@ -17,6 +17,7 @@ from fwt.converters.files import source as _source
 from fwt.converters.files import torch_pickle
 from fwt.converters.files.torch_pickle import DTYPES, STORAGES
 from fwt.converters.frameworks import flax as _flax
+from fwt.converters.frameworks import sidecar as _sidecar
 from fwt.converters.frameworks.torch_layers import torch_key, torch_net, torch_state
 from fwt.converters.io import Budget, Reading, dtype_of, member, nested, opened, reading
 from fwt.converters.rows.row import refuse
@@ -261,12 +262,15 @@ def save_torch(file: Any, module: Any, variables: Any, layout: str | None) -> No
     else:
         beside, metadata = {}, {}
         net = torch_net(_flax.read_flax(module, variables), layout or "channels_first", True)
+        net = _sidecar.restored(net, module, "torch", state=True)
         state = {
             ".".join(torch_key(x, n)): v
             for x in net.layers
             for n, v in torch_state(x).items()
             if not x.of
         }
+        rank = {name: i for i, name in enumerate(_sidecar.order(module))}
+        state = dict(sorted(state.items(), key=lambda item: rank.get(item[0], len(rank))))
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr("archive/data.pkl", _pickled(state, metadata))
         archive.writestr("archive/byteorder", "little")

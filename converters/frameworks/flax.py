@@ -15,6 +15,7 @@ from fwt import _nodes, _tree
 from fwt._graph import Graph, Node, inputs_of, names_in, nodes_of
 from fwt._sequential import Named, Sequential
 from fwt._types import ConversionError, Model
+from fwt.converters.frameworks import sidecar
 from fwt.converters.rows import table
 from fwt.converters.rows.row import Layer, Row, parts_of, refuse, same
 from fwt.converters.walk import policy
@@ -91,13 +92,14 @@ def read_flax(module: Any, variables: Any) -> Net:
             continue
         layer = _layer(node.name, node.layer, held[node.name])
         layers[node.name] = dataclasses.replace(layer, inputs=node.inputs)
-    shape = module.input_shape
+    shape, orders = module.input_shape, sidecar.orders(module)
     if isinstance(module, Graph):
         inputs = dict.fromkeys(names_in(module.inputs))
-        net = Net(list(layers.values()), inputs, module.outputs, module.inputs)
+        net = Net(list(layers.values()), inputs, module.outputs, module.inputs, orders)
         return net.given(shape)
     (start,) = inputs_of(module)
-    return Net(list(layers.values()), {start: shape}, nodes[-1].name if nodes else start)
+    end = nodes[-1].name if nodes else start
+    return Net(list(layers.values()), {start: shape}, end, orders=orders)
 
 
 def _belongs_to_none(
@@ -164,7 +166,7 @@ def _graph(net: Net) -> tuple[Graph, dict[str, dict[str, Any]]]:
         if layer.kind == "Constant":
             told = Constant.settings(layer.arrays["value"])
             layer = dataclasses.replace(layer, settings=told, arrays={})
-        if layer.kind == "Indexed":
+        if layer.kind in ("Indexed", "IndexedBuffer"):
             table_, index = layer.settings["table"], layer.arrays["value"].astype(np.int32)
             told = {"shape": table_.shape, "index": packed(index), "gives": index.shape}
             layer = dataclasses.replace(layer, settings=told, arrays={"value": table_})

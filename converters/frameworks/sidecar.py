@@ -86,7 +86,8 @@ def with_sidecar(
 
 def _with(model: Model, framework: Framework, kept: dict[str, Any], whole: Any) -> Model:
     told = {"framework": framework, "layers": kept, **({"whole": whole} if whole else {})}
-    text = json.dumps(told, sort_keys=True)
+    found = orders(model.module)
+    text = json.dumps(told | ({"orders": found} if found else {}), sort_keys=True)
     return Model(model.module.clone(sidecar=text), model.variables)
 
 
@@ -128,6 +129,40 @@ def order(module: Any) -> list[str]:
         raise ConversionError("the sidecar's order is no list of names; module.clone(sidecar='') "
                               "drops it")  # fmt: skip
     return found
+
+
+def orders(module: Any) -> dict[str, tuple[int, ...] | None]:
+    """The orders that :func:`with_orders` put there."""
+    with _trusted():
+        found = _told(module, "torch").get("orders", {})
+        out = {name: None if dims is None else tuple(dims) for name, dims in found.items()}
+        if any(dims and sorted(dims) != list(range(len(dims))) for dims in out.values()):
+            raise ValueError("an order of axes")
+        return out
+
+
+def with_orders(
+    model: Model,
+    wanted: Mapping[str, tuple[int, ...] | None],
+    back: Callable[[Model], Sequence[Mapping[str, Any]]],
+) -> Model:
+    """The model, which knows in which order torch had the axes that weights count, where the way
+    ``back`` would bring them in another: of each way it says the order by layer."""
+
+    def apart(model: Model) -> set[str]:
+        return {name for found in back(model) for name, dims in wanted.items()
+                if dims is not None and [*np.argsort(found.get(name, ()))] != [*dims]}  # fmt: skip
+
+    if not wanted or not apart(model):
+        return model
+
+    def telling(wanted: Mapping[str, Any]) -> Model:
+        told = {"framework": "torch", "layers": {}, "orders": wanted}
+        text = json.dumps(told, sort_keys=True)
+        return Model(model.module.clone(sidecar=text), model.variables)
+
+    lost = apart(telling(wanted))
+    return telling({name: None if name in lost else dims for name, dims in wanted.items()})
 
 
 def _told(module: Any, framework: Framework) -> dict[str, Any]:

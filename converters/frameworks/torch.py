@@ -1,14 +1,16 @@
 """Live PyTorch models."""
 
 import bisect
+import contextlib
 import dataclasses
 import functools
 import inspect
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 import torch
 import torch.nn.utils.parametrize
@@ -155,7 +157,8 @@ def from_torch(
 
     def forth(net: Net) -> Model:
         net = folded(net, torch_layers.with_selected)
-        return _flax.write_flax(convert.convert(net, "torch", "flax", layout))
+        net = convert.convert(net, "torch", "flax", layout)
+        return _sidecar.with_orders(_flax.write_flax(net), net.orders, _orders_of)
 
     def again(net: Net) -> Model:
         layers = [_with_defaults(x) for x in net.layers]
@@ -228,6 +231,17 @@ def to_torch(
         if not wanted or state == sorted(state, key=lambda name: rank.get(name, len(rank))):
             return made  # else the order of a Sequential would be that of its layers
     return torch_state.in_order(torch_graph.graph_module(net, _built, to_tensor).eval(), wanted)
+
+
+def _orders_of(model: Model) -> list[Mapping[str, Any]]:
+    """In which order the weights of the torch model count axes that is made of this one."""
+    blank = jax.tree.map(lambda v: np.broadcast_to(v.dtype.type(0), v.shape), model.variables)
+    out: list[Mapping[str, Any]] = []
+    for layout in ("channels_first", "source"):
+        with contextlib.suppress(ConversionError):  # then none is made
+            out.append(torch_layers.torch_net(
+                _flax.read_flax(model.module, blank), layout, dry=True).orders)  # fmt: skip
+    return out
 
 
 def _net_of(module: Any, variables: Any, input_shape: Any, layout: str) -> Net:

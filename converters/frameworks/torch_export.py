@@ -95,14 +95,27 @@ def at_inference(model: torch.nn.Module) -> Iterator[None]:
             torch_state.put_back(module, before)
 
 
+# The identity at inference, of which torch.export tells nothing.
+_SILENT: Any = (torch.nn.Identity, torch.nn.Dropout1d, torch.nn.Dropout2d, torch.nn.Dropout3d,
+                torch.nn.AlphaDropout, torch.nn.FeatureAlphaDropout)  # fmt: skip
+
+
+def _alias(self: Any, x: Any) -> Any:
+    return torch.ops.aten.alias(x) if isinstance(x, torch.Tensor) else x
+
+
 @contextlib.contextmanager
 def _traceable() -> Iterator[None]:
     """Without what a TransformerEncoder does at inference for speed alone, and without looking
-    whether the entries of a mask are those of a causal one, which changes no result either."""
+    whether the entries of a mask are those of a causal one, which changes no result either. What
+    does nothing at inference leaves an operation, so that it stays a layer."""
     transformer: Any = torch.nn.modules.transformer
     look, fast = transformer._detect_is_causal_mask, torch.backends.mha.get_fastpath_enabled()
     logger = logging.getLogger("torch")
     level = logger.level
+    forwards = {cls: cls.forward for cls in _SILENT}
+    for cls in _SILENT:
+        cls.forward = _alias
     transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: False
     torch.backends.mha.set_fastpath_enabled(False)
     logger.setLevel(logging.CRITICAL)
@@ -111,6 +124,8 @@ def _traceable() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
+        for cls, forward in forwards.items():
+            cls.forward = forward
         transformer._detect_is_causal_mask = look
         torch.backends.mha.set_fastpath_enabled(fast)
         logger.setLevel(level)
@@ -252,10 +267,14 @@ def _report_unused(model: torch.nn.Module, reader: Reader, layers: list[Layer]) 
 
 
 def _check_ties(reader: Reader, layers: list[Layer]) -> None:
-    """Raises for an array that two layers have; a second call of one layer has none of its own."""
-    holder: dict[str, str] = {}
+    """Raises for an array that two layers have, unless each has other entries of it; a second call
+    of one layer has none of its own."""
+    holders: dict[str, list[str]] = {}
     for layer in layers:
         for path in () if layer.of else sorted(reader.paths.get(layer.name, ())):
-            if holder.setdefault(path, layer.name) != layer.name:
-                raise refuse(layer.name, f"it and {holder[path]} share the array {path}",
-                             "give each its own, parameter.clone()")  # fmt: skip
+            for other in holders.setdefault(path, []):
+                mine, theirs = (reader.parts.get((n, path)) for n in (layer.name, other))
+                if mine is None or theirs is None or np.intersect1d(mine, theirs).size:
+                    raise refuse(layer.name, f"it and {other} share the array {path}",
+                                 "give each its own, parameter.clone()")  # fmt: skip
+            holders[path].append(layer.name)

@@ -174,7 +174,8 @@ def _clamp(reader: Reader, node: Any, args: Args, place: str) -> Any:
     low, high = (_number(reader, args.get(k)) for k in ("min", "max"))
     if not isinstance(value, Value):
         return None
-    if low is not None and high is not None and low < high:
+    whole = not args["self"].meta["val"].is_floating_point()  # as numbers of 32 bits
+    if low is not None and high is not None and low < high and not whole:
         return pointwise(reader, value, "Hardtanh", place, min_val=low, max_val=high)
     if low == 0 and high is None:
         return pointwise(reader, value, "ReLU", place)
@@ -184,6 +185,7 @@ def _clamp(reader: Reader, node: Any, args: Args, place: str) -> Any:
     dtype = torch.int32 if dtype == torch.int64 else dtype
     for bound, kind in ((low, "Maximum"), (high, "Minimum")):
         if bound is not None:
+            bound = min(max(bound, -(2**31)), 2**31 - 1) if dtype == torch.int32 else bound
             value = constant_met(reader, kind, value, torch.tensor(bound, dtype=dtype), place)
     return value
 

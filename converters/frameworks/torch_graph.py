@@ -108,9 +108,10 @@ def _node(
         return graph.call_function(operator.getitem, (given[0], index))
     if kind == "Rescaling":
         return _rescaled(graph, root, layer, given[0])
-    if kind == "Indexed":
+    if kind in ("Indexed", "IndexedBuffer"):
         (index,) = layer.arrays.values()
-        whole = _array(graph, root, parts_of(layer.name), tensor(told["table"]))
+        held = "Parameter" if kind == "Indexed" else "PersistentBuffer"
+        whole = _array(graph, root, parts_of(layer.name), tensor(told["table"]), kind=held)
         parts = [*parts_of(layer.name)[:-1], f"{parts_of(layer.name)[-1]}__index"]
         at = _array(graph, root, parts, tensor(index).long(), kind="Constant")
         flat = graph.call_method("reshape", (whole, -1))

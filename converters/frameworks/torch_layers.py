@@ -34,9 +34,9 @@ def with_selected(layers: list[Layer]) -> list[Layer]:
     return out
 
 
-def torch_net(net: Net, layout: str, arrays_only: bool = False) -> Net:
+def torch_net(net: Net, layout: str, arrays_only: bool = False, dry: bool = False) -> Net:
     """A net of Flax as one of torch."""
-    new = convert.convert(net, "flax", "torch", layout, arrays_only)
+    new = convert.convert(net, "flax", "torch", layout, arrays_only, dry)
     policy.check_torch(new.layers)
     return folded(new, fold_torch)
 
@@ -138,7 +138,8 @@ def held(layer: Layer) -> dict[str, Any]:
     """A layer's arrays as files have them."""
     if layer.kind == "Constant":
         return {}
-    return {"value": layer.settings["table"]} if layer.kind == "Indexed" else layer.arrays
+    indexed = layer.kind in ("Indexed", "IndexedBuffer")
+    return {"value": layer.settings["table"]} if indexed else layer.arrays
 
 
 def torch_state(layer: Layer) -> dict[str, Any]:
@@ -152,8 +153,5 @@ def torch_state(layer: Layer) -> dict[str, Any]:
 def torch_key(layer: Layer, name: str) -> list[str]:
     """The parts of the key of an array in a state dict; a Parameter's is that of the layer."""
     parts = parts_of(layer.name)
-    return (
-        parts
-        if layer.kind in ("Parameter", "Buffer", "PersistentBuffer", "Indexed")
-        else [*parts, name]
-    )
+    alone = ("Parameter", "Buffer", "PersistentBuffer", "Indexed", "IndexedBuffer")
+    return parts if layer.kind in alone else [*parts, name]

@@ -146,6 +146,9 @@ def by_rule(reader: Reader, node: Any, args: dict[str, Any], place: str) -> Any:
     out = out[0] if isinstance(out, list | tuple) else out
     found = call(reader, kind, settings, value, where, reader.sizes(out.shape, place), own)
     reader.paths[found.name] = paths
+    for path, index in (reader.positions[v] for v in arrays.values() if v in reader.positions):
+        if index is not None:
+            reader.parts[found.name, path] = index.reshape(-1).numpy()
     return [found] if isinstance(node.meta["val"], list | tuple) else found
 
 

@@ -49,6 +49,15 @@ def _matmul(reader: Reader, node: Any, args: Args, place: str) -> Any:
     return reader.product(a, b, place)
 
 
+def _added(reader: Reader, node: Any, args: Args, place: str) -> Any:
+    """A product plus another tensor, such as the scores of attention with what hides some."""
+    value = _matmul(reader, node, {"self": args["batch1"], "mat2": args["batch2"]}, place)
+    if value is None or args["beta"] != 1:
+        return None
+    reader.env[node] = rescaled(reader, value, place, args["alpha"], 0)
+    return met(reader, "Add", [args["self"], node], place)
+
+
 def linear(
     reader: Reader, value: Value, weight: torch.Tensor, paths: frozenset[str], place: str
 ) -> Value:
@@ -227,6 +236,7 @@ OPERATIONS: dict[str, Function] = {
     "matmul": _matmul,
     "bmm": _matmul,
     "mm": _matmul,
+    "baddbmm": _added,
     "einsum": _einsum,
     "bilinear": _bilinear,
     "scaled_dot_product_attention": _attention,

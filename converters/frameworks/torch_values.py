@@ -51,6 +51,8 @@ class Reader(Tensors):
         self.positions: dict[Any, tuple[str, torch.Tensor | None]] = {}
         self.index: dict[str, torch.Tensor] = {}  # by array, the positions that are taken
         self.paths: dict[str, frozenset[str]] = {}  # the arrays of the model in a layer
+        # Of which of these a layer has a part alone, as positions in it.
+        self.parts: dict[tuple[str, str], Any] = {}
         self.made: dict[Any, Value] = {}  # arrays between layers
         self.batch: Any = None  # the symbol that counts the examples
 
@@ -227,8 +229,8 @@ class Reader(Tensors):
         return self.made[key]
 
     def _named(self, path: str, index: torch.Tensor, place: str) -> Value | None:
-        """The layer of an array of the model, or of entries of it, by their positions; None for
-        entries of one that is not learned."""
+        """The layer of an array of the model, or of entries of it, by their positions; None for one
+        that is not learned and was met in another way before."""
         known = self.made.get(path)
         if known is not None and torch.equal(self.index[path], index):
             return known
@@ -236,19 +238,17 @@ class Reader(Tensors):
         learned, whole = isinstance(array, torch.nn.Parameter), array.detach()
         if known is not None and learned:
             raise refuse(place, f"it takes {path} in another way than an operation before it")
-        every = torch.equal(index.reshape(-1), torch.arange(whole.numel()))
-        at_front = index.shape[index.ndim - whole.ndim :] == whole.shape
-        name = joined(path.split("."))
-        at_front = index.shape == whole.shape or (at_front and not learned)
-        # One that may be turned, with the channels first, is kept by the positions in it.
-        turned = learned and whole.ndim > 1 and whole.shape[-1] == 1
-        if every and at_front and not turned and known is None:
-            made = self._source("Parameter" if learned else "PersistentBuffer", name,
-                                whole.reshape(index.shape), place)  # fmt: skip
-        elif learned:
-            made = self._source("Indexed", name, index.int(), place, to_numpy(whole, place))
-        else:
+        if known is not None:
             return None
+        every = torch.equal(index.reshape(-1), torch.arange(whole.numel()))
+        name = joined(path.split("."))
+        # One that may be turned, with the channels first, is kept by the positions in it.
+        turned = whole.ndim > 1 and whole.shape[-1] == 1
+        if every and index.shape == whole.shape and not turned:
+            made = self._source("Parameter" if learned else "PersistentBuffer", name, whole, place)
+        else:
+            kind = "Indexed" if learned else "IndexedBuffer"
+            made = self._source(kind, name, index.int(), place, to_numpy(whole, place))
         self.made[path], self.index[path] = made, index
         self.paths[made.name] = frozenset([path])
         return made

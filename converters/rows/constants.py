@@ -14,6 +14,7 @@ ROWS: tuple[Row, ...] = (
         settings=(S("shape", "shape", None),),
         params=(P("value: *p", "value: *p", "-", collection="batch_stats"),),
         lacks=_NOTHING,
+        note="in Keras it is a Constant",
     ),
     Row(
         fl.Constant,
@@ -33,6 +34,16 @@ ROWS: tuple[Row, ...] = (
         params=(P("value: *p", "value: *p", "-"),),
         lacks=_NOTHING,
         note="the array is a setting on its way, what the walk turns are the positions",
+    ),
+    Row(
+        fl.IndexedBuffer,
+        "IndexedBuffer",
+        None,
+        kind="parameter",
+        settings=(S("shape", "shape", None), S("table", "table", None)),
+        params=(P("value: *p", "value: *p", "-", collection="batch_stats"),),
+        lacks=_NOTHING,
+        note="the same of an array that is not learned",
     ),
     Row(
         fl.Lookup,

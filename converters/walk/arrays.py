@@ -59,10 +59,12 @@ def moved(
     fields: Mapping[str, Any],
     bound: Mapping[str, Axis],
     orders: Any,
+    dry: bool = False,
 ) -> dict[str, Any]:
     """The arrays under the target's names and in its axes.
 
-    ``orders`` are the axes of the letter ``*a`` in the source's and in the target's order.
+    ``orders`` are the axes of the letter ``*a`` in the source's and in the target's order; ``dry``
+    leaves what stands in them.
     """
     left = dict(layer.arrays)
     for name in STATE[source]:
@@ -101,11 +103,12 @@ def moved(
                     follows[index] = bound[x]
                 index += 1 + (stars if x.startswith("*") else 0)
         for index, axis in follows.items():
-            if axis.scrambled:
+            if axis.scrambled and not dry:
                 given = value
                 value = permuted(value, index, axis, str(layer))
                 _report_groups(layer, target, given, value, index)
-        new[target_name] = np.array(value, order="C")  # a copy: the source may live on
+        # A copy: the source may live on.
+        new[target_name] = value if dry else np.array(value, order="C")
     for p in missing:
         if p.fill is not None and any(fields[q.when] for q in row.params if q.when):
             like = next(q for q in row.params if q is not p and q.of("torch")[0] in new)

@@ -16,12 +16,17 @@ LAYOUTS = ("channels_last", "channels_first", "source")
 
 
 def convert(
-    net: Net, source: Framework, target: Framework, layout: str, arrays_only: bool = False
+    net: Net,
+    source: Framework,
+    target: Framework,
+    layout: str,
+    arrays_only: bool = False,
+    dry: bool = False,
 ) -> Net:
     """The net of ``source`` as one of ``target``; it tells the shapes of its inputs, if known.
 
     ``arrays_only``: only the arrays, their names and their order are asked for, so that a layer
-    that has none is left out where the target can't say it.
+    that has none is left out where the target can't say it. ``dry``: only the ``orders`` are.
     """
     if layout not in LAYOUTS:
         raise ConversionError(f"layout must be one of {', '.join(LAYOUTS)}, found {layout!r}")
@@ -44,7 +49,7 @@ def convert(
     for _ in range(1 + 3 * len(shapes) + len(net.layers)):
         try:
             walk = Walk(net, source, target, layout, **known)
-            walk.arrays_only = arrays_only
+            walk.arrays_only, walk.dry = arrays_only, dry
             new = walk.run()
         except Restart as restart:
             known[restart.what] |= restart.learned

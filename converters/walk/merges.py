@@ -16,16 +16,21 @@ from fwt.converters.walk.write import reindex
 
 _MAY_BE_NEGATIVE = (fl.Subtract, fl.Divide, fl.MatMul)
 
+# Arrays of which Keras has no such layer.
+_IN_KERAS = {"Indexed": "Parameter", "IndexedBuffer": "Constant", "Buffer": "Constant"}
+
 
 class Merges(Shapes):
     """Writes layers of several tensors, and learned arrays, which take none."""
 
     def _parameter(self, layer: Layer) -> None:
         """A learned array: its axes are its own until a merge tells what they stand for."""
-        if layer.kind == "Indexed" and self.target == "keras":  # which has no such layer
-            held, at = layer.settings["table"], layer.arrays["value"]
-            layer = dataclasses.replace(layer, kind="Parameter", settings={"shape": at.shape},
-                                        arrays={"value": held.reshape(-1)[at]})  # fmt: skip
+        if self.target == "keras" and layer.kind in _IN_KERAS:
+            (value,) = layer.arrays.values()
+            if "table" in layer.settings:
+                value = layer.settings["table"].reshape(-1)[value]
+            layer = dataclasses.replace(layer, kind=_IN_KERAS[layer.kind], arrays={"value": value},
+                                        settings={"shape": value.shape})  # fmt: skip
         row = table.rows_of(self.source, layer.kind)[0]
         if len(layer.arrays) != 1:
             raise refuse(str(layer), f"expected one array, found {sorted(layer.arrays)}")
@@ -162,7 +167,7 @@ class Merges(Shapes):
                          "target", "give all of them one rank, with a Reshape")  # fmt: skip
         assert value.have is not None
         ones = [1] * (rank - len(value.have))
-        reindex(made, lambda array: array.reshape(*ones, *array.shape), self.target != "keras")
+        reindex(made, lambda array: array.reshape(*ones, *array.shape), self.target)
         have = [*map(Axis, ones), *value.have]
         return dataclasses.replace(value, have=have, want=list(have))
 
@@ -262,7 +267,7 @@ class Merges(Shapes):
         star = [_united(list(axes), place) for axes in zip(*stars, strict=True)]
         if any(a.scrambled for a in bound.values()):
             raise refuse(place, "it takes a flattened axis in another order than the target's")
-        arrays = moved(row, self.source, self.target, layer, fields, bound, None)
+        arrays = moved(row, self.source, self.target, layer, fields, bound, None, self.dry)
         made: dict[str, Axis] = {}
         for letter in result:
             if not letter.startswith("*"):

@@ -23,12 +23,16 @@ class Net:
         inputs: by name, the shape of each input of the model without the batch axis, or None.
         outputs: the name of the layer that gives the output, or several in a tuple or a dict.
         takes: the names of the inputs in the form in which the model takes them, like ``outputs``.
+        orders: by name of a layer whose weights count several axes of what it takes, where each of
+            these axes is in the model that it was converted from, or is to be in one of torch; None
+            where that can't be.
     """
 
     layers: list[Layer]
     inputs: dict[str, Shape]
     outputs: Any
     takes: Any = None
+    orders: Mapping[str, tuple[int, ...] | None] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.takes is None:
@@ -141,7 +145,7 @@ def folded(net: Net, fold: Callable[[list[Layer]], list[Layer]]) -> Net:
             inputs = (out[-1].name,)
         if len(inputs) == 1 and inputs[0] != end:
             alias[end] = inputs[0]
-    return Net(out, net.inputs, renamed(net.outputs, alias), net.takes)
+    return dataclasses.replace(net, layers=out, outputs=renamed(net.outputs, alias))
 
 
 def _runs(net: Net) -> list[list[Layer]]:

@@ -55,7 +55,7 @@ def opened(net: Net, target: Framework) -> Net:
         parts = Parts(layer)
         alias[layer.name] = apart(parts, layer.settings, *layer.inputs)
         out += parts.made
-    return Net(out, net.inputs, renamed(net.outputs, alias), net.takes)
+    return dataclasses.replace(net, layers=out, outputs=renamed(net.outputs, alias))
 
 
 def _encoder(add: Parts, told: Any, x: str) -> str:

@@ -134,6 +134,9 @@ def to_keras(net: Net) -> None:
     layers = net.layers
     for layer in every(layers):
         for name, value in layer.arrays.items():
+            if not jnp.issubdtype(value.dtype, jnp.floating):
+                raise refuse(f"{layer.name}/{name}", f"an array of {value.dtype}, which Keras has "
+                             "no layer to hold")  # fmt: skip
             if str(value.dtype) not in COMPUTED:
                 raise refuse(f"{layer.name}/{name}", f"dtype {value.dtype}: Keras models are "
                              f"written in {', '.join(COMPUTED)}", _CAST)  # fmt: skip

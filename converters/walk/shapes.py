@@ -43,6 +43,9 @@ class Shapes(Writer):
         super().__init__(target)
         self.source, self.layout = source, layout
         self.channel, self.batches = channel, batch
+        # By layer, the order of the axes that it takes; that which it is to have; see ``Net``.
+        self.orders: dict[str, tuple[int, ...] | None] = {}
+        self.told: Mapping[str, tuple[int, ...] | None] = {}
 
     @property
     def batch(self) -> bool:
@@ -138,6 +141,26 @@ class Shapes(Writer):
                 "give layout='source' to keep the input's axes as they are",
             )
 
+    def _as_told(self, layer: Layer) -> None:
+        """Brings the axes into the order in which the model of torch had them that the weights of a
+        layer are of, so that these are the same again."""
+        if layer.name not in self.told or self.have is None:
+            return
+        order = self.told[layer.name]
+        if order is None or len(order) != len(self.have):
+            raise refuse(
+                str(layer),
+                "the order in which torch had the axes that its weights count does not come back",
+                "module.clone(sidecar='') drops it, and the weights may have another order",
+            )
+        if self.have[0] is self.n:
+            self._arrange([self.have[i] for i in order], layer.name)
+
+    def _note(self, layer: Layer) -> None:
+        """Notes where the axes that a layer takes are in the target."""
+        if self.have is not None and self.want is not None and self.have[0] is self.n:
+            self.orders[layer.name] = tuple(self.want.index(a) for a in self.have)
+
     def _einsum(self, layer: Layer, row: Row, fields: dict[str, Any]) -> None:
         """Its equation counts the axes of the source, whose order the target takes."""
         place = str(layer)
@@ -153,7 +176,7 @@ class Shapes(Writer):
         kept = self.have[0] is self.n and output[:1] == inputs[:1] and output[0] not in kernel
         if not kept:
             raise refuse(place, f"equation={fields['equation']!r} does not keep the batch first")
-        arrays = moved(row, self.source, self.target, layer, fields, {}, None)
+        arrays = moved(row, self.source, self.target, layer, fields, {}, None, self.dry)
         bound = dict(zip(inputs, self.have, strict=True))
         for name, size in zip(kernel, next(iter(arrays.values())).shape, strict=True):
             if bound.setdefault(name, Axis(size)).size not in (None, size):
@@ -185,8 +208,10 @@ class Shapes(Writer):
         if self.n in group or len(group) < 1:
             raise refuse(str(layer), f"it would merge axes {start} to {end} with the batch axis")
         several = [a for a in group if a.size != 1]
-        if len(group) == rank - 1 and len(several) > 1:
+        whole = len(group) == rank - 1 and len(several) > 1
+        if whole:
             self._check_proven(layer)
+            self._as_told(layer)
         places = sorted(self.want.index(a) for a in group)
         together = places == list(range(places[0], places[0] + len(group)))
         # What comes out flattened keeps the source's order, unless a Dense takes it up.
@@ -195,6 +220,8 @@ class Shapes(Writer):
             in_order = consumed or [a for a in self.want if a in several] == several
         if not in_order:
             self._arrange(list(self.have), layer.name)
+        if whole:
+            self._note(layer)
         sizes = [a.size for a in group]
         known = all(s is not None for s in sizes)
         if self.whole_keras and not known:
@@ -230,7 +257,9 @@ class Shapes(Writer):
         numbers = all(isinstance(d, int) for d in dims)
         if not dims or not numbers or sorted(dims) != list(range(len(dims))):
             raise refuse(str(layer), f"dims={dims!r} must be an order of all axes")
-        if dims[0] != 0 and not layer.fused and self.layout != "source":
+        alone = self.have is not None and self.n is None  # an array of the model, without a batch
+        moves = dims[0] != 0 and not alone
+        if moves and not layer.fused and self.layout != "source":
             raise refuse(
                 str(layer),
                 f"dims={dims!r} moves the batch, so where the ends have it is not known",
@@ -240,11 +269,11 @@ class Shapes(Writer):
             raise Restart("rank", dict.fromkeys(self.roots, len(dims)))
         if len(dims) != len(self.have):
             raise refuse(str(layer), f"dims={dims!r} does not fit rank {len(self.have)}")
-        if dims[0] != 0 and not layer.fused and self.target == "keras":
+        if moves and not layer.fused and self.target == "keras":
             raise refuse(str(layer), "the batch axis would have to move, which Keras can't do")
         together = self.have == self.want
         self.have = [self.have[d] for d in dims]
-        if dims[0] != 0 and self.n is not self.have[0] and not self.batch:
+        if moves and self.n is not self.have[0] and not self.batch:
             # The layer after it takes the batch first, so that is what this axis is.
             new = dict(self.have[0].origin)
             if not new or set(new) & set(self.batches):
@@ -252,7 +281,9 @@ class Shapes(Writer):
             raise Restart("batch", new)
         if layer.fused:
             return
-        if together and CONVENTION[self.source] == CONVENTION[self.target] == "channels_last":
+        if alone:
+            self._arrange(list(self.have), layer.name)
+        elif together and CONVENTION[self.source] == CONVENTION[self.target] == "channels_last":
             self._emit(table.PERMUTE, layer.name, {"dims": dims}, At(str(layer), ()))
             self.want = list(self.have)
         else:

@@ -60,6 +60,7 @@ class Walk(Merges):
     ):
         super().__init__(source, target, layout, channel, batch)
         self.net, self.plain = net, plain
+        self.told = net.orders if target == "torch" else {}
         self.readers, self.ends = net.readers(), set(names_in(net.outputs))
         self.several = {name for name, found in self.readers.items() if len(found) > 1} | self.ends
         self.whole = ""  # the layer of the net whose part is being written
@@ -121,7 +122,7 @@ class Walk(Merges):
             name: None if want is None else tuple(a.size for a in want[1:])
             for name, want in self.starts.items()
         }
-        return Net(self.out, inputs, renamed(self.net.outputs, alias), self.net.takes)
+        return Net(self.out, inputs, renamed(self.net.outputs, alias), self.net.takes, self.orders)
 
     def _call(self, layer: Layer) -> None:
         """One layer of the net, and what it gives."""
@@ -198,12 +199,17 @@ class Walk(Merges):
         self._prove(row, bound)
         sizes = self._sizes(row, layer, fields, bound)
         before = list(self.have) if self.have is not None else []
+        several = numbered is not None and len(numbered) > 1
+        if several:
+            self._as_told(layer)
         self._arrange_for(row, bound, numbered, layer)
+        if several:
+            self._note(layer)
         orders = None
         if numbered is not None and self.want is not None:
             sides: list[list[Axis]] = [before, self.want]
             orders = tuple([a for a in axes if a in numbered] for axes in sides)
-        arrays = moved(row, self.source, self.target, layer, fields, bound, orders)
+        arrays = moved(row, self.source, self.target, layer, fields, bound, orders, self.dry)
         after = self._advance(row, fields, bound, sizes, layer)
         self._emit(row, layer.name, fields, at, arrays, sizes)
         self.have, self.want = after

@@ -23,19 +23,24 @@ from fwt.converters.rows.row import (
 )
 from fwt.converters.walk.axis import Axis, Value
 
+_BUFFER = {"flax": "Buffer", "torch": "PersistentBuffer", "keras": "Buffer"}
 
-def reindex(made: Layer, change: Callable[[Any], Any], keep: bool) -> None:
-    """Has an array between layers stand in another order or shape. To ``keep`` one that is learned
-    as other files of the model have it, its positions are turned instead."""
+
+def reindex(made: Layer, change: Callable[[Any], Any], target: Framework) -> None:
+    """Has an array between layers stand in another order or shape. One that a state dict holds is
+    kept as other files of the model have it, and its positions are turned instead; Keras has no
+    layer for these."""
     (value,) = made.arrays.values()
-    if made.kind == "Parameter" and keep:
-        made.kind, made.settings = "Indexed", {**made.settings, "table": value}
+    whole = {"Indexed": "Parameter", "IndexedBuffer": _BUFFER[target]}
+    kept = next((kind for kind, plain in whole.items() if plain == made.kind), None)
+    if kept is not None and target != "keras":
+        made.kind, made.settings = kept, {**made.settings, "table": value}
         value = np.arange(value.size, dtype=np.int32).reshape(value.shape)
     value = np.asarray(change(value), order="C")
     table = made.settings.get("table")
     every = np.array_equal(value.reshape(-1), np.arange(value.size))
     if table is not None and table.shape == value.shape and every:
-        made.kind, value = "Parameter", table
+        made.kind, value = whole[made.kind], table
         made.settings = {k: v for k, v in made.settings.items() if k != "table"}
     made.arrays = dict.fromkeys(made.arrays, value)
     made.settings = {**made.settings, "shape": value.shape}
@@ -45,6 +50,7 @@ class Writer:
     """What is written so far, and the value that the next layer takes (see :class:`Value`)."""
 
     arrays_only = False  # what has none is left out where the target can't say it
+    dry = False  # the arrays are not copied, since only what is noted of the axes is asked for
 
     def __init__(self, target: Framework):
         self.target = target
@@ -73,10 +79,10 @@ class Writer:
         if order == self.want:
             return
         dims = tuple(self.want.index(a) for a in order)
-        made = self.out[-1] if self.out and self.out[-1].name == self.tips[0] else None
+        made = next((x for x in reversed(self.out) if x.name == self.tips[0]), None)
         own = made is not None and not made.inputs and made.name not in self.several
         if self.n is None and made is not None and own:  # is turned itself
-            reindex(made, lambda value: value.transpose(dims), self.target != "keras")
+            reindex(made, lambda value: value.transpose(dims), self.target)
             self.want = list(order)
             return
         if dims[0] != 0 and self.whole_keras:

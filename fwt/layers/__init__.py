@@ -49,7 +49,7 @@ from fwt.layers.attention import (
 )
 from fwt.layers.attention import CausalAttention as CausalAttention
 from fwt.layers.base import tuples as tuples
-from fwt.layers.constants import Attend, Buffer, Constant, Indexed, Lookup
+from fwt.layers.constants import Attend, Buffer, Constant, Indexed, IndexedBuffer, Lookup
 from fwt.layers.convolutions import GroupedConvTranspose
 from fwt.layers.einsum import EinsumDense
 from fwt.layers.functions import from_function as from_function
@@ -167,6 +167,7 @@ __all__ = [
     "HardTanh",
     "Identity",
     "Indexed",
+    "IndexedBuffer",
     "LPPool",
     "LayerScale",
     "LeakyReLU",

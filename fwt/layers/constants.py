@@ -154,6 +154,23 @@ class Indexed(Parameter):
         return super().of(scope, name).reshape(-1)[self.positions]
 
 
+class IndexedBuffer(Indexed, Buffer):
+    """Entries of an array that a state dict holds but that is not learned, as :class:`Indexed` has
+    them of one that is; it stands in ``batch_stats``.
+
+    Args:
+        shape: of the array.
+        index: of each entry that it gives, its position among those of the array, packed as in
+            :class:`Constant`.
+        gives: the shape of what it gives.
+
+    Example:
+        >>> layer = IndexedBuffer.at(np.array([[2, 0]]), (3,))
+        >>> layer.apply({"batch_stats": {"value": jnp.array([1.0, 2.0, 3.0])}}).tolist()
+        [[3.0, 1.0]]
+    """
+
+
 class Lookup(Layer):
     """The rows of a table for whole numbers: of two inputs, the first is the table.
 

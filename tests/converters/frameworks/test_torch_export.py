@@ -5,6 +5,7 @@ import math
 from collections import OrderedDict
 
 import jax
+import keras
 import numpy as np
 import pytest
 import torch
@@ -27,7 +28,6 @@ LEFT_OUT = {
     "Swin": {"attn.relative_position_index"},
     "Swin, unshifted": {"attn.relative_position_index"},
     "WaveNet": {"residual_convs.2.weight", "residual_convs.2.bias"},
-    "Transformer": {"positional_encoding.pe"},
     "nanoGPT, slow": {"transformer.h.0.attn.bias", "transformer.h.1.attn.bias"},
 }
 SUMMED = {"BiLSTM"}  # whose two biases cross as their sum
@@ -112,6 +112,10 @@ def test_a_sidecar_keeps_the_order_of_the_state_dict(tmp_path):
     assert list(found) == list(state)
     assert all(torch.equal(v, state[k]) for k, v in found.items())
     assert_same(net(x), back(x))
+    converters.save(tmp_path / "w.pt", converters.load(tmp_path / "w.safetensors"))
+    held = torch.load(tmp_path / "w.pt")
+    assert list(held) == list(state)
+    assert all(torch.equal(v, state[k]) for k, v in held.items())
     line = Net(lambda m, x: m.b(m.a(x)), b=nn.Linear(4, 4), a=nn.Linear(4, 4))
     model = converters.from_torch(line, (4,), sidecar=True)
     assert list(converters.to_torch(model).state_dict()) == list(line.state_dict())
@@ -394,6 +398,28 @@ def test_buffers_keep_their_keys():
     assert converters.verify(net, model).ok
 
 
+def test_what_does_nothing_at_inference_keeps_its_name():
+    """As Keras's Dropout with a shape of its noise, which torch has as an Identity."""
+    keep = keras.layers.Dropout(0.2, noise_shape=(None, 1, 1, 1), name="keep")
+    h, w = IMAGE[1:]
+    x = keras.Input((h, w, IMAGE[0]))
+    y = keras.layers.Conv2D(4, 1, name="conv")(x)
+    y = keras.layers.Add()([y, keep(y)])
+    y = keras.layers.SpatialDropout2D(0.3, name="spatial")(y)
+    given = keras.Model(x, y)
+    net = converters.to_torch(converters.from_keras(given))
+    back = converters.to_keras(converters.from_torch(net, IMAGE))
+    names = [x.name for x in back.layers]
+    assert {"conv", "keep", "spatial"} <= set(names)
+    assert type(back.get_layer("spatial")) is keras.layers.SpatialDropout2D
+    image = np.random.default_rng(0).normal(size=(2, h, w, IMAGE[0])).astype("float32")
+    close(back(image), given(image))
+    forward = nn.Identity.forward
+    net = Net(lambda m, x: m.a(x) + m.b((x, 2))[0], a=nn.Identity(), b=nn.Identity())
+    assert [n.name for n in converters.from_torch(net, (3,)).module.nodes] == ["a", "add"]
+    assert nn.Identity.forward is forward
+
+
 def test_channels_that_a_module_puts_elsewhere_are_found_there():
     net = Net(lambda m, x: m.n(m.c(x).permute(0, 2, 1, 3)), c=nn.Conv2d(4, 3, 1), n=nn.LayerNorm(5))
     (x,) = inputs_of(IMAGE)
@@ -440,6 +466,55 @@ def test_whole_numbers_stay_whole():
     big = torch.tensor([[2**25 + 1]])
     model = converters.from_torch(Net(lambda m, x: x * 2 + 1), big, layout="source")
     assert run(model, [big]).tolist() == [[2**26 + 3]]
+
+
+@pytest.mark.parametrize(
+    ("low", "high"),
+    thorough_but(1, [(1, 4), (0, 6), (None, 4), (2, None), (-(2**40), 2**40)]),
+)
+def test_whole_numbers_are_bounded(low, high):
+    bounds = low, high
+    net = Net(lambda m, x: m.e(x.clamp(*bounds)), e=nn.Embedding(7, 3))
+    ids = torch.randint(0, 7, (3, 5))
+    model = converters.from_torch(net, ids)
+    assert_same(net(ids), run(model, [ids]))
+    assert_same(net(ids), converters.to_torch(model)(ids))
+    with pytest.raises(ConversionError, match="an array of int32, which Keras has no layer"):
+        converters.to_keras(model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "widths"),
+    thorough_but(
+        1, [(bool, {"kdim": 5, "vdim": 3}), (bool, {}), (float, {"kdim": 5}), (float, {})]
+    ),
+)
+def test_attention_takes_a_mask(kind, widths):
+    """Also one that is not causal, of keys and values that are another tensor than the queries."""
+    mask = torch.rand(7, 7) < 0.4 if kind is bool else torch.randn(7, 7)
+    mask[:, 0] = False
+    net = Net(
+        lambda m, x: m.a(x, m.k(x), m.v(x), attn_mask=mask)[0],
+        a=nn.MultiheadAttention(6, 2, batch_first=True, **widths),
+        k=nn.Linear(6, widths.get("kdim", 6)), v=nn.Linear(6, widths.get("vdim", 6)),
+    ).eval()  # fmt: skip
+    x = torch.randn(3, 7, 6)
+    model = converters.from_torch(net, (7, 6), layout="source")
+    assert_same(net(x), run(model, [x]))
+    assert_same(net(x), converters.to_torch(model, layout="source")(x))
+    close(converters.to_keras(model)(x.numpy()), net(x).detach())
+
+
+def test_two_layers_of_one_array_have_each_their_entries():
+    def of(second):
+        return Net(lambda m, x: F.linear(x, m.w[:4]).tanh() + F.linear(x, m.w[second]),
+                   w=p(8, 6))  # fmt: skip
+
+    (x,) = inputs_of(STEPS)
+    net = of(slice(4, None))
+    assert_same(net(x), run(converters.from_torch(net, STEPS), [x]))
+    with pytest.raises(ConversionError, match="linear__1: it and linear share the array w"):
+        converters.from_torch(of(slice(3, 7)), STEPS)
 
 
 def test_ids_are_drawn_within_the_table_of_their_input():

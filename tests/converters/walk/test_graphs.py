@@ -2,15 +2,19 @@
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
 import torch
 from cases import randomise_keras
+from compare import close as near
+from compare import in_keras, in_torch
 from marks import thorough_but
 
 import fwt
 from fwt import converters
+from fwt import layers as fl
 
 L = keras.layers
 
@@ -166,6 +170,27 @@ def test_channels_first_ends_move_where_a_branch_proves_them():
     with torch.no_grad():
         found = converters.to_torch(*model)(torch.from_numpy(x.transpose(0, 3, 1, 2).copy()))
     close(found.numpy().transpose(0, 2, 3, 1), flat(net(x)))
+
+
+def test_an_array_that_is_permuted_has_no_batch():
+    net = fwt.Graph(
+        [
+            ("dense", nn.Dense(4), "input"),
+            ("gain", fl.Parameter((4, 3, 1)), ()),
+            ("turned", fl.Permute((2, 1, 0)), "gain"),
+            ("sum", fl.Add(), ("dense", "turned")),
+        ],
+        input_shape=(3, 5),
+    )
+    rng = np.random.default_rng(0)
+    variables = net.init(jax.random.key(0), jnp.ones((1, 3, 5)))
+    variables = jax.tree.map(lambda v: rng.normal(size=v.shape).astype("float32"), variables)
+    x = rng.normal(size=(2, 3, 5)).astype("float32")
+    expected = net.apply(variables, x)
+    torch_net, keras_net = converters.to_torch(net, variables), converters.to_keras(net, variables)
+    near(in_torch(torch_net, x), expected)
+    near(in_keras(keras_net, x), expected)
+    near(converters.from_keras(keras_net)(x), expected)
 
 
 @pytest.mark.parametrize("seed", thorough_but(4, range(50)))

@@ -14,14 +14,18 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
 import ml_dtypes
 import numpy as np
 
 from fwt import _nodes, _tree
 from fwt._types import ConversionError, FileFormatError, FwtError
+
+if TYPE_CHECKING:
+    import jax
+else:
+    from fwt._later import jax
 
 
 @dataclasses.dataclass(frozen=True)

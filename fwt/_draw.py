@@ -58,7 +58,7 @@ def drawn(
 
 def _drawer(ours: bool, leaves: list[Any], key: Any) -> Callable[..., list[Any]]:
     # Under a trace, whatever is made is traced.
-    traced = any(isinstance(x, jax.core.Tracer) for x in (key, jnp.zeros(())))
+    traced = any(isinstance(x, jax.core.Tracer) for x in (key, jax.device_put(0)))
     plain = traced or jax.config.read("jax_disable_most_optimizations")
     spread = _mesh.spread(leaves)
     if not ours:
@@ -226,9 +226,8 @@ def _draw_at_once(specs: Any, purpose: _keys.Purpose, roots: Any, key: Any) -> l
         while members:
             width = _width(members[0][1])
             mine, members = members[: _CHEAP // width], members[_CHEAP // width :]
-            words = _keys.words(roots[i] for i, _ in mine)
-            numbers = _table([one for _, one in mine])
-            rows = np.asarray(_drawn_rows(kind, width, purpose, key, words, numbers))
+            keys = _keys.leaf_keys(key, purpose, [roots[i] for i, _ in mine])
+            rows = np.asarray(_drawn_rows(kind, width, keys, _table([one for _, one in mine])))
             for row, (i, one) in zip(rows, mine, strict=True):
                 out[i] = jax.device_put(row[: one.size].reshape(specs[i][1]).copy())
     rest = [i for i in range(len(specs)) if i not in out]
@@ -242,9 +241,8 @@ def _draw_at_once(specs: Any, purpose: _keys.Purpose, roots: Any, key: Any) -> l
 _QUICK = {"xla_backend_optimization_level": 1}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), compiler_options=_QUICK)
-def _drawn_rows(kind: Any, width: int, purpose: Any, key: Any, words: Any, numbers: Any) -> Any:
-    keys = _keys.words_keys(key, purpose, words)
+@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options=_QUICK)
+def _drawn_rows(kind: Any, width: int, keys: Any, numbers: Any) -> Any:
     return jax.lax.map(functools.partial(_draw_flat, kind, (width,)), (keys, numbers))
 
 

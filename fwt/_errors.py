@@ -21,6 +21,11 @@ class ConversionError(FwtError):
     """A layer, setting or array that can't be converted exactly."""
 
 
+def refuse(place: str, found: str, way_out: str = "") -> ConversionError:
+    """The one form of a refusal."""
+    return ConversionError(f"{place}: {found}" + (f"; {way_out}" if way_out else ""))
+
+
 class FileFormatError(ConversionError):
     """A file that is not what it should be: truncated, malformed, hostile, or with something in it
     that can't be converted exactly. Nothing else escapes a reader."""

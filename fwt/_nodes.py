@@ -6,18 +6,20 @@ import re
 import sys
 import types
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from fwt import _mesh, _states
+from fwt import _later, _states
 from fwt._types import LeafError, Model
 
+if TYPE_CHECKING:
+    import jax
+    import jax.numpy as jnp
+else:
+    from fwt._later import jax, jnp
 
-@jax.tree_util.register_pytree_node_class
+
 class Unselected:
     """The stand-in for a leaf that :func:`fwt.at` hides: a node without leaves, so that
     ``jax.tree.map`` and our own transforms pass it by."""
@@ -58,14 +60,19 @@ class _Told(str):
         )
 
 
-jax.tree_util.register_pytree_with_keys(
-    FromFile,
-    lambda d: (
-        tuple((jax.tree_util.DictKey(k), d[k]) for k in sorted(d)),
-        (tuple(sorted(d)), _Told(d.told)),
-    ),
-    lambda aux, kids: FromFile(zip(aux[0], kids, strict=True), aux[1]),
-)
+def _register() -> None:
+    jax.tree_util.register_pytree_node_class(Unselected)
+    jax.tree_util.register_pytree_with_keys(
+        FromFile,
+        lambda d: (
+            tuple((jax.tree_util.DictKey(k), d[k]) for k in sorted(d)),
+            (tuple(sorted(d)), _Told(d.told)),
+        ),
+        lambda aux, kids: FromFile(zip(aux[0], kids, strict=True), aux[1]),
+    )
+
+
+_later.once_imported("jax", _register)
 
 
 _NONE: Mapping[str, Any] = types.MappingProxyType({})
@@ -81,6 +88,11 @@ def told_of(root: Any) -> Mapping[str, Any]:
     inner = root.get("params") if isinstance(root, Mapping) else None
     found = next((x for x in (root, inner) if isinstance(x, FromFile) and x.told), None)
     return _NONE if found is None else _parsed(found.told)
+
+
+def is_jax(x: Any) -> bool:
+    """Whether it is an array of JAX, of which nobody has one who did not import JAX."""
+    return "jax" in sys.modules and isinstance(x, jax.Array)
 
 
 def is_array(x: Any) -> bool:
@@ -101,13 +113,13 @@ def is_variables(tree: Any) -> bool:
 def children(node: Any) -> list[tuple[Any, Any]] | None:
     """The keys and children of one node, in JAX's order; None of a leaf."""
     kind = type(node)
-    if kind is dict:
-        return [(jax.tree_util.DictKey(k), node[k]) for k in sorted(node)]
+    if kind is dict or kind is FromFile:
+        return [(types.SimpleNamespace(key=k), node[k]) for k in sorted(node)]
     if kind is list or kind is tuple:
-        return [(jax.tree_util.SequenceKey(i), x) for i, x in enumerate(node)]
+        return [(types.SimpleNamespace(key=i), x) for i, x in enumerate(node)]
     if node is None:
         return []
-    if isinstance(node, np.ndarray | jax.Array | Unselected):
+    if isinstance(node, np.ndarray | Unselected) or is_jax(node):
         return None
     first = iter([False])  # the node itself, which may be a child of its own too
     found, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda _: next(first, True))
@@ -393,7 +405,7 @@ class Walk:
             self._above.add(id(node))
         kids = children(node)
         if kids is None:
-            if mine and not isinstance(node, np.ndarray | jax.Array):
+            if mine and not isinstance(node, np.ndarray) and not is_jax(node):
                 refuse_foreign(node, parts)
             if mine and isinstance(node, np.ma.MaskedArray):
                 raise LeafError(
@@ -527,11 +539,9 @@ def memory(leaf: Any) -> Any:
     is never tied: scalars, masks, empty arrays, and arrays that repeat memory (broadcast)."""
     if not leaf.shape or 0 in leaf.shape or leaf.dtype == bool:
         return None
-    if isinstance(leaf, jax.Array):
-        return id(leaf)
-    if not isinstance(leaf, np.ndarray) or any(
-        s == 0 and n > 1 for s, n in zip(leaf.strides, leaf.shape, strict=True)
-    ):
+    if not isinstance(leaf, np.ndarray):
+        return id(leaf) if is_jax(leaf) else None
+    if any(s == 0 and n > 1 for s, n in zip(leaf.strides, leaf.shape, strict=True)):
         return None
     axes = sorted(zip(leaf.strides, leaf.shape, strict=True), reverse=True)
     return leaf.__array_interface__["data"][0], leaf.dtype.name, tuple(axes)
@@ -540,16 +550,12 @@ def memory(leaf: Any) -> Any:
 def is_filling(leaf: Any) -> bool:
     """Whether it is a JAX array with all entries equal, such as zeros. JAX arrays don't change, so
     one that stands at two places is most often a template that was written down once."""
-    if not isinstance(leaf, jax.Array) or isinstance(leaf, jax.core.Tracer):
+    if not is_jax(leaf) or isinstance(leaf, jax.core.Tracer):
         return False
+    from fwt import _equal
+
     with jax.ensure_compile_time_eval():
-        return _all_equal(leaf)
-
-
-@_mesh.on_auto_axes
-def _all_equal(leaf: Any) -> bool:
-    first, last = leaf[(0,) * leaf.ndim], leaf[(-1,) * leaf.ndim]
-    return bool(first == last) and bool((leaf == first).all())  # most differ there already
+        return _equal.all_equal(leaf)
 
 
 def turn(one: Any, other: Any) -> list[int]:
@@ -574,26 +580,20 @@ def turned(one: Any, other: Any, value: Any) -> Any:
     return value.transpose(axes)
 
 
-@jax.jit
-def same_bits(one: Any, other: Any) -> Any:
-    """Whether two arrays of one shape and dtype are equal bit for bit, traced or not."""
-    if one.dtype.kind in "bc":
-        return (one == other).all()
-    dtype = f"uint{8 * one.dtype.itemsize}"
-    return (lax.bitcast_convert_type(one, dtype) == lax.bitcast_convert_type(other, dtype)).all()
-
-
 def same_values(one: Any, other: Any) -> bool | None:
     """Whether two arrays are equal bit for bit; None under a trace, which hides it."""
     if one is other:
         return True
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
-    if isinstance(one, jax.core.Tracer) or isinstance(other, jax.core.Tracer):
-        return None
-    both = isinstance(one, jax.Array) and isinstance(other, jax.Array)
-    if both and one.dtype.kind in "fiu" and one.sharding == other.sharding:
-        with jax.ensure_compile_time_eval():  # where they are, for they may be large
-            return bool(same_bits(one, other))
+    if not isinstance(one, np.ndarray) or not isinstance(other, np.ndarray):
+        if isinstance(one, jax.core.Tracer) or isinstance(other, jax.core.Tracer):
+            return None
+        both = is_jax(one) and is_jax(other)
+        if both and one.dtype.kind in "fiu" and one.sharding == other.sharding:
+            from fwt import _equal
+
+            with jax.ensure_compile_time_eval():  # where they are, for they may be large
+                return bool(_equal.same_bits(one, other))
     mine, other = (np.ascontiguousarray(x).reshape(-1).view(np.uint8) for x in (one, other))
     return bool(np.array_equal(mine, other))

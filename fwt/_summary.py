@@ -3,13 +3,17 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 
 from fwt import _tree
 from fwt._types import Model, Params
+
+if TYPE_CHECKING:
+    import jax
+else:
+    from fwt._later import jax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,7 +141,8 @@ def summary(params: Params) -> Summary:
 
 
 def _line(path: str, leaf: Any, layers: Mapping[str, str], prefix: str, tied: str = "") -> Line:
-    abstract = isinstance(leaf, jax.ShapeDtypeStruct | jax.core.Tracer)
+    here = isinstance(leaf, np.ndarray)  # which most are, and which needs no JAX
+    abstract = not here and isinstance(leaf, jax.ShapeDtypeStruct | jax.core.Tracer)
     size = math.prod(leaf.shape)
     zeros = None if abstract else size - int(np.count_nonzero(np.asarray(leaf)))
     layer = layers.get(path.rpartition("/")[0], "")

@@ -78,14 +78,15 @@ def print_model(path: Path, model: "Model", as_json: bool, architecture: Any = N
     form, module, told = format_of(path), model.module, fwt.summary(model)
     bare = form.weights_only and architecture is None
     if as_json:
-        from fwt.converters.frameworks import architecture as _architecture
+        layers = None
+        if module is not None and not bare:
+            from fwt.converters.frameworks import architecture as _architecture
 
+            layers = _architecture.module_to_json(module.clone(sidecar=""))
         leaves = [{**dataclasses.asdict(line), "shape": list(line.shape)} for line in told.lines]
         print(json.dumps({
             "file": os.fspath(path), "format": form.name, "bytes": size_of(path),
-            "module": None if bare or module is None else _architecture.module_to_json(
-                module.clone(sidecar="")),
-            "weights": told.size, "zeros": told.zeros, "leaves": leaves,
+            "module": layers, "weights": told.size, "zeros": told.zeros, "leaves": leaves,
         }))  # fmt: skip
         return
     about = f"{path}: {form.name}"

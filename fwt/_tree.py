@@ -5,10 +5,8 @@ import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fwt import _nodes, _paths
@@ -23,6 +21,12 @@ from fwt._paths import near as near
 from fwt._paths import split as split
 from fwt._paths import unescape as unescape
 from fwt._types import LeafError, Model, Params, Where, WhereError
+
+if TYPE_CHECKING:
+    import jax
+    import jax.numpy as jnp
+else:
+    from fwt._later import jax, jnp
 
 _GLOBS = list | tuple | set | frozenset
 _TIES = ContextVar("whether ties are looked for", default=True)
@@ -78,9 +82,7 @@ class Tree:
             walk.layers = inside.layers
         self.layers, self.masked = walk.layers, walk.masked
         self._all = walk.leaves
-        self._treedef = jax.tree_util.tree_structure(
-            params, is_leaf=lambda x: isinstance(x, Unselected)
-        )
+        self._params = params
         places: dict[str, int] = {}
         self.statistics: set[str] = set()
         rows = zip(walk.parts, walk.statistics, walk.leaves, strict=True)
@@ -159,10 +161,14 @@ class Tree:
                     out.setdefault(path, _nodes.turned(one, self.leaves[path], new[given]))
         for group in self.perhaps:
             given = next((p for p in group if p in new), None)
-            for path in [p for p in group if given not in (p, None)]:
+            if given is None:
+                continue
+            from fwt import _equal
+
+            for path in [p for p in group if p != given]:
                 mine = out.get(path, self.leaves[path])
                 if mine.dtype == new[given].dtype:  # a mask is no leaf
-                    same = _nodes.same_bits(self.leaves[given], self.leaves[path])
+                    same = _equal.same_bits(self.leaves[given], self.leaves[path])
                     out[path] = jnp.where(same, new[given], mine)
         return out
 
@@ -233,6 +239,12 @@ class Tree:
             for i, x in enumerate(self._all)
         ]
         return self._built(leaves)
+
+    @functools.cached_property
+    def _treedef(self) -> Any:  # of those that are built again, and not of those that are read
+        return jax.tree_util.tree_structure(
+            self._params, is_leaf=lambda x: isinstance(x, Unselected)
+        )
 
     def _built(self, leaves: list[Any]) -> Params:
         new = jax.tree_util.tree_unflatten(self._treedef, leaves)
@@ -353,7 +365,7 @@ def _warn(text: str) -> None:
     warnings.warn(text, stacklevel=level)
 
 
-def _resolve(where: Where, shapes: Mapping[str, jax.ShapeDtypeStruct], tree: Tree) -> set[str]:
+def _resolve(where: Where, shapes: Mapping[str, "jax.ShapeDtypeStruct"], tree: Tree) -> set[str]:
     if isinstance(where, str):
         return set(named(where, shapes))
     if isinstance(where, _GLOBS) and all(map(_is_name, where)):

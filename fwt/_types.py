@@ -1,10 +1,9 @@
 """The types that everything else speaks."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
-import jax
-
+from fwt import _later
 from fwt._errors import AxesError as AxesError
 from fwt._errors import ConversionError as ConversionError
 from fwt._errors import FileFormatError as FileFormatError
@@ -12,7 +11,19 @@ from fwt._errors import FwtError as FwtError
 from fwt._errors import LeafError as LeafError
 from fwt._errors import WhereError as WhereError
 
-Array: TypeAlias = jax.Array
+if TYPE_CHECKING:
+    import jax
+
+    Array: TypeAlias = jax.Array
+else:
+    from fwt._later import jax
+
+    def __getattr__(name: str) -> Any:
+        if name == "Array":  # which imports JAX
+            return jax.Array
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 Params: TypeAlias = Any
 """Any pytree of arrays; leaves that are no arrays pass through every transform."""
 Scores: TypeAlias = Any
@@ -28,7 +39,7 @@ Score: TypeAlias = Callable[..., Any]
 Constraint: TypeAlias = Callable[[Any, Any], Any]
 """``(leaf, axes) -> leaf``, with ``axes`` an :class:`fwt._axes.Axes`."""
 Where: TypeAlias = (
-    str | Sequence[str] | Callable[[str, jax.ShapeDtypeStruct], bool] | Mapping[str, Any] | Any
+    str | Sequence[str] | Callable[[str, "jax.ShapeDtypeStruct"], bool] | Mapping[str, Any] | Any
 )
 """Which leaves: a glob on the path, a role, a list of these, a predicate, or a tree of bools."""
 
@@ -105,9 +116,12 @@ class Model(NamedTuple):
 
 
 # Registered explicitly, because a NamedTuple's own flattening would make the module a leaf.
-jax.tree_util.register_pytree_with_keys(
-    Model,
-    lambda m: (((jax.tree_util.GetAttrKey("variables"), m.variables),), m.module),
-    lambda module, children: Model(module, *children),
-    lambda m: ((m.variables,), m.module),
+_later.once_imported(
+    "jax",
+    lambda: jax.tree_util.register_pytree_with_keys(
+        Model,
+        lambda m: (((jax.tree_util.GetAttrKey("variables"), m.variables),), m.module),
+        lambda module, children: Model(module, *children),
+        lambda m: ((m.variables,), m.module),
+    ),
 )

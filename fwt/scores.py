@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fwt import _apart, _axes, _calls, _keys, _mesh, _nodes, _paths, _tree
+from fwt import _apart, _axes, _calls, _equal, _keys, _mesh, _nodes, _paths, _tree
 from fwt._types import FwtError, LeafError, Model, Params, Score, Scores
 from fwt.selection.keys import magnitude_key
 
@@ -590,7 +590,7 @@ def of_ties(tree: _tree.Tree, grads: Params) -> Params:
             parts = [_nodes.turned(tree.leaves[p], one, given.leaves[p]) for p in group]
             total: Any = functools.reduce(operator.add, parts)
             if group in tree.perhaps:  # if they are one when the program runs
-                same = [_nodes.same_bits(one, tree.leaves[p]) for p in group[1:]]
+                same = [_equal.same_bits(one, tree.leaves[p]) for p in group[1:]]
                 tied = functools.reduce(operator.and_, same)
                 new |= {p: jnp.where(tied, total, given.leaves[p]) for p in group}
                 continue

@@ -39,10 +39,10 @@ fwt._compose fwt._summary fwt._axes
 fwt._rules fwt._modules
 fwt._tree
 fwt._nodes fwt._paths fwt._keys
-fwt._apart fwt._states
+fwt._apart fwt._equal fwt._states
 fwt._mesh
 fwt._types
-fwt._errors
+fwt._errors fwt._later
 fwt._moved
 """
 LEVEL = {name: i for i, line in enumerate(HOUSE.split("\n")) for name in line.split()}
@@ -63,9 +63,13 @@ LAZY = {
     "fwt._terminal": TOP_LEVEL_IS_TOO_SLOW,
     "fwt._demo": TOP_LEVEL_IS_TOO_SLOW,
     "fwt._calls": TOP_LEVEL_IS_TOO_SLOW,
+    "fwt._nodes": TOP_LEVEL_IS_TOO_SLOW,
+    "fwt._tree": TOP_LEVEL_IS_TOO_SLOW,
     "fwt.scores": TOP_LEVEL_IS_TOO_SLOW,
     "fwt.converters.files.fill": "imports Keras or torch, for a live architecture only",
-    "fwt.converters.files.formats": "imports onnx, for ONNX files only",
+    "fwt.converters.files.formats": "imports Flax and onnx, for files of models only",
+    "fwt.converters.files.torch_file": "imports Flax, where a model is written",
+    "fwt.converters.frameworks.description": "imports Flax, for models only",
     "fwt.converters.frameworks.given": "imports Flax NNX, for an nnx module only",
     "fwt.converters.frameworks.live": "imports Keras or torch, whichever the model is of",
     "fwt.converters.onnx.layers": "imports TensorFlow, when a file is written",
@@ -77,8 +81,8 @@ LAZY = {
 }
 
 
-# The modules that import by a name from a table: the lazy public names, and what has moved.
-BY_NAME = ("fwt", "fwt.converters", "fwt._moved")
+# The modules that import by a name from a table: the lazy public names, what has moved, and JAX.
+BY_NAME = ("fwt", "fwt.converters", "fwt._moved", "fwt._later")
 
 
 def sources():

@@ -113,6 +113,63 @@ def test_imports_are_lazy(code, forbidden):
     run("-c", f"{code}; {check}")
 
 
+def test_weights_are_read_without_jax(tmp_path, monkeypatch, capsys):
+    """Whose names and shapes stand in the file; a model is made of Flax's layers, and Orbax itself
+    imports JAX."""
+    import flax.linen as nn
+    import h5py
+    import jax
+
+    net = fwt.Sequential([("conv", nn.Conv(4, (3, 3))), ("bn", nn.BatchNorm(True))], (5, 4, 1))
+    variables = net.init(jax.random.key(0), np.ones((1, 5, 4, 1), np.float32))
+    names = ["a.safetensors", "a.npz", "a.msgpack", "a.pt", "a.weights.h5", "shards.safetensors",
+             "shards.weights.h5"]  # fmt: skip
+    for name in names:
+        alone = name in ("a.safetensors", "a.npz", "a.msgpack", "shards.safetensors")
+        converters.save(
+            tmp_path / name,
+            None if alone else net,
+            jax.tree.map(np.asarray, variables),
+            shard_bytes=50 if "shards" in name else None,
+        )
+    with h5py.File(tmp_path / "older.h5", "w") as file:
+        file.attrs["layer_names"] = np.array([b"dense"])
+        file.create_group("dense").attrs["weight_names"] = np.array([b"kernel:0"])
+        file["dense/kernel:0"] = np.eye(3, 2)
+    names += ["older.h5"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        fwt.cli.app(["inspect", *names])
+    with_jax = capsys.readouterr().out
+    assert all(f"{name}: " in with_jax for name in names), with_jax
+    bad = "bad = {'jax', 'flax', 'torch', 'keras'} & set(sys.modules); assert not bad, bad"
+    app = "fwt.cli.app(['inspect', *{}, *sys.argv[1:]], standalone_mode=False)"
+    code = f"import sys, fwt.cli; {app.format([])}; {app.format(['--json'])}; {bad}"
+    table = run("-c", code, *names, cwd=tmp_path).stdout
+    assert table.startswith(with_jax)
+    assert table.count('"leaves"') == len(names)
+
+
+def test_jax_that_is_imported_later_knows_what_was_read(tmp_path):
+    """What a file says beside its arrays is a part of the tree, and not a leaf of it."""
+    np.savez(tmp_path / "w.npz", **{"d.b": np.ones(3), "d.a": np.ones((2, 3))})
+    code = """
+import pickle, sys, fwt
+variables = fwt.converters.load("w.npz").variables
+assert "jax" not in sys.modules and "flax" not in sys.modules
+again = pickle.loads(pickle.dumps(variables))
+import jax, flax.serialization
+summed = jax.tree.map(lambda x, y: x + y, variables, again)
+assert summed["params"]["d"]["a"].shape == (2, 3) and summed.told == variables.told != ""
+assert len(jax.tree.leaves(fwt.Model(None, variables))) == 2
+state = flax.serialization.to_state_dict(variables)
+assert type(state) is type(state["params"]) is dict
+assert type(flax.serialization.from_state_dict(variables, state)) is type(variables) is not dict
+"""
+    run("-c", code, cwd=tmp_path)
+
+
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     import flax.linen as nn

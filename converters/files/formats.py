@@ -10,20 +10,17 @@ import os
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fwt import _nodes, _tree
-from fwt._graph import Graph
-from fwt._sequential import Sequential
 from fwt._types import ConversionError, FileFormatError, Model
 from fwt.converters import io as _io
-from fwt.converters.files import fill as _fill
-from fwt.converters.files import h5, orbax, plain, safetensors, torch_file
+from fwt.converters.files import h5_weights, orbax, plain, safetensors, torch_file
 from fwt.converters.files import names as _names
-from fwt.converters.frameworks import flax as _flax
-from fwt.converters.frameworks import given as _given
 from fwt.converters.io import Reading, write_atomically, write_folder_atomically
-from fwt.converters.rows.row import Layer
+
+if TYPE_CHECKING:
+    from fwt.converters.rows.row import Layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,26 +34,45 @@ class Format:
     save: Callable[[Any, Any, Any, str | None], None] | None = None
     save_folder: Callable[[Path, Any, Any], None] | None = None
     save_shards: Callable[[Path, Any, Any, int], None] | None = None
-    fill: Callable[[list[Layer], Path, Reading], None] | None = None
+    fill: Callable[[list["Layer"], Path, Reading], None] | None = None
     framework: str = ""  # whose format it is
     needs_module: bool = False  # to write it
     weights_only: bool = False  # it says nothing of the layers
     holds: str = ""  # what of a model, for the table of formats
 
 
-def _fill_weights(layers: list[Layer], path: Path, how: Reading) -> None:
-    h5.fill_groups(layers, h5.load_weights(path, how).variables["params"], path)
+def _of_models(name: str) -> Callable[..., Any]:
+    """A function of the module of Keras's models, which needs Flax and so waits for its call."""
+
+    def call(*arguments: Any) -> Any:
+        from fwt.converters.files import h5
+
+        return getattr(h5, name)(*arguments)
+
+    return call
 
 
-def _fill_shards(layers: list[Layer], path: Path, how: Reading) -> None:
-    h5.fill_groups(layers, h5.load_weight_shards(path, how).variables["params"], path)
+def _fill_weights(layers: list["Layer"], path: Path, how: Reading) -> None:
+    _of_models("fill_groups")(layers, h5_weights.load_weights(path, how).variables["params"], path)
+
+
+def _fill_shards(layers: list["Layer"], path: Path, how: Reading) -> None:
+    found = h5_weights.load_weight_shards(path, how)
+    _of_models("fill_groups")(layers, found.variables["params"], path)
+
+
+def _load_legacy(path: Path, how: Reading) -> Model:
+    if h5_weights.has_model(path):
+        model: Model = _of_models("load_legacy")(path, how)
+        return model
+    return h5_weights.load_legacy(path, how)
 
 
 _KERAS = Format(
     "keras",
     (".keras",),
-    h5.load_keras,
-    h5.save_keras,
+    _of_models("load_keras"),
+    _of_models("save_keras"),
     framework="Keras",
     needs_module=True,
     holds="a model of Keras 3 or 2",
@@ -64,9 +80,9 @@ _KERAS = Format(
 _WEIGHTS = Format(
     "Keras weights",
     (".weights.h5",),
-    h5.load_weights,
-    h5.save_weights,
-    save_shards=h5.save_weight_shards,
+    h5_weights.load_weights,
+    _of_models("save_weights"),
+    save_shards=_of_models("save_weight_shards"),
     fill=_fill_weights,
     framework="Keras",
     needs_module=True,
@@ -76,7 +92,7 @@ _WEIGHTS = Format(
 _WEIGHT_SHARDS = Format(
     "Keras weights in shards",
     (".weights.json",),
-    h5.load_weight_shards,
+    h5_weights.load_weight_shards,
     fill=_fill_shards,
     framework="Keras",
     needs_module=True,
@@ -86,9 +102,9 @@ _WEIGHT_SHARDS = Format(
 _LEGACY = Format(
     "Keras HDF5",
     (".h5", ".hdf5"),
-    h5.load_legacy,
-    h5.save_legacy,
-    fill=h5.fill_from_legacy,
+    _load_legacy,
+    _of_models("save_legacy"),
+    fill=_of_models("fill_from_legacy"),
     framework="Keras",
     needs_module=True,
     holds="a model of Keras 3 or 2, or weights only",
@@ -202,7 +218,7 @@ def by_content(path: Path) -> Format | None:
             return _TORCH
         return _NPZ if any(n.endswith(".npy") for n in names) else None
     if head[:8] == b"\x89HDF\r\n\x1a\n":
-        return _WEIGHTS if h5.is_weights(path) else _LEGACY
+        return _WEIGHTS if h5_weights.is_weights(path) else _LEGACY
     if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32:
         return _SAFETENSORS
     if (
@@ -402,18 +418,28 @@ def load(
             )
         if architecture is None:
             model = _names.renamed(model, how_named, path) if named else model
-            return _flax.in_dtype(model, dtype)
+            return _in_dtype(model, dtype)
         if found.fill is not None:
             own = found.fill
 
-            def fill(layers: list[Layer]) -> None:
+            def fill(layers: list["Layer"]) -> None:
                 own(layers, path, how)
+
+        from fwt.converters.files import fill as _fill
 
         whole = functools.partial(load, sidecar=sidecar, external_data=external_data)
         made = _fill.filled(model, architecture, path, fill, whole, how_named)
-        return _flax.in_dtype(made, dtype)
+        return _in_dtype(made, dtype)
     except OSError as error:
         raise FileFormatError(f"{path}: can't read it ({error.strerror or error})") from error
+
+
+def _in_dtype(model: Model, dtype: Any) -> Model:
+    if dtype is None:
+        return model
+    from fwt.converters.frameworks import flax as _flax
+
+    return _flax.in_dtype(model, dtype)
 
 
 def save(
@@ -463,6 +489,11 @@ def save(
         >>> fwt.converters.load(path).module == fwt.Sequential([("dense", nn.Dense(2))], (3,))
         True
     """
+    from fwt._graph import Graph
+    from fwt._sequential import Sequential
+    from fwt.converters.frameworks import flax as _flax
+    from fwt.converters.frameworks import given as _given
+
     path = _io.given_path(path)
     call = "save(path, model)"
     module, variables, input_shape = _given.given(module, variables, call, input_shape)
@@ -548,4 +579,4 @@ def _save_into(path: Path, module: Any, variables: Any, source: Path) -> None:
             f"{path}: source= is for weights alone, read from a file of the same format, "
             f"{' or '.join(f.suffixes[0] for f in _IN_PLACE)}"
         )
-    write_atomically(path, lambda file: h5.save_into(file, source, variables))
+    write_atomically(path, lambda file: _of_models("save_into")(file, source, variables))

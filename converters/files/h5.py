@@ -1,6 +1,5 @@
 """Files of Keras: .keras, .weights.h5, single and sharded, and the older .h5 of Keras 2 and 3."""
 
-import contextlib
 import datetime
 import io
 import json
@@ -18,6 +17,7 @@ from flax.traverse_util import flatten_dict
 
 from fwt._types import ConversionError, FileFormatError, Model
 from fwt.converters import io as _io
+from fwt.converters.files import h5_weights
 from fwt.converters.files.h5_read import (
     array_of,
     attribute,
@@ -38,12 +38,6 @@ from fwt.converters.walk.net import Net
 
 # The vector of a SpectralNormalization.
 _STATE = re.compile(r"(^|/)(vector_u|sn_u)(:\d+)?$")
-
-
-def _pruned(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Without groups that hold no array."""
-    held = {k: _pruned(v) if isinstance(v, Mapping) else v for k, v in tree.items()}
-    return {k: v for k, v in held.items() if not isinstance(v, Mapping) or v}
 
 
 # -- .keras -----------------------------------------------------------------------------------
@@ -70,7 +64,7 @@ def keras_of(path: Path, how: Reading) -> Net:
     budget = Budget(path, how.max_bytes)
     with opened_h5(path, budget) as file:
         net = keras_read.keras_net(legacy_config(file, budget), str(path))
-        fill_legacy(net.layers, _legacy_arrays(file, budget), path)
+        fill_legacy(net.layers, h5_weights.legacy_arrays(file, budget), path)
     return keras_config.shared(net)
 
 
@@ -82,7 +76,7 @@ def _read(path: Path, how: Reading) -> tuple[Net, dict[str, Any]]:
         net = keras_read.keras_net(config, str(path))
         weights = member(archive, "model.weights.h5", budget, check_start)
         with opened_h5(weights, budget) as file:
-            fill_groups(net.layers, _weights_of(file, budget), path)
+            fill_groups(net.layers, h5_weights.weights_of(file, budget), path)
             steps = node_at(file, "optimizer/vars/0", path) if how.sidecar else None
             whole = _whole(config, older, _steps(steps, budget), how)
     return keras_config.shared(net), whole
@@ -174,63 +168,10 @@ def fill_groups(layers: list[Layer], tree: Mapping[str, Any], path: Path) -> Non
 # -- .weights.h5 ------------------------------------------------------------------------------
 
 
-def load_weights(path: Path, how: Reading) -> Model:
-    """A .weights.h5 file: weights under the file's own paths, since only an architecture says
-    what each of them is."""
-    budget = Budget(path, how.max_bytes)
-    with reading(path), opened_h5(path, budget) as file:
-        tree = _weights_of(file, budget)
-        return Model(None, {"params": _pruned(_io.under(tree, how.key, path))})
-
-
 def is_keras(path: Path) -> bool:
     """Whether an archive is a .keras one."""
     with opened(path) as archive:
         return "config.json" in archive.namelist()
-
-
-def is_weights(path: Path) -> bool:
-    """Whether an HDF5 file is of the newer kind, which has no list of layers."""
-    with reading(path), opened_h5(path, Budget(path)) as file:
-        older = ("layer_names", "layer_names0", "model_config", "keras_version")
-        return "model_weights" not in file and not any(name in file.attrs for name in older)
-
-
-def _weights_of(file: Any, budget: Budget) -> dict[str, Any]:
-    """The arrays of a model, without its optimizer's."""
-    return keras_2.modern_groups(tree_of(file, budget, without="optimizer"), str(budget.path))
-
-
-def load_weight_shards(path: Path, how: Reading) -> Model:
-    """The .weights.json of sharded weights, or the folder that holds one."""
-    path = _io.index_in(path, ".weights.json")
-    with reading(path), contextlib.ExitStack() as stack:
-        where = _io.read_json(path)["weight_map"]
-        out: dict[str, Any] = {}
-        files: dict[str, tuple[Any, Budget]] = {}
-        for place, shards in where.items():
-            parts = place.strip("/").split("/")
-            if parts[0] == "optimizer":
-                continue
-            held: dict[str, np.ndarray] = {}
-            for shard in [shards] if isinstance(shards, str) else shards:
-                if shard not in files:
-                    there = _io.sibling(path, shard)
-                    own = Budget(there, how.max_bytes)
-                    files[shard] = stack.enter_context(opened_h5(there, own)), own
-                file, budget = files[shard]
-                group = node_at(file, "/".join(parts), budget.path)
-                if not isinstance(group, h5py.Group):
-                    raise FileFormatError(f"{budget.path}: there is no group {place}")
-                arrays = tree_of(group, budget, place)
-                if set(held) & set(arrays):
-                    raise FileFormatError(f"{path}: {place} stands in two shards")
-                held |= arrays
-            node = out
-            for part in parts:
-                node = node.setdefault(part, {})
-            node |= held
-        return Model(None, {"params": _pruned(_io.under(out, how.key, path))})
 
 
 def _stores(layers: list[Layer]) -> Iterator[tuple[str, str, dict[str, np.ndarray]]]:
@@ -345,12 +286,12 @@ def _places(file: Any, budget: Budget) -> dict[tuple[str, ...], tuple[str, np.nd
     if any(name in file.attrs for name in ("layer_names", "layer_names0")):
         return {
             ("params", layer, *name.split("/")): (f"{layer}/{name}", value)
-            for layer, held in _legacy_arrays(file, budget).items()
+            for layer, held in h5_weights.legacy_arrays(file, budget).items()
             for name, value in held
         }
     raw = tree_of(file, budget, without="optimizer")
     place = {id(value): "/".join(parts) for parts, value in flatten_dict(raw).items()}
-    tree = keras_2.modern_groups(raw, str(budget.path))
+    tree = h5_weights.modern(raw, str(budget.path))
     return {
         ("params", *parts): (place[id(value)], value) for parts, value in flatten_dict(tree).items()
     }
@@ -360,14 +301,11 @@ def _places(file: Any, budget: Budget) -> dict[tuple[str, ...], tuple[str, np.nd
 
 
 def load_legacy(path: Path, how: Reading) -> Model:
-    """An .h5 file of Keras 2 or 3: a model, or weights only under the file's own names."""
+    """An .h5 file of Keras 2 or 3 that holds a model."""
     budget = Budget(path, how.max_bytes)
     _io.without_key(path, how)
     with reading(path), opened_h5(path, budget) as file:
-        config, held = legacy_config(file, budget), _legacy_arrays(file, budget)
-        if config is None:
-            flat = {f"params/{name}/{n}": v for name, own in held.items() for n, v in own}
-            return Model(None, {"params": {}, **_io.nested(flat, "/", path)})
+        config, held = legacy_config(file, budget), h5_weights.legacy_arrays(file, budget)
         net = keras_read.keras_net(config, str(path))
         fill_legacy(net.layers, held, path)
         return _converted(keras_config.shared(net), _legacy_whole(file, config, how, budget), how)
@@ -397,7 +335,7 @@ def fill_from_legacy(layers: list[Layer], path: Path, how: Reading) -> None:
     """Fills layers from an .h5 file."""
     budget = Budget(path, how.max_bytes)
     with reading(path), opened_h5(path, budget) as file:
-        fill_legacy(layers, _legacy_arrays(file, budget), path)
+        fill_legacy(layers, h5_weights.legacy_arrays(file, budget), path)
 
 
 def legacy_config(file: Any, budget: Budget) -> Any:
@@ -407,25 +345,6 @@ def legacy_config(file: Any, budget: Budget) -> Any:
         return None
     config = budget.parsed(text_of(text), "model_config")
     return keras_2.modern(config, _legacy_version(file, budget), str(budget.path))
-
-
-def _legacy_arrays(file: Any, budget: Budget) -> dict[str, list[tuple[str, np.ndarray]]]:
-    """Of each layer, in the file's order, the names and values of its arrays."""
-    path = budget.path
-    root = file["model_weights"] if node_at(file, "model_weights", path) is not None else file
-    layers = names_in(root, "layer_names", budget)
-    if layers is None:
-        raise FileFormatError(f"{path}: it has no layer_names, so it is no file of Keras weights")
-    out: dict[str, list[tuple[str, np.ndarray]]] = {}
-    for layer in layers:
-        group = node_at(root, layer, path)
-        names = None if group is None else names_in(group, "weight_names", budget)
-        if names is None:
-            raise FileFormatError(f"{path}: the layer {layer!r} has no weight_names")
-        if layer in out or len(set(names)) < len(names):
-            raise FileFormatError(f"{path}: {layer!r} or one of its weights stands there twice")
-        out[layer] = [(n, array_of(node_at(group, n, path), f"{layer}/{n}", budget)) for n in names]
-    return out
 
 
 def fill_legacy(

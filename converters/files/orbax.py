@@ -5,18 +5,22 @@ import json
 import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 
 from fwt import _tree
+from fwt._errors import refuse
 from fwt._types import ConversionError, FileFormatError, Model
 from fwt.converters import io as _io
 from fwt.converters.files import source as _source
-from fwt.converters.frameworks import architecture
+from fwt.converters.frameworks import description
 from fwt.converters.io import Budget, Reading, progress, reading
-from fwt.converters.rows.row import refuse
+
+if TYPE_CHECKING:
+    import jax
+else:
+    from fwt._later import jax
 
 _OURS = "fwt.json"  # the architecture, and the arrays of size zero, which Orbax can't hold
 MARKERS = ("_METADATA", "manifest.ocdbt", "_CHECKPOINT_METADATA")
@@ -64,7 +68,7 @@ def load_orbax(path: Path, how: Reading) -> Model:
         variables = _source.from_tree(tree, path, nodes=nodes)
         if ours["module"] is None:
             return Model(None, _source.restored(variables, ours.get("source")))
-        return architecture.described(json.dumps(ours), variables, path)
+        return description.read(json.dumps(ours), variables, path)
 
 
 def _item(path: Path, key: str | None) -> tuple[Path, str | None]:
@@ -186,7 +190,7 @@ def save_orbax(folder: Path, module: Any, variables: Any) -> None:
     progress(sum(v.nbytes for v in flat.values()))
     if module is None and _source.is_bare(variables):
         empty = {name.partition("/")[2]: told for name, told in empty.items()}
-    told = {**json.loads(architecture.description(module)), "empty": empty}
+    told = {**json.loads(description.written(module)), "empty": empty}
     if module is None and (text := _source.text_of(variables, _io.same_names(variables, Path()))):
         told["source"] = text
     if module is not None or empty or "source" in told:

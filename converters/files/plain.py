@@ -14,10 +14,11 @@ import numpy as np
 from numpy.lib import format as npy
 
 from fwt import _nodes, _paths, _tree
+from fwt._errors import refuse
 from fwt._types import FileFormatError, Model
 from fwt.converters import io as _io
 from fwt.converters.files import source as _source
-from fwt.converters.frameworks import architecture
+from fwt.converters.frameworks import description
 from fwt.converters.io import (
     Budget,
     Reading,
@@ -28,7 +29,6 @@ from fwt.converters.io import (
     progress,
     reading,
 )
-from fwt.converters.rows.row import refuse
 
 _OURS = "fwt.json"  # a member that says what .npy can't: bfloat16 and the like, and the module
 
@@ -53,7 +53,7 @@ def load_npz(path: Path, how: Reading) -> Model:
             _io.without_key(path, how)
             variables = nested(flat, "/", path)
             if told["module"] is not None:
-                return architecture.described(json.dumps(told), variables, path)
+                return description.read(json.dumps(told), variables, path)
             return Model(None, _source.restored({"params": {}, **variables}, told.get("source")))
         return Model(None, _others(flat, path, how))
 
@@ -133,7 +133,7 @@ def save_npz(file: Any, module: Any, variables: Any, layout: str | None) -> None
     """
     flat = _io.slashed(variables)
     dtypes = {n: v.dtype.name for n, v in flat.items() if hasattr(ml_dtypes, v.dtype.name)}
-    told = {**json.loads(architecture.description(module)), "dtypes": dtypes}
+    told = {**json.loads(description.written(module)), "dtypes": dtypes}
     text = None
     if module is None:
         text = _source.text_of(variables, _io.same_names(variables, Path()))

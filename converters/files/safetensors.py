@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from fwt import _nodes
+from fwt._errors import refuse
 from fwt._types import ConversionError, FileFormatError, Model
 from fwt.converters import io as _io
 from fwt.converters.files import source as _source
-from fwt.converters.frameworks import architecture
+from fwt.converters.frameworks import description
 from fwt.converters.io import Budget, Reading, dtype_of, nested, reading
-from fwt.converters.rows.row import refuse
 
 DTYPES = {
     "BOOL": "bool",
@@ -139,7 +139,7 @@ def _model(
     if _ARCHITECTURE in metadata:
         text = metadata[_ARCHITECTURE]
         Budget(path).parsed(text, "its architecture")
-        model = architecture.described(text, nested(flat, "/", path), path)
+        model = description.read(text, nested(flat, "/", path), path)
         if model.module is not None:
             return model
         return Model(None, _source.with_source(model.variables, told))
@@ -178,7 +178,7 @@ def _named(module: Any, variables: Any) -> tuple[dict[str, np.ndarray], dict[str
     told = _nodes.told_of(variables) if module is None else {}
     metadata = _source.without_ours(told.get("safetensors", {}))
     if tensors is None:
-        metadata = {**metadata, "format": "np", _ARCHITECTURE: architecture.description(module)}
+        metadata = {**metadata, "format": "np", _ARCHITECTURE: description.written(module)}
         tensors = _io.slashed(variables)
     else:
         tensors = _source.tied(tensors, told)

@@ -17,11 +17,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
-from flax import serialization
 
-from fwt import _nodes, _paths, _tree
+from fwt import _later, _nodes, _paths, _tree
 from fwt._nodes import FromFile
 from fwt._types import FileFormatError
 from fwt.converters import io as _io
@@ -30,12 +28,19 @@ OURS = ("fwt", "fwt.source")  # the metadata of a .safetensors file that we writ
 _PLAIN = (bool, int, float, str, type(None))
 _OF_TREES = ("bare", "nodes")  # which the tree in the next file shows again
 
-serialization.register_serialization_state(
-    FromFile,
-    lambda d: serialization.to_state_dict(dict(d)),
-    lambda d, state: FromFile(serialization.from_state_dict(dict(d), state), d.told),
-    override=True,
-)
+
+def _register() -> None:
+    from flax import serialization
+
+    serialization.register_serialization_state(
+        FromFile,
+        lambda d: serialization.to_state_dict(dict(d)),
+        lambda d, state: FromFile(serialization.from_state_dict(dict(d), state), d.told),
+        override=True,
+    )
+
+
+_later.once_imported("flax.serialization", _register)
 
 
 def with_source(variables: Mapping[str, Any], told: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,7 +114,7 @@ def _apart(tree: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _is_numbers(node: Any) -> bool:
-    return isinstance(node, np.ndarray | jax.Array) and _io.is_numeric(node.dtype)
+    return (isinstance(node, np.ndarray) or _nodes.is_jax(node)) and _io.is_numeric(node.dtype)
 
 
 def _check_leaves(

@@ -11,16 +11,13 @@ from typing import Any
 import numpy as np
 
 from fwt import _nodes
+from fwt._errors import refuse
 from fwt._types import ConversionError, FileFormatError, Model
 from fwt.converters import io as _io
 from fwt.converters.files import source as _source
 from fwt.converters.files import torch_pickle
 from fwt.converters.files.torch_pickle import DTYPES, STORAGES
-from fwt.converters.frameworks import flax as _flax
-from fwt.converters.frameworks import sidecar as _sidecar
-from fwt.converters.frameworks.torch_layers import torch_key, torch_net, torch_state
 from fwt.converters.io import Budget, Reading, dtype_of, member, nested, opened, reading
-from fwt.converters.rows.row import refuse
 
 _OURS = "fwt.json"  # a member beside torch's own: what a state dict has no place for
 
@@ -260,6 +257,10 @@ def save_torch(file: Any, module: Any, variables: Any, layout: str | None) -> No
             beside["ordered"] = False
         metadata = told.get("torch", {})
     else:
+        from fwt.converters.frameworks import flax as _flax
+        from fwt.converters.frameworks import sidecar as _sidecar
+        from fwt.converters.frameworks.torch_layers import torch_key, torch_net, torch_state
+
         beside, metadata = {}, {}
         net = torch_net(_flax.read_flax(module, variables), layout or "channels_first", True)
         net = _sidecar.restored(net, module, "torch", state=True)

@@ -20,22 +20,12 @@ from fwt.layers.constants import MOST
 _LEFT_OUT = TRAINING["flax"] - {"use_fast_variance", "param_dtype"}
 
 
-def description(module: Any) -> str:
-    """The JSON text of a module, or of none."""
-    return json.dumps({"version": 1, "module": module_to_json(module)})
-
-
-def described(text: str, variables: dict[str, Any], path: Path) -> Model:
-    """The model of a description and its variables, every name, setting and shape checked."""
-    told = json.loads(text)
-    if told["version"] != 1:
-        raise FileFormatError(f"{path}: version {told['version']!r}, only 1 is known")
-    module = module_from_json(told["module"], path)
-    constants = [n.layer for n in (nodes_of(module) if module is not None else ())
-                 if isinstance(n.layer, fl.Constant | fl.Indexed)]  # fmt: skip
+def described(told: Any, variables: dict[str, Any], path: Path) -> Model:
+    """The model of a module's JSON and its variables, every name, setting and shape checked."""
+    module = module_from_json(told, path)
+    constants = [n.layer for n in nodes_of(module) if isinstance(n.layer, fl.Constant | fl.Indexed)]
     if sum(x.nbytes for x in constants) > MOST:
         raise FileFormatError(f"{path}: the constants of its architecture are over {MOST} bytes")
-    variables.setdefault("params", {})
     return checked(module, variables)
 
 

@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from fwt import _tree
 from fwt._types import FileFormatError
 from fwt.converters.rows.row import refuse
 from fwt.layers.recurrent import HARD_SIGMOID
@@ -195,61 +194,6 @@ def _is_call(value: Any) -> bool:
 
 
 # -- the arrays -----------------------------------------------------------------------------------
-
-_LAYERS = "_layer_checkpoint_dependencies"  # what 2.12 to 2.14 call the layers of a model
-
-
-def modern_groups(tree: Mapping[str, Any], place: str) -> dict[str, Any]:
-    """The groups of a weights file as Keras 3 calls them; its own stay.
-
-    Keras 2.12 to 2.14 count a layer with weights twice, so that the numbers of its group have
-    gaps. On Windows the parts of a path are joined by backslashes.
-
-    Args:
-        tree: the groups of a file, those without arrays among them.
-        place: of the file, for errors.
-    """
-    parts: dict[str, Any] = {}
-    for name, node in tree.items():
-        *above, last = name.split("\\")
-        inner = parts
-        for part in above:
-            inner = inner.setdefault(part, {})
-        inner[last] = _merged(inner.get(last), node, f"{place}: {name}")
-    out: dict[str, Any] = {}
-    for name, node in parts.items():
-        new = (
-            "layers"
-            if name == _LAYERS
-            else re.sub("^_(?=(query|key|value|output)_dense$)", "", name)
-        )
-        if isinstance(node, Mapping):
-            node = modern_groups(node, place)
-            node = _without_gaps(node) if name == _LAYERS else node
-        if new in out:
-            raise FileFormatError(f"{place}: it has both {new!r} and {name!r}")
-        out[new] = node
-    return out
-
-
-def _merged(one: Any, other: Any, place: str) -> Any:
-    if one is None:
-        return other
-    if not isinstance(one, Mapping) or not isinstance(other, Mapping):
-        raise FileFormatError(f"{place} stands there twice")
-    return {**one, **{k: _merged(one.get(k), v, place) for k, v in other.items()}}
-
-
-def _without_gaps(groups: Mapping[str, Any]) -> dict[str, Any]:
-    """dense, dense_2 and dense_4 as dense, dense_1 and dense_2."""
-    seen: dict[str, int] = {}
-    out: dict[str, Any] = {}
-    for name in sorted(groups, key=_tree.natural):
-        stem = re.sub(r"_\d+$", "", name)
-        count = seen.get(stem, 0)
-        seen[stem] = count + 1
-        out[f"{stem}_{count}" if count else stem] = groups[name]
-    return out
 
 
 def array_name(kind: str, name: str) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 from fwt._types import ConversionError, Model
 from fwt.converters import io as _io
-from fwt.converters.frameworks import architecture
+from fwt.converters.frameworks import description
 from fwt.converters.onnx.graph import array_of
 
 
@@ -18,7 +18,7 @@ def describe(proto: Any, module: Any, undo: Mapping[str, Mapping[str, list[Any]]
     """Writes into the metadata what the layers are and how their weights come back, while the
     weights are still inputs; what can't be described is left to be read from the graph."""
     try:
-        told = json.loads(architecture.description(module))
+        told = json.loads(description.written(module))
     except ConversionError:
         told = None
     if told is not None and told["module"] is not None:
@@ -46,7 +46,7 @@ def described(proto: Any, path: Path, external: bool) -> Model | None:
             if leaf in flat and not np.array_equal(flat[leaf], found, equal_nan=True):
                 return None  # changed in one of two places
             flat[leaf] = found
-    return architecture.described(metadata["fwt"], _io.nested(flat, "/", path), path)
+    return description.read(metadata["fwt"], _io.nested(flat, "/", path), path)
 
 
 def _digest(proto: Any, told: Mapping[str, Any]) -> str:

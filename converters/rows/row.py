@@ -14,6 +14,7 @@ import numpy as np
 from fwt import _tree
 from fwt import layers as fl
 from fwt._axes import Known
+from fwt._errors import refuse as refuse
 from fwt._types import ConversionError
 
 Framework = Literal["flax", "keras", "torch"]
@@ -60,11 +61,6 @@ def is_training(framework: Framework, name: str) -> bool:
 
 # Arrays that are no weights.
 STATE = {"flax": (), "torch": ("num_batches_tracked",), "keras": ("seed_generator_state",)}
-
-
-def refuse(place: str, found: str, way_out: str = "") -> ConversionError:
-    """The one form of a refusal."""
-    return ConversionError(f"{place}: {found}" + (f"; {way_out}" if way_out else ""))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fwt import _tree
+from fwt import _keys, _tree
 from fwt._axes import Axes
 from fwt._types import Array, AxesError, FwtError
 
@@ -29,6 +29,7 @@ class Each(NamedTuple):
 
     def __call__(self, key: Any, shape: tuple[int, ...], dtype: Any) -> Array:
         held = [jnp.asarray(n, dtype) for n in self.numbers]
+        key = _keys.quick(key, math.prod(shape))
         return collapsed(shape, lambda s: self.draw(key, s, dtype, *self.fixed, *held))
 
 

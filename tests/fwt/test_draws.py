@@ -367,3 +367,42 @@ def test_what_stands_beside_a_leaf_changes_none_of_its_numbers(name, kind):
             wanted = jax.jit(alone)(own)
             for found in (together, traced):
                 np.testing.assert_array_equal(found[layer]["kernel"], wanted, err_msg=str(shape))
+
+
+# -- threefry, written out ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wide", "draw"),
+    [
+        *((False, lambda key, d=d: jax.random.bits(key, (3, 7), d)) for d in ("uint8", "uint16")),
+        (False, lambda key: jax.random.normal(key, (3, 7))),
+        (True, lambda key: jax.random.bits(key, (3, 7), "uint64")),
+        (True, lambda key: jax.random.uniform(key, (3, 7), "float64")),
+    ],
+)
+def test_a_quick_key_draws_what_jaxs_own_does(wide, draw):
+    with jax.enable_x64(wide):
+        for key in (jax.random.key(5), jax.random.PRNGKey(5)):
+            found, own = draw(_keys.quick(key, 21)), draw(key)
+            assert found.dtype == own.dtype
+            assert np.array_equal(found, own)
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_seed_is_jaxs_key_of_it(wide):
+    with jax.enable_x64(wide):
+        for seed in (0, 5, -1, -(2**31), 2**32 - 1):
+            found, own = _keys.one_key(seed), jax.random.key(seed)
+            assert np.array_equal(jax.random.key_data(found), jax.random.key_data(own))
+
+
+def test_words_are_folded_as_jax_does():
+    for key in (jax.random.key(3), jax.random.PRNGKey(3), jax.random.key(3, impl="rbg")):
+        here = _keys.leaf_keys(key, "reset", ["a", "b"])
+        there = jax.jit(lambda key: _keys.leaf_keys(key, "reset", ["a", "b"]))(key)
+        own = key
+        for word in (*_keys._words("purpose reset"), *_keys._words("b")):
+            own = jax.random.fold_in(own, word)
+        assert bool((here[1] == own).all())
+        assert bool((there == here).all())

@@ -1,6 +1,7 @@
 """Where things live: imports point down, modules stay short, every room says what it is."""
 
 import ast
+import functools
 import tomllib
 from pathlib import Path
 
@@ -125,10 +126,16 @@ def imports(name, nodes, inside=False):
             yield from imports(name, ast.iter_child_nodes(node), inside or deeper)
 
 
+@functools.cache
+def read(name, path):
+    """Once for each file, since each test asks for all of them."""
+    return list(imports(name, ast.parse(path.read_text()).body))
+
+
 def arrows(modules):
     """(from, to, inside a function) for each import between modules of ours."""
     for name, path in modules.items():
-        for target, inside in imports(name, ast.parse(path.read_text()).body):
+        for target, inside in read(name, path):
             assert target.partition(".")[0] != "converters", f"{name}: it is fwt.converters"
             if target == "fwt" or target.startswith("fwt."):
                 yield name, target, inside

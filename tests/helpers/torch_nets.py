@@ -669,7 +669,7 @@ class Seq2Seq(nn.Module):
         super().__init__()
         self.src_tok_emb, self.tgt_tok_emb = nn.Embedding(9, 8), nn.Embedding(10, 8)
         self.positional_encoding = PositionalEncoding(8)
-        self.transformer = nn.Transformer(8, 2, 2, 2, 12, 0.1, batch_first=True)
+        self.transformer = nn.Transformer(8, 2, 1, 1, 12, 0.1, batch_first=True)
         self.generator = nn.Linear(8, 10)
 
     def forward(self, src, trg):

@@ -83,7 +83,7 @@ OWN = {
 WAYS = [(False, n) for n in ("ResNet-50", "MobileNetV2", "U-Net", "BERT", "encoder", "ViT",
                              "ShuffleNet", "Siamese", "nanoGPT", "ConvNeXt")]  # fmt: skip
 WAYS += [(True, n) for n in ("ResNet-50", "MobileNetV2", "U-Net", "BERT", "encoder", "ViT")]
-QUICK = [(False, "U-Net"), (False, "BERT"), (False, "Siamese")]
+QUICK = [(False, "U-Net"), (False, "Siamese")]
 
 
 @pytest.mark.parametrize(("dynamo", "name"), thorough_but(lambda w: w in QUICK, WAYS))
@@ -138,7 +138,7 @@ def keras_nets():
     def resnet():
         x = given = keras.Input((33, 40, 3))
         x = k.MaxPooling2D(3, 2, "same")(conv(x, 4, 7, 2))
-        for part, blocks in enumerate((3, 4, 6, 3)):
+        for part, blocks in enumerate((1, 2)):
             for block in range(blocks):
                 stride = 2 if part and not block else 1
                 y = conv(conv(x, 2**part, 1, stride), 2**part, 3)
@@ -148,10 +148,15 @@ def keras_nets():
         return keras.Model(given, k.Dense(5)(k.GlobalAveragePooling2D()(x)))
 
     def mobilenet():
-        net = keras.applications.MobileNetV2(
-            (32, 32, 3), 0.35, weights=None, classes=5, classifier_activation=None
-        )
-        return keras.Model(net.input, [net.output, net.get_layer("block_5_add").output])
+        x = given = keras.Input((17, 14, 3))
+        for stride in (2, 1):  # as keras.applications has them
+            y = k.ReLU(6.0)(k.BatchNormalization(momentum=0.999)(conv(x, 6, 1, act=False)))
+            y = k.ZeroPadding2D(((0, 1), (1, 1)))(y) if stride == 2 else y
+            padding = "valid" if stride == 2 else "same"
+            y = k.DepthwiseConv2D(3, stride, padding, use_bias=False)(y)
+            y = conv(k.ReLU(6.0)(k.BatchNormalization(epsilon=1e-3)(y)), 4, 1, act=False)
+            x = y if stride == 2 else k.Add(name="sum")([x, y])
+        return keras.Model(given, [k.Dense(5)(k.GlobalAveragePooling2D()(x)), x])
 
     def unet():
         x = given = keras.Input((16, 12, 3))
@@ -179,12 +184,12 @@ def keras_nets():
             x = k.LayerNormalization(epsilon=1e-6)(k.Add()([x, y]))
         return keras.Model(ids, [x, k.Dense(12, "tanh")(x[:, 0])])
 
-    return {"residual": residual, "attention": attention, "ResNet-50": resnet,
+    return {"residual": residual, "attention": attention, "ResNet": resnet,
             "MobileNetV2": mobilenet, "U-Net": unet, "BERT": bert}  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "name", ["residual", "attention", "ResNet-50", "MobileNetV2", "U-Net", "BERT"]
+    "name", ["residual", "attention", "ResNet", "MobileNetV2", "U-Net", "BERT"]
 )
 def test_tf2onnx(tmp_path, name):
     import keras
@@ -297,7 +302,7 @@ class Draw:
 @pytest.mark.parametrize("first", [0, pytest.param(20, marks=pytest.mark.thorough)])
 def test_drawn_graphs(tmp_path, first):
     read = 0
-    for seed in range(first, first + (6 if first == 0 else 100)):
+    for seed in range(first, first + (6 if first == 0 else 50)):
         draw = Draw(seed)
         path = written(tmp_path / "a.onnx", draw.nodes, draw.arrays, draw.inputs, draw.outputs)
         proto = onnx.load(path)
@@ -312,7 +317,7 @@ def test_drawn_graphs(tmp_path, first):
         except converters.FileFormatError:
             continue
         read += 1
-    assert read >= (5 if first == 0 else 85)
+    assert read >= (5 if first == 0 else 42)
 
 
 def weights(**shapes):

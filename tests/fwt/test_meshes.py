@@ -132,7 +132,6 @@ verbs["traced"] = lambda g: lambda p: jax.jit(
 verbs["k_sparse"], verbs["simplex"] = CLOSE["k_sparse"], EXACT["simplex"]
 verbs["layer"] = lambda g: fwt.prune(0.4, axes=AXES)
 verbs["sparsify"] = lambda g: lambda p: sparsify()(p, g)
-verbs = {n: verb for n, verb in verbs.items() if n in sys.argv[1:] or not sys.argv[1:]}
 for name, verb in verbs.items():
     def each(p, g):
         return jax.tree.map(lambda x: x[None], verb(g)(p))
@@ -174,7 +173,7 @@ def run(code, *arguments):
     done = subprocess.run(
         [sys.executable, "-c", START + code, *arguments],
         env={
-            **os.environ,
+            **{n: v for n, v in os.environ.items() if not n.startswith("COVERAGE_")},
             "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         },
@@ -192,8 +191,8 @@ SOME = ("global", "block", "simplex", "spectral_ball", "reset")
     [
         pytest.param("Explicit,Explicit", "set", (), marks=pytest.mark.thorough),
         pytest.param("Explicit,Explicit", "none", SOME, marks=pytest.mark.thorough),
-        pytest.param("Explicit,Auto", "none", SOME, marks=pytest.mark.thorough),
-        pytest.param("Auto,Auto", "none", SOME, marks=pytest.mark.thorough),
+        pytest.param("Explicit,Auto", "none", SOME[:3], marks=pytest.mark.thorough),
+        pytest.param("Auto,Auto", "none", SOME[2:], marks=pytest.mark.thorough),
     ],
 )
 def test_on_a_mesh_all_is_as_on_one_device(kinds, contexts, names):
@@ -221,8 +220,6 @@ def test_a_mesh_of_one_device():
                 assert x.sharding.is_equivalent_to(spread, 2)
 
 
-@pytest.mark.parametrize(
-    "names", [pytest.param(n, marks=pytest.mark.thorough) for n in (("layer", "k_sparse"), ())]
-)
-def test_inside_shard_map_a_leaf_is_a_shard(names):
-    run(SHARDS, *names)
+@pytest.mark.thorough
+def test_inside_shard_map_a_leaf_is_a_shard():
+    run(SHARDS)

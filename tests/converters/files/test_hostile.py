@@ -28,11 +28,12 @@ from marks import thorough_but
 import fwt
 from fwt import converters
 
-MUTANTS = int(os.environ.get("MUTANTS", "300"))
+MUTANTS = int(os.environ.get("MUTANTS", "200"))
 FORMATS = (
     *("keras", "Keras weights", "Keras HDF5", "torch", "safetensors", "NumPy", "msgpack", "Orbax"),
     *("safetensors in shards", "Keras weights in shards"),
 )
+QUICK = ("keras", "torch", "safetensors", "msgpack")  # a process for each format takes a second
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +43,12 @@ def originals(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("count", thorough_but(1, [20, MUTANTS]))
+@pytest.mark.parametrize(
+    ("count", "name"),
+    thorough_but(
+        lambda case: case[0] == 20, [*((20, n) for n in QUICK), *((MUTANTS, n) for n in FORMATS)]
+    ),
+)
 def test_mutants_load_or_are_refused(originals, name, count):
     """What crashes, hangs, takes too much memory or raises anything else is listed."""
     counts, failures = fuzz.run(name, 0, count, str(originals))

@@ -1,6 +1,7 @@
 """Every class of the tables, alone and in stacks, in every direction against the real one."""
 
 import math
+import os
 from collections import OrderedDict
 
 import cases
@@ -32,6 +33,8 @@ from fwt import converters
 
 k, t = keras.layers, torch.nn
 EXAMPLES = {"search": 100}  # by profile
+# The fast run has the simplest settings of each and drawn ones, the thorough run the drawn ones.
+THOROUGH = "FWT_THOROUGH" in os.environ
 
 
 # Whose arrays have another form on the way back, and how it is called.
@@ -70,6 +73,8 @@ def test_torch_layer(name, data):
     rng = layer_cases.Drawn(data)
     with_files, batch = rng.integers(2) == 0, layer_cases.pick(rng, 1, 3)
     seed = rng.integers(2**32)
+    if THOROUGH and with_files and batch == 1 and seed == 0:
+        return
     shape, layer = case.make(rng)
     layers = layer if isinstance(layer, list) else [layer]
     model = cases.randomise_torch(torch.nn.Sequential(*layers), seed)
@@ -86,6 +91,8 @@ def test_keras_layer(name, data):
     rng = layer_cases.Drawn(data)
     with_files, batch = rng.integers(2) == 0, layer_cases.pick(rng, 1, 3)
     seed = rng.integers(2**32)
+    if THOROUGH and with_files and batch == 1 and seed == 0:
+        return
     shape, layer = case.make(rng)
     dtype = "int32" if case.integers else "float32"
     model = keras.Sequential([keras.Input(shape, dtype=dtype), layer])
@@ -325,7 +332,7 @@ def test_the_guides_table_is_that_of_the_rows():
 
 
 @pytest.mark.optimised
-@pytest.mark.parametrize("seed", thorough_but(8, range(28)))
+@pytest.mark.parametrize("seed", thorough_but(lambda seed: seed in (1, 2, 4, 5, 7), range(18)))
 def test_random_stacks(seed):
     import stacks
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
+from marks import thorough_but
 
 from fwt import converters
 
@@ -70,7 +71,13 @@ REACHED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", REACHED)
+@pytest.mark.parametrize(
+    "name",
+    thorough_but(
+        lambda name: name not in ("a table of quotients", "of two bytes", "categories of a graph"),
+        REACHED,
+    ),
+)
 def test_whole_numbers_reach_where_models_part(name):
     make, index, at, x = REACHED[name]
     keras.utils.set_random_seed(0)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from marks import thorough_but
 
 import fwt
 from fwt import layers as fl
@@ -27,10 +28,14 @@ def error(net, new, old, x):
     return float(jnp.mean((net.apply(new, x) - net.apply(old, x)) ** 2))
 
 
-@pytest.mark.parametrize("block", [4, 20, 128])
 @pytest.mark.parametrize(
-    "settings", [{"sparsity": 0.5}, {"pattern": two_of_four}, {"sparsity": 0.7}]
-)
+    ("settings", "block"),
+    thorough_but(
+        3,
+        [({"sparsity": 0.5}, 20), ({"pattern": two_of_four}, 4), ({"sparsity": 0.7}, 128),
+         ({"sparsity": 0.5}, 4), ({"pattern": two_of_four}, 20), ({"pattern": two_of_four}, 128)],
+    ),
+)  # fmt: skip
 def test_it_is_nearer_than_pruning_alone_and_not_nearer_than_least_squares(settings, block):
     net, variables, x = dense()
     new = fwt.sparsegpt(net, variables, x, block=block, **settings)

@@ -110,11 +110,21 @@ def is_variables(tree: Any) -> bool:
     return isinstance(tree, Mapping) and ("params" in tree or set(tree) == {"batch_stats"})
 
 
+def _in_order(node: Mapping[Any, Any]) -> list[Any]:
+    try:
+        return sorted(node)
+    except TypeError:
+        raise LeafError(
+            f"a dict has the keys {', '.join(map(repr, list(node)[:5]))}, which have no order, as "
+            "JAX's trees need: make all of them strings"
+        ) from None
+
+
 def children(node: Any) -> list[tuple[Any, Any]] | None:
     """The keys and children of one node, in JAX's order; None of a leaf."""
     kind = type(node)
     if kind is dict or kind is FromFile:
-        return [(types.SimpleNamespace(key=k), node[k]) for k in sorted(node)]
+        return [(types.SimpleNamespace(key=k), node[k]) for k in _in_order(node)]
     if kind is list or kind is tuple:
         return [(types.SimpleNamespace(key=i), x) for i, x in enumerate(node)]
     if node is None:
@@ -439,18 +449,19 @@ class Walk:
         if mine and not isinstance(node, Mapping | list | tuple):
             self.layers[parts] = node
         names = [part(key) for key, _ in kids]
-        wanted, inner, strip = [True] * len(kids), "", False
+        wanted, inner, strip, state = [True] * len(kids), "", False, False
         variables = scoped == "always" or bool(scoped and is_variables(node))
         if variables:
             wanted, strip = [n in self._shown for n in names], not parts
         if mine and self._aware:
             found = self._params_of(node, names, kids, parts, named, around)
             if found is not None:
-                wanted, strip = found, strip or (not parts and "params" in names)
+                state = "params" in names
+                wanted, strip = found, strip or (not parts and state)
                 inner = "if there"  # the params of a train state may be a variables dict
         for label, (_, child), own_child in zip(names, kids, wanted, strict=True):
             below = parts if strip and own_child else (*parts, label)
-            counts = statistic or (variables and label == "batch_stats")
+            counts = statistic or ((variables or state) and label == "batch_stats")
             # What is among the params is a layer, whatever it is called.
             calls = named and not (variables and label in self._shown)
             own_scope = inner if own_child else ""
@@ -476,7 +487,7 @@ class Walk:
         if not any(states):
             return None
         if "params" in names:
-            return [n == "params" for n in names]
+            return [n in self._shown for n in names]
         rest = [(n, x) for n, s, x in zip(names, states, kids, strict=True) if not s]
         held = [n for n, x in rest if _holds_weights(x)] or [n for n, x in rest if _holds_bools(x)]
         # What wraps an optimizer is a named tuple too, with averages of weights beside the state.

@@ -75,8 +75,9 @@ def reset(
     each gate gets its part of it. Values are drawn in float32 at least and rounded to the leaf's
     dtype. They are spread over devices as their leaf is; see :func:`fwt.initialize`.
 
-    The running statistics of norms (the ``batch_stats`` of a Model or a variables dict, those of a
-    live model) start anew as well: means and counters are 0, variances 1. Of the statistics of a
+    The running statistics of norms (the ``batch_stats`` of a Model, a variables dict or a train
+    state, those of an nnx module or a live model) start anew as well: means and counters are 0,
+    variances 1. What else stands beside the params stays as it is. Of the statistics of a
     Normalization, which are of the data and no training step changes, nothing is touched.
 
     Args:

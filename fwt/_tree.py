@@ -480,6 +480,8 @@ def computable(path: str, leaf: Any, dtype: Any = None) -> Any:
         raise LeafError(f"{path} is a shape without values: use jax.eval_shape for a dry run")
     if not np.dtype(leaf.dtype).isnative:
         raise LeafError(f"{path} is {leaf.dtype}, a byte order that JAX lacks: cast it by astype")
+    if np.dtype(leaf.dtype).char in "gG":
+        raise LeafError(f"{path} is {leaf.dtype}, which JAX lacks: cast it by astype")
     refuse_64(path, leaf)
     refuse_scales(path, leaf.dtype)
     return leaf

@@ -38,6 +38,8 @@ def made(one: Side, other: Side, shape: Sequence[int] | None) -> tuple[np.ndarra
     whole = [np.iinfo(d) for d in takes if d.kind in "iu"]
     if not (whole or one.integers or other.integers):
         x = judge.numbers(sizes, half)
+        if one.own or other.own:
+            x = np.concatenate([x, _dense(sizes)])
         return (x > 0).astype(x.dtype) if any(d.kind == "b" for d in takes) else x, []
     low = max([-(2**31), *(int(d.min) for d in whole)])
     high = min([2**31 - 1, *(int(d.max) for d in whole)])
@@ -51,6 +53,19 @@ def made(one: Side, other: Side, shape: Sequence[int] | None) -> tuple[np.ndarra
             x, notes = np.concatenate([x, more]), [*notes, *said]
         return x, notes
     return _of_numbers(one, other, (low, high), half, sizes)
+
+
+def _dense(sizes: Sequence[int]) -> np.ndarray:
+    """For modules of one's own, whose thresholds nothing tells: whole numbers, halves and many
+    magnitudes between 1 and 1000 with both signs, each in a row of its own unless inputs are so
+    large that they hold many."""
+    steps = np.concatenate([np.arange(0, 16.5, 0.5), np.geomspace(16.5, 1000, 128)])
+    values, size = np.concatenate([steps, -steps]).astype(np.float32), max(math.prod(sizes), 1)
+    if len(values) * size > _MOST:
+        rows = np.resize(values, (-(-len(values) // size), size))
+        return np.random.default_rng(0).permuted(rows, axis=1).reshape(-1, *sizes)
+    each = values.reshape(-1, *[1] * len(sizes))
+    return np.broadcast_to(each, (len(values), *sizes)).copy()
 
 
 def are_several(shape: Any) -> bool:
@@ -289,15 +304,18 @@ def _those_taken(taken: Any, rows: np.ndarray) -> np.ndarray:
 
 
 def _furthest(one: Side, other: Side) -> np.ndarray | None:
-    """How far each row of tables is from the other model's, if they have tables of one size."""
+    """How far each row of tables is from the other model's, if they have tables of one width: a row
+    of one table alone is infinitely far."""
     pairs = list(zip(one.tables, other.tables, strict=False))
     if not pairs or len(one.tables) != len(other.tables):
         return None
-    furthest = np.zeros(max(len(pair[0]) for pair in pairs))
+    furthest = np.zeros(max(len(table) for pair in pairs for table in pair))
     for pair in pairs:
-        if pair[0].shape != pair[1].shape:
+        if pair[0].shape[1:] != pair[1].shape[1:]:
             return None
-        a, b = (np.asarray(table, np.float64).reshape(len(table), -1) for table in pair)
+        both, most = sorted(map(len, pair))
+        furthest[both:most] = np.inf
+        a, b = (np.asarray(t[:both], np.float64).reshape(both, -1) for t in pair)
         with np.errstate(all="ignore"):
             gap = np.max(np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, np.abs(a - b)), 1)
             far = np.nan_to_num(gap / np.max(np.maximum(np.abs(a), np.abs(b)), 1), nan=np.inf)

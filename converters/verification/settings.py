@@ -59,6 +59,21 @@ def of_numbers(a: Numbers, b: Numbers) -> str | None:
     return None
 
 
+_REACHED = 1e6  # by the inputs that verify makes, behind most layers
+
+
+def beyond(a: Numbers, b: Numbers) -> str | None:
+    """A number among the settings of one model that lies beyond what inputs reach, if the other
+    has none that is equal."""
+    for mine, theirs in ((a, b), (b, a)):
+        known = [v for _, v, _ in theirs]
+        for place, value, _ in mine:
+            large = type(value) is float and _REACHED < abs(value) < math.inf
+            if large and not any(math.isclose(value, v, rel_tol=1e-6) for v in known):
+                return f"{place} is {value:g}"
+    return None
+
+
 def _floats(value: Any, field: Any) -> list[float] | None:
     """A setting as floats, if that is what it is or is declared to be; NaN is none."""
     if value is None and "float" in str(field.type):

@@ -72,6 +72,7 @@ class Side:
     gives: Sequence[str] | None = None  # the names of several outputs, if they have some
     # Each weight with its layer, of models that can't be converted.
     weights: Callable[[], Iterable[tuple[str, np.ndarray]]] = tuple
+    own: bool = False  # whether it is a module of one's own, whose thresholds no layer tells
 
     def swaps(self, xs: Xs) -> bool:
         """Whether it takes the axes 0 and 1 of a batch the other way round."""
@@ -274,7 +275,14 @@ def _linen_side(model: Model) -> Side:
     rows = _tables(model.variables)
     dtypes = [v.dtype for v in jax.tree.leaves(model.variables) if hasattr(v, "dtype")]
     return Side(run, None, False, converted, None, rows, dtypes=dtypes, told=False,
-                apart=bool(rows))  # fmt: skip
+                apart=bool(rows), weights=lambda: _named(model.variables), own=True)  # fmt: skip
+
+
+def _named(tree: Any) -> list[tuple[str, np.ndarray]]:
+    """Each array in a tree with the path to what holds it."""
+    found = ((jax.tree_util.keystr(k[:-1], simple=True, separator="/"), v)
+             for k, v in jax.tree.leaves_with_path(tree))  # fmt: skip
+    return [(name, np.asarray(v)) for name, v in found if hasattr(v, "dtype")]
 
 
 def _tables(tree: Any) -> list[Any]:
@@ -360,6 +368,7 @@ def nnx_side(model: Any) -> Side:
               if hasattr(v, "dtype")]  # fmt: skip
     kinds = kinds_in(model) if type(model) is nnx.Sequential else ()
     time_first, channels_first, told_batch, _ = ends("flax", kinds, False)
+    held = lambda: _named(nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.RngState))))  # noqa: E731
     return Side(run, None, channels_first, converted, count, rows, dtypes=dtypes,
                 model_first=channels_first, time_first=time_first,
-                told=told_batch)  # fmt: skip
+                told=told_batch, weights=held, own=type(model) is not nnx.Sequential)  # fmt: skip

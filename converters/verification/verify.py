@@ -1,6 +1,7 @@
 """``verify``: two models side by side, layer by layer."""
 
 import contextlib
+import dataclasses
 import math
 import os
 import sys
@@ -21,7 +22,7 @@ from fwt.converters.frameworks import linen_trace
 from fwt.converters.verification import batch, settings
 from fwt.converters.verification import inputs as _inputs
 from fwt.converters.verification.keras_side import keras_side
-from fwt.converters.verification.lines import WORST, turned
+from fwt.converters.verification.lines import WORST, lines_of, turned
 from fwt.converters.verification.names import of_call
 from fwt.converters.verification.report import (
     Line,
@@ -29,7 +30,16 @@ from fwt.converters.verification.report import (
 )
 from fwt.converters.verification.sides import Side, flax_side, nnx_side
 from fwt.converters.verification.torch_side import torch_side
-from fwt.converters.verification.weights import LARGER, apart_in, idle, layer_of, of_raw, unseen
+from fwt.converters.verification.weights import (
+    LARGER,
+    apart_in,
+    for_model,
+    idle,
+    in_float32,
+    layer_of,
+    of_raw,
+    unseen,
+)
 
 
 @judge.full_products()
@@ -89,7 +99,7 @@ def verify(
     if tolerance is not None and not 0 <= tolerance < math.inf:
         raise ConversionError(f"verify: tolerance={tolerance} is no part of a row's largest value")
     shape = _example(inputs) if input_shape is None and inputs is not None else input_shape
-    one, other = (_side(_graph_of(m, shape), external_data) for m in (a, b))
+    one, other = (_own_side(m, shape, external_data) for m in (a, b))
     if one.count and other.count and one.count != other.count:
         raise ConversionError(
             f"verify: the first model takes {one.count} inputs, the second {other.count}"
@@ -171,6 +181,9 @@ def verify(
     if ok and tolerance is None and setting is not None:
         ok, first = False, setting.split(":")[0]
         notes.append(f"no output on these inputs shows it, but a setting differs: {setting}")
+    far = settings.beyond(one.settings, other.settings) if ok else None
+    if far is not None:
+        notes.append(f"a setting lies beyond what these inputs reach, in one model alone: {far}")
     graphs = models is not None and all(isinstance(m.module, Graph) for m in models)
     if ok and tolerance is None and (first := _hidden(lines, carries, changed, graphs)) is not None:
         ok = False
@@ -194,8 +207,27 @@ def verify(
             notes.append(equal if ok else hidden)
         except ConversionError as error:
             notes.append(f"the weights are not compared: {error}")
+    if ok and tolerance is None and models and (wide := in_float32(models)) is not None:
+        again = _again(wide, for_model(xs, one, models[0]), order)
+        if not again.ok:
+            ok, first = False, again.first
+            notes.append("half precision hides the difference: in float32, with the same weights, "
+                         "the models differ")  # fmt: skip
     outs = tuple(outputs) if len(outputs) > 1 else ()
     return Report(ok, first, tuple(lines), weights, output, tuple(notes), outs)
+
+
+def _again(models: tuple[Model, Model], xs: list[np.ndarray], order: Any) -> Report:
+    """What is found of two Flax models fed what the first of them takes."""
+    one, other = map(_side, models)
+    if order is not None and not one.by_key:
+        lines, outputs, *_ = lines_of(one, other.ordered(order), xs)
+        output = min(outputs, key=lambda line: WORST.index(line.status))
+        return Report(output.status != "differs", _departed(lines), tuple(lines), (), output)
+    if one.swaps(xs):
+        xs = [np.ascontiguousarray(xs[0].swapaxes(0, 1))]
+    given: Any = dict(zip(one.names_of or (), xs, strict=False)) if one.by_key else xs
+    return verify(*models, xs[0] if len(xs) == 1 and not one.by_key else given)
 
 
 def _example(inputs: Any) -> Any:
@@ -276,6 +308,12 @@ def _graph_of(model: Any, shape: Any) -> Any:
         return linen_trace.traced(model[0], model[1], shape)
     except ConversionError:
         return model
+
+
+def _own_side(model: Any, shape: Any, external: bool) -> Side:
+    found = _graph_of(model, shape)
+    side = _side(found, external)
+    return side if found is model else dataclasses.replace(side, own=True)
 
 
 def _side(model: Any, external: bool = False) -> Side:

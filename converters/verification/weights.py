@@ -1,7 +1,7 @@
 """What ``verify`` finds of the weights: those that differ, and whether that matters where no output
 shows it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from fwt._graph import Graph, inputs_of, nodes_of
 from fwt._sequential import Sequential, call
 from fwt._types import ConversionError, Model
 from fwt.converters import judge
+from fwt.converters.frameworks import flax as _flax
 from fwt.converters.rows.row import parts_of
 from fwt.converters.verification import batch
 from fwt.converters.verification.lines import lines_of, worst
@@ -64,7 +65,7 @@ def unseen(
     if largest >= LARGER:
         return _unseen_small(one, models, xs, list(steps), order)
     mine, theirs = models[0], Model(models[1].module, models[0].variables)
-    given = _for_model(xs, one, mine)
+    given = for_model(xs, one, mine)
     same = nodes_of(mine.module) == nodes_of(theirs.module)
     if not same and worst(lines_of(flax_side(mine), _as_second(theirs, order), given)) == "differs":
         return None  # what differs in the weights may be made up for in the layers
@@ -78,7 +79,7 @@ def unseen(
     return layer_of(next(iter(steps)))
 
 
-def _for_model(xs: Sequence[np.ndarray], one: Side, model: Model) -> list[np.ndarray]:
+def for_model(xs: Sequence[np.ndarray], one: Side, model: Model) -> list[np.ndarray]:
     """The inputs of a side as its model in Flax takes them."""
     if len(xs) == 1:
         return batch.laid(xs, one, one, True)
@@ -97,7 +98,7 @@ def _unseen_small(
     paths: Sequence[str],
     order: Any,
 ) -> str | None:
-    given, new = _for_model(xs, one, models[0]), []
+    given, new = for_model(xs, one, models[0]), []
     held = {path: (a, b) for path, a, b in _pairs(*models) if path in paths}
     for index, model in enumerate(models):
         grown = {path: (pair[index] / np.abs(pair).max()).astype(pair[index].dtype)
@@ -129,9 +130,88 @@ def _step(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, float] | None:
 
 def of_raw(one: Side, other: Side) -> str | None:
     """The first layer whose weights are more than ten roundings apart, in models of the same layers
-    that can't be converted."""
-    pairs = zip(one.weights(), other.weights(), strict=False)
-    return next((name for (name, a), (_, b) in pairs if _step(a, b) is not None), None)
+    that can't be converted. In half precision each weight counts by its own size, for outputs show
+    little of it; units in another order are no difference.
+    """
+    mine, theirs = list(one.weights()), list(other.weights())
+    if [np.shape(a) for _, a in mine] != [np.shape(b) for _, b in theirs]:
+        return None
+    for (name, a), (_, b) in zip(mine, theirs, strict=True):
+        dtype = _half([a.dtype, b.dtype, *one.computes, *other.computes])
+        if dtype is not None:
+            if _far(a, b, dtype) and not _same_units(a, b):
+                return name
+        elif not one.own and _step(a, b) is not None:
+            return name
+    return None
+
+
+def _half(dtypes: Iterable[Any]) -> Any:
+    """The coarsest of some dtypes, if it is a float of half precision."""
+    found = [np.dtype(d) for d in dtypes if jnp.issubdtype(d, jnp.floating)]
+    half = [d for d in found if d.itemsize == 2]
+    return max(half, key=lambda d: float(jnp.finfo(d).eps), default=None)
+
+
+def _rounded(x: np.ndarray, dtype: Any) -> np.ndarray:
+    """Floats rounded to a dtype, in float32; what is beyond its range stays."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return x
+    with np.errstate(all="ignore"):
+        wide, new = x.astype(np.float32), x.astype(dtype).astype(np.float32)
+    return np.where(np.isfinite(new), new, wide)
+
+
+def _far(a: np.ndarray, b: np.ndarray, dtype: Any) -> bool:
+    """Whether a number in them is more than ten roundings of itself apart."""
+    if a.shape != b.shape or not all(jnp.issubdtype(x.dtype, jnp.floating) for x in (a, b)):
+        return False
+    a, b = (_rounded(x, dtype) for x in (a, b))
+    with np.errstate(all="ignore"):
+        allowed = judge.ROUNDINGS * judge.eps_of([dtype]) * np.maximum(np.abs(a), np.abs(b))
+        near = (np.abs(a - b) <= allowed) | (a == b) | (np.isnan(a) & np.isnan(b))
+    return not near.all()
+
+
+def _same_units(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether the units of two weights, along the last axis or the first, hold the same numbers,
+    whatever the order of the units and of the numbers in each."""
+
+    def units(x: np.ndarray, axis: int) -> np.ndarray:
+        x = np.moveaxis(x.astype(np.float32), axis, 0)
+        x = np.sort(x.reshape(len(x), -1), 1)
+        return x[np.lexsort(x.T)]
+
+    return a.size > 0 and any(
+        np.array_equal(units(a, axis), units(b, axis), equal_nan=True) for axis in (-1, 0)
+    )
+
+
+def in_float32(models: tuple[Model, Model]) -> tuple[Model, Model] | None:
+    """Two models of the same layers in float32, their weights rounded as they are in half
+    precision, if that may hide how they differ: where a weight is more than ten roundings of itself
+    apart. The units of a layer may stand in another order, which float32 shows to be equal.
+    """
+    if any(not isinstance(m.module, Sequential | Graph) for m in models):
+        return None
+    both = [list(each_layer(m.module, dict(m.variables))) for m in models]
+    if [type(x) for _, x, _ in both[0]] != [type(x) for _, x, _ in both[1]]:
+        return None
+    held = [[sorted(_tree.Tree({"params": own}, whole=True).leaves.items()) for *_, own in each]
+            for each in both]  # fmt: skip
+    flat = [[(i, path, np.asarray(v)) for i, own in enumerate(each) for path, v in own]
+            for each in held]  # fmt: skip
+    if [(i, p, v.shape) for i, p, v in flat[0]] != [(i, p, v.shape) for i, p, v in flat[1]]:
+        return None
+    layers = [getattr(x, "dtype", None) for each in both for _, x, _ in each]
+    dtype = _half([v.dtype for each in flat for *_, v in each] + [d for d in layers if d])
+    pairs = zip(*flat, strict=True)
+    if dtype is None or not any(_far(a, b, dtype) for (*_, a), (*_, b) in pairs):
+        return None
+    wide = (Model(m.module, jax.tree.map(lambda v: _rounded(np.asarray(v), dtype), m.variables))
+            for m in models)  # fmt: skip
+    one, other = (_flax.in_dtype(m, "float32") for m in wide)
+    return one, other
 
 
 def idle(
@@ -147,7 +227,7 @@ def idle(
         return None
     close = {line.name for line in lines if line.status in ("exact", "close")}
     held = close | {line.name for line in lines if line.status == "reordered"}
-    given = _for_model(xs, one, models[0])
+    given = for_model(xs, one, models[0])
     turned = flax_side(models[0]).swaps(given)
     starts = inputs_of(models[0].module)
     values = {n: jnp.asarray(x.swapaxes(0, 1) if turned else x)

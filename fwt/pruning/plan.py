@@ -447,15 +447,33 @@ def _cast(threshold: Any, dtype: Any, signed: bool) -> tuple[Any, Any]:
     """A threshold in the leaf's dtype, floored for integers, and whether all is above it."""
     if jnp.issubdtype(dtype, jnp.floating):
         own = _tree.wide_dtype(dtype) if dtype.itemsize == 1 else dtype
-        value = _tree.rounded(jnp.asarray(threshold, own), dtype)
-        return value, (jnp.asarray(threshold) < 0) & (not signed)
+        with np.errstate(over="ignore"):  # beyond the dtype it is infinite
+            value = jnp.asarray(threshold, own)
+        if dtype.itemsize == 1:  # of which most have no infinity, and a NaN of it prunes NaN
+            most = float(jnp.finfo(dtype).max)
+            value = jnp.clip(value, -most, most)
+        return _tree.rounded(value, dtype), _below_all(threshold, 0, signed)
     # A magnitude is as wide as an unsigned integer, so that |-128| of an int8 has its place.
     dtype = np.dtype(dtype) if signed else np.dtype(f"uint{dtype.itemsize * 8}")
     low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
     if isinstance(threshold, float):
         return jnp.asarray(math.floor(min(max(threshold, low), high)), dtype), threshold < low
-    floored = jnp.asarray(jnp.clip(jnp.floor(threshold), low, high))
-    return floored.astype(dtype), jnp.asarray(threshold) < low
+    floored = jnp.floor(threshold)
+    held = jnp.clip(floored, float(low), _below(high, floored.dtype)).astype(dtype)
+    value = jnp.where(floored >= float(high), np.asarray(high, dtype), held)
+    return value, _below_all(threshold, low)
+
+
+def _below(high: int, dtype: Any) -> float:
+    """The largest number of a float dtype that a whole number is not exceeded by."""
+    found = np.asarray(high, dtype)
+    return float(np.nextafter(found, np.zeros_like(found)) if int(found) > high else found)
+
+
+def _below_all(threshold: Any, low: int, signed: bool = False) -> Any:
+    """Whether nothing is at most a threshold: it lies below the least number, or is a NaN."""
+    t = jnp.asarray(threshold)
+    return ((t < low) & (not signed)) | jnp.isnan(t)
 
 
 def _name(function: Any) -> str:

@@ -44,7 +44,8 @@ def prune(
             blocks or channels it counts those; ``n_m`` needs none.
         score: what a weight is worth: one of ``fwt.scores``, or any function of the params that
             returns the same tree. It gets the ``grads`` and ``key`` below if it names them.
-        threshold: instead of a sparsity, keep where score > threshold (cast to the leaf's dtype).
+        threshold: instead of a sparsity, prune where score <= threshold (cast to the leaf's dtype):
+            nothing, if a traced one is NaN.
         scope: "layer" counts in each leaf, and in each slice of one that is a stack of layers
             (``nn.scan``, ``nn.vmap``, an ensemble); a leaf of which nothing tells that it is a
             stack is one layer, and ``axes={glob: "stack in out"}`` tells it. Every other scope

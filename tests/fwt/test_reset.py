@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
+import optax
 import pytest
 import torch
 import torch.nn.utils.prune
 from flax import nnx
+from flax.training.train_state import TrainState
 from marks import thorough_but
 from scipy import stats
 
@@ -572,6 +574,38 @@ def test_running_statistics_of_flax_start_anew(like):
     assert (jitted["batch_stats"]["n"]["var"] == 1).all()
     plain = fwt.at("d/*", fwt.reset(0, like))(old)
     assert plain["batch_stats"]["n"]["mean"] is old["batch_stats"]["n"]["mean"]
+
+
+class StateWithStatistics(TrainState):
+    batch_stats: dict
+
+
+STATES = {
+    "a train state": lambda v, tx: StateWithStatistics.create(apply_fn=None, tx=tx, **v),
+    "a dict": lambda v, tx: {**v, "opt_state": tx.init(v["params"])},
+    "variables in a tuple": lambda v, tx: (v, tx.init(v["params"])),
+    "a state in a dict": lambda v, tx: {"s": STATES["a train state"](v, tx), "other": np.ones(2)},
+}
+
+
+@pytest.mark.parametrize("name", thorough_but(lambda name: name == "a train state", STATES))
+def test_running_statistics_beside_an_optimizer_start_anew(name):
+    net = fwt.Sequential([("d", nn.Dense(4)), ("n", nn.BatchNorm(use_running_average=True))])
+    old = trained(net.init(jax.random.key(0), jnp.ones((1, 3))))
+    state = STATES[name](old, optax.adam(1e-3))
+
+    def statistics(tree):
+        found = jax.tree_util.tree_leaves_with_path(tree)
+        return [float(x[0]) for path, x in found if "batch_stats" in str(path)]
+
+    where = "**" if name != "a state in a dict" else "s/**"
+    for reset in (fwt.reset(0, "flax", where), jax.jit(fwt.reset(0, "flax", where))):
+        assert statistics(reset(state)) == [0, 1]
+    new = fwt.reset(0, "flax", "**/mean")(state)
+    assert statistics(new) == [0, 2.5]
+    rest = jax.tree.map(lambda x, y: x is y, state, new)
+    assert sum(not same for same in jax.tree.leaves(rest)) == 1
+    assert statistics(fwt.prune(0.5, where=fwt.kernels)(state)) == [2.5, 2.5]
 
 
 def test_running_statistics_of_nnx_start_anew():

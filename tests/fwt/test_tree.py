@@ -283,3 +283,16 @@ def test_unusual_keys():
         fwt.select(tree, "[z-a]")
     with pytest.raises(fwt.LeafError, match="same path"):
         fwt.paths(OrderedDict([("1", np.ones(1)), (1, np.ones(1))]))
+
+
+def test_what_jax_lacks_is_refused_by_name():
+    w = np.ones((2, 3), np.float32)
+    with pytest.raises(fwt.LeafError, match=r"the keys '10', 10.*no order"):
+        fwt.paths({"10": {"kernel": w}, 10: {"kernel": w}})
+    wide = w.astype(np.longdouble)
+    with pytest.raises(fwt.LeafError, match=r"d/kernel is .*, which JAX lacks"):
+        fwt.prune(0.5)({"d": {"kernel": wide}})
+    for other in (wide, w.astype(object), np.zeros((2, 2), [("a", "f4")])):
+        new = fwt.prune(0.5, where="e/*")({"d": {"kernel": other}, "e": {"kernel": w}})
+        assert new["d"]["kernel"] is other
+        assert int((new["e"]["kernel"] == 0).sum()) == 3

@@ -122,7 +122,7 @@ def test_they_go_round(name, tmp_path):
         close(there(*map(torch.from_numpy, xs)), expected)
     shapes = shapes if len(shapes) > 1 else shapes[0]
     back = converters.from_torch(there, shapes, layout="source")
-    close(model(given), expected)
+    close(back(given), expected)
     close(converters.to_keras(back)(given, training=False), expected)
     # Keras again, and by files.
     again = converters.to_keras(model)

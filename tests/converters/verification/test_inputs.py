@@ -1,7 +1,11 @@
 """What verify feeds, and what it leaves as it was."""
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
+import flax.linen as nn
+import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
@@ -9,7 +13,9 @@ import torch
 from flax import nnx
 from marks import thorough_but
 
+import fwt
 from fwt import converters
+from fwt import layers as fl
 
 k, t = keras.layers, torch.nn
 
@@ -219,3 +225,36 @@ def test_settings_that_are_whole_numbers():
         assert converters.verify(one, equal, input_shape=(6,)).ok
     for one, other in ((t.Softmax(1), t.Softmax(-1)), (t.Flatten(1), t.Flatten(-1))):
         assert converters.verify(Custom(one), Custom(other), input_shape=(6,)).ok
+
+
+class Applies(nn.Module):
+    function: Callable[..., Any]
+
+    @nn.compact
+    def __call__(self, x):
+        return self.function(x)
+
+
+OWN = {
+    "round": (jnp.round, lambda x: jnp.floor(x + 0.5)),
+    "threshold": (lambda x: jnp.where(x > 37.3, 1.0, 0.0), lambda x: jnp.where(x > 41, 1.0, 0.0)),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_what_modules_of_ones_own_part_at_is_fed(name):
+    one, other = ((Applies(function), {}) for function in OWN[name])
+    report = converters.verify(one, other, input_shape=(4,))
+    # A half is where rounding alone moves the output.
+    assert ("not compared: outputs" in str(report)) if name == "round" else not report.ok
+    assert converters.verify(one, one, input_shape=(4,)).ok
+
+
+def test_a_setting_beyond_the_inputs_is_said():
+    one, other = (
+        fwt.Model(fwt.Sequential([("a", layer)], (4,)), {})
+        for layer in (fl.HardTanh(-1e9, 1e9), Applies(lambda x: x))
+    )
+    for report in (converters.verify(one, other), converters.verify(other, one)):
+        assert "beyond what these inputs reach, in one model alone: a: min_value is" in str(report)
+    assert not converters.verify(one, one).notes

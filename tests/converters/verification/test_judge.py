@@ -12,6 +12,7 @@ import pytest
 import torch
 from marks import thorough_but
 
+import fwt
 from fwt import converters
 from fwt.converters import judge
 
@@ -332,6 +333,25 @@ def test_every_row_of_a_table_counts(row):
     for b in (other, converters.from_torch(other, (10,))):
         assert converters.verify(one, b, input_shape=(10,)).first == "0"
     assert converters.verify(one, converters.from_torch(one, (10,)), input_shape=(10,)).ok
+
+
+@pytest.mark.parametrize("framework", thorough_but(lambda name: name == "torch", ["flax", "torch"]))
+def test_a_row_of_tables_of_other_lengths_counts(framework):
+    a, b = (t.Sequential(t.Embedding(n, 3), t.Flatten(), t.Linear(15, 2)) for n in (5000, 5001))
+    with torch.no_grad():
+        b[0].weight[:5000] = a[0].weight
+        for name in ("weight", "bias"):
+            getattr(b[2], name).copy_(getattr(a[2], name))
+    for change, ok in ((0, True), (5, False)):
+        with torch.no_grad():
+            b[0].weight[2345] += change
+        sides = [a, b]
+        if framework == "flax":
+            sides = [converters.from_torch(m, (5,), "source") for m in sides]
+        for one, other in (sides, sides[::-1]):
+            report = converters.verify(one, other, input_shape=(5,))
+            assert report.ok is ok, report
+            assert "were not fed" in str(report)
 
 
 def test_what_no_row_of_a_table_is_said_to_be():
@@ -912,3 +932,52 @@ def test_weights_of_models_that_cannot_be_converted_are_seen():
     assert not report.ok
     assert report.first == "hidden"
     assert "no output shows how the weights of hidden differ" in report.notes[-1]
+
+
+class Own(nn.Module):
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x):
+        dense = [nn.Dense(n, dtype=self.dtype, param_dtype=self.dtype) for n in (64, 5)]
+        return dense[1](nn.relu(dense[0](x)))
+
+
+def narrow(kind, dtype):
+    """A model of half precision, and the paths of its two kernels."""
+    if kind == "own":
+        net, names = Own(dtype), ("Dense_0", "Dense_1")
+    else:
+        stored = "float32" if kind == "mixed" else dtype
+        a, b = (nn.Dense(n, dtype=dtype, param_dtype=stored) for n in (64, 5))
+        net, names = fwt.Sequential([("a", a), ("r", nn.relu), ("b", b)], (64,)), ("a", "b")
+    variables = net.init(jax.random.key(0), np.ones((1, 64), dtype))
+    return fwt.Model(net, jax.tree.map(np.asarray, variables)), names
+
+
+NARROW = [(kind, d) for kind in ("layers", "mixed", "own") for d in ("float16", "bfloat16")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), thorough_but(lambda case: case == ("layers", "bfloat16"), NARROW)
+)
+def test_half_precision_hides_no_weights(kind, dtype):
+    """Its outputs may be far off, so that weights count: but for the order of units."""
+    model, (first, last) = narrow(kind, dtype)
+    own = model.variables["params"]
+    flipped = own[first]["kernel"].copy()
+    flipped[np.unravel_index(np.abs(flipped).argmax(), flipped.shape)] *= -1
+    for other in (
+        fwt.prune(0.2)(model),
+        fwt.prune(0.01)(model),
+        fwt.assign({f"{first}/kernel": flipped})(model),
+    ):
+        assert not converters.verify(model, other, input_shape=(64,)).ok
+    order = np.random.default_rng(0).permutation(64)
+    moved = {
+        f"{first}/kernel": own[first]["kernel"][:, order],
+        f"{first}/bias": own[first]["bias"][order],
+        f"{last}/kernel": own[last]["kernel"][order],
+    }
+    report = converters.verify(model, fwt.assign(moved)(model), input_shape=(64,))
+    assert report.ok, report

@@ -1,5 +1,6 @@
 """Pruning by magnitude: exact counts, ties, odd floats; masks."""
 
+import warnings
 from unittest import mock
 
 import jax
@@ -230,6 +231,34 @@ def test_odd_leaves():
     ]
     with pytest.raises(fwt.LeafError, match="complex"):
         fwt.prune(0.5)({"a": {"kernel": np.ones((2, 2), np.complex64)}})
+
+
+THRESHOLDS = ("float32", "float16", "bfloat16", "float8_e4m3fn", "int8", "int32", "uint8")
+
+
+@pytest.mark.parametrize("name", THRESHOLDS)
+def test_what_is_at_most_a_traced_threshold_is_pruned(name):
+    """As Python compares numbers: nothing is at most a NaN, and all but a NaN at most infinity."""
+    values = [1, 2.5, 3, 100, *([] if "int" in name else [np.nan, -1])]
+    w = np.array([values]).astype(dtype_of(name))
+    prune = jax.jit(lambda p, t, sign: fwt.prune(threshold=t, score=sign)(p), static_argnums=2)
+
+    def signed(params):
+        return jax.tree.map(lambda x: -jnp.abs(x.astype(jnp.float32)), params)
+
+    for t in (np.nan, 2, -1, np.inf, -np.inf, 5e9):
+        for score, own in ((fwt.scores.magnitude, np.abs), (signed, lambda x: -np.abs(x))):
+            new = np.asarray(prune({"a": {"kernel": w}}, jnp.float32(t), score)["a"]["kernel"])
+            expected = np.where(own(w.astype(np.float64)) <= t, 0, w.astype(np.float64))
+            assert np.array_equal(new.astype(np.float64), expected, equal_nan=True), (t, own)
+
+
+def test_a_threshold_beyond_the_dtype():
+    w = np.array([[1, np.nan, 6e4]], np.float16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        new = fwt.prune(threshold=70000)({"a": {"kernel": w}})["a"]["kernel"]
+    assert np.array_equal(new, [[0, np.nan, 0]], equal_nan=True)
 
 
 def test_integer_thresholds_and_concrete_arrays():

@@ -242,12 +242,13 @@ def _converted(
             each = iter(given[len(specs) :])
             return traced(given[: len(specs)], lambda weight: next(each))
 
-        proto, _ = tf2onnx.convert.from_function(
-            tf.function(function, autograph=False),
-            input_signature=[*specs, *signature],
-            opset=opset,
-            custom_op_handlers={MARK: (_marked, [])},
-        )
+        with _plain_transposes():
+            proto, _ = tf2onnx.convert.from_function(
+                tf.function(function, autograph=False),
+                input_signature=[*specs, *signature],
+                opset=opset,
+                custom_op_handlers={MARK: (_marked, [])},
+            )
         used: set[str] = set()
         takes = list(ends.unlike([x.name for x in inputs], used))
         gives = list(ends.unlike(found[0], used))
@@ -270,6 +271,20 @@ def _converted(
         if node.domain not in ("", "ai.onnx"):
             raise refuse(node.name, f"{node.domain}.{node.op_type} is no operator of standard ONNX")
     return proto, weights
+
+
+@contextlib.contextmanager
+def _plain_transposes() -> Iterator[None]:
+    """Without the step of tf2onnx that makes a Reshape of a Transpose which only moves axes of size
+    1: it goes by shapes of before it moved other ones."""
+    from tf2onnx.optimizer.transpose_optimizer import TransposeOptimizer
+
+    step = TransposeOptimizer.post_optimize_action
+    TransposeOptimizer.post_optimize_action = lambda self: None
+    try:
+        yield
+    finally:
+        TransposeOptimizer.post_optimize_action = step
 
 
 def _of_layers(

@@ -279,6 +279,21 @@ def test_half_weights_stay_half(tmp_path, dtype):
     same_leaves(variables, converters.from_onnx(path).variables)
 
 
+def test_axes_of_size_1_stay_where_they_are(tmp_path):
+    """tf2onnx makes a Reshape of a Transpose by shapes of before it moved others."""
+    net = fwt.Sequential(
+        [("conv", nn.Conv(1, (3, 3), padding="VALID")), ("batch", nn.BatchNorm()),
+         ("norm", nn.RMSNorm(reduction_axes=2, feature_axes=2)), nn.relu],
+        input_shape=(3, 4, 5),
+    )  # fmt: skip
+    variables = net.init(jax.random.key(0), jnp.ones((1, 3, 4, 5)))
+    path = tmp_path / "net.onnx"
+    converters.to_onnx(net, variables, path, check=False)
+    x = np.random.default_rng(0).normal(size=(3, 3, 4, 5)).astype("float32")
+    (found,) = onnxruntime.InferenceSession(path).run(None, {"input": x})
+    np.testing.assert_allclose(found, in_flax(fwt.Model(net, variables), x), rtol=0, atol=1e-5)
+
+
 def test_weights_are_written_one_after_the_other(tmp_path):
     """What is held beside the model is one array, turned, and never a message of all."""
     size = 1 << 20

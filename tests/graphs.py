@@ -343,7 +343,8 @@ def rows_of(told, table):
     lines = [f"| net | {' | '.join(table)} |", "|---" * (len(table) + 1) + "|"]
     for name, found in told.items():
         cells = [found.get(c, found.get("refused", "")) for c in columns]
-        cells = [f"{c:.0e}" if isinstance(c, float) else c.partition(": ")[2] or c for c in cells]
+        cells = [f"{c:.0e}".replace("e-0", "e-").replace("0e+00", "0") if isinstance(c, float)
+                 else c.partition(": ")[2] or c for c in cells]  # fmt: skip
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -83,22 +83,6 @@ def _largest(w: Array, dims: tuple[int, ...]) -> Array:
     return lax.stop_gradient(jnp.max(jnp.abs(w), axis=dims, keepdims=True, initial=0))
 
 
-def _lifted(w: Array, dims: tuple[int, ...]) -> tuple[Array, Array]:
-    """The vectors in which subnormal numbers count, which XLA takes for zero, times a power of two
-    that makes all of them normal; the others as they are. And that power."""
-    info = jnp.finfo(w.dtype)
-    power = -info.minexp - info.nmant - 3
-    bits = lax.bitcast_convert_type(w, f"uint{info.bits}")
-    size = bits & np.array((1 << info.bits - 1) - 1).astype(bits.dtype)
-    most = np.array((info.nmant + 3) << info.nmant).astype(bits.dtype)
-    least = jnp.max(size, axis=dims, keepdims=True, initial=0) < most
-    steps = size.astype(w.dtype) * 2.0 ** (power + info.minexp - info.nmant)  # exact if subnormal
-    steps = lax.stop_gradient(jnp.where(bits != size, -steps, steps))
-    normal = jnp.where(least, w, 0) * 2.0**power
-    up = jnp.where(size >> info.nmant == 0, steps, normal)
-    return jnp.where(least, up, w), jnp.where(least, jnp.asarray(2.0**power, w.dtype), 1)
-
-
 def polar(leaf: Any, axes: Axes, axis: Axis) -> tuple[Array, Array, Array]:
     """The leaf in at least float32, its norms, and its directions (zero for a zero vector).
 
@@ -107,14 +91,12 @@ def polar(leaf: Any, axes: Axes, axis: Axis) -> tuple[Array, Array, Array]:
     """
     w = wide(leaf, axes.path)
     dims = over(axes, axis)
-    near, by = _lifted(w, dims)
-    scale = power_of_two(_largest(near, dims))
-    scaled = near / scale
+    scale = power_of_two(_largest(w, dims))
+    scaled = w / scale
     squares = jnp.sum(scaled**2, axis=dims, keepdims=True)
     nonzero = squares != 0  # a NaN stays one, and shows
     length = jnp.sqrt(jnp.where(nonzero, squares, 1))
     norm = jnp.minimum(scale * length, jnp.finfo(w.dtype).max)  # an infinite one makes 0 * inf
-    norm = norm / by
     return w, jnp.where(nonzero, norm, 0), jnp.where(nonzero, scaled / length, 0)
 
 
@@ -256,13 +238,12 @@ def l1_ball(leaf: Any, axes: Axes, scale: Any, axis: Axis, mask: Any = None) -> 
 
 
 def l2_sphere(leaf: Any, axes: Axes, scale: Any, axis: Axis, mask: Any = None) -> Array:
-    _, _, direction = polar(leaf, axes, axis)
+    _, norm, direction = polar(leaf, axes, axis)
     dims = over(axes, axis)
     kept = jnp.broadcast_to(True if mask is None else mask, direction.shape)
     many = jnp.sum(kept, axis=dims, keepdims=True, dtype=direction.dtype)
     anywhere = jnp.where(kept, 1 / jnp.sqrt(jnp.maximum(many, 1)), 0)
-    somewhere = jnp.any(direction != 0, axis=dims, keepdims=True)
-    return (jnp.where(somewhere, direction, anywhere) * scale).astype(leaf.dtype)
+    return (jnp.where(norm == 0, anywhere, direction) * scale).astype(leaf.dtype)
 
 
 def linf_sphere(leaf: Any, axes: Axes, scale: Any, axis: Axis, mask: Any = None) -> Array:

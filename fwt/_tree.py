@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fwt import _nodes, _paths
-from fwt._nodes import Unselected as Unselected
 from fwt._nodes import is_array as is_array
 from fwt._nodes import is_variables as is_variables
+from fwt._own_nodes import Unselected as Unselected
 from fwt._paths import escape as escape
 from fwt._paths import matches as matches
 from fwt._paths import named as named

@@ -40,7 +40,7 @@ fwt._compose fwt._summary fwt._axes
 fwt._rules fwt._modules
 fwt._tree
 fwt._nodes fwt._paths fwt._keys
-fwt._apart fwt._equal fwt._states
+fwt._apart fwt._equal fwt._states fwt._own_nodes
 fwt._mesh
 fwt._types
 fwt._errors fwt._later

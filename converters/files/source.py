@@ -1,7 +1,7 @@
 """What a file says beside its arrays, kept through every transform and into the next file: the
 order of the names, which of them are one array, and metadata.
 
-It is JSON text at a :class:`fwt._nodes.FromFile`, a dict of the variables, with these entries:
+It is JSON text at a :class:`fwt._own_nodes.FromFile`, a dict of the variables, with these entries:
 
 - ``names``: the names of all arrays, joined by dots, in the order of the model's layers;
 - ``ties``: groups of names that are one array;
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from fwt import _later, _nodes, _paths, _tree
-from fwt._nodes import FromFile
+from fwt._own_nodes import FromFile
 from fwt._types import FileFormatError
 from fwt.converters import io as _io
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from fwt import _axes, _tree, initializers
-from fwt._nodes import FromFile
+from fwt._own_nodes import FromFile
 from fwt._types import (
     ConversionError,
     LeafError,

@@ -54,7 +54,8 @@ def one_key(key: Any) -> Any:
         if not -(1 << 31) <= key < 1 << 32:
             raise FwtError(f"an int seed has 32 bits, found {key}; make a jax.random.key of it")
         config: Any = jax.config
-        if config.jax_default_prng_impl != _THREEFRY:
+        plain = type(key) is int and not getattr(config, "jax_random_seed_offset", 0)
+        if config.jax_default_prng_impl != _THREEFRY or not plain:
             return jax.random.key(key)
         # The same, but without two programs to compile.
         high = _MOST if key < 0 and config.jax_enable_x64 else 0
@@ -72,7 +73,7 @@ def _folded(key: Any, words: Any) -> Any:
     of words, a key for each column."""
     rows: Any = np.asarray(words, np.uint32)
     typed = _is_typed(key)
-    if not _is_threefry(key):
+    if not _is_threefry(key) or (not typed and key.shape != (2,)):
 
         def fold(key: Array, word: Array) -> tuple[Array, None]:
             return jax.random.fold_in(key, word), None

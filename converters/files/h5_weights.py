@@ -15,7 +15,6 @@ from fwt._types import FileFormatError, Model
 from fwt.converters import io as _io
 from fwt.converters.files.h5_read import (
     array_of,
-    attribute,
     names_in,
     node_at,
     opened_h5,
@@ -85,9 +84,8 @@ def load_weight_shards(path: Path, how: Reading) -> Model:
 
 def has_model(path: Path) -> bool:
     """Whether an .h5 file says what its layers are."""
-    budget = Budget(path)
-    with reading(path), opened_h5(path, budget) as file:
-        return attribute(file, "model_config", budget) is not None
+    with reading(path), opened_h5(path, Budget(path)) as file:
+        return "model_config" in file.attrs
 
 
 def load_legacy(path: Path, how: Reading) -> Model:

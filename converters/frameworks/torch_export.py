@@ -100,12 +100,12 @@ _SILENT: Any = (torch.nn.Identity, torch.nn.Dropout1d, torch.nn.Dropout2d, torch
                 torch.nn.AlphaDropout, torch.nn.FeatureAlphaDropout)  # fmt: skip
 
 
-def _alias(self: Any, x: Any) -> Any:
-    return torch.ops.aten.alias(x) if isinstance(x, torch.Tensor) else x
+def _alias(input: Any) -> Any:
+    return torch.ops.aten.alias(input) if isinstance(input, torch.Tensor) else input
 
 
 @contextlib.contextmanager
-def _traceable() -> Iterator[None]:
+def _traceable(model: torch.nn.Module) -> Iterator[None]:
     """Without what a TransformerEncoder does at inference for speed alone, and without looking
     whether the entries of a mask are those of a causal one, which changes no result either. What
     does nothing at inference leaves an operation, so that it stays a layer."""
@@ -113,9 +113,9 @@ def _traceable() -> Iterator[None]:
     look, fast = transformer._detect_is_causal_mask, torch.backends.mha.get_fastpath_enabled()
     logger = logging.getLogger("torch")
     level = logger.level
-    forwards = {cls: cls.forward for cls in _SILENT}
-    for cls in _SILENT:
-        cls.forward = _alias
+    silent = [m for m in model.modules() if type(m) in _SILENT and "forward" not in vars(m)]
+    for module in silent:
+        module.forward = _alias
     transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: False
     torch.backends.mha.set_fastpath_enabled(False)
     logger.setLevel(logging.CRITICAL)
@@ -124,8 +124,8 @@ def _traceable() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
-        for cls, forward in forwards.items():
-            cls.forward = forward
+        for module in silent:
+            vars(module).pop("forward", None)
         transformer._detect_is_causal_mask = look
         torch.backends.mha.set_fastpath_enabled(fast)
         logger.setLevel(level)
@@ -144,7 +144,7 @@ def exported(model: torch.nn.Module, inputs: Sequence[torch.Tensor]) -> Any:
         first = kinds.index(inspect.Parameter.VAR_POSITIONAL)
         shapes = (*shapes[:first], shapes[first:])
     try:
-        with _traceable():
+        with _traceable(model):
             program = torch.export.export(model, tuple(inputs), dynamic_shapes=shapes, strict=False)
             program = program.run_decompositions({})
             for _ in range(3):  # what one is made of may be made of others

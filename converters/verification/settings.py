@@ -59,7 +59,7 @@ def of_numbers(a: Numbers, b: Numbers) -> str | None:
     return None
 
 
-_REACHED = 1e6  # by the inputs that verify makes, behind most layers
+_REACHED = 1e6  # the size that the inputs which verify makes reach behind most layers
 
 
 def beyond(a: Numbers, b: Numbers) -> str | None:

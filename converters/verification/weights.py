@@ -169,6 +169,7 @@ def _far(a: np.ndarray, b: np.ndarray, dtype: Any) -> bool:
     a, b = (_rounded(x, dtype) for x in (a, b))
     with np.errstate(all="ignore"):
         allowed = judge.ROUNDINGS * judge.eps_of([dtype]) * np.maximum(np.abs(a), np.abs(b))
+        allowed = allowed + float(jnp.finfo(dtype).smallest_subnormal)
         near = (np.abs(a - b) <= allowed) | (a == b) | (np.isnan(a) & np.isnan(b))
     return not near.all()
 

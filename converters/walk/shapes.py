@@ -151,7 +151,7 @@ class Shapes(Writer):
             raise refuse(
                 str(layer),
                 "the order in which torch had the axes that its weights count does not come back",
-                "module.clone(sidecar='') drops it, and the weights may have another order",
+                "module.clone(sidecar='') gives the same outputs, with weights in another order",
             )
         if self.have[0] is self.n:
             self._arrange([self.have[i] for i in order], layer.name)

@@ -155,8 +155,8 @@ class Indexed(Parameter):
 
 
 class IndexedBuffer(Indexed, Buffer):
-    """Entries of an array that a state dict holds but that is not learned, as :class:`Indexed` has
-    them of one that is; it stands in ``batch_stats``.
+    """Entries of an array that a state dict holds but that is not learned; it stands in
+    ``batch_stats``. Those of a learned array are :class:`Indexed`.
 
     Args:
         shape: of the array.

@@ -449,7 +449,8 @@ def _cast(threshold: Any, dtype: Any, signed: bool) -> tuple[Any, Any]:
         own = _tree.wide_dtype(dtype) if dtype.itemsize == 1 else dtype
         with np.errstate(over="ignore"):  # beyond the dtype it is infinite
             value = jnp.asarray(threshold, own)
-        if dtype.itemsize == 1:  # of which most have no infinity, and a NaN of it prunes NaN
+        infinite = np.isinf(np.asarray(np.inf, own).astype(dtype).astype(own))
+        if dtype.itemsize == 1 and not infinite:  # and a NaN of it prunes NaN
             most = float(jnp.finfo(dtype).max)
             value = jnp.clip(value, -most, most)
         return _tree.rounded(value, dtype), _below_all(threshold, 0, signed)
@@ -458,14 +459,19 @@ def _cast(threshold: Any, dtype: Any, signed: bool) -> tuple[Any, Any]:
     low, high = np.iinfo(dtype).min, np.iinfo(dtype).max
     if isinstance(threshold, float):
         return jnp.asarray(math.floor(min(max(threshold, low), high)), dtype), threshold < low
-    floored = jnp.floor(threshold)
+    t = jnp.asarray(threshold)
+    if jnp.issubdtype(t.dtype, jnp.integer):
+        own = np.iinfo(t.dtype)
+        least, most = (t.dtype.type(n) for n in (max(low, own.min), min(high, own.max)))
+        return jnp.clip(t, least, most).astype(dtype), t < least
+    floored = jnp.floor(t)
     held = jnp.clip(floored, float(low), _below(high, floored.dtype)).astype(dtype)
     value = jnp.where(floored >= float(high), np.asarray(high, dtype), held)
     return value, _below_all(threshold, low)
 
 
 def _below(high: int, dtype: Any) -> float:
-    """The largest number of a float dtype that a whole number is not exceeded by."""
+    """The largest float that is at most this whole number."""
     found = np.asarray(high, dtype)
     return float(np.nextafter(found, np.zeros_like(found)) if int(found) > high else found)
 

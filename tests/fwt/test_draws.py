@@ -399,9 +399,19 @@ def test_a_quick_key_draws_what_jaxs_own_does(wide, draw):
 @pytest.mark.parametrize("wide", [False, True])
 def test_a_seed_is_jaxs_key_of_it(wide):
     with jax.enable_x64(wide):
-        for seed in (0, 5, -1, -(2**31), 2**32 - 1):
+        for seed in (0, 5, -1, -(2**31), 2**32 - 1, np.int32(-1), np.int64(-1)):
             found, own = _keys.one_key(seed), jax.random.key(seed)
             assert np.array_equal(jax.random.key_data(found), jax.random.key_data(own))
+
+
+def test_a_seed_counts_from_where_jax_is_told():
+    before = jax.config.jax_random_seed_offset
+    try:
+        jax.config.update("jax_random_seed_offset", 7)
+        own = jax.random.key_data(jax.random.key(1))
+        assert np.array_equal(jax.random.key_data(_keys.one_key(1)), own)
+    finally:
+        jax.config.update("jax_random_seed_offset", before)
 
 
 def test_words_are_folded_as_jax_does():

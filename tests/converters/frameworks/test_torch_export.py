@@ -22,7 +22,7 @@ from fwt.converters.frameworks import torch_check, torch_export
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*take no part", "ignore::FutureWarning", "ignore:.*degrees of freedom"
 )
-QUICK = (6, 10)  # of the random modules
+QUICK = (6, 11)  # of the random modules
 # The keys of a state dict that the new model has no place for.
 LEFT_OUT = {
     "Swin": {"attn.relative_position_index"},
@@ -415,9 +415,10 @@ def test_what_does_nothing_at_inference_keeps_its_name():
     image = np.random.default_rng(0).normal(size=(2, h, w, IMAGE[0])).astype("float32")
     close(back(image), given(image))
     forward = nn.Identity.forward
-    net = Net(lambda m, x: m.a(x) + m.b((x, 2))[0], a=nn.Identity(), b=nn.Identity())
+    net = Net(lambda m, x: m.a(input=x) + m.b((x, 2))[0], a=nn.Identity(), b=nn.Identity())
     assert [n.name for n in converters.from_torch(net, (3,)).module.nodes] == ["a", "add"]
     assert nn.Identity.forward is forward
+    assert "forward" not in vars(net.a)
 
 
 def test_channels_that_a_module_puts_elsewhere_are_found_there():

@@ -233,7 +233,8 @@ def test_odd_leaves():
         fwt.prune(0.5)({"a": {"kernel": np.ones((2, 2), np.complex64)}})
 
 
-THRESHOLDS = ("float32", "float16", "bfloat16", "float8_e4m3fn", "int8", "int32", "uint8")
+THRESHOLDS = ("float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2", "int8", "int32",
+              "uint8")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", THRESHOLDS)
@@ -251,6 +252,17 @@ def test_what_is_at_most_a_traced_threshold_is_pruned(name):
             new = np.asarray(prune({"a": {"kernel": w}}, jnp.float32(t), score)["a"]["kernel"])
             expected = np.where(own(w.astype(np.float64)) <= t, 0, w.astype(np.float64))
             assert np.array_equal(new.astype(np.float64), expected, equal_nan=True), (t, own)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "uint32", "int8"])
+@pytest.mark.parametrize("other", ["int32", "uint32"])
+def test_whole_thresholds_keep_all_their_bits(dtype, other):
+    most = np.iinfo(dtype).max
+    w = np.array([[most, most - 1, most - 47, min(16777217, most), 5, 0]], dtype)
+    prune = jax.jit(lambda p, t: fwt.prune(threshold=t)(p))
+    for t in (2147483600, 16777217, 16777216, 5, 0, 127):
+        new = np.asarray(prune({"a": {"kernel": w}}, jnp.asarray(t, other))["a"]["kernel"])
+        assert np.array_equal(new, np.where(w.astype(np.int64) <= t, 0, w)), t
 
 
 def test_a_threshold_beyond_the_dtype():

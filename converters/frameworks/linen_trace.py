@@ -124,7 +124,7 @@ def traced_call(
             closed = jax.make_jaxpr(flat)(variables, *specs)
         except ConversionError:
             raise
-        except Exception as error:  # a user's module raises what it likes: it becomes ours
+        except Exception as error:  # a user's module may raise any class: it becomes ours
             raise refuse(
                 name,
                 f"JAX can't trace it for any number of examples ({_first_line(error)})",
@@ -209,7 +209,7 @@ def _inputs(run: Any, variables: Any, given: Any, name: str) -> list[Any]:
         ]
         try:
             jax.eval_shape(run, variables, *inputs)
-        except Exception as error:  # noqa: BLE001 - a user's module; other dtypes may fit
+        except Exception as error:  # noqa: BLE001 - a user's module may raise any class; the next may fit
             failed = failed or error
         else:
             return inputs

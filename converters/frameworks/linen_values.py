@@ -35,7 +35,7 @@ class Layered:
 LAYER = "fwt_layer"  # the operation that such a call is
 
 
-class Reopen(Exception):  # noqa: N818 - a signal that is always caught
+class Reopen(Exception):  # noqa: N818 - no error but a signal, which the reader always catches
     """A layer whose row can't say this call: its parts are read instead."""
 
     def __init__(self, path: str, why: str = ""):
@@ -209,7 +209,7 @@ class Equations:
         if not why:
             try:
                 values = self._bound(eqn.primitive, [s.known for s in ins], params)
-            except Exception:  # noqa: BLE001 - JAX's errors share no class: it is why
+            except Exception:  # noqa: BLE001 - JAX's share no class, and each is kept as why
                 why = "it can't be computed for one example"
         if not why:
             wanted = [tuple(self._one_example(n) for n in s.shape) for s in outs]

@@ -38,7 +38,7 @@ def _candidates(rank: int, dtype: str) -> tuple[_Candidate, ...]:
         try:
             made = layer(**fields, **marks)
             form = _form_of(function or (lambda x, made=made: made.apply({}, x)), rank, dtype)
-        except Exception:  # noqa: BLE001 - layers refuse a rank with any error
+        except Exception:  # noqa: BLE001 - linen's layers refuse a rank by errors of any class
             continue
         if form:
             found.append(_Candidate(layer, fields, marks, form))

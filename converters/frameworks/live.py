@@ -124,7 +124,7 @@ def transform(model: Any, t: Transform) -> Any:
             if leaf.path in changed:
                 written.append(leaf)
                 leaf.write(changed[leaf.path])
-    except Exception as error:  # frameworks raise any class: it becomes ours
+    except Exception as error:  # torch, Keras and nnx raise any class: it becomes ours
         for leaf in written[:-1]:
             leaf.write(before[leaf.path])
         raise ConversionError(

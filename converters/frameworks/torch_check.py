@@ -58,7 +58,7 @@ def check(torch_gave: Tried, made: Model) -> None:
     shapes = [shapes] if len(xs) == 1 else shapes
     try:
         first = run(made.variables, [next(_ends(x, s)) for x, s in zip(xs, shapes, strict=True)])
-    except Exception as error:  # JAX's errors share no class
+    except Exception as error:  # JAX's errors share no class: it becomes ours
         raise refuse(place, f"its Flax model can't be run ({error})", _REPORT) from error
     for a, b in zip(wanted, first, strict=True):
         if a.dtype.itemsize < b.dtype.itemsize and a.dtype.kind not in "iub":
@@ -128,7 +128,7 @@ def _check_one(
     torch.export tells is true for two or more."""
     try:
         alone = _outputs(model, [x[:1] for x in given])
-    except Exception:  # noqa: BLE001 - a user's module; it takes no single one then
+    except Exception:  # noqa: BLE001 - a user's module may raise any class: it takes no single one
         return
     place = type(model).__name__
     for one, many in zip(alone, wanted, strict=True):

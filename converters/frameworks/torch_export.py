@@ -68,7 +68,7 @@ def example_inputs(model: torch.nn.Module, input_shape: Any) -> tuple[torch.Tens
             with at_inference(model), torch.no_grad():
                 model(*inputs)
             return inputs
-        except Exception as error:  # noqa: BLE001 - a user's module; other dtypes may fit
+        except Exception as error:  # noqa: BLE001 - a user's module may raise any class; the next may fit
             failed = failed or error
     raise ConversionError(
         f"the model can't be run on input_shape={input_shape!r}: {_first_line(failed)}"
@@ -151,7 +151,7 @@ def exported(model: torch.nn.Module, inputs: Sequence[torch.Tensor]) -> Any:
                 if parted := _parted(model, program):
                     program = program.run_decompositions(parted)
             return program
-    except Exception as error:  # torch.export's errors share no class, and mean one thing
+    except Exception as error:  # torch.export's share no class, and all mean that it can't
         raise refuse(
             type(model).__name__,
             f"torch.export can't follow it ({_first_line(error)})",

@@ -172,14 +172,14 @@ class Select(torch.nn.Module):
 class SelfAttention(torch.nn.MultiheadAttention):
     """``torch.nn.MultiheadAttention`` of one tensor with itself, which is all that it gives."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # of 1, not 3
+    def forward(self, x: Any) -> torch.Tensor:  # type: ignore[override]  # one tensor, not three
         return super().forward(x, x, x, need_weights=False)[0]
 
 
 class CausalSelfAttention(torch.nn.MultiheadAttention):
     """The same, in which no step attends to a later one."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # of 1, not 3
+    def forward(self, x: Any) -> torch.Tensor:  # type: ignore[override]  # one tensor, not three
         later = torch.full((x.shape[1], x.shape[1]), -torch.inf, dtype=x.dtype, device=x.device)
         mask = later.triu(1)
         return super().forward(x, x, x, attn_mask=mask, need_weights=False)[0]

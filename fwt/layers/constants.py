@@ -156,7 +156,13 @@ class Indexed(Parameter):
 
 class IndexedBuffer(Indexed, Buffer):
     """Entries of an array that a state dict holds but that is not learned; it stands in
-    ``batch_stats``. Those of a learned array are :class:`Indexed`, which takes the same arguments.
+    ``batch_stats``. Those of a learned array are :class:`Indexed`.
+
+    Args:
+        shape: of the array.
+        index: of each entry that it gives, its position among those of the array, packed as in
+            :class:`Constant`.
+        gives: the shape of what it gives.
 
     Example:
         >>> layer = IndexedBuffer.at(np.array([[2, 0]]), (3,))

@@ -208,13 +208,21 @@ def nudged(x: Any, by: float) -> Any:
     return np.asarray(x * np.where(grows, x.dtype.type(1 + by), x.dtype.type(1 - by)))
 
 
-def unsettled(y: Any, by: float) -> Any:
-    """What a layer is given, :func:`nudged` as the rounding of those before it may."""
-    return nudged(y, by) if by and not isinstance(y, jax.core.Tracer) else y
+def unsettled(y: Any, by: Any) -> Any:
+    """What a layer is given, :func:`nudged` as the rounding of those before it may; under jit if
+    the part is an argument there."""
+    if not isinstance(by, jax.core.Tracer):
+        return nudged(y, by) if by and not isinstance(y, jax.core.Tracer) else y
+    if not hasattr(y, "dtype") or not jnp.issubdtype(y.dtype, jnp.floating):
+        return y
+    mixed = jax.lax.iota(jnp.uint32, y.size) * np.uint32(2654435769)
+    mixed = (mixed ^ mixed >> 15) * np.uint32(2246822519)
+    part = by * (1 - 2 * (mixed >> 31).astype(np.float32)).reshape(y.shape)
+    return y * (1 + part).astype(y.dtype)
 
 
 @contextlib.contextmanager
-def between_layers(by: float) -> Iterator[None]:
+def between_layers(by: Any) -> Iterator[None]:
     """What is given to each linen module is :func:`nudged`: two layers may round a constant image
     in other ways, though no change of inputs that are zero shows it."""
 

@@ -1,15 +1,19 @@
 """What is written is tried before: onnxruntime must give the outputs of the module."""
 
+import contextlib
+import ctypes
 import functools
+import gc
 import math
 import mmap
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fwt._sequential import call, flags
@@ -48,13 +52,19 @@ def compare(file: Path, module: Any, variables: Any, inputs: Sequence[Input]) ->
     """Raises unless onnxruntime computes what the module does."""
     import onnxruntime
 
+    heavy = sum(leaf.nbytes for leaf in jax.tree.leaves(variables)) > _HEAVY
     computed = _computed(module, variables, [np.zeros((1, *x.shape), x.dtype) for x in inputs])
     if np.float16 in computed:
         _check_loads(file)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.enable_cpu_mem_arena = not heavy
+    blocked = ["NchwcTransformer"] if heavy else None  # of each kernel one more copy
+    _let_go(heavy)
     with refused("to_onnx: onnxruntime can't run it"):
-        session = onnxruntime.InferenceSession(file, options, ["CPUExecutionProvider"])
+        session = onnxruntime.InferenceSession(
+            file, options, ["CPUExecutionProvider"], disabled_optimizers=blocked
+        )
     names = [x.name for x in session.get_inputs()]
     gives = [y.name for y in session.get_outputs()]
     if any("bfloat16" in x.type for x in (*session.get_inputs(), *session.get_outputs())):
@@ -66,34 +76,48 @@ def compare(file: Path, module: Any, variables: Any, inputs: Sequence[Input]) ->
     large = sum(math.prod(x.shape) for x in inputs) > judge.LARGE
     rows = np.array(judge.FEW) if large else np.arange(count)
     xs = [x[rows % len(x)] for x in each]
-    batches = [[x[:1] for x in xs], xs]
+    first = [x[:1] for x in xs]
     with refused("to_onnx: onnxruntime can't run it"):
-        theirs = [session.run(None, dict(zip(names, given, strict=True))) for given in batches]
-    del session  # which holds the weights once more
+        many, one = (
+            session.run(None, dict(zip(names, given, strict=True))) for given in (xs, first)
+        )
+    del session  # which holds the weights twice more
 
-    def run(variables: Any, given: Sequence[Any]) -> list[Any]:
-        return ends.flat(module, call(module, variables, *given))
+    def run(variables: Any, given: Sequence[Any], by: Any) -> list[Any]:
+        with judge.between_layers(by):
+            return ends.flat(module, call(module, variables, *given))
 
     once = jax.jit(run) if large else run
-    told: list[judge.Apart] = []
-    for given, found in zip(batches, theirs, strict=True):
-        wanted = [np.asarray(y) for y in once(variables, [jax.numpy.asarray(x) for x in given])]
-        noise: list[Any] = []
+
+    def outputs(given: Sequence[Any], weights: bool = False, by: float = 0.0) -> list[np.ndarray]:
+        """Those of the module, also as rounding between its layers and of weights moves them."""
+        _let_go(heavy)
+        moved = variables
+        if weights:
+            moved = jax.tree.map(lambda leaf: jnp.asarray(judge.nudged(leaf, by)), variables)
+        return [np.asarray(y) for y in once(moved, [jnp.asarray(x) for x in given], by)]
+
+    def judged(
+        given: Sequence[Any], theirs: Sequence[Any], ours: Sequence[Any]
+    ) -> list[judge.Apart]:
+        noise: dict[bool, list[Any]] = {}
         told = []
-        for at, (their, ours) in enumerate(zip(found, wanted, strict=True)):
+        for at, (their, our) in enumerate(zip(theirs, ours, strict=True)):
             which = f" {gives[at]!r}" if len(gives) > 1 else ""
-            if their.shape != ours.shape:
+            if their.shape != our.shape:
                 raise ConversionError(
                     f"to_onnx: onnxruntime gives the output{which} as {list(their.shape)}, "
-                    f"expected {list(ours.shape)}"
+                    f"expected {list(our.shape)}"
                 )
             eps = judge.eps_of([*computed, their.dtype])
-            told.append(judge.apart(ours, their, eps=eps, clamps=True))
-            if not told[-1].equal:
-                if not noise:
-                    each_way = functools.partial(_nudged, run, variables, given)
-                    noise = judge.rounding(each_way, wanted, eps)
-                told[-1] = judge.apart(ours, their, [noise[at]], eps=eps, clamps=True)
+            told.append(judge.apart(our, their, eps=eps, clamps=True))
+            for weights in (False, True):
+                if told[-1].equal:
+                    break
+                if weights not in noise:
+                    each_way = functools.partial(outputs, given, weights)
+                    noise[weights] = judge.rounding(each_way, ours, eps)
+                told[-1] = judge.apart(our, their, [noise[weights][at]], eps=eps, clamps=True)
             if told[-1].excess > 1:
                 raise ConversionError(
                     f"to_onnx: onnxruntime's output{which} differs by {told[-1].absolute:.3g}, "
@@ -101,6 +125,15 @@ def compare(file: Path, module: Any, variables: Any, inputs: Sequence[Input]) ->
                     "rounding explains it; nothing is written. verify(model, file) after "
                     "check=False says from which layer on"
                 )
+        return told
+
+    whole = outputs(xs)
+    told = judged(xs, many, whole)
+    eps = judge.eps_of([*computed, *(y.dtype for y in one)])
+    for their, our in zip(one, whole, strict=True):
+        if their.shape != our[:1].shape or not judge.apart(our[:1], their, eps=eps).equal:
+            judged(first, one, outputs(first))  # one row by itself, which may be rounded otherwise
+            break
     if not any(t.compared for t in told) and any(t.absolute for t in told):
         raise ConversionError(
             "to_onnx: nothing could be compared: rounding alone moves the outputs by more than "
@@ -108,11 +141,16 @@ def compare(file: Path, module: Any, variables: Any, inputs: Sequence[Input]) ->
         )
 
 
-def _nudged(run: Callable[..., Any], variables: Any, given: Any, by: float) -> list[Any]:
-    """The outputs as the rounding of weights and between layers may move them."""
-    moved = jax.tree.map(lambda leaf: judge.nudged(leaf, by), variables)
-    with judge.between_layers(by):
-        return list(run(moved, given))
+_HEAVY = 32 * 2**20  # bytes of weights whose copies are worth a collection
+
+
+def _let_go(heavy: bool) -> None:
+    """Gives memory back to the system before the next step needs its own: a process that has the
+    copies of each step at once holds the weights of a large model many times."""
+    if heavy:
+        gc.collect()
+        with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+            ctypes.CDLL(None).malloc_trim(0)
 
 
 def _made(x: Input, half: bool, seed: int) -> np.ndarray:

@@ -217,35 +217,30 @@ def _converted(
             for i, x in enumerate(inputs)
         ]
 
-        def traced(xs: Sequence[Any], take: Any) -> Any:
+        taken: list[Any] = []
+
+        def traced(*xs: Any) -> Any:
+            graph = tf.compat.v1.get_default_graph()
+
+            # A mark says which weight is meant, so that none goes through TensorFlow: of each
+            # placeholder its optimizer makes an array, which it never lets go.
+            def take(weight: Any) -> Any:
+                taken.append(weight)
+                with graph.as_default():  # also where a body of a loop asks
+                    shape, dtype = list(weight.value.shape), tf.as_dtype(weight.value.dtype)
+                    token = json.dumps({"weight": len(taken) - 1, "shape": shape})
+                    (made,) = tf.raw_ops.PyFunc(input=[], token=token, Tout=[dtype])
+                    return tf.ensure_shape(made, shape)
+
             tracer = Tracer(tf.shape(xs[0])[0], take, opset)
             ys, names, outs = through(tracer, module, tree, xs, symbols)
             found[:] = [names, outs]
             return [tf.identity(y) for y in ys]
 
-        # Once to learn which arrays it takes, then as a function of them: so they never go
-        # through TensorFlow, whatever their size.
-        taken: list[Any] = []
-
-        def ask(weight: Any) -> Any:
-            taken.append(weight)
-            return tf.compat.v1.placeholder(_tf_dtype(tf, weight), weight.value.shape)
-
-        with tf.Graph().as_default():
-            traced([tf.compat.v1.placeholder(x.dtype, x.shape) for x in specs], ask)
-        signature = [
-            tf.TensorSpec(w.value.shape, _tf_dtype(tf, w), f"weight_{i}")
-            for i, w in enumerate(taken)
-        ]
-
-        def function(*given: Any) -> Any:
-            each = iter(given[len(specs) :])
-            return traced(given[: len(specs)], lambda weight: next(each))
-
         with _plain_transposes():
             proto, _ = tf2onnx.convert.from_function(
-                tf.function(function, autograph=False),
-                input_signature=[*specs, *signature],
+                tf.function(traced, autograph=False),
+                input_signature=specs,
                 opset=opset,
                 custom_op_handlers={MARK: (_marked, [])},
             )
@@ -338,13 +333,16 @@ def _weights(variables: Any, make: Any, inside: tuple[str, ...] = ()) -> Any:
     return out
 
 
-def _tf_dtype(tf: Any, weight: Any) -> Any:
-    return tf.as_dtype(weight.value.dtype)
-
-
 def _marked(graph: Any, node: Any, name: str, _: Any) -> None:
     """Puts the operator that a mark stands for in its place."""
     told = json.loads(node.get_attr("token").s)
+    if "weight" in told:
+        (output,), new = node.output, f"weight_{told['weight']}"
+        dtype = graph.get_dtype(output)
+        graph.remove_node(name)
+        graph.add_graph_input(new, dtype, told["shape"])
+        graph.replace_all_inputs(output, new)
+        return
     inputs = [node.input[i] if i is not None else "" for i in told["inputs"]]
     outputs, dtypes = list(node.output), node.output_dtypes
     skip = told["skip"]

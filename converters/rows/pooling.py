@@ -1,5 +1,6 @@
 """Rows of the pools: of windows, global and adaptive, each in one to three dimensions."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,8 +28,11 @@ LETTERS = {1: "w", 2: "h w", 3: "d h w"}
 NO_LAYER = {"keras": "keras.layers has no such layer", "torch": "torch.nn has no such layer"}
 
 
+@dataclasses.dataclass(frozen=True)
 class Adaptive(Special):
     """Adaptive pools: Keras wants every size."""
+
+    average: bool
 
     def write(
         self, framework: Framework, fields: dict[str, Any], settings: dict[str, Any], at: At
@@ -40,22 +44,30 @@ class Adaptive(Special):
             n if m is None else m for n, m in zip(known, fields["output_size"], strict=True)
         )
         pairs = list(zip(known, settings["output_size"], strict=True))
+        if why := self._unlike(pairs):
+            if any(n % m for n, m in pairs):
+                raise refuse(at.place, why)
+            del settings["output_size"]  # a plain pool says it
+            window = tuple(n // m for n, m in pairs)
+            settings |= {"pool_size": window, "strides": window}
+        return []
+
+    def _unlike(self, pairs: list[tuple[int, int]]) -> str | None:
+        """Why Keras's own adaptive pool computes something else."""
         for n, m in pairs:
             # Keras finds the windows in float32, by a product with 1 / m.
-            at_ = np.arange(m + 1, dtype=np.float32) * np.float32(n)
+            at = np.arange(m + 1, dtype=np.float32) * np.float32(n)
             exact = np.arange(m + 1) * n
-            for found in (at_ / np.float32(m), at_ * (np.float32(1) / np.float32(m))):
+            for found in (at / np.float32(m), at * (np.float32(1) / np.float32(m))):
                 low, high = np.floor(found[:-1]), np.ceil(found[1:])
                 if any(low != exact[:-1] // m) or any(high != -(-exact[1:] // m)):
-                    if not any(n % m for n, m in pairs):  # a plain pool says it
-                        del settings["output_size"]
-                        window = tuple(n // m for n, m in pairs)
-                        settings |= {"pool_size": window, "strides": window}
-                        return []
-                    raise refuse(
-                        at.place, f"Keras's adaptive pools round {n} to {m} in another way"
-                    )
-        return []
+                    return f"Keras's adaptive pools round {n} to {m} in another way"
+        # It takes windows of one more too: if none fits along the last axis, TensorFlow ends the
+        # process.
+        n, m = pairs[-1]
+        if not self.average and -(-n // m) + 1 > n:
+            return f"Keras's adaptive max pool of {n} to {m} ends the process on TensorFlow"
+        return None
 
     def finish(
         self, framework: Framework, layer: Layer, fields: Mapping[str, Any], sizes: Any, at: At
@@ -169,7 +181,7 @@ def _adaptive_pool(r: int, average: bool) -> Row:
         rank_of="output_size",
         settings=(S("output_size", "output_size", "output_size", normal=sizes),),
         keras_defaults={"data_format": "channels_last"},
-        special=Adaptive(),
+        special=Adaptive(average),
         fits=_not_ones,
         lower=lower.channels_first(),
     )

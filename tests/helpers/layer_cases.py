@@ -151,7 +151,7 @@ def add_torch_spatial():
 
         for kind in ("Avg", "Max"):
 
-            @case(TORCH, f"Adaptive{kind}Pool{r}d", refused="adaptive pools round")
+            @case(TORCH, f"Adaptive{kind}Pool{r}d", refused="adaptive (pools round|max pool of)")
             def adaptive(rng, r=r, kind=kind):
                 size = pick(rng, 1, ints(rng, r, 1, 4), ints(rng, r, 2, 3))
                 if r > 1 and yes(rng):
@@ -481,9 +481,9 @@ def add_keras_spatial():
 
             @case(KERAS, f"Adaptive{kind}Pooling{r}D")
             def adaptive(rng, r=r, kind=kind):
-                return (*spatial(rng, r), 3), getattr(k, f"Adaptive{kind}Pooling{r}D")(
-                    ints(rng, r, 1, 4)
-                )
+                # On TensorFlow a last axis of 1 ends the process where Keras takes maxima.
+                size = *ints(rng, r - 1, 1, 4), *ints(rng, 1, 2 if kind == "Max" else 1, 4)
+                return (*spatial(rng, r), 3), getattr(k, f"Adaptive{kind}Pooling{r}D")(size)
 
         @case(KERAS, f"ZeroPadding{r}D")
         def pad(rng, r=r):

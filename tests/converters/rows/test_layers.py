@@ -757,6 +757,23 @@ def test_einsums_that_mix_the_batch_are_refused():
     refused("abc,bd->acd", "its kernel has 6 at 'b', found 4", kernel=(6, 5))
 
 
+@pytest.mark.parametrize(
+    ("sizes", "to"), [((4, 6), (2, 1)), ((3, 1), (1, 1)), ((8, 4, 5), (2, 4, 1))]
+)
+def test_an_adaptive_max_pool_that_tensorflow_lacks_is_a_plain_one(sizes, to):
+    """Keras's own ends the process there."""
+    r = len(sizes)
+    net = t.Sequential(getattr(t, f"AdaptiveMaxPool{r}d")(to), t.ReLU())
+    x = torch.randn(3, 2, *sizes)
+    made = converters.to_keras(converters.from_torch(net, (2, *sizes)))
+    found = np.moveaxis(np.asarray(made(x.movedim(1, -1).numpy())), -1, 1)
+    np.testing.assert_array_equal(found, net(x).numpy())
+    uneven = t.Sequential(getattr(t, f"AdaptiveMaxPool{r}d")((*sizes[:-1], 2)), t.ReLU())
+    model = converters.from_torch(uneven, (2, *sizes[:-1], 1))
+    with pytest.raises(converters.ConversionError, match=r"0.*of 1 to 2 ends the process"):
+        converters.to_keras(model)
+
+
 def test_one_hot_of_one_column_alone():
     """Keras gives one_hot of several columns an axis for them."""
     for columns, said in ((3, "of 3 columns"), (None, "of an unknown number of columns")):

@@ -249,6 +249,25 @@ def outcome(kind, seed):
     return {"seed": seed, "said": said}
 
 
+def outcomes(kind, seeds, jobs):
+    """Those of some seeds, as they come; one that ends its process is found by itself."""
+    left = set(seeds)
+    spawn = multiprocessing.get_context("spawn")
+    try:
+        with concurrent.futures.ProcessPoolExecutor(jobs, spawn, alone) as pool:
+            these = [pool.submit(outcome, kind, seed) for seed in seeds]
+            for done in concurrent.futures.as_completed(these):
+                result = done.result()
+                left.discard(result["seed"])
+                yield result
+    except concurrent.futures.process.BrokenProcessPool:
+        if len(seeds) == 1:
+            yield {"seed": seeds[0], "wrong": "it ends the process"}
+            return
+        for seed in sorted(left):
+            yield from outcomes(kind, [seed], 1)
+
+
 def drawn(kind, count, first, jobs, path):
     """Runs the seeds that a file of lines does not have yet, and gives the outcome of each."""
     told = {}
@@ -258,17 +277,15 @@ def drawn(kind, count, first, jobs, path):
         told = {x["seed"]: x for x in found if "said" in x}
     seeds = range(first, first + count)
     left = [seed for seed in seeds if seed not in told]
-    part, spawn = PART * jobs, multiprocessing.get_context("spawn")
+    part = PART * jobs
     with path.open("a") as file:
         for at in range(0, len(left), part):  # new processes, since what they compile is kept
-            with concurrent.futures.ProcessPoolExecutor(jobs, spawn, alone) as pool:
-                these = [pool.submit(outcome, kind, seed) for seed in left[at : at + part]]
-                for done in concurrent.futures.as_completed(these):
-                    result = told[done.result()["seed"]] = done.result()
-                    file.write(json.dumps({"kind": kind, **result}) + "\n")
-                    file.flush()
-                    if "wrong" in result:
-                        print(result["seed"], result["wrong"], flush=True)
+            for result in outcomes(kind, left[at : at + part], jobs):
+                told[result["seed"]] = result
+                file.write(json.dumps({"kind": kind, **result}) + "\n")
+                file.flush()
+                if "wrong" in result:
+                    print(result["seed"], result["wrong"], flush=True)
     return [told[seed] for seed in seeds]
 
 

@@ -189,7 +189,7 @@ class Draw:
         shape = self.tensors[i].shape
         c, rank = shape[1], len(shape)
         kinds = [lambda: nn.LayerNorm(shape[-1]), lambda: nn.RMSNorm(shape[-1], eps=1e-3)]
-        kinds[1:] = kinds[1:] if shape[-1] > 1 else []
+        kinds = kinds if shape[-1] > 1 else []  # of one number either is rounding alone
         if rank > 2:
             kinds.append(lambda: nn.LayerNorm(shape[-2:]))
         if rank in (2, 3):

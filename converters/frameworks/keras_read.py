@@ -98,6 +98,8 @@ class _Reader:
         self.inputs: dict[str, Any] = {}
         self.named: dict[str, int] = {}  # how often each name was given
         self.own: set[str] = set()  # the names that layers have themselves
+        self.called = ""  # the name of the layer that is read
+        self.beside: dict[str, str] = {}  # of parts of layers, where another layer has their name
 
     # -- models -------------------------------------------------------------------------------
 
@@ -125,9 +127,10 @@ class _Reader:
         shape, dtype, tip = body.get("build_input_shape"), None, None
         if given is not None:
             (tip,) = self._as_many(given, 1)
-        names = [e["config"].get("name") for e in body["layers"] if isinstance(e, dict)
+        names = [str(e["config"].get("name")) for e in body["layers"] if isinstance(e, dict)
                  and isinstance(e.get("config"), dict)]  # fmt: skip
-        start = fresh(INPUT, filter(None, map(str, names)))
+        self.own.update(joined((*inside, name)) for name in names)
+        start = fresh(INPUT, names)
         count = len(self.layers)
         for entry in body["layers"]:
             kind, settings = entry_of(entry, self.place)
@@ -308,7 +311,7 @@ class _Reader:
     ) -> list[str]:
         """The names of what one call of a layer or a model gives."""
         if keras_ops.is_operation(entry):
-            name = self._name((*inside, str(entry["config"].get("name"))))
+            name = self.called = self._name((*inside, str(entry["config"].get("name"))))
             if cuts := keras_ops.split_of(entry, node, name, self.place):
                 return [self._chain([part], given) for part in cuts]
             if stacked := keras_ops.stack_of(entry, node, name, self.place):
@@ -325,6 +328,7 @@ class _Reader:
         if node is not None:
             self._check_call(kind, own, node)
         label, first = self._name((*inside, own)), joined((*base, own))
+        self.called = label
         if kind in CONTAINERS:
             parts = (*inside, parts_of(label)[-1])
             _, gives = self.model(*_body(entry, self.place), parts, (*base, own), given)
@@ -358,8 +362,12 @@ class _Reader:
     def _chain(self, chain: list[Layer], given: Sequence[str]) -> str:
         """The name of the last of some layers, the first of which takes what is given."""
         for layer in chain:
-            self.layers.append(dataclasses.replace(layer, inputs=tuple(given)))
-            given = (layer.name,)
+            name = layer.name
+            if name in self.own and name != self.called:
+                name = self.beside.setdefault(name, fresh(name, self.own))
+            of = self.beside.get(layer.of, layer.of)
+            self.layers.append(dataclasses.replace(layer, name=name, of=of, inputs=tuple(given)))
+            given = (name,)
         return given[0]
 
     def _check_call(self, kind: str, name: str, node: Mapping[str, Any]) -> None:

@@ -173,6 +173,8 @@ class Walk(Merges):
         parts = row.lower(self.source, layer, rank) if row.lower else None
         if parts is not None:
             for index, part in enumerate(parts):
+                if part.name != layer.name:
+                    part.name = self._fresh(part.name)
                 self._step(part, [*parts[index + 1 :], *following])
             return
         if row.kind == "permute":

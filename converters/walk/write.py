@@ -199,6 +199,8 @@ class Writer:
         made = found if isinstance(found, list) else [found]
         for part in made:
             part.dtype = self.dtype
+            if part.name != name:
+                part.name = self._fresh(part.name)
         if not all(x.kind for x in made):
             said = {k: v for k, v in fields.items() if not isinstance(v, Axis)}
             raise self._lacking(row, at, str(said) if said else "")

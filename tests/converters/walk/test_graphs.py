@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import randomise_keras
 from compare import close as near
 from compare import in_keras, in_torch
@@ -198,6 +199,61 @@ def test_random_graphs(seed):
     import dags
 
     dags.run(seed)
+
+
+class Twice(torch.nn.Module):
+    """Operations that Keras says by several layers, and a user's own names beside them."""
+
+    def __init__(self):
+        super().__init__()
+        self.hardtanh__1 = torch.nn.Hardtanh(0.1, 0.9)
+        self.conv = torch.nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect")
+        self.conv__pad = torch.nn.Conv2d(3, 2, 3)
+
+    def forward(self, x):
+        x = self.conv__pad(self.conv(x))
+        y = F.hardtanh(x, -0.3, 0.7) + F.hardtanh(2 * x, 0.1, 0.9) * self.hardtanh__1(x)
+        z = F.threshold(x, 0.1, 0.1) * F.threshold(x, -0.5, -0.5)
+        return y * x.clamp(-0.3, 0.7) + z * (x.clamp(-0.2, 0.1) + 1).clamp(0.9, 1.05)
+
+
+def test_parts_of_layers_have_names_of_their_own(tmp_path):
+    net = Twice().eval()
+    x = torch.linspace(-3, 3, 2 * 2 * 5 * 6).reshape(2, 2, 5, 6)
+    expected = net(x).detach().numpy().transpose(0, 2, 3, 1)
+    there = converters.from_torch(net, (2, 5, 6))
+    last = x.numpy().transpose(0, 2, 3, 1)
+    close(converters.to_keras(there)(last), [expected])
+    converters.save(tmp_path / "net.keras", there)
+    close(keras.saving.load_model(tmp_path / "net.keras", compile=False)(last), [expected])
+
+    def clips(x):
+        return jnp.clip(x, -0.2, 0.3) + jnp.maximum(x, 0.1) * jnp.maximum(-jnp.maximum(x, -0.5), 0)
+
+    class Clips(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return clips(x)
+
+    x = x.numpy().reshape(8, 15)
+    close(converters.to_keras(Clips(), {}, input_shape=(15,))(x), [np.asarray(clips(x))])
+
+
+def test_a_layer_may_have_the_name_of_a_part_of_another():
+    start = keras.Input((6,))
+    left, right = keras.ops.split(L.Dense(6, "relu", name="d")(start), 2, -1)
+    end = L.Dense(3, "tanh", name="d__activation")(L.Add(name="split__0")([left, right]))
+    net = keras.Model(start, end)
+    line = keras.Sequential(
+        [keras.Input((6,)), L.Dense(4, "gelu", name="a"), L.Dense(2, "elu", name="a__activation")]
+    )
+    x = np.random.default_rng(0).normal(size=(3, 6)).astype("float32")
+    for model in (net, line):
+        there = converters.from_keras(model)
+        close(there(x), flat(model(x)))
+        again = converters.to_keras(there)
+        close(again(x), flat(model(x)))
+        assert [w.path for w in again.weights] == [w.path for w in model.weights]
 
 
 @pytest.mark.parametrize("swapped", [False, True])

@@ -24,6 +24,7 @@ _WINDOW = re.compile(
     r"[hwdktxyzpqruv]\d*|k_?[hwdt]|(spatial|kernel|window)(_?\w)?|height|width|time|length|"
     "heads?|dim|head_dim"
 )
+_LOCAL = re.compile(r"((?!Scan|Vmap)[^/]*/)*ConvLocal_\d+/kernel")  # of linen's own names
 _BATCH = re.compile(
     "(layer|block|batch|stack|expert|ensemble|member|model|replica|repeat|stage|step|scan|depth|"
     "num|copy|population|agent|seed)(e?s)?(_.*)?|[benls]|.*_(layer|block|batch|expert|member)s?"
@@ -75,6 +76,10 @@ class Axes:
         depthwise: of a convolution that Keras calls a DepthwiseConv where each group takes one
             input, its groups.
         sliced: of how many axes of a stack this is one slice.
+        keras: the names by which Keras counts fans, where it counts an axis otherwise; see
+            :meth:`drawn_by`.
+        flax: those by which Flax does.
+        stored: whether Keras takes the leaf as it is stored for a matrix.
     """
 
     path: str
@@ -85,6 +90,9 @@ class Axes:
     turned: bool = False
     depthwise: int = 0
     sliced: int = 0
+    keras: tuple[str, ...] | None = None
+    flax: tuple[str, ...] | None = None
+    stored: bool = False
 
     def _known(self) -> tuple[str, ...]:
         if self.names is None or "" in self.names:
@@ -127,7 +135,23 @@ class Axes:
         kept = [i for i in range(len(self.shape)) if i not in self.stack]
         names = tuple((self.names or ())[i] for i in kept)
         shape = tuple(self.shape[i] for i in kept)
-        return dataclasses.replace(self, shape=shape, names=names, sliced=len(self.stack))
+        sliced = len(self.stack)
+        return dataclasses.replace(
+            self, shape=shape, names=names, sliced=sliced, keras=None, flax=None
+        )
+
+    def drawn_by(self, like: Literal["keras", "torch", "flax"]) -> "Axes":
+        """The axes as a framework's layer counts them when it draws the leaf: an axis that is of
+        both its inputs and its outputs, along which each slice is a layer of its own, is one of
+        its outputs to Keras, and of its inputs to Flax."""
+        names = {"keras": self.keras, "flax": self.flax}.get(like)
+        if like == "flax" and names is None and self.turned:
+            rest = iter(_modules.plain(len(self.shape) - len(self.stack)))
+            names = tuple(n if n == "stack" else next(rest) for n in self.names or ())
+        if names is None:
+            return self
+        stored = like == "keras"
+        return Axes(self.path, self.shape, names, sliced=self.sliced, stored=stored)
 
     def each(self, function: Callable[..., Any], *arrays: Any) -> Any:
         """``function`` of each slice of arrays of the leaf's shape, together again: all slices at
@@ -207,6 +231,8 @@ class Axes:
         )
         if like == "torch":
             return (*second, *first, *self.spatial)
+        if self.stored and self._known():
+            return self.all
         return (*self.spatial, *first, *second)
 
     def _check_there(self, like: Literal["keras", "torch"]) -> None:
@@ -223,6 +249,8 @@ class Axes:
         Raises:
             AxesError: where the framework has none.
         """
+        if self.stored:
+            return self.size(self._where("in")), self.size(self._where("out"))
         if like == "keras" and len(self.shape) < 2:
             size = math.prod(self.shape)
             return size, size
@@ -251,8 +279,8 @@ def _told(
     told: Known, path: str, shape: tuple[int, ...], names: tuple[str, ...], turned: bool = False
 ) -> Axes:
     """The axes of a leaf with these names, and what the class of its layer tells beside them."""
-    transposed = told.transposed or turned
-    return Axes(path, shape, names, transposed, told.groups, told.turned, told.depthwise)
+    transposed, more = told.transposed or turned, (told.groups, told.turned, told.depthwise)
+    return Axes(path, shape, names, transposed, *more, keras=told.keras, flax=told.flax)
 
 
 class KnowsAxes:
@@ -342,6 +370,7 @@ class Places:
         said = self._by_user(path)
         if said is not None:
             turned = _rules.order_is_transposed(tuple(n for n in said if n != "stack"))
+            told = dataclasses.replace(told, keras=None, flax=None)
             return _told(told, path, shape, said, turned)
         if told.names is not None and len(told.names) == len(shape):
             names = _rules.with_heads(path, told.names)
@@ -362,7 +391,9 @@ class Places:
         found = self._from_tree(path, None if depth is None else range(depth), told.layer)
         if not live and (depth != 0 or len(shape) > 2):
             found = self._from_module(path) or found
-        return found
+        flax = _modules.plain(len(shape)) if _LOCAL.fullmatch(path) else told.flax
+        whole = found.flax is None and flax is not None and len(flax) == len(shape)
+        return dataclasses.replace(found, flax=flax) if whole else found
 
     @functools.cached_property
     def _hidden(self) -> set[tuple[str, ...]]:
@@ -394,7 +425,7 @@ class Places:
         if self.module is None:
             return Known()
         alone = _of_layer(self.module, path, rank)  # one layer by itself, which needs no run
-        return alone if alone.names is not None else Known()
+        return alone if alone.names is not None or alone.flax is not None else Known()
 
     @functools.cached_property
     def _rules(self) -> _rules.Rules:
@@ -425,7 +456,11 @@ class Places:
         names, transposed = self._rules.names(path, tuple(stack), layer)
         # A bias that proves (out, in) at the end is that of linen's transpose_kernel=True.
         turned = transposed and names[-2:] == ("out", "in")
-        return Axes(path, shape, _with_stack(names, stack, len(shape)), transposed, turned=turned)
+        names = _with_stack(names, stack, len(shape))
+        # Frameworks draw a stack of layers slice by slice, and such a layer in one.
+        doubt = self._rules.may_be_one(path, len(stack))
+        drawn = tuple("" if n == "stack" else n for n in names) if doubt else None
+        return Axes(path, shape, names, transposed, turned=turned, keras=drawn, flax=drawn)
 
     @functools.cached_property
     def _traced(self) -> Mapping[str, _modules.Traced]:
@@ -441,10 +476,14 @@ class Places:
         if stack is None:
             return None
         shape, told = self.shapes[path], inner.known
+        keras, flax = (
+            each and _with_stack(each, stack, len(shape)) for each in (told.keras, told.flax)
+        )
         if told.names is None or len(told.names) != len(inner.shape):
-            return self._from_tree(path, stack, "")
+            found = self._from_tree(path, stack, "")
+            return dataclasses.replace(found, keras=keras, flax=flax)
         names = _with_stack(_rules.with_heads(path, told.names), stack, len(shape))
-        return _told(told, path, shape, names)
+        return _told(dataclasses.replace(told, keras=keras, flax=flax), path, shape, names)
 
     @functools.cached_property
     def _stacks(self) -> dict[tuple[str, ...], tuple[int, ...]]:

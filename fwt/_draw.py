@@ -92,6 +92,7 @@ class InTurn:
 def fitted(chosen: Any, axes: _axes.Axes) -> Any:
     if isinstance(chosen, initializers.Bound):
         return chosen.at(axes)
+    axes = axes.drawn_by("flax")
     if axes.stack and not initializers.foreign_axis_free(chosen):
         return InTurn(fitted(chosen, axes.one), axes)
     rank = len(axes.shape)

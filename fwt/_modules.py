@@ -27,6 +27,8 @@ class Known:
         turned: whether Flax, too, takes its inputs and outputs for each other when it draws.
         depthwise: of a convolution that Keras calls a DepthwiseConv where each group takes one
             input, its groups.
+        keras: the names by which Keras counts fans, where it counts an axis otherwise.
+        flax: the names by which Flax counts fans, where it counts an axis otherwise.
         anew: whether a module around the layer draws its matrices anew, as ``torch.nn.Transformer``
             does, by Xavier's uniform distribution.
         role: "kernels", "biases" or "others", where the class tells it.
@@ -39,6 +41,8 @@ class Known:
     groups: int = 1
     turned: bool = False
     depthwise: int = 0
+    keras: tuple[str, ...] | None = None
+    flax: tuple[str, ...] | None = None
     anew: bool = False
     role: str = ""
 
@@ -117,6 +121,10 @@ def _told(
 ) -> Known:
     """What a layer says of one of its leaves; axes beyond those of its class are a stack."""
     names = _axes(layer, leaf, leaves[leaf])
+    if leaf == "kernel" and leaves[leaf] in ("general", "einsum"):
+        flax = "in" if leaves[leaf] == "general" else "plain"
+        size = len(getattr(layer, "kernel_shape", None) or names or ())
+        return of_several(layer, names, size, len(shape), flax)
     transposed = name == "ConvTranspose" and leaf in _KERNELS
     turned = transposed and bool(getattr(layer, "transpose_kernel", False))
     if turned:
@@ -195,7 +203,8 @@ def _axes(layer: Any, leaf: str, text: str) -> tuple[str, ...] | None:
     if text == "general":
         batch, ins, outs = layer.batch_axis, layer.in_features, layer.out_features
         ins = ins if leaf == "kernel" else ()
-        return (*["stack"] * len(batch), *["in"] * len(ins), *["out"] * len(outs))
+        both = "both" if leaf == "kernel" else "stack"
+        return (*[both] * len(batch), *["in"] * len(ins), *["out"] * len(outs))
     window = getattr(layer, "num_spatial_dims", None)
     if window is None and "*" in text:
         size = layer.kernel_size
@@ -209,13 +218,40 @@ def _axes(layer: Any, leaf: str, text: str) -> tuple[str, ...] | None:
 
 
 def einsum_names(equation: str) -> tuple[str, ...] | None:
-    """The axes of an einsum's second operand: an axis of both inputs and outputs is a stack of
-    layers; None where one is neither."""
+    """The axes of an einsum's second operand, "both" for one of the inputs and the outputs; None
+    where one is neither."""
     operands, _, output = equation.replace(" ", "").replace("...", "").partition("->")
     inputs, _, kernel = operands.partition(",")
-    sides = {(True, False): "in", (False, True): "out", (True, True): "stack"}
+    sides = {(True, False): "in", (False, True): "out", (True, True): "both"}
     names = [sides.get((letter in inputs, letter in output)) for letter in kernel]
     return None if None in names else tuple(n for n in names if n)
+
+
+def plain(rank: int) -> tuple[str, ...]:
+    """(..., in, out), as every JAX initializer reads a shape."""
+    return ("in", "out")[2 - rank :] if rank < 2 else (*["k"] * (rank - 2), "in", "out")
+
+
+def of_several(layer: Any, names: tuple[str, ...] | None, size: int, rank: int, flax: str) -> Known:
+    """What a layer tells of its kernel some axes of which are "both" of the inputs and of the
+    outputs: each slice along them is a layer of its own, but all are drawn in one.
+
+    Args:
+        layer: the layer.
+        names: one name per axis; None where they aren't known.
+        size: of how many axes it is.
+        rank: of the leaf; what it has more is a stack, and comes first.
+        flax: as which side Flax's layer counts "both", "plain" where it reads the shape as
+            (..., in, out), or "" where Flax has no such layer.
+    """
+    more = ("stack",) * (rank - size)
+
+    def called(word: str) -> tuple[str, ...] | None:
+        return names and (*more, *(word if n == "both" else n for n in names))
+
+    own = (*more, *plain(size)) if flax == "plain" else called(flax) if flax else None
+    kind = type(layer).__name__
+    return Known(called("stack"), False, kind, layer, keras=called("out"), flax=own, role="kernels")
 
 
 # -- linen ------------------------------------------------------------------------------------
@@ -338,6 +374,13 @@ def _inputs(module: Any, shapes: Any) -> Iterator[Any]:
     for shape in large[:4]:  # of a layer that contracts several axes
         for axes in range(2, len(shape)):
             yield jax.ShapeDtypeStruct((1, *shape[:axes]), jnp.float32)
+    # Of a layer whose batch counts, as a DenseGeneral's batch_dims, and of an einsum.
+    for shape in dict.fromkeys(part for s in large[:4] for part in (s, s[1:])):
+        for axes in range(2, len(shape)):
+            for batch in range(1, axes):
+                yield jax.ShapeDtypeStruct((*shape[:batch], 4, *shape[batch:axes]), jnp.float32)
+            yield jax.ShapeDtypeStruct(shape[:axes], jnp.float32)
+        yield jax.ShapeDtypeStruct((1, *shape), jnp.float32)
     # A layer with other weights at each position takes images of one size.
     for *window, taken, _ in large[:4]:
         for n in range(1, min(taken, 32) + 1):

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Mapping, Sized
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax.numpy as jnp
@@ -35,7 +35,6 @@ _Kind = Literal[
     "torch rnn",
 ]
 _TORCH_RNN = re.compile(r"(weight|bias)_(ih|hh|hr)(_l\d+)?(_reverse)?")
-_LOCAL = re.compile(r"((?!Scan|Vmap)[^/]*/)*ConvLocal_\d+/\w+")  # of linen's own names
 # The gates of Flax's cells in Keras's order: {(i)nput, (h)idden} x gate, each with its kernel.
 _CELLS = {
     "lstm": ("ifgo", {"ii", "if", "ig", "io", "hi", "hf", "hg", "ho"}),
@@ -128,11 +127,15 @@ def reset(
 
         def choose(path: str, shape: tuple[int, ...]) -> tuple[Any, str]:
             leaf = view.leaf(path)
-            if like == "flax" and (whole := _whole(leaf, tree.leaves[path].shape)) is not None:
-                return whole, path
-            made, root = of_one(leaf)
-            stacked = view.places[path].stack
-            return (_draw.fitted(made, view.places[path]) if stacked else made), root
+            place = view.places[path]
+            if like == "flax" and place.flax is not None:
+                # All slices in one, whose fans count them.
+                place = place.drawn_by("flax")
+                leaf = dataclasses.replace(leaf, axes=place.one)
+                made, root = _own(leaf) or initializers.lecun_normal().at(place), path
+            else:
+                made, root = of_one(leaf)
+            return (_draw.fitted(made, place) if place.stack else made), root
 
         def of_one(leaf: _Leaf) -> tuple[Any, str]:
             found = _own(leaf) if like == "flax" else None
@@ -227,7 +230,8 @@ class _Leaf:
             return "scale"
         if self.name == "weight" and rank == 1 and self.is_norm:
             return "scale"
-        if re.fullmatch("((depthwise|pointwise)_)?kernel|weight", self.name) and rank >= 2:
+        matrix = rank >= 2 or self.is_einsum
+        if re.fullmatch("((depthwise|pointwise)_)?kernel|weight", self.name) and matrix:
             return "kernel"
         if self.name == "beta" or (self.name == "bias" and (self.is_norm or self.kernel)):
             return "bias"
@@ -256,7 +260,15 @@ class _Leaf:
     def kernel(self) -> str:
         """The name of the weight that its bias goes with."""
         names = ("pointwise_kernel", "kernel", "depthwise_kernel", "weight")
-        return next((n for n in names if len(self.beside.get(n, ())) >= 2), "")
+        least = 0 if self.is_einsum else 2
+        return next(
+            (n for n in names if len(self.beside.get(n, ())) >= least and n in self.beside), ""
+        )
+
+    @property
+    def is_einsum(self) -> bool:
+        """Whether it is of a Keras layer whose kernel may have no axis of its own."""
+        return self.known.layer == "EinsumDense"
 
     @property
     def cell(self) -> str | None:
@@ -280,7 +292,6 @@ class _View:
 
     def __init__(self, places: _axes.Places):
         self.known, self.statistics = places.known, places.tree.statistics
-        self._tree, self._traced = places.tree, lambda: places._traced
         self.places = {path: places(path) for path in places.shapes}
         self.shapes = {path: place.one.shape for path, place in self.places.items()}
         self._below: dict[str, dict[str, tuple[int, ...]]] = {}
@@ -290,16 +301,6 @@ class _View:
             self._below.setdefault("/".join(parts[:-1]), {})[_tree.unescape(parts[-1])] = shape
             if len(parts) > 1:
                 self._layers.setdefault("/".join(parts[:-2]), set()).add(_tree.unescape(parts[-2]))
-
-    def holder(self, path: str) -> Any:
-        """The nnx module that holds a leaf, if the tree has them."""
-        return self._tree.layers.get(tuple(map(_tree.unescape, _tree.split(path)[:-1])))
-
-    def layer(self, path: str) -> str:
-        """The class of a leaf's layer, as a run of the linen module or linen's own name tells."""
-        seen = self._traced().get(path)
-        told = self.known(path).layer or (seen.known.layer if seen else "")
-        return told or ("ConvLocal" if _LOCAL.fullmatch(path) else "")
 
     def names(self, parent: str) -> set[str]:
         return set(self._below.get(parent, ()))
@@ -344,40 +345,6 @@ def _by(function: Any, leaf: _Leaf, make: Any, **settings: Any) -> Any:
         return bound(function, make=make, **settings).at(leaf.axes)
     # A user's own: it may depend on more than its arguments, so it must not be compiled by us.
     return functools.partial(function, axes=leaf.axes, make=make, **settings)
-
-
-def _whole(leaf: _Leaf, shape: tuple[int, ...]) -> Any:
-    """The initializer of a kernel that Flax draws as one although it is several matrices, one for
-    each batch or position or of an einsum: its fans count them all."""
-    if leaf.name != "kernel":
-        return None
-    layer = leaf.known.owner or leaf.view.holder(leaf.path)
-    kind = leaf.view.layer(leaf.path) if layer is None else type(layer).__name__
-    if kind not in _IN_ONE:
-        return None
-
-    def count(*names: str) -> int:
-        found = next((getattr(layer, n) for n in names if hasattr(layer, n)), ())
-        return len(found) if isinstance(found, Sized) else 1
-
-    flat = shape
-    if kind == "ConvLocal":
-        rank = count("kernel_size") + 2
-    elif kind == "Einsum":
-        rank = count("shape", "kernel_shape")
-    else:
-        batches, ins = count("batch_dims", "batch_axis"), count("axis")
-        rank = batches + ins + count("features", "out_features")
-        flat = math.prod(shape[: batches + ins]), math.prod(shape[batches + ins :])
-        if not batches:
-            return None
-    if layer is not None and rank not in (0, len(shape)):
-        return None  # of a stack of such layers
-    make = getattr(layer, "kernel_init", None) or initializers.lecun_normal()
-    return _by(values.in_one, leaf, make, flat=flat)
-
-
-_IN_ONE = ("ConvLocal", "Einsum", "DenseGeneral", "LinearGeneral")
 
 
 def _own(leaf: _Leaf) -> Any:

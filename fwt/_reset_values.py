@@ -50,8 +50,3 @@ def by_flax(key: Any, shape: Any, dtype: Any, axes: Any, make: Any) -> Any:
     if len(ins) + len(outs) < 3 or not ins or not outs:
         return make(key, shape, dtype)
     return as_matrix(lambda flat: make(key, flat, dtype), axes, (*ins, *outs), len(ins))
-
-
-def in_one(key: Any, shape: Any, dtype: Any, axes: Any, make: Any, flat: Any) -> Any:
-    """Several matrices that Flax draws as one."""
-    return make(key, flat, dtype).reshape(shape)

@@ -15,6 +15,7 @@ EMBEDDINGS = re.compile(
 )
 _ATTENTION_IN, _ATTENTION_OUT = ("query", "key", "value"), ("out", "attention_output")
 _KERNEL = re.compile("(pointwise_|recurrent_|projection_)?kernel")
+_EINSUM = re.compile("dense_?general|linear_?general|einsum")
 # The other direction of a recurrent layer, whose leaves stand beside those of the first.
 _OTHER_WAY = re.compile("((?:(?:recurrent_|projection_)?kernel)|bias)(_reverse)")
 _TWO_AXES = re.compile(r"weight_(ih|hh|hr)(_l\d+)?(_reverse)?|(in|[qkv])_proj_weight")
@@ -271,8 +272,22 @@ class Rules:
             return 0
         if last == "kernel" and parent in (*_ATTENTION_IN, *_ATTENTION_OUT):
             return 0 if rank == 3 and self._is_attention(path) else None
-        einsum = _KERNEL.fullmatch(last) and re.search("densegeneral|einsum", parent.lower())
+        einsum = _KERNEL.fullmatch(last) and _EINSUM.search(parent.lower())
         return None if rank == 3 or einsum else 0
+
+    def may_be_one(self, path: str, depth: int) -> bool:
+        """Whether what is a stack by its layer's bias may be one layer as well, a DenseGeneral with
+        a batch or an einsum: there is no stack by the user's word, by linen's names or by all
+        other layers."""
+        last, parent = self._names(path)
+        lifted = sum(bool(re.match("(Scan|Vmap)[A-Z]", p)) for p in self._parts[path])
+        if not _KERNEL.fullmatch(last) or lifted >= depth or path in self._told:
+            return False
+        others = [
+            s for p, s in self.shapes.items() if self._parts[p][:-1] != self._parts[path][:-1]
+        ]
+        alike = others and all(s[:1] == self.shapes[path][:1] for s in others)
+        return not alike and _EINSUM.search(parent.lower()) is not None
 
     def _is_attention(self, path: str) -> bool:
         """Whether nothing beside a kernel of rank 3 says that it is not an attention's: that of its

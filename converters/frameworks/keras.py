@@ -1,7 +1,6 @@
 """Live Keras models, on any backend."""
 
 import contextlib
-import dataclasses
 import functools
 import math
 import sys
@@ -13,7 +12,6 @@ import ml_dtypes
 import numpy as np
 
 from fwt import _tree
-from fwt._modules import einsum_names
 from fwt._types import ConversionError, Model
 from fwt.converters.frameworks import (
     activations,
@@ -466,9 +464,6 @@ def leaves(model: Any) -> list[LiveLeaf]:
             read = functools.partial(_read, there, share)
             value = read(value)
             known = table.live("keras", layer, kind, letters, flax_letters, value.ndim, share)
-            if kind == "EinsumDense" and label == "kernel":
-                names_of = einsum_names(layer.equation)
-                known = dataclasses.replace(known, names=names_of)
             path = "/".join(_tree.escape(p) for p in [*parts, name])
             if id(variable) in seen:
                 seen[id(variable)].also[path] = value.shape

@@ -17,7 +17,7 @@ import flax.linen as nn
 
 from fwt import layers as fl
 from fwt._axes import Known
-from fwt._modules import depthwise_groups, einsum_names, many
+from fwt._modules import depthwise_groups, einsum_names, many, of_several
 from fwt._types import ConversionError
 from fwt.converters.rows import (
     attention,
@@ -177,14 +177,16 @@ def known(layer: Any, leaf: str, rank: int) -> Known:
     """What a Flax layer tells of its leaf; axes in front of those of its class are a stack."""
     kind = type(layer).__name__
     if type(layer) is nn.DenseGeneral and leaf in ("kernel", "bias"):
-        ins = many(layer.axis) if leaf == "kernel" else 0
-        sides = (*["in"] * ins, *["out"] * many(layer.features))
-        return Known((*["stack"] * (rank - len(sides)), *sides), False, kind, layer)
-    if type(layer) is fl.EinsumDense and leaf == "kernel":
-        names = einsum_names(layer.equation)
-        if names is not None:
-            names = (*["stack"] * (rank - len(names)), *names)
-        return Known(names, False, kind, layer)
+        outs = ["out"] * many(layer.features)
+        if leaf == "bias":
+            return Known((*["stack"] * (rank - len(outs)), *outs), False, kind, layer)
+        both = (*["both"] * many(layer.batch_dims), *["in"] * many(layer.axis), *outs)
+        return of_several(layer, both, len(both), rank, "in")
+    if type(layer) in (fl.EinsumDense, nn.Einsum) and leaf == "kernel":
+        return _einsum(layer, rank)
+    if type(layer) is nn.ConvLocal and leaf == "kernel":
+        size = many(layer.kernel_size) + 2
+        return of_several(layer, None, size, rank, "plain")
     for row in (*rows_of("flax", kind), *(r for r in NAMES if r.flax is type(layer))):
         for p in row.params:
             name, letters = p.of("flax")
@@ -207,6 +209,15 @@ def known(layer: Any, leaf: str, rank: int) -> Known:
     return Known(None, False, kind, layer)
 
 
+def _einsum(layer: Any, rank: int) -> Known:
+    """What a dense layer by an equation tells of its kernel: one of linen, Keras or ours."""
+    own = isinstance(layer, nn.Einsum)  # whose equation may be told in a call alone
+    text = layer.einsum_str if own else layer.equation
+    names = einsum_names(text) if text else None
+    size = len(layer.shape if own else names or ())
+    return of_several(layer, names, size, rank, "plain" if own else "")
+
+
 def live(
     framework: Framework,
     layer: Any,
@@ -217,6 +228,8 @@ def live(
     groups: int = 1,
 ) -> Known:
     """What a live layer tells of an array that has these axes there and in Flax."""
+    if kind == "EinsumDense" and flax_letters == ["*k"] and hasattr(layer, "equation"):
+        return dataclasses.replace(_einsum(layer, rank), layer=kind)
     names = axis_names(flax_letters, rank) if letters else None
     if kind in ("Layer", "Model", "Module"):  # a class of the user's own, of which nothing is known
         kind = ""

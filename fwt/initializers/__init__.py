@@ -29,7 +29,6 @@ from fwt.initializers._bound import (
     in_layout,
     is_traced,
     numbers,
-    plain_axes,
 )
 
 __all__ = [
@@ -100,14 +99,8 @@ def _cut_normal_numbers(
     return _jax.truncated_normal(stddev, lower=lower, upper=upper)(key, shape, dtype)
 
 
-def _as_flax(axes: Axes) -> Axes:
-    """The axes that Flax's layer takes for inputs and outputs when it draws this leaf."""
-    return plain_axes(axes.path, axes.shape) if axes.turned else axes
-
-
 @gives_each
 def _variance_scaling(dtype: Any, axes: Axes, scale: float, mode: Any, distribution: Any) -> Each:
-    axes = _as_flax(axes)
     if not axes.outputs or not (axes.inputs or "group" in (axes.names or ())):
         raise AxesError(
             f"{axes.path} of shape {axes.shape} has no input and output axis, so it has no fans: "
@@ -145,7 +138,6 @@ def _scaled_numbers(key: Any, shape: Any, dtype: Any, distribution: Any, varianc
 
 
 def _orthogonal(key: Any, shape: Any, dtype: Any, axes: Axes, scale: float) -> Any:
-    axes = _as_flax(axes)
     if len(axes.outputs) == 1:
         return _jax.orthogonal(scale, column_axis=axes.outputs[0])(key, shape, dtype)
     if not axes.reduced:
@@ -157,7 +149,6 @@ def _orthogonal(key: Any, shape: Any, dtype: Any, axes: Axes, scale: float) -> A
 
 
 def _delta_orthogonal(key: Any, shape: Any, dtype: Any, axes: Axes, scale: float) -> Any:
-    axes = _as_flax(axes)
     order = (*axes.spatial, *axes.inputs, *axes.outputs)
     if len(axes.inputs) != 1 or len(axes.outputs) != 1 or not 1 <= len(axes.spatial) <= 3:
         raise AxesError(

@@ -11,6 +11,7 @@ import numpy as np
 
 from fwt import _keys, _tree
 from fwt._axes import Axes
+from fwt._modules import plain
 from fwt._types import Array, AxesError, FwtError
 
 
@@ -93,9 +94,15 @@ class Bound:
             return None
         return self.function(dtype, axes, **dict(self.settings))
 
-    def at(self, axes: Axes) -> "Bound":
+    def at(self, axes: Axes | None) -> "Bound":
         """The same initializer for a leaf with these axes."""
-        return dataclasses.replace(self, axes=axes)
+        return dataclasses.replace(self, axes=axes and axes.drawn_by(self._library))
+
+    @property
+    def _library(self) -> Any:
+        """The framework whose initializer it is; of JAX's, Flax."""
+        name = self.function.__module__.rpartition(".")[2]
+        return name if name in ("keras", "torch") else "flax"
 
     def __repr__(self) -> str:
         return f"{self.name}({', '.join(f'{n}={v!r}' for n, v in self.settings)})"
@@ -132,8 +139,7 @@ def _stacked(draw: Callable[[Any], Any], key: Any, axes: Axes) -> Any:
 
 def plain_axes(name: str, shape: tuple[int, ...]) -> Axes:
     """(..., in, out), as every JAX initializer reads a shape."""
-    names = ("out",) if len(shape) == 1 else (*("k",) * (len(shape) - 2), "in", "out")
-    return Axes(name, shape, names if shape else ())
+    return Axes(name, shape, plain(len(shape)))
 
 
 _GIVE_EACH: set[Any] = set()

@@ -787,3 +787,133 @@ def test_one_layer_of_linen_tells_its_axes(name):
 def capture_flax(net, shape, seed):
     variables = net.init(jax.random.key(seed), jnp.ones(shape))
     return {p: np.array(v) for p, v in fwt.select(variables, "**").items()}
+
+
+EINSUMS = {  # of an axis that is of the inputs and of the outputs Keras counts the outputs
+    "abc,bcd->abd": ((9, 40), (9, 20), "bd"),
+    "abcd,bde->abce": ((5, 7, 12), (5, 7, 20), None),
+    "abc,bde->acde": ((9, 40), (40, 30, 4), None),
+    "abc,dec->abde": ((3, 40), (3, 6, 20), "e"),
+    "abc,dbc->abd": ((9, 40), (9, 20), "bd"),
+    "abcd,cbe->ade": ((6, 30, 4), (4, 20), None),
+    "abc,bc->abc": ((90, 40), (90, 40), "bc"),
+    "ab,bc->ac": ((40,), (90,), "c"),
+    "...b,bcd->...cd": ((3, 40), (20, 3), None),
+}
+SCALED = ("glorot_uniform", "glorot_normal", "he_uniform", "he_normal", "lecun_uniform",
+          "lecun_normal")  # fmt: skip
+
+
+def by_equation(equation, initializer="glorot_uniform"):
+    size, out, bias = EINSUMS[equation]
+    layer = k.EinsumDense(
+        equation, out, bias_axes=bias, kernel_initializer=initializer, name="given"
+    )
+    return keras.Sequential([keras.Input(size, batch_size=2), layer])
+
+
+@pytest.mark.parametrize("equation", thorough_but(1, EINSUMS))
+def test_fans_of_keras_einsums(equation):
+    keras.utils.set_random_seed(1)
+    theirs, *pools = (capture(by_equation(equation)) for _ in range(3))
+    model, fresh = by_equation(equation), fwt.reset(0, like="keras")
+    there = fwt.select(fresh(converters.from_keras(model)), "**")
+    compare({p: np.asarray(w) for p, w in there.items()}, theirs, pools)
+    converters.transform(model, fresh)
+    compare(capture(model), theirs, pools)
+    for name in SCALED:
+        theirs, *pools = (
+            {"given/kernel": by_equation(equation, name).weights[0].numpy()} for _ in range(3)
+        )
+        draw = fwt.initialize(getattr(fwt.initializers.keras, name), 0)
+        there = fwt.select(draw(converters.from_keras(model)), fwt.kernels)
+        converters.transform(model, draw)
+        for found in (next(iter(there.values())), model.weights[0].numpy()):
+            compare({"given/kernel": np.asarray(found)}, theirs, pools)
+
+
+@pytest.mark.parametrize("equation", ["abc,dec->abde", "abc,bcd->abd", "abcd,cbe->ade"])
+def test_orthogonal_einsums_of_keras(equation):
+    """Keras makes one matrix of the kernel as it is stored, its last axis the columns."""
+    new = by_equation(equation, "orthogonal")
+    draw = fwt.initialize(fwt.initializers.keras.orthogonal, 0)
+    (there,) = fwt.select(draw(converters.from_keras(new)), fwt.kernels).values()
+    live = by_equation(equation)
+    converters.transform(live, draw)
+    for kernel in (new.weights[0].numpy(), np.asarray(there), live.weights[0].numpy()):
+        w = kernel.reshape(-1, kernel.shape[-1])
+        w = w if len(w) > w.shape[1] else w.T
+        np.testing.assert_allclose(w.T @ w, np.eye(w.shape[1]), atol=1e-5)
+
+
+class Within(nn.Module):
+    """A layer that a user's module makes, so that only a run tells of it."""
+
+    make: object
+
+    @nn.compact
+    def __call__(self, x):
+        return self.make()(x)
+
+
+def stacked(cls):
+    return nn.scan(cls, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+
+
+class Carried(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.DenseGeneral(20, batch_dims=(0,))(x), None
+
+
+WITHIN = {
+    "batch": (lambda: nn.DenseGeneral(10, batch_dims=(0,)), (6, 8, 30)),
+    "two batches": (lambda: nn.DenseGeneral((4, 10), axis=(-2, -1), batch_dims=(0, 1)),
+                    (3, 2, 8, 5, 9)),
+    "einsum": (lambda: nn.Einsum((8, 20, 10), "bsi,sio->bso"), (1, 8, 20)),
+    "einsum turned": (lambda: nn.Einsum((10, 8, 30), "bsi,osi->bso", use_bias=False), (1, 8, 30)),
+    "local": (lambda: nn.ConvLocal(8, (3, 2)), (1, 9, 8, 5)),
+    "scan": (lambda: stacked(Carried)(), (6, 8, 20)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", thorough_but(2, WITHIN))
+def test_what_flax_draws_in_one(name):
+    make, shape = WITHIN[name]
+    net, x = Within(make), jnp.ones(shape)
+    drawn = [net.init(jax.random.key(seed), x) for seed in range(3)]
+    theirs, *pools = ({p: np.asarray(w) for p, w in fwt.select(v, "**").items()} for v in drawn)
+    for each in (
+        fwt.reset(1, like="flax"),
+        fwt.initialize(fwt.initializers.lecun_normal, 1),
+    ):
+        found = fwt.select(each(fwt.Model(net, drawn[0])), "**")
+        compare({p: np.asarray(w) for p, w in found.items()}, theirs, pools)
+
+
+def test_a_foreign_initializer_of_what_flax_draws_in_one():
+    net = Within(WITHIN["batch"][0])
+    model = fwt.Model(net, net.init(jax.random.key(0), jnp.ones((6, 8, 30))))
+    with pytest.raises(fwt.AxesError, match="the one of the same name from"):
+        fwt.initialize(jax.nn.initializers.lecun_normal(), 0)(model)
+
+
+def test_a_stack_that_may_be_one_layer_has_no_fans():
+    """A DenseGeneral with a batch, which Flax draws in one, or an ensemble of such layers."""
+    net = Within(WITHIN["batch"][0])
+    variables = net.init(jax.random.key(0), jnp.ones((6, 8, 30)))
+    for like in ("flax", "keras"):
+        with pytest.raises(fwt.AxesError, match="DenseGeneral_0/kernel"):
+            fwt.reset(0, like)(variables)
+    with pytest.raises(fwt.AxesError, match="DenseGeneral_0/kernel"):
+        fwt.initialize(fwt.initializers.keras.orthogonal, 0)(variables)
+    fwt.initialize(fwt.initializers.normal, 0)(variables)
+    axes = {"**/kernel": "stack in out"}
+    each = fwt.initialize(fwt.initializers.lecun_normal, 0, axes=axes)(variables)
+    (kernel,) = fwt.select(each, fwt.kernels).values()
+    assert kernel.std() == pytest.approx(30**-0.5, rel=0.1)
+    ensemble = {"params": {"Dense_0": {"kernel": np.ones((6, 4, 5)), "bias": np.ones((6, 5))},
+                           **variables["params"]}}  # fmt: skip
+    new = fwt.initialize(fwt.initializers.lecun_normal, 0, dtype="float32")(ensemble)
+    kernel = new["params"]["DenseGeneral_0"]["kernel"]
+    assert kernel.std() == pytest.approx(30**-0.5, rel=0.1)

@@ -214,9 +214,11 @@ def sparsify(
 
     After update n (the first is 1) the masks have the sparsity ``schedule(n)`` of the last *due*
     update; a schedule's value counts as float32, as a traced sparsity does in :func:`fwt.prune`.
-    Due is each n that ``every`` divides, and each n from which on the schedule stands still, so
-    that its last value is always reached; a number is reached at the first update. Weights that
-    come back start from zero.
+    Due is each n that ``every`` divides, and each n where the schedule stands still,
+    ``schedule(n) == schedule(n + 1)``, so that its last value is always reached, each value that
+    it keeps for two updates or more is reached as it comes, and a number at the first update; but
+    none whose value the masks have already, unless they exchange weights or are drawn anew.
+    Weights that come back start from zero.
     Without ``regrow`` what is pruned stays so for as long as the sparsity does not fall, and what
     ``masks`` prune at the start always does: if a schedule asks for fewer weights than that, in a
     layer or in all that the scope counts together, the larger number goes (with ``regrow`` and
@@ -252,7 +254,8 @@ def sparsify(
             one, and ``accumulated``, what it sums up over all steps (movement, Fisher).
         where: which leaves; the kernels unless told otherwise.
         key: a JAX key or an int seed, for scores that need one.
-        every: how many updates from one change of the masks to the next.
+        every: how many updates from one change of the masks to the next; a schedule that stands
+            still is not waited for.
         scope: as in :func:`fwt.prune`.
         pattern: as in :func:`fwt.prune`.
         regrow: at each n that ``every`` divides, drop the least of the kept weights and grow

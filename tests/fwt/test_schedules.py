@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 import torch
+from marks import thorough_but
 from torch.nn.utils import prune as torch_prune
 
 import fwt
@@ -66,6 +67,34 @@ def test_a_lottery_trains_first_and_prunes_what_was_trained():
             first = np.where(expected, params["a"]["kernel"], 0)
             np.testing.assert_allclose(now["a"]["kernel"], first, atol=1e-6)
     assert gone == [0, 0, 6, 6, 6, 11, 11]
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    thorough_but(
+        2,
+        [
+            lambda n: jnp.where(n < 10, 0.5, 0.8),
+            lambda n: jnp.minimum(n // 3 * 0.1, 0.5),
+            optax.linear_schedule(0.0, 0.6, 3, transition_begin=8),
+            fwt.schedules.cubic(0.9, 2, 14),
+            fwt.schedules.lottery(3, 4),
+            lambda n: n % 2 * 0.1 + 0.3,
+        ],
+    ),
+)
+def test_when_masks_change(schedule):
+    """Where `every` divides, and where the schedule keeps its value at the next update."""
+    params = {"a": {"kernel": jnp.linspace(-1.0, 1.0, 100).reshape(10, 10)}}
+    tx = fwt.optim.sparsify(optax.sgd(0.01), schedule, every=5)
+    state, update, expected = tx.init(params), jax.jit(tx.update), 0.0
+    for n in range(1, 18):
+        updates, state = update(jax.tree.map(jnp.ones_like, params), state, params)
+        params = optax.apply_updates(params, updates)
+        value, after = (float(np.float32(schedule(m))) for m in (n, n + 1))
+        expected = value if n % 5 == 0 or value == after else expected
+        assert float(state.sparsity) == pytest.approx(expected), n
+        assert int((~state.masks["a"]["kernel"]).sum()) == round(expected * 100), n
 
 
 @pytest.mark.parametrize(

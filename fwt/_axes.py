@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from fwt import _mesh, _modules, _rules, _tree
 from fwt._modules import Known as Known
-from fwt._types import AxesError, FwtError, Model
+from fwt._types import AxesError, FwtError
 
 _SIDES = ("in", "i", "out", "o")
 # What may stand beside both sides: the axes of a window, and those of attention.
@@ -443,11 +443,8 @@ class Places:
                 shape = self.shapes[path]
                 if len(shape) == len(names) - 1 > led and shape[:led] in sizes:
                     depths.setdefault(path, led)
-        treedef: Any = self.tree._treedef
-        node = treedef.node_data()
-        file = node is not None and node[0] is Model and self.module is None
         own = {path for path, led in depths.items() if led and self._by_user(path)}
-        return _rules.Rules(self.shapes, depths, file, own)
+        return _rules.Rules(self.shapes, depths, own)
 
     def _from_tree(self, path: str, stack: Sequence[int] | None, layer: str) -> Axes:
         shape = self.shapes[path]

@@ -74,17 +74,15 @@ class Rules:
     Args:
         shapes: by path, the shape of every leaf.
         depths: by path, how many axes of a leaf are a stack, where something else tells it.
-        file: whether this is a file of weights alone, in which a ``weight`` is torch's.
     """
 
     def __init__(
         self,
         shapes: Mapping[str, Shape],
         depths: Mapping[str, int] | None = None,
-        file: bool = False,
         own: Collection[str] = (),
     ):
-        self.shapes, self.file = dict(shapes), file
+        self.shapes = dict(shapes)
         self._depths: dict[str, int | None] = dict(depths or {})
         self._told = dict(depths or {})
         self._own = own  # stacks of which the user speaks, and of no leaf beside them
@@ -359,9 +357,8 @@ class Rules:
             return self._of_weight(path, shape, bias)
         if _TWO_AXES.fullmatch(last):
             return ("out", "in")
-        dotted = "." in path and len(_tree.split(path)) == 1
-        torch = "conv" in parent.lower() or (rank > 3 and (self.file or dotted))
-        if last == "weight" and rank >= 3 and torch:
+        # One of three axes may be that of torch's Bilinear too.
+        if last == "weight" and (rank > 3 or (rank == 3 and "conv" in parent.lower())):
             return _of_window(shape, bias)
         return None
 

@@ -153,6 +153,12 @@ NANO = {
         # torch's names
         ({"features.0.weight": f(64, 3, 5, 5), "features.0.bias": f(64)},
          "features.0.weight", "out in spatial spatial"),
+        ({"features": {"0": {"weight": f(6, 8, 3, 3), "bias": f(6)}}},
+         "features/0/weight", "out in spatial spatial"),
+        ({"up": {"0": {"weight": f(6, 8, 3, 3), "bias": f(8)}}},
+         "up/0/weight", "in out spatial spatial"),
+        ({"features": {"0": {"weight": f(6, 8, 3, 3)}}}, "features/0/weight", "? ? ? ?"),
+        ({"m": {"weight": f(6, 8, 3), "bias": f(6)}}, "m/weight", "? ? ?"),  # torch's Bilinear too
         ({"up.0.weight": f(64, 3, 5, 5), "up.0.bias": f(3)},
          "up.0.weight", "in out spatial spatial"),
         ({"up.0.weight": f(64, 32, 5, 5), "up.0.bias": f(64)}, "up.0.weight", "? ? ? ?"),

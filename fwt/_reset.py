@@ -31,6 +31,7 @@ _Kind = Literal[
     "nnx rnn",
     "packed attention",
     "prelu",
+    "reverse embedding",
     "scale",
     "torch rnn",
 ]
@@ -68,9 +69,11 @@ def reset(
     and otherwise from the names beside it (a ``kernel`` of rank 3 or more is a convolution's).
     Convolutions, dense, separable and recurrent layers, attention, norms, embeddings and PReLU
     are known; any other leaf is refused. The values are those of the class by default, whatever
-    initializers a live layer was given; the matrices of a live ``torch.nn.Transformer`` are those
-    that it gives to its layers. Where torch holds two biases and the leaf is their sum,
-    it gets the sum of two draws; where Keras draws one orthogonal matrix for all gates of a cell,
+    initializers a live layer was given. Of a converted model they are those of the layers that it
+    has now: of a Dense for the reverse table of an untied ``ReversibleEmbedding``, and without
+    torch's ``padding_idx``, which Flax lacks. The matrices of a live ``torch.nn.Transformer`` are
+    those that it gives to its layers. Where torch holds two biases and the leaf is their sum, it
+    gets the sum of two draws; where Keras draws one orthogonal matrix for all gates of a cell,
     each gate gets its part of it. Values are drawn in float32 at least and rounded to the leaf's
     dtype. They are spread over devices as their leaf is; see :func:`fwt.initialize`.
 
@@ -226,6 +229,8 @@ class _Leaf:
             self.name == "weight" and rank == 2 and emb
         ):
             return "embedding"
+        if self.name == "reverse_embeddings":
+            return "reverse embedding"
         if self.name in ("scale", "gamma") and (self.is_norm or not self.known.layer):
             return "scale"
         if self.name == "weight" and rank == 1 and self.is_norm:
@@ -382,6 +387,7 @@ def _keras(leaf: _Leaf) -> tuple[Bound, str]:
         "bias": zeros,
         "scale": keras.ones(),
         "embedding": keras.random_uniform(),
+        "reverse embedding": keras.random_uniform(),
         "prelu": zeros,
     }
     if kind in simple:

@@ -412,7 +412,7 @@ class Rules:
         """``kernels``, ``biases`` or ``others`` (norms, embeddings, statistics)."""
         each, rank = self._parts[path], len(self.shapes[path])
         last, parent = self._names(path)
-        if rank >= 2 and re.fullmatch(".*kernel(_orig)?", last):
+        if rank >= 2 and re.fullmatch(r".*kernel(_orig|_\d+)?", last):
             return "kernels"
         if rank >= 2 and re.fullmatch("weight(_orig|_v|_(ih|hh|hr)(_l[0-9]+)?(_reverse)?)?", last):
             other = no_kernel(parent) or (last == "weight" and self.is_norm(path))
@@ -423,7 +423,7 @@ class Rules:
             return "kernels"
         if rank >= 2 and each[-3:-1] == ("parametrizations", "weight"):
             return "kernels"  # original, original1; a weight norm's original0 is one number a unit
-        if re.fullmatch("(in_proj_)?bias(_(ih|hh)(_l[0-9]+)?(_reverse)?)?", last):
+        if re.fullmatch(r"(in_proj_)?bias(_\d+|_(ih|hh)(_l[0-9]+)?(_reverse)?)?", last):
             return "biases"
         return "others"
 

@@ -36,10 +36,11 @@ _KERAS_TRAINING = {
     "recurrent_dropout": 0.0,
     "unroll": False,
     "implementation": 2,
-    "unit_forget_bias": True,
     "zero_output_for_mask": False,
     "use_cudnn": "auto",
 }
+# For training alone, but reset asks for it.
+_FORGET = S("unit_forget_bias", "", "unit_forget_bias", True, normal=flag)
 _TORCH_GATES = {"RNN": 1, "LSTM": 4, "GRU": 3}
 
 
@@ -105,6 +106,7 @@ class RecurrentSettings(Special):
         take.taken.add("reverse")
         if self.torch == "LSTM":
             fields["projection"] = take("proj_size") or None
+            fields["unit_forget_bias"] = True
         # torch has no choice of these, but ONNX, which is read in torch's terms, has.
         said = take.values
         take.taken |= {"activation", "recurrent_activation", "reset_after"}
@@ -421,6 +423,7 @@ def _conv_lstm(r: int) -> Row:
             S("reverse", None, "go_backwards", False, normal=flag),
             S("activation", None, "activation", "tanh", normal=activation),
             S("recurrent_activation", None, "recurrent_activation", "sigmoid", normal=activation),
+            _FORGET,
         ),
         params=(
             P("kernel: *k i q", "-", "kernel: *k i q"),
@@ -474,7 +477,7 @@ _NOTES = {
 }
 ROWS: tuple[Row, ...] = (
     _recurrent_row(fl.SimpleRNN, "RNN", "SimpleRNN", _ACTIVATION),
-    _recurrent_row(fl.LSTM, "LSTM", "LSTM", _ACTIVATION, _GATE, S("projection", "", "")),
+    _recurrent_row(fl.LSTM, "LSTM", "LSTM", _ACTIVATION, _GATE, S("projection", "", ""), _FORGET),
     _recurrent_row(
         fl.GRU,
         "GRU",

@@ -166,6 +166,8 @@ class LSTM(Recurrent):
         recurrent_activation: that of the gates i, f and o, likewise; "sigmoid" by default.
         projection: the size of the output where it is a product of the state (Sak et al., 2014), or
             None, the default, where it is the state.
+        unit_forget_bias: whether Keras starts the bias of the gate f at one, True by default; only
+            :func:`fwt.reset` asks.
 
     Raises:
         KeyError: if an activation or ``merge`` is a name that is not known.
@@ -183,6 +185,7 @@ class LSTM(Recurrent):
     activation: str = "tanh"
     recurrent_activation: str = "sigmoid"
     projection: int | None = None
+    unit_forget_bias: bool = True
 
     gates = 4
 
@@ -304,6 +307,8 @@ class ConvLSTM(Layer):
         activation: the function of g and of the cell, by its name in
             ``fwt.layers.recurrent.ACTIVATIONS``; "tanh" by default.
         recurrent_activation: that of the gates i, f and o, likewise; "sigmoid" by default.
+        unit_forget_bias: whether Keras starts the bias of the gate f at one, True by default; only
+            :func:`fwt.reset` asks.
 
     Raises:
         KeyError: if an activation is a name that is not known.
@@ -329,6 +334,7 @@ class ConvLSTM(Layer):
     reverse: bool = False
     activation: str = "tanh"
     recurrent_activation: str = "sigmoid"
+    unit_forget_bias: bool = True
 
     @nn.compact
     def __call__(self, x: Array) -> Array:

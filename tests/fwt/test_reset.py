@@ -917,3 +917,76 @@ def test_a_stack_that_may_be_one_layer_has_no_fans():
     new = fwt.initialize(fwt.initializers.lecun_normal, 0, dtype="float32")(ensemble)
     kernel = new["params"]["DenseGeneral_0"]["kernel"]
     assert kernel.std() == pytest.approx(30**-0.5, rel=0.1)
+
+
+def without_forget(kind):
+    keras.utils.set_random_seed(2)
+    own = {"unit_forget_bias": False, "name": "given"}
+    if kind == "conv":
+        return keras.Sequential([keras.Input((3, 8, 5)), k.ConvLSTM1D(6, 3, **own)])
+    layer = {
+        "lstm": lambda: k.LSTM(6, **own),
+        "both ways": lambda: k.Bidirectional(k.LSTM(6, **own | {"name": "x"}), name="given"),
+        "cell": lambda: k.RNN(k.LSTMCell(6, unit_forget_bias=False), name="given"),
+    }[kind]()
+    return keras.Sequential([keras.Input((4, 5)), layer])
+
+
+@pytest.mark.parametrize("kind", thorough_but(1, ["lstm", "both ways", "cell", "conv"]))
+def test_biases_that_start_at_zero_do_so_after_a_conversion(kind, tmp_path):
+    model, fresh = without_forget(kind), fwt.reset(0, like="keras")
+    made = converters.from_keras(model)
+    converters.transform(model, fwt.initialize(fwt.initializers.ones, 0, where=fwt.biases))
+    given = [made]
+    if kind != "lstm":
+        model.save(tmp_path / "a.keras")
+        converters.save(tmp_path / "a.safetensors", *made)
+        given += [converters.load(tmp_path / f"a.{end}") for end in ("keras", "safetensors")]
+    converters.transform(model, fresh)
+    assert not any(w.any() for w in model.get_weights() if w.ndim == 1)
+    for each in given:
+        found = fwt.select(fresh(each), fwt.biases)
+        assert found
+        assert not any(w.any() for w in found.values())
+    back = converters.to_keras(*made)
+    converters.transform(back, fresh)
+    assert not any(w.any() for w in back.get_weights() if w.ndim == 1)
+
+
+def test_the_tables_of_an_untied_embedding_of_keras():
+    def make():
+        layer = k.ReversibleEmbedding(50, 30, tie_weights=False, name="e")
+        ids = keras.Input((9,), dtype="int32")
+        return keras.Model(ids, layer(layer(ids), reverse=True))
+
+    keras.utils.set_random_seed(1)
+    theirs, *pools = (capture(make()) for _ in range(3))
+    model = make()
+    converters.transform(model, fwt.reset(0, like="keras"))
+    compare(capture(model), theirs, pools)
+    with pytest.raises(fwt.LeafError, match="reverse_embeddings"):
+        converters.transform(model, fwt.reset(0, like="torch"))
+
+
+def test_two_weights_of_one_name():
+    """Keras lets a layer of one's own call both its weights `kernel`: none is passed over."""
+
+    class Twice(k.Layer):
+        def build(self, shape):
+            self.a = self.add_weight(name="kernel", shape=(shape[-1], 7))
+            self.b = self.add_weight(name="kernel", shape=(7, 6))
+            self.c = self.add_weight(name="bias", shape=(7,))
+            self.d = self.add_weight(name="bias", shape=(6,))
+
+        def call(self, x):
+            return (x @ self.a + self.c) @ self.b + self.d
+
+    model = keras.Sequential([keras.Input((5,)), Twice(name="t")])
+    converters.transform(model, fwt.initialize(fwt.initializers.ones, 0, where=fwt.biases))
+    assert [w.sum() for w in model.get_weights()[2:]] == [7, 6]
+    converters.transform(model, fwt.prune(0.5))
+    assert [int((w == 0).sum()) for w in model.get_weights()] == [18, 21, 0, 0]
+    with pytest.raises(fwt.AxesError, match="t/kernel_1"):
+        converters.transform(model, fwt.initialize(fwt.initializers.keras.he_normal, 0))
+    bare = fwt.prune(0.9)({"t": {"kernel": jnp.ones((5, 7)), "kernel_1": jnp.ones((7, 6))}})
+    assert [int((w == 0).sum()) for w in bare["t"].values()] == [32, 38]

@@ -395,7 +395,7 @@ def test_a_file_as_new():
         ({"head": {"logit_scale": np.ones(())}}, "keras", "logit_scale.*no value like keras"),
         ({"act": {"weight": np.ones(4)}}, "torch", "act/weight"),
         ({"d": {"bias": np.ones(4)}}, "torch", "d/bias"),
-        ({"c": {"weight": np.ones((4, 3, 3, 3)), "bias": np.ones(4)}}, "torch", "axes="),
+        ({"c": {"weight": np.ones((4, 2, 4, 3)), "bias": np.ones(4)}}, "torch", "axes="),
         ({"r": {"weight_hr_l0": np.ones((4, 3)), "weight_hh_l0": np.ones((4, 3))}}, "keras", "r/"),
         ({"d": {"kernel": np.ones((4, 3))}}, "jax", "like must be"),
         (

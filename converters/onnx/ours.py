@@ -1,8 +1,9 @@
 """What a file of ours tells in its metadata: the layers, and how their weights come back."""
 
+import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ def describe(proto: Any, module: Any, undo: Mapping[str, Mapping[str, list[Any]]
         proto.metadata_props.add(key="fwt", value=json.dumps(told))
 
 
-def described(proto: Any, path: Path, external: bool) -> Model | None:
-    """The model of a file of ours, unless its graph was changed since."""
+def described(proto: Any, path: Path, external: bool) -> Callable[[], Model] | None:
+    """What gives the model of a file of ours, unless its graph was changed since; it needs the
+    message no longer, which holds the weights once more."""
     metadata = {p.key: p.value for p in proto.metadata_props}
     if "fwt" not in metadata:
         return None
@@ -46,7 +48,7 @@ def described(proto: Any, path: Path, external: bool) -> Model | None:
             if leaf in flat and not np.array_equal(flat[leaf], found, equal_nan=True):
                 return None  # changed in one of two places
             flat[leaf] = found
-    return description.read(metadata["fwt"], _io.nested(flat, "/", path), path)
+    return functools.partial(description.read, metadata["fwt"], _io.nested(flat, "/", path), path)
 
 
 def _digest(proto: Any, told: Mapping[str, Any]) -> str:

@@ -80,10 +80,12 @@ def from_onnx(
     with _io.reading(path):
         proto = _graph.proto_of(path)
         ours = _ours.described(proto, path, external_data)
-        if ours is not None and layout == "source":
-            return ours
         if ours is not None:
-            net = _flax.read_flax(*ours)
+            del proto
+            model = ours()
+            if layout == "source":
+                return model
+            net = _flax.read_flax(*model)
         else:
             graph = Graph(proto, path, external_data)
             if 11 in graph.dtypes.values() and not jax.config.read("jax_enable_x64"):

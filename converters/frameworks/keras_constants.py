@@ -4,11 +4,12 @@ import dataclasses
 from typing import Any
 
 from fwt._graph import names_in, renamed
-from fwt.converters.rows.row import Layer
+from fwt.converters.rows.row import Layer, refuse
 from fwt.converters.walk.net import Net, fresh
 
 # How the Embedding is told that holds an array: what is no weight is not trained.
 _FIXED = {"trainable": False, "embeddings_initializer": "zeros"}
+_STRICT = ("Concatenate", "ops.TrueDivide", "ops.Where")
 _ALONE: dict[str, dict[str, Any]] = {"Parameter": {}, "Constant": _FIXED}
 
 
@@ -28,10 +29,20 @@ def with_parameters(net: Net) -> Net:
             out.append(dataclasses.replace(layer, inputs=inputs))
             continue
         (value,) = layer.arrays.values()
-        # Keras puts axes of size 1 behind the batch of what has fewer, but where it joins.
+        # Keras puts axes of size 1 behind the batch of what has fewer, but where it joins, and in
+        # operations, whose tensors meet at their last axes, the batch too.
         sizes = value.shape[next((i for i, n in enumerate(value.shape) if n != 1), value.ndim) :]
-        if any(x.kind == "Concatenate" for x in readers.get(layer.name, ())):
-            sizes = value.shape[1:]
+        strict = [x for x in readers.get(layer.name, ()) if x.kind in _STRICT]
+        if strict:
+            ranks = {len(x.shape or value.shape[1:]) for x in strict}
+            if len(ranks) > 1:
+                raise refuse(
+                    layer.name,
+                    f"tensors of {sorted(r + 1 for r in ranks)} axes meet it in Keras operations",
+                    "give each an array of its own",
+                )
+            (rank,) = ranks
+            sizes = ((1,) * (rank + 1 - value.ndim) + value.shape)[1:]
         first: Any = [{"start": None, "stop": 1, "step": None}] * len(shape or ())
         chain = [
             Layer(f"{layer.name}__start", "ops.GetItem", {"cuts": first}, shape=(1,) * len(first)),

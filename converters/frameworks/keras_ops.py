@@ -55,6 +55,11 @@ def tensors(node: Any) -> list[Any]:
     return [t for v in node for t in tensors(v)] if isinstance(node, list | tuple) else []
 
 
+def histories(node: Any) -> list[tuple[str, int, int]]:
+    """The layer, call and output that each tensor of a node is."""
+    return [tuple(t["config"]["keras_history"]) for t in tensors(node)]
+
+
 def split_of(entry: Any, node: Any, name: str, place: str) -> list[Layer]:
     """A split as one slice for each of its outputs; of another operation nothing."""
     if entry.get("class_name") != "Split" or not isinstance(node, Mapping):
@@ -83,10 +88,11 @@ def split_of(entry: Any, node: Any, name: str, place: str) -> list[Layer]:
     ]
 
 
-def stack_of(entry: Any, node: Any, name: str, place: str) -> tuple[list[list[int]], int] | None:
-    """Of a stack the shapes with an axis of one entry more, and that axis; of another None."""
+def stack_of(entry: Any, node: Any, name: str, place: str) -> list[Layer]:
+    """A stack as an axis of one entry more for each of its inputs, and what joins them; of another
+    operation nothing."""
     if entry.get("class_name") != "Stack" or not isinstance(node, Mapping):
-        return None
+        return []
     axis = (entry.get("config") or {}).get("axis")
     shapes = [t["config"].get("shape") for t in tensors(node)]
     if type(axis) is not int or not all(isinstance(s, list | tuple) and len(s) for s in shapes):
@@ -94,8 +100,9 @@ def stack_of(entry: Any, node: Any, name: str, place: str) -> tuple[list[list[in
     axis %= len(shapes[0]) + 1
     if axis == 0:
         raise refuse(f"{place}: {name} (keras.ops, Stack)", "it stacks in front of the batch")
-    wider = [[*s[1:axis], 1, *s[axis:]] for s in shapes]
-    return [[-1 if n is None else n for n in s] for s in wider], axis
+    wider = [[-1 if n is None else n for n in (*s[1:axis], 1, *s[axis:])] for s in shapes]
+    ones = [Layer(f"{name}__{i}", "Reshape", {"target_shape": s}) for i, s in enumerate(wider)]
+    return [*ones, Layer(name, "Concatenate", {"axis": axis})]
 
 
 def layers_of(entry: Any, node: Any, name: str, place: str) -> list[Layer]:
@@ -112,6 +119,8 @@ def layers_of(entry: Any, node: Any, name: str, place: str) -> list[Layer]:
         return [Layer(name, _BINARY[kind], {})]
     if kind in _BINARY and len(given) == 1 and len(args) == 2:
         return [_with_constant(kind, name, args, where)]
+    if kind == "Where" and len(given) == 2 and tensors(args[:2]) == given and args[2:] == [0]:
+        return [Layer(name, "ops.Where", {})]
     if kind == "ZerosLike":  # see keras_constants; by itself no row says it
         return [Layer(name, "ops.ZerosLike", {})]
     if kind == "Concatenate":
@@ -323,6 +332,8 @@ def entry_of(layer: Layer, name: str) -> dict[str, Any]:
 
 def arguments(layer: Layer, given: list[Any]) -> list[Any]:
     """What an operation is called with."""
+    if layer.kind == "ops.Where":  # which is asked for the condition first
+        return [*given[::-1], 0.0]
     if layer.kind != "ops.GetItem":
         return given
     told = layer.settings

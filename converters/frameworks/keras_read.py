@@ -180,15 +180,15 @@ class _Reader:
         while todo:
             left = []
             for name, index, node in todo:
-                if any(ref not in refs for ref in histories(node)):
+                if any(ref not in refs for ref in keras_ops.histories(node)):
                     left.append((name, index, node))
                     continue
-                given_ = [refs[ref] for ref in histories(node)]
+                given_ = [refs[ref] for ref in keras_ops.histories(node)]
                 made = self._call(entries[name], node, given_, inside, base)
                 refs |= {(name, index, k): v for k, v in enumerate(made)}
             if len(left) == len(todo):
                 name, _, node = left[0]
-                missing = next(ref for ref in histories(node) if ref not in refs)
+                missing = next(ref for ref in keras_ops.histories(node) if ref not in refs)
                 if (*missing[:2], 0) in refs:
                     raise refuse(f"{self.place}: {name}", f"it takes output [{missing[2]}] of "
                                  f"{missing[0]}")  # fmt: skip
@@ -255,8 +255,8 @@ class _Reader:
             node = nodes[index]
             if not isinstance(node, Mapping):
                 raise FileFormatError(f"{self.place}: {name}: a node is {node!r:.80}")
-            left += [ref for ref in histories(_without_idle(node, entries[name])) if ref not in
-                     known]  # fmt: skip
+            found = keras_ops.histories(_without_idle(node, entries[name]))
+            left += [ref for ref in found if ref not in known]
         for name, entry in entries.items():
             for index, node in enumerate(entry.get("inbound_nodes") or []):
                 if (name, index) in wanted:
@@ -315,12 +315,11 @@ class _Reader:
             if cuts := keras_ops.split_of(entry, node, name, self.place):
                 return [self._chain([part], given) for part in cuts]
             if stacked := keras_ops.stack_of(entry, node, name, self.place):
-                shapes, axis = stacked
-                ones = [Layer(f"{name}__{i}", "Reshape", {"target_shape": s})
-                        for i, s in enumerate(shapes)]  # fmt: skip
+                *ones, whole = stacked
                 given = [self._chain([x], [v]) for x, v in zip(ones, given, strict=True)]
-                return [self._chain([Layer(name, "Concatenate", {"axis": axis})], given)]
-            return [self._chain(keras_ops.layers_of(entry, node, name, self.place), given)]
+                return [self._chain([whole], given)]
+            chain = keras_ops.layers_of(entry, node, name, self.place)
+            return [self._chain(chain, given[::-1] if chain[0].kind == "ops.Where" else given)]
         kind, settings = entry_of(entry, self.place)
         own = settings.get("name")
         if not isinstance(own, str):
@@ -376,7 +375,7 @@ class _Reader:
         given = {**dict(enumerate(node.get("args") or [])), **(node.get("kwargs") or {})}
         known = ("inputs", *_ARGUMENTS.get(kind, ()))
         for key, value in given.items():
-            found = histories(value)
+            found = keras_ops.histories(value)
             if value is None or value is False or (found and (type(key) is int or key in known)):
                 continue
             if value is True and key in keras_ops.CALLED.get(kind, ()):
@@ -458,11 +457,6 @@ def form_of(ends: Any, f: Any) -> Any:
     one = isinstance(ends, str) or (ends and isinstance(ends[0], str) and len(ends) == 3
                                     and isinstance(ends[1], int))  # fmt: skip
     return f(ends) if one else tuple(f(v) for v in ends)
-
-
-def histories(node: Any) -> list[Ref]:
-    """The layer, call and output that each tensor of a node is."""
-    return [tuple(t["config"]["keras_history"]) for t in keras_ops.tensors(node)]
 
 
 def _without_idle(node: Mapping[str, Any], entry: Mapping[str, Any]) -> Any:

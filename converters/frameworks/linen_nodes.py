@@ -11,7 +11,7 @@ from fwt import layers as fl
 from fwt._graph import Node, may_hold, renamed
 from fwt.converters.frameworks.linen_values import Equation, Equations, Held, Slot
 from fwt.converters.rows.row import joined, parts_of, refuse
-from fwt.converters.walk.tensors import UNBOUNDED, Names
+from fwt.converters.walk.tensors import Names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,15 +127,6 @@ class Reader(Names):
         self.arrays[name] = dict(arrays or {})
         self.shapes[name] = tuple(shape)
         return Value(name, tuple(shape))
-
-    def check_finite(self, value: Value, place: str) -> None:
-        """Refuses to hide entries of what may be infinite or no number, since what is hidden is
-        multiplied by zero."""
-        found = next((n for n in self.nodes if n.name == value.name), None)
-        kind = type(found.layer).__name__ if found else ""
-        if found and (kind in UNBOUNDED or getattr(found.layer, "function", "") in UNBOUNDED):
-            raise refuse(place, f"it hides entries of {found.name} ({kind}), which may be infinite "
-                         "or no number", "hide what goes into that")  # fmt: skip
 
     def constant(self, value: np.ndarray, place: str) -> Value:
         """An array that is part of the model as a number is."""

@@ -301,17 +301,15 @@ def _select(reader: Reader, equation: Equation) -> Any:
     for slot, keep in zip(cases, (~one, one), strict=True):
         if slot.follows:
             value = reader.thin(slot, place)
-            reader.check_finite(value, place)
-            others = [s.number for s in cases if s is not slot and not s.follows]
-            # Beside minus infinity any number is nothing.
-            if others != [-math.inf]:
-                other = reader.constant(keep.astype(np.float32), place)
-                value = reader.emit(fl.Multiply(), [value, other], place,
-                                    wider(value.shape, keep.shape))  # fmt: skip
+            other = reader.constant(keep.astype(np.float32), place)
+            sizes = wider(value.shape, keep.shape)
+            value = reader.emit(fl.Masked(), [value, other], place, sizes)
         elif slot.learned or slot.known is None:
             return None
         else:
             fill = np.where(keep, slot.known, 0).astype(np.float32)
+            if not fill.any():  # as what is masked is
+                continue
             value = reader.constant(fill, place)
         total = value if total is None else reader.emit(
             fl.Add(), [total, value] if total.shape[:1] == (None,) else [value, total], place,

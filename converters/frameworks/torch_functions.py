@@ -212,10 +212,10 @@ def _masked_fill(reader: Reader, node: Any, args: Args, place: str) -> Any:
 
 def masked(reader: Reader, value: Value, mask: torch.Tensor, fill: float, place: str) -> Value:
     """The value where a mask is false, a number where it is true."""
-    reader.check_finite(value, place)
     zero = torch.zeros(())
-    if fill != -math.inf:  # beside which any number is nothing
-        value = constant_met(reader, "Multiply", value, (~mask).float(), place)
+    value = constant_met(reader, "Masked", value, (~mask).float(), place)
+    if not fill:
+        return value
     return constant_met(reader, "Add", value, torch.where(mask, torch.tensor(fill), zero), place)
 
 
@@ -233,10 +233,9 @@ def _where(reader: Reader, node: Any, args: Args, place: str) -> Any:
     for x, where in sides:
         if x in reader.env:
             value = reader.dynamic(x, place)
-            reader.check_finite(value, place)
-            parts.append(constant_met(reader, "Multiply", value, where.float(), place))
+            parts.append(constant_met(reader, "Masked", value, where.float(), place))
         elif x in reader.values and not reader.sources[x]:
-            parts.append(reader.values[x] * where)
+            parts.append(torch.where(where, reader.values[x], 0))
         else:
             return None
     a, b = parts
@@ -253,7 +252,7 @@ def _triangle(reader: Reader, node: Any, args: Args, place: str) -> Any:
     if 0 in (*value.axes[-1], *value.axes[-2]):
         return None
     keep = getattr(torch, name_of(node))(torch.ones(*sizes), args.get("diagonal", 0))
-    return constant_met(reader, "Multiply", value, keep, place)
+    return constant_met(reader, "Masked", value, keep, place)
 
 
 # -- along axes -----------------------------------------------------------------------------------

@@ -77,6 +77,9 @@ def _node(
         return graph.call_function(operator.truediv, (node, len(given))) if kind == "Average" else (
             node
         )  # fmt: skip
+    if kind == "Masked":
+        keep = graph.call_method("bool", (given[1],))
+        return graph.call_function(torch.where, (keep, given[0], 0.0))
     if kind == "Concatenate":
         # An array of the model stands for each example.
         arrays = ["alone" in n.meta for n in given]

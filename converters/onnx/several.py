@@ -148,16 +148,13 @@ def _where(reader: Reader, node: Node) -> bool:
         fill = graph.known.get(name)
         if fill is None:
             value = reader.value(name, node)
-            if any(x.name == value.name and "Softmax" in x.kind for x in reader.layers):
-                raise refuse(str(node), "it replaces entries of a softmax, which may be NaN")
-            reader.check_finite(value, str(node))
             mask = _constant(reader, node, where.astype(np.float32), value)
-            made = reader.emit("Multiply", {}, [value, mask], reader.name(node),
+            made = reader.emit("Masked", {}, [value, mask], reader.name(node),
                                wider(value, mask), value.axes)  # fmt: skip
             sides.append(made)
         else:
-            if fill is ZEROS or not (np.all(np.isfinite(fill)) or np.all(fill == -math.inf)):
-                raise refuse(str(node), "it puts in what is no finite number")
+            if fill is ZEROS:
+                raise refuse(str(node), "what it puts in is not known")
             sides.append(np.where(where, fill, 0).astype(np.float32))
     node.taken |= {0, 1, 2}
     a, b = sides

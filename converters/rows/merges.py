@@ -16,6 +16,7 @@ ROWS: tuple[Row, ...] = (
         )
     ),
     Row(fl.Divide, "Divide", "ops.TrueDivide", kind="merge"),
+    Row(fl.Masked, "Masked", "ops.Where", kind="merge"),
     Row(
         fl.Concatenate,
         "Concatenate",

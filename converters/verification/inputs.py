@@ -55,7 +55,7 @@ def made(one: Side, other: Side, shape: Sequence[int] | None) -> tuple[np.ndarra
     return _of_numbers(one, other, (low, high), half, sizes)
 
 
-def _dense(sizes: Sequence[int]) -> np.ndarray:
+def _dense(sizes: Sequence[int], seed: int = 0) -> np.ndarray:
     """For modules of one's own, whose thresholds nothing tells: whole numbers, halves and many
     magnitudes between 1 and 1000 with both signs, beside two ordinary numbers in each row: in a row
     of those alone that a GELU makes tiny, rounding would be all that there is."""
@@ -64,7 +64,7 @@ def _dense(sizes: Sequence[int]) -> np.ndarray:
     if size < 4:
         return np.zeros((0, *sizes), np.float32)
     count = max(-(-len(values) // size), min(len(values), _MOST // size))
-    rows = np.random.default_rng(0).permutation(np.resize(values, count * size))
+    rows = np.random.default_rng(seed).permutation(np.resize(values, count * size))
     rows = rows.reshape(count, size)
     rows[::2, :2] = rows[1::2, 2:4] = 1.5, -1.5
     return rows.reshape(count, *sizes)
@@ -103,6 +103,8 @@ def made_of_several(one: Side, other: Side, shape: Any) -> tuple[list[np.ndarray
     for i, (kind, own) in enumerate(zip(kinds, sizes, strict=True)):
         if kind != "i":
             x = judge.numbers(own, half, seed=i)
+            if one.own or other.own:
+                x = np.concatenate([x, _dense(own, i)])
             out.append((x > 0).astype(x.dtype) if kind == "b" else x)
             continue
         limit = counts[i]

@@ -12,7 +12,16 @@ from fwt.converters import judge
 from fwt.converters.rows.row import joined
 from fwt.converters.verification.ends import ends
 from fwt.converters.verification.names import call_name, call_of, first_call, layer_name
-from fwt.converters.verification.sides import MOVES, Side, Taps, Xs, kinds_in, kinds_of, numbers_of
+from fwt.converters.verification.sides import (
+    MOVES,
+    PARTS,
+    Side,
+    Taps,
+    Xs,
+    kinds_in,
+    kinds_of,
+    numbers_of,
+)
 
 
 def keras_side(model: Any) -> Side:
@@ -101,6 +110,9 @@ def keras_side(model: Any) -> Side:
                 [_dtype(d) for d in dtypes], [_dtype(d) for d in computes],
                 channels_first and not inside, names, settings, apart=bool(rows) and not straight,
                 takes=takes[0] if takes else None, count=len(takes) or None)  # fmt: skip
+    side.own = any(isinstance(x, keras.layers.Lambda) or type(x).__name__ in PARTS
+                   or not (hasattr(x, "layers") or type(x).__module__.startswith("keras.src."))
+                   for x in (*layers, *getattr(model, "operations", ())))  # fmt: skip
     side.weights = lambda: [(x.name, numbers(v)) for x in flat for v in x.weights]
     if not graph:
         return side

@@ -20,7 +20,7 @@ from fwt.converters.onnx import read
 from fwt.converters.rows.row import joined, parts_of
 from fwt.converters.verification.ends import Kind, ends
 from fwt.converters.verification.names import call_name, call_of, first_call, layer_name
-from fwt.converters.verification.sides import Side, Taps, Xs
+from fwt.converters.verification.sides import PARTS, Side, Taps, Xs
 
 _KINDS = {"BatchNormalization": "BatchNorm2d", "PRelu": "BatchNorm2d",
           "InstanceNormalization": "BatchNorm2d", "GroupNormalization": "GroupNorm",
@@ -153,7 +153,8 @@ def side(path: Path, external: bool) -> Side:
                    apart=len(rows) > 1, clamps=any(n.op_type in _CLAMPED for n in graph.node),
                    time_first=time_first, takes=dtypes[0], told=told_batch, along=along,
                    count=len(inputs), names_of=[v.name for v in inputs], is_file=True,
-                   gives=gives if len(gives) > 1 else None)  # fmt: skip
+                   gives=gives if len(gives) > 1 else None,
+                   own=any(n.op_type in PARTS for n in graph.node))  # fmt: skip
     if not several:
         return made_of
     return dataclasses.replace(

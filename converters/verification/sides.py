@@ -31,6 +31,14 @@ Taps = dict[str, np.ndarray]
 Xs = Sequence[np.ndarray]
 
 
+# Operations of Keras and ONNX that part numbers at others, which no layer tells.
+PARTS = frozenset(
+    {"Greater", "GreaterEqual", "GreaterOrEqual", "Less", "LessEqual", "LessOrEqual", "Equal",
+     "NotEqual", "Floor", "FloorDivide", "Ceil", "Round", "Trunc", "Sign", "Mod", "Argmax",
+     "ArgMax", "Argmin", "ArgMin", "Digitize", "Heaviside", "Cast"}
+)  # fmt: skip
+
+
 @dataclasses.dataclass
 class Side:
     """A model: how it runs, its input, and the model that it is in Flax.

@@ -144,7 +144,8 @@ def torch_side(model: Any) -> Side:
                 apart=bool(rows) and not straight,
                 takes=array(weights[0].flatten()[:1]).dtype if weights else None,
                 count=None if forward is None else len(forward) or 1,
-                names_of=forward or None)  # fmt: skip
+                names_of=forward or None,
+                own=any(_is_own(m) for m in model.modules()))  # fmt: skip
 
 
 def _parameters(forward: Any) -> list[str] | None:
@@ -165,5 +166,9 @@ def _torch_kind(module: Any) -> Kind:
     # A layer of an encoder leaves it to its attention.
     first = getattr(getattr(module, "self_attn", module), "batch_first", None)
     batch = 1 - first if isinstance(first, bool) else None
-    own = not str(type(module).forward.__module__).startswith(("torch.", "fwt."))
-    return Kind(type(module).__name__, permutes(module), batch=batch, turns=own)
+    return Kind(type(module).__name__, permutes(module), batch=batch, turns=_is_own(module))
+
+
+def _is_own(module: Any) -> bool:
+    """Whether a forward is a user's own."""
+    return not str(type(module).forward.__module__).startswith(("torch.", "fwt."))

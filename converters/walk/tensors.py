@@ -61,15 +61,6 @@ def wider(*values: Value) -> tuple[Any, ...]:
     return tuple(next((s for s in sizes if s != 1), 1) for sizes in zip(*shapes, strict=True))
 
 
-# What makes infinities or NaN of ordinary numbers, and what only moves numbers.
-UNBOUNDED = frozenset(
-    {"Divide", "Exponential", "exp", "log", "log1p", "expm1", "reciprocal", "sqrt", "rsqrt", "acos",
-     "asin", "acosh", "atanh", "sinh", "cosh", "tan", "pow", "power"}
-)  # fmt: skip
-_MOVES = frozenset({"Permute", "Flatten", "Unflatten", "Reshape", "Slice", "Select", "Identity",
-                    "Flip"})  # fmt: skip
-
-
 class Names:
     """The names of layers and inputs, and how often each was asked for."""
 
@@ -111,19 +102,6 @@ class Tensors(Names):
         )  # fmt: skip
         self.layers.append(layer)
         return Value(layer.name, shape, plain_axes(len(shape)) if axes is None else axes)
-
-    def check_finite(self, value: Value, place: str) -> None:
-        """Refuses to hide entries of what may be infinite or no number, since what is hidden is
-        multiplied by zero."""
-        made = {x.name: x for x in self.layers}
-        found = made.get(value.name)
-        while found is not None and found.kind in _MOVES and len(found.inputs) == 1:
-            found = made.get(found.inputs[0])
-        if found is not None and (
-            found.kind in UNBOUNDED or found.settings.get("function") in UNBOUNDED
-        ):
-            raise refuse(place, f"it hides entries of {found.name} ({found.kind}), which may be "
-                         "infinite or no number", "hide what goes into that")  # fmt: skip
 
     # -- the order of axes ---------------------------------------------------------------------
 

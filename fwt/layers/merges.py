@@ -58,6 +58,19 @@ class Divide(Layer):
         return a / b
 
 
+class Masked(Layer):
+    """The first of its two inputs where the second is not 0, and 0 elsewhere, be it infinite or no
+    number there.
+
+    Example:
+        >>> Masked().apply({}, jnp.array([1.0, jnp.inf]), jnp.array([1.0, 0.0])).tolist()
+        [1.0, 0.0]
+    """
+
+    def __call__(self, x: Array, keep: Array) -> Array:
+        return jnp.where(keep != 0, x, jnp.zeros((), x.dtype))
+
+
 class Average(Layer):
     """The mean of its inputs, entry by entry.
 

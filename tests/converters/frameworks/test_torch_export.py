@@ -7,6 +7,7 @@ from collections import OrderedDict
 import jax
 import keras
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
@@ -747,16 +748,49 @@ def test_weights_that_a_forward_changes_are_put_back():
     [
         lambda x, keep: torch.where(keep, x.log(), torch.zeros(())),
         lambda x, keep: x.exp().reshape(-1, 4).masked_fill(keep, 0.0),
-        lambda x, keep: torch.where(keep, 1 / x, x),
+        lambda x, keep: torch.where(keep, 1 / x.abs(), x.log()),
+        lambda x, keep: torch.where(keep, 2 * x.log() - 1, torch.tensor([1.0, 2.0, torch.inf, 3])),
+        lambda x, keep: x.log().masked_fill(~keep, -torch.inf),
+        lambda x, keep: torch.triu(1 / x.abs()[:, None] - x[..., None], 1).sum(-1),
+        lambda x, keep: torch.tril((200 * x[:, None] * x[..., None]).exp()).amax(-1),
     ],
 )
-def test_what_may_be_infinite_is_not_hidden(hide):
+def test_what_is_hidden_does_not_count(hide, tmp_path):
     class Hides(nn.Module):
         def forward(self, x):
             return hide(x, torch.tensor([True, False, True, True]))
 
-    with pytest.raises(ConversionError, match="hides entries"):
-        converters.from_torch(Hides(), input_shape=(4,))
+    x = torch.tensor([[2.0, 0, 3, -1], [0, 1, -2, 3], [0.5, 5, 2, 4]])
+    expected = Hides()(x).numpy()
+    model = converters.from_torch(Hides(), input_shape=(4,))
+    with torch.no_grad():
+        close(converters.to_torch(model)(x), expected)
+    close(model(x.numpy()), expected)
+    converters.save(tmp_path / "net.keras", model)
+    for net in (converters.to_keras(model), keras.saving.load_model(tmp_path / "net.keras")):
+        close(net(x.numpy()), expected)
+        close(converters.from_keras(net)(x.numpy()), expected)
+    converters.to_onnx(model, tmp_path / "net.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx")
+    close(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0], expected)
+
+
+def test_an_array_meets_the_last_axes_in_keras():
+    """Of a batch as large as another axis too."""
+
+    class Divides(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.by, self.table = (nn.Parameter(torch.rand(s) + 1) for s in ((3,), (4, 1)))
+
+        def forward(self, x):
+            return x / self.by + self.by / x.abs().add(1) - self.table / x.exp()
+
+    net = Divides().eval()
+    there = converters.to_keras(converters.from_torch(net, (4, 3), layout="source"))
+    for batch in (1, 4, 5):
+        x = torch.randn(batch, 4, 3)
+        close(there(x.numpy()), net(x).detach().numpy())
 
 
 def test_negated_views(tmp_path):

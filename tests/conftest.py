@@ -7,31 +7,37 @@ import random
 import shutil
 import sys
 import tempfile
+from pathlib import Path
 
 import jaxlib.version
 
-# The thorough run computes as users do: Keras on JAX, and XLA as it comes. The suite has Keras on
-# TensorFlow, an oracle of its own whose operations are compiled already, and XLA's older emitters
-# of loops without optimisation, which compile small programs in half the time.
+# The thorough run has Keras on JAX, and XLA as it comes for the transforms and for each layer, as
+# users have. The suite has Keras on TensorFlow, an oracle of its own whose operations are compiled
+# already, and XLA's older emitters of loops without optimisation, which compile small programs in
+# half the time.
 if any(word.removeprefix("-m") == "thorough" for word in sys.argv):
     os.environ["FWT_THOROUGH"] = "1"  # which the workers inherit
 os.environ.setdefault("KERAS_BACKEND", "jax" if "FWT_THOROUGH" in os.environ else "tensorflow")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")  # a part of each lowering
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import hypothesis
 import jax
 import pytest
+from marks import DRAWS
 
 THOROUGH = "FWT_THOROUGH" in os.environ
 
-# 0.8 rounds to 8 bits twice with them, 0.11 has them no more.
-if not THOROUGH and (0, 9) <= jaxlib.version.__version_info__ < (0, 11):
+# 0.8 rounds to 8 bits twice with the older emitters, 0.11 has them no more. Small programs need not
+# be cut into parts that threads compile.
+if (0, 9) <= jaxlib.version.__version_info__ < (0, 11):
     held = os.environ.get("XLA_FLAGS", "")
-    os.environ["XLA_FLAGS"] = f"{held} --xla_cpu_use_fusion_emitters=false".strip()
-    jax.devices()  # reads them. TensorFlow has an XLA of its own, which may not know this one.
+    older = "" if THOROUGH else " --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = f"{held}{older} --xla_cpu_parallel_codegen_split_count=1".strip()
+    jax.devices()  # reads them. TensorFlow has an XLA of its own, which may not know these.
     os.environ["XLA_FLAGS"] = held
 
 # Of the many objects that tracing makes, few are in circles: looking for these at each 700th costs
@@ -63,7 +69,7 @@ def pytest_unconfigure():
 # How many examples a property draws: in the suite, in the thorough run of CI, and by hand.
 for profile, examples, fixed in (
     ("fwt", 10, True),
-    ("thorough", 14, True),
+    ("thorough", 10 * DRAWS, True),
     ("search", 1000, False),
 ):
     hypothesis.settings.register_profile(
@@ -80,17 +86,21 @@ def pytest_configure(config):
 
 # What may hang on how XLA optimises: both runs have it, the thorough one with the optimised code.
 BOTH = ("test_select", "test_prune", "test_tree")
+# What else the thorough run compiles as users do: the transforms, and each layer in each framework.
+TRANSFORMS, LAYERS = Path(__file__).parent / "fwt", "test_layers"
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Properties are part of both runs, and what is compiled in one way stands together."""
-    items.sort(key=lambda item: item.get_closest_marker("optimised") is not None)
     if THOROUGH:
         for item in items:
             prop = getattr(getattr(item, "obj", None), "is_hypothesis_test", False)
             if prop or item.path.stem in BOTH:
                 item.add_marker(pytest.mark.thorough)
+            if item.path.stem == LAYERS or TRANSFORMS in item.path.parents:
+                item.add_marker(pytest.mark.optimised)
+    items.sort(key=lambda item: item.get_closest_marker("optimised") is not None)
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -109,7 +119,7 @@ def pytest_runtest_setup():
 # "optimised".
 @pytest.fixture(autouse=True)
 def _quick_compilation(request):
-    quick = not THOROUGH and not request.node.get_closest_marker("optimised")
+    quick = not request.node.get_closest_marker("optimised")
     if quick != jax.config.read("jax_disable_most_optimizations"):
         jax.config.update("jax_disable_most_optimizations", quick)
         jax.clear_caches()  # which don't know of this setting
@@ -122,10 +132,10 @@ _TESTS = itertools.count()
 def _few_programs():
     """Linux gives a process 65,530 memory maps, of which each compiled program holds some; without
     one, JAX crashes."""
-    if next(_TESTS) % 50 == 49 and os.path.exists("/proc/self/maps"):
+    if next(_TESTS) % 20 == 19 and os.path.exists("/proc/self/maps"):
         with open("/proc/self/maps") as maps:
             held = sum(1 for _ in maps)
-        if held > 30_000:
+        if held > 45_000:
             jax.clear_caches()
             gc.collect()
 

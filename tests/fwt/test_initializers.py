@@ -85,7 +85,7 @@ KERAS_CASES = [
 
 @pytest.mark.parametrize(
     ("name", "place"),
-    thorough_but(lambda case: case[1] in SOME or case[0] == "glorot_uniform", KERAS_CASES),
+    thorough_but(lambda c: c[1] in SOME or c[0] == "glorot_uniform", KERAS_CASES, most=13),
 )
 def test_keras_distributions(name, place):
     settings, theirs = KERAS[name]
@@ -177,7 +177,7 @@ TORCH = [
 
 
 @pytest.mark.parametrize(("name", "settings"), TORCH, ids=[f"{n}-{len(s)}" for n, s in TORCH])
-@pytest.mark.parametrize("place", thorough_but(lambda p: p in ("linear", "grouped"), TORCH_PLACES))
+@pytest.mark.parametrize("place", thorough_but(lambda p: p == "grouped", TORCH_PLACES, 4))
 def test_torch_distributions(place, name, settings):
     make, weight = TORCH_PLACES[place]
     torch.manual_seed(0)
@@ -215,7 +215,9 @@ def test_torch_dirac(make, settings):
     assert torch.equal(found, layer.weight)
 
 
-@pytest.mark.parametrize("sizes", [(3, 5), (5, 3), (4, 4)])
+@pytest.mark.parametrize(
+    "sizes", [(3, 5), *(pytest.param(s, marks=pytest.mark.thorough) for s in ((5, 3), (4, 4)))]
+)
 def test_torch_eye_and_sparse(sizes):
     layer = nn_t.Linear(*sizes)
     converters.transform(layer, fwt.initialize(T.eye, 0))
@@ -349,7 +351,9 @@ EVERY = [
 ]
 
 
-@pytest.mark.parametrize(("space", "name", "arguments"), thorough_but(14, EVERY[::2] + EVERY[1::2]))
+@pytest.mark.parametrize(
+    ("space", "name", "arguments"), thorough_but(10, EVERY[::3] + EVERY[1::3] + EVERY[2::3])
+)
 def test_they_are_jax_initializers(space, name, arguments):
     noun = getattr(space, name)(*arguments)
     assert noun == getattr(space, name)(*arguments)
@@ -442,7 +446,7 @@ FANS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", thorough_but(lambda n: n in ("he_normal", "reset"), FANS))
+@pytest.mark.parametrize("name", thorough_but(lambda n: n == "reset", FANS, most=2))
 @pytest.mark.parametrize("kind", DEPTHWISE)
 def test_keras_depthwise_fans_by_every_way(tmp_path, kind, name):
     """In Flax it is a Conv with groups, of which Keras would count other fans."""

@@ -23,12 +23,12 @@ import keras
 import numpy as np
 import pytest
 from file_cases import DENSE, image_net, kernel, pt, random_model, tensor_pickle, write_keras
-from marks import thorough_but
+from marks import DRAWS, thorough_but
 
 import fwt
 from fwt import converters
 
-MUTANTS = int(os.environ.get("MUTANTS", "200"))
+MUTANTS = 100 * DRAWS
 FORMATS = (
     *("keras", "Keras weights", "Keras HDF5", "torch", "safetensors", "NumPy", "msgpack", "Orbax"),
     *("safetensors in shards", "Keras weights in shards"),

@@ -11,6 +11,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from compare import applied
 from flax import nnx
 
 from fwt import converters
@@ -133,7 +134,7 @@ def test_a_linen_module_goes_out(name, tmp_path):
     with torch.no_grad():
         _near(out(torch.as_tensor(x)).numpy(), wanted)
     back = converters.from_torch(out, shape, layout="source")
-    _near(back.module.apply(back.variables, x), wanted)
+    _near(applied(back.module)(back.variables, x), wanted)
     _near(converters.to_keras(module, variables, shape)(x), wanted)
     path = tmp_path / "net.onnx"
     converters.to_onnx(module, variables, path, shape, input_dtype=x.dtype.name)
@@ -223,7 +224,7 @@ def _goes_everywhere(module, shape, keras=True):
     variables = _variables(module, *xs)
     wanted = np.asarray(module.apply(variables, *xs))
     graph = linen_trace.traced(module, variables, shape)
-    _near(graph.module.apply(graph.variables, *xs), wanted)
+    _near(applied(graph.module)(graph.variables, *xs), wanted)
     with torch.no_grad():
         out = converters.to_torch(graph, layout="source")(*map(torch.as_tensor, xs))
     _near(out.numpy(), wanted)
@@ -231,7 +232,7 @@ def _goes_everywhere(module, shape, keras=True):
         made = converters.to_keras(graph)
         _near(made(xs if len(xs) > 1 else xs[0], training=False), wanted)
         back = converters.from_keras(made)
-        _near(back.module.apply(back.variables, *xs), wanted)
+        _near(applied(back.module)(back.variables, *xs), wanted)
     return graph
 
 

@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F
-from compare import close, in_flax, in_torch
+from compare import applied, close, in_flax, in_torch
 from marks import thorough_but
 from torch import nn
 from torch_nets import INTEGERS, MORE, NETS, Net, made
@@ -71,14 +71,21 @@ def shapes_of(xs):
 
 
 def run(model, xs):
-    return model.module.apply(model.variables, *[x.numpy() for x in xs])
+    return applied(model.module)(model.variables, *[x.numpy() for x in xs])
+
+
+# Of the operations that others have, too; `python tests/graphs.py --torch` runs them all.
+ALIKE = ("AlexNet", "VGG", "ResNet-18", "ResNeXt", "GoogLeNet", "MobileNetV2", "U-Net",
+         "Swin, unshifted", "timm block, unfused")  # fmt: skip
 
 
 @pytest.mark.parametrize(
     "name",
-    [n if n == "PointNet" else pytest.param(n, marks=pytest.mark.thorough)
-     for n in (*NETS, *MORE)],
-)  # fmt: skip
+    [
+        *thorough_but(lambda n: n == "PointNet", [n for n in NETS | MORE if n not in ALIKE]),
+        *thorough_but(0, ALIKE, most=1),
+    ],
+)
 def test_nets_go_to_flax_and_back_with_their_state(name, tmp_path):
     net, xs = made(name)
     model = converters.from_torch(net, shapes_of(xs), layout="source")
@@ -374,7 +381,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", thorough_but(lambda n: n in [*REFUSED][::2], REFUSED))
 def test_what_no_layer_says_is_refused_by_name(name):
     function, shape, said = REFUSED[name]
     cells = {"l": nn.GRU(6, 3, batch_first=True), "c": nn.LSTM(6, 3, batch_first=True)}
@@ -451,7 +458,7 @@ def test_a_bound_has_the_dtype_of_what_it_bounds():
     assert_same(net(x), converters.to_keras(model)(x.numpy()))
 
 
-@pytest.mark.parametrize("seed", thorough_but(lambda s: s in QUICK, range(20)))
+@pytest.mark.parametrize("seed", thorough_but(lambda s: s in QUICK, range(20), most=6))
 def test_random_modules(seed):
     import torch_dags
 

@@ -87,7 +87,7 @@ WAYS += [(True, n) for n in ("ResNet-50", "MobileNetV2", "U-Net", "BERT", "encod
 QUICK = [(False, "U-Net"), (False, "Siamese")]
 
 
-@pytest.mark.parametrize(("dynamo", "name"), thorough_but(lambda w: w in QUICK, WAYS))
+@pytest.mark.parametrize(("dynamo", "name"), thorough_but(lambda w: w in QUICK, WAYS, most=9))
 def test_torchs_exporters(tmp_path, dynamo, name):
     if name in OWN:
         torch.manual_seed(0)

@@ -164,6 +164,7 @@ FAST = {("perceptron", "0"), ("perceptron", "2"), ("images", "0"), ("words", "1"
 EACH = thorough_but(
     lambda case: case[:2] in FAST and not case[2],
     [(*place, i) for place, changes in PLANTED.items() for i in range(len(changes))],
+    most=24,
 )
 
 
@@ -207,6 +208,7 @@ def test_what_is_planted_is_found_in_its_layer(name, layer, index):
     thorough_but(
         lambda place: place in (("perceptron", "8"), ("images", "5")),
         [p for p in PLANTED if p[0] in ("perceptron", "images")],
+        most=6,
     ),
 )
 def test_what_is_planted_is_found_in_other_frameworks(name, layer):

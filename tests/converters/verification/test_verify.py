@@ -329,7 +329,9 @@ QUICK = (("a sequence", "source"), ("its end", "channels_last"))
 @pytest.mark.parametrize(
     ("name", "layout"),
     thorough_but(
-        lambda case: case in QUICK, [(n, w) for n in SOURCE for w in ("source", "channels_last")]
+        lambda case: case in QUICK,
+        [(n, w) for n in SOURCE for w in ("source", "channels_last")],
+        most=3,
     ),
 )
 def test_onnx_files_of_what_takes_the_time_first(name, layout, tmp_path):

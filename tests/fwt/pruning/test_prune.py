@@ -318,6 +318,7 @@ SHAPES = [(0, 3), (3, 5), (5, 3), (4, 4), (17,), (1, 1), (2, 3, 2, 2), (24, 2), 
         1,
         [("layer", "float32 float16"), ("global", "float32 float16"), ("erk", "float32 float16"),
          ("lamp", "float32 float16"), ("lamp", "float32")],
+        most=2,
     ),
 )  # fmt: skip
 def test_small_leaves_that_are_searched_together(scope, kinds):

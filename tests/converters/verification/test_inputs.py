@@ -243,6 +243,49 @@ def test_what_modules_of_ones_own_part_at_is_fed(shape):
     assert converters.verify(one, one, input_shape=shape).ok
 
 
+class Thresholds(torch.nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.linear, self.function = torch.nn.Linear(4, 4), function
+
+    def forward(self, x):
+        return self.function(self.linear(x), x)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (lambda h, x: h, lambda h, x: h + torch.relu(1 - (x - 3).abs() * 50)),
+        (lambda h, x: h + x.floor(), lambda h, x: h + x.ceil() - 1),
+        (lambda h, x: torch.where(x > 37.3, h, x), lambda h, x: torch.where(x > 41, h, x)),
+    ],
+)
+def test_what_torch_modules_of_ones_own_part_at_is_fed(one, other):
+    one, other = Thresholds(one).eval(), Thresholds(other).eval()
+    other.load_state_dict(one.state_dict())
+    assert not converters.verify(one, other, input_shape=(4,)).ok
+    assert converters.verify(one, one, input_shape=(4,)).ok
+
+
+def test_what_keras_models_part_at_is_fed():
+    start = keras.Input((4,))
+    dense = keras.layers.Dense(4)
+    one, other = (
+        keras.Model(start, keras.ops.where(keras.ops.greater(start, t), dense(start), start))
+        for t in (37.3, 41.0)
+    )
+    assert not converters.verify(one, other).ok
+    assert converters.verify(one, one).ok
+
+
+def test_a_step_that_rounding_decides_is_said():
+    one, other = Thresholds(lambda h, x: h), Thresholds(lambda h, x: h + (x == 5))
+    other.load_state_dict(one.state_dict())
+    report = converters.verify(one.eval(), other.eval(), input_shape=(4,))
+    assert not report.ok or "on which side of a step" in str(report)
+    assert not converters.verify(one, one, input_shape=(4,)).notes[1:]
+
+
 def test_a_setting_beyond_the_inputs_is_said():
     one, other = (
         fwt.Model(fwt.Sequential([("a", layer)], (4,)), {})

@@ -154,7 +154,7 @@ def verify(
     ok = output.status in ("exact", "close")
     if ok and tolerance is None and output.ulp > _STEP:
         notes.append(
-            f"the outputs are up to {output.relative:.2g} of the largest value of a row apart: rounding "
+            f"the outputs are up to {output.relative:.2g} of a row apart at its largest: rounding "
             "may do that where it decides on which side of a step a value is. inputs= says more"
         )
     first = None if ok else _departed(lines)

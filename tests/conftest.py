@@ -32,11 +32,12 @@ from marks import DRAWS
 THOROUGH = "FWT_THOROUGH" in os.environ
 
 # 0.8 rounds to 8 bits twice with the older emitters, 0.11 has them no more. Small programs need not
-# be cut into parts that threads compile.
+# be cut into parts that threads compile, but without that the older ones may compute what two
+# outputs share for each of them, with other last bits.
 if (0, 9) <= jaxlib.version.__version_info__ < (0, 11):
     held = os.environ.get("XLA_FLAGS", "")
-    older = "" if THOROUGH else " --xla_cpu_use_fusion_emitters=false"
-    os.environ["XLA_FLAGS"] = f"{held}{older} --xla_cpu_parallel_codegen_split_count=1".strip()
+    one = "parallel_codegen_split_count=1" if THOROUGH else "use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] = f"{held} --xla_cpu_{one}".strip()
     jax.devices()  # reads them. TensorFlow has an XLA of its own, which may not know these.
     os.environ["XLA_FLAGS"] = held
 

@@ -372,7 +372,7 @@ def _apart(wanted: Any, found: Any, eps: float, nudged: Any) -> Iterator[judge.A
     if any(t.excess > 1 for t in apart):
         noise = judge.rounding(nudged, found, eps)
         each = zip(wanted, found, noise, strict=True)
-        apart = [judge.apart(a, b, list(n), eps=eps) for a, b, n in each]
+        apart = [judge.apart(a, b, [n], eps=eps) for a, b, n in each]
     for t, a, b in zip(apart, wanted, found, strict=True):
         # The first input is an ordinary one: what is a number there is none by rounding.
         lost = len(a) and np.any(np.isfinite(a[0]) & ~np.isfinite(b[0]))

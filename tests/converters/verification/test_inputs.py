@@ -219,10 +219,10 @@ def test_settings_that_are_whole_numbers():
     def capped(most, window):
         return Custom(t.Flatten(), t.Threshold(most, 0), t.AvgPool1d(window))
 
-    one = capped(300, 2)
-    report = converters.verify(one, capped(400, 2), input_shape=(6,))
+    one = capped(3000, 2)
+    report = converters.verify(one, capped(4000, 2), input_shape=(6,))
     assert (report.ok, report.first) == (False, "layers.1")
-    for equal in (capped(300, 2), capped(300.0, 2), capped(300, (2,))):
+    for equal in (capped(3000, 2), capped(3000.0, 2), capped(3000, (2,))):
         assert converters.verify(one, equal, input_shape=(6,)).ok
     for one, other in ((t.Softmax(1), t.Softmax(-1)), (t.Flatten(1), t.Flatten(-1))):
         assert converters.verify(Custom(one), Custom(other), input_shape=(6,)).ok

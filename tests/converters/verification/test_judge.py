@@ -663,7 +663,7 @@ def test_a_row_of_zeros_is_no_proof():
         other[2].weight.copy_(other[2].weight.flip(1) * 0.5)
         for net in (one, other):
             net[0].weight *= 1e6
-    report = converters.verify(one, other, input_shape=(5,))
+    report = converters.verify(one, other, inputs=judge.numbers((5,)))
     assert not report.ok
     assert report.output.status == "not compared"
     assert "rounding alone moves the outputs by more than their size" in str(report)

@@ -60,6 +60,15 @@ def histories(node: Any) -> list[tuple[str, int, int]]:
     return [tuple(t["config"]["keras_history"]) for t in tensors(node)]
 
 
+def ranks_of(node: Any, where: str) -> list[int]:
+    """How many axes each tensor of a node has."""
+    shapes = [t["config"].get("shape") for t in tensors(node)]
+    if not all(isinstance(s, list | tuple) for s in shapes):
+        raise refuse(where, "a file of Keras 2 does not say the shapes that it takes",
+                     "open it in Keras, and give the model")  # fmt: skip
+    return [len(s) for s in shapes]
+
+
 def split_of(entry: Any, node: Any, name: str, place: str) -> list[Layer]:
     """A split as one slice for each of its outputs; of another operation nothing."""
     if entry.get("class_name") != "Split" or not isinstance(node, Mapping):

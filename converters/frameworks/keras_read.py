@@ -387,7 +387,7 @@ class _Reader:
     def _dot(self, label: str, told: Mapping[str, Any], node: Any, given: list[str]) -> str:
         """Keras's Dot as an einsum, each tensor divided by its length before, if that is asked."""
         where = f"{self.place}: {label} (Dot)"
-        ranks = [len(t["config"]["shape"]) for t in keras_ops.tensors(node)]
+        ranks = keras_ops.ranks_of(node, where)
         axes = told.get("axes")
         axes = list(axes) if isinstance(axes, list | tuple) else [axes] * len(ranks)
         known = {"name", "trainable", "dtype", "axes", "normalize"}

@@ -151,6 +151,10 @@ class _Call:
         made = self.reader.layers[-1]
         first = self.first.setdefault(id(self.module), made.name)
         made.of = first if first != made.name and made.arrays else ""
+        other = next((x for x in self.reader.layers if x.name == made.of), made)
+        if other.kind != made.kind:
+            raise refuse(str(layer), f"{first} calls it as {other.kind}, and another call as "
+                         f"{made.kind}", "give each call a module of its own")  # fmt: skip
         paths = (f"{'.'.join(parts_of(self.name))}.{n}" for n in self.module.state_dict())
         self.reader.paths[made.name] = frozenset(map(self.reader.canonical, paths))
 

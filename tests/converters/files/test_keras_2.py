@@ -213,3 +213,24 @@ def test_what_it_trained_with_goes_into_files_of_keras_3(name, tmp_path):
     if name == "trained":
         assert isinstance(real.layers[0].kernel_regularizer, keras.regularizers.L2)
         assert not real.layers[0].trainable
+
+
+def test_a_product_of_tensors_whose_shapes_no_file_says(tmp_path):
+    """Keras 2 writes none for a tensor between layers."""
+    import keras
+
+    start = keras.Input((4,))
+    one, other = (keras.layers.Dense(3)(start) for _ in range(2))
+    keras.Model(start, keras.layers.Dot(1)([one, other])).save(tmp_path / "net.keras")
+    with zipfile.ZipFile(tmp_path / "net.keras") as old:
+        held = {name: old.read(name) for name in old.namelist()}
+    config = json.loads(held["config.json"])
+    for entry in config["config"]["layers"]:
+        for tensor in entry["inbound_nodes"][0]["args"][0] if entry["name"] == "dot" else ():
+            del tensor["config"]["shape"]
+    held["config.json"] = json.dumps(config).encode()
+    with zipfile.ZipFile(tmp_path / "net.keras", "w") as new:
+        for name, data in held.items():
+            new.writestr(name, data)
+    with pytest.raises(converters.ConversionError, match=r"dot .*does not say the shapes"):
+        converters.load(tmp_path / "net.keras")

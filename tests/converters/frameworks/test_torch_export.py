@@ -571,6 +571,14 @@ def test_weights_made_of_weights_have_another_name():
     assert not {"c.weight"} & set(converters.to_torch(model, layout="source").state_dict())
 
 
+def test_an_attention_with_a_mask_at_one_of_its_calls_is_refused():
+    heads = nn.MultiheadAttention(6, 2, batch_first=True)
+    later = torch.ones(4, 4).triu(1).bool()
+    net = Net(lambda m, x: m.a(x, x, x)[0] + m.a(x, x, x, attn_mask=later)[0], a=heads)
+    with pytest.raises(ConversionError, match=r"a .*another call as CausalSelfAttention"):
+        converters.from_torch(net.eval(), (4, 6))
+
+
 def test_a_squeeze_of_the_batch_is_told():
     net = Net(lambda m, x: x.mean(2, keepdim=True).squeeze())
     with pytest.warns(UserWarning, match=r"gives \(7,\) for a single example"):

@@ -217,7 +217,8 @@ def unsettled(y: Any, by: Any) -> Any:
         return y
     mixed = jax.lax.iota(jnp.uint32, y.size) * np.uint32(2654435769)
     mixed = (mixed ^ mixed >> 15) * np.uint32(2246822519)
-    part = by * (1 - 2 * (mixed >> 31).astype(np.float32)).reshape(y.shape)
+    signs = 1 - 2 * (mixed >> 31).astype(jnp.promote_types(y.dtype, np.float32))
+    part = by * signs.reshape(y.shape)
     return y * (1 + part).astype(y.dtype)
 
 

@@ -10,6 +10,7 @@ from fwt.converters.walk.net import Net, fresh
 # How the Embedding is told that holds an array: what is no weight is not trained.
 _FIXED = {"trainable": False, "embeddings_initializer": "zeros"}
 _STRICT = ("Concatenate", "ops.TrueDivide", "ops.Where")
+_MERGES = ("Add", "Subtract", "Multiply", "Average", "Maximum", "Minimum")
 _ALONE: dict[str, dict[str, Any]] = {"Parameter": {}, "Constant": _FIXED}
 
 
@@ -32,9 +33,9 @@ def with_parameters(net: Net) -> Net:
         # Keras puts axes of size 1 behind the batch of what has fewer, but where it joins, and in
         # operations, whose tensors meet at their last axes, the batch too.
         sizes = value.shape[next((i for i, n in enumerate(value.shape) if n != 1), value.ndim) :]
-        strict = [x for x in readers.get(layer.name, ()) if x.kind in _STRICT]
-        if strict:
-            ranks = {len(x.shape or value.shape[1:]) for x in strict}
+        met = [x for x in readers.get(layer.name, ()) if x.kind in (*_STRICT, *_MERGES)]
+        if any(x.kind in _STRICT for x in met):
+            ranks = {len(x.shape or value.shape[1:]) for x in met}
             if len(ranks) > 1:
                 raise refuse(
                     layer.name,

@@ -342,7 +342,7 @@ def entry_of(layer: Layer, name: str) -> dict[str, Any]:
 def arguments(layer: Layer, given: list[Any]) -> list[Any]:
     """What an operation is called with."""
     if layer.kind == "ops.Where":  # which is asked for the condition first
-        return [*given[::-1], 0.0]
+        return [*given[::-1], 0]
     if layer.kind != "ops.GetItem":
         return given
     told = layer.settings

@@ -364,7 +364,7 @@ class _Reader:
             name = layer.name
             if name in self.own and name != self.called:
                 name = self.beside.setdefault(name, fresh(name, self.own))
-            of = self.beside.get(layer.of, layer.of)
+            of = layer.of if name == self.called else self.beside.get(layer.of, layer.of)
             self.layers.append(dataclasses.replace(layer, name=name, of=of, inputs=tuple(given)))
             given = (name,)
         return given[0]

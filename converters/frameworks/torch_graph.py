@@ -79,7 +79,7 @@ def _node(
         )  # fmt: skip
     if kind == "Masked":
         keep = graph.call_method("bool", (given[1],))
-        return graph.call_function(torch.where, (keep, given[0], 0.0))
+        return graph.call_function(torch.where, (keep, given[0], 0))
     if kind == "Concatenate":
         # An array of the model stands for each example.
         arrays = ["alone" in n.meta for n in given]

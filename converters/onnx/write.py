@@ -222,8 +222,8 @@ def _converted(
         def traced(*xs: Any) -> Any:
             graph = tf.compat.v1.get_default_graph()
 
-            # A mark says which weight is meant, so that none goes through TensorFlow: of each
-            # placeholder its optimizer makes an array, which it never lets go.
+            # A mark says which weight is meant, so that none goes through TensorFlow: for a
+            # placeholder, TensorFlow's optimizer makes an array of its size that is never freed.
             def take(weight: Any) -> Any:
                 taken.append(weight)
                 with graph.as_default():  # also where a body of a loop asks
@@ -334,7 +334,7 @@ def _weights(variables: Any, make: Any, inside: tuple[str, ...] = ()) -> Any:
 
 
 def _marked(graph: Any, node: Any, name: str, _: Any) -> None:
-    """Puts the operator that a mark stands for in its place."""
+    """Puts the operator, or the weight, that a mark stands for in its place."""
     told = json.loads(node.get_attr("token").s)
     if "weight" in told:
         (output,), new = node.output, f"weight_{told['weight']}"

@@ -4,6 +4,7 @@ The rows themselves are in :mod:`fwt.converters.rows.table`.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -511,14 +512,26 @@ def output_sizes(
     row.special.write("flax", dict(fields), settings, At(place, ()))
     cls: Any = row.flax
     module = cls(**settings)
-    x = jax.ShapeDtypeStruct((1, *inputs), jnp.float32)
     try:
-        out = jax.eval_shape(lambda v: module.init_with_output(jax.random.key(0), v)[0], x)
+        hash(module)
+        shape_of: Callable[..., tuple[int, ...]] = _shape_of
+    except TypeError:  # one of its settings is an array
+        shape_of = _shape_of.__wrapped__
+    try:
+        shape = shape_of(module, tuple(inputs))
     except (TypeError, ValueError, ZeroDivisionError) as error:
         raise refuse(place, f"an input of {tuple(inputs)} does not fit: {error}") from error
-    if 0 in out.shape:
+    if 0 in shape:
         raise refuse(place, f"an input of {tuple(inputs)} is too small for it")
-    return dict(zip(right, out.shape[1:], strict=True))
+    return dict(zip(right, shape[1:], strict=True))
+
+
+@functools.lru_cache(4096)
+def _shape_of(module: Any, inputs: tuple[int, ...]) -> tuple[int, ...]:
+    """What a module gives for one input; a model has many layers alike, and is walked often."""
+    x = jax.ShapeDtypeStruct((1, *inputs), jnp.float32)
+    given = jax.eval_shape(lambda v: module.init_with_output(jax.random.key(0), v)[0], x)
+    return tuple(given.shape)
 
 
 def listed(x: Any) -> Any:

@@ -790,6 +790,16 @@ def test_what_is_hidden_does_not_count(hide, tmp_path):
     close(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0], expected)
 
 
+def test_whole_numbers_that_are_hidden_are_whole():
+    keep = torch.tensor([True, False, True, True])
+    net = Net(lambda m, x: m.e(x.masked_fill(~keep, 0)), e=nn.Embedding(5, 3)).eval()
+    ids = torch.randint(0, 5, (3, 4))
+    model = converters.from_torch(net, ids)
+    expected = net(ids).detach().numpy()
+    close(converters.to_torch(model)(ids).detach().numpy(), expected)
+    close(converters.to_keras(model)(ids.numpy()), expected)
+
+
 def test_an_array_meets_the_last_axes_in_keras():
     """Of a batch as large as another axis too."""
 
@@ -801,6 +811,13 @@ def test_an_array_meets_the_last_axes_in_keras():
         def forward(self, x):
             return x / self.by + self.by / x.abs().add(1) - self.table / x.exp()
 
+    class Both(Divides):
+        def forward(self, x):
+            return (x / self.by).sum(1) + (x.mean(1) + self.by)
+
+    both = converters.from_torch(Both().eval(), (4, 3), layout="source")
+    with pytest.raises(ConversionError, match=r"by: tensors of \[2, 3\] axes"):
+        converters.to_keras(both)
     net = Divides().eval()
     there = converters.to_keras(converters.from_torch(net, (4, 3), layout="source"))
     for batch in (1, 4, 5):

@@ -194,6 +194,7 @@ def test_an_array_that_is_permuted_has_no_batch():
     near(converters.from_keras(keras_net)(x), expected)
 
 
+@pytest.mark.optimised
 @pytest.mark.parametrize("seed", thorough_but(2, range(40), most=12))
 def test_random_graphs(seed):
     import dags
@@ -248,12 +249,16 @@ def test_a_layer_may_have_the_name_of_a_part_of_another():
         [keras.Input((6,)), L.Dense(4, "gelu", name="a"), L.Dense(2, "elu", name="a__activation")]
     )
     x = np.random.default_rng(0).normal(size=(3, 6)).astype("float32")
-    for model in (net, line):
+    other = L.Dense(4, "tanh", name="a__activation")
+    again = keras.Input((4,))
+    twice = L.Add()([other(L.Dense(4, "relu", name="a")(again)), other(again)])
+    for model in (net, line, keras.Model(again, twice)):
+        given = x[:, : model.input_shape[1]]
         there = converters.from_keras(model)
-        close(there(x), flat(model(x)))
-        again = converters.to_keras(there)
-        close(again(x), flat(model(x)))
-        assert [w.path for w in again.weights] == [w.path for w in model.weights]
+        close(there(given), flat(model(given)))
+        made = converters.to_keras(there)
+        close(made(given), flat(model(given)))
+        assert [w.path for w in made.weights] == [w.path for w in model.weights]
 
 
 @pytest.mark.parametrize("swapped", [False, True])

@@ -102,30 +102,6 @@ def pytest_collection_modifyitems(items):
             if item.path.stem == LAYERS or TRANSFORMS in item.path.parents:
                 item.add_marker(pytest.mark.optimised)
     items.sort(key=lambda item: item.get_closest_marker("optimised") is not None)
-    first = {}
-    for item in items:
-        if item.get_closest_marker("thorough"):
-            first.setdefault(item.nodeid.partition("[")[0], item)
-    MEASURED.update(first.values())
-
-
-# Coverage costs each call half as much again, also those within JAX: the first case of a test shows
-# which lines it reaches. Those over all layers and operations are measured whole.
-MEASURED = set()
-WHOLE = ("test_keras_layer", "test_torch_layer", "test_every_row", "test_operations", "test_random")
-
-
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_protocol(item):
-    tracer = sys.gettrace()
-    coverage = getattr(type(tracer), "__module__", "").startswith("coverage")
-    if not coverage or item in MEASURED or item.name.startswith(WHOLE):
-        return (yield)
-    sys.settrace(None)
-    try:
-        return (yield)
-    finally:
-        sys.settrace(tracer)
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -64,11 +64,7 @@ def run(*arguments, cwd=None, code=0, **environment):
         cwd=cwd,
         capture_output=True,
         text=True,
-        env={
-            **{n: v for n, v in os.environ.items() if not n.startswith("COVERAGE_")},
-            "COLUMNS": "100",
-            **environment,
-        },
+        env={**os.environ, "COLUMNS": "100", **environment},
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done

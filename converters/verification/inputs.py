@@ -103,7 +103,8 @@ def made_of_several(one: Side, other: Side, shape: Any) -> tuple[list[np.ndarray
     for i, (kind, own) in enumerate(zip(kinds, sizes, strict=True)):
         if kind != "i":
             x = judge.numbers(own, half, seed=i)
-            if one.own or other.own:
+            # Windows of images of such numbers cancel, of two inputs beside each other above all.
+            if (one.own or other.own) and len(own) == 1:
                 x = np.concatenate([x, _dense(own, i)])
             out.append((x > 0).astype(x.dtype) if kind == "b" else x)
             continue

@@ -258,7 +258,8 @@ def test_a_layer_may_have_the_name_of_a_part_of_another():
         close(there(given), flat(model(given)))
         made = converters.to_keras(there)
         close(made(given), flat(model(given)))
-        assert [w.path for w in made.weights] == [w.path for w in model.weights]
+        one, other = ([w.path.split("/")[-2:] for w in m.weights] for m in (made, model))
+        assert one == other
 
 
 @pytest.mark.parametrize("swapped", [False, True])

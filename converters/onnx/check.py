@@ -24,6 +24,8 @@ from fwt.converters.onnx.ends import Input
 from fwt.converters.onnx.layers import refused
 from fwt.converters.walk import policy
 
+_HEAVY = 32 * 2**20  # bytes of weights whose copies are worth a collection
+
 # Loads a file as the process that writes it would.
 _LOADS = """
 import sys, onnxruntime
@@ -134,9 +136,6 @@ def compare(file: Path, module: Any, variables: Any, inputs: Sequence[Input]) ->
             "to_onnx: nothing could be compared: rounding alone moves the outputs by more than "
             "their size; nothing is written. check=False writes the file unchecked"
         )
-
-
-_HEAVY = 32 * 2**20  # bytes of weights whose copies are worth a collection
 
 
 def _let_go(heavy: bool) -> None:

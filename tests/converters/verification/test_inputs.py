@@ -236,7 +236,7 @@ class Applies(nn.Module):
         return self.function(x)
 
 
-@pytest.mark.parametrize("shape", [(4,), (3, 5)])
+@pytest.mark.parametrize("shape", [(4,), (3, 5), (3,), (2,)])
 def test_what_modules_of_ones_own_part_at_is_fed(shape):
     one, other = ((Applies(lambda x, t=t: jnp.where(x > t, 1.0, 0.0)), {}) for t in (37.3, 41))
     assert not converters.verify(one, other, input_shape=shape).ok

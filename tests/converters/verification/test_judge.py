@@ -651,6 +651,21 @@ def test_a_position_that_rounding_does_not_move_may_not_move():
     assert not judge.apart(a, off, [moved], eps=EPS).equal
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32"])
+def test_under_jit_each_number_moves_by_the_same_part(dtype):
+    y = jax.numpy.arange(1, 301).reshape(3, 100).astype(dtype)
+    moved = jax.jit(judge.unsettled)
+    assert moved(y, 0.1).dtype == y.dtype
+    assert np.array_equal(moved(y, 0.0), y)
+    part = np.asarray(moved(y, 0.1), np.float64) / np.asarray(y, np.float64) - 1
+    if dtype == "int32":
+        assert not part.any()
+        return
+    np.testing.assert_allclose(abs(part), 0.1, atol=0.01)
+    assert 100 < (part > 0).sum() < 200
+    np.testing.assert_allclose(np.asarray(moved(y, -0.1), np.float64) / y - 1, -part, atol=0.01)
+
+
 def test_a_row_of_zeros_is_no_proof():
     class Sine(t.Module):
         def forward(self, x):

@@ -64,7 +64,7 @@ def _dense(sizes: Sequence[int], seed: int = 0) -> np.ndarray:
     if size < 2:
         return np.zeros((0, *sizes), np.float32)
     if size < 4:  # each number beside one ordinary one or two
-        rows = np.resize(np.float32([1.5, -1.5]), (len(values), size))
+        rows = np.resize(np.array([1.5, -1.5], np.float32), (len(values), size))
         rows[np.arange(len(values)), np.arange(len(values)) % size] = values
         return rows.reshape(-1, *sizes)
     count = max(-(-len(values) // size), min(len(values), _MOST // size))

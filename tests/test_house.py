@@ -23,6 +23,7 @@ fwt.converters.onnx
 fwt.converters.frameworks
 fwt.converters.walk
 fwt.converters.rows
+fwt.converters.tried
 fwt.converters.io fwt.converters.judge
 fwt._diff
 fwt.optim fwt.schedules

@@ -9,8 +9,9 @@ weights by ``linen_windows``, which knows functions such as ``nn.gelu`` again, a
 import dataclasses
 import inspect
 import itertools
+import math
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -30,6 +31,7 @@ from fwt.converters.frameworks.linen_nodes import Reader
 from fwt.converters.frameworks.linen_values import Equations, Held, Layered, Reopen
 from fwt.converters.rows import table
 from fwt.converters.rows.row import joined, refuse
+from fwt.converters.tried import Tried
 from fwt.converters.walk.net import fresh
 
 LAYER = Primitive(linen_values.LAYER)
@@ -343,37 +345,26 @@ def _check(run: Any, variables: Any, made: Model, inputs: Sequence[Any], name: s
     first = min(len(x) for x in xs)
     xs = [x[:first] for x in xs]
     wanted = [np.asarray(y) for y in jax.tree.leaves(jax.jit(run)(variables, *xs))]
-    there = jax.jit(lambda variables, xs: jax.tree.leaves(made.module.apply(variables, *xs)))
-    found = [np.asarray(y) for y in there(made.variables, xs)]
+    large = sum(math.prod(x.shape[1:]) for x in inputs) > judge.LARGE
+    apply = made.module.apply
+    model = Tried(lambda v, *xs: jax.tree.leaves(apply(v, *xs)), made.variables, large)
+    found = model.outputs(xs)
     eps = judge.eps_of([y.dtype for y in wanted])
-
-    def nudged(by: float) -> list[Any]:
-        own = jax.tree.map(lambda leaf: judge.nudged(leaf, by), made.variables)
-        with judge.between_layers(by):
-            outputs = made.module.apply(own, *(judge.nudged(x, by) for x in xs))
-        return [np.asarray(y) for y in jax.tree.leaves(outputs)]
-
-    for apart in _apart(wanted, found, eps, nudged):
-        if apart is None or apart.excess > 1:
-            by = "has another shape" if apart is None else f"differs by {apart.absolute:.3g}"
-            raise refuse(
-                name,
-                f"the output of its graph {by}, and no rounding explains it, so nothing is given "
-                "back",
-                "report it, please: fwt reads an operation of it in another way than JAX",
-            )
+    by = "has another shape"
+    if [a.shape for a in wanted] == [b.shape for b in found]:
+        told = model.judged(xs, found, wanted, eps, _apart)
+        if all(t.excess <= 1 for t in told):
+            return
+        by = f"differs by {max(told, key=lambda t: t.excess).absolute:.3g}"
+    raise refuse(
+        name,
+        f"the output of its graph {by}, and no rounding explains it, so nothing is given back",
+        "report it, please: fwt reads an operation of it in another way than JAX",
+    )
 
 
-def _apart(wanted: Any, found: Any, eps: float, nudged: Any) -> Iterator[judge.Apart | None]:
-    if [a.shape for a in wanted] != [b.shape for b in found]:
-        yield None
-        return
-    apart = [judge.apart(a, b, [], eps=eps) for a, b in zip(wanted, found, strict=True)]
-    if any(t.excess > 1 for t in apart):
-        noise = judge.rounding(nudged, found, eps)
-        each = zip(wanted, found, noise, strict=True)
-        apart = [judge.apart(a, b, [n], eps=eps) for a, b, n in each]
-    for t, a, b in zip(apart, wanted, found, strict=True):
-        # The first input is an ordinary one: what is a number there is none by rounding.
-        lost = len(a) and np.any(np.isfinite(a[0]) & ~np.isfinite(b[0]))
-        yield t._replace(excess=np.inf, absolute=np.inf) if lost else t
+def _apart(a: np.ndarray, b: np.ndarray, noise: Sequence[Any] = (), *, eps: float) -> judge.Apart:
+    found = judge.apart(a, b, noise, eps=eps)
+    # The first input is an ordinary one: what is a number there is none by rounding.
+    lost = len(a) and np.any(np.isfinite(a[0]) & ~np.isfinite(b[0]))
+    return found._replace(excess=np.inf, absolute=np.inf) if lost else found

@@ -42,6 +42,7 @@ from fwt.converters.frameworks.torch_layer import (
 from fwt.converters.frameworks.torch_wrappers import is_container, unwrapped
 from fwt.converters.rows import grouped, table
 from fwt.converters.rows.row import Layer, LiveLeaf, joined, order, parts_of, refuse
+from fwt.converters.tried import is_heavy, let_go
 from fwt.converters.walk import convert, policy
 from fwt.converters.walk.convert import Layout
 from fwt.converters.walk.net import Net, folded, nests
@@ -151,6 +152,7 @@ def from_torch(
         with torch_export.at_inference(model):
             net = torch_export.net_of(model, inputs)
             tried = torch_check.tried(model, net, inputs)
+        let_go(is_heavy([*model.parameters()]))  # the copy that a forward's changes are undone by
         input_shape = None
     else:
         raise ConversionError(f"from_torch takes a torch.nn.Module, found {type(model).__name__}")

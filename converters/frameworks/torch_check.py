@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 import torch
 
@@ -14,13 +13,14 @@ from fwt._types import Model
 from fwt.converters import judge
 from fwt.converters.frameworks.torch_layer import to_numpy, to_tensor
 from fwt.converters.rows.row import Layer, refuse
+from fwt.converters.tried import Tried
 from fwt.converters.walk.net import Net
 
 _ALONE = 1 << 13  # roundings that one example alone may be off
 _REPORT = "report it, please: fwt reads an operation of it in another way than torch"
 
 
-class Tried(NamedTuple):
+class Outputs(NamedTuple):
     """Random inputs, and what a torch module gives for them."""
 
     place: str
@@ -29,7 +29,7 @@ class Tried(NamedTuple):
 
 
 @judge.full_products()
-def tried(model: torch.nn.Module, net: Net, inputs: Sequence[torch.Tensor]) -> Tried:
+def tried(model: torch.nn.Module, net: Net, inputs: Sequence[torch.Tensor]) -> Outputs:
     """A torch module in eval mode on random inputs.
 
     Args:
@@ -42,48 +42,35 @@ def tried(model: torch.nn.Module, net: Net, inputs: Sequence[torch.Tensor]) -> T
     """
     xs, given, wanted = _run(model, net, inputs)
     _check_one(model, given, wanted, judge.eps_of([y.dtype for y in wanted]))
-    return Tried(type(model).__name__, xs, wanted)
+    return Outputs(type(model).__name__, xs, wanted)
 
 
 @judge.full_products()
-def check(torch_gave: Tried, made: Model) -> None:
+def check(torch_gave: Outputs, made: Model) -> None:
     """Raises unless a Flax model gives what a torch module did, but for rounding."""
     place, xs, wanted = torch_gave
-    compiled = jax.jit(lambda variables, xs: _flat(made.module.apply(variables, *xs)))
-
-    def run(variables: Any, xs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        return [np.asarray(y) for y in compiled(variables, xs)]
-
+    large = sum(x[0].size for x in xs) > judge.LARGE
+    apply = made.module.apply
+    model = Tried(lambda variables, *xs: _flat(apply(variables, *xs)), made.variables, large)
     shapes = made.module.input_shape
     shapes = [shapes] if len(xs) == 1 else shapes
-    try:
-        first = run(made.variables, [next(_ends(x, s)) for x, s in zip(xs, shapes, strict=True)])
-    except Exception as error:  # JAX's errors share no class: it becomes ours
-        raise refuse(place, f"its Flax model can't be run ({error})", _REPORT) from error
-    for a, b in zip(wanted, first, strict=True):
-        if a.dtype.itemsize < b.dtype.itemsize and a.dtype.kind not in "iub":
-            raise refuse(place, f"it gives {a.dtype}, its Flax model {b.dtype}",
-                         "convert model.float()")  # fmt: skip
-    eps = judge.eps_of([y.dtype for y in (*wanted, *first)])
-    told: judge.Apart | None = None
+    told: list[judge.Apart] = []
     for moved in itertools.product(*(_ends(x, shape) for x, shape in zip(xs, shapes, strict=True))):
-        found, first = first or run(made.variables, moved), []
-
-        def nudged(by: float, moved: Any = moved) -> list[np.ndarray]:
-            own = jax.tree.map(lambda leaf: judge.nudged(leaf, by), made.variables)
-            with judge.between_layers(by):
-                outputs = made.module.apply(own, *(judge.nudged(x, by) for x in moved))
-            return [np.asarray(y) for y in _flat(outputs)]
-
-        apart = [_apart(a, b, eps) for a, b in zip(wanted, found, strict=True)]
-        if any(t is None or t.excess > 1 for t in apart):
-            noise = judge.rounding(nudged, found, eps)
-            each = zip(wanted, found, noise, strict=True)
-            apart = [_apart(a, b, eps, n) for a, b, n in each]
-        told = max((t for t in apart if t), key=lambda t: t.excess, default=None)
-        if all(t is not None and t.excess <= 1 for t in apart):
-            return
-    by = "has another shape" if told is None else f"differs by {told.absolute:.3g}"
+        try:
+            found = model.outputs(moved)
+        except Exception as error:  # JAX's errors share no class: it becomes ours
+            raise refuse(place, f"its Flax model can't be run ({error})", _REPORT) from error
+        for a, b in zip(wanted, found, strict=True):
+            if a.dtype.itemsize < b.dtype.itemsize and a.dtype.kind not in "iub":
+                raise refuse(place, f"it gives {a.dtype}, its Flax model {b.dtype}",
+                             "convert model.float()")  # fmt: skip
+        eps = judge.eps_of([y.dtype for y in (*wanted, *found)])
+        if all(_axes(a, b) for a, b in zip(wanted, found, strict=True)):
+            told = model.judged(moved, found, wanted, eps, _apart)
+            if all(t.excess <= 1 for t in told):
+                return
+    worst = max(told, key=lambda t: t.excess, default=None)
+    by = "has another shape" if worst is None else f"differs by {worst.absolute:.3g}"
     raise refuse(
         place,
         f"the output of its Flax model {by}, and no rounding explains it, so nothing is given back",
@@ -178,15 +165,19 @@ def _ends(x: np.ndarray, shape: Any) -> Iterator[np.ndarray]:
             yield moved
 
 
-def _apart(a: np.ndarray, b: np.ndarray, eps: float, *noise: np.ndarray) -> judge.Apart | None:
-    """How far an output is from that of torch, whose channels may stand elsewhere."""
+def _axes(a: np.ndarray, b: np.ndarray) -> list[int]:
+    """Where the last axis of an output may stand in that of torch."""
     axes = [-1, *range(1, b.ndim - 1)]
-    axes = [i for i in axes if np.moveaxis(b, -1, i).shape == a.shape]
-    turned = [[np.moveaxis(y, -1, i) for y in (b, *noise)] for i in axes]
+    return [i for i in axes if np.moveaxis(b, -1, i).shape == a.shape]
+
+
+def _apart(a: np.ndarray, b: np.ndarray, noise: Sequence[Any] = (), *, eps: float) -> judge.Apart:
+    """How far an output is from that of torch, whose channels may stand elsewhere."""
+    turned = [[np.moveaxis(y, -1, i) for y in (b, *noise)] for i in _axes(a, b)]
     told = [judge.apart(a, y, more, eps=eps) for y, *more in turned]
-    found = min(told, key=lambda t: t.excess, default=None)
+    found = min(told, key=lambda t: t.excess)
     # The first input is an ordinary one: what is a number there is none by rounding.
     lost = [np.isfinite(a[0]) & ~np.isfinite(y[0]) for y, *_ in turned if len(a)]
-    if found is not None and lost and all(x.any() for x in lost):
+    if lost and all(x.any() for x in lost):
         return found._replace(excess=math.inf, absolute=math.inf)
     return found

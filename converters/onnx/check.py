@@ -1,9 +1,5 @@
 """What is written is tried before: onnxruntime must give the outputs of the module."""
 
-import contextlib
-import ctypes
-import functools
-import gc
 import math
 import mmap
 import subprocess
@@ -13,18 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from fwt._sequential import call, flags
+from fwt._graph import Graph
+from fwt._sequential import Sequential, call, flags
 from fwt._types import ConversionError
 from fwt.converters import judge
 from fwt.converters.onnx import ends
 from fwt.converters.onnx.ends import Input
 from fwt.converters.onnx.layers import refused
+from fwt.converters.tried import Tried, is_heavy, let_go
 from fwt.converters.walk import policy
 
-_HEAVY = 32 * 2**20  # bytes of weights whose copies are worth a collection
+# Of onnxruntime's optimizations those that make one more copy of each kernel.
+_COPIES = ["NchwcTransformer", "ConvMulFusion", "ConvAddFusion", "ConvBNFusion"]
 
 # Loads a file as the process that writes it would.
 _LOADS = """
@@ -54,18 +52,18 @@ def compare(file: Path, module: Any, variables: Any, inputs: Sequence[Input]) ->
     """Raises unless onnxruntime computes what the module does."""
     import onnxruntime
 
-    heavy = sum(leaf.nbytes for leaf in jax.tree.leaves(variables)) > _HEAVY
+    heavy = is_heavy(jax.tree.leaves(variables))
     computed = _computed(module, variables, [np.zeros((1, *x.shape), x.dtype) for x in inputs])
     if np.float16 in computed:
         _check_loads(file)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.enable_cpu_mem_arena = not heavy
-    blocked = ["NchwcTransformer"] if heavy else None  # of each kernel one more copy
-    _let_go(heavy)
+    left_out = _COPIES if heavy else None
+    let_go(heavy)
     with refused("to_onnx: onnxruntime can't run it"):
         session = onnxruntime.InferenceSession(
-            file, options, ["CPUExecutionProvider"], disabled_optimizers=blocked
+            file, options, ["CPUExecutionProvider"], disabled_optimizers=left_out
         )
     names = [x.name for x in session.get_inputs()]
     gives = [y.name for y in session.get_outputs()]
@@ -85,52 +83,37 @@ def compare(file: Path, module: Any, variables: Any, inputs: Sequence[Input]) ->
         )
     del session  # which holds the weights twice more
 
-    def run(variables: Any, given: Sequence[Any], by: Any) -> list[Any]:
-        with judge.between_layers(by):
-            return ends.flat(module, call(module, variables, *given))
+    model = Tried(
+        lambda variables, *given: ends.flat(module, call(module, variables, *given)),
+        variables,
+        large,
+        compiled=False,
+        alone=isinstance(module, Sequential | Graph),
+    )
 
-    once = jax.jit(run) if large else run
-
-    def outputs(given: Sequence[Any], weights: bool = False, by: float = 0.0) -> list[np.ndarray]:
-        """Those of the module, also as rounding between its layers and of weights moves them."""
-        _let_go(heavy)
-        moved = variables
-        if weights:
-            moved = jax.tree.map(lambda leaf: jnp.asarray(judge.nudged(leaf, by)), variables)
-        return [np.asarray(y) for y in once(moved, [jnp.asarray(x) for x in given], by)]
-
-    def judged(
-        given: Sequence[Any], theirs: Sequence[Any], ours: Sequence[Any]
-    ) -> list[judge.Apart]:
-        noise: dict[bool, list[Any]] = {}
-        told = []
-        for at, (their, our) in enumerate(zip(theirs, ours, strict=True)):
-            which = f" {gives[at]!r}" if len(gives) > 1 else ""
+    def judged(given: Sequence[Any], theirs: Sequence[Any]) -> list[judge.Apart]:
+        ours = model.outputs(given)
+        which = [f" {name!r}" if len(gives) > 1 else "" for name in gives]
+        for name, their, our in zip(which, theirs, ours, strict=True):
             if their.shape != our.shape:
                 raise ConversionError(
-                    f"to_onnx: onnxruntime gives the output{which} as {list(their.shape)}, "
+                    f"to_onnx: onnxruntime gives the output{name} as {list(their.shape)}, "
                     f"expected {list(our.shape)}"
                 )
-            eps = judge.eps_of([*computed, their.dtype])
-            told.append(judge.apart(our, their, eps=eps, clamps=True))
-            for weights in (False, True):
-                if told[-1].equal:
-                    break
-                if weights not in noise:
-                    each_way = functools.partial(outputs, given, weights)
-                    noise[weights] = judge.rounding(each_way, ours, eps)
-                told[-1] = judge.apart(our, their, [noise[weights][at]], eps=eps, clamps=True)
-            if told[-1].excess > 1:
+        eps = judge.eps_of([*computed, *(y.dtype for y in theirs)])
+        told = model.judged(given, ours, theirs, eps, _apart)
+        for name, apart in zip(which, told, strict=True):
+            if apart.excess > 1:
                 raise ConversionError(
-                    f"to_onnx: onnxruntime's output{which} differs by {told[-1].absolute:.3g}, "
-                    f"which is {told[-1].relative:.2%} of the largest value in its row, and no "
+                    f"to_onnx: onnxruntime's output{name} differs by {apart.absolute:.3g}, "
+                    f"which is {apart.relative:.2%} of the largest value in its row, and no "
                     "rounding explains it; nothing is written. verify(model, file) after "
                     "check=False says from which layer on"
                 )
         return told
 
-    judged(first, one, outputs(first))
-    told = judged(xs, many, outputs(xs))
+    judged(first, one)
+    told = judged(xs, many)
     if not any(t.compared for t in told) and any(t.absolute for t in told):
         raise ConversionError(
             "to_onnx: nothing could be compared: rounding alone moves the outputs by more than "
@@ -138,13 +121,8 @@ def compare(file: Path, module: Any, variables: Any, inputs: Sequence[Input]) ->
         )
 
 
-def _let_go(heavy: bool) -> None:
-    """Gives memory back to the system before the next step needs its own: a process that has the
-    copies of each step at once holds the weights of a large model many times."""
-    if heavy:
-        gc.collect()
-        with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
-            ctypes.CDLL(None).malloc_trim(0)
+def _apart(their: np.ndarray, our: np.ndarray, *noise: Any, eps: float) -> judge.Apart:
+    return judge.apart(our, their, *noise, eps=eps, clamps=True)
 
 
 def _made(x: Input, half: bool, seed: int) -> np.ndarray:

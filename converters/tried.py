@@ -1,0 +1,114 @@
+"""A Flax model that is run beside another one, to tell whether both compute the same."""
+
+import contextlib
+import ctypes
+import functools
+import gc
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fwt.converters import judge
+
+_HEAVY = 32 * 2**20  # bytes of weights whose copies are worth a collection
+
+
+class Tried:
+    """The outputs of a Flax model, as they are and as rounding moves them.
+
+    Args:
+        run: its outputs in a list, of its variables and inputs.
+        variables: its variables.
+        large: whether its inputs are so large that one program computes all of it, an example at a
+            time.
+        compiled: whether a program computes the outputs as they are otherwise.
+        alone: whether an example is computed as it is among several.
+    """
+
+    def __init__(
+        self,
+        run: Callable[..., list[Any]],
+        variables: Any,
+        large: bool,
+        *,
+        compiled: bool = True,
+        alone: bool = True,
+    ):
+        def moved(variables: Any, xs: Sequence[Any], by: Any) -> list[Any]:
+            with judge.between_layers(by):
+                return run(variables, *xs)
+
+        self._variables, self._heavy = variables, is_heavy(jax.tree.leaves(variables))
+        self._moved: Any = jax.jit(moved) if large else moved
+        self._plain: Any = functools.partial(self._moved, by=0.0)
+        if compiled and not large:
+            self._plain = jax.jit(self._plain)
+        self._one_by_one = large and alone
+
+    def outputs(self, xs: Sequence[Any]) -> list[np.ndarray]:
+        return self._run(self._plain, self._variables, xs)
+
+    def _run(self, run: Any, variables: Any, xs: Sequence[Any]) -> list[np.ndarray]:
+        let_go(self._heavy)
+        count = len(xs[0])
+        rows = [slice(i, i + 1) for i in range(count)] if self._one_by_one else [slice(count)]
+        variables = jax.device_put(variables)
+        each = [
+            [np.asarray(y) for y in run(variables, [jnp.asarray(x[some]) for x in xs])]
+            for some in rows
+        ]
+        return [np.concatenate(ys) if len(ys) > 1 else ys[0] for ys in zip(*each, strict=True)]
+
+    def judged(
+        self,
+        xs: Sequence[Any],
+        ours: Sequence[Any],
+        theirs: Sequence[Any],
+        eps: float,
+        apart: Callable[..., judge.Apart] = judge.apart,
+    ) -> list[judge.Apart]:
+        """How far each of its outputs is from another model's. If they are apart, rounding is
+        measured: first that between layers, then, which copies the weights, that of them as well.
+
+        Args:
+            xs: the inputs.
+            ours: the outputs of this model.
+            theirs: those of the other.
+            eps: of the dtype that they are computed in.
+            apart: what compares two, as :func:`judge.apart` does.
+        """
+
+        def moved(weights: bool, by: float) -> list[np.ndarray]:
+            variables = self._variables
+            if weights:
+                variables = jax.tree.map(lambda v: judge.nudged(v, by), variables)
+            return self._run(functools.partial(self._moved, by=by), variables, xs)
+
+        pairs = list(zip(theirs, ours, strict=True))
+        told = [apart(a, b, eps=eps) for a, b in pairs]
+        for weights in (False, True):
+            if all(t.excess <= 1 for t in told):
+                break
+            noise = judge.rounding(functools.partial(moved, weights), ours, eps)
+            told = [
+                was if was.excess <= 1 else apart(a, b, [n], eps=eps)
+                for was, (a, b), n in zip(told, pairs, noise, strict=True)
+            ]
+        return told
+
+
+def is_heavy(arrays: Sequence[Any]) -> bool:
+    """Whether memory is given back between the steps that copy some arrays."""
+    return sum(x.nbytes for x in arrays) > _HEAVY
+
+
+def let_go(heavy: bool = True) -> None:
+    """Gives memory back to the system before the next step needs its own: a process that has the
+    copies of each step at once holds the weights of a large model many times."""
+    if heavy:
+        gc.collect()
+        with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
+            ctypes.CDLL(None).malloc_trim(0)

@@ -43,23 +43,29 @@ class Tried:
 
         self._variables, self._heavy = variables, is_heavy(jax.tree.leaves(variables))
         self._moved: Any = jax.jit(moved) if large else moved
-        self._plain: Any = functools.partial(self._moved, by=0.0)
+        self._plain: Any = functools.partial(moved, by=0.0)
         if compiled and not large:
             self._plain = jax.jit(self._plain)
-        self._one_by_one = large and alone
+        self._large, self._alone = large, alone
+        self._programs: dict[Any, Any] = {}
 
     def outputs(self, xs: Sequence[Any]) -> list[np.ndarray]:
-        return self._run(self._plain, self._variables, xs)
+        return self._run(self._variables, xs)
 
-    def _run(self, run: Any, variables: Any, xs: Sequence[Any]) -> list[np.ndarray]:
+    def _run(self, variables: Any, xs: Sequence[Any], by: float = 0.0) -> list[np.ndarray]:
         let_go(self._heavy)
-        count = len(xs[0])
-        rows = [slice(i, i + 1) for i in range(count)] if self._one_by_one else [slice(count)]
+        if not self._large:
+            given = [jnp.asarray(x) for x in xs]
+            ys = self._moved(variables, given, by) if by else self._plain(variables, given)
+            return [np.asarray(y) for y in ys]
+        size = 1 if self._alone else len(xs[0])
+        parts = [[x[i : i + size] for x in xs] for i in range(0, len(xs[0]), size)]
+        kinds = tuple((x.shape, x.dtype) for x in jax.tree.leaves((variables, parts[0])))
+        if kinds not in self._programs:  # before the weights are copied, for it takes memory too
+            self._programs[kinds] = self._moved.lower(variables, parts[0], by).compile()
+            let_go(self._heavy)
         variables = jax.device_put(variables)
-        each = [
-            [np.asarray(y) for y in run(variables, [jnp.asarray(x[some]) for x in xs])]
-            for some in rows
-        ]
+        each = [[np.asarray(y) for y in self._programs[kinds](variables, p, by)] for p in parts]
         return [np.concatenate(ys) if len(ys) > 1 else ys[0] for ys in zip(*each, strict=True)]
 
     def judged(
@@ -85,7 +91,7 @@ class Tried:
             variables = self._variables
             if weights:
                 variables = jax.tree.map(lambda v: judge.nudged(v, by), variables)
-            return self._run(functools.partial(self._moved, by=by), variables, xs)
+            return self._run(variables, xs, by)
 
         pairs = list(zip(theirs, ours, strict=True))
         told = [apart(a, b, eps=eps) for a, b in pairs]

@@ -223,15 +223,19 @@ def to_torch(
     call = "to_torch(model)"
     module, variables, input_shape = _given.given(module, variables, call, input_shape)
     module = _flax.sequential_of(module)
-    net = _net_of(module, variables, input_shape, layout)
-    net = _sidecar.restored(net, module, "torch", state=True)
-    wanted = _sidecar.order(module)
+
+    def there() -> Net:
+        net = _net_of(module, variables, input_shape, layout)
+        return _sidecar.restored(net, module, "torch", state=True)
+
+    net, wanted = there(), _sidecar.order(module)
     chain = net.is_line and nests(net.layers)
     if chain and all(class_of(layer.kind) is not None for layer in net.layers):
         made = _sequential([(parts_of(layer.name), layer) for layer in net.layers]).eval()
         state, rank = list(made.state_dict()), {name: i for i, name in enumerate(wanted)}
         if not wanted or state == sorted(state, key=lambda name: rank.get(name, len(rank))):
-            return made  # else the order of a Sequential would be that of its layers
+            return made
+        net = there()  # for the order of a Sequential would be that of its layers
     return torch_state.in_order(torch_graph.graph_module(net, _built, to_tensor).eval(), wanted)
 
 
@@ -270,6 +274,7 @@ def _built(layer: Layer) -> torch.nn.Module:
     cls: Any = class_of(layer.kind)
     assert cls is not None
     state = {k: to_tensor(v) for k, v in torch_layers.torch_state(layer).items()}
+    layer.arrays.clear()  # so that there is no second copy of all weights
     # Made without memory: the arrays become its parameters.
     built: torch.nn.Module = cls(**layer.settings, **({"device": "meta"} if state else {}))
     if state:

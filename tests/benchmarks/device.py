@@ -18,7 +18,7 @@ import numpy as np
 import optax
 import torch
 import torch.nn.utils.prune as torch_prune
-from pruning import clock, fresh, steady, training
+from pruning import clock, fresh, queued, steady, training
 
 import fwt
 from fwt.selection import passes
@@ -186,5 +186,5 @@ if __name__ == "__main__":
     for part in [*parts, several(min(given.millions)), first_calls()]:
         for name, value in part:
             print(f"| {name} | {value:.2f} |", flush=True)
-    for name, ratio, _ in training():
+    for name, ratio, _ in [*training(), *queued(), *queued(4096)]:
         print(f"| {name} | {ratio:.2f} |", flush=True)

@@ -1,5 +1,6 @@
 """Live Keras models, on any backend."""
 
+import collections
 import contextlib
 import functools
 import math
@@ -17,6 +18,7 @@ from fwt.converters.frameworks import (
     activations,
     altered,
     keras_config,
+    keras_forms,
     keras_ops,
     keras_read,
     keras_write,
@@ -263,6 +265,7 @@ def _check_known(layer: Any) -> None:
     cls = type(layer)
     _check_methods(layer)
     if _is_container(layer):
+        _check_keys(layer)
         for inner in layer.layers:
             _check_known(inner)
         return
@@ -287,6 +290,20 @@ def _check_known(layer: Any) -> None:
             name = type(wrapped).__name__
             if getattr(keras.layers, name, None) is not type(wrapped):
                 raise refuse(layer.name, f"it wraps {name}, which is a custom layer")
+
+
+def _check_keys(model: Any) -> None:
+    """Raises where a model inside counts tensors in an order of keys that no config tells."""
+    calls = [(n.arguments.args, n.arguments.kwargs) for n in model._inbound_nodes]
+    for form in (getattr(model, "_inputs_struct", None), getattr(model, "_outputs_struct", None),
+                 *(v for args, kwargs in calls for v in (*args, *kwargs.values()))):  # fmt: skip
+        if isinstance(form, collections.OrderedDict) and list(form) != keras_forms.in_order(form):
+            raise refuse(
+                model.name,
+                f"it takes or gives an OrderedDict of {', '.join(map(str, form))}, whose order "
+                "Keras does not save",
+                "make the model, and call it, with a dict",
+            )
 
 
 def _check_activations(layer: Any) -> None:

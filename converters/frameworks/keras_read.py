@@ -6,9 +6,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from fwt._graph import INPUT, names_in
+from fwt._graph import INPUT
 from fwt._types import ConversionError, FileFormatError
 from fwt.converters.frameworks import keras_ops
+from fwt.converters.frameworks.keras_forms import Ref, flat, form_of, names_in_form, taken
 from fwt.converters.rows import table
 from fwt.converters.rows.row import Layer, joined, parts_of, refuse
 from fwt.converters.walk import policy
@@ -30,7 +31,6 @@ _IDLE = {"training": ("Resizing", "CenterCrop", "Rescaling", "Normalization", *_
 # In what order a layer of several tensors takes them, and how Keras calls them.
 _ARGUMENTS = dict.fromkeys(("MultiHeadAttention", "GroupQueryAttention", "Attention",
                             "AdditiveAttention"), ("query", "value", "key"))  # fmt: skip
-Ref = tuple[str, int, int]  # a layer, the number of its call, and that of its output
 
 
 def keras_net(config: Any, place: str) -> Net:
@@ -164,7 +164,7 @@ class _Reader:
         takes, gives = self._ends(body, "input_layers"), self._ends(body, "output_layers")
         refs: dict[Ref, str] = {}
         dtypes: dict[str, Any] = {}
-        starts = names_in_form(takes)
+        starts = names_in_form(takes) if given is None else flat(takes)
         names = [ref[0] for ref in starts] if given is None else self._as_many(given, len(starts))
         for ref, value in zip(starts, names, strict=True):
             _, settings = entry_of(entries.get(ref[0]), self.place)
@@ -183,7 +183,7 @@ class _Reader:
                 if any(ref not in refs for ref in keras_ops.histories(node)):
                     left.append((name, index, node))
                     continue
-                given_ = [refs[ref] for ref in keras_ops.histories(node)]
+                given_ = [refs[ref] for ref in taken(entries[name], node)]
                 made = self._call(entries[name], node, given_, inside, base)
                 refs |= {(name, index, k): v for k, v in enumerate(made)}
             if len(left) == len(todo):
@@ -331,7 +331,7 @@ class _Reader:
         if kind in CONTAINERS:
             parts = (*inside, parts_of(label)[-1])
             _, gives = self.model(*_body(entry, self.place), parts, (*base, own), given)
-            return list(names_in(gives))
+            return flat(gives)
         if (kind, entry.get("module")) == keras_ops.SCALED:
             name = self._name((*parts_of(label)[:-1], f"{parts_of(label)[-1]}__scale"))
             scaled = Layer(name, "Rescaling", {"scale": settings.get("scale")}, fused=True)
@@ -443,20 +443,6 @@ class _Reader:
                 value = self._chain([made], [value])
             out.append(value)
         return out
-
-
-def names_in_form(ends: Any) -> list[Ref]:
-    return [ends] if isinstance(ends, tuple) and ends and isinstance(ends[0], str) else list(
-        ends.values() if isinstance(ends, Mapping) else ends)  # fmt: skip
-
-
-def form_of(ends: Any, f: Any) -> Any:
-    """A form of references or names with each replaced."""
-    if isinstance(ends, Mapping):
-        return {k: f(v) for k, v in ends.items()}
-    one = isinstance(ends, str) or (ends and isinstance(ends[0], str) and len(ends) == 3
-                                    and isinstance(ends[1], int))  # fmt: skip
-    return f(ends) if one else tuple(f(v) for v in ends)
 
 
 def _without_idle(node: Mapping[str, Any], entry: Mapping[str, Any]) -> Any:

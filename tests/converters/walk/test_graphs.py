@@ -1,5 +1,7 @@
 """Models that are graphs, in every direction and by file, against the real frameworks."""
 
+import collections
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -92,6 +94,59 @@ def inside():
 NETS = {f.__name__: f for f in (residual, unet, siamese, joined, attention, inside)}
 
 
+def _difference(z, a):
+    """A model of two inputs that tells them apart."""
+    return L.Subtract(name="less")([L.Rescaling(3.0, name="by_3")(z), a])
+
+
+def keys_out():
+    """A model inside gives a dict, which Keras numbers by sorted keys, capitals first."""
+    start, x = keras.Input((6,)), keras.Input((6,), name="x")
+    given = {key: L.Dense(6, name=f"for_{key}")(start) for key in ("z10", "z9", "a", "B")}
+    inner = keras.Model(start, given, name="inner")
+    middle = keras.Input((6,))
+    found = inner(middle)
+    turned = {"q": found["z9"], "c": found["a"], "d": inner(found["B"])["z10"]}
+    outer = keras.Model(middle, turned, name="outer")(x)
+    return keras.Model(x, [outer["q"], outer["c"], outer["d"]])
+
+
+def keys_in(kind, call):
+    """A model inside takes a dict, or is called with one; it goes by its keys."""
+    z, a = keras.Input((3,), name="z"), keras.Input((3,), name="a")
+    given = {"dict": {"z": z, "a": a}, "list": [z, a], "turned": [a, z]}[kind]
+    inner = keras.Model(given, _difference(z, a), name="inner")
+    x, y = keras.Input((3,), name="x"), keras.Input((3,), name="y")
+    sent = {"z": x, "a": y}
+    if call == "turned":
+        sent = {"a": y, "z": x}
+    elif call == "list":
+        sent = [x, y] if kind == "list" else [y, x]
+    return keras.Model([x, y], inner(sent))
+
+
+def keys_both():
+    """Its ends have keys, and so have those of a model inside, in other orders."""
+    z, a = keras.Input((3,), name="z"), keras.Input((3,), name="a")
+    inner = keras.Model({"z": z, "a": a}, {"y": _difference(z, a), "q": a}, name="inner")
+    p, o = keras.Input((3,), name="p"), keras.Input((3,), name="o")
+    once = inner({"z": p, "a": o})
+    again = inner({"a": once["y"], "z": once["q"]})
+    return keras.Model({"p": p, "o": o}, {"v": once["q"], "g": again["q"], "m": again["y"]})
+
+
+KEYS = {
+    "out": keys_out,
+    "both": keys_both,
+    **{
+        f"{kind}, {call}": lambda kind=kind, call=call: keys_in(kind, call)
+        for kind in ("dict", "list", "turned")
+        for call in ("dict", "turned", "list")
+        if (kind, call) != ("dict", "list")  # Keras refuses it
+    },
+}
+
+
 def flat(given):
     given = list(given.values()) if isinstance(given, dict) else given
     return [np.asarray(v) for v in (given if isinstance(given, list | tuple) else [given])]
@@ -111,6 +166,44 @@ def weights(model):
         for v in model.variables
         if v.name != "seed_generator_state"
     }
+
+
+@pytest.mark.parametrize("name", KEYS)
+def test_a_dict_of_a_model_inside_goes_by_its_keys(name, tmp_path):
+    net = randomise_keras(KEYS[name]())
+    rng = np.random.default_rng(0)
+    xs = [rng.normal(size=(3, *t.shape[1:])).astype("float32") for t in net.inputs]
+    given = xs[0] if len(xs) == 1 else xs
+    if isinstance(net.input, dict):
+        given = {key: rng.normal(size=(3, 3)).astype("float32") for key in net.input}
+
+    def same(found):
+        wanted = net(given, training=False)
+        if isinstance(wanted, dict):
+            found, wanted = [found[key] for key in wanted], list(wanted.values())
+        close(found, flat(wanted))
+
+    model = converters.from_keras(net)
+    same(model(given))
+    same(converters.to_keras(*model)(given, training=False))
+    for suffix in (".keras", ".h5"):
+        net.save(tmp_path / f"net{suffix}")
+        same(converters.load(tmp_path / f"net{suffix}")(given))
+
+
+@pytest.mark.parametrize("where", ["takes", "gives", "called"])
+def test_an_order_of_keys_that_no_config_tells_is_refused(where):
+    z, a = keras.Input((3,), name="z"), keras.Input((3,), name="a")
+    ordered = collections.OrderedDict
+    takes = (ordered if where == "takes" else dict)([("z", z), ("a", a)])
+    gives = (ordered if where == "gives" else dict)([("z", z - a), ("a", a)])
+    inner = keras.Model(takes, gives, name="inner")
+    x, y = keras.Input((3,), name="x"), keras.Input((3,), name="y")
+    sent = (ordered if where != "gives" else dict)([("z", x), ("a", y)])
+    found = inner(sent)
+    net = keras.Model([x, y], found["z"] * found["a"])
+    with pytest.raises(converters.ConversionError, match="inner: it takes or gives an OrderedDict"):
+        converters.from_keras(net)
 
 
 @pytest.mark.parametrize("name", NETS)

@@ -9,12 +9,14 @@ from typing import Any
 
 from fwt._types import FileFormatError
 from fwt.converters.rows.row import refuse
+from fwt.converters.walk.convert import MASKED
 from fwt.layers.recurrent import HARD_SIGMOID
 
 # Settings that Keras 3 does not have: those that change nothing, and those that do so while off.
 _IDLE = ("fused", "input_length", "rng_type", "query_shape", "key_shape", "value_shape")
 _OFF = ("time_major", "ragged", "num_constants", "renorm", "virtual_batch_size", "adjustment",
         "softmax_robust_masking", "noise_shape")  # fmt: skip
+OLDER = "older"  # what an entry of Keras 2 says here, where a class of Keras 3 computes otherwise
 _RENAMED = {"LeakyReLU": {"alpha": "negative_slope"}, "ThresholdedReLU": {"theta": "threshold"}}
 _CLASSES = {
     "Model": "Functional",
@@ -70,6 +72,8 @@ def _modern(config: Any) -> Any:
         out["module"] = str(out["module"]).removeprefix("tf_")
     if "inbound_nodes" in config:
         out["inbound_nodes"] = _nodes(config["inbound_nodes"])
+    if kind in MASKED:
+        out[OLDER] = True
     body = out.get("config")
     if out.get("class_name") == "Functional" and isinstance(body, dict):
         _count_calls(body)

@@ -8,11 +8,12 @@ from typing import Any
 
 from fwt._graph import INPUT
 from fwt._types import ConversionError, FileFormatError
-from fwt.converters.frameworks import keras_ops
+from fwt.converters.frameworks import keras_2, keras_ops
 from fwt.converters.frameworks.keras_forms import Ref, flat, form_of, names_in_form, taken
 from fwt.converters.rows import table
 from fwt.converters.rows.row import Layer, joined, parts_of, refuse
 from fwt.converters.walk import policy
+from fwt.converters.walk.convert import MASKED
 from fwt.converters.walk.net import Net, fresh
 from fwt.layers.recurrent import HARD_SIGMOID
 
@@ -344,6 +345,7 @@ class _Reader:
             given = _attended(kind, own, node, given, self.place)
         told = {k: True for k in keras_ops.CALLED.get(kind, ()) if node and node["kwargs"].get(k)}
         chain[0].settings.update(told)
+        chain[0].masked = kind in MASKED and not entry.get(keras_2.OLDER)
         if any(r.kind == "merge" for r in table.rows_of("keras", kind)) and node is not None:
             given = self._same_rank(label, node, given)
         if label != first:  # each part is the part of the first call that ends alike

@@ -298,6 +298,7 @@ class Layer:
     inputs: tuple[str, ...] = ()  # the names of the layers, or of the model's inputs, that it takes
     of: str = ""  # the layer that it calls again
     shape: tuple[int | None, ...] | None = None  # what it gives, without the batch
+    masked: bool = False  # a merge of Keras that computes with the masks of what it takes
 
     def __str__(self) -> str:
         return f"{self.name} ({self.kind})"

@@ -39,7 +39,7 @@ def convert(
     if source == "keras":
         way = ("where no input is padded, build the model without the mask (mask_zero=False, no "
                "Masking); converters.transform(model, t) changes its weights as it is")  # fmt: skip
-        _check_masks(net, way)
+        _check_masks(net, _USE_MASKS, way)
     net = dataclasses.replace(net, layers=policy.settled(net, source, target))
     if source == "flax":
         net = opened(net, target)
@@ -55,7 +55,7 @@ def convert(
             known[restart.what] |= restart.learned
             continue
         if target == "keras" and not arrays_only:
-            _check_masks(new)
+            _check_masks(new, (*_USE_MASKS, *MASKED))
         return new
     raise AssertionError("the walk did not settle")
 
@@ -78,16 +78,18 @@ def _shape(given: Any) -> tuple[int | None, ...] | None:
 # The layers of Keras that do something else with a mask than to send it on.
 _USE_MASKS = ("Softmax", "GlobalAveragePooling1D", "Bidirectional", "LSTM", "GRU", "SimpleRNN",
               "RNN", "ConvLSTM", "TimeDistributed", "Attention", "MultiHeadAttention")  # fmt: skip
+# So do these of its layers, and not its operations, which have the same names here.
+MASKED = ("Multiply", "Maximum", "Minimum")
 # Some of those that send none on.
 _END_MASKS = ("Flatten", "Conv1D", "Conv2D", "Conv3D", "MaxPooling", "AveragePooling")
 
 
-def _check_masks(net: Net, way_out: str = "") -> None:
+def _check_masks(net: Net, uses: tuple[str, ...], way_out: str = "") -> None:
     """Raises where a mask that Keras sends along would change what a later layer does."""
     masked: dict[str, Layer] = {}  # by name of what gives the tensor, who made its mask
     for layer in net.layers:
         found = next((masked[name] for name in layer.inputs if name in masked), None)
-        if found is not None and any(x in layer.kind for x in _USE_MASKS):
+        if found is not None and (layer.masked or any(x in layer.kind for x in uses)):
             raise refuse(
                 str(layer),
                 f"in Keras it would use the mask of {found}, which no other framework sends along",

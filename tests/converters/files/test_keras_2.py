@@ -183,6 +183,39 @@ def test_what_keras_2_says_is_never_passed_over(name, setting, value, said, tmp_
         converters.load(path)
 
 
+def test_merges_of_keras_2_do_not_compute_with_masks(tmp_path):
+    def table(name, masked):
+        told = {"name": name, "input_dim": 4, "output_dim": 3, "mask_zero": masked}
+        nodes = [[[f"x_{name}", 0, 0, {}]]]
+        return {"class_name": "Embedding", "config": told, "name": name, "inbound_nodes": nodes}
+
+    def start(name):
+        told = {"name": name, "batch_input_shape": [None, 5], "dtype": "float32"}
+        return {"class_name": "InputLayer", "config": told, "name": name, "inbound_nodes": []}
+
+    nodes = [[["e", 0, 0, {}], ["f", 0, 0, {}]]]
+    most = {"class_name": "Maximum", "config": {"name": "m"}, "name": "m", "inbound_nodes": nodes}
+    body = {"name": "net", "layers": [start("x_e"), start("x_f"), table("e", True),
+                                      table("f", False), most],
+            "input_layers": [["x_e", 0, 0], ["x_f", 0, 0]],
+            "output_layers": [["m", 0, 0]]}  # fmt: skip
+    given = {"class_name": "Functional", "config": body, "keras_version": "2.21.0"}
+    rng = np.random.default_rng(0)
+    tables = {name: rng.normal(size=(4, 3)).astype(np.float32) for name in ("e", "f")}
+    with h5py.File(tmp_path / "net.h5", "w") as file:
+        file.attrs["keras_version"], file.attrs["model_config"] = "2.21.0", json.dumps(given)
+        weights = file.create_group("model_weights")
+        weights.attrs["layer_names"] = [entry["name"] for entry in body["layers"]]
+        for entry in body["layers"]:
+            names = [f"{entry['name']}/embeddings:0"] if entry["name"] in tables else []
+            weights.create_group(entry["name"]).attrs["weight_names"] = names
+        for name, rows in tables.items():
+            weights[name][f"{name}/embeddings:0"] = rows
+    xs = [rng.integers(0, 4, size=(2, 5)) for _ in tables]
+    wanted = np.maximum(*(rows[x] for rows, x in zip(tables.values(), xs, strict=True)))
+    np.testing.assert_array_equal(converters.load(tmp_path / "net.h5")(xs), wanted)
+
+
 def test_where_the_function_of_keras_2_can_go(tmp_path):
     """Its hard_sigmoid after a layer is said by every framework; in a gate by none but ONNX."""
     for name in ("dense_hard_sigmoid", "function_hard_sigmoid"):

@@ -710,6 +710,43 @@ def test_a_mask_is_refused_before_a_layer_that_uses_it(tmp_path):
     )
 
 
+@pytest.mark.parametrize("kind", ["Multiply", "Maximum", "Minimum", "Add", "Average", "Subtract"])
+def test_merges_that_compute_with_a_mask(kind, tmp_path):
+    """Keras 3's products and extremes leave out what is masked; the operations do not."""
+    k, path = keras.layers, tmp_path / "net.keras"
+    rng = np.random.default_rng(0)
+    given = [rng.integers(0, 4, size=(3, 5)).astype(np.int32) for _ in range(2)]
+    merge = getattr(k, kind)
+    for masks in ((True, True), (True, False), (False, True)):
+        ends = [keras.Input((5,), dtype="int32") for _ in given]
+        tables = [k.Embedding(4, 3, mask_zero=m)(x) for m, x in zip(masks, ends, strict=True)]
+        net = cases.randomise_keras(keras.Model(ends, merge()([k.Dense(3)(tables[0]), tables[1]])))
+        net.save(path)
+        if kind in ("Multiply", "Maximum", "Minimum"):
+            for read, what in ((converters.from_keras, net), (converters.load, path)):
+                with pytest.raises(
+                    converters.ConversionError, match=rf"\({kind}\): .* the mask of"
+                ):
+                    read(what)
+        else:
+            for model in (converters.from_keras(net), converters.load(path)):
+                close(np.asarray(model(given)), np.asarray(net(given)))
+    function = getattr(keras.ops, kind.lower())
+    if kind != "Average":  # whose operation is another
+        free = keras.Model(ends, function(k.Embedding(4, 3, mask_zero=True)(ends[0]), tables[1]))
+        close(np.asarray(converters.from_keras(free)(given)), np.asarray(free(given)))
+    masked = fwt.Graph(
+        [("mask", fwt.layers.Masking(), "x"), ("both", getattr(fwt.layers, kind)(), ("mask", "y"))],
+        inputs=("x", "y"), outputs="both", input_shape=((5, 2), (5, 2)),
+    )  # fmt: skip
+    xs = [rng.integers(-1, 2, size=(3, 5, 2)).astype(np.float32) for _ in range(2)]
+    if kind in ("Multiply", "Maximum", "Minimum"):
+        with pytest.raises(converters.ConversionError, match="would use the mask of"):
+            converters.to_keras(masked, {})
+    else:
+        close(np.asarray(converters.to_keras(masked, {})(xs)), np.asarray(masked.apply({}, *xs)))
+
+
 def test_the_layers_that_end_a_mask_are_keras_own():
     from fwt.converters.walk import convert
 

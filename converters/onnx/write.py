@@ -56,7 +56,8 @@ def to_onnx(
     tf2onnx and onnx: ``pip install 'fwt[onnx]'``.
 
     Operations become ONNX's that mean the same, NaN and infinities included; only that
-    onnxruntime's MaxPool passes over NaN, and makes of a window of -inf the least float32.
+    onnxruntime's MaxPool passes over NaN, and makes of a window of -inf the least float32, and that
+    its LSTM and GRU, and its RNN with relu, make finite numbers of NaN.
 
     Args:
         module: a :class:`fwt.Sequential`, a :class:`fwt.Graph`, or any linen module; or a ``Model``

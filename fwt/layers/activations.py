@@ -368,7 +368,8 @@ class ClippedReLU(Layer):
     threshold: float = 0.0
 
     def __call__(self, x: Array) -> Array:
-        y = jnp.where(x > self.threshold, x, 0)
+        # As Keras: a NaN stays one only where there is no threshold.
+        y = jnp.where(x > self.threshold, x, 0) if self.threshold else jax.nn.relu(x)
         if self.max_value is not None:
             y = jnp.clip(y, 0, self.max_value)
         if self.negative_slope:

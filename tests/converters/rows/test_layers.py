@@ -454,6 +454,18 @@ def test_wrapped_layers_keep_activations_that_are_layers():
             check("keras", cases.randomise_keras(net), (4, 5), x, "ClippedReLU", True)
 
 
+@pytest.mark.parametrize("bounds", [(6.0, 0.0), (0.7, 0.0), (0.7, 0.2), (0.0, 0.0), (None, 0.2)])
+@pytest.mark.parametrize("threshold", [0.0, 0.3])
+def test_a_relu_keeps_nan_where_keras_does(bounds, threshold):
+    layer = keras.layers.ReLU(bounds[0], bounds[1], threshold)
+    net = keras.Sequential([keras.Input((7,)), layer])
+    x = np.array([[np.nan, np.inf, -np.inf, 0.3, 0.7, -1.0, 9.0]], np.float32)
+    model = converters.from_keras(net)
+    assert np.isnan(net(x)[0, 0]) == (threshold == 0 or bounds[1] > 0)
+    for found in (model(x), converters.to_keras(*model)(x)):
+        np.testing.assert_array_equal(np.asarray(found), np.asarray(net(x)))
+
+
 def test_select_is_refused_where_it_says_two_things():
     t, select = torch.nn, converters.Select
     for layer, after, said in (

@@ -80,6 +80,7 @@ class Axes:
             :meth:`drawn_by`.
         flax: those by which Flax does.
         stored: whether Keras takes the leaf as it is stored for a matrix.
+        doubted: where it may be a stack in several ways, the names of the axes in one of them.
     """
 
     path: str
@@ -93,8 +94,25 @@ class Axes:
     keras: tuple[str, ...] | None = None
     flax: tuple[str, ...] | None = None
     stored: bool = False
+    doubted: str = ""
+
+    def settled(self) -> "Axes":
+        """The same, for what depends on whether the leaf is a stack.
+
+        Raises:
+            AxesError: where it may be one along several axes.
+        """
+        if self.doubted:
+            raise AxesError(
+                f"{self.path} of shape {self.shape} may be a stack of layers in several ways: say "
+                f"which with axes={{{self.path!r}: {self.doubted!r}}} if that is what it is (one "
+                "name per axis: 'in', 'out', 'stack' for a batch of layers, 'h w' for a window, "
+                "'heads dim' for attention)"
+            )
+        return self
 
     def _known(self) -> tuple[str, ...]:
+        self.settled()
         if self.names is None or "" in self.names:
             each = "each slice of " if self.sliced else ""
             raise AxesError(
@@ -389,8 +407,15 @@ class Places:
                 return Axes(path, shape, ("",) * len(shape))
         depth = 0 if live else self._rules.depth(path)
         found = self._from_tree(path, None if depth is None else range(depth), told.layer)
+        several = told.stacked
         if not live and (depth != 0 or len(shape) > 2):
-            found = self._from_module(path) or found
+            by_module = self._from_module(path)
+            several = several or self._stacked(path)
+            found = by_module or found
+        if several and not found.stack:
+            return Axes(path, shape, None, doubted=several)
+        if found.names is None and self._rules.in_doubt(path):
+            found = dataclasses.replace(found, doubted=found._example)
         flax = _modules.plain(len(shape)) if _LOCAL.fullmatch(path) else told.flax
         whole = found.flax is None and flax is not None and len(flax) == len(shape)
         return dataclasses.replace(found, flax=flax) if whole else found
@@ -482,13 +507,24 @@ class Places:
         names = _with_stack(_rules.with_heads(path, told.names), stack, len(shape))
         return _told(dataclasses.replace(told, keras=keras, flax=flax), path, shape, names)
 
+    def _stacked(self, path: str) -> str:
+        """The names of the axes of what a layer of a linen module sees one slice of, if the first
+        axes are the stack; "" for what it sees whole."""
+        inner, rank = self._traced.get(path), len(self.shapes[path])
+        if inner is None or len(inner.shape) >= rank:
+            return ""
+        own = inner.known.names
+        fits = own is not None and len(own) == len(inner.shape)
+        names = own if own is not None and fits else _modules.plain(len(inner.shape))
+        return " ".join([*["stack"] * (rank - len(names)), *names])
+
     @functools.cached_property
     def _stacks(self) -> dict[tuple[str, ...], tuple[int, ...]]:
         """By layer, the axes that it does not see, unless its shapes fit several."""
         fits: dict[tuple[str, ...], set[tuple[int, ...]]] = {}
         for path, inner in self._traced.items():
             if path in self.shapes:
-                mine = _missing(self.shapes[path], inner.shape)
+                mine = _modules.missing(self.shapes[path], inner.shape)
                 fits[inner.layer] = fits.get(inner.layer, mine) & mine
         return {layer: next(iter(each)) for layer, each in fits.items() if len(each) == 1}
 
@@ -506,12 +542,6 @@ def _leading(names: Sequence[str]) -> int:
 def _with_stack(names: Sequence[str], stack: Sequence[int], rank: int) -> tuple[str, ...]:
     rest = iter(names)
     return tuple("stack" if i in stack else next(rest) for i in range(rank))
-
-
-def _missing(outer: tuple[int, ...], inner: tuple[int, ...]) -> set[tuple[int, ...]]:
-    """The axes of the outer shape without which it is the inner one."""
-    gone = itertools.combinations(range(len(outer)), len(outer) - len(inner))
-    return {g for g in gone if tuple(s for i, s in enumerate(outer) if i not in g) == inner}
 
 
 def axes_of(

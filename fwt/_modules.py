@@ -32,6 +32,8 @@ class Known:
         anew: whether a module around the layer draws its matrices anew, as ``torch.nn.Transformer``
             does, by Xavier's uniform distribution.
         role: "kernels", "biases" or "others", where the class tells it.
+        stacked: where the leaf is a stack of such layers along one of several axes that fit, the
+            names of its axes if it is the first.
     """
 
     names: tuple[str, ...] | None = None
@@ -45,6 +47,7 @@ class Known:
     flax: tuple[str, ...] | None = None
     anew: bool = False
     role: str = ""
+    stacked: str = ""
 
 
 # By class and leaf, its axes; "*" stands for the window of a convolution, "?" for an axis that is
@@ -123,20 +126,26 @@ def _told(
     names = _axes(layer, leaf, leaves[leaf])
     if leaf == "kernel" and leaves[leaf] in ("general", "einsum"):
         flax = "in" if leaves[leaf] == "general" else "plain"
-        size = len(getattr(layer, "kernel_shape", None) or names or ())
-        return of_several(layer, names, size, len(shape), flax)
+        own = _own_shape(layer, name, leaf, len(names or ()))
+        known = of_several(layer, names, len(own or names or ()), len(shape), flax)
+        return known if own is None else _placed(known, shape, own)
     transposed = name == "ConvTranspose" and leaf in _KERNELS
     turned = transposed and bool(getattr(layer, "transpose_kernel", False))
     if turned:
         names = (*(names or ())[:-2], "out", "in")
+    several = ""
     if names is not None:
-        names = _with_stack(names, shape, _own_shape(layer, name, leaf, len(names)))
+        own = _own_shape(layer, name, leaf, len(names))
+        if own is not None and len(missing(shape, own)) > 1:
+            several = " ".join([*["stack"] * (len(shape) - len(own)), *names])
+        names = _with_stack(names, shape, own)
     role = "biases" if leaf.startswith("bias") else "others"
     if leaf in _KERNELS and leaves[leaf] not in ("? ?", "shape", "out"):
         role = "kernels"
     groups = getattr(layer, "groups", 1) if transposed else 1
     depthwise = depthwise_groups(layer) if name == "Conv" and leaf in _KERNELS else 0
-    return Known(names, transposed, name, layer, groups, turned, depthwise, role=role)
+    more = groups, turned, depthwise
+    return Known(names, transposed, name, layer, *more, role=role, stacked=several)
 
 
 def many(setting: Any) -> int:
@@ -167,30 +176,56 @@ def _with_stack(
     more = len(shape) - len(names)
     if more <= 0 or own is None:
         return None if more < 0 else (*["stack"] * more, *names)
-    fits = [
-        gone
-        for gone in itertools.combinations(range(len(shape)), more)
-        if tuple(s for i, s in enumerate(shape) if i not in gone) == own
-    ]
+    fits = missing(shape, own)
     if len(fits) != 1:
         return None
-    rest = iter(names)
-    return tuple("stack" if i in fits[0] else next(rest) for i in range(len(shape)))
+    (gone,), rest = fits, iter(names)
+    return tuple("stack" if i in gone else next(rest) for i in range(len(shape)))
+
+
+def missing(outer: tuple[int, ...], inner: tuple[int, ...]) -> set[tuple[int, ...]]:
+    """The axes of the outer shape without which it is the inner one."""
+    gone = itertools.combinations(range(len(outer)), max(len(outer) - len(inner), 0))
+    return {g for g in gone if tuple(s for i, s in enumerate(outer) if i not in g) == inner}
+
+
+def _placed(known: Known, shape: tuple[int, ...], own: tuple[int, ...]) -> Known:
+    """What is known of a leaf whose stack is first, where its shape says which axes are the stack;
+    no names where several may be."""
+    more = len(shape) - len(own)
+    fits = missing(shape, own) if more > 0 else set()
+    if len(fits) > 1:
+        said = " ".join(known.names or ("stack",) * len(shape))
+        return dataclasses.replace(known, names=None, keras=None, flax=None, stacked=said)
+    order = list(range(len(shape)))
+    for gone in fits:
+        rest = iter(order[more:])
+        order = [gone.index(i) if i in gone else next(rest) for i in order]
+    names, keras, flax = (
+        each and tuple(each[i] for i in order) for each in (known.names, known.keras, known.flax)
+    )
+    return dataclasses.replace(known, names=names, keras=keras, flax=flax)
 
 
 def _own_shape(layer: Any, name: str, leaf: str, rank: int) -> tuple[int, ...] | None:
     """The shape of a leaf of one layer, as its settings say it; None where they don't."""
+    if leaf == "kernel" and name in ("Conv", "ConvTranspose", "Einsum"):
+        return tuple(layer.kernel_shape)
+    if leaf == "kernel" and name == "LinearGeneral":
+        return (*layer.batch_axis.values(), *layer.in_features, *layer.out_features)
+    if name in ("GRUCell", "LSTMCell"):
+        units, gates = layer.hidden_size, 3 if name == "GRUCell" else 4
+        sizes = {"weight_ih": (layer.input_size,), "weight_hh": (units,)}
+        return (units,) if leaf == "bias_n" else (gates * units, *sizes.get(leaf, ()))
     ins = getattr(layer, "in_features", getattr(layer, "in_channels", None))
     outs = getattr(layer, "out_features", getattr(layer, "out_channels", None))
     if not isinstance(ins, int) or not isinstance(outs, int):
         return None
-    if leaf == "bias" and name in ("Linear", "Conv"):
+    if leaf == "bias" and name in ("Linear", "Conv", "ConvTranspose"):
         return (outs, *[1] * (rank - 1))
     if name == "Linear" and leaf in ("kernel", "weight"):
         return (ins, outs) if leaf == "kernel" else (outs, ins)
-    if name == "Conv" and leaf == "kernel":
-        return tuple(layer.kernel_shape)
-    if name == "Conv" and leaf == "weight":
+    if name in ("Conv", "ConvTranspose") and leaf == "weight":
         return (outs, ins // layer.groups, *layer.kernel_size)
     return None
 

@@ -133,7 +133,7 @@ def _projected_one(constraint: Any, place: Any, leaf: Any, mask: Any) -> Any:
         one = place.one
         value = place.in_turn(lambda _, part: constraint(part, one), leaf)
     else:
-        value = constraint(leaf, place)
+        value = constraint(leaf, place.settled())
     if getattr(value, "shape", None) != leaf.shape or value.dtype != leaf.dtype:
         found = f"{value.dtype}{list(value.shape)}" if hasattr(value, "dtype") else repr(value)
         raise LeafError(

@@ -113,6 +113,10 @@ class Rules:
             self._depths[path] = self._depth(path)
         return self._depths[path]
 
+    def in_doubt(self, path: str) -> bool:
+        """Whether the bias of a leaf's layer fits a stack as well as one layer."""
+        return self._beside(path, "bias") is not None and self._by_layer(path) is None
+
     def _depth(self, path: str) -> int | None:
         shape = self.shapes[path]
         if len(shape) < 2:

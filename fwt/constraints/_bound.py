@@ -47,6 +47,8 @@ class Bound:
     def _computed(self, leaf: Any, axes: Axes, mask: Any, settings: dict[str, Any]) -> Any:
         # Axes that are given by number are those of the leaf, and bounds broadcast to all of it.
         numbered = isinstance(settings.get("axis"), tuple) or self.name in ("box", "non_negative")
+        if not numbered and self.name not in ("hypercube", "linf_ball"):
+            axes.settled()
         if axes.stack and not numbered:
             one = axes.one
             masks = [] if mask is None else [jnp.broadcast_to(mask, axes.shape)]

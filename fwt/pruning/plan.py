@@ -150,6 +150,8 @@ class Plan:
         self.sparsity, self.threshold, scope, share = given
         self.scope = dict(scope) if isinstance(scope, list) else scope
         apart = self.threshold is None and self.scope not in ("global", "normalized")
+        if apart or self.scope == "normalized":
+            places = [place.settled() for place in places]
         stacks = [place.stack if apart else () for place in places]
         windows = [f if isinstance(f, patterns.Windows) else None for f in fits]
 

@@ -611,6 +611,141 @@ def test_a_stack_of_as_many_layers_as_features_is_not_guessed():
         fwt.initialize(fwt.initializers.lecun_normal, key=0)(stack)
 
 
+def _apart(make, count, axis):
+    """A stack of layers as ``nnx.vmap`` makes it, beside the name of a convolution."""
+    keys = jax.random.split(KEY, count)
+    return {"conv": nnx.vmap(make, in_axes=0, out_axes=axis)(keys)}
+
+
+class _Convs(nn.Module):
+    layers: int
+
+    @nn.compact
+    def __call__(self, x):
+        axes, rngs = {"params": 0}, {"params": True}
+        scan = nn.scan(_OneConv, axes, split_rngs=rngs, length=self.layers)
+        return scan(name="all")(x, None)[0]
+
+
+class _OneConv(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.Conv(4, (3,), use_bias=False, name="conv")(x), None
+
+
+def _convs(layers):
+    module = _Convs(layers)
+    return fwt.Model(module, module.init(KEY, jnp.ones((2, 7, 4))))
+
+
+def _either():
+    """A stack of dense layers, or one DenseGeneral."""
+    kernel = np.random.default_rng(0).normal(size=(5, 5, 5)).astype("f")
+    return {"a": {"kernel": kernel, "bias": np.ones((5, 5), "f")}}
+
+
+def _bare(key):
+    return nnx.Linear(5, 5, use_bias=False, rngs=nnx.Rngs(key))
+
+
+def _conv(key):
+    return nnx.Conv(4, 8, (3,), use_bias=False, rngs=nnx.Rngs(key))
+
+
+DOUBTED = [
+    (lambda: _apart(_bare, 5, 0), "stack in out"),
+    (lambda: _apart(_bare, 5, 2), "in out stack"),
+    (lambda: _apart(lambda k: nnx.Linear(5, 5, rngs=nnx.Rngs(k)), 5, 1), "in stack out"),
+    # By its shape it is a convolution of two dimensions, and by its class of one.
+    (lambda: _apart(_conv, 3, 0), "stack k in out"),
+    (lambda: _apart(lambda k: nnx.LinearGeneral((2, 3), (3, 4), axis=(-2, -1), use_bias=False,
+        rngs=nnx.Rngs(k)), 3, 1), "in stack in out out"),
+    (lambda: eqx.filter_vmap(lambda k: eqx.nn.Linear(4, 4, use_bias=False, key=k))(
+        jax.random.split(KEY, 4)), "stack out in"),
+    (lambda: eqx.filter_vmap(lambda k: eqx.nn.Conv1d(4, 4, 3, use_bias=False, key=k))(
+        jax.random.split(KEY, 4)), "stack out in k"),
+    (lambda: _convs(3), "stack k in out"),
+    (lambda: _either(), "stack in out"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "axes"), DOUBTED)
+def test_what_may_be_a_stack_in_several_ways_is_no_layer(make, axes):
+    """Whatever counts or sums by layer refuses it; what does not depend on layers goes on."""
+    tree = make()
+    (path,) = (p for p in fwt.paths(tree) if not p.endswith("bias"))
+    refused = [
+        fwt.prune(0.5),
+        jax.jit(fwt.prune(0.5)) if not isinstance(tree, fwt.Model) else fwt.prune(0.5),
+        fwt.prune(0.5, scope="erk"),
+        fwt.prune(0.5, scope="lamp"),
+        fwt.prune(0.5, scope="normalized"),
+        fwt.prune(scope={"**": 0.5}),
+        fwt.masks(0.5),
+        fwt.project(fwt.constraints.unit_norm),
+        fwt.project(fwt.constraints.max_norm(1.0, axis="all")),
+        fwt.project(lambda leaf, axes: leaf / 2),
+        fwt.initialize(fwt.initializers.lecun_normal, key=0),
+        fwt.reset(0, like="flax", where=path),
+    ]
+    for transform in refused:
+        with pytest.raises(fwt.AxesError, match="may be a stack of layers in several ways"):
+            transform(tree)
+    pruned = fwt.select(fwt.prune(0.5, scope="global")(tree))[path]
+    assert int((pruned == 0).sum()) == round(pruned.size / 2)
+    fwt.prune(threshold=0.1)(tree)
+    fwt.project(fwt.constraints.box(-0.1, 0.1))(tree)
+
+    pruned = np.asarray(fwt.select(fwt.prune(0.25, axes={path: axes})(tree))[path])
+    stack = axes.split().index("stack")
+    size = pruned.size // pruned.shape[stack]
+    zeros = (np.moveaxis(pruned, stack, 0) == 0).reshape(pruned.shape[stack], size).sum(1)
+    np.testing.assert_array_equal(zeros, round(size / 4))
+
+
+def test_an_optimizer_refuses_what_may_be_a_stack_in_several_ways():
+    params = _either()
+    tx = fwt.optim.sparsify(optax.sgd(0.1), 0.5)
+    with pytest.raises(fwt.AxesError, match="in several ways"):
+        tx.update(params, tx.init(params), params)
+
+
+GENERAL = ((2, 3), (4, 7))
+OWN_AXES = [
+    (lambda k: nnx.ConvTranspose(4, 8, (3,), use_bias=False, rngs=nnx.Rngs(k)), "kernel"),
+    (lambda k: nnx.LinearGeneral(*GENERAL, axis=(-2, -1), rngs=nnx.Rngs(k)), "kernel"),
+    (lambda k: nnx.LinearGeneral(3, 7, batch_axis={0: 6}, rngs=nnx.Rngs(k)), "kernel"),
+    (lambda k: nnx.Einsum("ab,bc->ac", (6, 7), rngs=nnx.Rngs(k)), "kernel"),
+    (lambda k: eqx.nn.GRUCell(4, 6, key=k), "weight_ih"),
+    (lambda k: eqx.nn.LSTMCell(4, 6, key=k), "weight_hh"),
+    (lambda k: eqx.nn.ConvTranspose2d(4, 6, (3, 2), groups=2, key=k), "weight"),
+]
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize(("make", "leaf"), OWN_AXES)
+def test_a_stack_is_found_wherever_it_stands(make, leaf, axis):
+    keys = jax.random.split(KEY, 5)
+    one = make(KEY)
+    several = nnx.vmap if isinstance(one, nnx.Module) else eqx.filter_vmap
+    stack = several(make, in_axes=0, out_axes=axis)(keys)
+
+    def made(tree):
+        return np.asarray(fwt.select(tree)[leaf])
+
+    shape = made(one).shape
+    assert made(stack).shape == tuple(np.insert(shape, axis, 5))
+    unit = fwt.project(fwt.constraints.unit_norm, where=leaf)
+    rows = np.moveaxis(made(unit(stack)), axis, 0)
+    for row, was in zip(rows, np.moveaxis(made(stack), axis, 0), strict=True):
+        alone = unit(fwt.assign({leaf: jnp.asarray(was)})(one))
+        np.testing.assert_allclose(row, made(alone), rtol=1e-5, atol=1e-7)
+    sparse = np.moveaxis(made(fwt.prune(0.5, where=leaf)(stack)), axis, 0)
+    if not getattr(one, "batch_axis", None):
+        zeros = (sparse == 0).reshape(5, -1).sum(1)
+        np.testing.assert_array_equal(zeros, round(sparse[0].size / 2))
+
+
 def test_axes_speak_of_the_leaves_that_they_name():
     """A kernel that is said to be a stack makes none of a convolution beside it."""
     rng = np.random.default_rng(0)

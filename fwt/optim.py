@@ -258,13 +258,14 @@ def sparsify(
             still is not waited for.
         scope: as in :func:`fwt.prune`.
         pattern: as in :func:`fwt.prune`.
-        regrow: at each n that ``every`` divides, drop the least of the kept weights and grow
-            others in their place, by this score; "set" is random and needs ``key``, "rigl" is
-            the gradient's size. Weights grow from zero, and so do the optimizer's moments of
+        regrow: at each n that ``every`` divides, drop the least of the kept weights and grow as
+            many of all that are pruned, by this score; "set" is random and needs ``key``, "rigl"
+            is the gradient's size. As in the papers' code, what was just dropped may grow at once,
+            and keeps its value then. Others grow from zero, and so do the optimizer's moments of
             the parameter's own shape, but for those that are nowhere negative, such as Adam's
             second: these begin at their mean over the kept weights of the leaf, so that no
             first step is larger than usual; factored moments (adafactor) are left as they are.
-        regrow_fraction: the share of the kept weights that is exchanged: a number, or a schedule
+        regrow_fraction: the share of the kept weights that is dropped: a number, or a schedule
             such as :func:`fwt.schedules.cosine`. By default 0.3 over the square root of how many
             exchanges there were, this one included, which needs no end.
         masks: the masks to begin with: a tree, or a function of the params that gives one, such

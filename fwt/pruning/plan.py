@@ -134,7 +134,8 @@ class Plan:
         # As pairs, for a tree of arrays forgets the order of a dict, and the first glob counts.
         scope = [*self.scope.items()] if isinstance(self.scope, Mapping) else self.scope
         given = self.sparsity, self.threshold, scope, None if grow is None else grow[1]
-        living = None if alive is None else {p: alive[p] for p in names}
+        whole = np.ones((), bool)  # a scalar that is kept has no mask
+        living = None if alive is None else {p: alive.get(p, whole) for p in names}
         floors = [start.get(p) for p in names]
         rows = self._cut(given, places, fits, leaves, worths, living, added, floors, others)
         return tree, {p: Chosen(x, *r) for p, x, r in zip(names, leaves, rows, strict=True)}

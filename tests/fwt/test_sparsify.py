@@ -1110,3 +1110,49 @@ def test_params_that_are_two_trees_are_refused():
     tx = fwt.optim.sparsify(optax.lookahead(optax.sgd(0.1), 2, 0.5), 0.5)
     with pytest.raises(fwt.FwtError, match=r"lookahead, whose params are two trees"):
         tx.update(params, tx.init(both), both)
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize(
+    ("settings", "kept"),
+    [
+        ({"sparsity": 0.5}, (False, True)),
+        ({"sparsity": 1.0}, (False, False)),
+        ({"sparsity": 0.5, "regrow": "rigl", "every": 1}, (False, True)),
+        ({"sparsity": 0.5, "straight_through": True, "every": 1}, (False, True)),
+        ({"masks": lambda p: fwt.masks(0.5, scope="global", where="**")(p)}, (False, True)),
+    ],
+)
+def test_a_scalar_is_a_weight_like_others(settings, kept, jitted):
+    params = {
+        "w": jnp.array([[1.0, -2.0], [3.0, 0.2]]),
+        "a": jnp.float32(0.01),
+        "b": jnp.float32(5),
+    }
+    told = {} if "masks" in settings else {"scope": "global", "where": "**"}
+    tx = fwt.optim.sparsify(optax.adam(0.1), **told, **settings)
+    update, state = jax.jit(tx.update) if jitted else tx.update, tx.init(params)
+    for _ in range(3):
+        updates, state = update(jax.tree.map(jnp.cos, params), state, params)
+        params = optax.apply_updates(params, updates)
+    if "regrow" not in settings:
+        assert (bool(state.masks["a"]), bool(state.masks["b"])) == kept
+    assert sum(int(mask.sum()) for mask in jax.tree.leaves(state.masks)) == 3 * any(kept)
+    for mask, weight in zip(jax.tree.leaves(state.masks), jax.tree.leaves(params), strict=True):
+        assert not jnp.where(mask, 0, weight).any()
+        assert "regrow" in settings or jnp.where(mask, weight, 1).all()
+
+
+def test_what_was_just_dropped_may_grow_at_once():
+    """As in the papers' code: fewer are exchanged than are dropped, and these keep their values."""
+    params = {"a": {"kernel": jax.random.normal(jax.random.key(0), (20, 10))}}
+    settings = {"regrow": "set", "regrow_fraction": 0.3, "every": 1, "key": 1}
+    tx = fwt.optim.sparsify(optax.sgd(0.0), masks=fwt.masks(0.5), sparsity=0.5, **settings)
+    state = tx.init(params)
+    before = state.masks["a"]["kernel"]
+    updates, state = tx.update(params, state, params)
+    new = optax.apply_updates(params, updates)["a"]["kernel"]
+    kept = state.masks["a"]["kernel"]
+    assert int(kept.sum()) == 100
+    assert 15 < int((before & ~kept).sum()) < 30
+    assert bool((new == jnp.where(before & kept, params["a"]["kernel"], 0)).all())

@@ -213,6 +213,8 @@ def _own_shape(layer: Any, name: str, leaf: str, rank: int) -> tuple[int, ...] |
         return tuple(layer.kernel_shape)
     if leaf == "kernel" and name == "LinearGeneral":
         return (*layer.batch_axis.values(), *layer.in_features, *layer.out_features)
+    if name == "LoRA":
+        return _lora_shape(layer, leaf)
     if name in ("GRUCell", "LSTMCell"):
         units, gates = layer.hidden_size, 3 if name == "GRUCell" else 4
         sizes = {"weight_ih": (layer.input_size,), "weight_hh": (units,)}
@@ -228,6 +230,20 @@ def _own_shape(layer: Any, name: str, leaf: str, rank: int) -> tuple[int, ...] |
     if name in ("Conv", "ConvTranspose") and leaf == "weight":
         return (outs, ins // layer.groups, *layer.kernel_size)
     return None
+
+
+def _lora_shape(layer: Any, leaf: str) -> tuple[int, ...] | None:
+    """The same of an nnx LoRA, which does not keep its rank: the one with which both leaves
+    are stacked along the same axis."""
+    ins, outs = layer.in_features, layer.out_features
+    first, second = (tuple(getattr(x, "shape", ())) for x in (layer.lora_a, layer.lora_b))
+    ranks = [
+        rank
+        for rank in {*first} & {*second}
+        if missing(first, (ins, rank)) & missing(second, (rank, outs))
+    ]
+    shapes = {"lora_a": (ins, *ranks), "lora_b": (*ranks, outs)}
+    return shapes[leaf] if len(ranks) == 1 else None
 
 
 def _axes(layer: Any, leaf: str, text: str) -> tuple[str, ...] | None:

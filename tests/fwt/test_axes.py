@@ -716,6 +716,7 @@ OWN_AXES = [
     (lambda k: nnx.LinearGeneral(*GENERAL, axis=(-2, -1), rngs=nnx.Rngs(k)), "kernel"),
     (lambda k: nnx.LinearGeneral(3, 7, batch_axis={0: 6}, rngs=nnx.Rngs(k)), "kernel"),
     (lambda k: nnx.Einsum("ab,bc->ac", (6, 7), rngs=nnx.Rngs(k)), "kernel"),
+    (lambda k: nnx.LoRA(6, 2, 7, rngs=nnx.Rngs(k)), "lora_a"),
     (lambda k: eqx.nn.GRUCell(4, 6, key=k), "weight_ih"),
     (lambda k: eqx.nn.LSTMCell(4, 6, key=k), "weight_hh"),
     (lambda k: eqx.nn.ConvTranspose2d(4, 6, (3, 2), groups=2, key=k), "weight"),

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from fwt import _mesh, _modules, _rules, _tree
+from fwt import _mesh, _modules, _paths, _rules, _tree
 from fwt._modules import Known as Known
 from fwt._types import AxesError, FwtError
 
@@ -325,21 +325,25 @@ GRADIENTS: ContextVar[Gradients] = ContextVar("gradients", default=lambda grads,
 
 
 @contextlib.contextmanager
-def knowing(known: Mapping[str, Known], grads: Gradients) -> Iterator[None]:
-    """Inside, the axes of leaves are what the classes of a live model tell, and gradients are
-    given as that model has them."""
+def knowing(
+    known: Mapping[str, Known], grads: Gradients, own: Mapping[str, Sequence[str]]
+) -> Iterator[None]:
+    """Inside, the axes of leaves are what the classes of a live model tell, gradients are given as
+    that model has them, and its own names of the weights are understood."""
     # Not the paths, which jit knows: models of one architecture are compiled once.
     told = [
-        (dataclasses.replace(k, owner=None), *(getattr(k.owner, n, None) for n in _COUNTS))
-        for _, k in sorted(known.items())
-    ]
-    token, other = KNOWN.set(known), GRADIENTS.set(grads)
+        (dataclasses.replace(k, owner=None), *(getattr(k.owner, n, None) for n in _COUNTS),
+         *[_tree.split(n)[-1] for n in own.get(p, ())[:1]])
+        for p, k in sorted(known.items())
+    ]  # fmt: skip
+    token, other, names = KNOWN.set(known), GRADIENTS.set(grads), _paths.OWN.set(own)
     try:
         with _TOLD(repr(told)):
             yield
     finally:
         KNOWN.reset(token)
         GRADIENTS.reset(other)
+        _paths.OWN.reset(names)
 
 
 class Places:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fwt import _states, _tree
+from fwt import _masks, _states, _tree
 from fwt._types import (
     LeafError,
     Masks,
@@ -63,7 +63,7 @@ def within(transform: Transform, masks: Masks) -> Transform:
 
     def followed(params: Params) -> Params:
         tree = _tree.Tree(transform(params))
-        chosen = tree.match(_tree.Tree(masks).leaves)
+        chosen = _masks.fitted(_tree.Tree(masks), tree)
         return tree.replace({p: jnp.where(m, tree.leaves[p], 0) for p, m in chosen.items()})
 
     return followed

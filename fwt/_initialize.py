@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fwt import _axes, _draw, _mesh, _nodes, _own_names, _paths, _tree
+from fwt import _axes, _draw, _mesh, _nodes, _own_names, _tree
 from fwt._types import Initializer, LeafError, Params, Transform, Where, resolve
 
 
@@ -115,8 +115,7 @@ def assign(values: Mapping[str, Any]) -> Transform:
         tree = _tree.Tree(params)
         new = {}
         for path, value in values.items():
-            if isinstance(path, str) and path not in tree.leaves and _paths.is_exact(path):
-                path = next(iter(_tree.named(path, tree.leaves)), path)
+            path = tree.spelled(path) if isinstance(path, str) else path
             if path in new:
                 raise LeafError(f"assign: {path!r} is given twice, in two spellings")
             if not isinstance(path, str) or path not in tree.leaves:

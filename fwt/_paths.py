@@ -3,7 +3,9 @@
 import difflib
 import functools
 import re
-from collections.abc import Collection, Iterable, Sequence
+import types
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 from fwt._types import WhereError
@@ -105,12 +107,25 @@ def _in_pieces(path: str) -> str:
     return "/".join(escape(x) for part in split(path) for x in pieces(unescape(part)))
 
 
-def named(pattern: str, paths: Collection[str]) -> list[str]:
-    r"""The paths that a glob names: as they are spelled or, where that is none of them, as files
-    spell them, with dots between the parts, with slashes inside a part, or with Keras 2's ``:0``.
+# What the framework of a live model calls the weights at these paths, with slashes between parts:
+# first the name that its layer gives it there, then others. Set while a transform runs on a model.
+OWN: ContextVar[Mapping[str, Sequence[str]]] = ContextVar(
+    "own names", default=types.MappingProxyType({})
+)
+
+
+def named(pattern: str, paths: Collection[str], *, own: bool = True) -> list[str]:
+    r"""The paths that a glob names: as they are spelled or, where that is none of them, as the
+    framework of a live model calls them, or as files spell them, with dots between the parts, with
+    slashes inside a part, or with Keras 2's ``:0``.
+
+    Args:
+        pattern: a glob.
+        paths: the paths.
+        own: whether the names of the framework count, whose axes may be in another order.
 
     Raises:
-        WhereError: if files spell two of them the same.
+        WhereError: if the glob may be read in two ways.
 
     Example:
         >>> named("0.weight", ["0/bias", "0/weight"]), named("bert/*", [r"bert\/kernel"])
@@ -119,27 +134,100 @@ def named(pattern: str, paths: Collection[str]) -> list[str]:
     exact = is_exact(pattern)
     if exact and pattern in paths:
         return [pattern]
+    theirs = OWN.get() if own else {}
     found = [p for p in paths if matches(pattern, p)]
     if found:
+        for path in paths if theirs and not exact else ():
+            name = next(iter(theirs.get(path, ())), path)
+            if name != path and matches(pattern, name) and path not in found:
+                raise WhereError(
+                    f"{pattern!r} names {found[0]} by its path, and {name} by the name that its "
+                    f"framework has for {path}: with dots, {dotted(pattern)!r}, it is read as such "
+                    "names; for paths, write these one by one, or a predicate"
+                )
         return found
-    # Dots and slashes in brackets are characters.
-    cut = re.sub(r"\[!?\]?[^\]]*\]|\\/|\.", lambda m: m[0] if m[0][0] == "[" else "/", pattern)
-    cut = re.sub(r":\d+$", "", cut)
-    if cut == pattern and not any("." in p or "\\" in p or ":" in p for p in paths):
+    cut = _cut(pattern)
+    if cut == pattern and not theirs and not any("." in p or "\\" in p or ":" in p for p in paths):
         return []
-    other = [p for p in paths if matches(cut, _in_pieces(p))]
-    if len({_in_pieces(p) for p in other}) < len(other):
-        one, two = other[0], other[-1]
+    for each in ({p: theirs.get(p, ()) for p in paths}, {p: (p,) for p in paths}):
+        spelled = {p: [_in_pieces(n) for n in names] for p, names in each.items()}
+        other = [p for p, names in spelled.items() if any(matches(cut, n) for n in names)]
+        if theirs and cut != pattern and not exact:
+            _refuse_longer(pattern, cut, spelled, other)
+        if (exact and len(other) > 1) or len({_in_pieces(p) for p in other}) < len(other):
+            one, two = other[0], other[-1]
+            raise WhereError(
+                f"{pattern!r}, as files and frameworks spell it, names {one} and {two}: write "
+                f"which is meant, {one!r} or {two!r}"
+            )
+        if other:
+            return other
+    return []
+
+
+def _cut(pattern: str) -> str:
+    """A glob as files spell it, with slashes; dots and slashes in brackets are characters."""
+    cut = re.sub(r"\[!?\]?[^\]]*\]|\\/|\.", lambda m: m[0] if m[0][0] == "[" else "/", pattern)
+    return re.sub(r":\d+$", "", cut)
+
+
+def dotted(path: str) -> str:
+    return ".".join(split(path))
+
+
+def _refuse_longer(
+    pattern: str, cut: str, spelled: Mapping[str, Sequence[str]], found: Collection[str]
+) -> None:
+    """Raises for a ``*`` that would name more if it went beyond a dot, as it does elsewhere."""
+    if len(split(pattern)) > 1:
+        return
+    plain = re.sub(r":\d+$", "", pattern)
+    parts = split(cut)
+    if "*" in parts:
+        way = "/".join("**" if part == "*" else part for part in parts)
+    else:
+        way = re.sub(r"/(?=[^/]*$)", "/**/", cut)
+    for path, names in spelled.items():
+        beyond = [n for n in names if path not in found and matches(plain, escape(dotted(n)))]
+        if not beyond:
+            continue
+        said = f", and {dotted(way)!r} does" if any(matches(way, n) for n in beyond) else ""
         raise WhereError(
-            f"{pattern!r}, as files spell it, names {one} and {two}: write which is meant, {one!r} "
-            f"or {two!r}"
+            f"{pattern!r} does not name {dotted(beyond[0])}, since * stays within one part"
+            f"{said}: write that, or slashes, {cut!r}, if one part is meant"
         )
-    return other
+
+
+# What other frameworks call the leaves of Flax.
+_FLAX = {
+    "weight": ("kernel", "embedding", "scale", "negative_slope"),
+    "gamma": ("scale",),
+    "beta": ("bias",),
+    "alpha": ("negative_slope",),
+    "embeddings": ("embedding",),
+    "running_mean": ("mean",),
+    "running_var": ("var",),
+    "moving_mean": ("mean",),
+    "moving_variance": ("var",),
+}
 
 
 def near(path: str, known: Iterable[str]) -> str:
-    """``; close: 'a', 'b'``, or nothing."""
+    """``; in the names of Flax that is 'a'``, ``; close: 'a', 'b'``, or nothing."""
     known = list(known)
+    cut = _cut(path)
+    own = {p: [_in_pieces(n) for n in OWN.get().get(p, ())] for p in known}
+    if path and (hits := [p for p, names in own.items() if any(matches(cut, n) for n in names)]):
+        return f"; the path of that is {hits[0]!r}, with the axes of Flax"
+    inside = [p for p, names in own.items() if any(matches(f"**/{cut}", n) for n in names)]
+    if path and inside:
+        return f"; close: {', '.join(map(repr, inside[:3]))}"
+    *above, last = split(cut) or [""]
+    for name in _FLAX.get(last, ()):
+        if any(matches(flax := "/".join([*above, name]), p) for p in known):
+            return f"; in the names of Flax that is {flax!r}"
+    if path and any(matches(whole := f"{cut}/**", p) for p in known):
+        return f"; {whole!r} takes all that is inside of it"
     if any("**" in part and part != "**" for part in split(path)):
         parts = re.sub("/+", "/", path.replace("**", "/**/").replace(".", "/")).strip("/")
         if fits := [p for p in known if matches(parts, p)]:

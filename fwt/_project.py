@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fwt import _apart, _axes, _mesh, _own_names, _tree, constraints, initializers
+from fwt import _apart, _axes, _masks, _mesh, _own_names, _tree, constraints, initializers
 from fwt._types import (
     Constraint,
     FwtError,
@@ -43,7 +43,8 @@ def project(
             ``(leaf, axes) -> leaf`` that keeps shape and dtype. Of a stack of layers it gets one
             slice after the other.
         where: which leaves; the kernels unless told otherwise.
-        masks: project within the support of these masks: what they drop is zero in the result.
+        masks: project within the support of these masks, a tree or ``{path: mask}``: what they
+            drop is zero in the result.
         axes: ``{glob: names}`` for leaves whose axes nothing else tells; see
             :func:`fwt.initialize`.
         dtype: the dtype of the selected leaves in the result; None keeps each leaf's own.
@@ -78,7 +79,7 @@ def project(
             "would refill what masks= prunes: leave masks= out, or chain it with "
             "fwt.apply_masks(masks)"
         )
-    wanted = None if masks is None else _tree.Tree(masks).leaves
+    wanted = None if masks is None else _tree.Tree(masks)
 
     def apply(params: Params) -> Params:
         tree = _tree.Tree(params)
@@ -87,7 +88,7 @@ def project(
         places_of.check_used(names)
         leaves = [_tree.computable(p, tree.leaves[p], dtype) for p in names]
         places = tuple(map(places_of, names))
-        support = {} if wanted is None else tree.match(wanted)
+        support = {} if wanted is None else _masks.fitted(wanted, tree)
         kept = [support.get(p) for p in names]
         # A traced setting can't be a static argument, and a user's own function may depend on
         # more than its arguments: those are not compiled by us.

@@ -82,7 +82,7 @@ class Tree:
             walk.layers = inside.layers
         self.layers, self.masked = walk.layers, walk.masked
         self._all = walk.leaves
-        self._params = params
+        self.whole_tree = params
         places: dict[str, int] = {}
         self.statistics: set[str] = set()
         rows = zip(walk.parts, walk.statistics, walk.leaves, strict=True)
@@ -243,7 +243,7 @@ class Tree:
     @functools.cached_property
     def _treedef(self) -> Any:  # of those that are built again, and not of those that are read
         return jax.tree_util.tree_structure(
-            self._params, is_leaf=lambda x: isinstance(x, Unselected)
+            self.whole_tree, is_leaf=lambda x: isinstance(x, Unselected)
         )
 
     def _built(self, leaves: list[Any]) -> Params:
@@ -314,40 +314,11 @@ class Tree:
                     "before it is quantised, or leave it out of where="
                 )
 
-    def match(self, masks: Mapping[str, Any]) -> dict[str, Any]:
-        """The masks by path, without a rank-0 True, which leaves its leaf as it is.
-
-        Raises:
-            LeafError: if the paths, shapes or dtypes don't fit this tree, or the paths of a tie
-                have different masks.
-        """
-        for path in self.leaves:
-            if path not in masks:
-                raise LeafError(f"masks: no mask for {path!r}{near(path, masks)}")
-        chosen = {}
-        for path, mask in masks.items():
-            if path in self.hidden:
-                continue
-            if path not in self.leaves:
-                raise LeafError(f"masks: {path!r} is no leaf of the tree{near(path, self.leaves)}")
-            shape = tuple(self.leaves[path].shape)
-            if mask.dtype != bool:
-                raise LeafError(f"masks: {path} expected bool, found {mask.dtype}")
-            if mask.shape == shape and (shape or isinstance(mask, jax.core.Tracer) or not mask):
-                chosen[path] = mask
-            elif mask.shape != ():
-                raise LeafError(f"masks: {path} expected shape {shape}, found {tuple(mask.shape)}")
-            elif not isinstance(mask, jax.core.Tracer) and not mask:
-                raise LeafError(f"masks: {path} has a rank-0 False; give a mask of shape {shape}")
-        for group in self.ties:
-            masked = [p for p in group if p in chosen]
-            if masked and len(masked) < len(group):
-                other = next(p for p in group if p not in masked)
-                raise LeafError(
-                    f"masks: {other} and {masked[0]} are one array (they are tied), but only "
-                    f"{masked[0]} has a mask: give both the same"
-                )
-        return self.once(chosen)
+    def spelled(self, path: str) -> str:
+        """A path as this tree spells it, if it is one as files spell it."""
+        if path in self.leaves or path in self.hidden or not _paths.is_exact(path):
+            return path
+        return next(iter(named(path, self.leaves, own=False)), path)
 
 
 def as_variables(tree: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from fwt import _again, _axes, _keys, _mesh, _moments, _tree, constraints, patterns, scores
+from fwt import _again, _axes, _keys, _masks, _mesh, _moments, _tree, constraints, patterns, scores
 from fwt._compose import masks_in, within
 from fwt._types import FwtError, LeafError, Masks, Params, Score, Transform, Where, resolve
 from fwt.pruning import chosen as _chosen
@@ -268,8 +268,9 @@ def sparsify(
         regrow_fraction: the share of the kept weights that is dropped: a number, or a schedule
             such as :func:`fwt.schedules.cosine`. By default 0.3 over the square root of how many
             exchanges there were, this one included, which needs no end.
-        masks: the masks to begin with: a tree, or a function of the params that gives one, such
-            as ``fwt.masks_of``. A sparsity below theirs counts as theirs.
+        masks: the masks to begin with: a tree, ``{path: mask}`` for some leaves, or a function of
+            the params that gives either, such as ``fwt.masks_of``. A sparsity below theirs counts
+            as theirs.
         straight_through: keep and train the dense weights.
         rewind: go back to the params after this update (0: those of ``init``) at each due one.
         like: as in :func:`fwt.prune`.
@@ -419,7 +420,7 @@ def _once(due: Any, change: Callable[[Any], Any], carry: Any) -> Any:
 
 def _full(masks: Any, params: Any) -> dict[str, Any]:
     """By path, the masks that mask something."""
-    return _tree.Tree(params).match(_tree.Tree(masks).leaves)
+    return _masks.fitted(_tree.Tree(masks), _tree.Tree(params))
 
 
 def _zeroed(tree: Any, masks: Mapping[str, Any]) -> Any:

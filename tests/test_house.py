@@ -38,7 +38,7 @@ fwt._graph
 fwt._sequential fwt._calls
 fwt.layers
 fwt._compose fwt._summary fwt._axes
-fwt._rules fwt._modules
+fwt._rules fwt._modules fwt._masks
 fwt._tree
 fwt._nodes fwt._paths fwt._keys
 fwt._apart fwt._equal fwt._states fwt._own_nodes

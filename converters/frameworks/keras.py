@@ -26,7 +26,7 @@ from fwt.converters.frameworks import (
 from fwt.converters.frameworks import flax as _flax
 from fwt.converters.frameworks import given as _given
 from fwt.converters.rows import grouped, table
-from fwt.converters.rows.row import TRAINING, Layer, LiveLeaf, order, parts_of, refuse
+from fwt.converters.rows.row import TRAINING, Layer, LiveLeaf, order, own_names, parts_of, refuse
 from fwt.converters.walk import convert
 from fwt.converters.walk.convert import Layout
 from fwt.converters.walk.net import Net
@@ -429,7 +429,7 @@ def leaves(model: Any) -> list[LiveLeaf]:
     _sync(model)
     out: list[LiveLeaf] = []
     seen: dict[int, LiveLeaf] = {}
-    held: dict[int, list[tuple[LiveLeaf, str, Any]]] = {}  # the leaves of a layer
+    held: dict[int, list[tuple[LiveLeaf, str, str, Any]]] = {}  # the leaves of a layer
     above: list[int] = []
 
     def visit(layer: Any, parts: list[str]) -> None:
@@ -449,8 +449,9 @@ def leaves(model: Any) -> list[LiveLeaf]:
         kind = _public_name(layer)
         if kind.startswith("Conv") and kind.endswith("Transpose"):
             parts, _ = _in_groups(layer, parts)
-        for leaf, name, shape in held[id(layer)]:
-            leaf.also["/".join(_tree.escape(p) for p in [*parts, name])] = shape
+        for leaf, label, name, shape in held[id(layer)]:
+            leaf.also[path := "/".join(_tree.escape(p) for p in [*parts, name])] = shape
+            leaf.own[path] = own_names([*parts, label])
 
     def look(layer: Any, children: list[Any], parts: list[str]) -> None:
         found_here = held[id(layer)] = []
@@ -484,7 +485,8 @@ def leaves(model: Any) -> list[LiveLeaf]:
             path = "/".join(_tree.escape(p) for p in [*parts, name])
             if id(variable) in seen:
                 seen[id(variable)].also[path] = value.shape
-                found_here.append((seen[id(variable)], name, value.shape))
+                seen[id(variable)].own[path] = own_names([*parts, label])
+                found_here.append((seen[id(variable)], label, name, value.shape))
                 continue
             put = variable.assign
             if label in names and getattr(layer, label, variable) is not variable:
@@ -492,10 +494,11 @@ def leaves(model: Any) -> list[LiveLeaf]:
             write = functools.partial(_write, put, there, share)
             collection = "batch_stats" if variable.name in _STATISTICS else "params"
             plain = put == variable.assign
-            leaf = LiveLeaf(path, value, known, write, collection, source=variable,
-                            read=read if plain else None)  # fmt: skip
+            spelled = own_names([*parts, label], variable.path.split("/"))
+            leaf = LiveLeaf(path, value, known, write, collection, own={path: spelled},
+                            source=variable, read=read if plain else None)  # fmt: skip
             out.append(leaf)
-            found_here.append((leaf, name, value.shape))
+            found_here.append((leaf, label, name, value.shape))
             seen[id(variable)] = leaf
 
     visit(model, [])

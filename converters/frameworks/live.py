@@ -28,14 +28,15 @@ def transform(model: Any, t: Transform) -> Any:
 
     The transform sees the weights in Flax's names and axes, under the same paths as ``from_keras``
     and ``from_torch`` give; those of recurrent, attention and separable layers keep the names that
-    their framework gives them, such as ``weight_ih_l0``. It does not see the running statistics of
-    norms, which only :func:`fwt.reset` (alone, or in ``chain`` and ``at``) gives new values;
-    nothing is permuted for a Flatten. Only weights that it changed are written, all of them after
-    it ended: integer, seed and tied variables, dtype, device, ``requires_grad`` and the storage
-    itself survive. A tied weight, also that of one layer in two places, stands under its first
-    path. A ``where`` takes it if it names all of its paths, or one of them in full, without
-    wildcards. Where it names a part of them otherwise, as the kernels do of an embedding that is
-    the kernel of a head too, the weight is left as it is, and a warning says so.
+    their framework gives them, such as ``weight_ih_l0``. A ``where`` may be in the framework's own
+    names too, such as ``"0.weight"``, ``"**.weight"`` and ``"bn/gamma:0"``. It does not see the
+    running statistics of norms, which only :func:`fwt.reset` (alone, or in ``chain`` and ``at``)
+    gives new values; nothing is permuted for a Flatten. Only weights that it changed are written,
+    all of them after it ended: integer, seed and tied variables, dtype, device, ``requires_grad``
+    and the storage itself survive. A tied weight, also that of one layer in two places, stands
+    under its first path. A ``where`` takes it if it names all of its paths, or one of them in full,
+    without wildcards. Where it names a part of them otherwise, as the kernels do of an embedding
+    that is the kernel of a head too, the weight is left as it is, and a warning says so.
 
     The gradients that a score needs are given as the framework has them: ``grads=`` takes the
     torch module itself after ``loss.backward()``, ``{name: p.grad}`` with the names of
@@ -60,6 +61,9 @@ def transform(model: Any, t: Transform) -> Any:
         >>> _ = transform(net, fwt.prune(0.5))
         >>> int((net[0].weight == 0).sum())
         4
+        >>> _ = transform(net, fwt.prune(1.0, where="0.weight"))
+        >>> int((net[0].weight == 0).sum())
+        8
     """
     if isinstance(model, Model):
         return t(model)
@@ -93,7 +97,8 @@ def transform(model: Any, t: Transform) -> Any:
     if also:
         tree["params"] = FromFile(tree["params"], json.dumps({"also": also}))
     grads = functools.partial(gradients.in_tree, backend, model, leaves)
-    with _axes.knowing(known, grads):
+    own = {path: names for leaf in leaves for path, names in leaf.own.items()}
+    with _axes.knowing(known, grads, own):
         try:
             after = _tree.Tree(t(tree), statistics).leaves
         except WhereError as error:

@@ -41,7 +41,7 @@ from fwt.converters.frameworks.torch_layer import (
 )
 from fwt.converters.frameworks.torch_wrappers import is_container, unwrapped
 from fwt.converters.rows import grouped, table
-from fwt.converters.rows.row import Layer, LiveLeaf, joined, order, parts_of, refuse
+from fwt.converters.rows.row import Layer, LiveLeaf, joined, order, own_names, parts_of, refuse
 from fwt.converters.tried import is_heavy, let_go
 from fwt.converters.walk import convert, policy
 from fwt.converters.walk.convert import Layout
@@ -296,7 +296,12 @@ def leaves(model: torch.nn.Module) -> list[LiveLeaf]:
     holders: dict[str, list[int]] = {}  # of some memory, the leaves that it is or that it makes
     inside: list[str] = []  # what parametrize computes with
     anew: list[str] = []  # whose matrices a module around them draws
-    held: dict[int, list[tuple[LiveLeaf, str, Any]]] = {}  # the leaves of a module
+    held: dict[int, list[tuple[LiveLeaf, str, str, Any]]] = {}  # the leaves of a module
+    wrapped = {inner: full for full, inner in torch_wrappers.names(model).items() if inner}
+
+    def theirs(place: str) -> list[str]:  # with the names of what only runs a module, and without
+        return own_names(place.split("."), wrapped.get(place, place).split("."))
+
     for prefix, module in _places(unwrapped(model)):
         if isinstance(module, torch.nn.utils.parametrize.ParametrizationList):
             inside.append(f"{prefix}.")
@@ -306,8 +311,9 @@ def leaves(model: torch.nn.Module) -> list[LiveLeaf]:
             anew += [f"{prefix}.{n}.".lstrip(".") for n in ("encoder", "decoder")]
         above = [_tree.escape(p) for p in prefix.split(".") if p]
         if id(module) in held:  # one module in two places
-            for leaf, flax_name, shape in held[id(module)]:
-                leaf.also["/".join([*above, _tree.escape(flax_name)])] = shape
+            for leaf, name, flax_name, shape in held[id(module)]:
+                leaf.also[path := "/".join([*above, _tree.escape(flax_name)])] = shape
+                leaf.own[path] = theirs(f"{prefix}.{name}")
             continue
         own = held[id(module)] = []
         _check_quantised(module, prefix)
@@ -343,8 +349,8 @@ def leaves(model: torch.nn.Module) -> list[LiveLeaf]:
             known = dataclasses.replace(known, anew=f"{prefix}.".startswith(tuple(anew)))
             path = "/".join([*above, _tree.escape(flax_name)])
             if first is not None:
-                first.also[path] = value.shape
-                own.append((first, flax_name, value.shape))
+                first.also[path], first.own[path] = value.shape, theirs(place)
+                own.append((first, name, flax_name, value.shape))
                 continue
             write = (
                 torch_computed.writer(module, name, parameter, place)
@@ -356,9 +362,18 @@ def leaves(model: torch.nn.Module) -> list[LiveLeaf]:
             collection = "batch_stats" if name in statistics else "params"
             back = functools.partial(_write, write, there, share)
             read = None if name in computed else functools.partial(_read, there, share, place)
-            leaf = LiveLeaf(path, value, known, back, collection, source=parameter, read=read)
+            leaf = LiveLeaf(
+                path,
+                value,
+                known,
+                back,
+                collection,
+                own={path: theirs(place)},
+                source=parameter,
+                read=read,
+            )
             out.append(leaf)
-            own.append((leaf, flax_name, value.shape))
+            own.append((leaf, name, flax_name, value.shape))
             seen[id(parameter)] = seen[place] = leaf
     for several in holders.values():
         for index in several if len(several) > 1 else ():

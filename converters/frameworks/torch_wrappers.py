@@ -47,7 +47,8 @@ def names(model: Any) -> dict[str, str | None]:
             full, module = f"{full}{name}.", getattr(module, name)
         if id(module) in above:
             return
-        out.update({full + own: inner + own for own in (*module._parameters, *module._buffers)})
+        arrays = (*module._parameters.keys(), *module._buffers.keys())  # a scripted one has no iter
+        out.update({full + own: inner + own for own in arrays})
         for name, child in module._modules.items():
             if child is not None:
                 under(child, f"{full}{name}.", f"{inner}{name}.", (*above, id(module)))

@@ -316,8 +316,16 @@ class LiveLeaf:
     also: dict[str, tuple[int, ...]] = dataclasses.field(
         default_factory=dict
     )  # where it is tied to
+    own: dict[str, list[str]] = dataclasses.field(
+        default_factory=dict
+    )  # by path, what its framework calls it, with slashes
     source: Any = None  # the parameter that it is, if it is one
     read: Callable[[Any], Any] | None = None  # from the axes of that to those of the value
+
+
+def own_names(*each: Sequence[str]) -> list[str]:
+    """What a framework calls a weight, of the parts of its names."""
+    return list(dict.fromkeys("/".join(map(_tree.escape, parts)) for parts in each))
 
 
 @dataclasses.dataclass

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from fwt import _axes, _tree, patterns, scores
+from fwt import _axes, _masks, _tree, patterns, scores
 from fwt._types import Masks, Params, Score, Transform, Where
 from fwt.pruning import chosen as _chosen
 from fwt.pruning import plan as _plan
@@ -170,7 +170,8 @@ def apply_masks(masks: Masks) -> Transform:
     """Sets the weights whose mask is False to exactly +0.0, be they inf or NaN.
 
     Args:
-        masks: the same tree of bool arrays; rank-0 for a leaf to leave alone.
+        masks: the same tree of bool arrays, rank-0 for a leaf to leave alone; or ``{path: mask}``,
+            where all other leaves are left alone.
 
     Returns:
         A transform.
@@ -183,12 +184,15 @@ def apply_masks(masks: Masks) -> Transform:
         >>> masked = apply_masks({"d": {"kernel": np.array([[False, True]])}})(params)
         >>> masked["d"]["kernel"].tolist()
         [[0.0, 2.0]]
+        >>> some = apply_masks({"d/kernel": np.array([[True, False]])})
+        >>> some({**params, "e": {"kernel": np.ones(2)}})["e"]["kernel"].tolist()
+        [1.0, 1.0]
     """
-    wanted = _tree.Tree(masks).leaves
+    wanted = _tree.Tree(masks)
 
     def apply(params: Params) -> Params:
         tree = _tree.Tree(params)
-        chosen = tree.match(wanted)
+        chosen = _masks.fitted(wanted, tree)
         return tree.replace(
             {p: _chosen.masked(_tree.computable(p, tree.leaves[p]), m) for p, m in chosen.items()}
         )

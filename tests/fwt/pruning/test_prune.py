@@ -159,6 +159,50 @@ def test_masks_are_values():
     bad({"a": {"kernel": np.ones((4, 1), bool), "bias": np.ones((), bool)}}, "expected shape")
     bad({"a": {"kernel": np.ones((1, 4)), "bias": np.ones((), bool)}}, "expected bool")
     bad({"a": {"kernel": np.zeros((), bool), "bias": np.ones((), bool)}}, "rank-0 False")
+    bad({"a": {"kernel": np.ones((1, 4), bool)}}, r"{'a/bias': mask}, may leave leaves out")
+
+
+def test_masks_by_path_leave_the_other_leaves_alone():
+    kernel = np.arange(1, 7, dtype=np.float32).reshape(2, 3)
+    tree = {
+        "a": {"kernel": kernel, "bias": np.ones(3, np.float32)},
+        "b": {"kernel": (other := kernel.copy())},
+    }
+    mask = np.array([[True, False, True], [False, True, False]])
+    kept = np.where(mask, kernel, 0)
+    both = {"a/kernel": mask, "b/kernel": np.True_}
+    for masks in ({"a/kernel": mask}, {"a.kernel": mask}, both):
+        for params in (tree, {"params": tree}, fwt.Model(None, {"params": tree})):
+            new = fwt.apply_masks(masks)(params)
+            assert type(new) is type(params)
+            found = fwt.select(new)
+            np.testing.assert_array_equal(found["a/kernel"], kept)
+            assert found["b/kernel"] is other
+            assert found["a/bias"] is tree["a"]["bias"]
+    ball = fwt.project(fwt.constraints.max_norm(100.0), masks={"a/kernel": mask})
+    np.testing.assert_array_equal(ball(tree)["a"]["kernel"], kept)
+    jitted = jax.jit(lambda tree, mask: fwt.apply_masks({"a/kernel": mask})(tree))
+    np.testing.assert_array_equal(jitted(tree, mask)["a"]["kernel"], kept)
+    np.testing.assert_array_equal(
+        fwt.apply_masks(fwt.select(fwt.masks_of(new)))(tree)["a"]["kernel"], kept
+    )
+    flat = fwt.apply_masks({"w": mask})({"w": kernel, "v": other})
+    np.testing.assert_array_equal(flat["w"], kept)
+    assert flat["v"] is other
+    tied = {"a": {"kernel": kernel}, "b": {"kernel": kernel}}
+    new = fwt.apply_masks({"b/kernel": mask})(tied)  # one of its paths stands for all
+    np.testing.assert_array_equal(new["a"]["kernel"], kept)
+    for masks, said in (
+        ({"a/kernl": mask}, "'a/kernl' is no leaf of the tree; close: 'a/kernel'"),
+        ({"*/kernel": mask}, r"'\*/kernel' is no leaf"),
+        ({"a/weight": mask}, "in the names of Flax that is 'a/kernel'"),
+        ({"a/kernel": mask.T}, r"a/kernel expected shape \(2, 3\), found \(3, 2\)"),
+        ({"a/kernel": mask, "a.kernel": mask}, "given twice"),
+    ):
+        with pytest.raises(fwt.LeafError, match=said):
+            fwt.apply_masks(masks)(tree)
+    with pytest.raises(fwt.LeafError, match=r"'a/kernel' is a leaf that at\(...\) left out"):
+        fwt.at("b/*", fwt.apply_masks({"a/kernel": mask}))(tree)
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,13 @@ import functools
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
 
 from fwt import _nodes, _tree
-from fwt._types import FwtError, LeafError
+from fwt._types import FwtError, LeafError, Model
 
 # Takes the path of a kernel, its layer as a linen module without a bias, and the layer's input;
 # gives a kernel that the layer takes instead, or None.
@@ -20,6 +20,68 @@ See = Callable[[str, Any, Any], Any]
 _WATCHED: ContextVar[Mapping[int, Callable[[Any], Any]] | None] = ContextVar(
     "watched", default=None
 )
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def of_model(function: Function) -> Function:
+    """A function of a module, its variables and more, which gives new variables, that takes a Model
+    in the place of the first two too, and gives a Model then; or an nnx module, which holds its
+    variables."""
+    name: str = function.__name__
+
+    @functools.wraps(function)
+    def taken(module: Any, *args: Any, **kwds: Any) -> Any:
+        _check_flax(name, module)
+        second = kwds.get("variables", args[0] if args else None)
+        graph = _nodes.is_graph(module) and not isinstance(module, Mapping)
+        if graph and "variables" not in kwds and (not args or _nodes.is_array(second)):
+            return function(module, module, *args, **kwds)
+        if not isinstance(module, Model):
+            return function(module, *args, **kwds)
+        if isinstance(second, Model) or "variables" in kwds or _tree.is_variables(second):
+            raise FwtError(
+                f"a Model holds its variables, so {type(second).__name__} after it is one argument "
+                f"too many: {name}(model, batch, ...)"
+            )
+        return Model(module.module, function(module.module, module.variables, *args, **kwds))
+
+    made: Any = taken
+    return made
+
+
+def parted(model: Any) -> tuple[Any, Mapping[str, Any]]:
+    """The module of a Model, and what it holds beside params; of any other module, nothing."""
+    if not isinstance(model, Model):
+        return model, {}
+    return model.module, {k: v for k, v in model.variables.items() if k != "params"}
+
+
+def variables(
+    what: str,
+    module: Any,
+    params: Any,
+    collections: Mapping[str, Any],
+    beside: Mapping[str, Any],
+) -> Any:
+    """The variables that a module runs with: these params, or these variables, and what is beside
+    them where they don't hold it."""
+    _check_flax(what, module)
+    if not hasattr(module, "apply"):
+        raise FwtError(f"{what} takes a Flax module, found {type(module).__name__}")
+    params = params.variables if isinstance(params, Model) else params
+    own = params if _tree.is_variables(params) else {"params": params}
+    return {**beside, **own, **collections}
+
+
+def _check_flax(what: str, module: Any) -> None:
+    framework, _ = _nodes.foreign(module)
+    if framework:
+        raise FwtError(
+            f"{what} takes a Flax module, found a {type(module).__name__} of {framework}: "
+            f"fwt.converters.from_{framework}(model) gives a Model, which it takes too"
+        )
 
 
 def run(what: str, module: Any, variables: Any, batch: Any, see: See) -> None:
@@ -50,12 +112,7 @@ def run(what: str, module: Any, variables: Any, batch: Any, see: See) -> None:
         return see(path, layer, x)
 
     graph = _nodes.is_graph(module)
-    framework, _ = _nodes.foreign(module)
-    if framework:
-        raise FwtError(
-            f"{what} takes a Flax module, found a {type(module).__name__} of {framework}: "
-            f"fwt.converters.from_{framework}(model) gives one, and its variables"
-        )
+    _check_flax(what, module)
     if not graph and not hasattr(module, "apply"):
         raise FwtError(f"{what} takes a Flax module, found {module!r:.80}")
     with explained(

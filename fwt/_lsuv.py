@@ -7,14 +7,15 @@ import jax
 import jax.numpy as jnp
 
 from fwt import _axes, _calls, _draw, _tree, initializers
-from fwt._types import LeafError, Where
+from fwt._types import FwtError, LeafError, Where
 
 
+@_calls.of_model
 def lsuv(
     module: Any,
-    variables: Any,
-    batch: Any,
-    key: Any,
+    variables: Any = None,
+    batch: Any = None,
+    key: Any = None,
     where: Where = _axes.kernels,
     *,
     axes: Mapping[str, str] | None = None,
@@ -31,8 +32,9 @@ def lsuv(
     need is a good init", 2016.
 
     Args:
-        module: any linen module; a :class:`fwt.Sequential` or the module of a Model.
-        variables: its variables.
+        module: any linen module, such as a :class:`fwt.Sequential`; or a Model,
+            ``lsuv(model, batch, key)``.
+        variables: its variables; a Model has its own.
         batch: its input; some hundred samples are usual.
         key: a JAX key, or an int seed.
         where: which kernels; the layers of the others run as they are.
@@ -40,7 +42,7 @@ def lsuv(
         **kwargs: what ``module.apply`` needs besides, such as ``train=False``.
 
     Returns:
-        New variables.
+        New variables, or a new Model.
 
     Raises:
         WhereError: if ``where`` matches nothing.
@@ -59,7 +61,12 @@ def lsuv(
     import flax.linen as nn
 
     if not isinstance(variables, Mapping) or "params" not in variables:
-        raise LeafError("lsuv takes variables as module.init gives them, {'params': ...}")
+        raise LeafError(
+            "lsuv takes variables as module.init gives them, {'params': ...}, after a linen "
+            "module, or a Model: lsuv(model, batch, key)"
+        )
+    if batch is None or key is None:
+        raise FwtError("lsuv needs a batch of inputs and a key: lsuv(model, batch, key)")
     tree = _tree.Tree(variables)
     names = tree.select(where)
     places = _axes.Places(tree, axes, module)

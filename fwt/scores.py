@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from fwt import _apart, _axes, _calls, _equal, _keys, _mesh, _nodes, _paths, _tree
-from fwt._types import FwtError, LeafError, Model, Params, Score, Scores
+from fwt._types import FwtError, LeafError, Params, Score, Scores
 from fwt.selection.keys import magnitude_key
 
 __all__ = [
@@ -430,15 +430,6 @@ def _called(name: str, loss: Any, score: Score) -> Score:
     return score
 
 
-def _variables(name: str, module: Any, params: Params, collections: Mapping[str, Any]) -> Any:
-    framework, _ = _nodes.foreign(module)
-    if framework or not hasattr(module, "apply"):
-        way = f"; fwt.converters.from_{framework}(model) gives one" if framework else ""
-        raise FwtError(f"{name} takes a Flax module, found {type(module).__name__}{way}")
-    params = params.variables if isinstance(params, Model) else params
-    return {**(params if _tree.is_variables(params) else {"params": params}), **collections}
-
-
 def synflow(
     module: Any, input_shape: Any = None, *, input_dtype: Any = None, **collections: Any
 ) -> Score:
@@ -450,11 +441,11 @@ def synflow(
     layers, in the dtype of the weights, so that a deep net may overflow it.
 
     Args:
-        module: a linen module, such as :class:`fwt.Sequential`.
+        module: a linen module, such as :class:`fwt.Sequential`, or a Model.
         input_shape: of one input, without the batch axis; None takes the Sequential's own.
         input_dtype: None is int32 where an Embed comes first (its row 1 alone counts), or float32.
         **collections: what the module needs beside params (``batch_stats=...``), where the score
-            is not called with a Model or variables that hold it.
+            is not made from a Model, or called with one or with variables that hold it.
 
     Returns:
         A score.
@@ -471,6 +462,7 @@ def synflow(
         >>> sum(int((x == 0).sum()) for x in fwt.select(pruned, fwt.kernels).values())
         9
     """
+    module, beside = _calls.parted(module)
     shape = getattr(module, "input_shape", None) if input_shape is None else input_shape
     several: Any = shape if any(isinstance(s, tuple) for s in shape or ()) else (shape,)
     if any(s is None or None in s for s in several):
@@ -481,7 +473,7 @@ def synflow(
 
     def score(params: Params) -> Scores:
         ones = [jnp.ones((1, *s), dtype) for s in several]
-        variables = _variables("synflow", module, params, collections)
+        variables = _calls.variables("synflow", module, params, collections, beside)
         tree = _tree.Tree(params)
         positive = jax.tree.map(_absolute, variables)
         weights = _tree.Tree(positive)
@@ -512,11 +504,11 @@ def wanda(module: Any, batch: Any, **collections: Any) -> Score:
     paper compares weights of one output: so does ``pattern=n_m(...)``.
 
     Args:
-        module: a linen module, such as :class:`fwt.Sequential`, or an nnx module, which runs in
-            eval mode; the score is then of such a module, or of its state.
+        module: a linen module, such as :class:`fwt.Sequential`, or a Model; or an nnx module, which
+            runs in eval mode, and the score is then of such a module, or of its state.
         batch: calibration inputs, as ``module.apply`` takes them.
         **collections: what the module needs beside params (``batch_stats=...``), where the score
-            is not called with a Model or variables that hold it.
+            is not made from a Model, or called with one or with variables that hold it.
 
     Returns:
         A score; the params that belong to no linear layer (biases, norms) get their magnitude.
@@ -532,10 +524,13 @@ def wanda(module: Any, batch: Any, **collections: Any) -> Score:
         >>> wanda(net, jnp.array([[1.0, 5.0]]))(params)["d"]["kernel"].tolist()
         [[3.0], [5.0]]
     """
+    module, beside = _calls.parted(module)
 
     def score(params: Params) -> Scores:
         graph = _nodes.is_graph(module)
-        variables = params if graph else _variables("wanda", module, params, collections)
+        variables = (
+            params if graph else _calls.variables("wanda", module, params, collections, beside)
+        )
         squares: dict[str, Any] = {}
         shapes = {p: x.shape for p, x in _tree.Tree(variables).leaves.items()}
 

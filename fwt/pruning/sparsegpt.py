@@ -16,10 +16,11 @@ from fwt.selection import select
 from fwt.selection.keys import sources
 
 
+@_calls.of_model
 def sparsegpt(
     module: Any,
-    variables: Any,
-    batch: Any,
+    variables: Any = None,
+    batch: Any = None,
     sparsity: float | None = None,
     *,
     pattern: patterns.Pattern = patterns.unstructured,
@@ -37,9 +38,9 @@ def sparsegpt(
 
     Args:
         module: a linen module, such as :class:`fwt.Sequential`, or an nnx module, which runs in
-            eval mode.
-        variables: its variables, ``{"params": ...}``, or a Model's; of an nnx module, such a
-            module itself, or its state.
+            eval mode; or a Model, ``sparsegpt(model, batch, 0.5)``.
+        variables: its variables, ``{"params": ...}``; a Model and an nnx module have their own. Of
+            an nnx module another one of the kind, or its state, may be given.
         batch: calibration inputs; more samples than a layer has inputs, if it can be.
         sparsity: the share to prune in each layer, 0 to 1; None with ``n_m``.
         pattern: ``fwt.patterns.unstructured`` or ``n_m``.
@@ -49,7 +50,7 @@ def sparsegpt(
             same share. For layers of a hundred inputs, 8 to 16 are often nearer.
 
     Returns:
-        New variables, or a new nnx module or state. Of n weights of a layer exactly
+        New variables, or a new Model, nnx module or state. Of n weights of a layer exactly
         ``round(sparsity * n)`` are zero.
 
     Raises:
@@ -68,6 +69,16 @@ def sparsegpt(
         >>> error(sparsegpt(net, variables, x, 0.5)) < error(fwt.prune(0.5)(variables)) / 2
         True
     """
+    if isinstance(variables, Model):
+        variables = variables.variables
+    graph = _nodes.is_graph(module)
+    if not graph and not (isinstance(variables, Mapping) and "params" in variables):
+        raise LeafError(
+            "sparsegpt takes variables as module.init gives them, {'params': ...}, after the "
+            "module, or a Model: sparsegpt(model, batch, 0.5)"
+        )
+    if batch is None:
+        raise FwtError("sparsegpt needs a batch of inputs: sparsegpt(model, batch, 0.5)")
     pattern = resolve(pattern)
     settings: dict[str, Any] = dict(getattr(pattern, "settings", ()))
     groups = getattr(pattern, "name", "") == "n_m"
@@ -77,11 +88,6 @@ def sparsegpt(
         raise FwtError("sparsegpt takes a sparsity, or n_m without one")
     if not groups and not (isinstance(sparsity, int | float) and 0 <= sparsity <= 1):
         raise FwtError(f"sparsity is the share of weights to prune, 0 to 1; found {sparsity!r}")
-    if isinstance(variables, Model):
-        variables = variables.variables
-    graph = _nodes.is_graph(module)
-    if not graph and not (isinstance(variables, Mapping) and "params" in variables):
-        raise LeafError("sparsegpt takes variables as module.init gives them, {'params': ...}")
     m = settings.get("m", 1)
     if block < 1 or block % m:
         raise FwtError(f"block must be a multiple of {m}, found {block}")

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from flax import nnx
 from marks import thorough_but
 
@@ -232,3 +233,32 @@ def test_axes_that_are_not_in_order_and_layers_that_compute_with_another_kernel(
         variables = module.init(jax.random.key(2), inputs)
         with pytest.raises(fwt.FwtError, match=said):
             fwt.sparsegpt(module, variables, inputs, 0.5)
+
+
+def test_a_model_stands_for_its_module_and_variables():
+    net, variables, x = dense()
+    model = fwt.Model(net, variables)
+    for found, expected in (
+        (fwt.sparsegpt(model, x, 0.5), fwt.sparsegpt(net, variables, x, 0.5)),
+        (fwt.sparsegpt(model, batch=x, sparsity=0.5), fwt.sparsegpt(net, variables, x, 0.5)),
+        (fwt.lsuv(model, x, 0), fwt.lsuv(net, variables, x, 0)),
+        (fwt.lsuv(model, x, key=0, where="d/kernel"), fwt.lsuv(net, variables, x, 0)),
+    ):
+        assert found.module is net
+        assert jax.tree.all(jax.tree.map(np.array_equal, found.variables, expected))
+    graph = nnx.Sequential(nnx.Linear(24, 3, rngs=nnx.Rngs(0)))
+    one, two = fwt.sparsegpt(graph, x, 0.5), fwt.sparsegpt(graph, graph, x, 0.5)
+    assert np.array_equal(one.layers[0].kernel[...], two.layers[0].kernel[...])
+    assert int((one.layers[0].kernel[...] == 0).sum()) == 36
+
+    def bad(said, function, *arguments, **settings):
+        with pytest.raises(fwt.FwtError, match=said):
+            function(*arguments, **settings)
+
+    for function, last in ((fwt.sparsegpt, 0.5), (fwt.lsuv, 0)):
+        bad("holds its variables, so dict after it is one", function, model, variables, x, last)
+        bad("holds its variables, so Model after it is one", function, model, model, x, last)
+        bad(r"needs a batch of inputs.*\(model, batch, ", function, model)
+        bad(r"after .*module, or a Model: \w+\(model, batch", function, net, x, last)
+        bad(r"from_torch\(model\) gives a Model", function, torch.nn.Linear(24, 3), x, last)
+    bad("takes a Flax module, found None", fwt.sparsegpt, fwt.Model(None, variables), x, 0.5)

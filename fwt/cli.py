@@ -388,7 +388,10 @@ def prune(
         typer.Option(help="Instead of --sparsity: keep the weights with |w| > threshold."),
     ] = None,
     scope: Annotated[
-        str, typer.Option(help="What is compared: each layer, or global, normalized, erk, lamp.")
+        str,
+        typer.Option(
+            help="What is compared: each layer, or output, global, normalized, erk, lamp."
+        ),
     ] = "layer",
     pattern: Annotated[
         str,

@@ -501,7 +501,8 @@ def wanda(module: Any, batch: Any, **collections: Any) -> Score:
     and Effective Pruning Approach for Large Language Models", 2024).
 
     For a convolution the norm is over all positions that the weight meets in its window. The
-    paper compares weights of one output: so does ``pattern=n_m(...)``.
+    paper compares the weights of one output: ``fwt.prune(0.5, wanda(model, batch),
+    scope="output")``, and so does ``pattern=n_m(...)``.
 
     Args:
         module: a linen module, such as :class:`fwt.Sequential`, or a Model; or an nnx module, which

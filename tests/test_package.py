@@ -257,7 +257,7 @@ def test_the_command_line_prunes_in_patterns(files):
         ("prune net.keras out.keras", 1, "--sparsity 0.8 or --threshold"),
         ("prune net.keras out.keras --sparsity 80", 1, "0 to 1; found 80"),
         ("prune net.keras out.keras --sparsity 0.5 --where con/kernel", 1, "close: 'conv/kernel'"),
-        ("prune net.keras out.keras --sparsity 0.5 --scope all", 1, "'layer', 'global'"),
+        ("prune net.keras out.keras --sparsity 0.5 --scope all", 1, "'layer', 'output', 'global'"),
         ("initialize net.keras out.keras --initializer zeroes", 1, "close: 'zeros'"),
         ("initialize net.keras out.keras --initializer keras.zeroes", 1, "close: 'zeros'"),
         ("initialize net.keras out.keras --initializer os.system", 1, "'keras' or 'torch'"),

@@ -54,14 +54,14 @@ class Plan:
                 "prune needs a sparsity or a threshold, one of the two: prune(0.8) prunes 80 %, "
                 "prune(threshold=0.1) keeps |w| > 0.1 (n_m and a dict as scope give a sparsity)"
             )
-        if threshold is not None and (like is not None or scope in ("erk", "lamp")):
+        if threshold is not None and (like is not None or scope in ("output", "erk", "lamp")):
             raise FwtError(
-                "a threshold counts nothing, so like= and erk and lamp say nothing to it"
+                "a threshold counts nothing, so like= and output, erk and lamp say nothing to it"
             )
         if groups and scope in ("erk", "lamp"):
             raise FwtError(
                 f"scope={scope!r} gives some leaves more zeros than {pattern!r} lets go: take "
-                "'layer', 'global', 'normalized' or a dict"
+                "'layer', 'output', 'global', 'normalized' or a dict"
             )
         if like == "torch" and _is_count(sparsity):
             sparsity = int(sparsity)
@@ -111,7 +111,7 @@ class Plan:
         """
         # Bare magnitudes of what is moved are summed in each pass, so that no sum is stored.
         lazy = self.score is scores.magnitude and self.pattern == patterns.unstructured
-        lazy = lazy and self.scope in ("layer", "global", "erk") and self.like != "torch"
+        lazy = lazy and self.scope in ("layer", "output", "global", "erk") and self.like != "torch"
         lazy = lazy and (grow is None or grow[0] in (scores.random, scores.gradient))
         if steps is not None and not lazy:
             params, steps = moved(params, steps), None
@@ -125,6 +125,9 @@ class Plan:
         places = self._places(tree, names)
         _scope.check_ties(self.scope, tree.perhaps, names)
         fits = self._fits(tree, names, places)
+        if self.scope == "output":
+            rows = zip(places, fits, strict=True)
+            places = [_scope.by_output(place, self.pattern, fit) for place, fit in rows]
         worths = [self._worths(self.score, "prune", params, names, leaves, more)]
         if grow is not None:
             worths.append(self._worths(grow[0], "regrow", params, names, leaves, more))
@@ -150,6 +153,8 @@ class Plan:
         self = copy.copy(self)
         self.sparsity, self.threshold, scope, share = given
         self.scope = dict(scope) if isinstance(scope, list) else scope
+        if self.scope == "output":  # whose places are stacks of outputs
+            self.scope = "layer"
         apart = self.threshold is None and self.scope not in ("global", "normalized")
         if apart or self.scope == "normalized":
             places = [place.settled() for place in places]

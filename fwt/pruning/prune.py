@@ -49,8 +49,9 @@ def prune(
         scope: "layer" counts in each leaf, and in each slice of one that is a stack of layers
             (``nn.scan``, ``nn.vmap``, an ensemble); a leaf of which nothing tells that it is a
             stack is one layer, and ``axes={glob: "stack in out"}`` tells it; one that may be a
-            stack along several axes is refused. Every other scope
-            takes the same for a layer. "global" counts over all selected leaves together,
+            stack along several axes is refused. Every other scope takes the same for a layer.
+            "output" counts in each output unit (a column of a dense kernel, a filter), as Wanda
+            does. "global" counts over all selected leaves together,
             "normalized" so too with the scores of each leaf divided by their L2 norm; "erk" and
             "lamp" give each leaf its count, and the counts sum up to the whole; or a dict
             ``{glob: sparsity}``, of which a leaf takes the first that matches (``sparsity``, if

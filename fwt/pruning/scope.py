@@ -1,5 +1,6 @@
 """How many weights go in which leaf: the scopes of pruning, and how other libraries count."""
 
+import dataclasses
 import functools
 import itertools
 import math
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fwt import _apart, _paths, _tree
+from fwt import _apart, _paths, _tree, patterns
 from fwt._axes import Axes
 from fwt._types import FwtError, LeafError, WhereError
 from fwt.selection import select
@@ -19,9 +20,9 @@ from fwt.selection.counts import Wide, count, difference, less, minus, plus, tot
 from fwt.selection.keys import Source, signed_key, sources
 from fwt.selection.stacks import leaves_of, stacks_of
 
-Scope = Literal["layer", "global", "normalized", "erk", "lamp"] | Mapping[str, Any]
+Scope = Literal["layer", "output", "global", "normalized", "erk", "lamp"] | Mapping[str, Any]
 Like = Literal["torch", "jaxpruner", "tfmot"]
-SCOPES = ("layer", "global", "normalized", "erk", "lamp")
+SCOPES = ("layer", "output", "global", "normalized", "erk", "lamp")
 
 
 class Leaf(NamedTuple):
@@ -60,7 +61,7 @@ class Leaf(NamedTuple):
 def check_ties(scope: Any, perhaps: Sequence[Sequence[str]], names: Sequence[str]) -> None:
     """Raises for a scope over all leaves if some of them are perhaps one array, as a trace hides
     of what a file calls one: they would have to be counted once."""
-    for group in perhaps if isinstance(scope, str) and scope != "layer" else ():
+    for group in perhaps if isinstance(scope, str) and scope not in ("layer", "output") else ():
         if len(set(group) & set(names)) > 1:
             raise LeafError(_paths.hidden_tie(group, f"scope={scope!r} would count it twice"))
 
@@ -83,6 +84,31 @@ def check(scope: Any) -> None:
             raise FwtError(
                 f"scope={{{glob!r}: {value!r}}}: a glob and a sparsity from 0 to 1 are expected"
             )
+
+
+def by_output(place: Axes, pattern: patterns.Pattern, fit: Any) -> Axes:
+    """The axes of a leaf as a stack of its output units, for weights that are compared in each.
+
+    Raises:
+        LeafError: if an output unit has fewer than two units of the pattern, or shares them.
+    """
+    window = fit.window if isinstance(fit, patterns.Windows) else (1,) * len(place.shape)
+    outputs, inputs = place.outputs, place.inputs
+    within = [i for i in place.all if i not in (*place.stack, *outputs)]
+    units = math.prod(place.shape[i] // window[i] for i in within)
+    if outputs and units != 1 and all(window[i] == 1 for i in outputs):
+        names = list(place.names or ())
+        for i in place.all:
+            names[i] = "stack" if i in outputs else "in" if i in inputs else names[i]
+        return dataclasses.replace(place, names=tuple(names), keras=None, flax=None)
+    plain = pattern == patterns.unstructured
+    raise LeafError(
+        f"scope='output' compares weights within each output, and {place.path} of shape "
+        f"{place.shape} has no two"
+        + (" there" if plain else f" units of {pattern!r} there")
+        + ": leave it out with where=, or take "
+        + ("another scope" if plain else "another scope or pattern")
+    )
 
 
 def shares(scope: Mapping[str, Any], leaves: Sequence[Leaf], sparsity: Any) -> list[Any]:

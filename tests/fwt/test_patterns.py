@@ -40,7 +40,7 @@ SCORES = {
     "movement": S.movement(grads=tree(1)),
     "a user's": lambda params: jax.tree.map(jnp.sin, params),
 }
-SCOPES = ["layer", "global", "normalized", "erk", "lamp", {"conv/*": 0.25, "**": 0.5}]
+SCOPES = ["layer", "global", "normalized", "erk", "lamp", {"conv/*": 0.25, "**": 0.5}, "output"]
 PATTERNS = {
     "unstructured": (P.unstructured, {n: np.prod(s) for n, s in SHAPES.items()}),
     "n_m": (P.n_m(2, 4), {n: np.prod(s) for n, s in SHAPES.items()}),
@@ -78,12 +78,20 @@ def test_each_score_goes_with_each_scope_and_pattern(score, pattern, scope):
         with pytest.raises(fwt.FwtError, match=r"more zeros than fwt.patterns.n_m\(2, 4\)"):
             fwt.prune(s, SCORES[score], scope=scope, pattern=kind)
         return
+    if scope == "output" and pattern not in ("unstructured", "n_m"):
+        with pytest.raises(fwt.LeafError, match=r"within each output, and .* has no two units of"):
+            fwt.prune(s, SCORES[score], scope=scope, pattern=kind)(params)
+        return
     t = fwt.prune(s, SCORES[score], scope=scope, pattern=kind)
     new = t(params)
     size = {n: np.prod(SHAPES[n]) // u for n, u in units.items()}
     gone = {n: zeros(new)[f"{n}/kernel"] / size[n] for n in SHAPES}
     assert all(g == int(g) for g in gone.values())  # whole units
-    if scope == "layer":
+    if scope == "output":
+        for n, shape in SHAPES.items():
+            columns = np.asarray(new[n]["kernel"]).reshape(-1, shape[-1])
+            assert set((columns == 0).sum(0)) == {round(0.5 * len(columns))}
+    elif scope == "layer":
         assert gone == {n: round(0.5 * int(u)) for n, u in units.items()}
     elif isinstance(scope, dict):
         share = {"conv": 0.25, "dense_1": 0.5, "dense_2": 0.5}
@@ -96,6 +104,58 @@ def test_each_score_goes_with_each_scope_and_pattern(score, pattern, scope):
 
 
 # -- scopes -----------------------------------------------------------------------------------
+
+
+OUTPUTS: dict = {  # the shape of a leaf, and the axes of its outputs
+    "d/kernel": ((9, 4), (1,)),
+    "query/kernel": ((6, 2, 3), (1, 2)),
+    "c/kernel": ((3, 2, 5, 4), (3,)),
+    "depthwise/kernel": ((3, 3, 1, 4), (3,)),
+    "out/kernel": ((2, 3, 6), (2,)),
+    "t/weight": ((4, 7), (0,)),
+}
+
+
+@pytest.mark.parametrize("path", thorough_but(1, OUTPUTS))
+def test_the_scope_of_an_output_compares_what_one_output_has(path):
+    shape, axes = OUTPUTS[path]
+    layer, leaf = path.split("/")
+    kernel = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    params = {layer: {leaf: kernel}}
+    t = fwt.prune(0.4, scope="output")
+    traced = jax.jit(lambda p, s: fwt.prune(s, scope="output")(p))
+    for new in (t(params), traced(params, 0.4)):
+        count = np.prod([shape[i] for i in axes])
+        rows, found = (
+            np.moveaxis(x, axes, range(len(axes))).reshape(count, -1)
+            for x in (kernel, np.asarray(new[layer][leaf]))
+        )
+        k = round(0.4 * rows.shape[1])
+        for row, left in zip(rows, found, strict=True):
+            assert {*np.flatnonzero(left == 0)} == {*np.argsort(np.abs(row))[:k]}
+
+
+@pytest.mark.thorough
+def test_the_scope_of_an_output_with_stacks_and_patterns():
+    kernel = np.random.default_rng(0).normal(size=(3, 8, 4)).astype(np.float32)
+    new = fwt.prune(0.25, scope="output", axes={"kernel": "stack in out"})({"kernel": kernel})
+    assert ((np.asarray(new["kernel"]) == 0).sum(1) == 2).all()
+    blocks = fwt.prune(0.5, scope="output", pattern=P.block((4, 1)))({"kernel": kernel[0]})
+    gone = np.asarray(blocks["kernel"]).reshape(2, 4, 4) == 0
+    assert (gone.all(1).sum(0) == 1).all()
+    assert (gone.any(1).sum(0) == 1).all()
+
+
+def test_the_scope_of_an_output_says_where_it_compares_nothing():
+    params = {"d": {"kernel": np.ones((8, 4), np.float32), "bias": np.ones(4, np.float32)}}
+    for settings, said in (
+        ({"where": "d/bias"}, r"d/bias of shape \(4,\) has no two there: leave it out"),
+        ({"pattern": P.block((1, 2))}, "or take another scope or pattern"),
+    ):
+        with pytest.raises(fwt.LeafError, match=said):
+            fwt.prune(0.6, scope="output", **settings)(params)
+    with pytest.raises(fwt.FwtError, match="output, erk and lamp say nothing"):
+        fwt.prune(threshold=0.1, scope="output")
 
 
 def test_global_and_normalized_compare_leaves():

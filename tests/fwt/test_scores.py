@@ -1,5 +1,6 @@
 """Scores against what defines them: jax.grad and jax.hessian, torch's unfold, worked examples."""
 
+import copy
 import functools
 
 import equinox
@@ -169,6 +170,61 @@ def test_wanda_in_prune_and_what_it_refuses():
     bare = nn.Dense(2)
     values = bare.init(jax.random.key(0), x)
     assert S.wanda(bare, x)(values)["params"]["kernel"].shape == (8, 2)
+
+
+def wanda_of_the_paper(layers, x, ratio):
+    """The masks (True goes) of the algorithm of the paper: of each row of a torch weight the least
+    of |w| times the norm of its inputs, which the layers pruned before give."""
+    gone = []
+    with torch.no_grad():
+        for layer in layers:
+            if isinstance(layer, torch.nn.Linear):
+                norms = torch.sqrt((x**2).mean(0))
+                worth = layer.weight.abs() * norms
+                least = torch.sort(worth, dim=-1, stable=True)[1][:, : int(len(norms) * ratio)]
+                gone.append(torch.zeros_like(worth, dtype=bool).scatter_(1, least, value=True))
+                layer.weight[gone[-1]] = 0
+            x = layer(x)
+    return [mask.numpy() for mask in gone]
+
+
+def test_wanda_prunes_what_the_paper_does():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(14, 9), torch.nn.Tanh(), torch.nn.Linear(9, 5))
+    x = torch.randn(33, 14) * torch.arange(1.0, 15)
+    model = new = fwt.converters.from_torch(net)
+    for path in ("0/kernel", "2/kernel"):
+        score = S.wanda(new, x.numpy())
+        new = fwt.prune(1 / 3, score, scope="output", where=path)(new)
+    half = fwt.prune(0.5, S.wanda(model, x.numpy()), scope="output")(model)
+    found = {p: np.asarray(w).T == 0 for p, w in fwt.select(new, fwt.kernels).items()}
+    first = np.asarray(fwt.select(half, fwt.kernels)["0/kernel"]).T == 0
+    assert np.array_equal(first, wanda_of_the_paper([copy.deepcopy(net[0])], x, 0.5)[0])
+    # Of 14 / 3 weights fwt prunes the nearest number, 5, and the paper the whole ones, 4.
+    masks = wanda_of_the_paper(net, x, 5 / 14 + 1e-6)
+    assert np.array_equal(found["0/kernel"], masks[0])
+    assert np.array_equal(found["2/kernel"], masks[1])
+
+
+def test_scores_of_a_model_are_those_of_its_module():
+    layers = [("c", nn.Conv(4, (3,))), ("n", nn.BatchNorm()), fl.Flatten(), ("d", nn.Dense(3))]
+    net = fwt.Sequential(layers, input_shape=(6, 2))
+    x = jax.random.normal(jax.random.key(0), (7, 6, 2))
+    variables = net.init(jax.random.key(1), x)
+    variables["batch_stats"]["n"]["mean"] += 3.0
+    model = fwt.Model(net, variables)
+    for ours, theirs in (
+        (S.wanda(model, x), S.wanda(net, x)),
+        (S.synflow(model), S.synflow(net)),
+    ):
+        expected = fwt.select(theirs(variables))
+        for params in (variables, model, variables["params"]):  # whose statistics the Model has
+            found = fwt.select(ours(params))
+            assert all(np.array_equal(found[p], x) for p, x in expected.items())
+    other = jax.tree.map(lambda v: v, variables)
+    other["batch_stats"]["n"]["mean"] -= 2.0  # those that are given count
+    found, expected = (fwt.select(S.wanda(m, x)(other))["d/kernel"] for m in (model, net))
+    assert np.array_equal(found, expected)
 
 
 class Graph(nnx.Module):

@@ -1156,3 +1156,40 @@ def test_what_was_just_dropped_may_grow_at_once():
     assert int(kept.sum()) == 100
     assert 15 < int((before & ~kept).sum()) < 30
     assert bool((new == jnp.where(before & kept, params["a"]["kernel"], 0)).all())
+
+
+def test_masks_by_path_mask_the_leaves_that_they_name():
+    params = {
+        "a": {"kernel": jax.random.normal(jax.random.key(0), (4, 3)), "bias": jnp.ones(3)},
+        "b": {"kernel": jax.random.normal(jax.random.key(1), (4, 3))},
+    }
+    mask = np.tri(4, 3, dtype=bool)
+    for masks in ({"a/kernel": mask}, lambda _: {"a.kernel": mask}):
+        for tx in (sparsify(optax.adam(0.1), masks=masks),
+                   fwt.optim.constrain(sparsify(optax.adam(0.1), masks=masks),
+                                       fwt.project(fwt.constraints.max_norm(1.0)))):  # fmt: skip
+            state = tx.init(params)
+            assert state.masks["b"]["kernel"].shape == state.masks["a"]["bias"].shape == ()
+            updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
+            new = optax.apply_updates(params, updates)
+            assert np.array_equal(np.asarray(new["a"]["kernel"]) != 0, mask)
+            assert (new["b"]["kernel"] != 0).all()
+    with pytest.raises(fwt.LeafError, match="'a/kernl' is no leaf of the tree; close: 'a/kernel'"):
+        sparsify(optax.sgd(0.1), masks={"a/kernl": mask}).init(params)
+
+
+@pytest.mark.parametrize("settings", [{}, {"regrow": "rigl"}, {"masks": True}])
+def test_the_scope_of_an_output_holds_in_training(settings):
+    params = {"a": {"kernel": jax.random.normal(jax.random.key(0), (8, 3))}}
+    if "masks" in settings:
+        settings = {"masks": {"a/kernel": np.arange(8)[:, None] % 4 < np.full(3, 3)}}
+    tx = sparsify(
+        optax.adam(0.1), fwt.schedules.cubic(0.5, 0, 4), scope="output", every=1, **settings
+    )
+    step, state = jax.jit(tx.update), tx.init(params)
+    for _ in range(6):
+        updates, state = step(jax.tree.map(jnp.sin, params), state, params)
+        params = optax.apply_updates(params, updates)
+        gone = np.asarray((~state.masks["a"]["kernel"]).sum(0))
+        assert len({*gone}) == 1
+    assert (gone == 4).all()

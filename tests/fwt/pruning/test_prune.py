@@ -216,7 +216,7 @@ def test_masks_by_path_leave_the_other_leaves_alone():
         ({"sparsity": True}, "must be a number"),
         ({"sparsity": float("nan")}, "must be a number"),
         ({"sparsity": jnp.ones(3)}, "vmap"),
-        ({"sparsity": 0.5, "scope": "layers"}, "'layer', 'global'"),
+        ({"sparsity": 0.5, "scope": "layers"}, "'layer', 'output', 'global'"),
         ({"sparsity": 0.5, "pattern": "2:4"}, "pattern"),
         ({"sparsity": 0.5, "score": "magnitude"}, "score"),
         ({"sparsity": 0.5, "like": "keras"}, "'torch', 'jaxpruner'"),

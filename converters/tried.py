@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import functools
 import gc
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,6 +42,7 @@ class Tried:
             with judge.between_layers(by):
                 return run(variables, *xs)
 
+        self._of = run
         self._variables, self._heavy = variables, is_heavy(jax.tree.leaves(variables))
         self._moved: Any = jax.jit(moved) if large else moved
         self._plain: Any = functools.partial(moved, by=0.0)
@@ -75,6 +77,7 @@ class Tried:
         theirs: Sequence[Any],
         eps: float,
         apart: Callable[..., judge.Apart] = judge.apart,
+        one_by_one: bool = False,
     ) -> list[judge.Apart]:
         """How far each of its outputs is from another model's. If they are apart, rounding is
         measured: first that between layers, then, which copies the weights, that of them as well.
@@ -85,6 +88,8 @@ class Tried:
             theirs: those of the other.
             eps: of the dtype that they are computed in.
             apart: what compares two, as :func:`judge.apart` does.
+            one_by_one: whether the other model adds up numbers one after the other: a sum of n is
+                off by sqrt(n) roundings there then, and by one here.
         """
 
         def moved(weights: bool, by: float) -> list[np.ndarray]:
@@ -95,15 +100,37 @@ class Tried:
 
         pairs = list(zip(theirs, ours, strict=True))
         told = [apart(a, b, eps=eps) for a, b in pairs]
-        for weights in (False, True):
+        noise: list[Any] = []
+        for step in ("layers", "weights", "sums")[: 3 if one_by_one else 2]:
             if all(t.excess <= 1 for t in told):
                 break
-            noise = judge.rounding(functools.partial(moved, weights), ours, eps)
+            if step == "sums":
+                noise = [n * math.sqrt(self._longest(xs)) for n in noise]
+            else:
+                run = functools.partial(moved, step == "weights")
+                noise = judge.rounding(run, ours, eps)
             told = [
                 was if was.excess <= 1 else apart(a, b, [n], eps=eps)
                 for was, (a, b), n in zip(told, pairs, noise, strict=True)
             ]
         return told
+
+    def _longest(self, xs: Sequence[Any]) -> int:
+        """How many numbers its longest sum adds up, of those that are no products."""
+        one = [x[:1] for x in xs]
+        return _longest(jax.make_jaxpr(self._of)(self._variables, *one).jaxpr)
+
+
+def _longest(jaxpr: Any) -> int:
+    found = 1
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in ("reduce_sum", "reduce_window_sum"):
+            window = math.prod(eqn.params.get("window_dimensions", ()))
+            found = max(found, window, eqn.invars[0].aval.size // max(eqn.outvars[0].aval.size, 1))
+        for inner in jax.tree.leaves(tuple(eqn.params.values())):
+            inner = getattr(inner, "jaxpr", inner)
+            found = max(found, _longest(inner) if hasattr(inner, "eqns") else 1)
+    return found
 
 
 def is_heavy(arrays: Sequence[Any]) -> bool:

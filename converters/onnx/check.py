@@ -101,7 +101,7 @@ def compare(file: Path, module: Any, variables: Any, inputs: Sequence[Input]) ->
                     f"expected {list(our.shape)}"
                 )
         eps = judge.eps_of([*computed, *(y.dtype for y in theirs)])
-        told = model.judged(given, ours, theirs, eps, _apart)
+        told = model.judged(given, ours, theirs, eps, _apart, one_by_one=True)
         for name, apart in zip(which, told, strict=True):
             if apart.excess > 1:
                 raise ConversionError(

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import fwt
+from fwt import converters
 from fwt.converters import judge
 from fwt.converters.tried import Tried
 
@@ -56,3 +57,27 @@ def test_rounding_is_measured_only_of_what_is_apart_and_weights_last():
     assert len(asked) == 1
     assert not model.judged(xs, ours, [ours[0] + 1], 1e-7)[0].equal
     assert [np.array_equal(a, w) for a in asked[1:]] == [True, True, False, False]
+
+
+def test_a_long_sum_may_be_added_up_one_by_one():
+    """As onnxruntime averages an image; a difference that no sum explains is seen."""
+    x = np.full((2, 50_000, 3), 0.1, np.float32)
+    x[1] = np.random.default_rng(0).uniform(size=x[1].shape)
+    model = Tried(jax.jit(lambda v, x: [v["w"] * x.mean(1)]), {"w": np.float32(3)}, large=True)
+    lanes = np.add.accumulate(x.reshape(2, 8, -1, 3), 2)[:, :, -1]
+    naive = np.float32(3) * lanes.sum(1) / np.float32(50_000)
+    ours = model.outputs([x])
+    for off, told in ((1, True), (1.01, False)):
+        theirs = [(naive * off).astype(np.float32)]
+        found = [
+            model.judged([x], ours, theirs, 1.2e-7, one_by_one=long)[0] for long in (True, False)
+        ]
+        assert [f.excess <= 1 for f in found] == [told, False]
+
+
+def test_what_ends_in_a_mean_of_a_large_image_goes_to_onnx(tmp_path):
+    layers = [("conv", nn.Conv(8, (3, 3))), nn.relu, ("pool", fwt.layers.GlobalAvgPool()),
+              ("dense", nn.Dense(3))]  # fmt: skip
+    net = fwt.Sequential(layers, input_shape=(200, 220, 3))
+    variables = net.init(jax.random.key(0), np.ones((1, 200, 220, 3), np.float32))
+    converters.to_onnx(net, variables, tmp_path / "net.onnx")

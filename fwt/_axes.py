@@ -1,20 +1,17 @@
 """What each axis of a leaf means: nothing else in fwt guesses."""
 
-import contextlib
 import dataclasses
 import functools
 import itertools
 import math
 import re
-import types
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from fwt import _mesh, _modules, _paths, _rules, _tree
+from fwt import _live, _mesh, _modules, _rules, _tree
 from fwt._modules import Known as Known
 from fwt._types import AxesError, FwtError
 
@@ -80,7 +77,7 @@ class Axes:
             :meth:`drawn_by`.
         flax: those by which Flax does.
         stored: whether Keras takes the leaf as it is stored for a matrix.
-        doubted: where it may be a stack in several ways, the names of the axes in one of them.
+        doubted: where it may be a stack in several ways, the names of the axes in some of them.
     """
 
     path: str
@@ -94,7 +91,7 @@ class Axes:
     keras: tuple[str, ...] | None = None
     flax: tuple[str, ...] | None = None
     stored: bool = False
-    doubted: str = ""
+    doubted: Sequence[str] = ()
 
     def settled(self) -> "Axes":
         """The same, for what depends on whether the leaf is a stack.
@@ -105,9 +102,9 @@ class Axes:
         if self.doubted:
             raise AxesError(
                 f"{self.path} of shape {self.shape} may be a stack of layers in several ways: say "
-                f"which with axes={{{self.path!r}: {self.doubted!r}}} if that is what it is (one "
-                "name per axis: 'in', 'out', 'stack' for a batch of layers, 'h w' for a window, "
-                "'heads dim' for attention)"
+                f"which with axes={{{self.path!r}: '...'}}, such as "
+                f"{' or '.join(map(repr, self.doubted))} (one name per axis: 'in', 'out', "
+                "'stack' for a batch of layers, 'h w' for a window, 'heads dim' for attention)"
             )
         return self
 
@@ -143,7 +140,7 @@ class Axes:
     @property
     def stack(self) -> tuple[int, ...]:
         """The axes along which each slice is a layer of its own."""
-        return tuple(i for i, n in enumerate(self.names or ()) if n == "stack")
+        return _stack_in(self.names or ())
 
     @property
     def one(self) -> "Axes":
@@ -311,39 +308,8 @@ class KnowsAxes:
         raise NotImplementedError
 
 
-# By path, what a live model's classes tell, set while converters.transform runs.
-KNOWN: ContextVar[Mapping[str, Known]] = ContextVar(
-    "known axes", default=types.MappingProxyType({})
-)
-_COUNTS = ("padding_idx", "unit_forget_bias")  # what reset asks a live layer for
-_TOLD = jax.make_user_context("")  # what a jitted function was traced with counts for jit too
-
-
-# How gradients of a live model become a tree with these paths, set likewise.
-Gradients = Callable[[Any, Collection[str]], Any]
-GRADIENTS: ContextVar[Gradients] = ContextVar("gradients", default=lambda grads, paths: grads)
-
-
-@contextlib.contextmanager
-def knowing(
-    known: Mapping[str, Known], grads: Gradients, own: Mapping[str, Sequence[str]]
-) -> Iterator[None]:
-    """Inside, the axes of leaves are what the classes of a live model tell, gradients are given as
-    that model has them, and its own names of the weights are understood."""
-    # Not the paths, which jit knows: models of one architecture are compiled once.
-    told = [
-        (dataclasses.replace(k, owner=None), *(getattr(k.owner, n, None) for n in _COUNTS),
-         *[_tree.split(n)[-1] for n in own.get(p, ())[:1]])
-        for p, k in sorted(known.items())
-    ]  # fmt: skip
-    token, other, names = KNOWN.set(known), GRADIENTS.set(grads), _paths.OWN.set(own)
-    try:
-        with _TOLD(repr(told)):
-            yield
-    finally:
-        KNOWN.reset(token)
-        GRADIENTS.reset(other)
-        _paths.OWN.reset(names)
+def _stack_in(names: Sequence[str]) -> tuple[int, ...]:
+    return tuple(i for i, n in enumerate(names) if n == "stack")
 
 
 class Places:
@@ -397,7 +363,7 @@ class Places:
         if told.names is not None and len(told.names) == len(shape):
             names = _rules.with_heads(path, told.names)
             return _told(told, path, shape, names)
-        live = path in KNOWN.get()
+        live = path in _live.KNOWN.get()
         if not live and self.tree.masked:
             told_by = self._rules.missing(path, self._hidden)
             if told_by and len(shape) > 2:
@@ -414,15 +380,28 @@ class Places:
         several = told.stacked
         if not live and (depth != 0 or len(shape) > 2):
             by_module = self._from_module(path)
-            several = several or self._stacked(path)
+            several = several or ("" if by_module else self._stacked(path))
             found = by_module or found
-        if several and not found.stack:
-            return Axes(path, shape, None, doubted=several)
-        if found.names is None and self._rules.in_doubt(path):
-            found = dataclasses.replace(found, doubted=found._example)
+        if several and self._first and told.layer not in ("LinearGeneral", "Einsum"):
+            return _told(told, path, shape, tuple(several.split()))
+        if several:
+            return Axes(path, shape, None, doubted=(several,))
+        if found.names is None and len(readings := self._rules.readings(path)) > 1:
+            found = dataclasses.replace(found, doubted=tuple(readings))
+        elif found.names is None and readings and "stack" in readings[0]:
+            names = tuple(n if n == "stack" else "" for n in readings[0].split())
+            found = dataclasses.replace(found, names=names)
         flax = _modules.plain(len(shape)) if _LOCAL.fullmatch(path) else told.flax
         whole = found.flax is None and flax is not None and len(flax) == len(shape)
         return dataclasses.replace(found, flax=flax) if whole else found
+
+    @functools.cached_property
+    def _first(self) -> bool:
+        """Whether something tells that stacks are along the first axes: a class or a trace that
+        knows of no other."""
+        told = [self.known(path).names or () for path in self.shapes]
+        places = {*self._stacks.values(), *(_stack_in(names) for names in told)} - {()}
+        return bool(places) and all(each == (*range(len(each)),) for each in places)
 
     @functools.cached_property
     def _hidden(self) -> set[tuple[str, ...]]:
@@ -444,8 +423,8 @@ class Places:
 
     def known(self, path: str) -> Known:
         """What the classes of layers say of a leaf."""
-        if path in KNOWN.get():
-            return KNOWN.get()[path]
+        if path in _live.KNOWN.get():
+            return _live.KNOWN.get()[path]
         if path in self._classes:
             return self._classes[path]
         rank = len(self.shapes[path])
@@ -498,10 +477,11 @@ class Places:
         inner = self._traced.get(path)
         if inner is None:
             return None
-        stack = self._stacks.get(inner.layer)
+        shape, told = self.shapes[path], inner.known
+        first = tuple(range(len(shape) - len(inner.shape))) if self._first else None
+        stack = self._stacks.get(inner.layer, first)
         if stack is None:
             return None
-        shape, told = self.shapes[path], inner.known
         keras, flax = (
             each and _with_stack(each, stack, len(shape)) for each in (told.keras, told.flax)
         )
@@ -515,12 +495,10 @@ class Places:
         """The names of the axes of what a layer of a linen module sees one slice of, if the first
         axes are the stack; "" for what it sees whole."""
         inner, rank = self._traced.get(path), len(self.shapes[path])
-        if inner is None or len(inner.shape) >= rank:
-            return ""
-        own = inner.known.names
-        fits = own is not None and len(own) == len(inner.shape)
-        names = own if own is not None and fits else _modules.plain(len(inner.shape))
-        return " ".join([*["stack"] * (rank - len(names)), *names])
+        size = rank if inner is None else len(inner.shape)
+        names = inner.known.names if inner is not None and size < rank else None
+        names = names if names and len(names) == size else _modules.plain(size)
+        return " ".join([*["stack"] * (rank - size), *names]) if size < rank else ""
 
     @functools.cached_property
     def _stacks(self) -> dict[tuple[str, ...], tuple[int, ...]]:

@@ -219,6 +219,12 @@ def _own_shape(layer: Any, name: str, leaf: str, rank: int) -> tuple[int, ...] |
         units, gates = layer.hidden_size, 3 if name == "GRUCell" else 4
         sizes = {"weight_ih": (layer.input_size,), "weight_hh": (units,)}
         return (units,) if leaf == "bias_n" else (gates * units, *sizes.get(leaf, ()))
+    if name in ("Embed", "Embedding"):
+        return (layer.num_embeddings, getattr(layer, "features", None) or layer.embedding_size)
+    if name.endswith("Norm"):
+        told = ("shape", "num_features", "channels", "input_size")
+        size = next((getattr(layer, s) for s in told if hasattr(layer, s)), None)
+        return (size,) if isinstance(size, int) else size
     ins = getattr(layer, "in_features", getattr(layer, "in_channels", None))
     outs = getattr(layer, "out_features", getattr(layer, "out_channels", None))
     if not isinstance(ins, int) or not isinstance(outs, int):

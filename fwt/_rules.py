@@ -113,9 +113,22 @@ class Rules:
             self._depths[path] = self._depth(path)
         return self._depths[path]
 
-    def in_doubt(self, path: str) -> bool:
-        """Whether the bias of a leaf's layer fits a stack as well as one layer."""
-        return self._beside(path, "bias") is not None and self._by_layer(path) is None
+    def readings(self, path: str) -> list[str]:
+        """The axes of a leaf as the bias of its layer allows them, where it does not tell which: of
+        a stack, and of one layer of several output axes."""
+        weight, bias = self.shapes[path], self._beside(path, "bias")
+        name = self._names(path)[0]
+        if bias is None or self._by_layer(path) is not None:
+            return []
+        dense = _depth_of(name, weight, bias)
+        sizes = [] if dense is None else [(1, dense)]
+        sizes += _general_depths(weight, bias).items() if name == "kernel" else []
+        found: dict[int, str] = {}
+        for outs, depth in sizes:
+            ins = "in" if outs > 1 else "k"
+            more = [ins] * (len(weight) - depth - outs - 1)
+            found.setdefault(depth, " ".join([*["stack"] * depth, *more, "in", *["out"] * outs]))
+        return list(found.values())
 
     def _depth(self, path: str) -> int | None:
         shape = self.shapes[path]

@@ -218,7 +218,7 @@ def sparsify(
     ``schedule(n) == schedule(n + 1)``, so that its last value is always reached, each value that
     it keeps for two updates or more is reached as it comes, and a number at the first update; but
     none whose value the masks have already, unless they exchange weights or are drawn anew.
-    Weights that come back start from zero.
+    Weights that come back at a later update start from zero.
     Without ``regrow`` what is pruned stays so for as long as the sparsity does not fall, and what
     ``masks`` prune at the start always does: if a schedule asks for fewer weights than that, in a
     layer or in all that the scope counts together, the larger number goes (with ``regrow`` and

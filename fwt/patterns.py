@@ -8,7 +8,8 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from fwt import _tree
-from fwt._axes import KNOWN, Axes
+from fwt._axes import Axes
+from fwt._live import KNOWN
 from fwt._types import Array, AxesError, FwtError, LeafError, noun
 
 __all__ = ["block", "channel", "n_m", "unstructured"]

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from fwt import _apart, _axes, _calls, _equal, _keys, _mesh, _nodes, _paths, _tree
+from fwt import _apart, _calls, _equal, _keys, _live, _mesh, _nodes, _paths, _tree
 from fwt._types import FwtError, LeafError, Params, Score, Scores
 from fwt.selection.keys import magnitude_key
 
@@ -577,7 +577,7 @@ FACTORIES = (grasp, second_order_taylor, synflow, wanda)  # what has to be calle
 
 def of_ties(tree: _tree.Tree, grads: Params) -> Params:
     """The gradients, at each path of a tie the sum of those at all: what the one array has."""
-    grads = _axes.GRADIENTS.get()(grads, tree.leaves)
+    grads = _live.GRADIENTS.get()(grads, tree.leaves)
     given = _tree.Tree(grads)
     new: dict[str, Any] = {}
     for group in [*tree.ties, *tree.perhaps]:

@@ -38,6 +38,7 @@ fwt._graph
 fwt._sequential fwt._calls
 fwt.layers
 fwt._compose fwt._summary fwt._axes
+fwt._live
 fwt._rules fwt._modules fwt._masks
 fwt._tree
 fwt._nodes fwt._paths fwt._keys

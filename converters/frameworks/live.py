@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from fwt import _axes, _tree, initializers
+from fwt import _live, _tree, initializers
 from fwt._own_nodes import FromFile
 from fwt._types import (
     ConversionError,
@@ -98,7 +98,7 @@ def transform(model: Any, t: Transform) -> Any:
         tree["params"] = FromFile(tree["params"], json.dumps({"also": also}))
     grads = functools.partial(gradients.in_tree, backend, model, leaves)
     own = {path: names for leaf in leaves for path, names in leaf.own.items()}
-    with _axes.knowing(known, grads, own):
+    with _live.knowing(known, grads, own):
         try:
             after = _tree.Tree(t(tree), statistics).leaves
         except WhereError as error:

@@ -128,6 +128,10 @@ def by_rule(reader: Reader, node: Any, args: dict[str, Any], place: str) -> Any:
     if settings.get("stride") == ():
         settings["stride"] = settings["kernel_size"]
     held = {k: reader.values[v] for k, v in arrays.items() if v is not None}
+    if "use_input_stats" in args:
+        settings["track_running_stats"] = "running_mean" in held and not args["use_input_stats"]
+        if args["use_input_stats"]:
+            held = {k: v for k, v in held.items() if not k.startswith("running")}
     settings |= {k: v for k, v in _sizes(held.get("weight"), value, args).items() if k in allowed}
     for key, array in (("bias", "bias"), ("affine", "weight"), ("elementwise_affine", "weight")):
         if key in allowed and array in arrays:

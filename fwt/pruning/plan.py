@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fwt import _apart, _axes, _keys, _mesh, _own_names, _tree, patterns, scores
+from fwt import _apart, _axes, _keys, _live, _mesh, _own_names, _tree, patterns, scores
 from fwt._types import FwtError, LeafError, Params, Score, Where, resolve
 from fwt.pruning import scope as _scope
 from fwt.pruning.chosen import Chosen, each_slice, mask_of
@@ -226,7 +226,7 @@ class Plan:
         # The magnitude of a gradient needs no array of its own.
         bare = score is scores.gradient and "grads" in context
         ours = getattr(getattr(score, "func", score), "__module__", "") == scores.__name__
-        if ours and "grads" in context and _axes.KNOWN.get():
+        if ours and "grads" in context and _live.KNOWN.get():
             # A live model may have parts that have no gradients, for they are not trained.
             params = _tree.hidden(params, names)
         tree = _tree.Tree(params)

@@ -665,6 +665,8 @@ DOUBTED = [
     (lambda: eqx.filter_vmap(lambda k: eqx.nn.Conv1d(4, 4, 3, use_bias=False, key=k))(
         jax.random.split(KEY, 4)), "stack out in k"),
     (lambda: _convs(3), "stack k in out"),
+    (lambda: eqx.filter_vmap(lambda k: eqx.nn.Linear(4, 4, key=k), out_axes=1)(
+        jax.random.split(KEY, 4)), "out stack in"),
     (lambda: _either(), "stack in out"),
 ]  # fmt: skip
 
@@ -701,6 +703,40 @@ def test_what_may_be_a_stack_in_several_ways_is_no_layer(make, axes):
     size = pruned.size // pruned.shape[stack]
     zeros = (np.moveaxis(pruned, stack, 0) == 0).reshape(pruned.shape[stack], size).sum(1)
     np.testing.assert_array_equal(zeros, round(size / 4))
+
+
+class _Normed(nnx.Module):
+    def __init__(self, key, outputs):
+        rngs = nnx.Rngs(key)
+        self.norm = nnx.LayerNorm(5, rngs=rngs)
+        self.square = nnx.Linear(5, 5, use_bias=False, rngs=rngs)
+        self.last = nnx.Linear(5, outputs, rngs=rngs)
+
+
+@pytest.mark.parametrize(("outputs", "axis", "told"), [(5, 1, False), (7, 1, False), (7, 0, True)])
+def test_what_fits_in_one_way_tells_of_stacks_beside_it(outputs, axis, told):
+    """But not of one that may be along another axis than the first."""
+    make = nnx.vmap(lambda k: _Normed(k, outputs), in_axes=0, out_axes=axis)
+    stack, prune = make(jax.random.split(KEY, 5)), fwt.prune(0.4, where="square/kernel")
+    if not told:
+        with pytest.raises(fwt.AxesError, match="in several ways"):
+            prune(stack)
+        return
+    kernel = np.asarray(fwt.select(prune(stack))["square/kernel"])
+    np.testing.assert_array_equal((kernel == 0).sum((1, 2)), 10)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "bias", "layers"),
+    [((16, 4, 8), (4, 8), 1), ((16, 3, 4, 8), (3, 4, 8), 1), ((16, 8, 32), (8, 32), 1),
+     ((4, 24), (1, 24), 1), ((5, 6, 7), (9, 2), 1), ((6, 16, 4, 8), (6, 4, 8), 6)],
+)  # fmt: skip
+def test_a_bias_that_fits_in_one_way_leaves_no_doubt(kernel, bias, layers):
+    """One DenseGeneral, or a stack of them; and what fits in no way is one layer."""
+    draw = np.random.default_rng(0).normal
+    tree = {"x": {"kernel": draw(size=kernel).astype("f"), "bias": draw(size=bias).astype("f")}}
+    zeros = np.asarray(fwt.prune(0.5)(tree)["x"]["kernel"]).reshape(layers, -1) == 0
+    np.testing.assert_array_equal(zeros.sum(1), zeros.shape[1] / 2)
 
 
 def test_an_optimizer_refuses_what_may_be_a_stack_in_several_ways():
@@ -745,6 +781,14 @@ def test_a_stack_is_found_wherever_it_stands(make, leaf, axis):
     if not getattr(one, "batch_axis", None):
         zeros = (sparse == 0).reshape(5, -1).sum(1)
         np.testing.assert_array_equal(zeros, round(sparse[0].size / 2))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_stack_of_tables_is_found_wherever_it_stands(axis):
+    make = nnx.vmap(lambda k: nnx.Embed(6, 7, rngs=nnx.Rngs(k)), in_axes=0, out_axes=axis)
+    sparse = fwt.prune(0.5, where="embedding")(make(jax.random.split(KEY, 5)))
+    zeros = np.moveaxis(np.asarray(fwt.select(sparse)["embedding"]), axis, 0) == 0
+    np.testing.assert_array_equal(zeros.sum((1, 2)), 21)
 
 
 def test_axes_speak_of_the_leaves_that_they_name():

@@ -436,6 +436,21 @@ def test_channels_that_a_module_puts_elsewhere_are_found_there():
     assert_same(net(x), np.moveaxis(found, -1, 2))
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_instance_norms_with_running_statistics(own):
+    """Also as the whole model, and as a function that takes them or leaves them."""
+    norm = nn.InstanceNorm2d(4, affine=True, track_running_stats=True).eval()
+    for value in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+        nn.init.uniform_(value, 0.5, 2)
+    net = norm if own else Net(
+        lambda m, x: F.instance_norm(x, weight=m.norm.bias) + F.instance_norm(
+            x, m.norm.running_mean, m.norm.running_var, m.norm.weight, use_input_stats=False),
+        norm=norm,
+    ).eval()  # fmt: skip
+    x = torch.randn(3, 4, 5, 6)
+    assert_same(net(x), run(converters.from_torch(net, (4, 5, 6), layout="source"), [x]))
+
+
 def test_a_constant_image_is_normalised_as_it_is_rounded():
     """What is zero but for rounding is divided by almost nothing, in each framework in its way."""
     torch.manual_seed(0)

@@ -81,3 +81,11 @@ def test_what_ends_in_a_mean_of_a_large_image_goes_to_onnx(tmp_path):
     net = fwt.Sequential(layers, input_shape=(200, 220, 3))
     variables = net.init(jax.random.key(0), np.ones((1, 200, 220, 3), np.float32))
     converters.to_onnx(net, variables, tmp_path / "net.onnx")
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_module_of_ones_own_is_computed_with_all_of_its_batch(alone):
+    x = np.arange(6, dtype=np.float32).reshape(3, 2)
+    model = Tried(lambda v, x: [x - x.mean(0)], {}, large=True, alone=alone)
+    wanted = np.zeros_like(x) if alone else x - x.mean(0)
+    np.testing.assert_array_equal(model.outputs([x])[0], wanted)

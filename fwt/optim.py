@@ -260,7 +260,7 @@ def sparsify(
         pattern: as in :func:`fwt.prune`.
         regrow: at each n that ``every`` divides, drop the least of the kept weights and grow as
             many of all that are pruned, by this score; "set" is random and needs ``key``, "rigl"
-            is the gradient's size. As in the papers' code, what was just dropped may grow at once,
+            is the gradient's size. As in RigL's own code, what was just dropped may grow at once,
             and keeps its value then. Others grow from zero, and so do the optimizer's moments of
             the parameter's own shape, but for those that are nowhere negative, such as Adam's
             second: these begin at their mean over the kept weights of the leaf, so that no

@@ -15,6 +15,7 @@ import numpy as np
 from fwt.converters import judge
 
 _HEAVY = 32 * 2**20  # bytes of weights whose copies are worth a collection
+_LONG = 1 << 12  # numbers in a sum whose order shows beyond ten roundings
 
 
 class Tried:
@@ -88,8 +89,8 @@ class Tried:
             theirs: those of the other.
             eps: of the dtype that they are computed in.
             apart: what compares two, as :func:`judge.apart` does.
-            one_by_one: whether the other model adds up numbers one after the other: a sum of n is
-                off by sqrt(n) roundings there then, and by one here.
+            one_by_one: whether the other model adds up numbers one after the other: a long sum,
+                of n, is off by sqrt(n) roundings there then, and by one here.
         """
 
         def moved(weights: bool, by: float) -> list[np.ndarray]:
@@ -105,7 +106,9 @@ class Tried:
             if all(t.excess <= 1 for t in told):
                 break
             if step == "sums":
-                noise = [n * math.sqrt(self._longest(xs)) for n in noise]
+                if (count := self._longest(xs)) < _LONG:
+                    break
+                noise = [n * math.sqrt(count) for n in noise]
             else:
                 run = functools.partial(moved, step == "weights")
                 noise = judge.rounding(run, ours, eps)

@@ -75,6 +75,14 @@ def test_a_long_sum_may_be_added_up_one_by_one():
         assert [f.excess <= 1 for f in found] == [told, False]
 
 
+def test_a_short_sum_is_allowed_no_more():
+    x = np.random.default_rng(0).uniform(size=(2, 100, 3)).astype("f")
+    model = Tried(lambda v, x: [v["w"] * x.mean(1)], {"w": np.float32(3)}, large=True)
+    ours = model.outputs([x])
+    theirs = [(ours[0] * np.float32(1 + 1e-5)).astype("f")]
+    assert model.judged([x], ours, theirs, 1.2e-7, one_by_one=True)[0].excess > 1
+
+
 def test_what_ends_in_a_mean_of_a_large_image_goes_to_onnx(tmp_path):
     layers = [("conv", nn.Conv(8, (3, 3))), nn.relu, ("pool", fwt.layers.GlobalAvgPool()),
               ("dense", nn.Dense(3))]  # fmt: skip

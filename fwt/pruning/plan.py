@@ -304,12 +304,13 @@ class Plan:
                 p.one.shape,
                 math.prod(s.shape) // max(p.size(p.stack), 1),
                 m // max(p.size(p.stack), 1),
-                _worth(plain, w, self.scope),
+                w,
                 d,
                 a if living else None,
                 n,
                 p,
                 others.get(p.path, ()),
+                plain,
             )
             for p, s, m, w, d, a, n in rows
         ]
@@ -558,12 +559,6 @@ def _normalized(plain: bool, worth: Any) -> Any:
     scaled = x / jnp.where(size > 0, size, 1)  # so that no square overflows
     norm = jnp.sqrt(jnp.sum(jnp.where(jnp.isfinite(x), scaled * scaled, 0)))
     return scaled / jnp.where(norm > 0, norm, 1)
-
-
-def _worth(plain: bool, worth: Any, scope: Any) -> Any:
-    if not plain or scope != "lamp":
-        return worth
-    return jnp.abs(worth.astype(_tree.wide_dtype(worth.dtype)))
 
 
 _zeros = jax.jit(passes.zeros)

@@ -18,7 +18,7 @@ from fwt._types import FwtError, LeafError, WhereError
 from fwt.selection import select
 from fwt.selection.counts import Wide, count, difference, less, minus, plus, total, wide
 from fwt.selection.keys import Source, signed_key, sources
-from fwt.selection.stacks import leaves_of, stacks_of
+from fwt.selection.stacks import stacks_of
 
 Scope = Literal["layer", "output", "global", "normalized", "erk", "lamp"] | Mapping[str, Any]
 Like = Literal["torch", "jaxpruner", "tfmot"]
@@ -40,6 +40,7 @@ class Leaf(NamedTuple):
         floor: how many of them go at least, in the same way; None for none.
         axes: what the axes of the whole leaf mean.
         others: the other paths of a tied array.
+        plain: whether it is the magnitude of ``worth`` that counts.
     """
 
     path: str
@@ -52,6 +53,7 @@ class Leaf(NamedTuple):
     floor: Any = None
     axes: Axes | None = None
     others: Collection[str] = ()
+    plain: bool = False
 
     @property
     def slices(self) -> int:
@@ -274,40 +276,39 @@ def _kept_like(s: Any, n: Any, xp: Any) -> Any:
 def _lamp(leaves: Sequence[Leaf], k: Any) -> Any:
     """Lee et al., "Layer-adaptive sparsity for the magnitude-based pruning", 2021: the square of a
     weight over the sum of the squares that are not below it, compared over all leaves."""
-    found = sources(_all_lamp_scores(leaves), True)
-    cuts = select.smallest([found], [k])
-    if any(x.slices != 1 for x in leaves) or isinstance(cuts[0], select.Cut):
-        pairs = zip(found, map(_apart.own, cuts), strict=True)
-        gone = [select.count_gone(s.key, s.arrays, c) for s, c in pairs]
-        if isinstance(k, int) and not any(isinstance(g, jax.core.Tracer) for g in gone):
-            return [int(n) for each in gone for n in each]
-        return wide(jnp.concatenate(gone))
-    stacks, counts = stacks_of(found), []
-    for stack, mask in zip(stacks, select.kept_rows(stacks, cuts), strict=True):
-        counts.append(jnp.sum(stack.own(~mask), -1, dtype=jnp.uint32))
-    order = np.argsort([i for s in stacks for i in s.places])
-    return wide(jnp.concatenate(counts)[order])
-
-
-def _all_lamp_scores(leaves: Sequence[Leaf]) -> list[Any]:
-    """Of each leaf, (slices, units)."""
-    plain = [i for i, x in enumerate(leaves) if not (x.axes and x.axes.stack)]
     arrays = [(x.worth,) if x.alive is None else (x.worth, x.alive) for x in leaves]
-    out: dict[int, Any] = {}
-    if any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arrays)):
-        # Zeros behind a leaf come to stand before all of its own.
-        stacks = [s for s in stacks_of([Source(signed_key, arrays[i]) for i in plain]) if not s.one]
-        rows = [lax.map(lambda row: _lamp_of_one(*row), s.source.arrays) for s in stacks]
-        each = leaves_of(stacks, rows, last=True) if stacks else {}
-        out |= {plain[place]: row[None] for place, row in each.items()}
-    for i, x in enumerate(leaves):
-        if i not in out:
-            out[i] = _lamp_scores(x.axes and x.axes.stack, *arrays[i])
-    return [out[i] for i in range(len(leaves))]
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((arrays, k)))
+    if traced and all(x.slices == 1 and not (x.axes and x.axes.stack) for x in leaves):
+        return _lamp_of_rows(leaves[0].plain, arrays, k)
+    found = sources([_lamp_scores(x.axes and x.axes.stack, x.plain, *a)
+                     for x, a in zip(leaves, arrays, strict=True)], True)  # fmt: skip
+    pairs = zip(found, map(_apart.own, select.smallest([found], [k])), strict=True)
+    gone = [select.count_gone(s.key, s.arrays, c) for s, c in pairs]
+    if isinstance(k, int) and not any(isinstance(g, jax.core.Tracer) for g in gone):
+        return [int(n) for each in gone for n in each]
+    return wide(jnp.concatenate(gone))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _lamp_scores(stack: Any, *arrays: Any) -> Any:
+def _lamp_of_rows(plain: bool, arrays: Sequence[Any], k: Any) -> Any:
+    """The same under a trace, of leaves that are one layer each: small ones of about one size stay
+    side by side."""
+    stacks = stacks_of([Source(signed_key, x) for x in arrays])
+    scores = []
+    for s in stacks:
+        if s.one:
+            scores.append(_lamp_scores((), plain, *s.source.arrays))
+            continue
+        rows = lax.map(lambda row: _lamp_of_one(plain, *row), s.source.arrays)
+        scores.append(rows[:, ::-1])  # the zeros behind a leaf came to stand before all of its own
+    found = zip(stacks, sources(scores, True), strict=True)
+    stacks = [s._replace(source=source) for s, source in found]
+    masks = select.kept_rows(stacks, select.smallest_of_rows(stacks, k))
+    counts = [jnp.sum(s.own(~m), -1, dtype=jnp.uint32) for s, m in zip(stacks, masks, strict=True)]
+    return wide(jnp.concatenate(counts)[np.argsort([i for s in stacks for i in s.places])])
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _lamp_scores(stack: Any, plain: bool, *arrays: Any) -> Any:
     """The scores of a leaf, (slices, units)."""
 
     def rows(x: Any) -> Any:
@@ -315,12 +316,13 @@ def _lamp_scores(stack: Any, *arrays: Any) -> Any:
         sizes = first.shape[: len(stack or ())]
         return first.reshape(math.prod(sizes), math.prod(first.shape[len(sizes) :]))
 
-    return jax.vmap(_lamp_of_one)(*map(rows, arrays))
+    return jax.vmap(functools.partial(_lamp_of_one, plain))(*map(rows, arrays))
 
 
-def _lamp_of_one(worth: Any, alive: Any = None) -> Any:
+def _lamp_of_one(plain: bool, worth: Any, alive: Any = None) -> Any:
     """The scores of one layer, sorted; those that are gone already are below all others."""
-    x = jnp.maximum(worth.astype(_tree.wide_dtype(worth.dtype)), 0)
+    x = worth.astype(_tree.wide_dtype(worth.dtype))
+    x = jnp.abs(x) if plain else jnp.maximum(x, 0)
     x = jnp.where(jnp.isnan(x), jnp.inf, x)
     gone = 0 if alive is None else jnp.sum(~alive)
     x = x if alive is None else jnp.where(alive, x, 0)

@@ -469,10 +469,24 @@ def smallest(groups: list[list[Source]], ks: list[Any], ties: Ties = "first") ->
             )
         }
         return [each[i] for i in range(len(groups))]
-    keys = tuple(tuple(s.key for s in group) for group in groups)
-    stacked = Wide(*map(_vector, zip(*map(wide, ks), strict=True)))
-    found = Columns(_search(keys, ties, lax.stop_gradient(arrays), stacked))
-    return [Row(found, i) for i in range(sum(map(len, groups)))]
+    kinds = tuple((s.key, None) for group in groups for s in group)
+    flat = [x for group in arrays for x in group]
+    return _sought(kinds, len(groups) == 1, ties, flat, ks, len(kinds))
+
+
+def smallest_of_rows(stacks: Sequence[Stack], k: Any) -> list[Row]:
+    """The same of one group under a trace, whose leaves stand side by side already."""
+    kinds = tuple((s.source.key, (s.places, s.sizes)) for s in stacks)
+    arrays = [s.source.arrays for s in stacks]
+    return _sought(kinds, True, "first", arrays, [k], sum(len(s.places) for s in stacks))
+
+
+def _sought(
+    kinds: Any, joint: bool, ties: Ties, arrays: Any, ks: Sequence[Any], leaves: int
+) -> list[Any]:
+    counts = Wide(*map(_vector, zip(*map(wide, ks), strict=True)))
+    found = Columns(_search(kinds, joint, ties, lax.stop_gradient(arrays), counts))
+    return [Row(found, i) for i in range(leaves)]
 
 
 def one_cut(source: Source, k: Any, ties: Ties = "first") -> Cut:
@@ -487,19 +501,18 @@ def _vector(numbers: Sequence[Any]) -> Any:
     return jnp.stack([jnp.asarray(x) for x in numbers])
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _search(keys: Any, ties: Ties, arrays: Any, ks: Wide) -> Cut:
-    joint = len(keys) == 1
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _search(kinds: Any, joint: bool, ties: Ties, arrays: Any, ks: Wide) -> Cut:
+    """``kinds`` has the key of each leaf, or of each stack with the places and sizes in it."""
 
     @jax.custom_batching.sequential_vmap
     def several(arrays: Any, ks: Wide) -> Cut:
-        pairs = [zip(fs, group, strict=True) for fs, group in zip(keys, arrays, strict=True)]
-        stacks = stacks_of([Source(*pair) for group in pairs for pair in group])
+        found = [(Source(key, x), own) for (key, own), x in zip(kinds, arrays, strict=True)]
+        stacks = [Stack(s, *own) for s, own in found if own] or stacks_of([s for s, _ in found])
         order = np.asarray([i for s in stacks for i in s.places])
         if not joint:
             ks = Wide(*(x[:, order] for x in ks))
-        found = _cuts(stacks, joint, ks, ties)
-        return Cut(*(x[:, np.argsort(order)] for x in found))
+        return Cut(*(x[:, np.argsort(order)] for x in _cuts(stacks, joint, ks, ties)))
 
     def one(arrays: Any, ks: Wide) -> Cut:
         return Cut(*(x[0] for x in several(arrays, Wide(ks.high[None], ks.low[None]))))

@@ -65,16 +65,17 @@ def _rows(arrays: Sequence[Array]) -> Array:
     parts = []
     for x in arrays:
         parts.append(jnp.asarray(x).reshape(-1))
-        if x.size < width:
-            parts.append(lax.full((width - x.size,), 0, x.dtype))
+        left = width - x.size
+        # Each size of zeros is a kernel to compile, so they are joined of few sizes.
+        parts += [
+            lax.full((1 << i,), 0, x.dtype) for i in range(left.bit_length()) if left >> i & 1
+        ]
     return lax.concatenate(parts, 0).reshape(len(arrays), width)
 
 
-def leaves_of(
-    stacks: Sequence[Stack], values: Sequence[Array], last: bool = False
-) -> dict[int, Array]:
-    """The rows of some stacks by the place of their leaf: of each the first numbers, or the last,
-    as many as the leaf has; what belongs to one leaf alone as it is."""
+def leaves_of(stacks: Sequence[Stack], values: Sequence[Array]) -> dict[int, Array]:
+    """The rows of some stacks by the place of their leaf, each without what stands behind it; what
+    belongs to one leaf alone as it is."""
     rows = [v for s, v in zip(stacks, values, strict=True) if not s.one]
     at = indices(range(max(map(len, rows))), seed_of(rows[0])) if rows else []
     out: dict[int, Array] = {}
@@ -83,8 +84,7 @@ def leaves_of(
             if stack.one:
                 out[place] = value
             else:
-                start = value.shape[1] - size if last else 0
-                out[place] = pick(value, at[row])[start : start + size]
+                out[place] = pick(value, at[row])[:size]
     return out
 
 

@@ -3,7 +3,7 @@
 import contextlib
 import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -84,7 +84,14 @@ def _check_flax(what: str, module: Any) -> None:
         )
 
 
-def run(what: str, module: Any, variables: Any, batch: Any, see: See) -> None:
+def run(
+    what: str,
+    module: Any,
+    variables: Any,
+    batch: Any,
+    see: See,
+    wanted: Collection[str] | None = None,
+) -> None:
     """Runs a module on a batch and shows each call of a layer with a kernel.
 
     Args:
@@ -93,6 +100,7 @@ def run(what: str, module: Any, variables: Any, batch: Any, see: See) -> None:
         variables: its variables; of an nnx module, this itself or its state.
         batch: what the module takes.
         see: is called before the layer runs.
+        wanted: the kernels that are asked for; all by default.
 
     Raises:
         FwtError: for another module, or a batch without samples.
@@ -118,7 +126,7 @@ def run(what: str, module: Any, variables: Any, batch: Any, see: See) -> None:
     with explained(
         what, module, "the batch alone", "a module around it that takes the batch and nothing more"
     ):
-        (_run_nnx if graph else _run_linen)(what, module, variables, batch, told)
+        (_run_nnx if graph else _run_linen)(what, module, variables, batch, told, wanted)
 
 
 @contextlib.contextmanager
@@ -146,14 +154,16 @@ def explained(what: str, module: Any, given: str, way: str, whole: str = "") -> 
         ) from error
 
 
-def _not_linear(what: str, path: str, layer: Any) -> LeafError:
+def _not_linear(what: str, path: str, layer: Any, wanted: Collection[str] | None) -> LeafError:
+    way = "take another score" if wanted is None else "leave it out with where="
     return LeafError(
-        f"{what}: {path} is of a {type(layer).__name__}, which is no linear layer: take another "
-        "score, or leave it out with where="
+        f"{what}: {path} is of a {type(layer).__name__}, which is no linear layer: {way}"
     )
 
 
-def _run_linen(what: str, module: Any, variables: Any, batch: Any, see: See) -> None:
+def _run_linen(
+    what: str, module: Any, variables: Any, batch: Any, see: See, wanted: Collection[str] | None
+) -> None:
     import flax.linen as nn
 
     from fwt.layers import GroupedConvTranspose
@@ -170,7 +180,9 @@ def _run_linen(what: str, module: Any, variables: Any, batch: Any, see: See) -> 
             return call(*args, **kwds)
         x = args[0] if args else next(iter(kwds.values()))
         if not isinstance(layer, linear):
-            raise _not_linear(what, path, layer)
+            if wanted is not None and path not in wanted:
+                return call(*args, **kwds)
+            raise _not_linear(what, path, layer, wanted)
         held: Any = jax.tree.leaves(layer.variables["params"]["kernel"])[0]  # of a box
         known = not any(isinstance(v, jax.core.Tracer) for v in (held, kernels[path]))
         if known and not np.array_equal(held, kernels[path], equal_nan=True):
@@ -253,7 +265,9 @@ def _copied(module: Any, params: Any) -> Any:
     return own
 
 
-def _run_nnx(what: str, module: Any, params: Any, batch: Any, see: See) -> None:
+def _run_nnx(
+    what: str, module: Any, params: Any, batch: Any, see: See, wanted: Collection[str] | None
+) -> None:
     own = _copied(module, params)
     tree = _tree.Tree(own)
     layers = [
@@ -273,7 +287,9 @@ def _run_nnx(what: str, module: Any, params: Any, batch: Any, see: See) -> None:
         path = paths.get(id(layer.kernel), "")  # a shared kernel is one
         twin = _twin(layer)
         if path and twin is None:
-            raise _not_linear(what, path, layer)
+            if wanted is not None and path not in wanted:
+                continue
+            raise _not_linear(what, path, layer, wanted)
         if path:
             watched[id(layer)] = functools.partial(told, path, twin)
             cls: Any = type(layer)
@@ -283,7 +299,8 @@ def _run_nnx(what: str, module: Any, params: Any, batch: Any, see: See) -> None:
         own(batch)
     finally:
         _WATCHED.reset(token)
-    if missed := [path for path in paths.values() if path not in met]:
+    asked = [path for path in paths.values() if wanted is None or path in wanted]
+    if missed := [path for path in asked if path not in met]:
         raise LeafError(
             f"{what}: {missed[0]} meets no inputs on the batch: its layer does not run, or runs "
             "inside a lifted transformation (nnx.RNN, remat, jit, scan), where these can't be kept"

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fwt import _axes, _draw, _mesh, _nodes, _own_names, _tree
-from fwt._types import Initializer, LeafError, Params, Transform, Where, resolve
+from fwt._types import Initializer, LeafError, Model, Params, Transform, Where, resolve
 
 
 def initialize(
@@ -90,7 +90,7 @@ def assign(values: Mapping[str, Any]) -> Transform:
 
     Args:
         values: ``{path: array}`` with exact paths (see :func:`fwt.paths`), each array of its
-            leaf's shape and dtype.
+            leaf's shape and dtype; or params, whole or a part of them.
 
     Returns:
         A transform. A JAX array stays on the devices where it is; any other goes where its leaf
@@ -108,13 +108,14 @@ def assign(values: Mapping[str, Any]) -> Transform:
         >>> new["dense"]["kernel"].tolist()
         [[0.0], [0.0]]
     """
-    if not isinstance(values, Mapping):
+    if not isinstance(values, Mapping | Model):
         raise TypeError(f"assign takes a dict {{path: array}}, found {type(values).__name__}")
+    given = _by_path(values)
 
     def apply(params: Params) -> Params:
         tree = _tree.Tree(params)
         new = {}
-        for path, value in values.items():
+        for path, value in given.items():
             path = tree.spelled(path) if isinstance(path, str) else path
             if path in new:
                 raise LeafError(f"assign: {path!r} is given twice, in two spellings")
@@ -157,3 +158,16 @@ def assign(values: Mapping[str, Any]) -> Transform:
         return tree.replace(tree.once(new))
 
     return apply
+
+
+def _by_path(values: Any) -> Mapping[str, Any]:
+    if not isinstance(values, Model) and not any(isinstance(v, Mapping) for v in values.values()):
+        return values
+    variables = values.variables if isinstance(values, Model) else values
+    beside = [k for k, v in variables.items() if k != "params" and jax.tree.leaves(v)]
+    if _tree.is_variables(variables) and beside:
+        raise LeafError(
+            f"assign sets weights, and {beside[0]!r} is beside them: give variables['params']; "
+            "new statistics go into the variables, {**variables, 'batch_stats': new}"
+        )
+    return _tree.Tree(values).leaves

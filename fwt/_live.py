@@ -27,10 +27,13 @@ GRADIENTS: ContextVar[Gradients] = ContextVar("gradients", default=lambda grads,
 
 @contextlib.contextmanager
 def knowing(
-    known: Mapping[str, Known], grads: Gradients, own: Mapping[str, Sequence[str]]
+    known: Mapping[str, Known],
+    grads: Gradients,
+    own: Mapping[str, Sequence[str]],
+    hidden: Mapping[str, Sequence[str]],
 ) -> Iterator[None]:
     """Inside, the axes of leaves are what the classes of a live model tell, gradients are given as
-    that model has them, and its own names of the weights are understood."""
+    that model has them, and its own names are understood."""
     # Not the paths, which jit knows: models of one architecture are compiled once.
     told = [
         (dataclasses.replace(k, owner=None), *(getattr(k.owner, n, None) for n in _COUNTS),
@@ -38,6 +41,7 @@ def knowing(
         for p, k in sorted(known.items())
     ]  # fmt: skip
     token, other, names = KNOWN.set(known), GRADIENTS.set(grads), _paths.OWN.set(own)
+    beside = _paths.STATISTICS.set(hidden)
     try:
         with _TOLD(repr(told)):
             yield
@@ -45,3 +49,4 @@ def knowing(
         KNOWN.reset(token)
         GRADIENTS.reset(other)
         _paths.OWN.reset(names)
+        _paths.STATISTICS.reset(beside)

@@ -4,7 +4,7 @@ import re
 from types import ModuleType
 from typing import Any
 
-from fwt import constraints, initializers, patterns, scores
+from fwt import _paths, constraints, initializers, patterns, scores
 from fwt.initializers import keras as _keras
 from fwt.initializers import torch as _torch
 
@@ -18,14 +18,26 @@ _OTHERWISE = {
     "non_neg": "non_negative", "l1_unstructured": "magnitude", "random_unstructured": "random",
     "identity_initializer": "identity",
 }  # fmt: skip
-_LIBRARIES = ("keras", "tf_keras", "torch", "tensorflow")
 
 
 def library(noun: Any) -> str | None:
     """The library of a noun that is not ours, or of the class that the user's own is made of."""
     classes = noun.__mro__ if isinstance(noun, type) else type(noun).__mro__
     homes = [getattr(noun, "__module__", None), *(c.__module__ for c in classes)]
-    return next((h.split(".")[0] for h in homes if h and h.split(".")[0] in _LIBRARIES), None)
+    return next((h.split(".")[0] for h in homes if h and h.split(".")[0] in _paths.LIBRARIES), None)
+
+
+LIVE = "converters.transform(model, t) after each step, as the guide's page on live models shows"
+
+
+def check_optimizer(wrapper: str, given: Any) -> None:
+    """Raises for what is no optax optimizer, such as that of another framework."""
+    if hasattr(given, "update") and hasattr(given, "init"):
+        return
+    home = library(given)
+    way = f"; in {home}, call {LIVE}" if home else ", such as optax.adam(1e-3)"
+    found = repr(given) if home is None else f"{type(given).__name__} of {home}"
+    raise TypeError(f"{wrapper} takes an optax optimizer{way}; found {found}")
 
 
 def hint(noun: Any, kind: str) -> str:

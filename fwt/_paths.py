@@ -112,6 +112,10 @@ def _in_pieces(path: str) -> str:
 OWN: ContextVar[Mapping[str, Sequence[str]]] = ContextVar(
     "own names", default=types.MappingProxyType({})
 )
+# The same of its running statistics, where a transform does not see them.
+STATISTICS: ContextVar[Mapping[str, Sequence[str]]] = ContextVar(
+    "own names of statistics", default=types.MappingProxyType({})
+)
 
 
 def named(pattern: str, paths: Collection[str], *, own: bool = True) -> list[str]:
@@ -152,7 +156,7 @@ def named(pattern: str, paths: Collection[str], *, own: bool = True) -> list[str
     for each in ({p: theirs.get(p, ()) for p in paths}, {p: (p,) for p in paths}):
         spelled = {p: [_in_pieces(n) for n in names] for p, names in each.items()}
         other = [p for p, names in spelled.items() if any(matches(cut, n) for n in names)]
-        if theirs and cut != pattern and not exact:
+        if cut != pattern and not exact:
             _refuse_longer(pattern, cut, spelled, other)
         if (exact and len(other) > 1) or len({_in_pieces(p) for p in other}) < len(other):
             one, two = other[0], other[-1]
@@ -198,6 +202,33 @@ def _refuse_longer(
         )
 
 
+LIBRARIES = ("keras", "tf_keras", "torch", "tensorflow")
+
+
+def foreign(value: Any) -> str | None:
+    """The framework of a layer or a weight that is not JAX's."""
+    classes = value.__mro__ if isinstance(value, type) else type(value).__mro__
+    homes = (c.__module__.partition(".")[0] for c in classes)
+    return next((h for h in homes if h in LIBRARIES), None)
+
+
+def no_name(where: Any) -> str | None:
+    """What is said of a layer or a weight of another framework that is given as ``where=``."""
+    if foreign(where) is None:
+        return None
+    if isinstance(where, type):
+        return (
+            f"where takes paths, found the class {where.__name__}: list them, such as where="
+            '[f"{n}.weight" for n, m in model.named_modules() if isinstance(m, ...)] in PyTorch, '
+            '[f"{x.path}/kernel" for x in model.layers if isinstance(x, ...)] in Keras'
+        )
+    kind, path = type(where).__name__, getattr(where, "path", None)
+    if not isinstance(path, str):
+        return f"where takes paths, found a {kind}: name it, such as where='0/kernel' or '0/**'"
+    said = path if hasattr(where, "shape") else f"{path}/**"
+    return f"where takes paths, found a {kind}: give its own, where={said!r}"
+
+
 # What other frameworks call the leaves of Flax.
 _FLAX = {
     "weight": ("kernel", "embedding", "scale", "negative_slope"),
@@ -216,6 +247,12 @@ def near(path: str, known: Iterable[str]) -> str:
     """``; in the names of Flax that is 'a'``, ``; close: 'a', 'b'``, or nothing."""
     known = list(known)
     cut = _cut(path)
+    for hidden, names in STATISTICS.get().items():
+        if path and any(matches(cut, n) for n in (hidden, *map(_in_pieces, names))):
+            return (
+                f"; {hidden!r} is a running statistic, which no transform but fwt.reset sees: give "
+                "it a value in its own framework"
+            )
     own = {p: [_in_pieces(n) for n in OWN.get().get(p, ())] for p in known}
     if path and (hits := [p for p, names in own.items() if any(matches(cut, n) for n in names)]):
         return f"; the path of that is {hits[0]!r}, with the axes of Flax"
@@ -226,12 +263,17 @@ def near(path: str, known: Iterable[str]) -> str:
     for name in _FLAX.get(last, ()):
         if any(matches(flax := "/".join([*above, name]), p) for p in known):
             return f"; in the names of Flax that is {flax!r}"
-    if path and any(matches(whole := f"{cut}/**", p) for p in known):
-        return f"; {whole!r} takes all that is inside of it"
     if any("**" in part and part != "**" for part in split(path)):
         parts = re.sub("/+", "/", path.replace("**", "/**/").replace(".", "/")).strip("/")
         if fits := [p for p in known if matches(parts, p)]:
             return f"; ** is a part of its own, between slashes: {parts!r} takes {fits[0]!r}"
+    plain = re.sub(r"\*\*+", "*", cut.removeprefix("**/"))
+    whole, deep = (
+        [g, *(p for p in known if matches(g, p))] for g in (f"{plain}/**", f"**/{plain}/**")
+    )
+    if path and len(deep) > 1:
+        more = f", at any depth ({len(deep) - 1} leaves)" if len(deep) > len(whole) else ""
+        return f"; {(deep if more else whole)[0]!r} takes all that is inside of it{more}"
     plain = path.replace("**/", "").replace("*", "")
     lower = {p.lower(): p for p in known}
     close = [p for p in known if matches("**/" + path, p)] if path else []

@@ -349,6 +349,8 @@ def _resolve(where: Where, shapes: Mapping[str, "jax.ShapeDtypeStruct"], tree: T
         return chosen
     if hasattr(where, "paths_of"):  # a role: it may ask what the modules in the tree say
         return set(where.paths_of(shapes, tree))
+    if said := _paths.no_name(where):
+        raise WhereError(said)
     # A function is a leaf of its own; an equinox module or a Model of bools can be called too.
     if callable(where) and jax.tree.leaves(where) == [where]:
         answers = {p: where(p, x) for p, x in shapes.items()}

@@ -11,6 +11,7 @@ from jax import lax
 
 from fwt import _again, _axes, _keys, _masks, _mesh, _moments, _tree, constraints, patterns, scores
 from fwt._compose import masks_in, within
+from fwt._own_names import check_optimizer
 from fwt._types import FwtError, LeafError, Masks, Params, Score, Transform, Where, resolve
 from fwt.pruning import chosen as _chosen
 from fwt.pruning import plan as _plan
@@ -79,8 +80,7 @@ def constrain(
         >>> round(float((new**2).sum()), 5)
         1.0
     """
-    if not hasattr(tx, "update"):
-        raise TypeError(f"constrain takes an optax optimizer, found {tx!r}")
+    check_optimizer("constrain", tx)
     if isinstance(transform, constraints.Bound):
         raise TypeError(
             f"constrain takes a transform: fwt.project(fwt.constraints.{transform.name}(...))"
@@ -295,8 +295,7 @@ def sparsify(
         >>> state.masks["dense"]["kernel"].tolist()
         [[True, False], [False, True]]
     """
-    if not hasattr(tx, "update") or not hasattr(tx, "init"):
-        raise TypeError(f"sparsify takes an optax optimizer, found {tx!r}")
+    check_optimizer("sparsify", tx)
     rule = _Rule(
         sparsity, score, where, key, every, scope, pattern, regrow, regrow_fraction, masks,
         straight_through, rewind, like, axes,

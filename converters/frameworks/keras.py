@@ -170,7 +170,7 @@ def _is_container(model: Any) -> bool:
 @without_tensorflow()
 def net_of(model: Any) -> Net:
     """The net of a live model with its arrays."""
-    _sync(model)
+    sync(model)
     net = keras_read.keras_net(_config(model), model.name)
     places: dict[int, str] = {}
     for layer in net.layers:
@@ -193,7 +193,7 @@ def _dotted(model: Any) -> str:
     return f"{name}, of Keras 2: save it, and load the file" if name[:8] == "tf_keras" else name
 
 
-def _sync(model: Any) -> None:
+def sync(model: Any) -> None:
     """Brings the values home that Keras keeps elsewhere while it trains on JAX."""
     if hasattr(model, "jax_state_sync"):
         model.jax_state_sync()
@@ -426,7 +426,7 @@ def _assign(layer: Layer, live: Any) -> None:
 def leaves(model: Any) -> list[LiveLeaf]:
     """The floating weights and the running statistics in Flax's names and axes; a tied one under
     its first path."""
-    _sync(model)
+    sync(model)
     out: list[LiveLeaf] = []
     seen: dict[int, LiveLeaf] = {}
     held: dict[int, list[tuple[LiveLeaf, str, str, Any]]] = {}  # the leaves of a layer

@@ -1,13 +1,16 @@
 """``transform``: any transform on a live model of any framework, in place."""
 
+import contextlib
 import functools
 import json
 import sys
+from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 
-from fwt import _live, _tree, initializers
+from fwt import _live, _tree, constraints, initializers
 from fwt._own_nodes import FromFile
 from fwt._types import (
     ConversionError,
@@ -70,7 +73,8 @@ def transform(model: Any, t: Transform) -> Any:
     _check(t)
     statistics = wants_statistics(t)
     backend = _backend(model)
-    leaves = [x for x in backend.leaves(model) if statistics or x.collection == "params"]
+    held = backend.leaves(model)
+    leaves = [x for x in held if statistics or x.collection == "params"]
     if not leaves:
         unbuilt = getattr(model, "built", True) is False
         raise ConversionError(
@@ -98,9 +102,12 @@ def transform(model: Any, t: Transform) -> Any:
         tree["params"] = FromFile(tree["params"], json.dumps({"also": also}))
     grads = functools.partial(gradients.in_tree, backend, model, leaves)
     own = {path: names for leaf in leaves for path, names in leaf.own.items()}
-    with _live.knowing(known, grads, own):
+    hidden = {p: names for x in held if x not in leaves for p, names in x.own.items()}
+    with _live.knowing(known, grads, own, hidden):
         try:
-            after = _tree.Tree(t(tree), statistics).leaves
+            found = t(tree)
+            _check_given_back(found, tree)
+            after = _tree.Tree(found, statistics).leaves
         except WhereError as error:
             raise WhereError(str(error).replace("fwt.paths(params)", _PATHS)) from None
     if set(after) != set(before):
@@ -116,9 +123,10 @@ def transform(model: Any, t: Transform) -> Any:
         if counter:  # which jit cuts to 32 bits
             value = value.astype(old.dtype)
         if value.shape != old.shape or value.dtype != old.dtype:
+            masks = "; fwt.apply_masks(masks)(tree) applies masks" if value.dtype == bool else ""
             raise LeafError(
                 f"{path}: expected {old.dtype}{list(old.shape)} from the transform, found "
-                f"{value.dtype}{list(value.shape)}"
+                f"{value.dtype}{list(value.shape)}{masks}"
             )
         # Bytes, so that NaN equals itself and -0.0 is not +0.0.
         if value.tobytes() != old.tobytes():
@@ -130,16 +138,39 @@ def transform(model: Any, t: Transform) -> Any:
                 written.append(leaf)
                 leaf.write(changed[leaf.path])
     except Exception as error:  # torch, Keras and nnx raise any class: it becomes ours
-        for leaf in written[:-1]:
-            leaf.write(before[leaf.path])
+        for leaf in written:  # what failed may have been written all the same
+            with contextlib.suppress(Exception):
+                leaf.write(before[leaf.path])
         raise ConversionError(
             f"{written[-1].path} can't be written ({error}); the model is as it was"
         ) from error
     return model
 
 
+def _check_given_back(found: Any, tree: dict[str, Any]) -> None:
+    """Raises for what a transform may not give in the place of the tree that it was given."""
+    if found is None or (callable(found) and not isinstance(found, Mapping | Model)):
+        what = "nothing" if found is None else f"a function, {getattr(found, '__name__', found)}"
+        way = "return the tree" if found is None else "call it on the tree, fwt.prune(0.5)(tree)"
+        raise LeafError(f"the transform must give the new tree back, and gave {what}: {way}")
+    beside = [k for k in found if k not in tree] if isinstance(found, Mapping) else []
+    if beside and "params" in found:
+        raise LeafError(
+            f"the transform was given {{'params': ...}} and gave {beside[0]!r} beside it, which is "
+            "no part of the model: change what is inside of tree['params'], such as "
+            "tree['params']['dense']['kernel'], or fwt.assign({'dense/kernel': array})"
+        )
+
+
 def _check(t: Any) -> None:
     """Raises for what is no transform: it takes a tree of arrays and gives one."""
+    nouns = (("project({}(...))", constraints), ("initialize({}, key=0)", initializers))
+    for call, home in nouns:
+        if isinstance(t, home.Bound) or getattr(t, "__module__", "").startswith(home.__name__):
+            noun = f"{home.__name__}.{getattr(t, 'name', getattr(t, '__name__', '...'))}"
+            raise ConversionError(
+                f"transform takes a transform, found {noun}: fwt.{call.format(noun)} is one"
+            )
     owner = str(getattr(t, "__module__", None) or type(t).__module__).partition(".")[0]
     if callable(t) and owner not in ("torch", "keras"):
         return
@@ -153,12 +184,31 @@ def _check(t: Any) -> None:
     )
 
 
+def _check_outside(backend: str, model: Any) -> None:
+    """Raises in a step of training that is compiled, where the weights have no values yet."""
+    inside, also = False, ""
+    if backend == "tensorflow":
+        inside, also = sys.modules["tensorflow"].inside_function(), ", or compile(run_eagerly=True)"
+    elif backend == "jax":
+        try:
+            inside = any(isinstance(v.value, jax.core.Tracer) for v in model.variables[:1])
+        except TypeError:  # Keras calls an initializer that is there no more
+            inside = True
+    if inside:
+        raise ConversionError(
+            f"transform is called in a step that {backend} compiles, where the weights of "
+            f"{model.name} have no values: call it in a callback, after each batch{also}"
+        )
+
+
 def _backend(model: Any) -> Any:
     """The module for a live model, which touches a framework only if it is imported already."""
     torch, keras = sys.modules.get("torch"), sys.modules.get("keras")
     if keras is not None and isinstance(model, keras.layers.Layer):
         from fwt.converters.frameworks import keras as _keras
 
+        _keras.sync(model)
+        _check_outside(keras.backend.backend(), model)
         return _keras
     if torch is not None and isinstance(model, torch.nn.Module):
         from fwt.converters.frameworks import torch as _torch

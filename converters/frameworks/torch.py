@@ -329,6 +329,9 @@ def leaves(model: torch.nn.Module) -> list[LiveLeaf]:
         for name, parameter in itertools.chain(plain_ones, computed.items(), statistics.items()):
             place = f"{prefix}.{name}" if prefix else name
             check_initialised(parameter, place)
+            if parameter.is_inference() and not torch.is_inference_mode_enabled():
+                found = "it was made under torch.inference_mode(), and is written in it alone"
+                raise refuse(place, found, "call transform under torch.inference_mode() too")
             if id(parameter) in made_of and name not in computed:
                 continue
             if not parameter.is_floating_point() and name not in statistics:

@@ -47,7 +47,8 @@ class Report:
     """What :func:`verify` found.
 
     Attributes:
-        ok: whether the outputs agree. It is False if nothing could be compared.
+        ok: whether the outputs agree. It is False if nothing could be compared. The report itself
+            is true where this is.
         first: the name of the first layer that departs, if ``ok`` is False and one does.
         layers: a line for each layer that both models have, and those that one has alone.
         weights: a line for each weight that is not the same, bit for bit, in Flax's form.
@@ -63,6 +64,9 @@ class Report:
     output: Line
     notes: tuple[str, ...] = ()
     outputs: tuple[Line, ...] = ()
+
+    def __bool__(self) -> bool:
+        return self.ok
 
     def _lines(self) -> tuple[Line, ...]:
         return (*self.layers, *(self.outputs or (self.output,)))

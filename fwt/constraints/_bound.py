@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fwt import _mesh, _tree
+from fwt import _mesh, _paths, _tree
 from fwt._axes import Axes, words
 from fwt._types import AxesError, FwtError
 
@@ -39,6 +39,13 @@ class Bound:
         return self.support is not None
 
     def __call__(self, leaf: Any, axes: Axes | str | None = None, mask: Any = None) -> Any:
+        if home := _paths.foreign(leaf):
+            raise TypeError(
+                f"fwt.constraints.{self.name} takes JAX and NumPy arrays, found a "
+                f"{type(leaf).__name__} of {home}: converters.transform(model, "
+                f"fwt.project(fwt.constraints.{self.name}(...))) constrains a live model, after "
+                "each step of its training too, as the guide's page on live models shows"
+            )
         if not isinstance(axes, Axes):
             axes = _named(axes, jnp.shape(leaf))
         return _mesh.like(self._computed(leaf, axes, mask, dict(self.settings)), leaf)

@@ -63,7 +63,17 @@ class Bound:
         if shape is None and key is None:  # a noun may be written bare or called
             return self
         if shape is None:
-            raise TypeError(f"{self.name}(key, shape, dtype) needs a shape, found only {key!r}")
+            way = ""
+            if isinstance(key, tuple):
+                way = (
+                    "; for a layer of Keras, build the model with any initializer and call "
+                    "converters.transform(model, fwt.initialize(..., key=0))"
+                )
+            raise TypeError(
+                f"{self.name}(key, shape, dtype) needs a shape, found only {key!r}{way}"
+            )
+        if isinstance(key, int):
+            key = _keys.one_key(key)
         if 0 in shape:  # no numbers to draw, and no fan to divide by
             return jnp.zeros(shape, dtype)
         axes = self.axes

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fwt import _apart, _axes, _keys, _live, _mesh, _own_names, _tree, patterns, scores
+from fwt import _apart, _axes, _keys, _live, _mesh, _own_names, _paths, _tree, patterns, scores
 from fwt._types import FwtError, LeafError, Params, Score, Where, resolve
 from fwt.pruning import scope as _scope
 from fwt.pruning.chosen import Chosen, each_slice, mask_of
@@ -428,7 +428,10 @@ def _number(name: str, value: Any) -> Any:
             )
         found = value.item()
     if isinstance(found, bool) or not isinstance(found, int | float) or found != found:
-        raise FwtError(f"{name} must be a number or a scalar array, found {found!r:.80}")
+        way = ""
+        if _paths.foreign(found):
+            way = ": converters.transform(model, fwt.prune(0.5)) takes the model"
+        raise FwtError(f"{name} must be a number or a scalar array, found {found!r:.80}{way}")
     if name == "sparsity" and not 0 <= found <= 1:
         raise FwtError(f"sparsity is the share of weights to prune, 0 to 1; found {found}")
     return value if isinstance(value, jax.Array) else float(found)  # an array counts as float32

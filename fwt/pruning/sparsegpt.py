@@ -118,7 +118,7 @@ def sparsegpt(
 
     # On GPUs and TPUs products of float32 are rounded by default, which no inverse bears.
     with jax.default_matmul_precision("highest"):
-        _calls.run("sparsegpt", module, variables, batch, see)
+        _calls.run("sparsegpt", module, variables, batch, see, chosen)
     missed = [p for p in chosen if p not in new]
     if missed:
         raise LeafError(

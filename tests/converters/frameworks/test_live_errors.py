@@ -1,0 +1,172 @@
+"""What converters.transform says of what it can't do; nothing is passed over in silence."""
+
+import dataclasses
+
+import keras
+import numpy as np
+import optax
+import pytest
+import torch
+
+import fwt
+from fwt import constraints, converters, initializers
+from fwt.converters.frameworks import live
+
+L = keras.layers
+
+
+@pytest.fixture
+def net():
+    keras.utils.clear_session()
+    return keras.Sequential(
+        [keras.Input((8,)), L.Dense(5, name="a"), L.BatchNormalization(name="bn")]
+    )
+
+
+@pytest.mark.parametrize(
+    ("t", "said"),
+    [
+        (lambda tree: {**tree, "a/kernel": np.zeros((8, 5), np.float32)}, "'a/kernel' beside it"),
+        (lambda tree: {**tree, "a": {"kernel": np.zeros((8, 5), np.float32)}}, "'a' beside it"),
+        (lambda tree: {**tree, "nonsense": 5}, "change what is inside of tree\\['params'\\]"),
+        (lambda tree: print(end=""), "gave nothing: return the tree"),
+        (lambda tree: fwt.prune(0.5), "gave a function, .*: call it on the tree"),
+        (fwt.masks(0.8), "apply_masks"),
+        (fwt.masks_of, "apply_masks"),
+        (constraints.max_norm(1.0), r"fwt.project\(fwt.constraints.max_norm\(...\)\) is one"),
+        (constraints.max_norm, "fwt.project"),
+        (initializers.he_normal, r"fwt.initialize\(fwt.initializers.he_normal, key=0\) is one"),
+        (initializers.zeros, "fwt.initialize"),
+        (fwt.assign({"bn/moving_mean": np.zeros(5, np.float32)}), "'bn/mean' is a running stat"),
+        (fwt.prune(0.5, where="bn/moving_mean"), "'bn/mean' is a running statistic"),
+        (fwt.prune(0.5, where="bn/mean"), "'bn/mean' is a running statistic"),
+        (fwt.prune(0.5, where=L.Dense), "found the class Dense: list them"),
+    ],
+)
+def test_each_wrong_answer_of_a_transform_is_named(net, t, said):
+    before = net.get_weights()
+    with pytest.raises(fwt.FwtError, match=said):
+        converters.transform(net, t)
+    for old, new in zip(before, net.get_weights(), strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
+def test_a_layer_or_a_weight_as_where_is_told_its_path(net):
+    layer = net.get_layer("a")
+    for given, path in ((layer, layer.path + "/**"), (layer.kernel, layer.kernel.path)):
+        with pytest.raises(fwt.WhereError, match="where takes paths") as told:
+            converters.transform(net, fwt.prune(0.5, where=given))
+        assert f"where={path!r}" in str(told.value)
+        converters.transform(net, fwt.prune(1.0, where=path))  # the way out
+    assert not net.get_layer("a").kernel.numpy().any()
+    linear = torch.nn.Linear(3, 2)
+    for given in (linear, linear.weight):
+        with pytest.raises(fwt.WhereError, match="such as where='0/kernel'"):
+            converters.transform(torch.nn.Sequential(linear), fwt.prune(0.5, where=given))
+
+
+@pytest.mark.parametrize("part", ["params", "all"])
+def test_assign_takes_params_as_they_are(net, part):
+    pruned = fwt.prune(0.5)(converters.from_keras(net))
+    given = {"params": pruned.variables["params"], "all": fwt.select(pruned, "**")}[part]
+    converters.transform(net, fwt.assign(given))
+    np.testing.assert_array_equal(
+        net.get_layer("a").kernel, pruned.variables["params"]["a"]["kernel"]
+    )
+    for whole in (pruned, pruned.variables):
+        with pytest.raises(fwt.LeafError, match="'batch_stats' is beside them"):
+            fwt.assign(whole)
+    same = fwt.assign({"params": pruned.variables["params"]})(pruned)
+    assert same.variables["batch_stats"].keys() == {"bn"}
+
+
+def test_what_stands_in_a_slot_of_keras_says_where_it_goes(net):
+    def fits(**settings):
+        model = keras.Sequential([keras.Input((8,)), L.Dense(3, **settings)])
+        model.compile("sgd", "mse")
+        model.fit(np.ones((2, 8)), np.ones((2, 3)), verbose=0)
+
+    with pytest.raises(TypeError, match=r"converters.transform\(model, fwt.project"):
+        fits(kernel_constraint=constraints.max_norm(1.0))
+    with pytest.raises(TypeError, match=r"converters.transform\(model, fwt.initialize"):
+        fits(kernel_initializer=initializers.he_normal())
+    bound = fwt.project(constraints.max_norm(1.0))
+    for adam in (keras.optimizers.Adam(), torch.optim.Adam(torch.nn.Linear(2, 2).parameters())):
+        with pytest.raises(TypeError, match=r"after each step, .*; found Adam of"):
+            fwt.optim.constrain(adam, bound)
+        with pytest.raises(TypeError, match=r"after each step, .*; found Adam of"):
+            fwt.optim.sparsify(adam, 0.8)
+    with pytest.raises(TypeError, match=r"such as optax\.adam"):
+        fwt.optim.sparsify("adam", 0.8)
+    fwt.optim.sparsify(optax.adam(1e-3), 0.8)
+    with pytest.raises(fwt.FwtError, match=r"transform\(model, fwt.prune\(0.5\)\) takes the model"):
+        fwt.prune(net, 0.5)
+
+
+def test_in_a_compiled_step_of_training_it_says_so():
+    class Net(keras.Model):
+        def train_step(self, *given):
+            told = super().train_step(*given)
+            converters.transform(self, fwt.prune(0.5))
+            return told
+
+    x = keras.Input((8,))
+    net = Net(x, L.Dense(3, name="d")(x))
+    net.compile("sgd", "mse")
+    with pytest.raises(converters.ConversionError, match="call it in a callback"):
+        net.fit(np.ones((2, 8)), np.ones((2, 3)), verbose=0)
+
+
+def test_what_was_made_for_inference_is_left_whole():
+    with torch.inference_mode():
+        net = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    with pytest.raises(converters.ConversionError, match=r"under torch\.inference_mode"):
+        converters.transform(net, fwt.prune(0.5))
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+    with torch.inference_mode():
+        converters.transform(net, fwt.prune(0.5))
+    assert [int((x.weight == 0).sum()) for x in net] == [32, 32]
+
+
+def test_a_write_that_changes_and_then_fails_is_undone(monkeypatch):
+    net = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 2))
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+
+    backend = live._backend(net)
+    found = backend.leaves
+
+    def leaves(model):
+        out = found(model)
+        last = next(x for x in out if x.path == "1/kernel")
+
+        def write(value, write=last.write):
+            write(value)
+            raise RuntimeError("too late")
+
+        return [dataclasses.replace(x, write=write) if x is last else x for x in out]
+
+    monkeypatch.setattr(backend, "leaves", leaves)
+    with pytest.raises(converters.ConversionError, match="1/kernel can't be written"):
+        converters.transform(net, fwt.prune(0.5))
+    assert all(torch.equal(before[k], v) for k, v in net.state_dict().items())
+
+
+def test_globs_that_match_nothing_are_told_a_glob_of_all_depths():
+    def kernel():
+        return {"kernel": np.ones((3, 2), np.float32)}
+
+    tree = {"conv1": kernel(), "block": {"conv2": kernel(), "deep": {"conv3": kernel()}}}
+    for glob in ("*conv*", "**conv**", "**/*conv*"):
+        with pytest.raises(fwt.WhereError, match=r"'\*\*/\*conv\*/\*\*' .*at any depth"):
+            fwt.prune(0.5, where=glob)(tree)
+    assert len(fwt.select(tree, "**/*conv*/**")) == 3
+
+
+def test_a_star_stays_within_one_part_of_a_files_names_too(tmp_path):
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Sequential(torch.nn.Linear(4, 4)))
+    torch.save({**net.state_dict(), "head.weight": torch.ones(3, 4)}, tmp_path / "net.pt")
+    weights = converters.load(tmp_path / "net.pt")
+    with pytest.raises(fwt.WhereError, match=r"does not name 1.0.weight.*'\*\*.weight' does"):
+        fwt.prune(0.5, where="*.weight", axes={"**/weight": "out in"})(weights)
+    assert len(fwt.select(weights, "**.weight")) == 3

@@ -491,8 +491,10 @@ def _orders(
     """The frameworks whose order of arrays has the shapes of the file's."""
     names = list(found)
     if not ordered:
-        # A format that sorts names has an order only if they are numbers within one frame.
-        if len({re.sub(r"\d+", "#", n.rpartition(".")[0]) for n in names}) > 1:
+        # A format that sorts names has an order only if they are numbers within one frame, as a
+        # list counts its modules; what counts within a name, up3 or conv1x1, may count anything.
+        frames = {re.sub(r"(?<![^.])(arr_)?\d+(?![^.])", "#", n) for n in names}
+        if len({n.rpartition(".")[0] or n for n in frames}) > 1:
             return []
         names.sort(key=_tree.natural)
     fitting: list[tuple[str, list[Pair]]] = []
@@ -527,6 +529,13 @@ def _in_order(
     found: Mapping[str, np.ndarray], known: Model, path: Path, ordered: bool
 ) -> list[Pair]:
     why: dict[str, str] = {}
+    names = list(found)
+    if not ordered and path.suffix == ".npz" and sorted(names) != names:
+        if names != sorted(names, key=_tree.natural):  # which it keeps as they were given
+            raise FileFormatError(
+                f"{path}: match='order': its names stand neither in the order of their numbers nor "
+                "sorted, and nothing tells which order is the model's; rename= tells which is which"
+            )
     fitting = _orders(found, _candidates(_numbered(known), path, told=why), ordered)
     ends = {name.rpartition(".")[2] for name in found}
     # The names of arrays tell whose they are, where those of layers do not.
@@ -541,7 +550,8 @@ def _in_order(
         said += "".join(f"; {x}'s is not known ({y})" for x, y in why.items())
         if not ordered:
             said += (
-                "; this format sorts names, or they were sorted before: only numbers are in order"
+                "; the order of this file is not a model's, and only whole numbers between dots, "
+                "such as those of 0.weight and 2.weight, tell it"
             )
     raise FileFormatError(f"{path}: match='order': {said}; rename= tells which is which")
 

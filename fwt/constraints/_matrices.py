@@ -203,7 +203,10 @@ def _spectral_ball(leaf: Any, axes: Axes, scale: Any) -> Array:
         return back(matrix)
     scaled, c, unit = _over(matrix, scale)
     largest = jnp.linalg.svd(lax.stop_gradient(scaled), compute_uv=False)[0]
-    clipped = _on_singular_values(_at_most, scaled, c) * unit
+    # Below the rounding of the values themselves a radius would be lost in the product.
+    least = 2.0**-60
+    clipped = _on_singular_values(_at_most, scaled, jnp.maximum(c, least))
+    clipped *= jnp.where(c > least, unit, jnp.asarray(scale, matrix.dtype) / least)
     return back(jnp.where(largest <= c, matrix, clipped))
 
 

@@ -973,3 +973,15 @@ def test_what_has_no_projection_is_nan_and_no_number(c):
     for column in ([-np.inf, -np.inf], [np.inf, 1.0], [np.nan, 1.0]):
         new = fwt.project(c)({"d": {"kernel": np.array(column, np.float32)[:, None]}})
         assert np.isnan(new["d"]["kernel"][0, 0]), column
+
+
+@pytest.mark.parametrize(("size", "radius"), [(2e37, 0.8), (1e36, 0.8), (1e20, 1e-18), (1, 1e-36)])
+def test_a_spectral_ball_far_smaller_than_the_matrix(size, radius):
+    w = (np.random.default_rng(0).normal(size=(7, 5)) * size).astype(np.float32)
+    u, s, vt = np.linalg.svd(w.astype(np.float64), full_matrices=False)
+    want = u * np.minimum(s, radius) @ vt
+    found = C.spectral_ball(radius)(w, "in out")
+    tiny = float(np.finfo(np.float32).tiny)  # below which numbers count as zero
+    np.testing.assert_allclose(found, want, rtol=0, atol=max(2e-6 * np.abs(want).max(), tiny))
+    slope = jax.grad(lambda r: C.spectral_ball(r)(w, "in out").sum())(radius)
+    np.testing.assert_allclose(slope, (u @ vt).sum(), rtol=1e-4)

@@ -259,7 +259,10 @@ def square(names):
 
 def test_an_order_that_a_format_does_not_keep_is_not_guessed(tmp_path):
     x = torch.randn(3, 4)
-    for names, kept in ((["stem", "head"], False), ([f"lin{i}" for i in range(12)], True)):
+    for names, kept in (
+        (["stem", "head"], False), (["up3", "up2", "up1"], False), (["conv3x3", "conv1x1"], False),
+        ([str(i) for i in range(12)], True),
+    ):  # fmt: skip
         net = square(names)
         model = converters.from_torch(square([str(i) for i in range(len(names))]), input_shape=(4,))
         torch.save(net.state_dict(), tmp_path / "w.pt")
@@ -270,8 +273,12 @@ def test_an_order_that_a_format_does_not_keep_is_not_guessed(tmp_path):
             expected = net(x).detach().numpy()
             np.testing.assert_allclose(np.asarray(found(x.numpy())), expected, atol=1e-5)
         if not kept:
-            with pytest.raises(converters.FileFormatError, match="this format sorts names"):
+            with pytest.raises(converters.FileFormatError, match="only whole numbers between dots"):
                 converters.load(tmp_path / "w.safetensors", architecture=model, match="order")
+    down = {f"{i}.{n}": v for i in (2, 1, 0) for n, v in torch.nn.Linear(4, 4).state_dict().items()}
+    np.savez(tmp_path / "down.npz", **{n: v.numpy() for n, v in down.items()})
+    with pytest.raises(converters.FileFormatError, match="neither in the order of their numbers"):
+        converters.load(tmp_path / "down.npz", architecture=model, match="order")
     net = [keras.Input((5,)), k.Dense(4), k.BatchNormalization(), k.Dense(4), k.Dense(3)]
     net = keras.Sequential(net)
     cases.randomise_keras(net)

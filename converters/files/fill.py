@@ -529,13 +529,12 @@ def _in_order(
     found: Mapping[str, np.ndarray], known: Model, path: Path, ordered: bool
 ) -> list[Pair]:
     why: dict[str, str] = {}
-    names = list(found)
-    if not ordered and path.suffix == ".npz" and sorted(names) != names:
-        if names != sorted(names, key=_tree.natural):  # which it keeps as they were given
-            raise FileFormatError(
-                f"{path}: match='order': its names stand neither in the order of their numbers nor "
-                "sorted, and nothing tells which order is the model's; rename= tells which is which"
-            )
+    names, kept = list(found), path.suffix == ".npz"  # which keeps them as they were given
+    if not ordered and kept and names not in (sorted(names), sorted(names, key=_tree.natural)):
+        raise FileFormatError(
+            f"{path}: match='order': its names stand neither in the order of their numbers nor "
+            "sorted, and nothing tells which order is the model's; rename= tells which is which"
+        )
     fitting = _orders(found, _candidates(_numbered(known), path, told=why), ordered)
     ends = {name.rpartition(".")[2] for name in found}
     # The names of arrays tell whose they are, where those of layers do not.

@@ -115,8 +115,10 @@ class Axes:
             raise AxesError(
                 f"{each}{self.path} of shape {self.shape}: nothing says which axis is its input "
                 f"and which its output{self._doubt}; say so with axes={{{self.path!r}: "
-                f"{self._example!r}}} if that is what it is (one name per axis: 'in', 'out', "
-                "'stack' for a batch of layers, 'h w' for a window, 'heads dim' for attention)"
+                f"{self._example!r}}} if that is what it is, with a glob such as "
+                f"{'**/' + _tree.split(self.path)[-1]!r} for all alike (one name per axis: 'in', "
+                "'out', 'stack' for a batch of layers, 'h w' for a window, 'heads dim' for "
+                "attention)"
             )
         return self.names
 

@@ -20,10 +20,12 @@ def fitted(given: _tree.Tree, tree: _tree.Tree) -> dict[str, Any]:
         LeafError: if the paths, shapes or dtypes don't fit the tree, or the paths of a tie
             have different masks.
     """
-    masks, whole = given.leaves, True
+    masks, whole = dict(given.leaves), True
     if _is_flat(given.whole_tree) and set(masks) != set(tree.leaves):
         masks, whole = _by_path(given.whole_tree, tree), False
     for path in tree.leaves if whole else ():
+        if path not in masks and (spelled := given.spelled(path)) in masks:  # as a file spells it
+            masks[path] = masks.pop(spelled)
         if path not in masks:
             raise LeafError(
                 f"masks: no mask for {path!r}{_tree.near(path, masks)}; masks by path, "

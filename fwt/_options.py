@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
@@ -259,6 +260,10 @@ def named(module: Any, text: str, what: str) -> Any:
         keywords = {k.arg or "**": ast.literal_eval(k.value) for k in call.keywords} if call else {}
     except (SyntaxError, ValueError) as error:
         why = "arguments must be literals" if "malformed" in str(error) else error
+        if isinstance(error, SyntaxError):
+            why = f"it can't be read; there are {', '.join(module.__all__)}"
+        if pair := re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", text):
+            why = f"write 'n_m({pair[1]}, {pair[2]})'"
         raise FwtError(f"{text!r} is no {what} such as name or name(1.0): {why}") from error
     if name.id not in module.__all__:
         raise FwtError(f"{name.id!r} is no {what}{_tree.near(name.id, module.__all__)}")

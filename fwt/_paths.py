@@ -126,7 +126,8 @@ def named(pattern: str, paths: Collection[str], *, own: bool = True) -> list[str
     Args:
         pattern: a glob.
         paths: the paths.
-        own: whether the names of the framework count, whose axes may be in another order.
+        own: whether the names of the framework count, whose axes may be in another order, and a
+            star that would take more beyond a dot is refused.
 
     Raises:
         WhereError: if the glob may be read in two ways.
@@ -156,7 +157,7 @@ def named(pattern: str, paths: Collection[str], *, own: bool = True) -> list[str
     for each in ({p: theirs.get(p, ()) for p in paths}, {p: (p,) for p in paths}):
         spelled = {p: [_in_pieces(n) for n in names] for p, names in each.items()}
         other = [p for p, names in spelled.items() if any(matches(cut, n) for n in names)]
-        if cut != pattern and not exact:
+        if own and cut != pattern and not exact:
             _refuse_longer(pattern, cut, spelled, other)
         if (exact and len(other) > 1) or len({_in_pieces(p) for p in other}) < len(other):
             one, two = other[0], other[-1]

@@ -439,7 +439,11 @@ class Rules:
         ):  # fmt: skip
             return "kernels"
         if rank >= 2 and each[-3:-1] == ("parametrizations", "weight"):
-            return "kernels"  # original, original1; a weight norm's original0 is one number a unit
+            shape, beside = self.shapes[path], self.shapes.get(f"{path[:-1]}1", ())
+            pairs = zip(shape, beside, strict=False)
+            lengths = last == "original0" and len(shape) == len(beside) and shape != beside
+            # A weight norm has a length for each unit beside its directions.
+            return "others" if lengths and all(n in (1, m) for n, m in pairs) else "kernels"
         if re.fullmatch(r"(in_proj_)?bias(_\d+|_(ih|hh)(_l[0-9]+)?(_reverse)?)?", last):
             return "biases"
         return "others"

@@ -175,6 +175,8 @@ _WORDS: tuple[tuple[str, Any], ...] = (
     (r"^(scope|like|layout|sparsity|threshold|tolerance)(?= (must|is) )", r"--\1"),
     (r": (drop|rename): no name", r": --\1: no name"),
     (r" or a dict( \{glob: sparsity\})?(?=$|,)| or None(?=, found)", ""),
+    (r"where=lambda path, leaf: path != '(.*?)' leaves it out",
+     r"--where kernels, or other globs that \1 is none of, leaves it out"),
     (r"; make a jax\.random\.key of it", ""),
     (r" \(https://flax\.readthedocs[^)\s]*\)", ""),
     (rf"{_AT}strict=False", "--no-strict"),

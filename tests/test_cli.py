@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 import warnings
 
@@ -687,3 +688,20 @@ def test_a_slash_in_a_name_is_shown_and_taken_as_it_is(odd):
     with safetensors.safe_open(odd / "s.safetensors", "np") as file:
         assert np.count_nonzero(file.get_tensor("bert/kernel")) == 3
         assert np.count_nonzero(file.get_tensor("bert/bias")) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--pattern", "2:4"], "write 'n_m(2, 4)'"),
+        (["--pattern", "2 4"], "there are block, channel, n_m, unstructured"),
+        (["--sparsity", "0.5", "--where", "*.weight"], "'**.weight' does"),
+    ],
+)
+def test_first_guesses_of_prune_are_told_what_to_write(tmp_path, options, said):
+    inner = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4), inner)
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    with pytest.raises(fwt.FwtError, match=re.escape(said)):
+        fwt_command("prune", tmp_path / "net.pt", tmp_path / "out.pt", *options)
+    assert not (tmp_path / "out.pt").exists()

@@ -117,10 +117,12 @@ def _dropped(glob: str, found: Sequence[Named], path: Path) -> set[int]:
     spelled = [{_path(x.old), _path(x.new)} for x in found]
     within = [i for i, x in enumerate(found) if x.collection == collection]
     try:
-        hits = set(_tree.named(glob, dict.fromkeys(p for both in spelled for p in both)))
+        hits = set(_tree.named(glob, dict.fromkeys(p for both in spelled for p in both), own=False))
         if hits or not within or not rest:
             return {i for i, both in enumerate(spelled) if both & hits}
-        hits = set(_tree.named(rest, dict.fromkeys(p for i in within for p in spelled[i])))
+        hits = set(
+            _tree.named(rest, dict.fromkeys(p for i in within for p in spelled[i]), own=False)
+        )
         return {i for i in within if spelled[i] & hits}
     except WhereError as error:
         raise FileFormatError(f"{path}: drop: {error}") from error

@@ -72,7 +72,7 @@ def test_globs(pattern, path, expected):
         ("0.weight", ["0/weight", "0/bias"], ["0/weight"]),
         ("0/weight", ["0.weight", "1.weight"], ["0.weight"]),
         ("**.weight", ["a/0/weight", "a/0/bias"], ["a/0/weight"]),
-        ("*.weight", ["a/0/weight", "0/weight"], ["0/weight"]),
+        ("*.weight", ["a/0/weight", "0/weight"], None),
         ("a.[0.1]/w", ["a/0/w", "a/2/w"], ["a/0/w"]),
         ("d/kernel:0", ["d/kernel"], ["d/kernel"]),
         ("d/kernel", ["d/kernel:0", "d/bias:0"], ["d/kernel:0"]),
@@ -92,7 +92,7 @@ def test_globs(pattern, path, expected):
 )
 def test_the_spelling_of_files_is_taken(pattern, paths, expected):
     if expected is None:
-        with pytest.raises(fwt.WhereError, match="write which is meant"):
+        with pytest.raises(fwt.WhereError, match=r"write (which|that)"):
             _tree.named(pattern, paths)
     else:
         assert _tree.named(pattern, paths) == expected

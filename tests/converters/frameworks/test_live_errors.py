@@ -170,3 +170,26 @@ def test_a_star_stays_within_one_part_of_a_files_names_too(tmp_path):
     with pytest.raises(fwt.WhereError, match=r"does not name 1.0.weight.*'\*\*.weight' does"):
         fwt.prune(0.5, where="*.weight", axes={"**/weight": "out in"})(weights)
     assert len(fwt.select(weights, "**.weight")) == 3
+
+
+def test_masks_come_back_from_a_file_of_paths(tmp_path):
+    net = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.ReLU(), torch.nn.Linear(5, 4))
+    model = converters.from_torch(net, input_shape=(6,))
+    masks = fwt.masks(0.5)(model)
+    converters.save(tmp_path / "masks.safetensors", None, fwt.select(masks, "**"))
+    found = fwt.apply_masks(converters.load(tmp_path / "masks.safetensors"))(model)
+    want = fwt.prune(0.5)(model)
+    for path, value in fwt.select(want, "**").items():
+        np.testing.assert_array_equal(fwt.select(found, "**")[path], value)
+
+
+def test_the_lengths_of_a_weight_norm_are_no_kernels(tmp_path):
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Linear(8, 4))
+    for layer in net:
+        torch.nn.utils.parametrizations.weight_norm(layer)
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    parts = converters.load(tmp_path / "net.pt", fold=False)
+    kernels = fwt.select(parts, fwt.kernels)
+    assert [p.rpartition("/")[2] for p in kernels] == ["original1", "original1"]
+    assert all((np.asarray(v) != 0).all() for p, v in fwt.select(
+        fwt.prune(0.5)(parts), "**/original0").items())  # fmt: skip

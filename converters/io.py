@@ -65,7 +65,9 @@ class UnusedError(FileFormatError):
 def given_path(path: Any) -> Path:
     """What a user gave as the path of a file."""
     if not isinstance(path, str | os.PathLike):
-        raise FileFormatError(f"expected the path of a file, found {type(path).__name__}")
+        held = isinstance(path, Mapping) and all(hasattr(v, "detach") for v in path.values())
+        way = "; torch.save(state, 'net.pt') writes a state dict for it" if path and held else ""
+        raise FileFormatError(f"expected the path of a file, found {type(path).__name__}{way}")
     return Path(path)
 
 

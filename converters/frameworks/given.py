@@ -1,5 +1,6 @@
 """What a user gives as a model: a module and its variables, a Model, or an nnx module."""
 
+import os
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -23,6 +24,12 @@ def given(module: Any, variables: Any, call: str, input_shape: Any = None) -> tu
                 if saved
                 else "build it as fwt.Sequential([(name, layer), ...]) and give that its weights"
             )
+        )
+    if isinstance(module, str | os.PathLike) and not saved:
+        held = variables is not None
+        raise ConversionError(
+            f"{call} takes a Model before anything else, found the path {os.fspath(module)!r}: "
+            + ("give the model first" if held else "load(path) reads a file into a Model")
         )
     if not saved and variables is None and isinstance(module, Mapping):
         raise ConversionError(

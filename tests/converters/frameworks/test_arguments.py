@@ -286,3 +286,16 @@ def test_an_nnx_sequential_is_one_model(tmp_path):
     found.append(session.run(None, {"input": X})[0])
     for each in found:
         np.testing.assert_allclose(each, wanted, atol=1e-6)
+
+
+def test_a_path_or_a_state_dict_in_the_place_of_a_model_is_told_its_function(tmp_path):
+    net = torch.nn.Sequential(torch.nn.Linear(3, 2))
+    model = converters.from_torch(net)
+    for call, said in (
+        (lambda: converters.to_torch("k.keras"), r"found the path 'k.keras': load\(path\)"),
+        (lambda: converters.to_keras(tmp_path / "k.pt"), r"k.pt': load\(path\)"),
+        (lambda: converters.to_onnx("x.onnx", model), "'x.onnx': give the model first"),
+        (lambda: converters.load(net.state_dict(), architecture=model), r"torch\.save\(state"),
+    ):
+        with pytest.raises(converters.ConversionError, match=said):
+            call()

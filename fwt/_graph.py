@@ -92,6 +92,8 @@ class Graph(nn.Module, KnowsAxes):
         sidecar: what a converter keeps of another framework for the way back, as JSON.
         turned: whether it is made of a channels-first Keras model with a Flatten, whose own files
             have the rows behind that in another order.
+        fixed: for each input the sizes without the batch axis that it must have, None where any is
+            right, and () where all are: a converter says so of a model that computes by them.
 
     Raises:
         FwtError: for a name that is used twice or unknown, a node among the arrays of another, or
@@ -117,6 +119,7 @@ class Graph(nn.Module, KnowsAxes):
     input_shape: Any = None
     sidecar: str = ""
     turned: bool = False
+    fixed: Any = ()
 
     def __post_init__(self) -> None:
         inputs = _ends(self.inputs, "inputs")
@@ -128,7 +131,8 @@ class Graph(nn.Module, KnowsAxes):
             outputs = _ends(renamed(outputs, alias), "outputs")
         _check(nodes, names_in(inputs), names_in(outputs))
         for name, value in (("nodes", nodes), ("inputs", inputs), ("outputs", outputs),
-                            ("input_shape", _layers.tuples(self.input_shape))):  # fmt: skip
+                            ("input_shape", _layers.tuples(self.input_shape)),
+                            ("fixed", _sizes(self.fixed, names_in(inputs)))):  # fmt: skip
             object.__setattr__(self, name, value)
         object.__setattr__(
             self, "_by_path", {n.name: n.layer for n in nodes if n.layer is not None}
@@ -156,6 +160,7 @@ class Graph(nn.Module, KnowsAxes):
         if len(xs) != len(names):
             raise FwtError(f"expected the inputs {', '.join(names)}, found {len(xs)}")
         values = dict(zip(names, xs, strict=True))
+        self.check_sizes(xs)
         bound: dict[str, Any] = {}
         done: Mapping[str, Sequence[str]] = vars(self)["_last"]
         for node in self.nodes:
@@ -183,6 +188,13 @@ class Graph(nn.Module, KnowsAxes):
         if isinstance(self.outputs, Mapping):
             return dict(zip(self.outputs, out, strict=True))
         return out[0] if isinstance(self.outputs, str) else tuple(out)
+
+    @nn.nowrap
+    def check_sizes(self, xs: Sequence[Any]) -> None:
+        """Raises for inputs of other sizes than those that are ``fixed``, in their order."""
+        for name, x, sizes in zip(names_in(self.inputs), xs, self.fixed, strict=False):
+            if told := unfit(name, getattr(x, "shape", ())[1:], sizes):
+                raise FwtError(told)
 
     def _scope(self, parts: Sequence[str]) -> Any:
         scope: Any = self.scope
@@ -221,7 +233,7 @@ class Graph(nn.Module, KnowsAxes):
     def __reduce__(self) -> Any:
         return _remake_graph, (
             self.nodes, _plain(self.inputs), _plain(self.outputs), self.input_shape, self.sidecar,
-            self.turned,
+            self.turned, self.fixed,
         )  # fmt: skip
 
     def __repr__(self) -> str:
@@ -235,8 +247,42 @@ class Graph(nn.Module, KnowsAxes):
                 )
             lines.append(f"  {node.name}: {said} of {', '.join(node.inputs) or 'nothing'}\n")
         shape = "" if self.input_shape is None else f", input_shape={self.input_shape}"
+        shape += f", fixed={self.fixed}" if self.fixed else ""
         ends = f"  inputs={_plain(self.inputs)!r}, outputs={_plain(self.outputs)!r}{shape}\n"
         return f"Graph(\n{''.join(lines)}{ends})"
+
+
+def unfit(name: str, shape: Any, sizes: Sequence[int | None], at: int | None = None) -> str:
+    """What is wrong with the shape of an input without the batch axis, of which some sizes are
+    fixed, or nothing; with ``at``, the words for an axis alone."""
+    if at is None:
+        if shape is None or len(shape) != len(sizes):  # which a layer refuses
+            return ""
+        pairs = enumerate(zip(shape, sizes, strict=True))
+        at = next((i for i, (a, b) in pairs if b and a not in (b, None)), None)
+        if at is None:
+            return ""
+    wanted = str(tuple(sizes)).replace("None", "any")
+    found = f"found {tuple(shape)}" if shape else "found another size"
+    return (
+        f"the input {name}: expected the shape {wanted} without the batch axis, {found}: the "
+        f"model was converted for {sizes[at]} along axis {at + 1}, and it computes otherwise at "
+        "another size; convert the original once more at that size, such as "
+        "from_torch(net, input_shape=...)"
+    )
+
+
+def _sizes(given: Any, names: Sequence[str]) -> tuple[tuple[int | None, ...], ...]:
+    """The sizes that are fixed, checked."""
+    found = _layers.tuples(given)
+    plain = isinstance(found, tuple) and len(found) in (0, len(names)) and all(
+        isinstance(s, tuple) and all(n is None or (type(n) is int and n > 0) for n in s)
+        for s in found
+    )  # fmt: skip
+    if not plain:
+        raise FwtError(f"Graph: fixed={given!r:.200}: expected the sizes of each input, such as "
+                       "((16, None),)")  # fmt: skip
+    return found if any(any(s) for s in found) else ()
 
 
 def _plain(ends: Any) -> Any:
@@ -389,31 +435,46 @@ def inputs_of(module: Any) -> tuple[str, ...]:
     return (start,)
 
 
-def first_layers(module: Any) -> list[Any]:
-    """The layers that take what the model takes."""
-    if not isinstance(module, Sequential | Graph):
-        return [module]
-    starts, layers = inputs_of(module), {n.name: n.layer for n in nodes_of(module)}
-    return [layers[n.of or n.name] for n in nodes_of(module) if set(n.inputs) & set(starts)]
-
-
 def count_of(layer: Any) -> int:
     """How many whole numbers a layer takes, if it takes some."""
     return getattr(layer, "num_embeddings", None) or getattr(layer, "num_tokens", None) or 0
 
 
+# Layers that only move numbers, behind which whole numbers stay what they are.
+MOVES = ("Reshape", "Flatten", "Unflatten", "Permute", "RepeatVector", "Identity", "Dropout",
+         "Sequential", "Slice", "Flip")  # fmt: skip
+
+
 def counts_of(module: Any) -> list[int]:
-    """For each input, below which its whole numbers must be, if a layer takes it that says so."""
+    """For each input, below which its whole numbers must be, if a layer takes it that says so: a
+    table that stands in a layer or, where several share it, in a node of its own."""
     layers, out = {n.name: n.layer for n in nodes_of(module)}, []
     for start in inputs_of(module):
-        found = [count_of(layers[n.of or n.name]) for n in nodes_of(module) if start in n.inputs]
+        reached, found = {start}, []
+        for node in nodes_of(module):
+            layer = layers[node.of or node.name]
+            if type(layer).__name__ == "Lookup":
+                shape = _shape_of(layers.get(node.inputs[0]))
+                found += shape[:1] if node.inputs[1] in reached else ()
+            elif reached.intersection(node.inputs):
+                found.append(count_of(layer))
+                if type(layer).__name__ in MOVES:
+                    reached.add(node.name)
         out.append(min([c for c in found if c], default=0))
     return out
 
 
-def input_dtype(module: Any) -> Any:
-    """The dtype of a model's input: int32 where a first layer takes whole numbers."""
-    return np.int32 if any(map(count_of, first_layers(module))) else np.float32
+def _shape_of(source: Any) -> tuple[int, ...]:
+    """The shape of what a node without inputs gives."""
+    found: tuple[int, ...] = getattr(source, "gives", None) or getattr(source, "shape", ())
+    return found
+
+
+def input_dtypes(module: Any) -> list[Any]:
+    """The dtype of each input of a model: int32 where a layer takes it that takes whole numbers."""
+    own = isinstance(module, Sequential | Graph)
+    counts = counts_of(module) if own else [count_of(module)]
+    return [np.int32 if count else np.float32 for count in counts]
 
 
 def _leaves(module: Sequential, inside: tuple[str, ...]) -> Iterator[tuple[str, Any]]:

@@ -443,7 +443,7 @@ def synflow(
     Args:
         module: a linen module, such as :class:`fwt.Sequential`, or a Model.
         input_shape: of one input, without the batch axis; None takes the Sequential's own.
-        input_dtype: None is int32 where an Embed comes first (its row 1 alone counts), or float32.
+        input_dtype: None is int32 for what goes into a table (whose row 1 alone counts), or float32.
         **collections: what the module needs beside params (``batch_stats=...``), where the score
             is not made from a Model, or called with one or with variables that hold it.
 
@@ -469,10 +469,11 @@ def synflow(
         raise FwtError("synflow needs the shape of one input: synflow(module, input_shape=(...))")
     from fwt import _graph
 
-    dtype = input_dtype or _graph.input_dtype(module)
+    dtypes = _graph.input_dtypes(module) if input_dtype is None else [input_dtype]
+    dtypes = dtypes if len(dtypes) == len(several) else dtypes[:1] * len(several)
 
     def score(params: Params) -> Scores:
-        ones = [jnp.ones((1, *s), dtype) for s in several]
+        ones = [jnp.ones((1, *s), d) for s, d in zip(several, dtypes, strict=True)]
         variables = _calls.variables("synflow", module, params, collections, beside)
         tree = _tree.Tree(params)
         positive = jax.tree.map(_absolute, variables)

@@ -60,6 +60,8 @@ def module_to_json(module: Any) -> Any:
 
 def _beside(module: Any) -> dict[str, Any]:
     told = {n: v for n in ("sidecar", "turned") if (v := getattr(module, n))}
+    if fixed := getattr(module, "fixed", ()):
+        told["fixed"] = listed(fixed)
     return {"input_shape": listed(module.input_shape), **told}
 
 
@@ -99,7 +101,7 @@ def module_from_json(told: Any, path: Path) -> Any:
         ]  # fmt: skip
         try:
             return Graph(nodes, told["inputs"], told["outputs"], told["input_shape"], beside,
-                         turned)  # fmt: skip
+                         turned, told.get("fixed", ()))  # fmt: skip
         except FwtError as error:
             raise FileFormatError(f"{path}: {error}") from error
     named = [

@@ -95,7 +95,8 @@ def read_flax(module: Any, variables: Any) -> Net:
     shape, orders = module.input_shape, sidecar.orders(module)
     if isinstance(module, Graph):
         inputs = dict.fromkeys(names_in(module.inputs))
-        net = Net(list(layers.values()), inputs, module.outputs, module.inputs, orders)
+        fixed = {n: s for n, s in zip(inputs, module.fixed, strict=False) if any(s)}
+        net = Net(list(layers.values()), inputs, module.outputs, module.inputs, orders, fixed)
         return net.given(shape)
     (start,) = inputs_of(module)
     end = nodes[-1].name if nodes else start
@@ -144,7 +145,7 @@ def write_flax(net: Net) -> Model:
         if layer.kind == "Dropout" and layer.dtype not in (None, *beside):
             raise refuse(str(layer), f"it casts to {layer.dtype}, which Flax's Dropout can't say",
                          policy.WAY_OUT)  # fmt: skip
-    if net.is_line and nests(net.layers):
+    if net.is_line and nests(net.layers) and not net.fixed:
         named, trees = _nested([(parts_of(layer.name), layer) for layer in net.layers])
         module: Any = Sequential(named, net.shape)
     else:
@@ -178,7 +179,8 @@ def _graph(net: Net) -> tuple[Graph, dict[str, dict[str, Any]]]:
             for part in inside:
                 node = node.setdefault(part, {})
             node[leaf] = value
-    return Graph(nodes, net.takes, net.outputs, net.shape), trees
+    fixed = [net.fixed.get(n, ()) for n in names_in(net.takes)] if net.fixed else ()
+    return Graph(nodes, net.takes, net.outputs, net.shape, fixed=fixed), trees
 
 
 def _arrays(row: Row, layer: Layer) -> Iterator[tuple[str, list[str], Any]]:

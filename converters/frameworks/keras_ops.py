@@ -292,7 +292,7 @@ def _item(name: str, index: Any, shape: Any, where: str) -> list[Layer]:
         stop: Any
         step: Any
         if isinstance(cut, int) and not isinstance(cut, bool) and size is not None:
-            start, stop, step, reshaped = cut % size, cut % size + 1, 1, True
+            start, stop, step, reshaped = cut, cut + 1 or None, 1, True
         elif isinstance(cut, Mapping) and cut.get("class_name") == "__slice__":
             start, stop, step = told.get("start"), told.get("stop"), told.get("step")
             if start is None and stop is None and step is None:

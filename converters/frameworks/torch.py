@@ -229,7 +229,7 @@ def to_torch(
         return _sidecar.restored(net, module, "torch", state=True)
 
     net, wanted = there(), _sidecar.order(module)
-    chain = net.is_line and nests(net.layers)
+    chain = net.is_line and nests(net.layers) and not net.fixed
     if chain and all(class_of(layer.kind) is not None for layer in net.layers):
         made = _sequential([(parts_of(layer.name), layer) for layer in net.layers]).eval()
         state, rank = list(made.state_dict()), {name: i for i, name in enumerate(wanted)}

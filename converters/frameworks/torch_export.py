@@ -17,7 +17,7 @@ import torch
 
 from fwt._types import ConversionError
 from fwt.converters import judge
-from fwt.converters.frameworks import torch_calls, torch_operations, torch_state
+from fwt.converters.frameworks import torch_calls, torch_operations, torch_sizes, torch_state
 from fwt.converters.frameworks.torch_values import Reader
 from fwt.converters.rows.row import Layer, refuse
 from fwt.converters.walk.net import Net
@@ -187,11 +187,20 @@ def net_of(model: torch.nn.Module, inputs: Sequence[torch.Tensor]) -> Net:
     """
     for module in model.modules():
         torch_calls.check_hooks(module, model)
-    return _read(model, inputs, exported(model, inputs))
+    net, by_sizes = _read(model, inputs, exported(model, inputs))
+
+    def read(inputs: Sequence[torch.Tensor]) -> Net:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _read(model, inputs, exported(model, inputs))[0]
+
+    if by_sizes or torch_sizes.asks(model):
+        net.fixed = torch_sizes.fixed(model, inputs, net, read)
+    return net
 
 
-def _read(model: torch.nn.Module, inputs: Sequence[torch.Tensor], program: Any) -> Net:
-    """The net of an exported program."""
+def _read(model: torch.nn.Module, inputs: Sequence[torch.Tensor], program: Any) -> tuple[Net, bool]:
+    """The net of an exported program, and whether it may follow from the sizes of the example."""
     signature = program.graph_signature
     held = {
         **signature.inputs_to_parameters,
@@ -230,7 +239,7 @@ def _read(model: torch.nn.Module, inputs: Sequence[torch.Tensor], program: Any) 
     used = _used(reader.layers, [v.name for v in ends])
     _report_unused(model, reader, used)
     _check_ties(reader, used)
-    return Net(used, dict(shapes), _form(outputs, type(model).__name__))
+    return Net(used, dict(shapes), _form(outputs, type(model).__name__)), reader.by_sizes
 
 
 def _form(outputs: Any, place: str) -> Any:

@@ -382,3 +382,11 @@ OPERATIONS: dict[str, torch_shapes.Function] = {
     "linalg_vector_norm": norm,
     "norm": norm,
 }  # fmt: skip
+# What computes in one way at any size, with the numbers that the forward says.
+ANY_SIZE = {
+    *OPERATIONS, *torch_shapes.ANY_SIZE,
+    "matmul", "bmm", "mm", "linear", "embedding", "softmax", "_softmax", "log_softmax", "relu",
+    "gelu", "silu", "sigmoid", "tanh", "leaky_relu", "elu", "selu", "hardtanh", "hardswish",
+    "hardsigmoid", "softplus", "mish", "cosine_similarity",
+} - {"var", "std", "var_mean", "tril", "triu", "zeros_like", "ones_like", "full_like",
+     "empty_like"}  # fmt: skip

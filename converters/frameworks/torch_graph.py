@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from fwt._graph import names_in
+from fwt._graph import names_in, unfit
 from fwt._types import ConversionError
 from fwt.converters.rows.row import Layer, parts_of, refuse
 from fwt.converters.walk.net import Net
@@ -29,6 +29,7 @@ def graph_module(
         label = _identifier(name, taken)
         refs[name] = graph.placeholder(label)
         refs[name].meta["shape"] = net.inputs[name]
+        _check_sizes(graph, refs[name], name, net.fixed.get(name, ()))
     if isinstance(net.takes, Mapping) and list(net.takes) != [n.name for n in refs.values()]:
         raise ConversionError(
             f"the inputs {', '.join(net.takes)} are keys that torch can't have as arguments of "
@@ -58,6 +59,15 @@ def graph_module(
             *holder._buffers
         }
     return made
+
+
+def _check_sizes(graph: Any, x: Any, name: str, sizes: Sequence[int | None]) -> None:
+    """Refuses an input of other sizes than those that are fixed."""
+    for axis, size in enumerate(sizes, 1):
+        if size is not None:
+            same = graph.call_function(
+                operator.eq, (graph.call_method("size", (x, axis)), size))  # fmt: skip
+            graph.call_function(torch._assert, (same, unfit(name, (), sizes, axis - 1)))
 
 
 def _node(
@@ -103,10 +113,11 @@ def _node(
     if kind == "Flip":
         return graph.call_method("flip", (given[0], told["dim"]))
     if kind == "Slice":
-        length = told["stop"] - told["start"]
-        if told["step"] == 1:
-            return graph.call_method("narrow", (given[0], told["dim"], told["start"], length))
-        cut = slice(told["start"], told["stop"], told["step"])
+        start, stop, step = told["start"], told["stop"], told["step"]
+        size = (None, *(given[0].meta.get("shape") or ()))[told["dim"]]
+        if step == 1 and stop is not None and 0 <= start < stop <= (size or 0):
+            return graph.call_method("narrow", (given[0], told["dim"], start, stop - start))
+        cut = slice(start or None, stop, None if step == 1 else step)
         index = (*[slice(None)] * told["dim"], cut) if told["dim"] >= 0 else (Ellipsis, cut)
         return graph.call_function(operator.getitem, (given[0], index))
     if kind == "Rescaling":

@@ -56,12 +56,24 @@ def read(reader: Reader, node: Any) -> None:
     if args.get("training"):
         raise refuse(place, "it computes as in training", "training=False, or self.training")
     _check_dtype(reader, node, place)
+    reader.by_sizes |= not (name in torch_functions.ANY_SIZE or _is_plain(name, args))
     function = OPERATIONS.get(name)
     made = function(reader, node, args, place) if function else by_rule(reader, node, args, place)
     if made is None:
         raise refuse(place, f"the operation {node.target} is not known")
     if not isinstance(made, torch.Tensor):
         reader.env[node] = made
+
+
+def _is_plain(name: str, args: Mapping[str, Any]) -> bool:
+    """Whether an operation that moves entries says no number that follows from a size."""
+    if name in ("view", "reshape", "_unsafe_view", "expand", "unflatten"):
+        sizes = args.get("size", args.get("shape", args.get("sizes"))) or ()
+        return all(n in (1, -1) or isinstance(n, torch.fx.Node) for n in sizes)
+    if name == "slice":
+        start, end = args["start"] or 0, args["end"]
+        return start <= 0 and (end is None or end > 2**62 or isinstance(end, torch.fx.Node))
+    return name == "select" and args["index"] in (0, -1)
 
 
 def _check_dtype(reader: Reader, node: Any, place: str) -> None:

@@ -60,8 +60,9 @@ def _slice(reader: Reader, node: Any, args: Args, place: str) -> Any:
     if not all(isinstance(x, int | None) for x in (start, end, step)):
         raise refuse(place, "where it cuts follows from the number of examples")
     size = reader.shape(args["self"])[dim][0]
-    first, last, step = slice(start, end, step).indices(size)
-    return reader.cut(value, dim, first, max(first, last), place, step)
+    if not len(range(size)[start:end:step]):
+        raise refuse(place, f"it takes {start} to {end} of {size}, which is nothing")
+    return reader.cut(value, dim, start, None if _is_all(end) else end, place, step)
 
 
 def _is_all(end: Any) -> bool:
@@ -268,9 +269,8 @@ def _roll(reader: Reader, node: Any, args: Args, place: str) -> Any:
     for shift, dim in zip(args["shifts"], args["dims"], strict=True):
         axis = reader.axis(value, dim, place)
         size = value.shape[axis] or 1
-        at = -shift % size
-        if at:
-            ends = [reader.cut(value, dim, a, b, place) for a, b in ((at, size), (0, at))]
+        if at := -shift if abs(shift) < size else -shift % size:  # from the end, or the start
+            ends = [reader.cut(value, dim, a, b, place) for a, b in ((at, None), (0, at))]
             value = reader.along(ends, axis, place)
     return value
 
@@ -377,3 +377,5 @@ OPERATIONS: dict[str, Function] = {
         ("nearest", 1), ("nearest", 2), ("nearest", 3), ("linear", 1), ("bilinear", 2),
         ("trilinear", 3), ("bicubic", 2))},
 }  # fmt: skip
+ANY_SIZE = {*_SAME, "unsqueeze", "squeeze", "flatten", "permute", "transpose", "t", "cat", "stack",
+            "flip"}  # fmt: skip

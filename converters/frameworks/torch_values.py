@@ -55,6 +55,7 @@ class Reader(Tensors):
         self.parts: dict[tuple[str, str], Any] = {}
         self.made: dict[Any, Value] = {}  # arrays between layers
         self.batch: Any = None  # the symbol that counts the examples
+        self.by_sizes = False  # whether an operation may follow from the sizes of the example
 
     # -- names ---------------------------------------------------------------------------------
 

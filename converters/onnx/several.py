@@ -419,12 +419,15 @@ def _slice(reader: Reader, node: Node) -> bool:
             raise refuse(str(node), f"it takes {cut} of axis {dim}, which is the batch")
         size = value.shape[reader.axis(value, dim, str(node))]
         start, stop, step = cut.indices(size)
-        if step < 0:
+        if step > 0 and stop > start:
+            whole = cut.stop is None or cut.stop >= np.iinfo(np.int32).max
+            start, stop = cut.start or 0, None if whole else cut.stop
+        elif step < 0:
             axis = reader.axis(value, dim, str(node))
             value = reader.emit("Flip", {"dim": axis}, [value], reader.name(node), value.shape,
                                 value.axes)  # fmt: skip
             start, stop, step = size - 1 - start, size - 1 - stop, -step
-        if stop <= start:
+        if not len(range(size)[start:stop:step]):
             raise refuse(str(node), f"it takes {cut} of axis {dim}: nothing")
         value = reader.cut(value, dim, start, stop, reader.name(node), step)
     return _alias(reader, node, value)

@@ -8,12 +8,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from fwt._graph import MOVES
 from fwt.converters import judge
 from fwt.converters.rows.row import joined
 from fwt.converters.verification.ends import ends
 from fwt.converters.verification.names import call_name, call_of, first_call, layer_name
 from fwt.converters.verification.sides import (
-    MOVES,
     PARTS,
     Side,
     Taps,

@@ -174,11 +174,6 @@ def numbers_of(
     return found
 
 
-# Layers that only move numbers, behind which whole numbers stay what they are.
-MOVES = ("Reshape", "Flatten", "Unflatten", "Permute", "RepeatVector", "Identity", "Dropout",
-          "Sequential")  # fmt: skip
-
-
 def permutes(layer: Any) -> tuple[int, ...] | None:
     """How a layer of Flax, torch or Keras permutes all axes."""
     dims = getattr(layer, "dims", None) if type(layer).__name__ == "Permute" else None
@@ -204,6 +199,8 @@ def flax_side(model: Model) -> Side:
         variables = dict(model.variables)
         if by:
             variables = jax.tree.map(lambda v: judge.nudged(v, by), variables)
+        if isinstance(module, Graph):
+            module.check_sizes(xs)
         values: dict[str, Any] = dict(zip(starts, xs, strict=True))
         for node, layer, own in each_layer(module, variables):
             given = [values[i] if i in starts else judge.unsettled(values[i], by)
@@ -214,12 +211,15 @@ def flax_side(model: Model) -> Side:
         return dict(zip(end, found, strict=True)) if isinstance(end, Mapping) else found, taps
 
     layers = [(x, own) for _, x, own in each_layer(module, dict(model.variables))]
-    first = next((x for x, _ in layers if type(x).__name__ not in MOVES), None)
-    count = getattr(first, "num_embeddings", None) or getattr(first, "num_tokens", None)
-    several = len(starts) > 1
+    several, counts = len(starts) > 1, counts_of(module)
+    count = counts[0] or None
+    tables = {n.inputs[0] for n in nodes_of(module)
+              if type(layer_of[n.of or n.name]).__name__ == "Lookup"}  # fmt: skip
     rows = [own["params"]["embedding"] for x, own in layers
             if (count or several) and getattr(x, "num_embeddings", None)
             and (several or x.num_embeddings == count)]  # fmt: skip
+    rows += [own["params"]["value"] for n, _, own in each_layer(module, dict(model.variables))
+             if n.name in tables and own.get("params")]  # fmt: skip
     settings = numbers_of("flax", ((n.name, x, _fields(x))
                                  for n, x, _ in each_layer(module, {})))  # fmt: skip
     dtypes = [v.dtype for v in jax.tree.leaves(model.variables) if hasattr(v, "dtype")]
@@ -235,7 +235,6 @@ def flax_side(model: Model) -> Side:
     side.names_of = list(takes if isinstance(takes, Mapping) else names_in(takes))
     if not several:
         return side
-    counts = counts_of(module)
     behind = {start: _behind(nodes_of(module), start) for start in starts}
     found = [ends("flax", (k for n in behind[s] for k in kinds_of(layer_of[n.of or n.name])), False)
              for s in starts]  # fmt: skip

@@ -9,12 +9,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from fwt._graph import MOVES
 from fwt._types import Model
 from fwt.converters import judge
 from fwt.converters.rows.row import joined
 from fwt.converters.verification.ends import Kind, ends
 from fwt.converters.verification.names import call_name, call_of, first_call
-from fwt.converters.verification.sides import MOVES, Side, Taps, Xs, numbers_of, permutes
+from fwt.converters.verification.sides import Side, Taps, Xs, numbers_of, permutes
 
 
 def torch_side(model: Any) -> Side:

@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from fwt._graph import INPUT, names_in, renamed
+from fwt._graph import INPUT, names_in, renamed, unfit
 from fwt._types import ConversionError
 from fwt.converters.rows.row import Layer, parts_of
 
@@ -26,6 +26,9 @@ class Net:
         orders: by name of a layer whose weights count several axes of what it takes, where each of
             these axes is in the model that it was converted from, or is to be in one of torch; None
             where that can't be.
+        fixed: by name of an input, the sizes without the batch axis that it must have for the
+            layers to be those of the model, None where any is right; an input of any size is left
+            out.
     """
 
     layers: list[Layer]
@@ -33,6 +36,7 @@ class Net:
     outputs: Any
     takes: Any = None
     orders: Mapping[str, tuple[int, ...] | None] = dataclasses.field(default_factory=dict)
+    fixed: Mapping[str, tuple[int | None, ...]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.takes is None:
@@ -74,7 +78,7 @@ class Net:
         if shape is None:
             return self
         if isinstance(self.takes, str):
-            return dataclasses.replace(self, inputs=dict.fromkeys(self.inputs, shape))
+            return self._of_shapes(dict.fromkeys(self.inputs, shape))
         if isinstance(shape, Mapping):
             keys = self.takes if isinstance(self.takes, Mapping) else dict.fromkeys(self.inputs)
             shape = [shape.get(key) for key in keys]
@@ -84,7 +88,13 @@ class Net:
                 f"{', '.join(names_in(self.takes))}"
             )
         places = dict(zip(names_in(self.takes), shape, strict=True))
-        return dataclasses.replace(self, inputs={n: places[n] for n in self.inputs})
+        return self._of_shapes({n: places[n] for n in self.inputs})
+
+    def _of_shapes(self, shapes: dict[str, Shape]) -> "Net":
+        for name, sizes in self.fixed.items():
+            if told := unfit(name, shapes[name], sizes):
+                raise ConversionError(f"input_shape=: {told}")
+        return dataclasses.replace(self, inputs=shapes)
 
     def readers(self) -> dict[str, list[Layer]]:
         """By name, the layers that take what a layer or an input gives."""

@@ -364,7 +364,8 @@ class Shapes(Writer):
         new = Axis(size, axis.origin, axis.channel, axis.spatial)
         self.have = [new if a is axis else a for a in self.have]
         self.want = [new if a is axis else a for a in self.want]
-        fields = {"axis": new, "start": start, "stop": stop, "step": step}
+        # What counts from the end does so at any size.
+        fields = {**fields, "axis": new, "start": fields["start"] or 0}
         self._emit(row, layer.name, fields, At(place, (), rank=len(self.have)))
 
     def _reshape(self, layer: Layer, row: Row, fields: dict[str, Any]) -> None:

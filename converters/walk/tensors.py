@@ -218,13 +218,16 @@ class Tensors(Names):
         settings = {"start_dim": start, "end_dim": -1 if last else end}
         return self.emit("Flatten", settings, [value], name, shape)
 
-    def cut(self, value: Value, dim: int, start: int, stop: int, name: str, step: int = 1) -> Value:
-        """From ``start`` to ``stop`` along an axis of the framework's."""
+    def cut(
+        self, value: Value, dim: int, start: int, stop: int | None, name: str, step: int = 1
+    ) -> Value:
+        """From ``start`` to ``stop`` along an axis of the framework's. What is negative counts from
+        the end of that, whatever its size, and None is the end."""
         axis = self.axis(value, dim, name)
         size = value.shape[axis]
-        if (start, stop, step) == (0, size, 1):
+        if (start, step) == (0, 1) and stop in (None, size):
             return value
-        count = len(range(start, stop, step))
+        count = len(range(size)[start:stop:step])
         shape = (*value.shape[:axis], count, *value.shape[axis + 1 :])
         settings = {"dim": axis, "start": start, "stop": stop, "step": step}
         return self.emit("Slice", settings, [value], name, shape, value.axes)
@@ -235,8 +238,7 @@ class Tensors(Names):
         size = value.shape[self.axis(value, dim, name)]
         if not -size <= index < size:
             raise refuse(name, f"it takes entry {index} of {size}")
-        index %= size
-        value = self.cut(value, dim, index, index + 1, name)
+        value = self.cut(value, dim, index, index + 1 or None, name)
         sizes = value.sizes
         return self.reshaped(value, [*sizes[:dim], *sizes[dim + 1 :]], name)
 
@@ -247,12 +249,12 @@ class Tensors(Names):
         if any(not -size <= i < size for i in at):
             raise refuse(name, f"it takes entries beyond {size}")
         runs: list[list[int]] = []
-        for one in (int(i) % size for i in at):
-            if runs and one == runs[-1][1]:
+        for one in map(int, at):
+            if runs and one == runs[-1][1] and one:  # from -1 to 0 is no run
                 runs[-1][1] += 1
             else:
                 runs.append([one, one + 1])
-        return self.along([self.cut(value, dim, a, b, name) for a, b in runs], axis, name)
+        return self.along([self.cut(value, dim, a, b or None, name) for a, b in runs], axis, name)
 
     def along(self, parts: Sequence[Value], axis: int, name: str) -> Value:
         """Values one after the other along an axis of what they are made of."""

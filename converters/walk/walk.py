@@ -84,6 +84,7 @@ class Walk(Merges):
                 self._load(value)
                 value.want = self._laid_out(value.have, channel.get(number))
             self.values[name] = value
+        self.given = {name: v.have for name, v in self.values.items()}
         self.starts = {name: v.want for name, v in self.values.items()}
 
     def _laid_out(self, axes: list[Axis], channel: int | None) -> list[Axis]:
@@ -122,7 +123,18 @@ class Walk(Merges):
             name: None if want is None else tuple(a.size for a in want[1:])
             for name, want in self.starts.items()
         }
-        return Net(self.out, inputs, renamed(self.net.outputs, alias), self.net.takes, self.orders)
+        outputs, fixed = renamed(self.net.outputs, alias), self._fixed()
+        return Net(self.out, inputs, outputs, self.net.takes, self.orders, fixed)
+
+    def _fixed(self) -> dict[str, tuple[int | None, ...]]:
+        """The sizes that the inputs must have, in the target's order of axes."""
+        out = {}
+        for name, sizes in self.net.fixed.items():
+            have, want = self.given[name], self.starts[name]
+            if have is not None and want is not None:
+                sizes = tuple((None, *sizes)[have.index(a)] for a in want[1:])
+            out[name] = sizes
+        return out
 
     def _call(self, layer: Layer) -> None:
         """One layer of the net, and what it gives."""

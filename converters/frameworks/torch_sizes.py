@@ -1,0 +1,189 @@
+"""For which sizes of its inputs the layers are right that ``torch_export`` reads of a module.
+
+torch.export tells the operations for the sizes of an example, and what a forward computes from
+``x.shape`` is a number there. So a module that may do that is read once more at other sizes: where
+its layers stay the same, they are right at any; else the Graph takes that size alone.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from fwt._types import ConversionError
+from fwt.converters.rows.row import Layer
+from fwt.converters.walk.net import Net
+
+# What tells how large a tensor is, as forward calls it.
+_ASK = {"shape", "size", "len", "numel", "nelement", "__len__"}
+_DEPTH = 6  # functions that call each other
+# Layers whose arrays have the size of an axis of what they take, and which axis.
+_LAST = ("Linear", "LayerNorm", "RMSNorm", "LSTM", "GRU", "RNN", "MultiheadAttention",
+         "SelfAttention", "TransformerEncoderLayer")  # fmt: skip
+_SECOND = ("Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d",
+           "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "GroupNorm")  # fmt: skip
+Place = tuple[int, int]  # the number of an input, and an axis of it
+
+
+def asks(model: torch.nn.Module) -> bool:
+    """Whether the forward of a module of one's own may look at the size of a tensor."""
+    seen: set[Any] = set()
+    own = [m for m in model.modules() if not type(m).__module__.startswith("torch.nn.modules")]
+    return any(_asks(getattr(type(m).forward, "__func__", type(m).forward), type(m), seen, _DEPTH)
+               for m in own)  # fmt: skip
+
+
+def _asks(function: Any, cls: Any, seen: set[Any], depth: int) -> bool:
+    code = getattr(function, "__code__", None)
+    if code is None:
+        return True  # nothing tells what it does
+    if code in seen:
+        return False
+    seen.add(code)
+    names, inner = set(code.co_names), [code]
+    for part in inner:
+        names |= set(part.co_names)
+        inner += [c for c in part.co_consts if hasattr(c, "co_names")]
+    if names & _ASK:
+        return True
+    known = getattr(function, "__globals__", {})
+    called = [getattr(cls, n, None) or known.get(n) for n in names]
+    called += [c.cell_contents for c in function.__closure__ or () if _is_filled(c)]
+    for other in called:
+        room = getattr(other, "__module__", None) or ""
+        if hasattr(other, "__code__") and not room.startswith("torch"):
+            if not depth or _asks(other, cls, seen, depth - 1):
+                return True
+    return False
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
+
+
+def fixed(
+    model: torch.nn.Module,
+    inputs: Sequence[torch.Tensor],
+    net: Net,
+    read: Callable[[Sequence[torch.Tensor]], Net],
+) -> dict[str, tuple[int | None, ...]]:
+    """By name of an input, the sizes that it must have for the layers to be those of the model.
+
+    Args:
+        model: the module, in eval mode.
+        inputs: the example that the net was read at.
+        net: its layers.
+        read: gives the net for another example.
+    """
+    free, bound = _tried(model, inputs)
+    differs = _differs(net, read, inputs)
+    if free and differs({p: n for sizes in free for p, n in sizes.items()}):
+        for sizes in free:
+            if differs(sizes):
+                bound |= set(sizes)
+    names = list(net.inputs)
+    bound -= {p for p in bound if _is_held(net, names[p[0]], p[1])}
+    return {
+        name: tuple(s if (i, axis) in bound else None for axis, s in enumerate(x.shape) if axis)
+        for i, (name, x) in enumerate(zip(names, inputs, strict=True))
+        if any(i == at for at, _ in bound)
+    }
+
+
+def _tried(
+    model: torch.nn.Module, inputs: Sequence[torch.Tensor]
+) -> tuple[list[dict[Place, int]], set[Place]]:
+    """Other sizes at which the model runs, of one axis or of all of one size; and the axes that it
+    takes at this size alone."""
+    every = [(i, a) for i, x in enumerate(inputs) for a in range(1, x.ndim)]
+    size = {p: inputs[p[0]].shape[p[1]] for p in every}
+    alone: list[list[Place]] = [[p] for p in every]
+    equal: dict[int, list[Place]] = {}
+    free: list[dict[Place, int]] = []
+    for places in alone:
+        if found := _runs_at(model, inputs, places, size[places[0]]):
+            free.append(found)
+        else:
+            equal.setdefault(size[places[0]], []).append(places[0])
+    bound: set[Place] = set()
+    for places in equal.values():
+        found = _runs_at(model, inputs, places, size[places[0]]) if len(places) > 1 else {}
+        if found:
+            free.append(found)
+        else:
+            bound |= set(places)
+    return free, bound
+
+
+def _runs_at(
+    model: torch.nn.Module, inputs: Sequence[torch.Tensor], places: Sequence[Place], size: int
+) -> dict[Place, int]:
+    for other in dict.fromkeys((2 * size, size // 2, size - 1)):
+        if other < 1 or other == size:
+            continue
+        sizes = dict.fromkeys(places, other)
+        try:
+            with torch.no_grad():
+                model(*resized(inputs, sizes))
+            return sizes
+        except Exception:  # noqa: BLE001 - a user's module may raise any class: it takes no such size
+            continue
+    return {}
+
+
+def resized(inputs: Sequence[torch.Tensor], sizes: Mapping[Place, int]) -> list[torch.Tensor]:
+    """The example with other sizes, of the entries that it has."""
+    out = list(inputs)
+    for (i, axis), size in sizes.items():
+        at = torch.arange(size) % out[i].shape[axis]
+        out[i] = out[i].index_select(axis, at.to(out[i].device))
+    return out
+
+
+def _differs(
+    net: Net, read: Callable[[Sequence[torch.Tensor]], Net], inputs: Sequence[torch.Tensor]
+) -> Callable[[Mapping[Place, int]], bool]:
+    def differs(sizes: Mapping[Place, int]) -> bool:
+        try:
+            other = read(resized(inputs, sizes))
+        except ConversionError:  # what is read at this size is not there
+            return True
+        return not _same_layers(net, other)
+
+    return differs
+
+
+def _same_layers(one: Net, other: Net) -> bool:
+    pairs = zip(one.layers, other.layers, strict=False)
+    return len(one.layers) == len(other.layers) and one.outputs == other.outputs and all(
+        _told(a) == _told(b) and _equal(a.settings, b.settings) and _equal(a.arrays, b.arrays)
+        for a, b in pairs
+    )  # fmt: skip
+
+
+def _told(layer: Layer) -> Any:
+    return layer.name, layer.kind, layer.inputs, layer.of
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether settings, or arrays by name, are the same."""
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+        return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
+    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
+        a, b = np.asarray(a), np.asarray(b)
+        return a is b or (a.shape == b.shape and a.tobytes() == b.tobytes())
+    return bool(type(a) is type(b) and a == b)
+
+
+def _is_held(net: Net, name: str, axis: int) -> bool:
+    """Whether a layer that takes an input has arrays of the size of this axis, so that it refuses
+    another."""
+    rank = len(net.inputs[name] or ())
+    return any(
+        (x.kind in _LAST and axis == rank) or (x.kind in _SECOND and axis == 1)
+        for x in net.layers if name in x.inputs and x.arrays
+    )  # fmt: skip

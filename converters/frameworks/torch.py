@@ -24,6 +24,7 @@ from fwt.converters.frameworks import (
     torch_computed,
     torch_export,
     torch_graph,
+    torch_inputs,
     torch_layers,
     torch_state,
     torch_wrappers,
@@ -145,6 +146,8 @@ def from_torch(
         True
     """
     model = unwrapped(model)
+    if isinstance(model, torch.nn.Module):
+        torch_inputs.check_kind(model, layout)
     if is_container(model):
         net = Net.line(_children(model, (), {})).given(input_shape)
     elif isinstance(model, torch.nn.Module):

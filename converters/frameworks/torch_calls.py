@@ -181,7 +181,11 @@ class _Call:
     # -- a table that several layers share ------------------------------------------------------
 
     def _shared(self) -> bool:
-        """Whether another module has the same weight."""
+        """Whether another module has the same weight, or another operation takes an array of it."""
+        path = ".".join(parts_of(self.name))
+        held = {self.reader.canonical(f"{path}.{n}") for n in self.module.state_dict()}
+        if held & self.reader.shared:
+            return True
         weight = self.module.weight
         return sum(p is weight for _, p in _every_parameter(self.reader.model)) > 1
 
@@ -192,19 +196,18 @@ class _Call:
         node = next(a for n in self.group for a in n.all_input_nodes
                     if reader.sources.get(a) == frozenset([reader.canonical(path)]))  # fmt: skip
         table = reader.between(node, lambda value: value, place)
-        value = reader.plain(reader.dynamic(self.given[0], place), place)
-        rank = 2 if layer.kind == "Embedding" else 3
-        if len(value.shape) != rank:
-            raise refuse(place, f"it shares its weight with another layer, and takes a tensor of "
-                         f"rank {len(value.shape)}, expected {rank}")  # fmt: skip
+        value = reader.dynamic(self.given[0], place)
         if layer.kind == "Embedding":
+            value = reader.plain(value, place)
+            if len(value.shape) != 2:
+                raise refuse(place, f"it shares its weight with another layer, and takes a tensor of "
+                             f"rank {len(value.shape)}, expected 2")  # fmt: skip
             shape = (*value.shape, self.module.embedding_dim)
             made = reader.emit("Lookup", {}, [table, value], self.name, shape)
         else:
-            shape = (*value.shape[:-1], self.module.out_features)
-            made = reader.emit("Attend", {}, [value, table], self.name, shape)
+            made = reader.attended(value, table, place, self.name)
             if self.module.bias is not None:
-                own = frozenset([path.removesuffix("weight") + "bias"])
+                own = frozenset([reader.canonical(path.removesuffix("weight") + "bias")])
                 given = (a for n in self.group for a in n.all_input_nodes)
                 bias = next(a for a in given if reader.sources.get(a) == own)
                 other = reader.array(bias, made, place)

@@ -6,7 +6,6 @@ becomes layers by the rules of ``torch_operations``. Open ``net_of`` first.
 
 import contextlib
 import inspect
-import itertools
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,70 +16,22 @@ import torch
 
 from fwt._types import ConversionError
 from fwt.converters import judge
-from fwt.converters.frameworks import torch_calls, torch_operations, torch_sizes, torch_state
-from fwt.converters.frameworks.torch_values import Reader
+from fwt.converters.frameworks import (
+    torch_calls,
+    torch_inputs,
+    torch_operations,
+    torch_sizes,
+    torch_state,
+)
+from fwt.converters.frameworks.torch_values import Reader, Shared
 from fwt.converters.rows.row import Layer, refuse
 from fwt.converters.walk.net import Net
 from fwt.converters.walk.tensors import Value
 
-_INPUTS = "the shape of its input without the batch axis, such as (3, 32, 48), or a list "
-
 
 def example_inputs(model: torch.nn.Module, input_shape: Any) -> tuple[torch.Tensor, ...]:
-    """Tensors for a batch of two, from the shapes of the inputs or from examples of them.
-
-    What takes whole numbers, as an Embedding does, is found by trying.
-    """
-    given = input_shape if isinstance(input_shape, list | tuple) else (input_shape,)
-    if given and all(isinstance(x, torch.Tensor | np.ndarray) for x in given):
-        floats = [p.dtype for p in model.parameters() if p.is_floating_point()]
-        try:
-            tensors = [torch.as_tensor(x) for x in given]
-        except TypeError as error:
-            raise ConversionError(f"an example of an input is no tensor ({error})") from error
-        if any(x.is_complex() or x.layout != torch.strided for x in tensors):
-            raise ConversionError("an example of an input is a dense tensor of real numbers")
-        # NumPy's numbers are float64 unless told otherwise.
-        tensors = [x.to(floats[0]) if floats and x.dtype == torch.float64 else x for x in tensors]
-        if any(x.ndim < 1 or not len(x) for x in tensors):
-            raise ConversionError("an example of an input has a batch axis, and at least one entry")
-        return tuple(torch.cat([x, x])[:2] for x in tensors)
-    shapes = given if given and isinstance(given[0], list | tuple) else (given,)
-    if input_shape is None:
-        raise ConversionError(
-            f"{type(model).__name__} is no torch.nn.Sequential, so its forward is followed on an "
-            f"example of its input: give input_shape=, {_INPUTS}of them, or one tensor each, batch "
-            "first"
-        )
-    for shape in shapes:
-        if not isinstance(shape, list | tuple) or not all(_is_size(s) for s in shape):
-            raise ConversionError(f"input_shape={input_shape!r}: expected {_INPUTS}of them")
-    failed: Exception | None = None
-    floats = [p.dtype for p in model.parameters() if p.is_floating_point()]
-    kinds = [floats[0] if floats else torch.float32, torch.int64]
-    if any(isinstance(m, torch.nn.Embedding | torch.nn.EmbeddingBag) for m in model.modules()):
-        kinds.reverse()
-    for dtypes in itertools.product(kinds, repeat=len(shapes)):
-        inputs = tuple(
-            torch.zeros(2, *shape, dtype=dtype) for shape, dtype in zip(shapes, dtypes, strict=True)
-        )
-        try:
-            with at_inference(model), torch.no_grad():
-                model(*inputs)
-            return inputs
-        except Exception as error:  # noqa: BLE001 - a user's module may raise any class; the next may fit
-            failed = failed or error
-    raise ConversionError(
-        f"the model can't be run on input_shape={input_shape!r}: {_first_line(failed)}"
-    ) from failed
-
-
-def _is_size(x: Any) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool) and x > 0
-
-
-def _first_line(error: BaseException | None) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+    """Tensors for a batch of two, from the shapes of the inputs or from examples of them."""
+    return torch_inputs.example_inputs(model, input_shape, at_inference)
 
 
 @contextlib.contextmanager
@@ -152,12 +103,7 @@ def exported(model: torch.nn.Module, inputs: Sequence[torch.Tensor]) -> Any:
                     program = program.run_decompositions(parted)
             return program
     except Exception as error:  # torch.export's share no class, and all mean that it can't
-        raise refuse(
-            type(model).__name__,
-            f"torch.export can't follow it ({_first_line(error)})",
-            "what it does may not depend on the values of its input, nor on how many examples "
-            "there are (x.shape[0] for len(x), which is a fixed number)",
-        ) from error
+        raise refuse(type(model).__name__, *torch_inputs.explained(model, error)) from error
 
 
 def _parted(model: torch.nn.Module, program: Any) -> dict[Any, Any]:
@@ -187,19 +133,31 @@ def net_of(model: torch.nn.Module, inputs: Sequence[torch.Tensor]) -> Net:
     """
     for module in model.modules():
         torch_calls.check_hooks(module, model)
-    net, by_sizes = _read(model, inputs, exported(model, inputs))
+    net, by_sizes = _with_shared(model, inputs)
 
     def read(inputs: Sequence[torch.Tensor]) -> Net:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return _read(model, inputs, exported(model, inputs))[0]
+            return _with_shared(model, inputs)[0]
 
     if by_sizes or torch_sizes.asks(model):
         net.fixed = torch_sizes.fixed(model, inputs, net, read)
     return net
 
 
-def _read(model: torch.nn.Module, inputs: Sequence[torch.Tensor], program: Any) -> tuple[Net, bool]:
+def _with_shared(model: torch.nn.Module, inputs: Sequence[torch.Tensor]) -> tuple[Net, bool]:
+    """What ``_read`` gives, with the arrays between the layers that several of these take."""
+    program, shared = exported(model, inputs), set[str]()
+    while True:
+        try:
+            return _read(model, inputs, program, frozenset(shared))
+        except Shared as found:
+            shared.add(found.path)
+
+
+def _read(
+    model: torch.nn.Module, inputs: Sequence[torch.Tensor], program: Any, shared: frozenset[str]
+) -> tuple[Net, bool]:
     """The net of an exported program, and whether it may follow from the sizes of the example."""
     signature = program.graph_signature
     held = {
@@ -209,7 +167,8 @@ def _read(model: torch.nn.Module, inputs: Sequence[torch.Tensor], program: Any) 
     }
     tensors = {**program.state_dict, **program.constants}
     nodes = list(program.graph.nodes)
-    reader = Reader(model, {held[n.name]: tensors[held[n.name]] for n in nodes if n.name in held})
+    own = {held[n.name]: tensors[held[n.name]] for n in nodes if n.name in held}
+    reader = Reader(model, own, shared)
     given = iter(inputs)
     shapes: dict[str, tuple[int, ...]] = {}
     for node in nodes:
@@ -237,8 +196,15 @@ def _read(model: torch.nn.Module, inputs: Sequence[torch.Tensor], program: Any) 
     ends = [reader.at_end(reader.dynamic(by_name[n], "the output"), "the output") for n in names]
     outputs = torch.utils._pytree.tree_unflatten([v.name for v in ends], program.call_spec.out_spec)
     used = _used(reader.layers, [v.name for v in ends])
+    if ties := _ties(reader, used):
+        path, (one, other) = next(iter(ties.items()))
+        if path not in shared:
+            raise Shared(path)
+        raise refuse(one, f"it and {other} share the array {path}, which linear layers and tables "
+                     "alone can", "give each its own, module.weight = "
+                     "torch.nn.Parameter(module.weight.detach().clone()); of a loop from zeros, let "
+                     "its first state follow from the input, such as h = h + 0 * x[:, 0, :1]")  # fmt: skip
     _report_unused(model, reader, used)
-    _check_ties(reader, used)
     return Net(used, dict(shapes), _form(outputs, type(model).__name__)), reader.by_sizes
 
 
@@ -275,15 +241,16 @@ def _report_unused(model: torch.nn.Module, reader: Reader, layers: list[Layer]) 
         )
 
 
-def _check_ties(reader: Reader, layers: list[Layer]) -> None:
-    """Raises for an array that two layers have, unless each has other entries of it; a second call
-    of one layer has none of its own."""
+def _ties(reader: Reader, layers: list[Layer]) -> dict[str, tuple[str, str]]:
+    """By array, two layers that have it, unless each has other entries of it; a second call of one
+    layer has none of its own."""
     holders: dict[str, list[str]] = {}
+    found: dict[str, tuple[str, str]] = {}
     for layer in layers:
         for path in () if layer.of else sorted(reader.paths.get(layer.name, ())):
             for other in holders.setdefault(path, []):
                 mine, theirs = (reader.parts.get((n, path)) for n in (layer.name, other))
                 if mine is None or theirs is None or np.intersect1d(mine, theirs).size:
-                    raise refuse(layer.name, f"it and {other} share the array {path}",
-                                 "give each its own, parameter.clone()")  # fmt: skip
+                    found.setdefault(path, (layer.name, other))
             holders[path].append(layer.name)
+    return found

@@ -33,7 +33,12 @@ def _cast(reader: Reader, node: Any, args: Args, place: str) -> Any:
     whole = all(not d.is_floating_point and d != torch.bool for d in kinds)
     if kinds[0] == kinds[1] or whole:
         return reader.env[given]
-    raise refuse(place, f"it makes {kinds[1]} of {kinds[0]}".replace("torch.", ""))
+    told = f"it makes {kinds[1]} of {kinds[0]}".replace("torch.", "")
+    raise refuse(place, told, "give a module that takes it as it is made here, an input more")
+
+
+_MASK = ("take the mask as an input of ones and zeros more, and multiply by it or add "
+         "(mask - 1) * 1e9 to scores")  # fmt: skip
 
 
 # -- entry by entry -------------------------------------------------------------------------------
@@ -206,7 +211,7 @@ def _masked_fill(reader: Reader, node: Any, args: Args, place: str) -> Any:
     if not isinstance(value, Value):
         return None
     if mask is None or fill is None:
-        raise refuse(place, "its mask follows from the input")
+        raise refuse(place, "its mask follows from the input", _MASK)
     return masked(reader, value, mask, fill, place)
 
 
@@ -222,7 +227,7 @@ def masked(reader: Reader, value: Value, mask: torch.Tensor, fill: float, place:
 def _where(reader: Reader, node: Any, args: Args, place: str) -> Any:
     condition = reader.values.get(args["condition"])
     if condition is None:
-        raise refuse(place, "its condition follows from the input")
+        raise refuse(place, "its condition follows from the input", _MASK)
     keep = condition.bool()
     sides = [(args["self"], keep), (args["other"], ~keep)]
     numbers = [_number(reader, n) for n, _ in sides]

@@ -211,10 +211,15 @@ def _attention(module: torch.nn.Module) -> torch.nn.Module:
 
 def _alias(root: torch.nn.Module, layer: Layer, table: Any) -> None:
     """A layer that shares a table has it under its own name too."""
-    holder = _holder(root, parts_of(layer.name))
+    if table.op != "get_attr":  # what is made of one
+        return
     *inside, name = table.target.split(".")
+    weight = _holder(root, inside)._parameters[name]
+    if "__" in parts_of(layer.name)[-1]:  # a further call, or an operation that is no module
+        return
+    holder = _holder(root, parts_of(layer.name))
     if "weight" not in holder._parameters:
-        holder.register_parameter("weight", _holder(root, inside)._parameters[name])
+        holder.register_parameter("weight", weight)
 
 
 def _array(

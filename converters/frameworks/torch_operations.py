@@ -27,6 +27,10 @@ OPERATIONS = {
 }
 
 
+_BEFORE = ("give a module that returns what comes before it, or that takes what it gives as an input, "
+           "and compute it outside")  # fmt: skip
+
+
 def says_nothing(node: Any) -> bool:
     """Whether an operation is no more than about sizes."""
     return is_size(node) or name_of(node).startswith(("_assert", "sym_"))
@@ -60,7 +64,7 @@ def read(reader: Reader, node: Any) -> None:
     function = OPERATIONS.get(name)
     made = function(reader, node, args, place) if function else by_rule(reader, node, args, place)
     if made is None:
-        raise refuse(place, f"the operation {node.target} is not known")
+        raise refuse(place, f"the operation {node.target} is not known", _BEFORE)
     if not isinstance(made, torch.Tensor):
         reader.env[node] = made
 
@@ -162,6 +166,13 @@ def by_rule(reader: Reader, node: Any, args: dict[str, Any], place: str) -> Any:
     out = out[0] if isinstance(out, list | tuple) else out
     found = call(reader, kind, settings, value, where, reader.sizes(out.shape, place), own)
     reader.paths[found.name] = paths
+    whole = [(k, reader.positions[v][0]) for k, v in arrays.items() if v in reader.positions
+             and reader.positions[v][1] is None]  # fmt: skip
+    if held and len(whole) == len(held):
+        made = reader.layers[-1]
+        first = reader.called.setdefault((kind, *whole), made)
+        if first is not made and first.settings == made.settings:
+            made.of = first.name
     for path, index in (reader.positions[v] for v in arrays.values() if v in reader.positions):
         if index is not None:
             reader.parts[found.name, path] = index.reshape(-1).numpy()
@@ -188,6 +199,13 @@ def _of_table(
     """A lookup, or the products, of a weight that other operations take too."""
     weight = arrays["weight"]
     users = [n for n in weight.users if name_of(n) in ("embedding", "linear")]
+    held = [arrays[k] for k in ("weight", "bias") if arrays.get(k) is not None]
+    if kind == "Linear" and any(reader.sources[a] & reader.shared for a in held):
+        made = reader.attended(value, reader.between(weight, lambda given: given, place), place)
+        if arrays.get("bias") is None:
+            return made
+        other = reader.array(arrays["bias"], made, place)
+        return reader.emit("Add", {}, [made, other], f"{place}__bias", made.shape, made.axes)
     if len(users) < 2 or {name_of(n) for n in users} == {"linear"} or arrays.get("bias"):
         return None
     table = reader.between(weight, lambda given: given, place)

@@ -26,6 +26,9 @@ def _matmul(reader: Reader, node: Any, args: Args, place: str) -> Any:
     if second in reader.values and first in reader.env:
         weight = reader.values[second]
         value = reader.dynamic(first, place)
+        if weight.ndim == 2 and reader.sources[second] & reader.shared:
+            table = reader.between(second, lambda given: given.t(), place)
+            return reader.attended(value, table, place)
         if weight.ndim == 2:
             if not value.last:
                 value = reader.lined_up(value, place)

@@ -23,6 +23,13 @@ class States:
     time: int  # the axis of the sequence
 
 
+class Shared(Exception):  # noqa: N818 - it is no error, but how the reading starts again
+    """Several operations take one array, each in its own way."""
+
+    def __init__(self, path: str):
+        self.path = path
+
+
 def _at(model: torch.nn.Module, path: str) -> Any:
     inside, _, name = path.rpartition(".")
     try:
@@ -34,8 +41,12 @@ def _at(model: torch.nn.Module, path: str) -> Any:
 class Reader(Tensors):
     """The layers read so far, and what each node of the exported graph is in their terms."""
 
-    def __init__(self, model: torch.nn.Module, held: Mapping[str, torch.Tensor]):
+    def __init__(
+        self, model: torch.nn.Module, held: Mapping[str, torch.Tensor], shared: frozenset[str]
+    ):
         super().__init__(usual)
+        self.shared = shared  # the arrays that stand between the layers, for several to take
+        self.called: dict[Any, Layer] = {}  # by its kind and arrays, a layer of no module's
         self.model = model
         self.held = held
         every = (*model.named_parameters(), *model.named_buffers())
@@ -123,6 +134,8 @@ class Reader(Tensors):
         self.values[node] = node.target(*args[0], **args[1])
         given = (self.sources.get(a, frozenset()) for a in node.all_input_nodes)
         self.sources[node] = frozenset().union(*given)
+        if self._is_bias(node):
+            return
         first = self.positions.get(next(iter(node.all_input_nodes), None))
         if name_of(node) in SELECTS and first is not None:
             path, index = first
@@ -131,6 +144,21 @@ class Reader(Tensors):
             args = torch.fx.map_arg((node.args, node.kwargs), lambda a: (
                 index if a is given else plain(a)))  # fmt: skip
             self.positions[node] = path, node.target(*args[0], **args[1])
+
+    def _is_bias(self, node: Any) -> bool:
+        """Whether an operation gives its bias alone, as a linear layer of zeros does."""
+        if name_of(node) != "linear" or len(node.args) < 3 or node.args[2] not in self.positions:
+            return False
+        x, weight = (self.values[a] for a in node.args[:2])
+        path, index = self.positions[node.args[2]]
+        every = _positions(self.held[path].shape) if path in self.held else None
+        whole = index is None or (every is not None and torch.equal(index, every))
+        if x.any() or not whole or not weight.isfinite().all():
+            return False
+        self.sources[node] = self.sources[node.args[2]]
+        self.positions[node] = path, _positions(self.held[path].shape).expand(
+            self.values[node].shape)  # fmt: skip
+        return True
 
     # -- layers --------------------------------------------------------------------------------
 
@@ -232,13 +260,15 @@ class Reader(Tensors):
     def _named(self, path: str, index: torch.Tensor, place: str) -> Value | None:
         """The layer of an array of the model, or of entries of it, by their positions; None for one
         that is not learned and was met in another way before."""
+        if path in self.shared:
+            return self._taken(path, index, place)
         known = self.made.get(path)
         if known is not None and torch.equal(self.index[path], index):
             return known
         array = _at(self.model, path)
         learned, whole = isinstance(array, torch.nn.Parameter), array.detach()
         if known is not None and learned:
-            raise refuse(place, f"it takes {path} in another way than an operation before it")
+            raise Shared(path)
         if known is not None:
             return None
         every = torch.equal(index.reshape(-1), torch.arange(whole.numel()))
@@ -254,6 +284,48 @@ class Reader(Tensors):
         self.paths[made.name] = frozenset([path])
         return made
 
+    def _taken(self, path: str, index: torch.Tensor, place: str) -> Value:
+        """A whole array that several operations take, or what one takes of it."""
+        whole = _at(self.model, path).detach()
+        if path not in self.made:
+            name, kind = joined(path.split(".")), "PersistentBuffer"
+            kind = "Parameter" if path in dict(self.model.named_parameters()) else kind
+            self.made[path] = self._source(kind, name, whole, place)
+            self.paths[self.made[path].name] = frozenset([path])
+        value, every = self.made[path], _positions(whole.shape)
+        if index.shape == every.shape and torch.equal(index, every):
+            return value
+        key = path, tuple(index.reshape(-1).tolist()), tuple(index.shape)
+        if key in self.made:
+            return self.made[key]
+        if whole.ndim == 2 and index.shape == every.T.shape and torch.equal(index, every.T):
+            made = self.emit("Permute", {"dims": (1, 0)}, [value], f"{place}__t", index.shape)
+        elif whole.ndim == index.ndim == 1 and torch.equal(
+            index, torch.arange(index[0], index[0] + len(index))
+        ):
+            told = {"dim": 0, "start": int(index[0]), "stop": int(index[0]) + len(index), "step": 1}
+            made = self.emit("Slice", told, [value], f"{place}__part", index.shape)
+        else:
+            raise refuse(place, f"it takes {path} in another way than an operation before it", _OWN)
+        self.made[key] = made
+        return made
+
+    def attended(self, value: Value, table: Value, place: str, name: str = "") -> Value:
+        """The products of a tensor with each row of a table that is no layer's own."""
+        value = self.lined_up(value, place)
+        if not value.last:
+            raise refuse(place, "it works along the batch")
+        sizes, width = value.sizes, table.shape[0]
+        steps = math.prod(n for n, _ in sizes[1:-1])
+        if len(sizes) != 3:
+            value = self.reshaped(value, [sizes[0], (steps, False), sizes[-1]], place)
+        value = self.plain(value, place)
+        shape = (*value.shape[:-1], width)
+        made = self.emit("Attend", {}, [value, table], name or place, shape)
+        if len(sizes) != 3:
+            made = self.reshaped(made, [*sizes[:-1], (width, False)], place)
+        return made
+
     def _source(
         self, kind: str, name: str, value: torch.Tensor, place: str, table: Any = None
     ) -> Value:
@@ -261,6 +333,10 @@ class Reader(Tensors):
         settings: dict[str, Any] = {"shape": tuple(value.shape)}
         settings |= {} if table is None else {"table": table}
         return self.emit(kind, settings, [], name, value.shape, arrays=arrays)
+
+
+_OWN = ("give each a weight of its own, module.weight = torch.nn.Parameter(module.weight.detach()"
+        ".clone())")  # fmt: skip
 
 
 def _positions(shape: Sequence[int]) -> torch.Tensor:

@@ -274,7 +274,7 @@ class Walk(Merges):
                 str(layer),
                 f"expected an input of rank {' or '.join(map(str, expected))} (batch included), "
                 f"found rank {len(self.have)}",
-                "check input_shape= and the layers before it",
+                "check input_shape= (without the batch axis) and the layers before it",
             )
         return fitting[0], None
 

@@ -1,6 +1,5 @@
 """Live Keras models, on any backend."""
 
-import collections
 import contextlib
 import functools
 import math
@@ -18,6 +17,7 @@ from fwt.converters.frameworks import (
     activations,
     altered,
     keras_config,
+    keras_custom,
     keras_forms,
     keras_ops,
     keras_read,
@@ -239,7 +239,8 @@ def _config(model: Any) -> dict[str, Any]:
     if not isinstance(model, keras.Sequential):
         for layer in model.layers:
             _check_known(layer)
-        return {"class_name": "Functional", "config": model.get_config()}
+        config = keras_custom.told(model.get_config(), model.layers, keras.dtype_policies.serialize)
+        return {"class_name": "Functional", "config": config}
     shape = [None, *model.input_shape[1:]]
     given = {"batch_shape": shape, "dtype": model.inputs[0].dtype, "name": "input"}
     entries: list[Any] = [{"class_name": "InputLayer", "config": given}]
@@ -250,7 +251,9 @@ def _config(model: Any) -> dict[str, Any]:
         if inside:
             entry["config"]["name"] = layer.name
         entries.append(entry)
-    return {"class_name": "Sequential", "config": {"layers": entries, "build_input_shape": shape}}
+    config = {"layers": entries, "build_input_shape": shape}
+    keras_custom.told(config, model.layers, keras.dtype_policies.serialize)
+    return {"class_name": "Sequential", "config": config}
 
 
 def _check_methods(layer: Any) -> None:
@@ -265,7 +268,7 @@ def _check_known(layer: Any) -> None:
     cls = type(layer)
     _check_methods(layer)
     if _is_container(layer):
-        _check_keys(layer)
+        keras_forms.check_keys(layer)
         for inner in layer.layers:
             _check_known(inner)
         return
@@ -278,6 +281,8 @@ def _check_known(layer: Any) -> None:
             f"{cls.__module__}.{cls.__name__} is a custom layer, which can't be converted",
             "converters.register(row) makes it known",
         )
+    if custom:
+        keras_custom.check_config(layer)
     if isinstance(layer, keras.layers.MultiHeadAttention | keras.layers.GroupQueryAttention):
         _check_attention(layer)
     _check_config(layer)
@@ -290,20 +295,6 @@ def _check_known(layer: Any) -> None:
             name = type(wrapped).__name__
             if getattr(keras.layers, name, None) is not type(wrapped):
                 raise refuse(layer.name, f"it wraps {name}, which is a custom layer")
-
-
-def _check_keys(model: Any) -> None:
-    """Raises where a model inside counts tensors in an order of keys that no config tells."""
-    calls = [(n.arguments.args, n.arguments.kwargs) for n in model._inbound_nodes]
-    for form in (getattr(model, "_inputs_struct", None), getattr(model, "_outputs_struct", None),
-                 *(v for args, kwargs in calls for v in (*args, *kwargs.values()))):  # fmt: skip
-        if isinstance(form, collections.OrderedDict) and list(form) != keras_forms.in_order(form):
-            raise refuse(
-                model.name,
-                f"it takes or gives an OrderedDict of {', '.join(map(str, form))}, whose order "
-                "Keras does not save",
-                "make the model, and call it, with a dict",
-            )
 
 
 def _check_activations(layer: Any) -> None:

@@ -1,12 +1,29 @@
 """What a Functional model takes and gives, one tensor, several or several by key, and in which
-order Keras counts them."""
+order Keras counts them; what its layers are called with."""
 
+import collections
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from fwt.converters.frameworks import keras_ops
+from fwt.converters.rows.row import refuse
 
 Ref = tuple[str, int, int]  # a layer, the number of its call, and that of its output
+# Layers that Keras calls with training=True by itself, and which are the identity in predict.
+_AUGMENTS = ("AugMix", "CutMix", "MixUp", "RandAugment", "RandomBrightness",
+             "RandomColorDegeneration", "RandomColorJitter", "RandomContrast",
+             "RandomElasticTransform", "RandomErasing", "RandomFlip", "RandomGaussianBlur",
+             "RandomGrayscale", "RandomHue", "RandomInvert", "RandomPerspective",
+             "RandomPosterization", "RandomRotation", "RandomSaturation", "RandomSharpness",
+             "RandomShear", "RandomTranslation", "RandomZoom")  # fmt: skip
+# What says more than a tensor and changes nothing at inference.
+_IDLE = {"training": ("Resizing", "CenterCrop", "Rescaling", "Normalization", *_AUGMENTS),
+         "mask": ("BatchNormalization", "Dropout")}  # fmt: skip
+# In what order a layer of several tensors takes them, and how Keras calls them.
+ARGUMENTS = dict.fromkeys(("MultiHeadAttention", "GroupQueryAttention", "Attention",
+                           "AdditiveAttention"), ("query", "value", "key"))  # fmt: skip
+# What a layer is called with as the masks of what it takes; Keras writes its own ones there too.
+_MASKS = ("mask", "query_mask", "value_mask", "key_mask")
 
 
 def _is_one(ends: Any) -> bool:
@@ -42,6 +59,20 @@ def flat(ends: Any) -> list[Any]:
     return names_in_form(ends)
 
 
+def check_keys(model: Any) -> None:
+    """Raises where a model inside counts tensors in an order of keys that no config tells."""
+    calls = [(n.arguments.args, n.arguments.kwargs) for n in model._inbound_nodes]
+    for form in (getattr(model, "_inputs_struct", None), getattr(model, "_outputs_struct", None),
+                 *(v for args, kwargs in calls for v in (*args, *kwargs.values()))):  # fmt: skip
+        if isinstance(form, collections.OrderedDict) and list(form) != in_order(form):
+            raise refuse(
+                model.name,
+                f"it takes or gives an OrderedDict of {', '.join(map(str, form))}, whose order "
+                "Keras does not save",
+                "make the model, and call it, with a dict",
+            )
+
+
 def taken(entry: Mapping[str, Any], node: Mapping[str, Any]) -> list[Ref]:
     """What a call takes, in the order in which it goes to the inputs of a model."""
     given = next(iter(node.get("args") or []), (node.get("kwargs") or {}).get("inputs"))
@@ -55,3 +86,35 @@ def taken(entry: Mapping[str, Any], node: Mapping[str, Any]) -> list[Ref]:
         names = [x[0] for x in starts if isinstance(x, list | tuple) and x]
         keys = names if set(names) <= set(given) else keys
     return [ref for k in keys for ref in keras_ops.histories(given[k])]
+
+
+def without_idle(node: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A node without the keywords that change nothing at inference, and without masks, whose names
+    it has under ``masks``: what computes them is no part of the net."""
+    kwargs = node.get("kwargs") or {}
+    idle = [k for k, kinds in _IDLE.items() if entry.get("class_name") in kinds]
+    unused = ("mask",) if entry.get("class_name") in _IDLE["mask"] else ()
+    masks = [] if keras_ops.is_operation(entry) else [
+        k for k in _MASKS if k not in unused and keras_ops.histories(kwargs.get(k))
+    ]  # fmt: skip
+    if entry.get("class_name") in ("Sequential", "Functional"):  # whose masks may be of some inputs
+        idle.append("mask")
+    kept = {k: v for k, v in kwargs.items() if k not in (*idle, *masks)}
+    return {**node, "kwargs": kept, "masks": masks}
+
+
+def attended(kind: str, name: str, node: Any, given: list[str], place: str) -> list[str]:
+    """What attention takes, as query, key and value; one tensor where all are one."""
+    order = ARGUMENTS[kind]
+    args, kwargs = node.get("args") or [], node.get("kwargs") or {}
+    if kind in keras_ops.LISTED:
+        args = next((v for v in (*args, kwargs.get("inputs")) if keras_ops.tensors(v)), [])
+        kwargs = {}
+    every = (*zip(order, args, strict=False), *kwargs.items())
+    places = [k for k, v in every if keras_ops.tensors(v)]
+    if len(places) != len(given) or "query" not in places or "value" not in places:
+        raise refuse(f"{place}: {name}", f"it is called with {', '.join(places)}")
+    by = dict(zip(places, given, strict=True))
+    found = [by["query"], by.get("key", by["value"]), by["value"]]
+    one = len(set(found)) == 1 and kind not in keras_ops.LISTED
+    return found[:1] if one else found

@@ -2,14 +2,22 @@
 each other, whose layers keep the names of the models that they are in before their own."""
 
 import dataclasses
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fwt._graph import INPUT
 from fwt._types import ConversionError, FileFormatError
-from fwt.converters.frameworks import keras_2, keras_ops
-from fwt.converters.frameworks.keras_forms import Ref, flat, form_of, names_in_form, taken
+from fwt.converters.frameworks import keras_2, keras_custom, keras_ops
+from fwt.converters.frameworks.keras_forms import (
+    ARGUMENTS,
+    Ref,
+    attended,
+    flat,
+    form_of,
+    names_in_form,
+    taken,
+    without_idle,
+)
 from fwt.converters.rows import table
 from fwt.converters.rows.row import Layer, joined, parts_of, refuse
 from fwt.converters.walk import policy
@@ -18,20 +26,7 @@ from fwt.converters.walk.net import Net, fresh
 from fwt.layers.recurrent import HARD_SIGMOID
 
 CONTAINERS = ("Sequential", "Functional")
-# What says more than a tensor and changes nothing at inference.
-# Layers that Keras calls with training=True by itself, and which are the identity in predict.
-_AUGMENTS = ("AugMix", "CutMix", "MixUp", "RandAugment", "RandomBrightness",
-             "RandomColorDegeneration", "RandomColorJitter", "RandomContrast",
-             "RandomElasticTransform", "RandomErasing", "RandomFlip", "RandomGaussianBlur",
-             "RandomGrayscale", "RandomHue", "RandomInvert", "RandomPerspective",
-             "RandomPosterization", "RandomRotation", "RandomSaturation", "RandomSharpness",
-             "RandomShear", "RandomTranslation", "RandomZoom")  # fmt: skip
 _EPSILON = 1e-7  # keras.config.epsilon(), unless it was changed
-_IDLE = {"training": ("Resizing", "CenterCrop", "Rescaling", "Normalization", *_AUGMENTS),
-         "mask": ("BatchNormalization", "Dropout", *CONTAINERS)}  # fmt: skip
-# In what order a layer of several tensors takes them, and how Keras calls them.
-_ARGUMENTS = dict.fromkeys(("MultiHeadAttention", "GroupQueryAttention", "Attention",
-                            "AdditiveAttention"), ("query", "value", "key"))  # fmt: skip
 
 
 def keras_net(config: Any, place: str) -> Net:
@@ -42,6 +37,7 @@ def keras_net(config: Any, place: str) -> Net:
     its layers.
     """
     reader = _Reader(place)
+    config = keras_custom.named(config)
     kind, body = _body(config, place)
     takes, gives = reader.model(kind, body, (), (), None)
     places = groups(config)
@@ -65,9 +61,7 @@ def groups(config: Mapping[str, Any]) -> dict[str, str]:
             kind, own = entry["class_name"], entry["config"]
             if keras_ops.is_operation(entry):
                 continue
-            stem = keras_ops.CLASSES.get(kind, kind)
-            stem = re.sub(r"(.)([A-Z][a-z]+)", r"\1_\2", re.sub(r"\W+", "", stem))
-            stem = re.sub(r"([a-z])([A-Z])", r"\1_\2", stem).lower()
+            stem = keras_custom.snake(keras_ops.CLASSES.get(kind, kind))
             count = seen.get(stem, 0)
             seen[stem] = count + 1
             group = f"{where}layers/{stem}" + (f"_{count}" if count else "")
@@ -256,12 +250,12 @@ class _Reader:
             node = nodes[index]
             if not isinstance(node, Mapping):
                 raise FileFormatError(f"{self.place}: {name}: a node is {node!r:.80}")
-            found = keras_ops.histories(_without_idle(node, entries[name]))
+            found = keras_ops.histories(without_idle(node, entries[name]))
             left += [ref for ref in found if ref not in known]
         for name, entry in entries.items():
             for index, node in enumerate(entry.get("inbound_nodes") or []):
                 if (name, index) in wanted:
-                    yield name, index, _without_idle(node, entry)
+                    yield name, index, without_idle(node, entry)
 
     def _input_shape(self, settings: Mapping[str, Any]) -> Any:
         if settings.get("sparse") or settings.get("ragged"):
@@ -330,8 +324,11 @@ class _Reader:
         label, first = self._name((*inside, own)), joined((*base, own))
         self.called = label
         if kind in CONTAINERS:
-            parts = (*inside, parts_of(label)[-1])
+            parts, since = (*inside, parts_of(label)[-1]), len(self.layers)
             _, gives = self.model(*_body(entry, self.place), parts, (*base, own), given)
+            for layer in self.layers[since:] if node and node["masks"] else ():
+                if not set(given).isdisjoint(layer.inputs):
+                    layer.given_mask = node["masks"][0]
             return flat(gives)
         if (kind, entry.get("module")) == keras_ops.SCALED:
             name = self._name((*parts_of(label)[:-1], f"{parts_of(label)[-1]}__scale"))
@@ -341,11 +338,14 @@ class _Reader:
         if kind == "Dot" and node is not None:
             return [self._dot(label, settings, node, given)]
         chain = layer_and_activation(label, kind, settings, self.place)
-        if kind in _ARGUMENTS and node is not None:
-            given = _attended(kind, own, node, given, self.place)
+        if kind in ARGUMENTS and node is not None:
+            given = attended(kind, own, node, given, self.place)
         told = {k: True for k in keras_ops.CALLED.get(kind, ()) if node and node["kwargs"].get(k)}
         chain[0].settings.update(told)
-        chain[0].masked = kind in MASKED and not entry.get(keras_2.OLDER)
+        chain[0].given_mask = "=, ".join(node["masks"] if node else ())
+        chain[0].masked = (kind in MASKED and not entry.get(keras_2.OLDER)) or bool(
+            node and node["masks"]
+        )
         if any(r.kind == "merge" for r in table.rows_of("keras", kind)) and node is not None:
             given = self._same_rank(label, node, given)
         if label != first:  # each part is the part of the first call that ends alike
@@ -375,7 +375,7 @@ class _Reader:
         """Raises for what a layer is called with beside tensors."""
         place = f"{self.place}: {name}"
         given = {**dict(enumerate(node.get("args") or [])), **(node.get("kwargs") or {})}
-        known = ("inputs", *_ARGUMENTS.get(kind, ()))
+        known = ("inputs", *ARGUMENTS.get(kind, ()))
         for key, value in given.items():
             found = keras_ops.histories(value)
             if value is None or value is False or (found and (type(key) is int or key in known)):
@@ -447,30 +447,6 @@ class _Reader:
         return out
 
 
-def _without_idle(node: Mapping[str, Any], entry: Mapping[str, Any]) -> Any:
-    """A node without the keywords that change nothing at inference."""
-    kwargs = node.get("kwargs") or {}
-    idle = [k for k, kinds in _IDLE.items() if entry.get("class_name") in kinds]
-    return {**node, "kwargs": {k: v for k, v in kwargs.items() if k not in idle}}
-
-
-def _attended(kind: str, name: str, node: Any, given: list[str], place: str) -> list[str]:
-    """What attention takes, as query, key and value; one tensor where all are one."""
-    order = _ARGUMENTS[kind]
-    args, kwargs = node.get("args") or [], node.get("kwargs") or {}
-    if kind in keras_ops.LISTED:
-        args = next((v for v in (*args, kwargs.get("inputs")) if keras_ops.tensors(v)), [])
-        kwargs = {}
-    every = (*zip(order, args, strict=False), *kwargs.items())
-    places = [k for k, v in every if keras_ops.tensors(v)]
-    if len(places) != len(given) or "query" not in places or "value" not in places:
-        raise refuse(f"{place}: {name}", f"it is called with {', '.join(places)}")
-    by = dict(zip(places, given, strict=True))
-    found = [by["query"], by.get("key", by["value"]), by["value"]]
-    one = len(set(found)) == 1 and kind not in keras_ops.LISTED
-    return found[:1] if one else found
-
-
 # -- one layer --------------------------------------------------------------------------------
 
 
@@ -482,9 +458,12 @@ def entry_of(entry: Any, place: str) -> tuple[str, dict[str, Any]]:
     if not isinstance(kind, str):
         raise FileFormatError(f"{place}: a layer's class is {kind!r}")
     kind = {own: public for public, own in keras_ops.CLASSES.items()}.get(kind, kind)
-    own = kind.rpartition(">")[2]  # behind the package that the user registered it in
-    if own in table.CUSTOM["keras"] or (kind, module) in keras_ops.BESIDE:
-        return own, dict(entry["config"])
+    if keras_custom.is_custom(kind):  # behind the package that the user registered it in
+        own = kind.rpartition(">")[2]
+        place = f"{entry['config'].get('name')} ({own})"
+        return own, keras_custom.settings_of(own, entry["config"], place)
+    if (kind, module) in keras_ops.BESIDE:
+        return kind, dict(entry["config"])
     check_own(entry, place, str(entry["config"].get("name")))
     return kind, dict(entry["config"])
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from fwt._graph import names_in, renamed
 from fwt._types import ConversionError
-from fwt.converters.frameworks import keras_ops
+from fwt.converters.frameworks import keras_custom, keras_ops
 from fwt.converters.rows import table
 from fwt.converters.rows.row import Layer, joined, listed, parts_of
 from fwt.converters.walk.net import Net, fresh, nests
@@ -175,6 +175,8 @@ def _entry(name: str, layer: Layer) -> dict[str, Any]:
         config[role] = _entry(inner.name, inner)
     custom = table.CUSTOM["keras"].get(layer.kind)
     home = keras_ops.HOME.get(layer.kind)
+    if custom:
+        config = keras_custom.taken_by(custom, config, str(layer))
     return {
         "module": home or (custom.__module__ if custom else "keras.layers"),
         "class_name": layer.kind,

@@ -298,7 +298,8 @@ class Layer:
     inputs: tuple[str, ...] = ()  # the names of the layers, or of the model's inputs, that it takes
     of: str = ""  # the layer that it calls again
     shape: tuple[int | None, ...] | None = None  # what it gives, without the batch
-    masked: bool = False  # a merge of Keras that computes with the masks of what it takes
+    masked: bool = False  # a layer of Keras that computes with the masks of what it takes
+    given_mask: str = ""  # the keyword by which a call of Keras tells the mask of what it takes
 
     def __str__(self) -> str:
         return f"{self.name} ({self.kind})"
@@ -368,7 +369,8 @@ class Take:
             return self.values[name]
         if name in self.defaults:
             return self.defaults[name]
-        raise refuse(self.place, f"the setting {name!r} is missing")
+        way = "get_config of its class has to tell it" if self.framework == "keras" else ""
+        raise refuse(self.place, f"the setting {name!r} is missing", way)
 
     def check_all_taken(self) -> None:
         """Raises for any setting off its default that nobody took."""

@@ -11,6 +11,7 @@ To add a layer, add its row to one of the three tables, or ``register`` it.
 
 import dataclasses
 import functools
+import inspect
 from typing import Any
 
 import flax.linen as nn
@@ -135,6 +136,17 @@ def row_of_function(name: str) -> Row | None:
     """The row of a function in keras.activations."""
     name = ALIASES.get(name, name)
     return next((r for r in LAYERS if r.function and r.function[0] == name), None)
+
+
+def masks_of(layer: Layer) -> tuple[bool, bool]:
+    """Whether a layer of a class of the user's own makes a mask in Keras, and whether it uses the
+    one of what it takes."""
+    cls = CUSTOM["keras"].get(layer.kind)
+    if cls is None:
+        return False, False
+    home = next((c.__module__ for c in cls.__mro__ if "compute_mask" in vars(c)), "")
+    takes = inspect.signature(cls.call).parameters
+    return home != "keras.src.layers.layer", any(n.endswith("mask") for n in takes)
 
 
 def unknown(framework: Framework, layer: Layer) -> ConversionError:

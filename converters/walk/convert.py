@@ -4,7 +4,8 @@ import dataclasses
 from typing import Any, Literal
 
 from fwt._types import ConversionError
-from fwt.converters.rows.row import Framework, Layer, refuse
+from fwt.converters.rows import table
+from fwt.converters.rows.row import Framework, refuse
 from fwt.converters.walk import policy
 from fwt.converters.walk.net import Net
 from fwt.converters.walk.opened import opened
@@ -86,18 +87,22 @@ _END_MASKS = ("Flatten", "Conv1D", "Conv2D", "Conv3D", "MaxPooling", "AveragePoo
 
 def _check_masks(net: Net, uses: tuple[str, ...], way_out: str = "") -> None:
     """Raises where a mask that Keras sends along would change what a later layer does."""
-    masked: dict[str, Layer] = {}  # by name of what gives the tensor, who made its mask
+    masked: dict[str, str] = {}  # by name of what gives the tensor, what its mask is
     for layer in net.layers:
+        makes, takes = table.masks_of(layer)
         found = next((masked[name] for name in layer.inputs if name in masked), None)
-        if found is not None and (layer.masked or any(x in layer.kind for x in uses)):
+        if found is None and layer.given_mask:
+            found = f"the mask that it is called with ({layer.given_mask}=)"
+        takes = takes or layer.masked or any(x in layer.kind for x in uses)
+        if found is not None and takes and not layer.kind.startswith("ops."):
             raise refuse(
                 str(layer),
-                f"in Keras it would use the mask of {found}, which no other framework sends along",
+                f"in Keras it would use {found}, which no other framework sends along",
                 way_out,
             )
         if any(x in layer.kind for x in _END_MASKS):
             found = None
-        if layer.kind == "Masking" or layer.settings.get("mask_zero"):
-            found = layer
+        if makes or layer.kind == "Masking" or layer.settings.get("mask_zero"):
+            found = f"the mask of {layer}"
         if found is not None:
             masked[layer.name] = found

@@ -73,10 +73,16 @@ class Report:
 
     def __str__(self) -> str:
         width = max(len(line.name) for line in self._lines())
-        rows = [_row(line, width) + self._beside(line) for line in self._lines()]
+        rows = [f"{line.name:{width}}  {_OTHERS}" if self._is_other(line)
+                else _row(line, width) + self._beside(line) for line in self._lines()]  # fmt: skip
         rows += [f"weight {line.name}: {line.status}, by at most {line.absolute:.3g}"
                  for line in self.weights]  # fmt: skip
         return "\n".join([self._head(), *rows, *self.notes])
+
+    def _is_other(self, line: Line) -> bool:
+        """Whether equal models have tensors of other shapes under one name, as where one of them
+        does in two layers what the other does in one."""
+        return self.ok and line.status == "differs" and _has_shapes_apart(line)
 
     def _beside(self, line: Line) -> str:
         """What to say of a layer that differs in models that are equal."""
@@ -105,7 +111,7 @@ class Report:
         cells = [
             f"<tr><td>{html.escape(line.name)}</td><td>{line.shape}</td><td>{line.absolute:.3g}</td>"
             f"<td>{line.relative:.3g}</td><td>{line.ulp:,}</td><td>{line.allowed:,.0f}</td>"
-            f"<td>{line.status}{self._beside(line)}</td></tr>"
+            f"<td>{_OTHERS if self._is_other(line) else line.status + self._beside(line)}</td></tr>"
             for line in self._lines()
         ]
         names = ("layer", "shape", "absolute", "relative", "ULP", "allowed", "")
@@ -114,10 +120,17 @@ class Report:
         return f"<p>{head}</p><table><tr>{titles}</tr>{''.join(cells)}</table>"
 
 
+_OTHERS = "not compared  under this name the models have tensors of different shapes"
+
+
+def _has_shapes_apart(line: Line) -> bool:
+    return line.allowed == 0 and not math.isfinite(line.absolute)
+
+
 def _row(line: Line, width: int) -> str:
     if line.status in ("exact", "not compared") or line.status.startswith("only"):
         return f"{line.name:{width}}  {line.status}"
-    if line.allowed == 0 and not math.isfinite(line.absolute):
+    if _has_shapes_apart(line):
         return f"{line.name:{width}}  {line.status:9}  the shapes differ"
     return (
         f"{line.name:{width}}  {line.status:9}  absolute {line.absolute:.2e}  relative "

@@ -32,7 +32,8 @@ else:
 class Reading:
     """How a file is to be read: which part of it, whether computed weights are folded, how much
     its compressed parts may grow to, on which devices its arrays shall be, whether what Flax has
-    no place for is kept, and whether arrays may be in another file."""
+    no place for is kept, whether arrays may be in another file, and whether its model is read or
+    its arrays alone."""
 
     key: str | None = None
     fold: bool = True
@@ -40,6 +41,7 @@ class Reading:
     shardings: Any = None
     sidecar: bool = False
     external: bool = False
+    module: bool = True
 
 
 # Called with the number of bytes that were read or written since the last call.

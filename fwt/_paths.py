@@ -278,9 +278,36 @@ def near(path: str, known: Iterable[str]) -> str:
     plain = path.replace("**/", "").replace("*", "")
     lower = {p.lower(): p for p in known}
     close = [p for p in known if matches("**/" + path, p)] if path else []
+    close += _of_its_layer(cut, known)
     close += [lower[p] for p in difflib.get_close_matches(plain.lower(), lower, n=3, cutoff=0.5)]
     close = list(dict.fromkeys(close))[:3] or known[:3]
     return f"; close: {', '.join(map(repr, close))}" if close else ""
+
+
+def _of_its_layer(path: str, known: Iterable[str]) -> list[str]:
+    """What is inside the layer that a path names first, by how many of its parts are there too."""
+    first, *rest = split(path) or [""]
+    inside = {p: split(p)[1:] for p in known if rest and split(p)[0] == first}
+
+    def shared(p: str) -> tuple[int, float]:
+        parts = inside[p]
+        found = sum(2 if x in parts else any(x in own for own in parts) for x in rest)
+        return -found, -difflib.SequenceMatcher(None, path, p).ratio()
+
+    return sorted(inside, key=shared)
+
+
+def of_keras(where: Any, known: Iterable[str]) -> str:
+    """What is said of a role among the arrays of Keras's files alone, whose names tell none."""
+    older = any(re.search(r"kernel:\d+$", p) for p in known)
+    numbered = [p for p in known if re.search(r"(^|/)vars/\d+$", p)]
+    if not hasattr(where, "paths_of") or not (older or numbered):
+        return ""
+    named = "**/kernel:0" if older else numbered[0]
+    return (
+        "; the names of Keras's files don't say which these are: architecture='net.keras', the "
+        f"model of these weights, does, or where={named!r} takes what is called so there"
+    )
 
 
 def tied_in_part(where: Any, group: Sequence[str], named: Sequence[str]) -> str:

@@ -71,8 +71,11 @@ def _console() -> Any:
     return Console() if sys.stdout.isatty() else Console(soft_wrap=True, width=160)
 
 
-def print_model(path: Path, model: "Model", as_json: bool, architecture: Any = None) -> None:
-    """What a file holds. ``architecture`` is the file that says what layers its weights are of."""
+def print_model(
+    path: Path, model: "Model", as_json: bool, architecture: Any = None, refused: str = ""
+) -> None:
+    """What a file holds. ``architecture`` is the file that says what layers its weights are of,
+    ``refused`` why its model can't be converted, so that these are its arrays alone."""
     import fwt
 
     form, module, told = format_of(path), model.module, fwt.summary(model)
@@ -87,11 +90,13 @@ def print_model(path: Path, model: "Model", as_json: bool, architecture: Any = N
         print(json.dumps({
             "file": os.fspath(path), "format": form.name, "bytes": size_of(path),
             "module": layers, "weights": told.size, "zeros": told.zeros, "leaves": leaves,
+            **({"refused": refused} if refused else {}),
         }))  # fmt: skip
         return
     about = f"{path}: {form.name}"
     if module is None or form.weights_only:
         about += ", weights only"
+    about += f", {by_own_names(refused)}" if refused else ""
     if module is not None and not bare:
         about += f", {len(fwt.nodes_of(module))} layers"
         about += f" of {architecture}" if form.weights_only else ""
@@ -103,7 +108,12 @@ def print_model(path: Path, model: "Model", as_json: bool, architecture: Any = N
     console.print(dataclasses.replace(told, lines=tuple(lines)), highlight=False)
 
 
-def print_diff(found: Any, as_json: bool, hint: str) -> None:
+def by_own_names(refused: str) -> str:
+    """What is said of arrays alone, of a file whose model is refused."""
+    return f"by the names in the file, since its model can't be converted ({refused})"
+
+
+def print_diff(found: Any, as_json: bool, hint: str, refused: str = "") -> None:
     """What differs between two files, a line for each array and layer."""
     if as_json:
         changes = [
@@ -113,8 +123,17 @@ def print_diff(found: Any, as_json: bool, hint: str) -> None:
             }
             for c in found.changes
         ]
-        print(json.dumps({"equal": found.equal, "same": found.same, "changes": changes,
-                          "layers": list(found.layers)}))  # fmt: skip
+        print(
+            json.dumps(
+                {
+                    "equal": found.equal,
+                    "same": found.same,
+                    "changes": changes,
+                    "layers": list(found.layers),
+                    **({"refused": refused} if refused else {}),
+                }
+            )
+        )
         return
     from rich.table import Table
     from rich.text import Text
@@ -134,7 +153,12 @@ def print_diff(found: Any, as_json: bool, hint: str) -> None:
     said = f"equal: {found.same} arrays, bit for bit"
     if not found.equal:
         said = f"{found.same} arrays are equal, {len(found.changes)} differ{hint}"
-    console.print(said, highlight=False)
+    said += (
+        f"; by the names in the files, since a model can't be converted ({refused})"
+        if refused
+        else ""
+    )
+    console.print(said, highlight=False, markup=False)
 
 
 # -- errors -----------------------------------------------------------------------------------

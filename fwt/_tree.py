@@ -1,6 +1,7 @@
 """Any pytree of arrays seen as ``{path: leaf}``, and the way back."""
 
 import functools
+import os
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -18,6 +19,7 @@ from fwt._paths import matches as matches
 from fwt._paths import named as named
 from fwt._paths import natural as natural
 from fwt._paths import near as near
+from fwt._paths import of_keras as of_keras
 from fwt._paths import split as split
 from fwt._paths import unescape as unescape
 from fwt._types import LeafError, Model, Params, Where, WhereError
@@ -65,6 +67,11 @@ class Tree:
     """
 
     def __init__(self, params: Params, statistics: bool = False, *, whole: bool = False):
+        if isinstance(params, str | os.PathLike):
+            raise LeafError(
+                f"{os.fspath(params)!r} is the path of a file: fwt.converters.load(path) reads it, "
+                "and load(path, module=False) the arrays of one whose model can't be converted"
+            )
         self.module = params.module if isinstance(params, Model) else None
         root = params.variables if isinstance(params, Model) else params
         told = _nodes.told_of(root) if _TIES.get() else {}
@@ -423,8 +430,8 @@ def _nothing(where: Where, leaves: Mapping[str, Any], hidden: Any, chosen: set[s
     hint = where if isinstance(where, str) else ""
     if not hidden:
         return (
-            f"where={said} matches none of the {len(leaves)} leaves{near(hint, leaves)}. "
-            "fwt.paths(params) lists them all"
+            f"where={said} matches none of the {len(leaves)} leaves"
+            f"{of_keras(where, leaves) or near(hint, leaves)}. fwt.paths(params) lists them all"
         )
     left = ", ".join(map(repr, list(leaves)[:5])) or "nothing"
     if chosen:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from fwt import _terminal
-from fwt._errors import FwtError
+from fwt import _refused, _terminal
+from fwt._errors import FwtError, WhereError
 from fwt._options import (
     In,
     Ins,
@@ -201,7 +201,12 @@ def inspect(files: Ins, how: dict[str, Any], as_json: JsonOption = False) -> Non
     """Show what files hold: layers, shapes, dtypes, zeros."""
 
     def show(path: Path, how: dict[str, Any]) -> None:
-        _terminal.print_model(path, _load(path, **how), as_json, how["architecture"])
+        refused = ""
+        try:
+            model = _load(path, **how)
+        except FwtError as error:
+            model, refused = _refused.alone(path, how, error), _refused.why(path, error)
+        _terminal.print_model(path, model, as_json, how["architecture"], refused)
 
     _each(files, how, show)
 
@@ -225,7 +230,11 @@ def convert(
     """Convert files to another format: exactly, or not at all."""
 
     def one(source: Path, target: Path, how: dict[str, Any]) -> None:
-        model = _load(source, **how, sidecar=True)
+        try:
+            model = _load(source, **how, sidecar=True)
+        except FwtError as error:
+            arrays, refused = _refused.alone(source, how, error), _refused.why(source, error)
+            raise _refused.error_of(source, arrays, refused, changed=False) from error
         if model.module is None and _terminal.format_of(source).fill is not None:
             raise FwtError(
                 f"{source}: only their model says what these weights are: --architecture net.keras"
@@ -263,12 +272,25 @@ def _changed(
     from fwt.converters.files import formats
 
     def one(source: Path, target: Path, how: dict[str, Any]) -> None:
-        model = _load(source, **how, sidecar=True)
-        model = transform(model)
+        refused = ""
+        try:
+            model = _load(source, **how, sidecar=True)
+        except FwtError as error:
+            model, refused = _refused.alone(source, how, error), _refused.why(source, error)
+            if not (formats.is_written_into(target, source) and _refused.says_no_axes(model)):
+                raise _refused.error_of(source, model, refused, changed=True) from error
+        try:
+            model = transform(model)
+        except FwtError as error:
+            if not refused:
+                raise
+            if isinstance(error, WhereError) and "where=fwt." in str(error):  # which no name tells
+                raise _refused.error_of(source, model, refused, changed=True) from error
+            raise FwtError(f"{source}: {error}; {_terminal.by_own_names(refused)}") from error
         inner = formats.inside(source)
         own = model.module is None and formats.is_written_into(target, inner)
         _save(target, model, layout=layout, source=inner if own else None)
-        _terminal.print_model(target, model, as_json)
+        _terminal.print_model(target, model, as_json, None, refused)
 
     _each_to(sources, target, to, how, one)
 
@@ -309,14 +331,16 @@ def _without(how: dict[str, Any], error: Any) -> dict[str, Any]:
     return {**how, error.option: left}
 
 
-_ITS_OWN = ("key", "fold", "max_bytes", "external_data")  # which say nothing of an architecture
-
-
 def _as_model(path: Path, how: dict[str, Any]) -> "Model":
     """A file, whose weights are those of --architecture if it has no layers itself."""
     if how["architecture"] is None:
         return _load(path, **how)
-    model = _load(path, **{name: how[name] for name in _ITS_OWN})
+    try:
+        model = _load(path, **{name: how[name] for name in _refused.ITS_OWN})
+    except FwtError as error:
+        if _refused.is_final(error):
+            raise
+        return _load(path, **how)  # its model can't be converted, and need not be
     return _load(path, **how) if model.module is None else model
 
 
@@ -367,12 +391,17 @@ def diff(first: In, second: In, how: dict[str, Any], as_json: JsonOption = False
     """Compare the weights of two files bit for bit, of any formats; exit code 3 if they differ."""
     from fwt import _diff
 
-    models = _both(first, second, how)
-    found, hint = _diff.diff(*models), ""
+    refused = hint = ""
+    try:
+        models = _both(first, second, how)
+    except FwtError as error:
+        models = [_refused.alone(path, how, error) for path in (first, second)]
+        refused = _terminal.in_options(str(error))
+    found = _diff.diff(*models)
     bare = len({m.module is None for m in models}) > 1
     if not found.same and how["architecture"] is None and bare:
         hint = "; --architecture gives weights alone the names of their model"
-    _terminal.print_diff(found, as_json, hint)
+    _terminal.print_diff(found, as_json, hint, refused)
     if not found.equal:
         raise typer.Exit(3)
 

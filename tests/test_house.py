@@ -13,7 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # no circle arises. A room stands for all its modules.
 HOUSE = """
 fwt.cli
-fwt._options fwt._terminal
+fwt._options fwt._refused
+fwt._terminal
 fwt._demo
 fwt
 fwt.converters
@@ -63,6 +64,7 @@ TOP_LEVEL_IS_TOO_SLOW = "start-up: the command line and `import fwt` load only w
 LAZY = {
     "fwt.cli": TOP_LEVEL_IS_TOO_SLOW,
     "fwt._options": TOP_LEVEL_IS_TOO_SLOW,
+    "fwt._refused": TOP_LEVEL_IS_TOO_SLOW,
     "fwt._terminal": TOP_LEVEL_IS_TOO_SLOW,
     "fwt._demo": TOP_LEVEL_IS_TOO_SLOW,
     "fwt._calls": TOP_LEVEL_IS_TOO_SLOW,

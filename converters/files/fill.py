@@ -35,22 +35,26 @@ Pair = tuple[np.ndarray, np.ndarray, str]
 _STATS = ("running_mean", "running_var", "mean", "var", "moving_mean", "moving_variance")
 
 
-def _known(architecture: Any, load: Callable[[Path], Model]) -> tuple[Model | None, Any]:
-    """An architecture as a model, and as Keras's own layers and input shape where it has some."""
+def _known(
+    architecture: Any, load: Callable[[Path], Model], dtype: Any
+) -> tuple[Model | None, Any]:
+    """An architecture as a model, in float32 if that is asked, and as Keras's own layers and input
+    shape where it has some."""
     if isinstance(architecture, Model):
-        return Model(_flax.sequential_of(architecture.module), architecture.variables), None
+        model = Model(_flax.sequential_of(architecture.module), architecture.variables)
+        return _flax.in_dtype(model, dtype), None
     if isinstance(architecture, Sequential | Graph):
-        return Model(architecture, _shapes(architecture)), None
+        return _flax.in_dtype(Model(architecture, _shapes(architecture)), dtype), None
     keras, torch = sys.modules.get("keras"), sys.modules.get("torch")
     if keras is not None and isinstance(architecture, keras.Model):
         from fwt.converters.frameworks import keras as _keras
 
-        return _keras.from_keras(architecture), _keras.net_of(architecture)
+        return _keras.from_keras(architecture, dtype=dtype), _keras.net_of(architecture)
     if torch is not None and isinstance(architecture, torch.nn.Module):
         from fwt.converters.frameworks import torch as _torch
 
         try:
-            return _torch.from_torch(architecture), None
+            return _flax.in_dtype(_torch.from_torch(architecture), dtype), None
         except ConversionError as error:
             raise ConversionError(
                 f"architecture= as a torch module: {error}; such a one is given as "
@@ -111,9 +115,10 @@ def filled(
     fill_keras: Callable[[list[Layer]], None] | None,
     load: Callable[[Path], Model],
     how: Names,
+    dtype: Any,
 ) -> Model:
     """The architecture with the weights of a file that has names only."""
-    known, native = _known(architecture, load)
+    known, native = _known(architecture, load, dtype)
     with _io.reading(path):
         if fill_keras is not None:
             return _filled_keras(known, native, path, fill_keras)

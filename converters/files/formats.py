@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from fwt import _nodes, _tree
 from fwt._types import ConversionError, FileFormatError, Model
 from fwt.converters import io as _io
-from fwt.converters.files import h5_weights, orbax, plain, safetensors, torch_file
+from fwt.converters.files import folders, h5_weights, orbax, plain, safetensors, torch_file
 from fwt.converters.files import names as _names
-from fwt.converters.io import Reading, write_atomically, write_folder_atomically
+from fwt.converters.io import Reading, UnusedError, write_atomically, write_folder_atomically
 
 if TYPE_CHECKING:
     from fwt.converters.rows.row import Layer
@@ -61,8 +61,19 @@ def _fill_shards(layers: list["Layer"], path: Path, how: Reading) -> None:
     _of_models("fill_groups")(layers, found.variables["params"], path)
 
 
+def _fill_archive(layers: list["Layer"], path: Path, how: Reading) -> None:
+    _of_models("fill_groups")(layers, h5_weights.load_archive(path, how).variables["params"], path)
+
+
+def _load_keras(path: Path, how: Reading) -> Model:
+    if how.module:
+        model: Model = _of_models("load_keras")(path, how)
+        return model
+    return h5_weights.load_archive(path, how)
+
+
 def _load_legacy(path: Path, how: Reading) -> Model:
-    if h5_weights.has_model(path):
+    if how.module and h5_weights.has_model(path):
         model: Model = _of_models("load_legacy")(path, how)
         return model
     return h5_weights.load_legacy(path, how)
@@ -71,7 +82,7 @@ def _load_legacy(path: Path, how: Reading) -> Model:
 _KERAS = Format(
     "keras",
     (".keras",),
-    _of_models("load_keras"),
+    _load_keras,
     _of_models("save_keras"),
     framework="Keras",
     needs_module=True,
@@ -165,6 +176,8 @@ def _load_onnx(path: Path, how: Reading) -> Model:
     from fwt.converters.onnx import read
 
     _io.without_key(path, how)
+    if not how.module:
+        return read.arrays_of(path, how.external)
     return read.from_onnx(path, external_data=how.external)
 
 
@@ -248,20 +261,6 @@ def _of_folder(path: Path) -> Format | None:
     return None
 
 
-def _may_be_replaced(path: Path) -> bool:
-    """Whether a folder is sharded weights or one checkpoint, and holds nothing else."""
-    names = {p.name for p in path.iterdir()}
-    index = [n for n in names if n.endswith((".safetensors.index.json", ".weights.json"))]
-    if len(index) != 1:
-        return orbax.is_whole(path)
-    try:
-        where = _io.read_json(path / index[0])["weight_map"].values()
-        held = {s for w in where for s in ([w] if isinstance(w, str) else w)}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return False
-    return names == held | set(index)
-
-
 _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
 
 
@@ -290,6 +289,8 @@ def format_of(path: Path) -> Format:
     if not path.exists():
         raise FileFormatError(f"{path}: no such file")
     found = by_content(path) or (by_suffix(path) if path.is_file() else None)
+    if found in (None, _SHARDED) and (what := folders.known(path)):
+        raise FileFormatError(f"{path}: {what}")
     if found is None:
         known = ", ".join(SUFFIXES)
         what = "folder" if path.is_dir() else "file"
@@ -329,6 +330,7 @@ def load(
     sidecar: bool = False,
     external_data: bool = False,
     dtype: Literal["float32"] | None = None,
+    module: bool = True,
 ) -> Model:
     """Reads a model or weights from a file or folder, without the framework that wrote it.
 
@@ -363,6 +365,9 @@ def load(
         external_data: of an ONNX file, whether its weights may be in another in its folder.
         dtype: "float32" for a model that computes in float32, whatever the dtype policy of the
             file's, and for floating leaves in float32; None, the default, keeps what the file says.
+            An ``architecture`` is read so too.
+        module: False for the arrays of a file alone, ``Model(None, variables)``, also where its
+            model can't be converted: under the names in the file, and in its axes.
 
     Returns:
         ``Model(module, variables)`` with NumPy leaves. A file that holds weights only gives
@@ -391,7 +396,7 @@ def load(
         (2, 3)
     """
     path = _io.given_path(path)
-    how = Reading(key, fold, max_bytes, shardings, sidecar, external_data)
+    how = Reading(key, fold, max_bytes, shardings, sidecar, external_data, module)
     try:
         path = inside(path)
         found = format_of(path)
@@ -407,11 +412,21 @@ def load(
             raise FileFormatError(f"{path}: match= and strict= need architecture=")
         if not strict and match == "order":
             raise FileFormatError(f"{path}: strict=False goes by names, not with match='order'")
-        fill = None
+        if architecture is not None and not module:
+            raise FileFormatError(
+                f"{path}: module=False reads arrays alone, and architecture= says what they are: "
+                "give one of them"
+            )
+        fill, own = None, found.fill
         model = Model(None, {})
-        if found.fill is None or architecture is None:
-            model = _whole(found, path, how)
-        if found.fill is not None and named and model.module is None:
+        if own is None or architecture is None:
+            try:
+                model = _whole(found, path, how)
+            except FileFormatError as error:
+                if architecture is None or found is not _KERAS or isinstance(error, UnusedError):
+                    raise
+                own = _fill_archive  # its model can't be converted, and need not be
+        if own is not None and named and model.module is None:
             raise FileFormatError(
                 f"{path}: Keras tells its arrays by their places: rename=, drop=, match= and "
                 "strict= are for files with names"
@@ -419,16 +434,16 @@ def load(
         if architecture is None:
             model = _names.renamed(model, how_named, path) if named else model
             return _in_dtype(model, dtype)
-        if found.fill is not None:
-            own = found.fill
+        if own is not None:
+            put = own
 
             def fill(layers: list["Layer"]) -> None:
-                own(layers, path, how)
+                put(layers, path, how)
 
         from fwt.converters.files import fill as _fill
 
-        whole = functools.partial(load, sidecar=sidecar, external_data=external_data)
-        made = _fill.filled(model, architecture, path, fill, whole, how_named)
+        whole = functools.partial(load, sidecar=sidecar, external_data=external_data, dtype=dtype)
+        made = _fill.filled(model, architecture, path, fill, whole, how_named, dtype)
         return _in_dtype(made, dtype)
     except OSError as error:
         raise FileFormatError(f"{path}: can't read it ({error.strerror or error})") from error
@@ -471,9 +486,9 @@ def save(
             unless told otherwise, or "source".
         shard_bytes: for ``.safetensors`` and ``.weights.h5``: the path becomes a folder of shards
             of at most so many bytes each (or of one array) and their index.
-        source: for Keras's weights alone (``.weights.h5``, or ``.h5`` without a model) and
-            ``module=None``: the file that they come from. The new one is a copy of it with these
-            arrays, under the names that :func:`load` gives.
+        source: for arrays of Keras alone (``.weights.h5``, ``.h5`` without a model, and others
+            that are read with ``module=False``) and ``module=None``: the file that they come from.
+            The new one is a copy of it with these arrays, under the names that :func:`load` gives.
 
     Raises:
         ConversionError: for what the target can't say exactly; nothing is written then.
@@ -551,12 +566,12 @@ def save(
             raise ConversionError(f"shard_bytes={shard_bytes!r}: expected a number of bytes")
         shards, size = found.save_shards, shard_bytes
         write_folder_atomically(
-            path, lambda folder: shards(folder, module, variables, size), _may_be_replaced
+            path, lambda folder: shards(folder, module, variables, size), folders.may_be_replaced
         )
     elif found.save_folder is not None:
         whole = found.save_folder
         write_folder_atomically(
-            path, lambda folder: whole(folder, module, variables), _may_be_replaced
+            path, lambda folder: whole(folder, module, variables), folders.may_be_replaced
         )
     else:
         one = found.save
@@ -564,11 +579,11 @@ def save(
         write_atomically(path, lambda file: one(file, module, variables, layout))
 
 
-_IN_PLACE = (_WEIGHTS, _LEGACY)  # whose arrays can be changed without knowing their layers
+_IN_PLACE = (_KERAS, _WEIGHTS, _LEGACY)  # whose arrays can be changed without knowing their layers
 
 
 def is_written_into(path: Path, source: Path) -> bool:
-    """Whether weights alone of one file of Keras can be written to another in its form."""
+    """Whether arrays alone of one file of Keras can be written to another in its form."""
     form = by_suffix(path)
     return form in _IN_PLACE and source.is_file() and by_content(source) is form
 
@@ -576,7 +591,7 @@ def is_written_into(path: Path, source: Path) -> bool:
 def _save_into(path: Path, module: Any, variables: Any, source: Path) -> None:
     if module is not None or not is_written_into(path, source):
         raise ConversionError(
-            f"{path}: source= is for weights alone, read from a file of the same format, "
+            f"{path}: source= is for arrays alone, read from a file of the same format, "
             f"{' or '.join(f.suffixes[0] for f in _IN_PLACE)}"
         )
     write_atomically(path, lambda file: _of_models("save_into")(file, source, variables))

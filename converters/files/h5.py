@@ -74,7 +74,7 @@ def _read(path: Path, how: Reading) -> tuple[Net, dict[str, Any]]:
     with opened(path) as archive:
         config, older = _config_of(archive, budget)
         net = keras_read.keras_net(config, str(path))
-        weights = member(archive, "model.weights.h5", budget, check_start)
+        weights = member(archive, h5_weights.ARRAYS, budget, check_start)
         with opened_h5(weights, budget) as file:
             fill_groups(net.layers, h5_weights.weights_of(file, budget), path)
             steps = node_at(file, "optimizer/vars/0", path) if how.sidecar else None
@@ -130,7 +130,7 @@ def save_keras(file: Any, module: Any, variables: Any, layout: str | None) -> No
         metadata = {"keras_version": keras_config.KERAS_VERSION, "date_saved": saved}
         archive.writestr("metadata.json", json.dumps(metadata))
         archive.writestr("config.json", json.dumps(config))
-        archive.writestr("model.weights.h5", weights.getvalue())
+        archive.writestr(h5_weights.ARRAYS, weights.getvalue())
 
 
 def _check_own(layers: list[Layer]) -> None:
@@ -245,19 +245,36 @@ def save_weight_shards(folder: Path, module: Any, variables: Any, shard_bytes: i
     (folder / "model.weights.json").write_text(json.dumps(told, indent=4))
 
 
-# -- weights alone, into a copy of their file --------------------------------------------------
+# -- arrays alone, into a copy of their file ---------------------------------------------------
 
 
 def save_into(file: Any, source: Path, variables: Any) -> None:
-    """The file that weights alone come from, with these arrays in place of its own. All else in it,
-    such as the state of an optimizer, stays as it is."""
+    """The file that arrays alone come from, with these in place of its own. All else in it, such
+    as its model and the state of an optimizer, stays as it is."""
+    if not zipfile.is_zipfile(source):
+        file.write(_with_arrays(source, source, Budget(source), variables))
+        return
+    with reading(source), opened(source) as archive:
+        names, budget = archive.namelist(), Budget(source)
+        weights = member(archive, h5_weights.ARRAYS, budget, check_start)
+        new = _with_arrays(source, weights, budget, variables)
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w") as copy:
+            for name in names:
+                own = name == h5_weights.ARRAYS
+                info = archive.getinfo(name)
+                copy.writestr(info, new if own else bytes(member(archive, name, budget)))
+    file.write(buffer.getbuffer())
+
+
+def _with_arrays(source: Path, data: Path | bytearray, budget: Budget, variables: Any) -> Any:
+    """The bytes of an HDF5 file, or of one in an archive, with these arrays."""
     wanted = {
         (collection, *_io.parts_of_path(path)): value
         for collection, tree in variables.items()
         for path, value in _io.arrays(collection, tree).items()
     }
-    budget = Budget(source)
-    with reading(source), opened_h5(source, budget) as read:
+    with reading(source), opened_h5(data, budget) as read:
         own = _places(read, budget)
     wrong = sorted(own.keys() ^ wanted.keys())
     wrong += [n for n in sorted(own.keys() & wanted) if own[n][1].shape != wanted[n].shape]
@@ -267,7 +284,7 @@ def save_into(file: Any, source: Path, variables: Any) -> None:
             f"{source}: {name} is not in both, or of another shape: source= is the file that these "
             "weights come from, read without key="
         )
-    buffer = io.BytesIO(source.read_bytes())
+    buffer = io.BytesIO(data if isinstance(data, bytearray) else data.read_bytes())
     with h5py.File(buffer, "r+") as h5:
         for path, value in wanted.items():
             place, before = own[path]
@@ -278,14 +295,15 @@ def save_into(file: Any, source: Path, variables: Any) -> None:
             elif value.tobytes() != before.tobytes():
                 held = h5[place]
                 held[...] = value.view(held.dtype) if held.dtype.kind == "V" else value
-    file.write(buffer.getbuffer())
+    return buffer.getbuffer()
 
 
 def _places(file: Any, budget: Budget) -> dict[tuple[str, ...], tuple[str, np.ndarray]]:
-    """The arrays of a file of weights alone, by what :func:`load` calls them, and their places."""
-    if any(name in file.attrs for name in ("layer_names", "layer_names0")):
+    """The arrays of a file, by what :func:`load` calls them alone, and their places."""
+    above = "" if node_at(file, h5_weights.WHOLE, budget.path) is None else f"{h5_weights.WHOLE}/"
+    if above or any(name in file.attrs for name in ("layer_names", "layer_names0")):
         return {
-            ("params", layer, *name.split("/")): (f"{layer}/{name}", value)
+            ("params", layer, *name.split("/")): (f"{above}{layer}/{name}", value)
             for layer, held in h5_weights.legacy_arrays(file, budget).items()
             for name, value in held
         }

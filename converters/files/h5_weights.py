@@ -1,5 +1,5 @@
-"""Keras's files of weights alone, under the file's own names: .weights.h5, single and sharded, and
-the older .h5. They need no Flax, since there are no layers."""
+"""The arrays of Keras's files alone, under the file's own names: .weights.h5, single and sharded,
+the older .h5, and .keras. They need no Flax, since there are no layers."""
 
 import contextlib
 import re
@@ -15,12 +15,16 @@ from fwt._types import FileFormatError, Model
 from fwt.converters import io as _io
 from fwt.converters.files.h5_read import (
     array_of,
+    check_start,
     names_in,
     node_at,
     opened_h5,
     tree_of,
 )
-from fwt.converters.io import Budget, Reading, reading
+from fwt.converters.io import Budget, Reading, member, opened, reading
+
+ARRAYS = "model.weights.h5"  # the member of a .keras archive that holds them
+WHOLE = "model_weights"  # the group of an .h5 file with a model that holds them
 
 
 def _pruned(tree: Mapping[str, Any]) -> dict[str, Any]:
@@ -33,7 +37,7 @@ def is_weights(path: Path) -> bool:
     """Whether an HDF5 file is of the newer kind, which has no list of layers."""
     with reading(path), opened_h5(path, Budget(path)) as file:
         older = ("layer_names", "layer_names0", "model_config", "keras_version")
-        return "model_weights" not in file and not any(name in file.attrs for name in older)
+        return WHOLE not in file and not any(name in file.attrs for name in older)
 
 
 def weights_of(file: Any, budget: Budget) -> dict[str, Any]:
@@ -48,6 +52,16 @@ def load_weights(path: Path, how: Reading) -> Model:
     with reading(path), opened_h5(path, budget) as file:
         tree = weights_of(file, budget)
         return Model(None, {"params": _pruned(_io.under(tree, how.key, path))})
+
+
+def load_archive(path: Path, how: Reading) -> Model:
+    """The weights in a .keras archive, whatever its model is."""
+    _io.without_key(path, how)
+    with reading(path), opened(path) as archive:
+        budget = Budget(path, how.max_bytes)
+        weights = member(archive, ARRAYS, budget, check_start)
+        with opened_h5(weights, budget) as file:
+            return Model(None, {"params": _pruned(weights_of(file, budget))})
 
 
 def load_weight_shards(path: Path, how: Reading) -> Model:
@@ -89,7 +103,7 @@ def has_model(path: Path) -> bool:
 
 
 def load_legacy(path: Path, how: Reading) -> Model:
-    """An .h5 file of Keras 2 or 3 that holds weights only."""
+    """The weights of an .h5 file of Keras 2 or 3."""
     budget = Budget(path, how.max_bytes)
     _io.without_key(path, how)
     with reading(path), opened_h5(path, budget) as file:
@@ -101,7 +115,7 @@ def load_legacy(path: Path, how: Reading) -> Model:
 def legacy_arrays(file: Any, budget: Budget) -> dict[str, list[tuple[str, np.ndarray]]]:
     """Of each layer, in the file's order, the names and values of its arrays."""
     path = budget.path
-    root = file["model_weights"] if node_at(file, "model_weights", path) is not None else file
+    root = file[WHOLE] if node_at(file, WHOLE, path) is not None else file
     layers = names_in(root, "layer_names", budget)
     if layers is None:
         raise FileFormatError(f"{path}: it has no layer_names, so it is no file of Keras weights")

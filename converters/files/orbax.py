@@ -66,7 +66,7 @@ def load_orbax(path: Path, how: Reading) -> Model:
                 raise FileFormatError(f"{path}: {name}, {dtype}{shape}, is said to be empty")
             node[last] = np.zeros(shape, kind)
         variables = _source.from_tree(tree, path, nodes=nodes)
-        if ours["module"] is None:
+        if ours["module"] is None or not how.module:
             return Model(None, _source.restored(variables, ours.get("source")))
         return description.read(json.dumps(ours), variables, path)
 

@@ -52,7 +52,7 @@ def load_npz(path: Path, how: Reading) -> Model:
         if told:
             _io.without_key(path, how)
             variables = nested(flat, "/", path)
-            if told["module"] is not None:
+            if how.module and told["module"] is not None:
                 return description.read(json.dumps(told), variables, path)
             return Model(None, _source.restored({"params": {}, **variables}, told.get("source")))
         return Model(None, _others(flat, path, how))

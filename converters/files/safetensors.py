@@ -136,13 +136,15 @@ def _model(
     for name in ("total_size", "format"):
         of_index.pop(name, None)
     told |= {"safetensors": kept, "index": of_index, "ties": _source.ties(flat)}
-    if _ARCHITECTURE in metadata:
+    if how.module and _ARCHITECTURE in metadata:
         text = metadata[_ARCHITECTURE]
         Budget(path).parsed(text, "its architecture")
         model = description.read(text, nested(flat, "/", path), path)
         if model.module is not None:
             return model
         return Model(None, _source.with_source(model.variables, told))
+    if _ARCHITECTURE in metadata and all("/" in name for name in flat):  # ours: with collections
+        return Model(None, _source.with_source({"params": {}, **nested(flat, "/", path)}, told))
     return Model(None, _source.with_source(nested(flat, ".", path), told))
 
 

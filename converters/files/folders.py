@@ -1,0 +1,51 @@
+"""What stands at a path that is no file of weights of its own: folders, and configs of models."""
+
+from pathlib import Path
+
+from fwt._types import FileFormatError
+from fwt.converters import io as _io
+from fwt.converters.files import orbax
+
+
+def may_be_replaced(path: Path) -> bool:
+    """Whether a folder is sharded weights or one checkpoint, and holds nothing else."""
+    names = {p.name for p in path.iterdir()}
+    index = [n for n in names if n.endswith((".safetensors.index.json", ".weights.json"))]
+    if len(index) != 1:
+        return orbax.is_whole(path)
+    try:
+        where = _io.read_json(path / index[0])["weight_map"].values()
+        held = {s for w in where for s in ([w] if isinstance(w, str) else w)}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False
+    return names == held | set(index)
+
+
+def is_config(path: Path) -> bool:
+    """Whether a file is what ``to_json`` of a Keras model gives."""
+    if path.suffix != ".json" or path.name.endswith(".index.json") or not path.is_file():
+        return False
+    try:
+        with _io.reading(path):
+            found = _io.read_json(path)
+    except FileFormatError:  # whose reader says what is wrong
+        return False
+    return isinstance(found, dict) and isinstance(found.get("config"), dict | list)
+
+
+def known(path: Path) -> str:
+    """What is known of a path of no format that is read, and a way to one; mostly nothing."""
+    if is_config(path):
+        return (
+            "the config of a Keras model, without weights: it says what the weights of a "
+            f".weights.h5 or .h5 file are, as architecture={str(path)!r}"
+        )
+    if (path / "saved_model.pb").is_file() or (path / "saved_model.pbtxt").is_file():
+        way = "model.save('net.keras') of the model in Keras 3 writes a file that is read"
+        if (path / "keras_metadata.pb").is_file():
+            way = (
+                f"tf_keras.models.load_model({str(path)!r}).save('net.keras') writes a file that "
+                "is read"
+            )
+        return f"a SavedModel of TensorFlow, which only TensorFlow can run: {way}"
+    return ""

@@ -1,0 +1,75 @@
+"""Files whose model can't be converted: their arrays alone, and what else can be done with them."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fwt import _terminal
+from fwt._errors import FwtError
+
+if TYPE_CHECKING:
+    from fwt import Model
+
+# The options of reading that say nothing of an architecture.
+ITS_OWN = ("key", "fold", "max_bytes", "external_data", "dtype")
+_OF_ARRAYS = (*ITS_OWN, "rename", "drop")
+
+
+def is_final(error: FwtError) -> bool:
+    """Whether an error is of an option, and not of the file."""
+    from fwt.converters.io import UnusedError
+
+    return isinstance(error, UnusedError)
+
+
+def alone(path: Path, how: dict[str, Any], error: FwtError) -> "Model":
+    """The arrays of a file whose model can't be converted; else it raises what is wrong."""
+    from fwt import converters
+
+    if is_final(error) or how["architecture"] is not None:
+        raise error
+    try:
+        found = converters.load(path, module=False, **{name: how[name] for name in _OF_ARRAYS})
+    except FwtError as other:
+        raise (error if str(path) in str(error) else other) from None
+    if not found.variables.get("params"):
+        raise error
+    return found
+
+
+def why(path: Path, error: FwtError) -> str:
+    """Why the model of a file can't be converted, without the file's name."""
+    return _terminal.in_options(str(error)).removeprefix(f"{path}: ")
+
+
+def error_of(path: Path, model: "Model", refused: str, changed: bool) -> FwtError:
+    """The error of a file that a command can't do, with what can be done. ``changed``: whether the
+    command changes weights."""
+    import fwt
+    from fwt.converters.files import formats
+
+    form, ways = _terminal.format_of(path), list[str]()
+    if form.framework == "Keras":
+        transform = "converters.transform(model, t)"
+        if changed and formats.is_written_into(path, path) and says_no_axes(model):
+            one = next((p for p in fwt.paths(model) if "kernel" in p), fwt.paths(model)[0])
+            ways.append(
+                f"into a {form.suffixes[0]} file, --where changes arrays by the names that fwt "
+                f"inspect shows, such as {one}, and the rest stays as it is"
+            )
+        if "expected a keras Sequential or Functional" in refused:
+            ways.append(
+                "in Python, converters.from_keras(keras.Model(x, net.call(x))) of x = "
+                "keras.Input(...) converts a live one"
+            )
+        else:
+            ways.append("--architecture net.keras puts its weights into a model of the same layers")
+        if changed and transform not in refused:
+            ways.append(f"{transform} changes a live model in Python")
+    return FwtError("; ".join([f"{path}: {refused}", *ways]))
+
+
+def says_no_axes(model: "Model") -> bool:
+    """Whether no name of Keras's arrays is one of Flax's, whose axes may be in another order."""
+    import fwt
+
+    return all(path[-1].isdigit() for path in fwt.paths(model))

@@ -450,7 +450,7 @@ def counts_of(module: Any) -> list[int]:
     table that stands in a layer or, where several share it, in a node of its own."""
     layers, out = {n.name: n.layer for n in nodes_of(module)}, []
     for start in inputs_of(module):
-        reached, found = {start}, []
+        reached, found = {start}, list[int]()
         for node in nodes_of(module):
             layer = layers[node.of or node.name]
             if type(layer).__name__ == "Lookup":
@@ -466,7 +466,7 @@ def counts_of(module: Any) -> list[int]:
 
 def _shape_of(source: Any) -> tuple[int, ...]:
     """The shape of what a node without inputs gives."""
-    found: tuple[int, ...] = getattr(source, "gives", None) or getattr(source, "shape", ())
+    found: tuple[int, ...] = getattr(source, "gives", getattr(source, "shape", ()))
     return found
 
 

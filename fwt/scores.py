@@ -443,7 +443,8 @@ def synflow(
     Args:
         module: a linen module, such as :class:`fwt.Sequential`, or a Model.
         input_shape: of one input, without the batch axis; None takes the Sequential's own.
-        input_dtype: None is int32 for what goes into a table (whose row 1 alone counts), or float32.
+        input_dtype: None is int32 where a table takes the input (its row 1 alone counts), or
+            float32.
         **collections: what the module needs beside params (``batch_stats=...``), where the score
             is not made from a Model, or called with one or with variables that hold it.
 

@@ -1,5 +1,5 @@
-"""Tables that several layers share: in Keras one ReversibleEmbedding, or Embedding, that is called
-several times."""
+"""Tables that several layers share: in Keras one ReversibleEmbedding, Embedding or Dense that is
+called several times."""
 
 import dataclasses
 
@@ -33,6 +33,15 @@ def with_tables(net: Net) -> Net:
         told = {k: v for k, v in table.settings.items() if k != "shape"}
         told |= {"input_dim": value.shape[0], "output_dim": value.shape[1]}
         of = first.setdefault(table.name, layer.name)
+        if all(x.kind == "Attend" for x in readers_):  # a dense layer that is called several times
+            dense = {k: v for k, v in told.items() if k not in ("input_dim", "output_dim")}
+            out.append(dataclasses.replace(
+                layer, kind="Dense", settings={**dense, "units": value.shape[0], "use_bias": False},
+                arrays={"kernel": value.T}, inputs=(other,), of=of if of != layer.name else "",
+            ))  # fmt: skip
+            continue
+        if readers_[0].kind == "Attend":
+            raise refuse(str(layer), "in Keras its table is looked up before it is used so")
         out.append(dataclasses.replace(
             layer, kind="ReversibleEmbedding" if turns else "Embedding",
             settings=told | ({"reverse": True} if layer.kind == "Attend" else {}),

@@ -71,7 +71,7 @@ def placed(net: Net) -> Net:
                 names[name] = [*parts[: len(broken) - 1], flat]
     new: dict[str, str] = {}
     for name, parts in names.items():
-        new[name] = fresh(joined(parts), new.values()) if joined(parts) != name else name
+        new[name] = fresh(joined(parts), {*names, *new.values()}) if joined(parts) != name else name
     layers = [dataclasses.replace(x, name=new[x.name], of=new.get(x.of, ""),
                                   inputs=tuple(new.get(i, i) for i in x.inputs))
               for x in net.layers]  # fmt: skip

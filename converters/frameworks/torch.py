@@ -145,6 +145,14 @@ def from_torch(
         >>> bool(np.allclose(model(x), net(torch.from_numpy(x)).detach(), atol=1e-6))
         True
     """
+
+    def written(net: Net) -> Net:
+        return convert.convert(folded(net, torch_layers.with_selected), "torch", "flax", layout)
+
+    def forth(net: Net) -> Model:
+        net = written(net)
+        return _sidecar.with_orders(_flax.write_flax(net), net.orders, _orders_of)
+
     model = unwrapped(model)
     if isinstance(model, torch.nn.Module):
         torch_inputs.check_kind(model, layout)
@@ -153,17 +161,12 @@ def from_torch(
     elif isinstance(model, torch.nn.Module):
         inputs = torch_export.example_inputs(model, input_shape)
         with torch_export.at_inference(model):
-            net = torch_export.net_of(model, inputs)
+            net = torch_export.net_of(model, inputs, written)
             tried = torch_check.tried(model, net, inputs)
         let_go(is_heavy([*model.parameters()]))  # the copy that a forward's changes are undone by
         input_shape = None
     else:
         raise ConversionError(f"from_torch takes a torch.nn.Module, found {type(model).__name__}")
-
-    def forth(net: Net) -> Model:
-        net = folded(net, torch_layers.with_selected)
-        net = convert.convert(net, "torch", "flax", layout)
-        return _sidecar.with_orders(_flax.write_flax(net), net.orders, _orders_of)
 
     def again(net: Net) -> Model:
         layers = [_with_defaults(x) for x in net.layers]

@@ -200,8 +200,8 @@ class _Call:
         if layer.kind == "Embedding":
             value = reader.plain(value, place)
             if len(value.shape) != 2:
-                raise refuse(place, f"it shares its weight with another layer, and takes a tensor of "
-                             f"rank {len(value.shape)}, expected 2")  # fmt: skip
+                raise refuse(place, "it shares its weight with another layer, and takes a tensor "
+                             f"of rank {len(value.shape)}, expected 2")  # fmt: skip
             shape = (*value.shape, self.module.embedding_dim)
             made = reader.emit("Lookup", {}, [table, value], self.name, shape)
         else:
@@ -211,7 +211,7 @@ class _Call:
                 given = (a for n in self.group for a in n.all_input_nodes)
                 bias = next(a for a in given if reader.sources.get(a) == own)
                 other = reader.array(bias, made, place)
-                made = reader.emit("Add", {}, [made, other], f"{self.name}__bias", made.shape)
+                made = reader.emit("Add", {}, [made, other], f"{self.name}__added", made.shape)
         reader.env[end] = made
         return True
 

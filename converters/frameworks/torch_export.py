@@ -8,13 +8,12 @@ import contextlib
 import inspect
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from fwt._types import ConversionError
 from fwt.converters import judge
 from fwt.converters.frameworks import (
     torch_calls,
@@ -121,12 +120,17 @@ def _parted(model: torch.nn.Module, program: Any) -> dict[Any, Any]:
     return {target: table[target] for target in unknown - known if target in table}
 
 
-def net_of(model: torch.nn.Module, inputs: Sequence[torch.Tensor]) -> Net:
+def net_of(
+    model: torch.nn.Module,
+    inputs: Sequence[torch.Tensor],
+    written: Callable[[Net], Net] = lambda net: net,
+) -> Net:
     """The layers of a model in an order in which each follows what it takes.
 
     Args:
         model: any module, in eval mode.
         inputs: an example of each of its inputs, whose first axis is the batch.
+        written: gives the net as the framework has it that it goes to.
 
     Returns:
         The net, whose outputs have the form that the model gives: one, several or by key.
@@ -138,10 +142,10 @@ def net_of(model: torch.nn.Module, inputs: Sequence[torch.Tensor]) -> Net:
     def read(inputs: Sequence[torch.Tensor]) -> Net:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return _with_shared(model, inputs)[0]
+            return written(_with_shared(model, inputs)[0])
 
     if by_sizes or torch_sizes.asks(model):
-        net.fixed = torch_sizes.fixed(model, inputs, net, read)
+        net.fixed = torch_sizes.fixed(model, inputs, net, written, read)
     return net
 
 
@@ -200,10 +204,12 @@ def _read(
         path, (one, other) = next(iter(ties.items()))
         if path not in shared:
             raise Shared(path)
-        raise refuse(one, f"it and {other} share the array {path}, which linear layers and tables "
-                     "alone can", "give each its own, module.weight = "
-                     "torch.nn.Parameter(module.weight.detach().clone()); of a loop from zeros, let "
-                     "its first state follow from the input, such as h = h + 0 * x[:, 0, :1]")  # fmt: skip
+        raise refuse(
+            one,
+            f"it and {other} share the array {path}, which linear layers and tables alone can",
+            "give each its own, module.weight = torch.nn.Parameter(module.weight.detach().clone()),"
+            " or let the first state of a loop follow from the input, h + 0 * x[:, 0, :1]",
+        )
     _report_unused(model, reader, used)
     return Net(used, dict(shapes), _form(outputs, type(model).__name__)), reader.by_sizes
 

@@ -27,8 +27,8 @@ OPERATIONS = {
 }
 
 
-_BEFORE = ("give a module that returns what comes before it, or that takes what it gives as an input, "
-           "and compute it outside")  # fmt: skip
+_BEFORE = ("give a module that returns what comes before it, or that takes what it gives as an "
+           "input, and compute it outside")  # fmt: skip
 
 
 def says_nothing(node: Any) -> bool:
@@ -169,10 +169,10 @@ def by_rule(reader: Reader, node: Any, args: dict[str, Any], place: str) -> Any:
     whole = [(k, reader.positions[v][0]) for k, v in arrays.items() if v in reader.positions
              and reader.positions[v][1] is None]  # fmt: skip
     if held and len(whole) == len(held):
-        made = reader.layers[-1]
-        first = reader.called.setdefault((kind, *whole), made)
-        if first is not made and first.settings == made.settings:
-            made.of = first.name
+        last = reader.layers[-1]
+        first = reader.called.setdefault((kind, *whole), last)
+        if first is not last and first.settings == last.settings:
+            last.of = first.name
     for path, index in (reader.positions[v] for v in arrays.values() if v in reader.positions):
         if index is not None:
             reader.parts[found.name, path] = index.reshape(-1).numpy()
@@ -205,7 +205,7 @@ def _of_table(
         if arrays.get("bias") is None:
             return made
         other = reader.array(arrays["bias"], made, place)
-        return reader.emit("Add", {}, [made, other], f"{place}__bias", made.shape, made.axes)
+        return reader.emit("Add", {}, [made, other], f"{place}__added", made.shape, made.axes)
     if len(users) < 2 or {name_of(n) for n in users} == {"linear"} or arrays.get("bias"):
         return None
     table = reader.between(weight, lambda given: given, place)

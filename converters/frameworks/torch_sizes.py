@@ -23,6 +23,10 @@ _LAST = ("Linear", "LayerNorm", "RMSNorm", "LSTM", "GRU", "RNN", "MultiheadAtten
          "SelfAttention", "TransformerEncoderLayer")  # fmt: skip
 _SECOND = ("Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d",
            "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "GroupNorm")  # fmt: skip
+# Those that take each entry by itself.
+_ENTRIES = ("Add", "Subtract", "Multiply", "Divide", "Maximum", "Minimum", "Masked", "Pointwise",
+            "Rescaling", "ReLU", "GELU", "SiLU", "Tanh", "Sigmoid", "Dropout",
+            "Identity")  # fmt: skip
 Place = tuple[int, int]  # the number of an input, and an axis of it
 
 
@@ -30,32 +34,33 @@ def asks(model: torch.nn.Module) -> bool:
     """Whether the forward of a module of one's own may look at the size of a tensor."""
     seen: set[Any] = set()
     own = [m for m in model.modules() if not type(m).__module__.startswith("torch.nn.modules")]
-    return any(_asks(getattr(type(m).forward, "__func__", type(m).forward), type(m), seen, _DEPTH)
-               for m in own)  # fmt: skip
+    return any(_asks(m.forward, m, seen, _DEPTH) for m in own)
 
 
-def _asks(function: Any, cls: Any, seen: set[Any], depth: int) -> bool:
+def _asks(function: Any, module: Any, seen: set[Any], depth: int) -> bool:
     code = getattr(function, "__code__", None)
-    if code is None:
+    if code is None or not depth:
         return True  # nothing tells what it does
     if code in seen:
         return False
     seen.add(code)
-    names, inner = set(code.co_names), [code]
+    names, inner = set[str](), [code]
     for part in inner:
         names |= set(part.co_names)
         inner += [c for c in part.co_consts if hasattr(c, "co_names")]
     if names & _ASK:
         return True
     known = getattr(function, "__globals__", {})
-    called = [getattr(cls, n, None) or known.get(n) for n in names]
+    called = [vars(module).get(n) or getattr(type(module), n, None) or known.get(n) for n in names]
     called += [c.cell_contents for c in function.__closure__ or () if _is_filled(c)]
-    for other in called:
-        room = getattr(other, "__module__", None) or ""
-        if hasattr(other, "__code__") and not room.startswith("torch"):
-            if not depth or _asks(other, cls, seen, depth - 1):
-                return True
-    return False
+    return any(_asks(other, module, seen, depth - 1) for other in called if _may_ask(other))
+
+
+def _may_ask(found: Any) -> bool:
+    """Whether what a forward names is called, and neither torch's nor Python's own."""
+    room = getattr(found, "__module__", None) or ""
+    plain = isinstance(found, type | torch.nn.Module | torch.Tensor)
+    return callable(found) and not plain and not room.startswith(("torch", "builtins", "math"))
 
 
 def _is_filled(cell: Any) -> bool:
@@ -69,6 +74,7 @@ def fixed(
     model: torch.nn.Module,
     inputs: Sequence[torch.Tensor],
     net: Net,
+    written: Callable[[Net], Net],
     read: Callable[[Sequence[torch.Tensor]], Net],
 ) -> dict[str, tuple[int | None, ...]]:
     """By name of an input, the sizes that it must have for the layers to be those of the model.
@@ -77,11 +83,12 @@ def fixed(
         model: the module, in eval mode.
         inputs: the example that the net was read at.
         net: its layers.
-        read: gives the net for another example.
+        written: gives a net as the framework has it that it goes to.
+        read: gives that for another example.
     """
     free, bound = _tried(model, inputs)
-    differs = _differs(net, read, inputs)
-    if free and differs({p: n for sizes in free for p, n in sizes.items()}):
+    differs = _differs(written(net), read, inputs) if free else None
+    if differs and differs({p: n for sizes in free for p, n in sizes.items()}):
         for sizes in free:
             if differs(sizes):
                 bound |= set(sizes)
@@ -180,10 +187,31 @@ def _equal(a: Any, b: Any) -> bool:
 
 
 def _is_held(net: Net, name: str, axis: int) -> bool:
-    """Whether a layer that takes an input has arrays of the size of this axis, so that it refuses
-    another."""
-    rank = len(net.inputs[name] or ())
-    return any(
-        (x.kind in _LAST and axis == rank) or (x.kind in _SECOND and axis == 1)
-        for x in net.layers if name in x.inputs and x.arrays
-    )  # fmt: skip
+    """Whether a layer has arrays of the size of this axis of an input, so that it refuses another:
+    one that takes it, or whose input has the last axis of it as its last."""
+    shape = net.inputs[name] or ()
+    last = {name: len(shape)} if axis == len(shape) else {}  # by name, the number of that axis
+    for layer in net.layers:
+        if name in layer.inputs and layer.kind in _SECOND and axis == 1:
+            return True
+        at = next((last[i] for i in layer.inputs if i in last), None)
+        if at is None:
+            continue
+        if layer.kind in _LAST and layer.arrays:
+            return True
+        if _keeps_last(layer, at, shape[-1]):
+            last[layer.name] = len(layer.shape or ())
+    return False
+
+
+def _keeps_last(layer: Layer, last: int, size: int | None) -> bool:
+    told, kind = layer.settings, layer.kind
+    if kind in ("Slice", "Reduce", "Concatenate", "Flip", "Softmax"):
+        return bool(told["dim"] % (last + 1) != last)
+    if kind == "Flatten":
+        return bool(told["end_dim"] % (last + 1) != last) or (layer.shape or (0,))[-1] == size
+    if kind == "Unflatten":
+        return bool(told["dim"] != last)
+    if kind == "Permute":
+        return bool(told["dims"][-1] == last)
+    return kind in _ENTRIES

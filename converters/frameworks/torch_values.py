@@ -300,10 +300,9 @@ class Reader(Tensors):
             return self.made[key]
         if whole.ndim == 2 and index.shape == every.T.shape and torch.equal(index, every.T):
             made = self.emit("Permute", {"dims": (1, 0)}, [value], f"{place}__t", index.shape)
-        elif whole.ndim == index.ndim == 1 and torch.equal(
-            index, torch.arange(index[0], index[0] + len(index))
-        ):
-            told = {"dim": 0, "start": int(index[0]), "stop": int(index[0]) + len(index), "step": 1}
+        elif _is_cut(index, every):
+            start = int(index.reshape(-1)[0]) // max(every[0].numel(), 1)
+            told = {"dim": 0, "start": start, "stop": start + len(index), "step": 1}
             made = self.emit("Slice", told, [value], f"{place}__part", index.shape)
         else:
             raise refuse(place, f"it takes {path} in another way than an operation before it", _OWN)
@@ -312,18 +311,19 @@ class Reader(Tensors):
 
     def attended(self, value: Value, table: Value, place: str, name: str = "") -> Value:
         """The products of a tensor with each row of a table that is no layer's own."""
-        value = self.lined_up(value, place)
+        value, label = self.lined_up(value, place), name or place
         if not value.last:
             raise refuse(place, "it works along the batch")
         sizes, width = value.sizes, table.shape[0]
         steps = math.prod(n for n, _ in sizes[1:-1])
         if len(sizes) != 3:
-            value = self.reshaped(value, [sizes[0], (steps, False), sizes[-1]], place)
-        value = self.plain(value, place)
+            sides = [sizes[0], (steps, False), sizes[-1]]
+            value = self.reshaped(value, sides, f"{label}__rows")
+        value = self.plain(value, label)
         shape = (*value.shape[:-1], width)
-        made = self.emit("Attend", {}, [value, table], name or place, shape)
+        made = self.emit("Attend", {}, [value, table], label, shape)
         if len(sizes) != 3:
-            made = self.reshaped(made, [*sizes[:-1], (width, False)], place)
+            made = self.reshaped(made, [*sizes[:-1], (width, False)], f"{label}__shape")
         return made
 
     def _source(
@@ -333,6 +333,16 @@ class Reader(Tensors):
         settings: dict[str, Any] = {"shape": tuple(value.shape)}
         settings |= {} if table is None else {"table": table}
         return self.emit(kind, settings, [], name, value.shape, arrays=arrays)
+
+
+def _is_cut(index: torch.Tensor, every: torch.Tensor) -> bool:
+    """Whether positions are those of rows beside each other."""
+    if index.ndim != every.ndim or not index.numel() or index.shape[1:] != every.shape[1:]:
+        return False
+    first = int(index.reshape(-1)[0])
+    return torch.equal(index.reshape(-1), torch.arange(first, first + index.numel())) and (
+        first % every[0].numel() == 0
+    )
 
 
 _OWN = ("give each a weight of its own, module.weight = torch.nn.Parameter(module.weight.detach()"

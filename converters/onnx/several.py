@@ -418,6 +418,7 @@ def _slice(reader: Reader, node: Node) -> bool:
         if 0 in value.axes[dim]:
             raise refuse(str(node), f"it takes {cut} of axis {dim}, which is the batch")
         size = value.shape[reader.axis(value, dim, str(node))]
+        stop: int | None
         start, stop, step = cut.indices(size)
         if step > 0 and stop > start:
             whole = cut.stop is None or cut.stop >= np.iinfo(np.int32).max

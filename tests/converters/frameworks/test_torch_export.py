@@ -537,8 +537,11 @@ def test_two_layers_of_one_array_have_each_their_entries():
     (x,) = inputs_of(STEPS)
     net = of(slice(4, None))
     assert_same(net(x), run(converters.from_torch(net, STEPS), [x]))
-    with pytest.raises(ConversionError, match="linear__1: it and linear share the array w"):
-        converters.from_torch(of(slice(3, 7)), STEPS)
+    both = of(slice(3, 7))
+    assert_same(both(x), run(converters.from_torch(both, STEPS), [x]))
+    every_other = of(slice(1, 8, 2))
+    with pytest.raises(ConversionError, match="takes w in another way than an operation before it"):
+        converters.from_torch(every_other, STEPS)
 
 
 def test_ids_are_drawn_within_the_table_of_their_input():

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fwt._types import FileFormatError
+from fwt.converters.frameworks import keras_2_ops
 from fwt.converters.rows.row import refuse
 from fwt.converters.walk.convert import MASKED
 from fwt.layers.recurrent import HARD_SIGMOID
@@ -72,6 +73,8 @@ def _modern(config: Any) -> Any:
         out["module"] = str(out["module"]).removeprefix("tf_")
     if "inbound_nodes" in config:
         out["inbound_nodes"] = _nodes(config["inbound_nodes"])
+        if kind in keras_2_ops.KINDS and isinstance(own, dict) and len(out["inbound_nodes"]) == 1:
+            return keras_2_ops.operation(config, out["inbound_nodes"][0])
     if kind in MASKED:
         out[OLDER] = True
     body = out.get("config")
@@ -187,7 +190,9 @@ def _nodes(nodes: Any) -> Any:
     return out
 
 
-def _tensor(call: Any) -> dict[str, Any]:
+def _tensor(call: Any) -> Any:
+    if call[0] == "_CONSTANT_VALUE":
+        return call[2]
     return {"class_name": "__keras_tensor__", "config": {"keras_history": list(call[:3])}}
 
 

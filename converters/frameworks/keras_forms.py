@@ -2,11 +2,12 @@
 order Keras counts them; what its layers are called with."""
 
 import collections
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fwt.converters.frameworks import keras_ops
-from fwt.converters.rows.row import refuse
+from fwt.converters.rows import table
+from fwt.converters.rows.row import Layer, refuse
 
 Ref = tuple[str, int, int]  # a layer, the number of its call, and that of its output
 # Layers that Keras calls with training=True by itself, and which are the identity in predict.
@@ -118,3 +119,55 @@ def attended(kind: str, name: str, node: Any, given: list[str], place: str) -> l
     found = [by["query"], by.get("key", by["value"]), by["value"]]
     one = len(set(found)) == 1 and kind not in keras_ops.LISTED
     return found[:1] if one else found
+
+
+def with_shapes(node: Any, shapes: Sequence[Any]) -> Any:
+    """A call whose tensors say their shapes, as those of Keras 2 do not, where they are known."""
+    left = list(shapes)
+
+    def told(x: Any) -> Any:
+        if isinstance(x, list | tuple):
+            return [told(v) for v in x]
+        if not isinstance(x, Mapping):
+            return x
+        if x.get("class_name") != "__keras_tensor__":
+            return {k: told(v) for k, v in x.items()}
+        shape = left.pop(0) if left else None
+        known = {"shape": shape} if shape is not None else {}
+        return {**x, "config": {**known, **x["config"]}}
+
+    return told(node)
+
+
+# Layers by what they do to the axes of what they take.
+_SAME = ("BatchNormalization", "LayerNormalization", "Dropout", "SpatialDropout1D", "Activation",
+         "SpatialDropout2D", "ReLU", "LeakyReLU", "PReLU", "ELU", "Softmax", "Identity",
+         "Rescaling", "Normalization", "GaussianNoise", "ops.Pointwise", "ops.Flip")  # fmt: skip
+_RANKS = ("Conv", "DepthwiseConv", "SeparableConv", "MaxPooling", "AveragePooling", "ZeroPadding",
+          "UpSampling", "Cropping")  # fmt: skip
+
+
+def shape_of(layer: Layer, given: Sequence[Any]) -> list[int | None] | None:
+    """The shape of what a layer gives, None for each size that is not known and for the whole where
+    not even the number of axes is."""
+    first = given[0] if given else None
+    if layer.kind == "Flatten" or (layer.kind.startswith("Global") and not
+                                   layer.settings.get("keepdims")):  # fmt: skip
+        return [None, None]
+    kind, dims = (
+        layer.kind.removesuffix("Transpose")[:-2],
+        layer.kind.removesuffix("Transpose")[-2:],
+    )
+    if kind in _RANKS and dims in ("1D", "2D", "3D"):
+        return [None] * (int(dims[0]) + 2)
+    if first is None:
+        return None
+    if layer.kind in _SAME:
+        return list(first)
+    if layer.kind == "Dense":
+        return [*first[:-1], layer.settings.get("units")]
+    if any(r.kind == "merge" for r in table.rows_of("keras", layer.kind)) and None not in given:
+        same = all(g == first for g in given) and layer.kind != "Concatenate"
+        alike = all(len(g) == len(first) for g in given)
+        return list(first) if same else [None] * len(first) if alike else None
+    return None

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fwt._types import FileFormatError
+from fwt.converters.frameworks import keras_2_ops
 from fwt.converters.rows import table
 from fwt.converters.rows.row import Layer, refuse, same
 
@@ -27,6 +28,8 @@ _BINARY = {"Add": "Add", "Subtract": "Subtract", "Multiply": "Multiply", "Maximu
            "Matmul": "ops.Matmul"}  # fmt: skip
 # Where in keras.src.ops a class stands that is not in its numpy.
 _ROOMS = {"Gelu": "nn", "Erf": "math", "Logsumexp": "math", "DotProductAttention": "nn"}
+_AGAIN = ("build the model again in Keras 3, with keras.layers or keras.ops in its place, call "
+          "load_weights(path) with this file, and convert that")  # fmt: skip
 # Functions of each entry, and of all along an axis, by the classes that compute them.
 _EACH = {
     "abs": "Absolute", "acos": "Arccos", "acosh": "Arccosh", "asin": "Arcsin", "asinh": "Arcsinh",
@@ -53,6 +56,14 @@ def tensors(node: Any) -> list[Any]:
             return [node]
         return [t for value in node.values() for t in tensors(value)]
     return [t for v in node for t in tensors(v)] if isinstance(node, list | tuple) else []
+
+
+def others(node: Any) -> list[Any]:
+    """What stands beside tensors in an argument of a call."""
+    if (isinstance(node, Mapping) and node.get("class_name") == "__keras_tensor__") or node is None:
+        return []
+    inner = list(node.values()) if isinstance(node, Mapping) and "class_name" not in node else node
+    return [o for v in inner for o in others(v)] if isinstance(inner, list | tuple) else [node]
 
 
 def histories(node: Any) -> list[tuple[str, int, int]]:
@@ -123,6 +134,9 @@ def layers_of(entry: Any, node: Any, name: str, place: str) -> list[Layer]:
     args = [*(node.get("args") or []), *(node.get("kwargs") or {}).values()]
     given = tensors(args)
     where = f"{place}: {name} (keras.ops, {kind})"
+    if kind.startswith(keras_2_ops.UNKNOWN):
+        raise refuse(f"{place}: {name}", f"{kind}, as it is called, is not read from Keras 2",
+                     _AGAIN)  # fmt: skip
     shape = given[0]["config"].get("shape") if given else None
     if kind in _BINARY and len(given) == 2:
         return [Layer(name, _BINARY[kind], {})]
@@ -237,8 +251,12 @@ def _reduced(
 def _with_constant(kind: str, name: str, args: Sequence[Any], where: str) -> Layer:
     left = bool(tensors(args[0]))
     c = args[1] if left else args[0]
+    vector = _vector(c)
+    if vector is not None:
+        return _with_vector(kind, name, vector, left, where)
     if isinstance(c, bool) or not isinstance(c, int | float):
-        raise refuse(where, f"with {c!r:.80}: only a number, or a tensor")
+        raise refuse(where, f"with {c!r:.80}: only a number, one for each last place, or a tensor",
+                     "a Rescaling or an Embedding holds an array")  # fmt: skip
     found = {"Add": (1.0, c), "Multiply": (c, 0.0), "Subtract": (1.0, -c) if left else (-1.0, c),
              "TrueDivide": (1 / c, 0.0) if left and c else None,
              "Divide": (1 / c, 0.0) if left and c else None}.get(kind)  # fmt: skip
@@ -247,6 +265,29 @@ def _with_constant(kind: str, name: str, args: Sequence[Any], where: str) -> Lay
     if found is None:
         raise refuse(where, f"with the number {c} is not known")
     return Layer(name, "Rescaling", {"scale": float(found[0]), "offset": float(found[1])})
+
+
+def _vector(given: Any) -> list[float] | None:
+    """The numbers of an array of one axis that an operation is called with."""
+    if isinstance(given, Mapping) and given.get("class_name") == "__numpy__":
+        given = (given.get("config") or {}).get("value")
+    plain = isinstance(given, list | tuple) and len(given) > 0
+    if plain and all(type(v) in (int, float) for v in given):
+        return [float(v) for v in given]
+    return None
+
+
+def _with_vector(kind: str, name: str, by: list[float], left: bool, where: str) -> Layer:
+    """A number for each place of the last axis, as a Rescaling."""
+    one, none = [1.0] * len(by), [0.0] * len(by)
+    minus = [-v for v in by]
+    divides = kind in ("TrueDivide", "Divide") and left and all(by)
+    found = {"Add": (one, by), "Multiply": (by, none),
+             "Subtract": (one, minus) if left else ([-1.0] * len(by), by)}.get(kind)  # fmt: skip
+    found = ([1 / v for v in by], none) if divides else found
+    if found is None:
+        raise refuse(where, f"with the numbers {by} is not known")
+    return Layer(name, "Rescaling", {"scale": found[0], "offset": found[1]})
 
 
 def _ones(kind: str, name: str, axis: Any, shape: list[Any], where: str) -> Layer:
@@ -291,6 +332,8 @@ def _item(name: str, index: Any, shape: Any, where: str) -> list[Layer]:
         start: Any
         stop: Any
         step: Any
+        if type(cut) is int and size is None:
+            raise refuse(where, f"it takes entry {cut} of axis {axis}, whose size is not known")
         if isinstance(cut, int) and not isinstance(cut, bool) and size is not None:
             start, stop, step, reshaped = cut, cut + 1 or None, 1, True
         elif isinstance(cut, Mapping) and cut.get("class_name") == "__slice__":
@@ -299,9 +342,15 @@ def _item(name: str, index: Any, shape: Any, where: str) -> list[Layer]:
                 new.append(-1 if size is None else size)
                 axis += 1
                 continue
+            if (start, stop, step) == (None, None, -1) and axis > 0:
+                out.append(Layer(f"{name}__{axis}" if out else name, "ops.Flip", {"axis": axis}))
+                new.append(-1 if size is None else size)
+                axis += 1
+                continue
             start, step = start or 0, 1 if step is None else step
             if size is None or step < 1:
-                raise refuse(where, f"it cuts axis {axis} by {told}")
+                size = "is not known" if size is None else f"is {size}"
+                raise refuse(where, f"it cuts axis {axis} by {told}, whose size {size}")
             new.append(len(range(size)[start:stop:step]))
         else:
             raise refuse(where, f"an index is {cut!r:.80}")

@@ -7,7 +7,7 @@ from typing import Any
 
 from fwt._graph import INPUT
 from fwt._types import ConversionError, FileFormatError
-from fwt.converters.frameworks import keras_2, keras_custom, keras_ops
+from fwt.converters.frameworks import keras_2, keras_custom, keras_forms, keras_ops
 from fwt.converters.frameworks.keras_forms import (
     ARGUMENTS,
     Ref,
@@ -95,6 +95,7 @@ class _Reader:
         self.own: set[str] = set()  # the names that layers have themselves
         self.called = ""  # the name of the layer that is read
         self.beside: dict[str, str] = {}  # of parts of layers, where another layer has their name
+        self.shapes: dict[str, Any] = {}  # with the batch, as far as they are known
 
     # -- models -------------------------------------------------------------------------------
 
@@ -166,7 +167,8 @@ class _Reader:
             refs[(ref[0], 0, 0)] = value
             dtypes[value] = settings.get("dtype")
             if given is None:
-                self.inputs[value] = self._checked(self._input_shape(settings))
+                shape = self.inputs[value] = self._checked(self._input_shape(settings))
+                self.shapes[value] = None if shape is None else [None, *shape]
         # Only at the ends does Keras count a call that a Functional model has of its own.
         own = {n for n, e in entries.items() if e.get("class_name") == "Functional"}
         ends = form_of(gives, lambda ref: (ref[0], ref[1] - (ref[0] in own), ref[2]))
@@ -239,11 +241,6 @@ class _Reader:
             if (name, index) in wanted:
                 continue
             wanted.add((name, index))
-            if name == "_CONSTANT_VALUE":
-                raise ConversionError(
-                    f"{self.place}: an operation takes a number as Keras 2 writes it, which is not "
-                    "read: a Rescaling says the same"
-                )
             nodes = (entries.get(name) or {}).get("inbound_nodes")
             if not isinstance(nodes, list) or not -1 < index < len(nodes):
                 raise FileFormatError(f"{self.place}: there is no call {index} of {name!r}")
@@ -307,6 +304,7 @@ class _Reader:
         """The names of what one call of a layer or a model gives."""
         if keras_ops.is_operation(entry):
             name = self.called = self._name((*inside, str(entry["config"].get("name"))))
+            node = keras_forms.with_shapes(node, [self.shapes.get(v) for v in given])
             if cuts := keras_ops.split_of(entry, node, name, self.place):
                 return [self._chain([part], given) for part in cuts]
             if stacked := keras_ops.stack_of(entry, node, name, self.place):
@@ -368,6 +366,7 @@ class _Reader:
                 name = self.beside.setdefault(name, fresh(name, self.own))
             of = layer.of if name == self.called else self.beside.get(layer.of, layer.of)
             self.layers.append(dataclasses.replace(layer, name=name, of=of, inputs=tuple(given)))
+            self.shapes[name] = keras_forms.shape_of(layer, [self.shapes.get(v) for v in given])
             given = (name,)
         return given[0]
 
@@ -378,7 +377,12 @@ class _Reader:
         known = ("inputs", *ARGUMENTS.get(kind, ()))
         for key, value in given.items():
             found = keras_ops.histories(value)
-            if value is None or value is False or (found and (type(key) is int or key in known)):
+            if value is None or value is False:
+                continue
+            if found and (type(key) is int or key in known):
+                if other := keras_ops.others(value):
+                    raise refuse(place, f"it is called with {other[0]!r:.80} beside tensors",
+                                 "a Rescaling or an Embedding holds it")  # fmt: skip
                 continue
             if value is True and key in keras_ops.CALLED.get(kind, ()):
                 continue

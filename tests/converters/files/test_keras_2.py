@@ -28,6 +28,7 @@ STACKS = (
     "inside",
     "line",
     "nested",
+    "product",
     "sequences",
     "tokens",
     "trained",
@@ -41,9 +42,18 @@ REFUSED = {
     "softmax_axes": "one axis only",
     "stacked_cells": "only an RNN over|holds 6 arrays",
     "lambda": "it runs any code",
-    "product": "takes a number as Keras 2 writes it",
     "time_major": "time_major=True",
 }
+
+
+# Functions of TensorFlow that are refused, and why.
+REFUSED_FUNCTIONS = {
+    "cut_unknown": "whose size is not known",
+    "norm": r"tf\.math\.l2_normalize, .* not read .* in Keras 3, .* load_weights",
+    "matmul": r"tf\.linalg\.matmul", "power": r"tf\.math\.pow", "resize": r"tf\.image\.resize",
+    "add_table": "only a number, one for each last place",
+    "batch": "Reshape", "split": r"tf\.split", "whole": r"tf\.reshape",
+}  # fmt: skip
 
 
 @functools.cache
@@ -85,6 +95,35 @@ def assert_same(one, other):
     assert jax.tree.structure(one) == jax.tree.structure(other)
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+FEW = ("transfer", "recipe_caffe", "subtract_from", "concat", "entry", "norm")
+FUNCTIONS = sorted(n[:-4] for n in members("functions") if n.endswith(".npz"))
+
+
+@pytest.mark.parametrize("name", thorough_but(lambda n: n in FEW, FUNCTIONS))
+def test_functions_of_tensorflow_between_layers(name, tmp_path):
+    path = put(tmp_path, "functions", name, ".h5")
+    if name in REFUSED_FUNCTIONS:
+        with pytest.raises(converters.ConversionError, match=REFUSED_FUNCTIONS[name]):
+            converters.load(path)
+        return
+    found = converters.load(path)
+    assert_predicts(found, "functions", name)
+    if name in ("transfer", "turned", "bias", "stack"):
+        assert_predicts(converters.to_keras(found), "functions", name)
+        torch = converters.to_torch(found, layout="source")
+        assert converters.verify(found, torch).ok
+
+
+def test_the_way_out_of_a_function_of_tensorflow_works(tmp_path):
+    import keras
+
+    start = keras.Input((6, 5, 3))
+    conv = keras.layers.Conv2D(3, 3, padding="same", name="c")
+    net = keras.Model(start, keras.layers.Resizing(4, 4)(conv(start)))
+    net.load_weights(put(tmp_path, "functions", "resize", ".h5"))
+    assert_predicts(converters.from_keras(net), "functions", "resize")
 
 
 @pytest.mark.thorough

@@ -104,6 +104,9 @@ def arrays_of(path: Path, external_data: bool) -> Model:
     with _io.reading(path):
         proto = _graph.proto_of(path)
         tensors = proto.graph.initializer
+        names = [tensor.name for tensor in tensors]
+        if len(set(names)) < len(names) or not all(n and isinstance(n, str) for n in names):
+            raise FileFormatError(f"{path}: two of its arrays have one name, or one has none")
         held = {t.name: _graph.array_of(t, path, external_data) for t in tensors}
         return Model(None, {"params": held})
 

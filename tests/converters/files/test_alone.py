@@ -210,6 +210,10 @@ def test_arrays_alone_of_other_formats(tmp_path):
     own = {t.name: onnx.numpy_helper.to_array(t).shape for t in proto.graph.initializer}
     assert {p.replace("\\", ""): v.shape for p, v in found.items()} == own
     assert "Unheard" in cli("inspect", "b.onnx", cwd=tmp_path).stdout.splitlines()[0]
+    proto.graph.initializer[1].name = proto.graph.initializer[0].name
+    onnx.save(proto, tmp_path / "c.onnx")
+    with pytest.raises(converters.FileFormatError, match="two of its arrays have one name"):
+        converters.load(tmp_path / "c.onnx", module=False)
     with pytest.raises(converters.FileFormatError, match="give one of them"):
         converters.load(tmp_path / "a.npz", module=False, architecture=model)
 

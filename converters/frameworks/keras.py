@@ -144,9 +144,13 @@ def from_keras(
         True
     """
     if not _is_container(model):
+        own = isinstance(model, keras.Model)
+        way = ("where its call takes one tensor through Keras layers, x = keras.Input(shape) and "
+               "keras.Model(x, model.call(x)) make one; " if own else "")  # fmt: skip
         raise ConversionError(
             f"from_keras takes a keras.Sequential or a Functional model, found {_dotted(model)}; "
-            "to change the weights of any Keras model in place, use converters.transform(model, t)"
+            f"{way}to change the weights of any Keras model in place, use "
+            "converters.transform(model, t)"
         )
     if not model.built:
         raise ConversionError(
@@ -229,6 +233,9 @@ def _fill(layer: Layer, live: Any) -> None:
         roles = ("forward_layer", "backward_layer")
     elif layer.kind == "RNN":
         roles = ("cell",)
+        if layer.inner[0].kind == "StackedRNNCells":
+            raise refuse(str(layer), "only an RNN over one SimpleRNNCell, LSTMCell or GRUCell is "
+                         "known", "make an RNN of each cell, one after the other")  # fmt: skip
     for part, role in zip(layer.inner, roles, strict=True):
         _fill(part, getattr(live, role))
 

@@ -527,6 +527,9 @@ def _computes_in(given: Any, place: str) -> str:
     name = given
     if isinstance(given, dict):
         inner = given.get("config")
+        if isinstance(inner, dict) and "mode" in inner:
+            raise refuse(place, f"it is quantised ({inner['mode']}): it computes with other "
+                         "numbers than it holds", "take the model as it was before")  # fmt: skip
         name = inner.get("name") if isinstance(inner, dict) else given.get("class_name")
     if name not in (None, *policy.POLICIES):
         raise refuse(

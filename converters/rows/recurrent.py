@@ -290,7 +290,10 @@ def over_cell(framework: Framework, layer: Layer, rank: int | None) -> "list[Lay
     cell = layer.inner[0] if layer.inner else None
     kinds = {"LSTMCell": "LSTM", "GRUCell": "GRU", "SimpleRNNCell": "SimpleRNN"}
     if cell is None or cell.kind not in kinds:
-        raise refuse(str(layer), "only an RNN over SimpleRNNCell, LSTMCell or GRUCell is known")
+        several = cell is not None and cell.kind == "StackedRNNCells"
+        way = "make an RNN of each cell, one after the other" if several else ""
+        raise refuse(str(layer), "only an RNN over one SimpleRNNCell, LSTMCell or GRUCell is "
+                     "known", way)  # fmt: skip
     own = {k: v for k, v in cell.settings.items() if k not in ("name", "trainable", "dtype")}
     return [Layer(layer.name, kinds[cell.kind], {**layer.settings, **own}, cell.arrays)]
 

@@ -253,3 +253,44 @@ def test_the_way_out_of_a_mask_works():
     free.set_weights(net.get_weights())
     x = np.random.default_rng(0).integers(1, 9, size=(3, 5)).astype(np.int32)
     close(converters.from_keras(free)(x), net(x))
+
+
+class Net(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = L.Dense(4, activation="relu"), L.Dense(3)
+
+    def call(self, x):
+        return self.two(self.one(x)) + 1.0
+
+
+def test_the_way_out_of_a_subclassed_model_works():
+    net, x = Net(), np.random.default_rng(0).normal(size=(2, 5)).astype(np.float32)
+    expected = net(x)
+    with pytest.raises(converters.ConversionError, match=r"keras\.Model\(x, model\.call\(x\)\)"):
+        converters.from_keras(net)
+    start = keras.Input((5,))
+    close(converters.from_keras(keras.Model(start, net.call(start)))(x), expected)
+
+
+def test_a_quantised_file_is_told_as_the_live_model_is(tmp_path):
+    net = keras.Sequential([keras.Input((8,)), L.Dense(3, name="dense")])
+    net.quantize("int8")
+    net.save(tmp_path / "net.keras")
+    for read, given in ((converters.from_keras, net),
+                        (converters.load, tmp_path / "net.keras")):  # fmt: skip
+        with pytest.raises(converters.ConversionError, match=r"is quantised \(int8\)"):
+            read(given)
+
+
+def test_the_way_out_of_stacked_cells_works():
+    cells = [L.LSTMCell(4), L.LSTMCell(3)]
+    net = keras.Sequential([keras.Input((5, 6)), L.RNN(cells, name="rnn")])
+    with pytest.raises(converters.ConversionError, match=r"rnn \(RNN\): .*an RNN of each cell"):
+        converters.from_keras(net)
+    apart = keras.Sequential([keras.Input((5, 6)), L.RNN(L.LSTMCell(4), return_sequences=True),
+                              L.RNN(L.LSTMCell(3))])  # fmt: skip
+    apart.set_weights(net.get_weights())
+    x = np.random.default_rng(0).normal(size=(2, 5, 6)).astype(np.float32)
+    close(apart(x), net(x))
+    close(converters.from_keras(apart)(x), net(x))

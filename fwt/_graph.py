@@ -259,7 +259,7 @@ def unfit(name: str, shape: Any, sizes: Sequence[int | None], at: int | None = N
         if shape is None or len(shape) != len(sizes):  # which a layer refuses
             return ""
         pairs = enumerate(zip(shape, sizes, strict=True))
-        at = next((i for i, (a, b) in pairs if b and a not in (b, None)), None)
+        at = next((i for i, (a, b) in pairs if b and a != b), None)
         if at is None:
             return ""
     wanted = str(tuple(sizes)).replace("None", "any")

@@ -534,8 +534,10 @@ def _in_order(
     found: Mapping[str, np.ndarray], known: Model, path: Path, ordered: bool
 ) -> list[Pair]:
     why: dict[str, str] = {}
-    names, kept = list(found), path.suffix == ".npz"  # which keeps them as they were given
-    if not ordered and kept and names not in (sorted(names), sorted(names, key=_tree.natural)):
+    # The places of its modules: an .npz keeps names as they were given.
+    held = list(dict.fromkeys(name.rpartition(".")[0] or name for name in found))
+    kept = path.suffix == ".npz" and not ordered
+    if kept and held not in (sorted(held), sorted(held, key=_tree.natural)):
         raise FileFormatError(
             f"{path}: match='order': its names stand neither in the order of their numbers nor "
             "sorted, and nothing tells which order is the model's; rename= tells which is which"

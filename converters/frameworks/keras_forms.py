@@ -101,7 +101,15 @@ def without_idle(node: Mapping[str, Any], entry: Mapping[str, Any]) -> dict[str,
     if entry.get("class_name") in ("Sequential", "Functional"):  # whose masks may be of some inputs
         idle.append("mask")
     kept = {k: v for k, v in kwargs.items() if k not in (*idle, *masks)}
-    return {**node, "kwargs": kept, "masks": masks}
+    return {**node, "kwargs": kept, "masks": masks, "masked": _masked(kwargs.get("mask"))}
+
+
+def _masked(mask: Any) -> list[bool]:
+    """Which of the inputs of a model inside come with a mask."""
+    if isinstance(mask, Mapping) and mask.get("class_name") != "__keras_tensor__":
+        mask = [mask[k] for k in in_order(mask)]
+    every = mask if isinstance(mask, list | tuple) else [mask]
+    return [bool(keras_ops.histories(m)) for m in every]
 
 
 def attended(kind: str, name: str, node: Any, given: list[str], place: str) -> list[str]:

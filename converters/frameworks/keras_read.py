@@ -324,9 +324,13 @@ class _Reader:
         if kind in CONTAINERS:
             parts, since = (*inside, parts_of(label)[-1]), len(self.layers)
             _, gives = self.model(*_body(entry, self.place), parts, (*base, own), given)
-            for layer in self.layers[since:] if node and node["masks"] else ():
-                if not set(given).isdisjoint(layer.inputs):
-                    layer.given_mask = node["masks"][0]
+            masks, masked = (node["masks"], node["masked"]) if node else ([], [])
+            hidden = set(given if masks else ())
+            if len(masked) == len(given):
+                hidden = {name for name, is_so in zip(given, masked, strict=True) if is_so}
+            for layer in self.layers[since:]:
+                if not hidden.isdisjoint(layer.inputs):
+                    layer.given_mask = masks[0]
             return flat(gives)
         if (kind, entry.get("module")) == keras_ops.SCALED:
             name = self._name((*parts_of(label)[:-1], f"{parts_of(label)[-1]}__scale"))

@@ -137,7 +137,7 @@ def net_of(
     """
     for module in model.modules():
         torch_calls.check_hooks(module, model)
-    net, by_sizes = _with_shared(model, inputs)
+    net, by_sizes, rolls = _with_shared(model, inputs)
 
     def read(inputs: Sequence[torch.Tensor]) -> Net:
         with warnings.catch_warnings():
@@ -145,11 +145,11 @@ def net_of(
             return written(_with_shared(model, inputs)[0])
 
     if by_sizes or torch_sizes.asks(model):
-        net.fixed = torch_sizes.fixed(model, inputs, net, written, read)
+        net.fixed = torch_sizes.fixed(model, inputs, net, rolls, written, read)
     return net
 
 
-def _with_shared(model: torch.nn.Module, inputs: Sequence[torch.Tensor]) -> tuple[Net, bool]:
+def _with_shared(model: torch.nn.Module, inputs: Sequence[torch.Tensor]) -> tuple[Net, bool, bool]:
     """What ``_read`` gives, with the arrays between the layers that several of these take."""
     program, shared = exported(model, inputs), set[str]()
     while True:
@@ -161,8 +161,9 @@ def _with_shared(model: torch.nn.Module, inputs: Sequence[torch.Tensor]) -> tupl
 
 def _read(
     model: torch.nn.Module, inputs: Sequence[torch.Tensor], program: Any, shared: frozenset[str]
-) -> tuple[Net, bool]:
-    """The net of an exported program, and whether it may follow from the sizes of the example."""
+) -> tuple[Net, bool, bool]:
+    """The net of an exported program, whether it may follow from the sizes of the example, and
+    whether it rolls."""
     signature = program.graph_signature
     held = {
         **signature.inputs_to_parameters,
@@ -211,7 +212,8 @@ def _read(
             " or let the first state of a loop follow from the input, h + 0 * x[:, 0, :1]",
         )
     _report_unused(model, reader, used)
-    return Net(used, dict(shapes), _form(outputs, type(model).__name__)), reader.by_sizes
+    net = Net(used, dict(shapes), _form(outputs, type(model).__name__))
+    return net, reader.by_sizes, reader.rolls
 
 
 def _form(outputs: Any, place: str) -> Any:

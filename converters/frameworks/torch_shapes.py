@@ -269,6 +269,7 @@ def _roll(reader: Reader, node: Any, args: Args, place: str) -> Any:
     for shift, dim in zip(args["shifts"], args["dims"], strict=True):
         axis = reader.axis(value, dim, place)
         size = value.shape[axis] or 1
+        reader.rolls |= abs(shift) > 2
         if at := -shift if abs(shift) < size else -shift % size:  # from the end, or the start
             ends = [reader.cut(value, dim, a, b, place) for a, b in ((at, None), (0, at))]
             value = reader.along(ends, axis, place)

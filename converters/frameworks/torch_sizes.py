@@ -5,6 +5,7 @@ torch.export tells the operations for the sizes of an example, and what a forwar
 its layers stay the same, they are right at any; else the Graph takes that size alone.
 """
 
+import types
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from fwt.converters.rows.row import Layer
 from fwt.converters.walk.net import Net
 
 # What tells how large a tensor is, as forward calls it.
-_ASK = {"shape", "size", "len", "numel", "nelement", "__len__"}
+_ASK = {"shape", "size", "len", "numel", "nelement", "__len__", "getattr", "partial"}
 _DEPTH = 6  # functions that call each other
 # Layers whose arrays have the size of an axis of what they take, and which axis.
 _LAST = ("Linear", "LayerNorm", "RMSNorm", "LSTM", "GRU", "RNN", "MultiheadAttention",
@@ -33,8 +34,16 @@ Place = tuple[int, int]  # the number of an input, and an axis of it
 def asks(model: torch.nn.Module) -> bool:
     """Whether the forward of a module of one's own may look at the size of a tensor."""
     seen: set[Any] = set()
-    own = [m for m in model.modules() if not type(m).__module__.startswith("torch.nn.modules")]
-    return any(_asks(m.forward, m, seen, _DEPTH) for m in own)
+    for m in model.modules():
+        kinds = [c for c in type(m).__mro__ if "forward" in vars(c) and not _is_torchs(c)]
+        forwards = [*(vars(c)["forward"] for c in kinds), vars(m).get("forward")]
+        if any(_asks(f, m, seen, _DEPTH) for f in forwards if f is not None):
+            return True
+    return False
+
+
+def _is_torchs(kind: type) -> bool:
+    return kind.__module__.startswith("torch.nn.modules")
 
 
 def _asks(function: Any, module: Any, seen: set[Any], depth: int) -> bool:
@@ -52,6 +61,8 @@ def _asks(function: Any, module: Any, seen: set[Any], depth: int) -> bool:
         return True
     known = getattr(function, "__globals__", {})
     called = [vars(module).get(n) or getattr(type(module), n, None) or known.get(n) for n in names]
+    rooms = [x for x in called if isinstance(x, types.ModuleType) and not _is_plain(x.__name__)]
+    called += [vars(room).get(n) for room in rooms for n in names]
     called += [c.cell_contents for c in function.__closure__ or () if _is_filled(c)]
     return any(_asks(other, module, seen, depth - 1) for other in called if _may_ask(other))
 
@@ -60,7 +71,11 @@ def _may_ask(found: Any) -> bool:
     """Whether what a forward names is called, and neither torch's nor Python's own."""
     room = getattr(found, "__module__", None) or ""
     plain = isinstance(found, type | torch.nn.Module | torch.Tensor)
-    return callable(found) and not plain and not room.startswith(("torch", "builtins", "math"))
+    return callable(found) and not plain and not _is_plain(room)
+
+
+def _is_plain(room: str) -> bool:
+    return room.partition(".")[0] in ("torch", "builtins", "math")
 
 
 def _is_filled(cell: Any) -> bool:
@@ -74,6 +89,7 @@ def fixed(
     model: torch.nn.Module,
     inputs: Sequence[torch.Tensor],
     net: Net,
+    rolls: bool,
     written: Callable[[Net], Net],
     read: Callable[[Sequence[torch.Tensor]], Net],
 ) -> dict[str, tuple[int | None, ...]]:
@@ -83,15 +99,20 @@ def fixed(
         model: the module, in eval mode.
         inputs: the example that the net was read at.
         net: its layers.
+        rolls: whether it moves three entries or more around the end of an axis.
         written: gives a net as the framework has it that it goes to.
         read: gives that for another example.
     """
-    free, bound = _tried(model, inputs)
-    differs = _differs(written(net), read, inputs) if free else None
-    if differs and differs({p: n for sizes in free for p, n in sizes.items()}):
-        for sizes in free:
-            if differs(sizes):
-                bound |= set(sizes)
+    bound: set[Place] = set()
+    # What rolls by three entries does so by one on an axis of two.
+    for first in (None, 2) if rolls else (None,):
+        free, alone = _tried(model, inputs, first)
+        bound |= alone
+        differs = _differs(written(net), read, inputs) if free else None
+        if differs and differs({p: n for sizes in free for p, n in sizes.items()}):
+            for sizes in free:
+                if differs(sizes):
+                    bound |= set(sizes)
     names = list(net.inputs)
     bound -= {p for p in bound if _is_held(net, names[p[0]], p[1])}
     return {
@@ -102,7 +123,7 @@ def fixed(
 
 
 def _tried(
-    model: torch.nn.Module, inputs: Sequence[torch.Tensor]
+    model: torch.nn.Module, inputs: Sequence[torch.Tensor], first: int | None
 ) -> tuple[list[dict[Place, int]], set[Place]]:
     """Other sizes at which the model runs, of one axis or of all of one size; and the axes that it
     takes at this size alone."""
@@ -112,13 +133,14 @@ def _tried(
     equal: dict[int, list[Place]] = {}
     free: list[dict[Place, int]] = []
     for places in alone:
-        if found := _runs_at(model, inputs, places, size[places[0]]):
+        if found := _runs_at(model, inputs, places, size[places[0]], first):
             free.append(found)
         else:
             equal.setdefault(size[places[0]], []).append(places[0])
     bound: set[Place] = set()
     for places in equal.values():
-        found = _runs_at(model, inputs, places, size[places[0]]) if len(places) > 1 else {}
+        several, at = len(places) > 1, size[places[0]]
+        found = _runs_at(model, inputs, places, at, first) if several else {}
         if found:
             free.append(found)
         else:
@@ -127,9 +149,15 @@ def _tried(
 
 
 def _runs_at(
-    model: torch.nn.Module, inputs: Sequence[torch.Tensor], places: Sequence[Place], size: int
+    model: torch.nn.Module,
+    inputs: Sequence[torch.Tensor],
+    places: Sequence[Place],
+    size: int,
+    first: int | None,
 ) -> dict[Place, int]:
-    for other in dict.fromkeys((2 * size, size // 2, size - 1)):
+    # First one that has another rest, by two and by four, and is another in halves.
+    tried = (2 * size + 1 - size % 2, 2 * size, size // 2, size - 1)
+    for other in dict.fromkeys((first or tried[0], *tried)):
         if other < 1 or other == size:
             continue
         sizes = dict.fromkeys(places, other)

@@ -66,6 +66,7 @@ class Reader(Tensors):
         self.parts: dict[tuple[str, str], Any] = {}
         self.made: dict[Any, Value] = {}  # arrays between layers
         self.batch: Any = None  # the symbol that counts the examples
+        self.rolls = False  # whether it moves three entries or more around the end of an axis
         self.by_sizes = False  # whether an operation may follow from the sizes of the example
 
     # -- names ---------------------------------------------------------------------------------

@@ -275,7 +275,13 @@ def test_an_order_that_a_format_does_not_keep_is_not_guessed(tmp_path):
         if not kept:
             with pytest.raises(converters.FileFormatError, match="only whole numbers between dots"):
                 converters.load(tmp_path / "w.safetensors", architecture=model, match="order")
-    down = {f"{i}.{n}": v for i in (2, 1, 0) for n, v in torch.nn.Linear(4, 4).state_dict().items()}
+    by_number = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 4))
+    model = converters.from_torch(by_number)
+    held = {n: v.numpy() for n, v in by_number.state_dict().items()}  # weight before bias
+    np.savez(tmp_path / "up.npz", **held)
+    found = converters.load(tmp_path / "up.npz", architecture=model, match="order")
+    np.testing.assert_array_equal(found(x.numpy()), model(x.numpy()))
+    down = {f"{i}.{n}": v for i in (2, 0) for n, v in torch.nn.Linear(4, 4).state_dict().items()}
     np.savez(tmp_path / "down.npz", **{n: v.numpy() for n, v in down.items()})
     with pytest.raises(converters.FileFormatError, match="neither in the order of their numbers"):
         converters.load(tmp_path / "down.npz", architecture=model, match="order")

@@ -241,6 +241,17 @@ def test_masks_that_nothing_uses_convert(tmp_path):
         for name in ("net.keras", "net.h5"):
             net.save(tmp_path / name)
             close(converters.load(tmp_path / name)(x), net(x))
+    # A model of two inputs, of which the other one is hidden by a mask.
+    one, two = keras.Input((5, 4)), keras.Input((5, 4))
+    several = [L.Dense(3)(one), L.LSTM(3, return_sequences=True)(two)]
+    pair = keras.Model([one, two], L.Dense(2)(L.Add()(several)))
+    steps = keras.Input((5, 4))
+    net = keras.Model([start, steps], pair([table_of(start), steps]))
+    rest = np.random.default_rng(1).normal(size=(3, 5, 4)).astype(np.float32)
+    close(converters.from_keras(net)(x, rest), net([x, rest]))
+    hidden = keras.Model([start, steps], pair([steps, table_of(start)]))
+    with pytest.raises(converters.ConversionError, match="it would use"):
+        converters.from_keras(hidden)
 
 
 def test_the_way_out_of_a_mask_works():

@@ -1,5 +1,7 @@
 """What a torch forward computes from sizes is right at others, or refused by the Graph."""
 
+import types
+
 import numpy as np
 import pytest
 import torch
@@ -75,6 +77,25 @@ def masked(m, x):
     return torch.softmax((x @ x.mT).masked_fill(later, -torch.inf), -1) @ m.o(x)
 
 
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.o = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.o(x / x.shape[1])
+
+
+class Inherited(Scaled):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+there = types.ModuleType("there")
+there.scaled = lambda x: x / x.shape[1]
+NAME = "shape"
+
+
 ANY = {
     "the last step": recurrent(lambda m, x: m.o(m.l(x)[0][:, -1])),
     "the last state": recurrent(lambda m, x: m.o(m.l(x)[1][0][-1])),
@@ -96,6 +117,12 @@ ONE = {
     "a triangle": linear(lambda m, x: (x @ x.mT).tril() @ m.o(x)),
     "a loop": linear(looped),
     "a step by its number": linear(tail_of_sizes),
+    "rolled by three": linear(lambda m, x: m.o(x.roll(3, 1))),
+    "rolled back by four": linear(lambda m, x: m.o(x.roll(-4, 1))),
+    "its parity": linear(lambda m, x: m.o(x * 2 if x.shape[1] % 2 else x)),
+    "its inherited forward": Inherited(),
+    "a function of a module": linear(lambda m, x: m.o(there.scaled(x))),
+    "a shape by its name": linear(lambda m, x: m.o(x / getattr(x, NAME)[1])),
     "unbound": linear(lambda m, x: m.o(x.unbind(1)[-1])),
     "positions": Net(lambda m, x: m.o(x + m.p[: x.shape[1]]), o=nn.Linear(4, 2),
                      p=nn.Parameter(torch.randn(16, 4))),
@@ -130,8 +157,8 @@ def check_one(net, shape, other, by):
         back(torch.zeros(2, *other))
 
 
-QUICK = ("the last step", "the last three", "entries by a list", "rolled",
-         "a sum by the length", "a deviation", "positions")  # fmt: skip
+QUICK = ("the last step", "the last three", "entries by a list", "rolled", "rolled by three",
+         "a sum by the length", "a deviation", "positions", "its inherited forward")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", thorough_but(lambda n: n in QUICK, ANY))
@@ -188,5 +215,6 @@ def test_who_asks_for_sizes():
     assert not torch_sizes.asks(nn.Sequential(nn.Linear(2, 2)))
     assert not torch_sizes.asks(Net(lambda m, x: m.o(x) + 1, o=nn.Linear(2, 2)))
     assert torch_sizes.asks(Net(lambda m, x: x.shape))
+    assert torch_sizes.asks(Inherited())
     assert torch_sizes.asks(Net(lambda m, x: _half(x)))
     assert torch_sizes.asks(nn.Sequential(Net(lambda m, x: [_half(y) for y in (x, x)])))

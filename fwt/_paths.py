@@ -157,7 +157,8 @@ def named(pattern: str, paths: Collection[str], *, own: bool = True) -> list[str
     for each in ({p: theirs.get(p, ()) for p in paths}, {p: (p,) for p in paths}):
         spelled = {p: [_in_pieces(n) for n in names] for p, names in each.items()}
         other = [p for p, names in spelled.items() if any(matches(cut, n) for n in names)]
-        if own and cut != pattern and not exact:
+        mixed = not theirs and not other and any("**" in x and x != "**" for x in split(cut))
+        if own and cut != pattern and not exact and not mixed:
             _refuse_longer(pattern, cut, spelled, other)
         if (exact and len(other) > 1) or len({_in_pieces(p) for p in other}) < len(other):
             one, two = other[0], other[-1]

@@ -171,6 +171,10 @@ def test_what_follows_from_the_length_is_refused_at_another(name):
     check_one(ONE[name], (5, 4), (8, 4), 5)
 
 
+def test_what_follows_from_the_parity_of_an_even_length():
+    check_one(ONE["its parity"], (8, 4), (7, 4), 8)
+
+
 def test_images_of_any_size_and_of_one():
     check_any(
         image(lambda m, x: F.interpolate(m.c(x).relu(), scale_factor=2)), (3, 6, 8), (3, 5, 7)

@@ -10,6 +10,7 @@ from flax import nnx
 from marks import thorough_but
 
 import fwt
+from fwt import converters
 from fwt import layers as fl
 
 two_of_four = fwt.patterns.n_m(2, 4)
@@ -262,3 +263,16 @@ def test_a_model_stands_for_its_module_and_variables():
         bad(r"after .*module, or a Model: \w+\(model, batch", function, net, x, last)
         bad(r"from_torch\(model\) gives a Model", function, torch.nn.Linear(24, 3), x, last)
     bad("takes a Flax module, found None", fwt.sparsegpt, fwt.Model(None, variables), x, 0.5)
+
+
+def test_a_layer_that_is_not_linear_is_asked_for_where_it_is_chosen():
+    net = torch.nn.Sequential(
+        torch.nn.LSTM(4, 6, batch_first=True), converters.Select("last"), torch.nn.Linear(6, 8)
+    )
+    model = converters.from_torch(net, input_shape=(5, 4))
+    batch = np.random.default_rng(0).normal(size=(16, 5, 4)).astype(np.float32)
+    head = next(p for p in fwt.select(model, fwt.kernels) if p.startswith("2/"))
+    found = fwt.select(fwt.sparsegpt(model, batch, 0.5, where=head), "**")
+    assert (np.asarray(found[head]) == 0).sum() == 24
+    with pytest.raises(fwt.LeafError, match=r"no linear layer: leave it out with where="):
+        fwt.sparsegpt(model, batch, 0.5, where="**")

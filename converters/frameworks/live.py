@@ -139,7 +139,7 @@ def transform(model: Any, t: Transform) -> Any:
                 leaf.write(changed[leaf.path])
     except Exception as error:  # torch, Keras and nnx raise any class: it becomes ours
         for leaf in written:  # what failed may have been written all the same
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception):  # of any class again, while the others go back
                 leaf.write(before[leaf.path])
         raise ConversionError(
             f"{written[-1].path} can't be written ({error}); the model is as it was"

@@ -4,24 +4,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from marks import thorough_but
 from torch import nn
+from torch_nets import Net
 
 import fwt
 from fwt import ConversionError, converters
-from tests.helpers.marks import thorough_but
-
-
-class Net(nn.Module):
-    """A forward of layers that are given by name."""
-
-    def __init__(self, function, **layers):
-        super().__init__()
-        self.function = function
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, *xs):
-        return self.function(self, *xs)
 
 
 def linears(bias=True, other=False, kind=nn.Linear, **told):

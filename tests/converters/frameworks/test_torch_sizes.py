@@ -6,24 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from marks import thorough_but
 from torch import nn
+from torch_nets import Net
 
 from fwt import ConversionError, FwtError, converters
 from fwt.converters.frameworks import torch_sizes
-from tests.helpers.marks import thorough_but
-
-
-class Net(nn.Module):
-    """A forward of layers that are given by name."""
-
-    def __init__(self, function, **layers):
-        super().__init__()
-        self.function = function
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, *xs):
-        return self.function(self, *xs)
 
 
 def recurrent(function, **told):

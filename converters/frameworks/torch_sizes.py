@@ -187,21 +187,19 @@ def _differs(
             other = read(resized(inputs, sizes))
         except ConversionError:  # what is read at this size is not there
             return True
-        return not _same_layers(net, other)
+        return not (_same_layers(net.layers, other.layers) and net.outputs == other.outputs)
 
     return differs
 
 
-def _same_layers(one: Net, other: Net) -> bool:
-    pairs = zip(one.layers, other.layers, strict=False)
-    return len(one.layers) == len(other.layers) and one.outputs == other.outputs and all(
-        _told(a) == _told(b) and _equal(a.settings, b.settings) and _equal(a.arrays, b.arrays)
-        for a, b in pairs
-    )  # fmt: skip
+def _same_layers(one: Sequence[Layer], other: Sequence[Layer]) -> bool:
+    return len(one) == len(other) and all(map(_same, one, other))
 
 
-def _told(layer: Layer) -> Any:
-    return layer.name, layer.kind, layer.inputs, layer.of
+def _same(a: Layer, b: Layer) -> bool:
+    told = [(x.name, x.kind, x.inputs, x.of, x.dtype) for x in (a, b)]
+    alike = told[0] == told[1] and _same_layers(a.inner, b.inner)
+    return alike and _equal(a.settings, b.settings) and _equal(a.arrays, b.arrays)
 
 
 def _equal(a: Any, b: Any) -> bool:

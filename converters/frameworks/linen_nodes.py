@@ -51,6 +51,7 @@ class Reader(Names):
         for name, slot in zip(inputs, equations.inputs, strict=True):
             self.taken[name] = 1
             self.env[id(slot)] = Value(name, self.sizes(slot, "the input"))
+            self.shapes[name] = self.env[id(slot)].shape
         self.readers: dict[int, list[Equation]] = {}
         self.givers = {id(s): e for e in equations.all for s in e.outs}
         for equation in equations.all:
@@ -194,6 +195,7 @@ class Reader(Names):
             name = self.unique(name)
         takes = tuple(v.name for v in inputs)
         self.nodes.append(Node(name, None if first else layer, takes, first or ""))
+        self.shapes[name] = tuple(shape)
         return Value(name, tuple(shape))
 
     def dense(self, value: Value, kernel: np.ndarray, slot: Slot, place: str) -> Value:
@@ -260,11 +262,17 @@ class Reader(Names):
                 alias[node.name] = self.unique(joined([*parts[: count - 1], flat]))
         for old, new in alias.items():
             self.arrays[new] = self.arrays.pop(old, {})
+            self.shapes[new] = self.shapes[old]
         made = [
             Node(alias.get(n.name, n.name), n.layer, tuple(alias.get(i, i) for i in n.inputs), n.of)
             for n in nodes
         ]
         return made, renamed(outputs, alias)
+
+    def lengths(self, nodes: Sequence[Node]) -> dict[str, int]:
+        """By name of a Slice, the size of the axis that it cuts."""
+        cuts = [n for n in nodes if isinstance(n.layer, fl.Slice)]
+        return {n.name: self.shapes[n.inputs[0]][n.layer.axis] or 0 for n in cuts}
 
     def variables(self, nodes: Sequence[Node]) -> tuple[dict[str, Any], list[str]]:
         """The variables of the nodes, and the paths of weights that none has."""

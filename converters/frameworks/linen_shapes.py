@@ -88,6 +88,8 @@ def cut(
         raise refuse(place, "it takes some of the examples")
     if (start, stop, step) == (0, size, 1):
         return value
+    if step > 1 and range(start, stop, step) == range(start, size, step):
+        stop = size
     shape = (*value.shape[:axis], len(range(start, stop, step)), *value.shape[axis + 1 :])
     layer = fl.Slice(axis=axis, start=start, stop=stop, step=step)
     return reader.emit(layer, [value], place, shape)
@@ -171,6 +173,9 @@ def taken(reader: Reader, value: Value, axis: int, where: np.ndarray, place: str
             return reader.upsampled(value, sizes, shape, place)
     if np.array_equal(where, np.arange(size)[::-1]):
         return reader.emit(fl.Flip(axis), [value], place, value.shape)
+    (step, *others) = np.unique(np.diff(where)) if len(where) > 2 else (0,)
+    if step > 1 and not others:
+        return cut(reader, value, axis, int(where[0]), int(where[-1]) + 1, int(step), place)
     runs: list[tuple[int, int]] = []
     for one in map(int, where):
         if runs and one == runs[-1][1]:
@@ -210,16 +215,6 @@ def along(reader: Reader, parts: Sequence[Value], axis: int, place: str) -> Valu
     return reader.emit(fl.Concatenate(axis), parts, place, shape)
 
 
-def _for_each(reader: Reader, array: Value, beside: Sequence[Slot], place: str) -> Value:
-    """An array once for each example: it is added to zeros, which an example gives."""
-    value = reader.value(next(s for s in beside if s.follows), place)
-    for axis in range(1, len(value.shape)):
-        value = cut(reader, value, axis, 0, 1, 1, place)
-    zeros = pointwise(reader, fl.Rescaling(0.0, 0.0), value, place)
-    shape = (None, *array.shape[1:])
-    return reader.emit(fl.Add(), [zeros, array], place, shape)
-
-
 def _stack(reader: Reader, equation: Equation) -> Any:
     """Tensors beside each other along a new axis."""
     axis, place = int(equation.params["axis"]), equation.place
@@ -244,7 +239,7 @@ def _concatenate(reader: Reader, equation: Equation) -> Any:
         value = reader.array(slot, place)
         if len(value.shape) < len(slot.shape):
             raise refuse(place, "an array that it takes has fewer axes")
-        parts.append(_for_each(reader, value, equation.ins, place))
+        parts.append(value)  # which stands for each example
     return along(reader, parts, axis, place)
 
 

@@ -28,6 +28,7 @@ from fwt._types import ConversionError, Model
 from fwt.converters import judge
 from fwt.converters.frameworks import linen_rules, linen_values
 from fwt.converters.frameworks.linen_nodes import Reader
+from fwt.converters.frameworks.linen_sizes import Reading, at_sizes
 from fwt.converters.frameworks.linen_values import Equations, Held, Layered, Reopen
 from fwt.converters.rows import table
 from fwt.converters.rows.row import joined, refuse
@@ -108,10 +109,42 @@ def traced_call(
     """A function of variables and inputs as a Graph; ``tracing`` gives the context in which the
     layers are opaque but those of the paths that it is given, and ``cls`` is the class of the
     module."""
-    name = cls.__name__
-    (batch,) = export.symbolic_shape("b")
-    opened: dict[str, str] = {}  # by path, why
+    name, opened = cls.__name__, dict[str, str]()  # by path, why
     inputs = _inputs(run, variables, input_shape, name)
+
+    def read(inputs: Sequence[Any]) -> tuple[Reading, list[str]]:
+        return _opening(run, tracing, variables, inputs, name, cls, opened)
+
+    def runs(inputs: Sequence[Any]) -> None:
+        jax.eval_shape(run, variables, *inputs)
+
+    def check(model: Model, inputs: Sequence[Any]) -> None:
+        _check(run, variables, model, inputs, name)
+
+    one, left = read(inputs)
+    check(one.model, inputs)
+    if left:
+        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
+        warnings.warn(
+            f"the new model has no {left[0]}{more} of {name}: its output does not follow from "
+            "them, or only by arrays that are computed from weights and stand there as they are",
+            stacklevel=5,
+        )
+    return at_sizes(one, inputs, runs, lambda inputs: read(inputs)[0], check)
+
+
+def _opening(
+    run: Any,
+    tracing: Any,
+    variables: Any,
+    inputs: Sequence[Any],
+    name: str,
+    cls: Any,
+    opened: dict[str, str],
+) -> tuple[Reading, list[str]]:
+    """The graph, with the parts of those layers whose rows can't say their calls, which are noted
+    in ``opened``; and the paths of the weights that it lacks."""
+    (batch,) = export.symbolic_shape("b")
     while True:
         try:
             specs = [jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for x in inputs]
@@ -131,10 +164,10 @@ def traced_call(
                 name,
                 f"JAX can't trace it for any number of examples ({_first_line(error)})",
                 "what it does may not depend on the values of its input, nor on how many examples "
-                "there are",
+                "there are; that number is x.shape[0], where len(x) asks for an int",
             ) from error
         try:
-            return _read(closed, forms[-1], variables, inputs, cls, run)
+            return _read(closed, forms[-1], variables, inputs, cls)
         except Reopen as found:
             if found.path in opened:
                 raise AssertionError(f"{found.path} stays closed") from found
@@ -147,8 +180,8 @@ def traced_call(
 
 
 def _read(
-    closed: Any, form: Any, variables: Any, inputs: Sequence[Any], cls: Any, run: Any
-) -> Model:
+    closed: Any, form: Any, variables: Any, inputs: Sequence[Any], cls: Any
+) -> tuple[Reading, list[str]]:
     name = cls.__name__
     flat, _ = jax.tree_util.tree_flatten_with_path(variables)
     held = [Held(tuple(str(k.key) for k in path), value) for path, value in flat]
@@ -171,19 +204,10 @@ def _read(
         raise refuse(name, "its outputs are nested", "give one array, a tuple or a dict of them")
     nodes, outputs = reader.apart(reader.used(ends), outputs)
     kept, left = reader.variables(nodes)
-    if left:
-        more = f" and {len(left) - 1} more" if len(left) > 1 else ""
-        warnings.warn(
-            f"the new model has no {left[0]}{more} of {name}: its output does not follow from "
-            "them, or only by arrays that are computed from weights and stand there as they are",
-            stacklevel=6,
-        )
     shapes = tuple(tuple(x.shape[1:]) for x in inputs)
     ins: Any = names[0] if len(names) == 1 else tuple(names)
     graph = Graph(nodes, ins, outputs, shapes[0] if len(shapes) == 1 else shapes)
-    model = Model(graph, kept)
-    _check(run, variables, model, inputs, name)
-    return model
+    return Reading(Model(graph, kept), reader.lengths(nodes)), left
 
 
 # -- inputs ---------------------------------------------------------------------------------------

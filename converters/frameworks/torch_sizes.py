@@ -1,8 +1,7 @@
 """For which sizes of its inputs the layers are right that ``torch_export`` reads of a module.
 
-torch.export tells the operations for the sizes of an example, and what a forward computes from
-``x.shape`` is a number there. So a module that may do that is read once more at other sizes: where
-its layers stay the same, they are right at any; else the Graph takes that size alone.
+torch.export tells the operations for the sizes of an example. A module that may ask for these is
+read once more at others: where its layers change, the Graph takes those of the example alone.
 """
 
 import types
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 
 from fwt._types import ConversionError
+from fwt.converters.frameworks.sizes import Place, Sizes, by_input, other_sizes
 from fwt.converters.rows.row import Layer
 from fwt.converters.walk.net import Net
 
@@ -28,7 +28,6 @@ _SECOND = ("Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "
 _ENTRIES = ("Add", "Subtract", "Multiply", "Divide", "Maximum", "Minimum", "Masked", "Pointwise",
             "Rescaling", "ReLU", "GELU", "SiLU", "Tanh", "Sigmoid", "Dropout",
             "Identity")  # fmt: skip
-Place = tuple[int, int]  # the number of an input, and an axis of it
 
 
 def asks(model: torch.nn.Module) -> bool:
@@ -103,74 +102,30 @@ def fixed(
         written: gives a net as the framework has it that it goes to.
         read: gives that for another example.
     """
+    names, shapes = list(net.inputs), [x.shape for x in inputs]
     bound: set[Place] = set()
+
+    def runs(sizes: Sizes) -> bool:
+        try:
+            with torch.no_grad():
+                model(*resized(inputs, sizes))
+        except Exception:  # noqa: BLE001 - a user's module may raise any class: it takes no such size
+            return False
+        return True
+
     # What rolls by three entries does so by one on an axis of two.
     for first in (None, 2) if rolls else (None,):
-        free, alone = _tried(model, inputs, first)
-        bound |= alone
+        free, alone = other_sizes(shapes, runs, first)
+        bound |= {place for places in alone for place in places}
         differs = _differs(written(net), read, inputs) if free else None
         if differs and differs({p: n for sizes in free for p, n in sizes.items()}):
             for sizes in free:
                 if differs(sizes):
                     bound |= set(sizes)
-    names = list(net.inputs)
-    bound -= {p for p in bound if _is_held(net, names[p[0]], p[1])}
-    return {
-        name: tuple(s if (i, axis) in bound else None for axis, s in enumerate(x.shape) if axis)
-        for i, (name, x) in enumerate(zip(names, inputs, strict=True))
-        if any(i == at for at, _ in bound)
-    }
+    return by_input((p for p in bound if not _is_held(net, names[p[0]], p[1])), names, shapes)
 
 
-def _tried(
-    model: torch.nn.Module, inputs: Sequence[torch.Tensor], first: int | None
-) -> tuple[list[dict[Place, int]], set[Place]]:
-    """Other sizes at which the model runs, of one axis or of all of one size; and the axes that it
-    takes at this size alone."""
-    every = [(i, a) for i, x in enumerate(inputs) for a in range(1, x.ndim)]
-    size = {p: inputs[p[0]].shape[p[1]] for p in every}
-    alone: list[list[Place]] = [[p] for p in every]
-    equal: dict[int, list[Place]] = {}
-    free: list[dict[Place, int]] = []
-    for places in alone:
-        if found := _runs_at(model, inputs, places, size[places[0]], first):
-            free.append(found)
-        else:
-            equal.setdefault(size[places[0]], []).append(places[0])
-    bound: set[Place] = set()
-    for places in equal.values():
-        several, at = len(places) > 1, size[places[0]]
-        found = _runs_at(model, inputs, places, at, first) if several else {}
-        if found:
-            free.append(found)
-        else:
-            bound |= set(places)
-    return free, bound
-
-
-def _runs_at(
-    model: torch.nn.Module,
-    inputs: Sequence[torch.Tensor],
-    places: Sequence[Place],
-    size: int,
-    first: int | None,
-) -> dict[Place, int]:
-    # First one that has another rest, by two and by four, and is another in halves.
-    tried = (2 * size + 1 - size % 2, 2 * size, size // 2, size - 1)
-    for other in dict.fromkeys((first or tried[0], *tried)):
-        if other < 1 or other == size:
-            continue
-        sizes = dict.fromkeys(places, other)
-        try:
-            with torch.no_grad():
-                model(*resized(inputs, sizes))
-            return sizes
-        except Exception:  # noqa: BLE001 - a user's module may raise any class: it takes no such size
-            continue
-    return {}
-
-
-def resized(inputs: Sequence[torch.Tensor], sizes: Mapping[Place, int]) -> list[torch.Tensor]:
+def resized(inputs: Sequence[torch.Tensor], sizes: Sizes) -> list[torch.Tensor]:
     """The example with other sizes, of the entries that it has."""
     out = list(inputs)
     for (i, axis), size in sizes.items():
@@ -181,8 +136,8 @@ def resized(inputs: Sequence[torch.Tensor], sizes: Mapping[Place, int]) -> list[
 
 def _differs(
     net: Net, read: Callable[[Sequence[torch.Tensor]], Net], inputs: Sequence[torch.Tensor]
-) -> Callable[[Mapping[Place, int]], bool]:
-    def differs(sizes: Mapping[Place, int]) -> bool:
+) -> Callable[[Sizes], bool]:
+    def differs(sizes: Sizes) -> bool:
         try:
             other = read(resized(inputs, sizes))
         except ConversionError:  # what is read at this size is not there

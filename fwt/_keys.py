@@ -9,7 +9,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend import random
 
 from fwt._types import Array, FwtError
 
@@ -125,6 +124,8 @@ def _bits(key: Any, width: int, shape: tuple[int, ...]) -> Any:
 
 @functools.cache
 def _quick() -> Any:
+    from jax.extend import random  # which takes longer than all else here
+
     own = random.threefry_prng_impl
     return random.define_prng_impl(
         key_shape=own.key_shape, seed=own.seed, split=own.split, random_bits=_bits,

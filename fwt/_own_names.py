@@ -4,16 +4,8 @@ import re
 from types import ModuleType
 from typing import Any
 
-from fwt import _paths, constraints, initializers, patterns, scores
-from fwt.initializers import keras as _keras
-from fwt.initializers import torch as _torch
+from fwt import _paths
 
-_PLACES: dict[str, tuple[ModuleType, ...]] = {
-    "initializer": (initializers, _keras, _torch),
-    "constraint": (constraints,),
-    "score": (scores,),
-    "pattern": (patterns,),
-}
 _OTHERWISE = {
     "non_neg": "non_negative", "l1_unstructured": "magnitude", "random_unstructured": "random",
     "identity_initializer": "identity",
@@ -40,6 +32,18 @@ def check_optimizer(wrapper: str, given: Any) -> None:
     raise TypeError(f"{wrapper} takes an optax optimizer{way}; found {found}")
 
 
+def _places() -> dict[str, tuple[ModuleType, ...]]:
+    from fwt import constraints, initializers, patterns, scores  # which only an error needs
+    from fwt.initializers import keras, torch
+
+    return {
+        "initializer": (initializers, keras, torch),
+        "constraint": (constraints,),
+        "score": (scores,),
+        "pattern": (patterns,),
+    }
+
+
 def hint(noun: Any, kind: str) -> str:
     """How fwt calls what was given, as the end of an error; "" where nothing is known of it.
 
@@ -53,7 +57,7 @@ def hint(noun: Any, kind: str) -> str:
     said = noun if isinstance(noun, str) else getattr(noun, "__name__", type(noun).__name__)
     name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", said).lower().strip("_ ").removesuffix(f"_{kind}")
     name = _OTHERWISE.get(name, name)
-    found = [f"{m.__name__}.{name}" for m in _PLACES[kind] if name in m.__all__]
+    found = [f"{m.__name__}.{name}" for m in _places()[kind] if name in m.__all__]
     own = [f for f in found if home and f.split(".")[-2] == home.removeprefix("tf_")]
     if found:
         return f": fwt has its own, {' or '.join(own or found)}"

@@ -71,6 +71,7 @@ LAZY = {
     "fwt._nodes": TOP_LEVEL_IS_TOO_SLOW,
     "fwt._tree": TOP_LEVEL_IS_TOO_SLOW,
     "fwt.scores": TOP_LEVEL_IS_TOO_SLOW,
+    "fwt._own_names": TOP_LEVEL_IS_TOO_SLOW,
     "fwt.converters.files.fill": "imports Keras or torch, for a live architecture only",
     "fwt.converters.files.formats": "imports Flax and onnx, for files of models only",
     "fwt.converters.files.torch_file": "imports Flax, where a model is written",

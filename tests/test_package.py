@@ -102,7 +102,12 @@ def test_nothing_else_at_the_top_level():
     ("code", "forbidden"),
     [
         ("import fwt, fwt.converters", "jax flax keras torch tensorflow h5py safetensors orbax"),
-        ("import fwt; fwt.prune(0.5)", "flax keras torch tensorflow"),
+        ("import fwt; fwt.prune(0.5)", "flax keras torch tensorflow optax jax.extend"),
+        (
+            "import fwt, numpy; fwt.project(fwt.constraints.max_norm(1.0))"
+            "({'a': {'kernel': numpy.ones((2, 1), 'f4')}})",
+            "flax keras torch tensorflow optax jax.extend",
+        ),
         ("from fwt import converters; converters.load", "keras torch tensorflow orbax"),
         ("import fwt.cli", "jax flax keras torch tensorflow"),
         ("import fwt.cli; fwt.cli.app(['prune', '--help'], standalone_mode=False)", "jax"),

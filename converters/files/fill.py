@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import warnings
+import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from fwt._graph import Graph
 from fwt._sequential import Sequential
 from fwt._types import ConversionError, FileFormatError, Model
 from fwt.converters import io as _io
-from fwt.converters.files import h5
+from fwt.converters.files import h5, h5_names
 from fwt.converters.files import names as _names
 from fwt.converters.files import source as _source
 from fwt.converters.files.names import Names
@@ -121,7 +122,7 @@ def filled(
     known, native = _known(architecture, load, dtype)
     with _io.reading(path):
         if fill_keras is not None:
-            return _filled_keras(known, native, path, fill_keras)
+            return _filled_keras(known, native, path, fill_keras, how)
         if known is None:
             raise FileFormatError(
                 f"{architecture}: a config alone has no shapes: give a .keras file, or build the "
@@ -173,7 +174,7 @@ def _by_own_names(found: Mapping[str, np.ndarray], native: Any) -> Model | None:
 
 
 def _filled_keras(
-    known: Model | None, native: Any, path: Path, fill: Callable[[list[Layer]], None]
+    known: Model | None, native: Any, path: Path, fill: Callable[[list[Layer]], None], how: Names
 ) -> Model:
     if native is None:
         assert known is not None
@@ -182,6 +183,8 @@ def _filled_keras(
     else:
         net = native
     layers = net.layers
+    if native is None and known is not None and how.match == "order":
+        h5_names.check_order(layers, path)
     places: dict[str, Any] = {}
     for part in _every(layers):
         places |= {f"{part.name}/{n}": v for n, v in part.arrays.items()}
@@ -240,7 +243,7 @@ def _compare(
     if any(told.values()):
         said = "; ".join(f"{what}: {_some(names)}" for what, names in told.items() if names)
         count = sum(found.get(n) == shape for n, shape in wanted.items())
-        if not strict:
+        if not strict or not count:
             hint = hint.replace(", and strict=False takes what fits", "")
         if strict or not count:
             raise FileFormatError(f"{path}: it does not fit the architecture by {by}: {said}{hint}")
@@ -332,17 +335,20 @@ def _by_name(
     why: dict[str, str] = {}
     candidates = _candidates(sketch, path, told=why)
 
-    def fitting(candidate: Candidate) -> tuple[int, int]:
+    ends = {n.rpartition(".")[2] for n in shapes}
+
+    def fitting(candidate: Candidate) -> tuple[int, int, int]:
         slots = candidate[1]
         same = [n for n in slots if n in shapes]
-        return sum(np.shape(slots[n]) == shapes[n] for n in same), len(same)
+        alike = ends & {n.rpartition(".")[2] for n in slots}
+        return sum(np.shape(slots[n]) == shapes[n] for n in same), len(same), len(alike)
 
     kind, slots = max(candidates, key=fitting)
     wanted = {n: np.shape(v) for n, v in slots.items()}
     hint = "".join(f"; its names in {x} are not known ({y})" for x, y in why.items()) + _hint(
         wanted, shapes
     )
-    if wanted != shapes and _orders(found, candidates, ordered):
+    if wanted != shapes and _order_fits(found, known, path, ordered, candidates):
         hint += ", and match='order' takes them in the file's order, whose shapes fit"
     missing = [n for n in wanted if shapes.get(n) != wanted[n]]
     if missing and bare and not strict:
@@ -358,6 +364,22 @@ def _by_name(
         own = dict(_candidates(known, path, kind))[kind]
         held |= {n: own[n] for n in missing}
     return [(numbered[n], held[n], n) for n in numbered]
+
+
+def _order_fits(
+    found: Mapping[str, np.ndarray],
+    known: Model,
+    path: Path,
+    ordered: bool,
+    sketches: list[Candidate],
+) -> bool:
+    """Whether ``match="order"`` would take the arrays."""
+    if zipfile.is_zipfile(path) and h5.is_keras(path):  # taken by the numbers of its groups
+        return bool(_orders(found, sketches, True))
+    try:
+        return bool(_in_order(found, known, path, ordered))
+    except FileFormatError:
+        return False
 
 
 def _hint(wanted: Mapping[str, Shape], found: Mapping[str, Shape]) -> str:

@@ -34,7 +34,7 @@ class Format:
     save: Callable[[Any, Any, Any, str | None], None] | None = None
     save_folder: Callable[[Path, Any, Any], None] | None = None
     save_shards: Callable[[Path, Any, Any, int], None] | None = None
-    fill: Callable[[list["Layer"], Path, Reading], None] | None = None
+    fill: Callable[[list["Layer"], Path, Reading, _names.Names], None] | None = None
     framework: str = ""  # whose format it is
     needs_module: bool = False  # to write it
     weights_only: bool = False  # it says nothing of the layers
@@ -52,17 +52,12 @@ def _of_models(name: str) -> Callable[..., Any]:
     return call
 
 
-def _fill_weights(layers: list["Layer"], path: Path, how: Reading) -> None:
-    _of_models("fill_groups")(layers, h5_weights.load_weights(path, how).variables["params"], path)
+def _fill_groups(load: Callable[[Path, Reading], Model]) -> Callable[..., None]:
+    def fill(layers: list["Layer"], path: Path, how: Reading, named: _names.Names) -> None:
+        tree = load(path, how).variables["params"]
+        _of_models("fill_from_groups")(layers, tree, path, named)
 
-
-def _fill_shards(layers: list["Layer"], path: Path, how: Reading) -> None:
-    found = h5_weights.load_weight_shards(path, how)
-    _of_models("fill_groups")(layers, found.variables["params"], path)
-
-
-def _fill_archive(layers: list["Layer"], path: Path, how: Reading) -> None:
-    _of_models("fill_groups")(layers, h5_weights.load_archive(path, how).variables["params"], path)
+    return fill
 
 
 def _load_keras(path: Path, how: Reading) -> Model:
@@ -94,7 +89,7 @@ _WEIGHTS = Format(
     h5_weights.load_weights,
     _of_models("save_weights"),
     save_shards=_of_models("save_weight_shards"),
-    fill=_fill_weights,
+    fill=_fill_groups(h5_weights.load_weights),
     framework="Keras",
     needs_module=True,
     weights_only=True,
@@ -104,7 +99,7 @@ _WEIGHT_SHARDS = Format(
     "Keras weights in shards",
     (".weights.json",),
     h5_weights.load_weight_shards,
-    fill=_fill_shards,
+    fill=_fill_groups(h5_weights.load_weight_shards),
     framework="Keras",
     needs_module=True,
     weights_only=True,
@@ -350,7 +345,7 @@ def load(
             ``["optimizer.**", "n_averaged"]``. A name is spelled as files do, or as trees do,
             ``optimizer/**``.
         match: with ``architecture``, "name", or "order" to take arrays in the file's order, each
-            of which must have the right shape.
+            of which must have the right shape. In Keras's files layers have it, not arrays.
         strict: with ``architecture``, whether all names and shapes must fit. If not, what is
             missing, unexpected or of another shape is told in a warning, and the architecture
             keeps its own weights there.
@@ -418,6 +413,8 @@ def load(
                 "give one of them"
             )
         fill, own = None, found.fill
+        if found is _KERAS and match == "order":
+            own = _fill_groups(h5_weights.load_archive)
         model = Model(None, {})
         if own is None or architecture is None:
             try:
@@ -425,11 +422,13 @@ def load(
             except FileFormatError as error:
                 if architecture is None or found is not _KERAS or isinstance(error, UnusedError):
                     raise
-                own = _fill_archive  # its model can't be converted, and need not be
-        if own is not None and named and model.module is None:
+                # Its model can't be converted, and need not be.
+                own = _fill_groups(h5_weights.load_archive)
+        if own is not None and not strict:
             raise FileFormatError(
-                f"{path}: Keras tells its arrays by their places: rename=, drop=, match= and "
-                "strict= are for files with names"
+                f"{path}: Keras tells its arrays by their places, so strict=False is for other "
+                "files: rename= and drop= say whose arrays these are, and match='order' takes them "
+                "in the order of the layers"
             )
         if architecture is None:
             model = _names.renamed(model, how_named, path) if named else model
@@ -438,7 +437,7 @@ def load(
             put = own
 
             def fill(layers: list["Layer"]) -> None:
-                put(layers, path, how)
+                put(layers, path, how, how_named)
 
         from fwt.converters.files import fill as _fill
 

@@ -17,7 +17,7 @@ from flax.traverse_util import flatten_dict
 
 from fwt._types import ConversionError, FileFormatError, Model
 from fwt.converters import io as _io
-from fwt.converters.files import h5_weights
+from fwt.converters.files import h5_names, h5_weights
 from fwt.converters.files.h5_read import (
     array_of,
     attribute,
@@ -28,6 +28,7 @@ from fwt.converters.files.h5_read import (
     text_of,
     tree_of,
 )
+from fwt.converters.files.names import Names
 from fwt.converters.frameworks import flax as _flax
 from fwt.converters.frameworks import keras_2, keras_config, keras_read, keras_whole
 from fwt.converters.io import Budget, Reading, member, opened, progress, reading
@@ -36,6 +37,7 @@ from fwt.converters.rows.row import Layer, parts_of, refuse
 from fwt.converters.walk import convert, policy
 from fwt.converters.walk.net import Net
 
+_BY_NAME = Names()
 # The vector of a SpectralNormalization.
 _STATE = re.compile(r"(^|/)(vector_u|sn_u)(:\d+)?$")
 
@@ -349,11 +351,23 @@ def _legacy_version(file: Any, budget: Budget) -> str:
     return text_of(attribute(file, "keras_version", budget)) or "2"
 
 
-def fill_from_legacy(layers: list[Layer], path: Path, how: Reading) -> None:
+def fill_from_legacy(layers: list[Layer], path: Path, how: Reading, named: Names) -> None:
     """Fills layers from an .h5 file."""
     budget = Budget(path, how.max_bytes)
     with reading(path), opened_h5(path, budget) as file:
-        fill_legacy(layers, h5_weights.legacy_arrays(file, budget), path)
+        fill_legacy(layers, h5_weights.legacy_arrays(file, budget), path, named)
+
+
+def fill_from_groups(layers: list[Layer], tree: Any, path: Path, named: Names) -> None:
+    """Fills layers from the groups of a weights file."""
+    own = keras_config.opened_up(layers)
+    own = [x for x in own if any(map(keras_config.keras_names, _parts_of(x)))]
+    tree = h5_names.groups(tree, [x.group for x in own], named, path)
+    fill_groups(layers, tree, path)
+
+
+def _parts_of(layer: Layer) -> list[Layer]:
+    return [part for part, _ in keras_config.places(layer, "")]
 
 
 def legacy_config(file: Any, budget: Budget) -> Any:
@@ -366,14 +380,22 @@ def legacy_config(file: Any, budget: Budget) -> Any:
 
 
 def fill_legacy(
-    layers: list[Layer], held: Mapping[str, list[tuple[str, np.ndarray]]], path: Path
+    layers: list[Layer], held: h5_names.Held, path: Path, named: Names = _BY_NAME
 ) -> None:
     """Gives each layer its arrays, told by the names of layer and variable."""
     own = keras_config.opened_up(layers)
     wanted: dict[str, list[tuple[Layer, Layer]]] = {}
     for layer in own:
-        parts = keras_config.places(layer, "")
-        wanted.setdefault(parts_of(layer.name)[0], []).extend((layer, part) for part, _ in parts)
+        wanted.setdefault(parts_of(layer.name)[0], []).extend((layer, p) for p in _parts_of(layer))
+    held = h5_names.renamed(held, named, path)
+    tops = [
+        top
+        for top, inside in wanted.items()
+        if any(keras_config.keras_names(part) for _, part in inside)
+    ]
+    if named.match == "order":
+        held = h5_names.in_order(held, tops, path)
+    h5_names.check_names(held, tops, path)
     for top, stored in held.items():
         expected = [
             (outer, part, name)
@@ -405,9 +427,6 @@ def fill_legacy(
             if len(fits) != 1 or fits[0][2] in fits[0][1].arrays:
                 raise FileFormatError(f"{path}: {top}: {place} belongs to no layer, or to several")
             fits[0][1].arrays[fits[0][2]] = value
-    for top, left in wanted.items():
-        if any(keras_config.keras_names(part) for _, part in left):
-            raise FileFormatError(f"{path}: the layer {top!r} has no weights in the file")
     keras_config.gathered(own)
 
 

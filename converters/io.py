@@ -491,6 +491,7 @@ def slashed(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 DEPTH = 64
 TORCH_STATS = ("running_mean", "running_var", "num_batches_tracked")
+EXTRA_STATE = "_extra_state"  # what torch calls what a module's get_extra_state gives
 
 
 def same_names(variables: Mapping[str, Any], path: Path) -> dict[str, np.ndarray] | None:

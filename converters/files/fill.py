@@ -448,7 +448,7 @@ def _found(
         name = ".".join(x.new)
         own = wrapped.get(name, name)
         counts = x.old[-1].endswith("num_batches_tracked") and not np.shape(x.value)
-        if own is not None and not counts:
+        if own is not None and not counts and x.old[-1] != _io.EXTRA_STATE:
             _names.put(out, x if own == name else x._replace(new=tuple(own.split("."))), path)
     return out
 

@@ -44,10 +44,12 @@ def _sharded(path: Path, how: Reading) -> Model:
         for shard in dict.fromkeys(where.values()):
             there = _io.sibling(path, shard)
             state = _state(_loaded(there, how)[0], there)
-            if set(state) != {name for name, place in where.items() if place == shard}:
+            own = {name for name, place in where.items() if place == shard}
+            if set(state) != {name for name in own if name in state or not _extra(name)}:
                 raise FileFormatError(f"{path}: {shard} holds other names than the index says")
             held |= state
-        return _model({name: held[name] for name in where}, path, how, {}, None)
+        held = {name: held[name] for name in where if name in held}
+        return _model(held, path, how, {}, None)
 
 
 def _loaded(path: Path, how: Reading) -> tuple[Any, dict[str, Any]]:
@@ -123,7 +125,7 @@ def _state(loaded: Any, path: Path, key: str | None = None) -> dict[str, np.ndar
             continue
         if isinstance(name, str) and isinstance(value, np.ndarray):
             flat[name] = value
-        elif tensors and isinstance(name, str) and isinstance(value, _VALUES):
+        elif tensors and isinstance(name, str) and (_extra(name) or isinstance(value, _VALUES)):
             left.append(f"{torch_pickle.short(name)} ({_kind(value)})")
         else:
             hint = _io.way_to_parts(loaded, key, lambda x: isinstance(x, np.ndarray), 1) or (
@@ -140,6 +142,11 @@ def _state(loaded: Any, path: Path, key: str | None = None) -> dict[str, np.ndar
             stacklevel=5,
         )
     return flat
+
+
+def _extra(name: str) -> bool:
+    """Whether a name is of what a module's ``get_extra_state`` gives, which may be anything."""
+    return name.rpartition(".")[2] == _io.EXTRA_STATE
 
 
 _VALUES = (

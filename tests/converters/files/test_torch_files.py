@@ -2,6 +2,7 @@
 
 import argparse
 import collections
+import json
 import warnings
 import zipfile
 
@@ -283,3 +284,54 @@ def test_parts_with_numbers_as_names(tmp_path):
     found = converters.load(tmp_path / "w.pt", key="of/0").variables["params"]
     assert np.array_equal(found["weight"], net.weight.detach())
     assert fwt.paths(converters.load(tmp_path / "w.pt", key="of/1")) == ["w"]
+
+
+class Extra(torch.nn.Sequential):
+    """A model that keeps more than tensors in its state dict."""
+
+    def __init__(self, extra):
+        super().__init__(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+        self.extra = extra
+
+    def get_extra_state(self):
+        return self.extra
+
+    def set_extra_state(self, state):
+        self.extra = state
+
+
+EXTRA = {
+    "none": None, "object": {"scale": 1.5, "seen": [torch.ones(2)]}, "numbers": np.arange(3.0),
+    "tensor": torch.arange(3.0), "bytes": torch.zeros(0, dtype=torch.uint8), "text": "v2",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EXTRA)
+@pytest.mark.filterwarnings("ignore:.*left out, since they are no tensors")
+def test_the_extra_state_of_a_module_is_no_weight(tmp_path, name):
+    model = torch.nn.Sequential(Extra(EXTRA[name]), torch.nn.Linear(2, 5)).eval()
+    state = model.state_dict()
+    assert "0._extra_state" in state
+    torch.save(state, tmp_path / "w.pt")
+    torch.save({"model": state, "step": 3}, tmp_path / "c.pt")
+    torch.save({n: v for n, v in state.items() if n[0] == "0"}, tmp_path / "a.bin")
+    torch.save({n: v for n, v in state.items() if n[0] == "1"}, tmp_path / "b.bin")
+    where = {n: "a.bin" if n[0] == "0" else "b.bin" for n in state}
+    index = tmp_path / "model.bin.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    known = converters.from_torch(model, input_shape=(4,))
+    x = np.random.default_rng(0).normal(size=(1, 4)).astype(np.float32)
+    wanted = model(torch.from_numpy(x)).detach().numpy()
+    files = {"w.pt": {}, "c.pt": {"key": "model"}, index.name: {}}
+    for file, how in files.items():
+        weights = converters.load(tmp_path / file, **how)
+        converters.save(tmp_path / "out.pt", *weights)
+        found = torch.load(tmp_path / "out.pt", weights_only=True)
+        assert found.keys() | {"0._extra_state"} == state.keys()
+        if isinstance(EXTRA[name], torch.Tensor):  # kept as it was
+            torch.testing.assert_close(found["0._extra_state"], EXTRA[name])
+        for more in ({}, {"match": "order"}, {"strict": False}):
+            filled = converters.load(tmp_path / file, architecture=known, **how, **more)
+            np.testing.assert_allclose(filled(x), wanted, rtol=1e-5, atol=1e-6)
+    fwt.converters.transform(model, fwt.prune(0.5))
+    assert model[0].extra is EXTRA[name]

@@ -20,6 +20,8 @@ See = Callable[[str, Any, Any], Any]
 _WATCHED: ContextVar[Mapping[int, Callable[[Any], Any]] | None] = ContextVar(
     "watched", default=None
 )
+# The kernels that the scores are asked for, where not all are.
+ASKED: ContextVar[Collection[str] | None] = ContextVar("asked", default=None)
 
 
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -75,6 +77,21 @@ def variables(
     return {**beside, **own, **collections}
 
 
+def whole(what: str, params: Any) -> _tree.Tree:
+    """The tree of params that a module runs with.
+
+    Raises:
+        LeafError: where :func:`fwt.at` holds leaves of it back.
+    """
+    tree = _tree.Tree(params)
+    for path in tree.hidden:
+        raise LeafError(
+            f"{what} runs the whole module, and fwt.at holds {path} back: "
+            "fwt.prune(..., where=) prunes a part of it"
+        )
+    return tree
+
+
 def _check_flax(what: str, module: Any) -> None:
     framework, _ = _nodes.foreign(module)
     if framework:
@@ -100,7 +117,7 @@ def run(
         variables: its variables; of an nnx module, this itself or its state.
         batch: what the module takes.
         see: is called before the layer runs.
-        wanted: the kernels that are asked for; all by default.
+        wanted: the kernels that are asked for; all by default. Others are shown where they can be.
 
     Raises:
         FwtError: for another module, or a batch without samples.
@@ -113,9 +130,11 @@ def run(
 
     def told(path: str, layer: Any, x: Any) -> Any:
         if isinstance(x, jax.core.Tracer) and not traced:
+            if wanted is not None and path not in wanted:
+                return None
             raise LeafError(
                 f"{what}: {path} runs inside a lifted transformation (an RNN's scan, remat, jit), "
-                "where its inputs can't be kept"
+                f"where its inputs can't be kept: {_way(wanted)}"
             )
         return see(path, layer, x)
 
@@ -155,10 +174,13 @@ def explained(what: str, module: Any, given: str, way: str, whole: str = "") -> 
 
 
 def _not_linear(what: str, path: str, layer: Any, wanted: Collection[str] | None) -> LeafError:
-    way = "take another score" if wanted is None else "leave it out with where="
     return LeafError(
-        f"{what}: {path} is of a {type(layer).__name__}, which is no linear layer: {way}"
+        f"{what}: {path} is of a {type(layer).__name__}, which is no linear layer: {_way(wanted)}"
     )
+
+
+def _way(wanted: Collection[str] | None) -> str:
+    return "take another score" if wanted is None else "leave it out with where="
 
 
 def _run_linen(
@@ -186,6 +208,8 @@ def _run_linen(
         held: Any = jax.tree.leaves(layer.variables["params"]["kernel"])[0]  # of a box
         known = not any(isinstance(v, jax.core.Tracer) for v in (held, kernels[path]))
         if known and not np.array_equal(held, kernels[path], equal_nan=True):
+            if wanted is not None and path not in wanted:
+                return call(*args, **kwds)
             raise LeafError(
                 f"{what}: the layer of {path} computes with another kernel than this (as in "
                 "nn.WeightNorm): leave it out with where=, or give the module without that"
@@ -304,4 +328,5 @@ def _run_nnx(
         raise LeafError(
             f"{what}: {missed[0]} meets no inputs on the batch: its layer does not run, or runs "
             "inside a lifted transformation (nnx.RNN, remat, jit, scan), where these can't be kept"
+            f": {_way(wanted)}"
         )

@@ -476,7 +476,7 @@ def synflow(
     def score(params: Params) -> Scores:
         ones = [jnp.ones((1, *s), d) for s, d in zip(several, dtypes, strict=True)]
         variables = _calls.variables("synflow", module, params, collections, beside)
-        tree = _tree.Tree(params)
+        tree = _calls.whole("synflow", params)
         positive = jax.tree.map(_absolute, variables)
         weights = _tree.Tree(positive)
         _refuse_hidden(tree)
@@ -518,7 +518,8 @@ def wanda(module: Any, batch: Any, **collections: Any) -> Score:
 
     Raises:
         LeafError: in use, for inputs that are not finite, or a kernel of a layer that is not
-            linear or that runs inside a lifted transformation (an RNN's scan).
+            linear or that runs inside a lifted transformation (an RNN's scan); in ``prune`` only
+            where its ``where`` takes that kernel.
 
     Example:
         >>> import fwt, flax.linen as nn, jax.numpy as jnp
@@ -541,8 +542,8 @@ def wanda(module: Any, batch: Any, **collections: Any) -> Score:
             found = _squared_inputs(layer, x, shapes[path])
             squares[path] = squares[path] + found if path in squares else found
 
-        tree = _tree.Tree(params)
-        _calls.run("wanda", module, variables, batch, see)
+        tree = _calls.whole("wanda", params)
+        _calls.run("wanda", module, variables, batch, see, _calls.ASKED.get())
         for path, square in squares.items():
             if not isinstance(square, jax.core.Tracer) and not jnp.isfinite(square).all():
                 raise LeafError(f"wanda: the inputs of {path} on the batch are not finite")

@@ -13,7 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fwt import _apart, _axes, _keys, _live, _mesh, _own_names, _paths, _tree, patterns, scores
+from fwt import (
+    _apart,
+    _axes,
+    _calls,
+    _keys,
+    _live,
+    _mesh,
+    _own_names,
+    _paths,
+    _tree,
+    patterns,
+    scores,
+)
 from fwt._types import FwtError, LeafError, Params, Score, Where, resolve
 from fwt.pruning import scope as _scope
 from fwt.pruning.chosen import Chosen, each_slice, mask_of
@@ -232,7 +244,11 @@ class Plan:
         tree = _tree.Tree(params)
         if "grads" in context and (bare or not ours):  # ours do so themselves
             context["grads"] = scores.of_ties(tree, context["grads"])
-        found = scores.called(score, tree, params, context)
+        token = _calls.ASKED.set({*names, *(p for n in names for p in tree.others(n))})
+        try:
+            found = scores.called(score, tree, params, context)
+        finally:
+            _calls.ASKED.reset(token)
         worths = []
         for path, leaf in zip(names, leaves, strict=True):
             if path not in found:

@@ -172,6 +172,43 @@ def test_wanda_in_prune_and_what_it_refuses():
     assert S.wanda(bare, x)(values)["params"]["kernel"].shape == (8, 2)
 
 
+@pytest.mark.parametrize("kind", ["linen", "nnx"])
+def test_wanda_asks_only_for_the_layers_that_are_pruned(kind):
+    """An RNN, a norm and a shared kernel beside them have inputs that can't be kept."""
+    x = jax.random.normal(jax.random.key(0), (5, 7, 6))
+    if kind == "linen":
+        net = nn.Sequential([nn.Dense(8), nn.RNN(nn.GRUCell(8)), nn.WeightNorm(nn.Dense(4))])
+        params = net.init(jax.random.key(1), x)
+        first, others = "layers_0/kernel", "layers_[12]/**"
+        alone = nn.Dense(8), {"params": params["params"]["layers_0"]}
+    else:
+        rngs = nnx.Rngs(0)
+        net = nnx.Sequential(nnx.Linear(6, 8, rngs=rngs), nnx.RNN(nnx.GRUCell(8, 4, rngs=rngs)),
+                             nnx.BatchNorm(4, rngs=rngs))  # fmt: skip
+        params, first, others = net, "layers/0/kernel", "layers/1/**"
+        alone = net.layers[0], net.layers[0]
+    wanted = fwt.select(fwt.prune(0.5, S.wanda(alone[0], x))(alone[1]), "kernel")["kernel"]
+    for where in (first, [first]):
+        found = fwt.prune(0.5, S.wanda(net, x), where=where)(params)
+        np.testing.assert_array_equal(fwt.select(found, first)[first], wanted)
+        for path, value in fwt.select(params, others).items():
+            np.testing.assert_array_equal(fwt.select(found, "**")[path], value)
+    with pytest.raises(fwt.LeafError, match=r"fwt.at holds .* back: fwt.prune\(..., where=\)"):
+        fwt.at(first, fwt.prune(0.5, S.wanda(net, x)))(params)
+    twice = fwt.prune(0.5, lambda p: S.wanda(net, x)(p), where=first)  # inside another score
+    np.testing.assert_array_equal(fwt.select(twice(params), first)[first], wanted)
+    with pytest.raises(fwt.LeafError, match=r"can't be kept: leave it out with where="):
+        fwt.prune(0.5, S.wanda(net, x))(params)
+    with pytest.raises(fwt.LeafError, match=r"can't be kept: take another score"):
+        S.wanda(net, x)(params)
+    if kind == "linen":  # the kernel that is chosen meets other inputs where they can't be kept
+        own = params["params"]
+        x = jnp.tile(x, (1, 1, 2))[..., :8]
+        tied = {"kernel": own["layers_1"]["cell"]["hn"]["kernel"], "bias": own["layers_0"]["bias"]}
+        with pytest.raises(fwt.LeafError, match=r"hn/kernel runs inside a lifted transformation"):
+            fwt.prune(0.5, S.wanda(net, x), where=first)({"params": {**own, "layers_0": tied}})
+
+
 def wanda_of_the_paper(layers, x, ratio):
     """The masks (True goes) of the algorithm of the paper: of each row of a torch weight the least
     of |w| times the norm of its inputs, which the layers pruned before give."""

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import ml_dtypes
 import numpy as np
@@ -62,6 +62,20 @@ class UnusedError(FileFormatError):
     def __init__(self, text: str, option: str, value: str):
         super().__init__(text)
         self.option, self.value = option, value
+
+
+# What a file whose model can't be converted is still good for.
+ALONE = "; load(path, module=False) reads its arrays alone"
+
+
+def with_way(error: FileFormatError, load: Callable[..., Any], path: Path, how: Any) -> NoReturn:
+    """Raises that a model can't be converted, with the way to its arrays if they are whole."""
+    held = False
+    with contextlib.suppress(FileFormatError):
+        held = bool(load(path, dataclasses.replace(how, module=False)).variables.get("params"))
+    if held:
+        raise FileFormatError(f"{error}{ALONE}") from error
+    raise error
 
 
 def given_path(path: Any) -> Path:

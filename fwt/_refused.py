@@ -38,7 +38,9 @@ def alone(path: Path, how: dict[str, Any], error: FwtError) -> "Model":
 
 def why(path: Path, error: FwtError) -> str:
     """Why the model of a file can't be converted, without the file's name."""
-    return _terminal.in_options(str(error)).removeprefix(f"{path}: ")
+    from fwt.converters import io
+
+    return _terminal.in_options(str(error).replace(io.ALONE, "")).removeprefix(f"{path}: ")
 
 
 def error_of(path: Path, model: "Model", refused: str, changed: bool) -> FwtError:
@@ -50,18 +52,17 @@ def error_of(path: Path, model: "Model", refused: str, changed: bool) -> FwtErro
     form, ways = _terminal.format_of(path), list[str]()
     if form.framework == "Keras":
         transform = "converters.transform(model, t)"
-        if changed and formats.is_written_into(path, path) and says_no_axes(model):
+        written = formats.is_written_into(path, path) and says_no_axes(model)
+        if changed and written:
             one = next((p for p in fwt.paths(model) if "kernel" in p), fwt.paths(model)[0])
             ways.append(
                 f"into a {form.suffixes[0]} file, --where changes arrays by the names that fwt "
                 f"inspect shows, such as {one}, and the rest stays as it is"
             )
-        if "expected a keras Sequential or Functional" in refused:
-            ways.append(
-                "in Python, converters.from_keras(keras.Model(x, net.call(x))) of x = "
-                "keras.Input(...) converts a live one"
-            )
-        else:
+        if not changed:
+            more = ", and fwt prune --where changes them" if written else ""
+            ways.append(f"fwt inspect shows its arrays{more}")
+        if "expected a keras Sequential or Functional" not in refused:
             ways.append("--architecture net.keras puts its weights into a model of the same layers")
         if changed and transform not in refused:
             ways.append(f"{transform} changes a live model in Python")

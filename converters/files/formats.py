@@ -420,7 +420,11 @@ def load(
             try:
                 model = _whole(found, path, how)
             except FileFormatError as error:
-                if architecture is None or found is not _KERAS or isinstance(error, UnusedError):
+                if isinstance(error, UnusedError):
+                    raise
+                if architecture is None and found in (_KERAS, _LEGACY, _ONNX):
+                    _io.with_way(error, found.load, path, how)
+                if found is not _KERAS:
                     raise
                 # Its model can't be converted, and need not be.
                 own = _fill_groups(h5_weights.load_archive)

@@ -78,7 +78,11 @@ def _body(config: Any, place: str) -> tuple[str, dict[str, Any]]:
     kind = config.get("class_name") if isinstance(config, dict) else type(config).__name__
     if kind not in CONTAINERS:
         what = "a config that names no class" if kind is None else repr(kind)
-        raise ConversionError(f"{place}: expected a keras Sequential or Functional, found {what}")
+        way = "from_keras(keras.Model(x, net.call(x))) of x = keras.Input(...) may convert it"
+        way = f"; converters.{way}" if isinstance(kind, str) else ""
+        raise ConversionError(
+            f"{place}: expected a keras Sequential or Functional, found {what}{way}"
+        )
     body = config.get("config")
     if not isinstance(body, dict) or not isinstance(body.get("layers"), list):
         raise FileFormatError(f"{place}: the config has no list of layers")
@@ -472,7 +476,7 @@ def entry_of(entry: Any, place: str) -> tuple[str, dict[str, Any]]:
         return own, keras_custom.settings_of(own, entry["config"], place)
     if (kind, module) in keras_ops.BESIDE:
         return kind, dict(entry["config"])
-    check_own(entry, place, str(entry["config"].get("name")))
+    check_own(entry, place, str(entry["config"].get("name", entry.get("name", "a layer"))))
     return kind, dict(entry["config"])
 
 

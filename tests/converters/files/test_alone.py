@@ -92,8 +92,12 @@ def test_arrays_are_listed_where_the_model_is_refused(tmp_path, name, suffix):
     make, why = MODELS[name]
     path = tmp_path / f"{name}{suffix}"
     make().save(path)
-    with pytest.raises(converters.FileFormatError):
+    with pytest.raises(converters.FileFormatError, match=r"load\(path, module=False\) reads its"):
         converters.load(path)
+    for line in (("verify", path.name, path.name), ("convert", path.name, "o.npz")):
+        error = cli(*line, cwd=tmp_path, code=1).stderr
+        assert "fwt inspect shows its arrays" in error
+        assert "module=False" not in error
     module, variables = converters.load(path, module=False)
     assert module is None
     own = {n.removeprefix("model_weights/"): v for n, v in arrays_of(path).items()}

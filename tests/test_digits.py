@@ -17,15 +17,15 @@ def dense():
 
 
 def digits_net(wrapped):
-    """The demo's net after 30 epochs of Adam, and its accuracy on the test images."""
-    epochs = 30
+    """The demo's net after 15 epochs of Adam, and its accuracy on the test images."""
+    epochs = 15
     adam = optax.adam(optax.cosine_decay_schedule(3e-3, _demo.steps_of(epochs), 0.02))
     model = _demo.fit(wrapped(adam), epochs)
     return model, _demo.accuracy(model)
 
 
 def test_the_digits_at_90_percent(dense):
-    schedule = fwt.schedules.cubic(0.9, _demo.steps_of(8), _demo.steps_of(20))
+    schedule = fwt.schedules.cubic(0.9, _demo.steps_of(4), _demo.steps_of(10))
     model, accuracy = digits_net(lambda adam: sparsify(adam, schedule, scope="global", every=10))
     weights = fwt.select(model, fwt.kernels)
     total = sum(x.size for x in weights.values())
@@ -42,7 +42,7 @@ def test_the_digits_at_2_of_4(dense):
         fwt.prune(pattern=two_of_four)(dense[0])
     where = eval(str(caught.value).split("where=")[1])
     assert where == ["conv_2/kernel", "dense_1/kernel", "dense_2/kernel"]
-    schedule = fwt.schedules.cubic(0.5, _demo.steps_of(8), _demo.steps_of(20))
+    schedule = fwt.schedules.cubic(0.5, _demo.steps_of(4), _demo.steps_of(10))
     model, accuracy = digits_net(
         lambda adam: sparsify(adam, schedule, pattern=two_of_four, where=where, every=10)
     )

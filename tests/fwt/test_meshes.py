@@ -6,9 +6,9 @@ import subprocess
 import sys
 
 import jax
-import jaxlib.version
 import numpy as np
 import pytest
+from marks import OLDER
 
 import fwt
 
@@ -170,18 +170,12 @@ print("fine")
 """
 
 
-# The older emitters of loops, where XLA has them (tests/conftest.py), compile in half the time.
-FLAGS = ["--xla_force_host_platform_device_count=4"]
-if (0, 9) <= jaxlib.version.__version_info__ < (0, 11):
-    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-
-
 def run(code, *arguments):
     done = subprocess.run(
         [sys.executable, "-c", START + code, *arguments],
         env={
             **{n: v for n, v in os.environ.items() if not n.startswith("COVERAGE_")},
-            "XLA_FLAGS": " ".join(FLAGS),
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count=4 {OLDER}",
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         },
         capture_output=True,

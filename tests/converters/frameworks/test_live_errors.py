@@ -17,7 +17,7 @@ L = keras.layers
 
 @pytest.fixture
 def net():
-    keras.utils.clear_session()
+    keras.utils.clear_session(free_memory=False)  # or it looks for circles, a second each time
     return keras.Sequential(
         [keras.Input((8,)), L.Dense(5, name="a"), L.BatchNormalization(name="bn")]
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import optax
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from marks import thorough_but
+from marks import OLDER, thorough_but
 
 import fwt
 from fwt import _axes
@@ -942,8 +943,6 @@ def test_pruned_weights_are_zero_beside_a_nan():
 @pytest.mark.thorough
 def test_sharded_leaves_on_an_explicit_mesh():
     code = """
-import os
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4"
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import PartitionSpec as P
 import fwt
@@ -957,7 +956,8 @@ with jax.set_mesh(mesh):
         found = fwt.project(c)({"d": {"kernel": sharded}})["d"]["kernel"]
         np.testing.assert_allclose(found, c(w, "in out"), atol=1e-6, err_msg=c.name)
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    flags = f"--xla_force_host_platform_device_count=4 {OLDER}"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "XLA_FLAGS": flags})
 
 
 def test_a_nan_shows():

@@ -205,12 +205,13 @@ def _read(
         path, (one, other) = next(iter(ties.items()))
         if path not in shared:
             raise Shared(path)
-        raise refuse(
-            one,
-            f"it and {other} share the array {path}, which linear layers and tables alone can",
-            "give each its own, module.weight = torch.nn.Parameter(module.weight.detach().clone()),"
-            " or let the first state of a loop follow from the input, h + 0 * x[:, 0, :1]",
+        way = (
+            "give each its own, module.weight = torch.nn.Parameter(module.weight.detach().clone())"
         )
+        if not {one, other} <= dict(model.named_modules()).keys():
+            way += ", or let the first state of a loop follow from the input, h + 0 * x[:, 0, :1]"
+        what = f"it and {other} share the array {path}, which linear layers and tables alone can"
+        raise refuse(one, what, way)
     _report_unused(model, reader, used)
     net = Net(used, dict(shapes), _form(outputs, type(model).__name__))
     return net, reader.by_sizes, reader.rolls

@@ -43,6 +43,7 @@ class Shapes(Writer):
         super().__init__(target)
         self.source, self.layout = source, layout
         self.channel, self.batches = channel, batch
+        self.lines = set[int]()  # inputs of one axis beside the batch, which none can move
         # By layer, the order of the axes that it takes; that which it is to have; see ``Net``.
         self.orders: dict[str, tuple[int, ...] | None] = {}
         self.told: Mapping[str, tuple[int, ...] | None] = {}
@@ -132,7 +133,8 @@ class Shapes(Writer):
                 "input's axes as they are",
             )
         roots = {i for a in self.have if a is not self.n for i, _ in a.origin}
-        proven = any(a.channel for a in self.have) or roots <= {*self.channel, *self.batches}
+        proven = any(a.channel for a in self.have) or roots <= {
+            *self.channel, *self.batches, *self.lines}  # fmt: skip
         if len(self.have) > 2 and not proven:
             raise refuse(
                 str(layer),

@@ -81,6 +81,8 @@ class Walk(Merges):
                     for axis, size in enumerate((None, *sizes))
                 ]
                 value.n = value.have[moved_to]
+                if len(sizes) <= 1 and not moved_to:
+                    self.lines.add(number)
                 self._load(value)
                 value.want = self._laid_out(value.have, channel.get(number))
             self.values[name] = value

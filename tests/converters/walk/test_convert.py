@@ -513,6 +513,25 @@ def test_names_that_look_like_ours_survive():
     assert [layer.name for layer in again.layers] == ["d", "d_activation"]
 
 
+@pytest.mark.parametrize("layout", ["channels_last", "source"])
+def test_an_input_of_one_axis_proves_what_is_made_of_it(layout):
+    """None can move its axis, so that tokens and vectors need no proof of their channels."""
+    vectors = torch.nn.Sequential(
+        torch.nn.Linear(5, 12), torch.nn.Unflatten(1, (3, 4)), torch.nn.Flatten(),
+        torch.nn.Linear(12, 2),
+    )  # fmt: skip
+    tokens = torch.nn.Sequential(
+        torch.nn.Embedding(10, 4), torch.nn.Flatten(), torch.nn.Linear(24, 2)
+    )
+    ids = np.random.default_rng(0).integers(0, 10, (3, 6))
+    for net, x in ((vectors, batch((5,))), (tokens, ids)):
+        wanted = in_torch(net.eval(), x)
+        model = converters.from_torch(net, input_shape=x.shape[1:], layout=layout)
+        close(np.asarray(model(x)), wanted)
+        close(in_torch(converters.to_torch(model), x), wanted)
+        close(np.asarray(converters.from_keras(converters.to_keras(model))(x)), wanted)
+
+
 def test_reshape_needs_the_same_proof_as_flatten():
     net = fwt.Sequential([fl.Reshape((48, 3)), nn.Dense(2)], input_shape=(8, 6, 3))
     variables = net.init(jax.random.key(0), batch((8, 6, 3)))

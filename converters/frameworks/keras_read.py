@@ -309,13 +309,17 @@ class _Reader:
         if keras_ops.is_operation(entry):
             name = self.called = self._name((*inside, str(entry["config"].get("name"))))
             node = keras_forms.with_shapes(node, [self.shapes.get(v) for v in given])
-            if cuts := keras_ops.split_of(entry, node, name, self.place):
+            cuts = keras_ops.split_of(entry, node, name, self.place) or []
+            stacked = keras_ops.stack_of(entry, node, name, self.place) or []
+            chain = cuts or stacked or keras_ops.layers_of(entry, node, name, self.place)
+            for part in chain:  # an operation takes no mask and sends none on
+                part.maskless = not entry.get(keras_2.OLDER)
+            if cuts:
                 return [self._chain([part], given) for part in cuts]
-            if stacked := keras_ops.stack_of(entry, node, name, self.place):
+            if stacked:
                 *ones, whole = stacked
                 given = [self._chain([x], [v]) for x, v in zip(ones, given, strict=True)]
                 return [self._chain([whole], given)]
-            chain = keras_ops.layers_of(entry, node, name, self.place)
             return [self._chain(chain, given[::-1] if chain[0].kind == "ops.Where" else given)]
         kind, settings = entry_of(entry, self.place)
         own = settings.get("name")

@@ -299,6 +299,7 @@ class Layer:
     of: str = ""  # the layer that it calls again
     shape: tuple[int | None, ...] | None = None  # what it gives, without the batch
     masked: bool = False  # a layer of Keras that computes with the masks of what it takes
+    maskless: bool = False  # of an operation of Keras, which knows no masks
     given_mask: str = ""  # the keyword by which a call of Keras tells the mask of what it takes
 
     def __str__(self) -> str:

@@ -89,6 +89,8 @@ def _check_masks(net: Net, uses: tuple[str, ...], way_out: str = "") -> None:
     """Raises where a mask that Keras sends along would change what a later layer does."""
     masked: dict[str, str] = {}  # by name of what gives the tensor, what its mask is
     for layer in net.layers:
+        if layer.maskless:
+            continue
         makes, takes = table.masks_of(layer)
         found = next((masked[name] for name in layer.inputs if name in masked), None)
         if found is None and layer.given_mask:

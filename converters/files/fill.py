@@ -568,7 +568,7 @@ def _in_order(
     ends = {name.rpartition(".")[2] for name in found}
     # The names of arrays tell whose they are, where those of layers do not.
     own = [f for f in fitting if ends <= {p[2].rpartition(".")[2] for p in f[1]}]
-    fitting = own or fitting
+    fitting = own or ([] if why else fitting)  # it may be of the one that is not known
     if fitting and all(_same_places(f[1], fitting[0][1]) for f in fitting):
         return fitting[0][1]
     shapes = [list(v.shape) for v in list(found.values())[:6]]

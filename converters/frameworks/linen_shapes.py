@@ -88,8 +88,8 @@ def cut(
         raise refuse(place, "it takes some of the examples")
     if (start, stop, step) == (0, size, 1):
         return value
-    if step > 1 and range(start, stop, step) == range(start, size, step):
-        stop = size
+    if step > 1 and start < stop:  # one end of several that say the same
+        stop = range(start, stop, step)[-1] + 1
     shape = (*value.shape[:axis], len(range(start, stop, step)), *value.shape[axis + 1 :])
     layer = fl.Slice(axis=axis, start=start, stop=stop, step=step)
     return reader.emit(layer, [value], place, shape)

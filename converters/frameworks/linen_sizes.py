@@ -5,6 +5,7 @@ too. So the module is read again at other sizes: what is cut from the end is tol
 where anything else changes, the Graph takes one size alone (``sizes``).
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from fwt.converters.frameworks.sizes import (
     Sizes,
     by_input,
     other_sizes,
+    together,
     tried_for,
 )
 
@@ -65,12 +67,6 @@ def at_sizes(
 
         return taken
 
-    def changed(sizes: Sizes) -> dict[str, Any] | None:
-        try:
-            return _changed(one, read(resized(sizes)))
-        except ConversionError:  # what is read at this size is not there
-            return None
-
     free, alone = other_sizes(shapes, tries(runs))
     takes = tries(lambda xs: jax.eval_shape(graph.apply, one.model.variables, *xs))
     bound: set[Place] = set()
@@ -78,26 +74,38 @@ def at_sizes(
         size = shapes[places[0][0]][places[0][1]]
         if any(takes(dict.fromkeys(p, n)) for p in _groups(places) for n in tried_for(size)):
             bound |= set(places)
-    new: dict[str, Any] | None = {}
-    if free:
-        new = changed({p: n for sizes in free for p, n in sizes.items()})
+
+    def readings(free: Sequence[Sizes]) -> list[Reading | None]:
+        """At other sizes of all axes, and where that tells of a change, of each."""
+        if not free:
+            return []
+        first = _read(read, resized(together(free, shapes, tries(runs))))
+        if len(free) == 1 or (first and _same(one, first)):
+            return [first]
+        return [first, *(_read(read, resized(sizes)) for sizes in free)]
+
+    found = readings(free)
+    new = _changed(one, found)
     if new is None:
-        new = {}
-        for sizes in free:
-            own = changed(sizes)
-            if own is None or any(new.get(k, v) != v for k, v in own.items()):
-                bound |= set(sizes)
-            else:
-                new |= own
+        left = [sizes for sizes, x in zip(free, found[1:] or found, strict=True)
+                if _changed(one, [x]) is not None]  # fmt: skip
+        # Those that are free one by one may still be compared with each other.
+        left = [] if len(left) == len(free) else left
+        found = readings(left)
+        new = _changed(one, found)
+        left = left if new is not None else []
+        bound |= {place for sizes in free if sizes not in left for place in sizes}
+        free, new = left, new or {}
     nodes = [Node(n.name, new.get(n.name, n.layer), n.inputs, n.of) for n in graph.nodes]
     made = Graph(nodes, graph.inputs, graph.outputs, graph.input_shape) if new else graph
     model = Model(made, one.model.variables)
-    # On a shorter axis than is cut off, a roll goes around it more than once.
-    short = {n - 1 for layer in new.values() for n in (layer.start, layer.stop or 0)
-             for n in [abs(n)] if n > 2}  # fmt: skip
-    for sizes in [dict.fromkeys(p, n) for p in free for n in short if not bound & set(p)]:
-        if tries(runs)(sizes) and not tries(lambda xs: check(model, xs))(sizes):
-            bound |= set(sizes)
+    # An index beyond a shorter axis is cut off by JAX, and a roll goes around it more than once.
+    for sizes in free:
+        (size,) = {shapes[i][axis] for i, axis in sizes}
+        for short in _shorter(nodes, one.lengths, found, size):
+            at = dict.fromkeys(sizes, short)
+            if tries(runs)(at) and not tries(lambda xs: check(model, xs))(at):
+                bound |= set(sizes)
     if not bound:
         return model
     fixed = by_input(bound, names, shapes)
@@ -105,50 +113,98 @@ def at_sizes(
     return Model(made.clone(fixed=told), model.variables)
 
 
+def _read(read: Callable[[Sequence[Any]], Reading], inputs: Sequence[Any]) -> Reading | None:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return read(inputs)
+    except ConversionError:  # what is read at this size is not there
+        return None
+
+
 def _groups(places: Sequence[Place]) -> list[Sequence[Place]]:
     return [places, *([p] for p in places if len(places) > 1)]
 
 
-def _changed(one: Reading, other: Reading) -> dict[str, Any] | None:
-    """By name, the layers that say at any size what two readings say at theirs, where these differ;
-    None where no layer does."""
-    (a, weights), (b, others) = one.model, other.model
-    if (a.outputs, len(a.nodes)) != (b.outputs, len(b.nodes)) or not _equal(weights, others):
-        return None
-    new = {}
-    for mine, its in zip(a.nodes, b.nodes, strict=True):
-        if mine == its:
+def _shorter(
+    nodes: Sequence[Node], lengths: Mapping[str, int], found: Sequence[Reading | None], size: int
+) -> list[int]:
+    """Sizes of an axis at which something that is cut along it may be out of reach."""
+    out: set[int] = set()
+    for node in nodes:
+        cut, length = node.layer, lengths.get(node.name)
+        if length is None or all(x is None or x.lengths[node.name] == length for x in found):
             continue
-        if (mine.name, mine.inputs, mine.of) != (its.name, its.inputs, its.of):
+        for end in (abs(cut.start), abs(cut.stop or 0)):
+            if end > 1:
+                out |= {end - 1, max(1, (end - 1) * size // length)}
+    return sorted(out - {size})[-_SHORT:]
+
+
+_SHORT = 4  # shorter sizes that are tried of an axis
+
+
+def _same(one: Reading, other: Reading) -> bool:
+    return _changed(one, [other]) == {}
+
+
+def _changed(one: Reading, others: Sequence[Reading | None]) -> dict[str, Any] | None:
+    """By name, the layers that say at any size what several readings say at theirs, where these
+    differ; None where no layer does."""
+    (graph, weights), new = one.model, dict[str, Any]()
+    for other in others:
+        if other is None:
             return None
-        name = mine.name
-        layer = _both(mine.layer, its.layer, one.lengths.get(name), other.lengths.get(name))
-        if layer is None:
+        its = other.model.module
+        if (graph.outputs, len(graph.nodes)) != (its.outputs, len(its.nodes)):
             return None
-        new[name] = layer
+        if not _equal(weights, other.model.variables):
+            return None
+        for a, b in zip(graph.nodes, its.nodes, strict=True):
+            if (a.name, a.inputs, a.of) != (b.name, b.inputs, b.of):
+                return None
+            if a.layer != b.layer:
+                new[a.name] = None
+    for index, node in enumerate(graph.nodes):
+        if node.name not in new:
+            continue
+        cuts = [(x.model.module.nodes[index].layer, x.lengths.get(node.name))
+                for x in (one, *others) if x is not None]  # fmt: skip
+        new[node.name] = _for_all(cuts)
+        if new[node.name] is None:
+            return None
     return new
 
 
-def _both(one: Any, other: Any, size: int | None, its: int | None) -> Any:
-    if not (isinstance(one, fl.Slice) and isinstance(other, fl.Slice) and size and its):
+def _for_all(cuts: Sequence[tuple[Any, int | None]]) -> Any:
+    """The Slice that is each of these at the size that it cuts; None if there is none, or if
+    several may be meant."""
+    if not all(isinstance(cut, fl.Slice) and size for cut, size in cuts):
         return None
-    if (one.axis, one.step) != (other.axis, other.step):
+    if len({(cut.axis, cut.step) for cut, _ in cuts}) > 1:
         return None
-    start = _index(one.start, other.start, size, its)
-    stop = (None,) if (one.stop, other.stop) == (size, its) else (
-        _index(one.stop, other.stop, size, its))  # fmt: skip
-    if start is None or stop is None:
+    axis, step = cuts[0][0].axis, cuts[0][0].step
+    starts = _index([(cut.start, cut.start, size or 0) for cut, size in cuts])
+    # Of several ends that leave the same entries, this is the first.
+    ends = [(cut.stop, min(cut.stop + step - 1, size or 0), size or 0) for cut, size in cuts]
+    stops = _index(ends)
+    if starts is None or stops is None:
         return None
-    return fl.Slice(one.axis, start[0], stop[0], one.step)
+    return fl.Slice(axis, starts[0] or 0, stops[0], step)
 
 
-def _index(one: int | None, other: int | None, size: int, its: int) -> tuple[int] | None:
-    """An index that is both at two sizes, from the end if need be."""
-    if one is None or other is None:
+def _index(ends: Sequence[tuple[int, int, int]]) -> tuple[int | None] | None:
+    """The one index, from the start or from the end, that lies between two at each size; that from
+    the end of all is None."""
+    low, high = max(a for a, _, _ in ends), min(b for _, b, _ in ends)
+    back = range(max(a - n for a, _, n in ends), min(b - n for _, b, n in ends) + 1)
+    if len({n for _, _, n in ends}) == 1:
+        return (low,) if low <= high else None
+    if low <= high:
+        return None if back else (low,)
+    if len(back) != 1:
         return None
-    if one == other:
-        return (one,)
-    return (one - size,) if one - size == other - its < 0 else None
+    return (back[0] or None,)
 
 
 def _equal(a: Any, b: Any) -> bool:

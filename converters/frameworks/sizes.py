@@ -4,6 +4,7 @@ What a model computes from the sizes of its input is a number there. So it is re
 other sizes that it takes: where its layers stay the same, they are right at any.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 Place = tuple[int, int]  # the number of an input, and an axis of it
@@ -49,9 +50,29 @@ def _runs_at(
 
 def tried_for(size: int, first: int | None = None) -> list[int]:
     """The sizes that are tried in the place of one."""
-    # First one that has another rest, by two and by four, and is another in halves.
-    tried = (2 * size + 1 - size % 2, 2 * size, size // 2, size - 1)
+    # First a prime number more: any rest, and any half or third rounded, is another then.
+    tried = (size + _prime(size + 1), 2 * size, size // 2, size - 1)
     return [n for n in dict.fromkeys((first or tried[0], *tried)) if n >= 1 and n != size]
+
+
+def _prime(least: int) -> int:
+    """The first prime number of at least 7 and of at least this."""
+    return next(p for p in itertools.count(max(least, 7)) if all(p % k for k in range(2, p)))
+
+
+def together(
+    free: Sequence[Mapping[Place, int]], shapes: Shapes, runs: Callable[[Sizes], bool]
+) -> dict[Place, int]:
+    """Other sizes of all axes at once, those of one size made different ones if the model runs."""
+    out: dict[Place, int] = {}
+    for sizes in free:
+        (size,) = {shapes[i][axis] for i, axis in sizes}
+        (other,) = set(sizes.values())
+        if other in out.values():
+            apart = dict.fromkeys(sizes, size + _prime(max(other - size, *out.values()) + 1))
+            other = next(iter(apart.values())) if runs({**out, **apart}) else other
+        out |= dict.fromkeys(sizes, other)
+    return out
 
 
 def by_input(

@@ -39,7 +39,8 @@ def graph_module(
         given = [refs[i] for i in layer.inputs]
         refs[layer.name] = _node(graph, root, layer, given, built, tensor)
         refs[layer.name].meta["shape"] = layer.shape
-        if not layer.inputs:
+        # An array of the model, and what is made of such alone, stands for each example.
+        if all("alone" in node.meta for node in given):
             refs[layer.name].meta["alone"] = True
     if isinstance(net.outputs, str):
         graph.output(refs[net.outputs])
@@ -91,9 +92,8 @@ def _node(
         keep = graph.call_method("bool", (given[1],))
         return graph.call_function(torch.where, (keep, given[0], 0))
     if kind == "Concatenate":
-        # An array of the model stands for each example.
         arrays = ["alone" in n.meta for n in given]
-        if any(arrays):
+        if any(arrays) and not all(arrays):
             batch = graph.call_method("size", (given[arrays.index(False)], 0))
             rest = [-1] * (len(layer.shape or ()))
             given = [graph.call_method("expand", (n, batch, *rest)) if own else n

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fwt._types import ConversionError
-from fwt.converters.frameworks.sizes import Place, Sizes, by_input, other_sizes
+from fwt.converters.frameworks.sizes import Place, Sizes, by_input, other_sizes, together
 from fwt.converters.rows.row import Layer
 from fwt.converters.walk.net import Net
 
@@ -118,10 +118,12 @@ def fixed(
         free, alone = other_sizes(shapes, runs, first)
         bound |= {place for places in alone for place in places}
         differs = _differs(written(net), read, inputs) if free else None
-        if differs and differs({p: n for sizes in free for p, n in sizes.items()}):
-            for sizes in free:
-                if differs(sizes):
-                    bound |= set(sizes)
+        if differs and differs(together(free, shapes, runs)):
+            left = [sizes for sizes in free if not differs(sizes)]
+            # Those that are free one by one may still be compared with each other.
+            if len(left) > 1 and differs(together(left, shapes, runs)):
+                left = []
+            bound |= {place for sizes in free if sizes not in left for place in sizes}
     return by_input((p for p in bound if not _is_held(net, names[p[0]], p[1])), names, shapes)
 
 

@@ -898,6 +898,19 @@ def test_integers_are_refused():
     assert C.non_negative()(np.array([-1, 2])).tolist() == [0, 2]
 
 
+@pytest.mark.parametrize("shape", [(1, 3), (3, 1), (1, 1), (3,)])
+def test_a_unit_of_one_weight_at_any_magnitude(shape):
+    """XLA leaves a reduction of one number out."""
+    w = np.resize(np.float32([-1e-30, 1e30, -3e25]), shape)
+    for c, wanted in ((C.unit_norm(axis=0), np.sign(w)), (C.max_norm(1.0, axis=0), np.where(
+        abs(w) > 1, np.sign(w), w))):  # fmt: skip
+        if shape[:1] == (1,):
+            for found in (c(w), jax.jit(c)(w)):
+                np.testing.assert_array_equal(found, wanted)
+    norms = np.linalg.norm(np.asarray(C.unit_norm(axis="all")(w), np.float64))
+    np.testing.assert_allclose(norms, 1, rtol=1e-6)
+
+
 def test_what_the_hostile_found():
     big = np.full((2, 1), 3e38, np.float32)
     np.testing.assert_allclose(C.min_max_norm(0.0, 1.0)(big, "in out"), 0.5**0.5, rtol=1e-6)

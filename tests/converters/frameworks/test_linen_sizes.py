@@ -28,6 +28,9 @@ ANY = {
     "every third but one": lambda x: x[:, 1::3],
     "backwards": lambda x: x[:, -2:0:-1],
     "rolled": lambda x: jnp.roll(x, 2, 1),
+    "every third but the last": lambda x: x[:, :-1:3],
+    "every other of seven": lambda x: x[:, :7:2],
+    "without the first": lambda x: x[:, 1:],
     "shifted": shifted,
     "a mean": lambda x: x.mean(1),
 }
@@ -38,6 +41,10 @@ ONE = {
     "pooled": lambda x: nn.avg_pool(x, (x.shape[1],)),
     "a factor": lambda x: x * x.shape[1] ** -0.5,
     "parity": lambda x: x * 2 if x.shape[1] % 2 else x,
+    "padded to a third": lambda x: jnp.pad(x, ((0, 0), (0, -x.shape[1] % 3), (0, 0))),
+    "a rest by three": lambda x: x * 2 if x.shape[1] % 3 == 2 else x,
+    "cut off by JAX": lambda x: x[:, 5],  # where it is shorter
+    "cut off from the end": lambda x: x[:, -3],
     "heads": lambda x: x.reshape(x.shape[0], x.shape[1], 2, 3).swapaxes(1, 2),
     "rolled by three": lambda x: jnp.roll(x, 3, 1),
     "rolled back by three": lambda x: jnp.roll(x, -3, 1),
@@ -82,7 +89,7 @@ def test_what_holds_at_any_size_does(name):
     graph, nnx_net = graph_of(name), NnxNet(name)
     assert graph.module.fixed == ()
     (net, variables), there = linen_net(name), torch_of(name)
-    for size in (11, 4, 2, 1):
+    for size in (11, 10, 9, 4, 2, 1):
         x = numbers(2, size, 5)
         np.testing.assert_allclose(graph(x), nnx_net(x), atol=1e-5)
         found = there(torch.tensor(x)).detach().numpy()
@@ -126,3 +133,56 @@ def test_a_size_that_a_module_checks_itself_is_kept():
     there = converters.to_torch(net, variables, input_shape=(6, 5))
     with pytest.raises(Exception, match="converted for 6 along axis 1"):
         there(torch.zeros(1, 4, 5))
+
+
+COMPARED = {
+    "two of its axes": (lambda x: x * 2 if x.shape[1] == x.shape[2] else x, [(6, 6)]),
+    "a ratio": (lambda x: x * (x.shape[1] / x.shape[2]), [(6, 6)]),
+    "two inputs": (
+        lambda a, b: a[:, a.shape[1] - b.shape[1] :].mean(1) + b.mean(1),
+        [(8,), (8,)],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COMPARED)
+def test_sizes_that_are_compared_with_each_other_are_kept(name):
+    function, shapes = COMPARED[name]
+
+    class Compared(nnx.Module):
+        def __init__(self):
+            self.d = nnx.Linear(5, 3, rngs=nnx.Rngs(0))
+
+        def __call__(self, *xs):
+            return function(*map(self.d, xs))
+
+    class Two(Compared):
+        def __call__(self, a, b):
+            return function(self.d(a), self.d(b))
+
+    net = (Two if len(shapes) > 1 else Compared)()
+    given = [(*s, 5) for s in shapes]
+    graph = converters.from_nnx(net, input_shape=given if len(given) > 1 else given[0])
+    xs = [numbers(2, *s) for s in given]
+    np.testing.assert_allclose(graph(*xs), net(*xs), atol=1e-5)
+    other = numbers(2, 11, *given[0][1:])
+    with pytest.raises(FwtError, match="converted for"):
+        graph(other, *xs[1:])
+
+
+def test_a_token_stands_in_front_of_two_tensors():
+    class Twice(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dense(6)(x)
+            token = jnp.broadcast_to(self.param("token", nn.initializers.ones, (1, 1, 6)), (
+                x.shape[0], 1, 6))  # fmt: skip
+            parts = [jnp.concatenate([token, y], 1) for y in (x, x * 2)]
+            return jnp.concatenate(parts, 1)
+
+    net, x = Twice(), numbers(3, 8, 5)
+    variables = net.init(jax.random.key(0), x)
+    for layout in ("source", "channels_first"):
+        there = converters.to_torch(net, variables, input_shape=(8, 5), layout=layout)
+        found = there(torch.tensor(x)).detach().numpy()
+        np.testing.assert_allclose(found, net.apply(variables, x), atol=1e-5)

@@ -479,6 +479,8 @@ def _depth_of(name: str, weight: Shape, bias: Shape) -> int | None:
         return None
     w, size = weight[depth:], bias[depth]
     sides = w[:2] if name == "weight" else w[-2:]
+    if name == "kernel" and len(w) == 2 and depth:  # a dense one: (in, out)
+        sides = w[-1:]
     return depth if size in sides or not depth else None
 
 

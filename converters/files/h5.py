@@ -145,16 +145,19 @@ def _check_own(layers: list[Layer]) -> None:
             )
 
 
-def fill_groups(layers: list[Layer], tree: Mapping[str, Any], path: Path) -> None:
-    """Gives each layer its arrays, told by its place in the file."""
+def fill_groups(layers: list[Layer], tree: Mapping[str, Any], path: Path) -> set[str]:
+    """Gives each layer its arrays, told by its place in the file, and says which groups these are
+    of."""
     own = keras_config.opened_up(layers)
-    wrong: list[str] = []
+    wrong, taken = list[str](), set[str]()
     for layer in own:
         for part, place in keras_config.places(layer, layer.group):
-            node: Any = tree
+            node, inside = tree, list[str]()
             for name in [*place.split("/"), "vars"]:
                 node = node if isinstance(node, Mapping) else {}
-                node = node.get(name, node.get(name.removeprefix("_"), {}))
+                inside.append(name if name in node else name.removeprefix("_"))
+                node = node.get(inside[-1], {})
+            taken.add("/".join(inside))
             names = keras_config.keras_names(part)
             found = [node.get(str(i)) for i in range(len(node))]
             if len(found) != len(names) or not all(isinstance(v, np.ndarray) for v in found):
@@ -165,6 +168,7 @@ def fill_groups(layers: list[Layer], tree: Mapping[str, Any], path: Path) -> Non
     if wrong:
         raise FileFormatError(f"{path}: {'; '.join(wrong)[:2000]}")
     keras_config.gathered(own)
+    return taken
 
 
 # -- .weights.h5 ------------------------------------------------------------------------------
@@ -363,7 +367,7 @@ def fill_from_groups(layers: list[Layer], tree: Any, path: Path, named: Names) -
     own = keras_config.opened_up(layers)
     own = [x for x in own if any(map(keras_config.keras_names, _parts_of(x)))]
     tree = h5_names.groups(tree, [x.group for x in own], named, path)
-    fill_groups(layers, tree, path)
+    h5_names.check_taken(tree, fill_groups(layers, tree, path), path)
 
 
 def _parts_of(layer: Layer) -> list[Layer]:

@@ -1,7 +1,7 @@
 """Whose the arrays of a Keras file are, where rename=, drop= or match='order' say it."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,11 @@ from fwt import _tree
 from fwt._types import FileFormatError, Model
 from fwt.converters.files import names as _names
 from fwt.converters.files.names import Names
+from fwt.converters.rows import table
 from fwt.converters.rows.row import Layer
 
-_BESIDE = ("vars", "metrics", "seed_generator")  # of a model, beside its layers
+_STATES = ("metrics", "seed_generator")  # what is no weight
+_BESIDE = ("vars", *_STATES)  # of a model, beside its layers
 # Of each layer of an older .h5 file, in its order, the names and values of its arrays.
 Held = Mapping[str, list[tuple[str, np.ndarray]]]
 
@@ -114,7 +116,7 @@ def _held(tree: Mapping[str, Any]) -> list[str]:
 
 def _by_number(tree: Mapping[str, Any], wanted: list[str], path: Path) -> dict[str, Any]:
     """The same with the layers of each class in the order of their numbers. Layers of different
-    classes have no order, so that one class at most may be called otherwise."""
+    classes have no order, so that one class of the user's own at most may be called otherwise."""
     inner: dict[str, list[str]] = {}
     for place in wanted:
         _, name, *rest = place.split("/", 2)
@@ -122,7 +124,7 @@ def _by_number(tree: Mapping[str, Any], wanted: list[str], path: Path) -> dict[s
     level = {name: node for name, node in _layers(tree).items() if _weights(node)}
     ours, theirs = _by_class(inner), _by_class(level)
     new, old = [x for x in ours if x not in theirs], [x for x in theirs if x not in ours]
-    if len(new) == len(old) == 1:
+    if len(new) == len(old) == 1 and not _is_keras(old[0]):
         theirs[new[0]] = theirs.pop(old[0])
     if {x: len(names) for x, names in ours.items()} != {x: len(n) for x, n in theirs.items()}:
         found = [f"layers/{n}" for n in level] or _held(tree)
@@ -152,11 +154,38 @@ def _by_class(names: Iterable[str]) -> dict[str, list[str]]:
     return out
 
 
+def _is_keras(group: str) -> bool:
+    """Whether a class that Keras numbers so is its own."""
+    return group.replace("_", "") in {kind.lower() for kind in table.kinds("keras")}
+
+
 def _weights(node: Any) -> bool:
     """Whether a group holds an array that is more than the state of draws."""
     if not isinstance(node, Mapping):
         return True
     return any(_weights(v) for name, v in node.items() if name != "seed_generator")
+
+
+def check_taken(tree: Mapping[str, Any], taken: set[str], path: Path) -> None:
+    """Raises for groups of a weights file that hold arrays and that no layer took."""
+
+    def groups(node: Mapping[str, Any], inside: str) -> Iterator[str]:
+        for name, value in node.items():
+            place = f"{inside}/{name}" if inside else name
+            if name in _STATES or place in taken:
+                continue
+            if isinstance(value, Mapping):
+                yield from groups(value, place)
+            else:
+                yield inside
+
+    left = list(dict.fromkeys(groups(tree, "")))
+    if left:
+        globs = [f"{name}/**" for name in left]
+        raise FileFormatError(
+            f"{path}: the architecture takes no arrays of {_some(left)}; drop={globs[:8]!r} leaves "
+            "them out"
+        )
 
 
 def check_order(layers: list[Layer], path: Path) -> None:

@@ -125,6 +125,11 @@ def register(row: Row) -> None:
     row_of_function.cache_clear()
 
 
+def kinds(framework: Framework) -> set[str]:
+    """The names of the classes that have rows."""
+    return {kind for row in LAYERS if (kind := row.class_in(framework))}
+
+
 @functools.cache
 def rows_of(framework: Framework, kind: str) -> tuple[Row, ...]:
     """The rows of a class; several where its rank or its settings decide."""

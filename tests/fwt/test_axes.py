@@ -652,6 +652,19 @@ def _conv(key):
     return nnx.Conv(4, 8, (3,), use_bias=False, rngs=nnx.Rngs(key))
 
 
+def test_a_scan_along_another_axis_is_no_stack_along_the_first():
+    """The bias of a dense layer has the size of its outputs, which are the last axis."""
+    kernel, bias = np.ones((6, 4, 6), np.float32), np.ones((6, 4), np.float32)
+    tree = {"scan": {"d": {"kernel": kernel, "bias": bias}, "norm": {"scale": bias, "bias": bias}}}
+    for t in (fwt.project(fwt.constraints.unit_norm), fwt.prune(0.5, pattern=fwt.patterns.channel),
+              fwt.initialize(fwt.initializers.orthogonal, key=0)):  # fmt: skip
+        with pytest.raises(fwt.AxesError, match="stack in out"):
+            t(tree)
+    new = fwt.project(fwt.constraints.unit_norm, axes={"**/kernel": "in stack out"})(tree)
+    norms = np.linalg.norm(fwt.select(new)["scan/d/kernel"], axis=0)
+    np.testing.assert_allclose(norms, 1, rtol=1e-6)
+
+
 DOUBTED = [
     (lambda: _apart(_bare, 5, 0), "stack in out"),
     (lambda: _apart(_bare, 5, 2), "in out stack"),

@@ -309,6 +309,9 @@ class KnowsAxes:
     def _flattened_sizes(self) -> dict[str, tuple[int, ...]]:
         raise NotImplementedError
 
+    def _reordering(self) -> str:
+        raise NotImplementedError
+
 
 def _stack_in(names: Sequence[str]) -> tuple[int, ...]:
     return tuple(i for i, n in enumerate(names) if n == "stack")
@@ -545,6 +548,12 @@ def flattened(module: Any) -> dict[str, tuple[int, ...]]:
     """By path of a kernel, the sizes that a Flatten made its inputs of, where a Sequential with an
     ``input_shape`` tells."""
     return module._flattened_sizes() if isinstance(module, KnowsAxes) else {}
+
+
+def reordering(module: Any) -> str:
+    """A layer of a Sequential or a Graph that counts several axes as one, so that torch may count
+    its weights in another order; empty where none does."""
+    return module._reordering() if isinstance(module, KnowsAxes) else ""
 
 
 @dataclasses.dataclass(frozen=True)

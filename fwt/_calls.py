@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 
-from fwt import _nodes, _tree
+from fwt import _axes, _live, _nodes, _tree
 from fwt._types import FwtError, LeafError, Model
 
 # Takes the path of a kernel, its layer as a linen module without a bias, and the layer's input;
@@ -148,6 +148,18 @@ def run(
         (_run_nnx if graph else _run_linen)(what, module, variables, batch, told, wanted)
 
 
+def _check_order(what: str, module: Any) -> None:
+    """Raises for a converted torch model in which layers count an image's entries in Flax's order:
+    converters.transform gives the weights in that of torch."""
+    if name := _axes.reordering(module):
+        raise LeafError(
+            f"{what} runs the Flax model, which counts what {name} takes with the channels last, "
+            "and converters.transform gives the weights of a torch model with the channels first: "
+            "change the Model, and net.load_state_dict(converters.to_torch(model).state_dict()) "
+            "takes it back"
+        )
+
+
 @contextlib.contextmanager
 def explained(what: str, module: Any, given: str, way: str, whole: str = "") -> Iterator[None]:
     """Whatever a user's module says of what it is given becomes an error of ours.
@@ -158,7 +170,12 @@ def explained(what: str, module: Any, given: str, way: str, whole: str = "") -> 
         given: what it is given, as a noun.
         way: what to give instead.
         whole: what to give to a module that takes whole numbers alone.
+
+    Raises:
+        LeafError: where a live torch model's weights would be run in another order.
     """
+    if any(_nodes.foreign(k.owner)[0] == "torch" for k in _live.KNOWN.get().values()):
+        _check_order(what, module)
     try:
         yield
     except FwtError:

@@ -19,6 +19,7 @@ from fwt._sequential import (
     flags,
     flattened_sizes,
     kind_of,
+    reordering,
     settings_of,
 )
 from fwt._types import FwtError
@@ -229,6 +230,11 @@ class Graph(nn.Module, KnowsAxes):
         layers = {n.name: n.layer for n in self.nodes}
         steps = [(n.name, layers[n.of or n.name], n.inputs) for n in self.nodes]
         return flattened_sizes(steps, dict(zip(names, shapes, strict=True)))
+
+    @nn.nowrap
+    def _reordering(self) -> str:
+        """A layer that counts several axes as one; empty where none does."""
+        return reordering(((n.name, n.layer) for n in self.nodes), self._flattened_sizes())
 
     def __reduce__(self) -> Any:
         return _remake_graph, (

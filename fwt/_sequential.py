@@ -3,7 +3,8 @@
 import dataclasses
 import functools
 import inspect
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import flax.errors
@@ -155,6 +156,13 @@ class Sequential(nn.Module, KnowsAxes):
             before = steps[-1][0]
         return flattened_sizes(steps, {"": self.input_shape})
 
+    @nn.nowrap
+    def _reordering(self) -> str:
+        """A layer that counts several axes as one; empty where none does."""
+        inner = (x.layer._reordering() for x in self.layers if isinstance(x.layer, Sequential))
+        own = reordering(((x.name, x.layer) for x in self.layers), self._flattened_sizes())
+        return own or next(filter(None, inner), "")
+
     def __reduce__(self) -> Any:
         return _remake_sequential, (self.layers, self.input_shape, self.sidecar, self.turned)
 
@@ -238,6 +246,19 @@ def flattened_sizes(
         elif len(xs) == 1 and y.shape == xs[0].shape and not isinstance(layer, nn.Dense):
             factors[path] = before
     return found
+
+
+def reordering(layers: Iterable[tuple[str, Any]], flattened: Mapping[str, tuple[int, ...]]) -> str:
+    """The first layer that counts several axes as one, one of which may be the channels."""
+    sizes = list(flattened.values())
+    plain = sizes and all(s[-1] == 1 or math.prod(s[:-1]) == 1 for s in sizes)
+    for name, layer in layers:
+        axes = getattr(layer, "reduction_axes", 0)
+        if isinstance(axes, Sequence) and len(axes) > 1:
+            return name
+        if isinstance(layer, _layers.Reshape) or (isinstance(layer, _layers.Flatten) and not plain):
+            return name
+    return ""
 
 
 def _named(given: Any) -> tuple[Named, ...]:

@@ -193,3 +193,29 @@ def test_the_lengths_of_a_weight_norm_are_no_kernels(tmp_path):
     assert [p.rpartition("/")[2] for p in kernels] == ["original1", "original1"]
     assert all((np.asarray(v) != 0).all() for p, v in fwt.select(
         fwt.prune(0.5)(parts), "**/original0").items())  # fmt: skip
+
+
+def test_a_score_that_runs_the_model_is_told_of_another_order():
+    """Behind a Flatten a live torch model counts its inputs with the channels first, and the Flax
+    model that the score runs with the channels last."""
+    x = np.random.default_rng(0).normal(size=(6, 5, 4, 2)).astype(np.float32)
+    ends = torch.nn.Flatten(), torch.nn.Linear(24, 3)
+    net = torch.nn.Sequential(torch.nn.Conv2d(2, 4, 3), *ends).eval()
+    model = converters.from_torch(net, (2, 5, 4))
+    for score in (fwt.scores.wanda(model, x), fwt.scores.synflow(model)):
+        with pytest.raises(fwt.LeafError, match=r"channels last.*load_state_dict"):
+            converters.transform(net, fwt.prune(0.5, score))
+        new = fwt.prune(0.5, score)(model)
+        net.load_state_dict(converters.to_torch(new).state_dict())
+        found = net(torch.tensor(x).movedim(-1, 1)).detach().numpy()
+        np.testing.assert_allclose(found, new(x), atol=1e-5)
+    pooled = torch.nn.Sequential(
+        torch.nn.Conv2d(2, 4, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),
+        torch.nn.Linear(4, 3),
+    )  # fmt: skip
+    model = converters.from_torch(pooled.eval(), (2, 5, 4))
+    wanted = fwt.prune(0.5, fwt.scores.wanda(model, x))(model)
+    converters.transform(pooled, fwt.prune(0.5, fwt.scores.wanda(model, x)))
+    np.testing.assert_array_equal(
+        pooled[3].weight.detach().numpy().T, fwt.select(wanted)["3/kernel"]
+    )

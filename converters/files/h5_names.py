@@ -88,14 +88,12 @@ def groups(tree: Mapping[str, Any], wanted: list[str], named: Names, path: Path)
     held = _held(tree)
     missing, more = [n for n in own if n not in held], [n for n in held if n not in own]
     if missing:
-        way = (
-            "; rename={"
-            + f"{more[0]!r}: {missing[0]!r}"
-            + "} and the like say whose arrays they are"
-        )
+        way = "; build it without these layers"
+        if more:
+            how = {more[0]: missing[0]}
+            way = f"; rename={how!r} and the like say whose arrays they are"
         raise FileFormatError(
-            f"{path}: it holds no arrays in {_some(missing)}, but in {_some(held)}"
-            f"{way if more else ''}"
+            f"{path}: it holds no arrays in {_some(missing)}, but in {_some(held)}{way}"
         )
     if more:
         globs = [f"{name}/**" for name in more]

@@ -113,6 +113,15 @@ def test_classes_and_attributes_of_ones_own(tmp_path, monkeypatch):
     inner.save_weights("i.weights.h5")
     outer = keras.Sequential([keras.Input((4,)), keras.Sequential(plain[1:]), k.Dense(4)])
     same(converters.load("i.weights.h5", architecture=outer, match="order"), inner)
+    longer = keras.Sequential([*plain, k.Dense(2)])
+    with pytest.raises(converters.FileFormatError, match=r"no arrays in layers/dense_2.*build it"):
+        converters.load("w.weights.h5", architecture=longer, rename=renames)
+    # What stands beside what is taken is not left out without a word.
+    shorter = keras.Sequential([keras.Input((4,)), keras.Sequential(plain[1:-1]), k.Dense(4)])
+    with pytest.raises(converters.FileFormatError, match=r"takes no arrays of .*drop="):
+        converters.load("i.weights.h5", architecture=shorter, rename={
+            "layers/sequential/layers/mine": "layers/sequential/layers/dense",
+            "layers/sequential/layers/mine_1": "layers/sequential/layers/dense_1"})  # fmt: skip
     # Nothing tells which attribute runs first.
     sub = Sub()
     sub(np.ones((1, 4)))

@@ -62,7 +62,7 @@ def with_parameters(net: Net) -> Net:
             part.dtype = layer.dtype
         alias[layer.name] = before
         out += chain
-    return Net(out, net.inputs, renamed(net.outputs, alias), net.takes)
+    return Net(out, net.inputs, renamed(net.outputs, alias), net.takes, fixed=net.fixed)
 
 
 def without_lookups(net: Net) -> Net:

@@ -42,8 +42,9 @@ def keras_config(net: Net, name: str | None = None) -> dict[str, Any]:
 
 
 def is_sequential(net: Net) -> bool:
-    """Whether a Sequential can hold a net: a line of layers none of which is an operation."""
-    return net.is_line and nests(net.layers) and not any(
+    """Whether a Sequential can hold a net: a line of layers none of which is an operation. It takes
+    other sizes than those of its input, and a Functional model none."""
+    return net.is_line and nests(net.layers) and not net.fixed and not any(
         x.kind.startswith("ops.") or "Attention" in x.kind or _told(x) for x in net.layers
     )  # fmt: skip
 
@@ -75,7 +76,7 @@ def placed(net: Net) -> Net:
     layers = [dataclasses.replace(x, name=new[x.name], of=new.get(x.of, ""),
                                   inputs=tuple(new.get(i, i) for i in x.inputs))
               for x in net.layers]  # fmt: skip
-    return Net(layers, net.inputs, renamed(net.outputs, new), net.takes)
+    return Net(layers, net.inputs, renamed(net.outputs, new), net.takes, fixed=net.fixed)
 
 
 def _broken(net: Net, names: Mapping[str, list[str]]) -> list[str] | None:

@@ -20,6 +20,7 @@ from fwt.converters.frameworks.sizes import (
     Sizes,
     by_input,
     other_sizes,
+    small,
     together,
     tried_for,
 )
@@ -100,12 +101,16 @@ def at_sizes(
     made = Graph(nodes, graph.inputs, graph.outputs, graph.input_shape) if new else graph
     model = Model(made, one.model.variables)
     # An index beyond a shorter axis is cut off by JAX, and a roll goes around it more than once.
+    least = next(small(free, shapes, tries(runs)), {})
+    fits = not least or tries(lambda xs: check(model, xs))(least)
     for sizes in free:
         (size,) = {shapes[i][axis] for i, axis in sizes}
-        for short in _shorter(nodes, one.lengths, found, size):
-            at = dict.fromkeys(sizes, short)
+        shorter = [dict.fromkeys(sizes, n) for n in _shorter(nodes, one.lengths, found, size)]
+        for at in [*shorter, *([] if fits else small([sizes], shapes, tries(runs)))]:
             if tries(runs)(at) and not tries(lambda xs: check(model, xs))(at):
                 bound |= set(sizes)
+    if not fits and bound.isdisjoint(least):
+        bound |= set(least)
     if not bound:
         return model
     fixed = by_input(bound, names, shapes)

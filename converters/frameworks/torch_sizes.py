@@ -118,7 +118,9 @@ def fixed(
         free, alone = other_sizes(shapes, runs, first)
         bound |= {place for places in alone for place in places}
         differs = _differs(written(net), read, inputs) if free else None
-        if differs and differs(together(free, shapes, runs)):
+        if not differs:
+            continue
+        if differs(together(free, shapes, runs)):
             left = [sizes for sizes in free if not differs(sizes)]
             # Those that are free one by one may still be compared with each other.
             if len(left) > 1 and differs(together(left, shapes, runs)):

@@ -45,6 +45,8 @@ ONE = {
     "a rest by three": lambda x: x * 2 if x.shape[1] % 3 == 2 else x,
     "cut off by JAX": lambda x: x[:, 5],  # where it is shorter
     "cut off from the end": lambda x: x[:, -3],
+    "a number below": lambda x: x if x.shape[1] > 3 else x * 2,
+    "a least number": lambda x: x.sum(1) / max(x.shape[1], 6),
     "heads": lambda x: x.reshape(x.shape[0], x.shape[1], 2, 3).swapaxes(1, 2),
     "rolled by three": lambda x: jnp.roll(x, 3, 1),
     "rolled back by three": lambda x: jnp.roll(x, -3, 1),
@@ -106,6 +108,14 @@ def test_what_follows_from_its_size_takes_that_alone(name):
         graph(numbers(2, 11, 5))
     with pytest.raises(Exception, match="converted for 8 along axis 1"):
         there(torch.tensor(numbers(2, 11, 5)))
+
+
+def test_keras_keeps_the_size_too():
+    graph, x = graph_of("a factor"), numbers(2, 8, 5)
+    there = converters.to_keras(graph)
+    np.testing.assert_allclose(np.asarray(there(x)), graph(x), atol=1e-5)
+    with pytest.raises(ValueError, match="expected shape"):
+        there(numbers(2, 11, 5))
 
 
 def test_an_axis_that_a_layer_holds_is_not_fixed():

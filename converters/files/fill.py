@@ -1,6 +1,7 @@
 """Weights from a file into an architecture from elsewhere, every name and shape checked."""
 
 import contextlib
+import dataclasses
 import itertools
 import os
 import re
@@ -488,6 +489,8 @@ def _key(layer: Layer, name: str) -> list[str]:
 
 def _torch(model: Model) -> list[Layer]:
     net = _flax.read_flax(*model)
+    # The names are the same in any dtype, also in one that torch's layers can't compute in.
+    net.layers = [dataclasses.replace(x, dtype=None) for x in net.layers]
     try:
         return torch_layers.torch_net(net, "channels_first", arrays_only=True).layers
     except ConversionError:

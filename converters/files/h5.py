@@ -399,7 +399,7 @@ def fill_legacy(
     ]
     if named.match == "order":
         held = h5_names.in_order(held, tops, path)
-    h5_names.check_names(held, tops, path)
+    h5_names.check_names(held, tops, wanted, path)
     for top, stored in held.items():
         expected = [
             (outer, part, name)

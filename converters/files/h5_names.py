@@ -1,7 +1,7 @@
 """Whose the arrays of a Keras file are, where rename=, drop= or match='order' say it."""
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +55,11 @@ def in_order(held: Held, wanted: Iterable[str], path: Path) -> Held:
     return {layer: held[top] for layer, top in zip(layers, tops, strict=True)}
 
 
-def check_names(held: Held, wanted: list[str], path: Path) -> None:
-    """Raises unless an older .h5 file has the layers with these names."""
+def check_names(held: Held, wanted: list[str], known: Container[str], path: Path) -> None:
+    """Raises unless an older .h5 file has the layers with these names, and none but the known."""
     tops = [name for name, own in held.items() if own]
     missing = [name for name in wanted if name not in tops]
-    more = [name for name in tops if name not in wanted]
+    more = [name for name in tops if name not in known]
     if not missing and not more:
         return
     said = [f"{what} {_some(names)}" for what, names in (

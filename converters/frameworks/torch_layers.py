@@ -37,8 +37,7 @@ def with_selected(layers: list[Layer]) -> list[Layer]:
 def torch_net(net: Net, layout: str, arrays_only: bool = False, dry: bool = False) -> Net:
     """A net of Flax as one of torch."""
     new = convert.convert(net, "flax", "torch", layout, arrays_only, dry)
-    if not arrays_only:
-        policy.check_torch(new.layers)
+    policy.check_torch(new.layers)
     return folded(new, fold_torch)
 
 

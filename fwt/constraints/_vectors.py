@@ -78,18 +78,8 @@ def power_of_two(big: Array) -> Array:
     return lax.stop_gradient(jnp.where(usable, power, 1))
 
 
-_SMALL = 1 << 16
-
-
 def _largest(w: Array, dims: tuple[int, ...]) -> Array:
-    w = lax.stop_gradient(w)
-    if jnp.iscomplexobj(w) or w.size > _SMALL:
-        return jnp.max(jnp.abs(w), axis=dims, keepdims=True, initial=0)
-    # As one kernel: of small leaves the compiler's time counts. XLA leaves the reduction of one
-    # number out, so that its magnitude is still to be taken.
-    dims = tuple(d % w.ndim for d in dims)
-    found = lax.reduce(w, w.dtype.type(0), lambda a, b: lax.max(lax.abs(a), lax.abs(b)), dims)
-    return lax.expand_dims(lax.abs(found), dims)
+    return lax.stop_gradient(jnp.max(jnp.abs(w), axis=dims, keepdims=True, initial=0))
 
 
 def polar(leaf: Any, axes: Axes, axis: Axis) -> tuple[Array, Array, Array]:

@@ -159,7 +159,7 @@ class Sequential(nn.Module, KnowsAxes):
     @nn.nowrap
     def _reordering(self) -> str:
         """A layer that counts several axes as one; empty where none does."""
-        inner = (x.layer._reordering() for x in self.layers if isinstance(x.layer, Sequential))
+        inner = (x.layer._reordering() for x in self.layers if isinstance(x.layer, KnowsAxes))
         own = reordering(((x.name, x.layer) for x in self.layers), self._flattened_sizes())
         return own or next(filter(None, inner), "")
 

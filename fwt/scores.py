@@ -556,7 +556,7 @@ def wanda(module: Any, batch: Any, **collections: Any) -> Score:
         new = {p: jnp.abs(x) for p, x in tree.untied().items() if _differentiable(x)}
         asked = _calls.ASKED.get()
         if asked is not None:  # a kernel that met no inputs has no score, whoever takes it
-            new |= {p: x * jnp.nan for p, x in new.items() if p not in asked and x.ndim > 1}
+            new |= {p: new[p] * jnp.nan for p in new if p not in asked and p.endswith("/kernel")}
         return tree.replace(
             {p: x * jnp.sqrt(squares[p]) if p in squares else x for p, x in new.items()}
         )

@@ -242,7 +242,7 @@ def _compare(
         ],
     }
     if any(told.values()):
-        said = "; ".join(f"{what}: {_some(names)}" for what, names in told.items() if names)
+        said = "; ".join(f"{what}: {_names.some(names)}" for what, names in told.items() if names)
         count = sum(found.get(n) == shape for n, shape in wanted.items())
         if not strict or not count:
             hint = hint.replace(", and strict=False takes what fits", "")
@@ -436,11 +436,6 @@ def _summed(pairs: list[Pair]) -> list[Pair]:
     return [(places, value, name) for name, (places, value) in held.items()]
 
 
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return ", ".join(names[:8]) + more
-
-
 def _found(
     variables: Any, how: Names, path: Path, wrapped: Mapping[str, str | None]
 ) -> dict[str, np.ndarray]:
@@ -571,7 +566,9 @@ def _in_order(
     ends = {name.rpartition(".")[2] for name in found}
     # The names of arrays tell whose they are, where those of layers do not.
     own = [f for f in fitting if ends <= {p[2].rpartition(".")[2] for p in f[1]}]
-    fitting = own or ([] if why else fitting)  # it may be of the one that is not known
+    if not own and "torch" in why and any(end.startswith("weight") for end in ends):
+        fitting = []  # its kernels would stay as torch has them
+    fitting = own or fitting
     if fitting and all(_same_places(f[1], fitting[0][1]) for f in fitting):
         return fitting[0][1]
     shapes = [list(v.shape) for v in list(found.values())[:6]]

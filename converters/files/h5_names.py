@@ -10,7 +10,7 @@ import numpy as np
 from fwt import _tree
 from fwt._types import FileFormatError, Model
 from fwt.converters.files import names as _names
-from fwt.converters.files.names import Names
+from fwt.converters.files.names import Names, some
 from fwt.converters.rows import table
 from fwt.converters.rows.row import Layer
 
@@ -48,8 +48,8 @@ def in_order(held: Held, wanted: Iterable[str], path: Path) -> Held:
     tops, layers = [name for name, own in held.items() if own], list(wanted)
     if len(tops) != len(layers):
         raise FileFormatError(
-            f"{path}: match='order': it holds {len(tops)} layers with weights, {_some(tops)}, and "
-            f"the architecture has {len(layers)}, {_some(layers)}; drop=['a_layer/**'] leaves one "
+            f"{path}: match='order': it holds {len(tops)} layers with weights, {some(tops)}, and "
+            f"the architecture has {len(layers)}, {some(layers)}; drop=['a_layer/**'] leaves one "
             "out"
         )
     return {layer: held[top] for layer, top in zip(layers, tops, strict=True)}
@@ -62,7 +62,7 @@ def check_names(held: Held, wanted: list[str], known: Container[str], path: Path
     more = [name for name in tops if name not in known]
     if not missing and not more:
         return
-    said = [f"{what} {_some(names)}" for what, names in (
+    said = [f"{what} {some(names)}" for what, names in (
         ("it holds weights of no layer of the model:", more),
         ("it holds none of", missing)) if names]  # fmt: skip
     ways = []
@@ -93,12 +93,12 @@ def groups(tree: Mapping[str, Any], wanted: list[str], named: Names, path: Path)
             how = {more[0]: missing[0]}
             way = f"; rename={how!r} and the like say whose arrays they are"
         raise FileFormatError(
-            f"{path}: it holds no arrays in {_some(missing)}, but in {_some(held)}{way}"
+            f"{path}: it holds no arrays in {some(missing)}, but in {some(held)}{way}"
         )
     if more:
         globs = [f"{name}/**" for name in more]
         raise FileFormatError(
-            f"{path}: the architecture has no layer for {_some(more)}; drop={globs!r} leaves them "
+            f"{path}: the architecture has no layer for {some(more)}; drop={globs!r} leaves them "
             "out"
         )
     return tree
@@ -128,8 +128,8 @@ def _by_number(tree: Mapping[str, Any], wanted: list[str], path: Path) -> dict[s
         found = [f"layers/{n}" for n in level] or _held(tree)
         raise FileFormatError(
             f"{path}: match='order': it numbers the layers of each class by themselves, and these "
-            f"are not the architecture's: it holds {_some(found)}, expected "
-            f"{_some([f'layers/{n}' for n in inner])}; rename={{'group': 'layers/dense'}} says "
+            f"are not the architecture's: it holds {some(found)}, expected "
+            f"{some([f'layers/{n}' for n in inner])}; rename={{'group': 'layers/dense'}} says "
             "whose a group is"
         )
     out = dict[str, Any]()
@@ -181,7 +181,7 @@ def check_taken(tree: Mapping[str, Any], taken: set[str], path: Path) -> None:
     if left:
         globs = [f"{name}/**" for name in left]
         raise FileFormatError(
-            f"{path}: the architecture takes no arrays of {_some(left)}; drop={globs[:8]!r} leaves "
+            f"{path}: the architecture takes no arrays of {some(left)}; drop={globs[:8]!r} leaves "
             "them out"
         )
 
@@ -204,8 +204,3 @@ def check_order(layers: list[Layer], path: Path) -> None:
                     "with rename="
                 )
         forms.append((layer.name, form))
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return (", ".join(names[:8]) or "none") + more

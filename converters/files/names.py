@@ -265,3 +265,9 @@ def _parts(text: str) -> list[str]:
 
 def _path(parts: Sequence[str]) -> str:
     return "/".join(map(_tree.escape, parts))
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of these names, and how many more there are."""
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return (", ".join(names[:8]) or "none") + more

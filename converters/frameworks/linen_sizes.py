@@ -6,7 +6,7 @@ where anything else changes, the Graph takes one size alone (``sizes``).
 """
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,13 +20,12 @@ from fwt.converters.frameworks.sizes import (
     Sizes,
     by_input,
     other_sizes,
-    small,
     together,
     tried_for,
 )
 
 
-class Reading(NamedTuple):
+class AtExample(NamedTuple):
     """What a module is at an example; ``lengths`` is, by name of a Slice, the size that it cuts."""
 
     model: Model
@@ -34,10 +33,10 @@ class Reading(NamedTuple):
 
 
 def at_sizes(
-    one: Reading,
+    one: AtExample,
     inputs: Sequence[Any],
     runs: Callable[[Sequence[Any]], Any],
-    read: Callable[[Sequence[Any]], Reading],
+    read: Callable[[Sequence[Any]], AtExample],
     check: Callable[[Model, Sequence[Any]], None],
 ) -> Model:
     """The model that is right at any size that it takes.
@@ -62,7 +61,7 @@ def at_sizes(
         def taken(sizes: Sizes) -> bool:
             try:
                 run(resized(sizes))
-            except Exception:  # noqa: BLE001 - a user's module may raise any class: it takes no such size
+            except Exception:  # noqa: BLE001 - a user's module may raise any class: it takes no such size, as a graph may
                 return False
             return True
 
@@ -76,7 +75,7 @@ def at_sizes(
         if any(takes(dict.fromkeys(p, n)) for p in _groups(places) for n in tried_for(size)):
             bound |= set(places)
 
-    def readings(free: Sequence[Sizes]) -> list[Reading | None]:
+    def readings(free: Sequence[Sizes]) -> list[AtExample | None]:
         """At other sizes of all axes, and where that tells of a change, of each."""
         if not free:
             return []
@@ -101,12 +100,12 @@ def at_sizes(
     made = Graph(nodes, graph.inputs, graph.outputs, graph.input_shape) if new else graph
     model = Model(made, one.model.variables)
     # An index beyond a shorter axis is cut off by JAX, and a roll goes around it more than once.
-    least = next(small(free, shapes, tries(runs)), {})
+    least = next(_small(free, shapes, tries(runs)), {})
     fits = not least or tries(lambda xs: check(model, xs))(least)
     for sizes in free:
         (size,) = {shapes[i][axis] for i, axis in sizes}
         shorter = [dict.fromkeys(sizes, n) for n in _shorter(nodes, one.lengths, found, size)]
-        for at in [*shorter, *([] if fits else small([sizes], shapes, tries(runs)))]:
+        for at in [*shorter, *([] if fits else _small([sizes], shapes, tries(runs)))]:
             if tries(runs)(at) and not tries(lambda xs: check(model, xs))(at):
                 bound |= set(sizes)
     if not fits and bound.isdisjoint(least):
@@ -118,7 +117,7 @@ def at_sizes(
     return Model(made.clone(fixed=told), model.variables)
 
 
-def _read(read: Callable[[Sequence[Any]], Reading], inputs: Sequence[Any]) -> Reading | None:
+def _read(read: Callable[[Sequence[Any]], AtExample], inputs: Sequence[Any]) -> AtExample | None:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -127,12 +126,24 @@ def _read(read: Callable[[Sequence[Any]], Reading], inputs: Sequence[Any]) -> Re
         return None
 
 
+def _small(
+    free: Sequence[Sizes], shapes: Sequence[Sequence[int]], runs: Callable[[Sizes], bool]
+) -> Iterator[dict[Place, int]]:
+    """The least sizes of axes, all of one, at which a module runs: what compares a size with a
+    number below that of the example does something else there."""
+    size = {p: shapes[p[0]][p[1]] for sizes in free for p in sizes}
+    for least in (1, 2, 3, 5, 8, 16, 32, 64):
+        sizes = dict.fromkeys(size, least)
+        if size and least < min(size.values()) and runs(sizes):
+            yield sizes
+
+
 def _groups(places: Sequence[Place]) -> list[Sequence[Place]]:
     return [places, *([p] for p in places if len(places) > 1)]
 
 
 def _shorter(
-    nodes: Sequence[Node], lengths: Mapping[str, int], found: Sequence[Reading | None], size: int
+    nodes: Sequence[Node], lengths: Mapping[str, int], found: Sequence[AtExample | None], size: int
 ) -> list[int]:
     """Sizes of an axis at which something that is cut along it may be out of reach."""
     out: set[int] = set()
@@ -149,11 +160,11 @@ def _shorter(
 _SHORT = 4  # shorter sizes that are tried of an axis
 
 
-def _same(one: Reading, other: Reading) -> bool:
+def _same(one: AtExample, other: AtExample) -> bool:
     return _changed(one, [other]) == {}
 
 
-def _changed(one: Reading, others: Sequence[Reading | None]) -> dict[str, Any] | None:
+def _changed(one: AtExample, others: Sequence[AtExample | None]) -> dict[str, Any] | None:
     """By name, the layers that say at any size what several readings say at theirs, where these
     differ; None where no layer does."""
     (graph, weights), new = one.model, dict[str, Any]()

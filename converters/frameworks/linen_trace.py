@@ -28,7 +28,7 @@ from fwt._types import ConversionError, Model
 from fwt.converters import judge
 from fwt.converters.frameworks import linen_rules, linen_values
 from fwt.converters.frameworks.linen_nodes import Reader
-from fwt.converters.frameworks.linen_sizes import Reading, at_sizes
+from fwt.converters.frameworks.linen_sizes import AtExample, at_sizes
 from fwt.converters.frameworks.linen_values import Equations, Held, Layered, Reopen
 from fwt.converters.rows import table
 from fwt.converters.rows.row import joined, refuse
@@ -51,7 +51,7 @@ def is_own(module: Any) -> bool:
     return isinstance(module, nn.Module) and own
 
 
-def traced(module: Any, variables: Any, input_shape: Any) -> Model:
+def traced(module: Any, variables: Any, input_shape: Any, sizes: bool = True) -> Model:
     """A linen module as a Graph with the same predictions.
 
     Args:
@@ -59,6 +59,7 @@ def traced(module: Any, variables: Any, input_shape: Any) -> Model:
         variables: its variables.
         input_shape: the shape of its input without the batch axis, or a list of shapes, or an
             example of each input.
+        sizes: whether the graph is to be right at other sizes too, or to refuse them.
 
     Returns:
         ``Model(graph, variables)`` with NumPy leaves, under the paths that they have.
@@ -83,7 +84,7 @@ def traced(module: Any, variables: Any, input_shape: Any) -> Model:
     def tracing(opened: Collection[str]) -> Any:
         return nn.intercept_methods(_Whole(opened))
 
-    return traced_call(run, tracing, variables, input_shape, type(module))
+    return traced_call(run, tracing, variables, input_shape, type(module), sizes)
 
 
 def arguments_of(cls: Any, count: int) -> list[str]:
@@ -105,6 +106,7 @@ def traced_call(
     variables: Mapping[str, Any],
     input_shape: Any,
     cls: Any,
+    sizes: bool = True,
 ) -> Model:
     """A function of variables and inputs as a Graph; ``tracing`` gives the context in which the
     layers are opaque but those of the paths that it is given, and ``cls`` is the class of the
@@ -112,7 +114,7 @@ def traced_call(
     name, opened = cls.__name__, dict[str, str]()  # by path, why
     inputs = _inputs(run, variables, input_shape, name)
 
-    def read(inputs: Sequence[Any]) -> tuple[Reading, list[str]]:
+    def read(inputs: Sequence[Any]) -> tuple[AtExample, list[str]]:
         return _opening(run, tracing, variables, inputs, name, cls, opened)
 
     def runs(inputs: Sequence[Any]) -> None:
@@ -130,6 +132,8 @@ def traced_call(
             "them, or only by arrays that are computed from weights and stand there as they are",
             stacklevel=5,
         )
+    if not sizes:
+        return one.model
     return at_sizes(one, inputs, runs, lambda inputs: read(inputs)[0], check)
 
 
@@ -141,7 +145,7 @@ def _opening(
     name: str,
     cls: Any,
     opened: dict[str, str],
-) -> tuple[Reading, list[str]]:
+) -> tuple[AtExample, list[str]]:
     """The graph, with the parts of those layers whose rows can't say their calls, which are noted
     in ``opened``; and the paths of the weights that it lacks."""
     (batch,) = export.symbolic_shape("b")
@@ -181,7 +185,7 @@ def _opening(
 
 def _read(
     closed: Any, form: Any, variables: Any, inputs: Sequence[Any], cls: Any
-) -> tuple[Reading, list[str]]:
+) -> tuple[AtExample, list[str]]:
     name = cls.__name__
     flat, _ = jax.tree_util.tree_flatten_with_path(variables)
     held = [Held(tuple(str(k.key) for k in path), value) for path, value in flat]
@@ -207,7 +211,7 @@ def _read(
     shapes = tuple(tuple(x.shape[1:]) for x in inputs)
     ins: Any = names[0] if len(names) == 1 else tuple(names)
     graph = Graph(nodes, ins, outputs, shapes[0] if len(shapes) == 1 else shapes)
-    return Reading(Model(graph, kept), reader.lengths(nodes)), left
+    return AtExample(Model(graph, kept), reader.lengths(nodes)), left
 
 
 # -- inputs ---------------------------------------------------------------------------------------

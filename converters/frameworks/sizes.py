@@ -5,7 +5,7 @@ other sizes that it takes: where its layers stay the same, they are right at any
 """
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 Place = tuple[int, int]  # the number of an input, and an axis of it
 Sizes = Mapping[Place, int]
@@ -60,18 +60,6 @@ def _prime(least: int) -> int:
     return next(p for p in itertools.count(max(least, 7)) if all(p % k for k in range(2, p)))
 
 
-def small(
-    free: Sequence[Mapping[Place, int]], shapes: Shapes, runs: Callable[[Sizes], bool]
-) -> Iterator[dict[Place, int]]:
-    """The least sizes of axes, all of one, at which a model runs: what compares a size with a
-    number below that of the example does something else there."""
-    size = {p: shapes[p[0]][p[1]] for sizes in free for p in sizes}
-    for least in (1, 2, 3, 5, 8, 16, 32, 64):
-        sizes = dict.fromkeys(size, least)
-        if size and least < min(size.values()) and runs(sizes):
-            yield sizes
-
-
 def together(
     free: Sequence[Mapping[Place, int]], shapes: Shapes, runs: Callable[[Sizes], bool]
 ) -> dict[Place, int]:
@@ -80,9 +68,11 @@ def together(
     for sizes in free:
         (size,) = {shapes[i][axis] for i, axis in sizes}
         (other,) = set(sizes.values())
-        if other in out.values():
-            apart = dict.fromkeys(sizes, size + _prime(max(other - size, *out.values()) + 1))
-            other = next(iter(apart.values())) if runs({**out, **apart}) else other
+        apart = other
+        while apart in out.values():
+            apart = size + _prime(apart - size + 1)
+        if apart != other and runs({**out, **dict.fromkeys(sizes, apart)}):
+            other = apart
         out |= dict.fromkeys(sizes, other)
     return out
 

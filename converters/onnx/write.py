@@ -294,7 +294,7 @@ def _of_layers(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of arrays that it lacks
-            graph, kept = linen_trace.traced(module, variables, examples)
+            graph, kept = linen_trace.traced(module, variables, examples, sizes=False)
     except ConversionError:
         return module, undo
     old, new = (_tree.Tree({"params": dict(v)}, whole=True).leaves for v in (variables, kept))

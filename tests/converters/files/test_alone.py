@@ -299,3 +299,18 @@ def test_a_path_is_no_tree(tmp_path, look):
             fwt.LeafError, match=r"is the path of a file: .*load\(path, module=False"
         ):
             look(path)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "mixed_float16"])
+def test_the_order_of_a_torch_file_turns_square_kernels(tmp_path, dtype):
+    """Also where torch's layers can't compute in the dtype of the architecture."""
+    layers = [keras.Input((4,)), L.Dense(4, dtype=dtype), L.Dense(4, dtype=dtype)]
+    net = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4))
+    torch.save(net.state_dict(), tmp_path / "a.pt")
+    model = converters.load(
+        tmp_path / "a.pt", architecture=keras.Sequential(layers), match="order", strict=True
+    )
+    kernels = [v for p, v in fwt.select(model).items() if p.endswith("kernel")]
+    for kernel, layer in zip(kernels, net, strict=True):
+        wanted = layer.weight.detach().numpy().T.astype(kernel.dtype)
+        np.testing.assert_array_equal(kernel, wanted)

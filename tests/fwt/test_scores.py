@@ -195,8 +195,12 @@ def test_wanda_asks_only_for_the_layers_that_are_pruned(kind):
             np.testing.assert_array_equal(fwt.select(found, "**")[path], value)
     with pytest.raises(fwt.LeafError, match=r"fwt.at holds .* back: fwt.prune\(..., where=\)"):
         fwt.at(first, fwt.prune(0.5, S.wanda(net, x)))(params)
-    twice = fwt.prune(0.5, lambda p: S.wanda(net, x)(p), where=first)  # inside another score
+    seen = []
+    twice = fwt.prune(0.5, lambda p: seen.append(S.wanda(net, x)(p)) or seen[-1], where=first)
     np.testing.assert_array_equal(fwt.select(twice(params), first)[first], wanted)
+    unseen = [v for p, v in fwt.select(seen[0], others).items() if p.endswith("/kernel")]
+    assert unseen
+    assert all(np.isnan(v).all() for v in unseen)  # magnitudes are no scores of wanda
     with pytest.raises(fwt.LeafError, match=r"can't be kept: leave it out with where="):
         fwt.prune(0.5, S.wanda(net, x))(params)
     with pytest.raises(fwt.LeafError, match=r"can't be kept: take another score"):

@@ -1,4 +1,4 @@
-"""Scores: what a weight is worth; higher = keep.
+"""Scores: what a weight is worth; higher = keep. They are float32, where (1e-20)**2 is 0.
 
 A score is ``(params, *, grads=None, key=None, ...) -> Scores``, the same tree of real numbers, or
 these by path. It names the context that it needs, and whoever calls it supplies that. Called

@@ -295,7 +295,7 @@ def _watching(cls: Any) -> Any:
     return made(cls.__name__, (cls,), {"__call__": call})
 
 
-def _copied(module: Any, params: Any) -> Any:
+def copied(module: Any, params: Any) -> Any:
     """A copy of an nnx module in eval mode, with the values of another or of a state."""
     from flax import nnx
 
@@ -309,7 +309,7 @@ def _copied(module: Any, params: Any) -> Any:
 def _run_nnx(
     what: str, module: Any, params: Any, batch: Any, see: See, wanted: Collection[str] | None
 ) -> None:
-    own = _copied(module, params)
+    own = copied(module, params)
     tree = _tree.Tree(own)
     layers = [
         ("/".join(map(_tree.escape, (*parts, "kernel"))), layer)

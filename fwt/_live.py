@@ -2,14 +2,17 @@
 
 import contextlib
 import dataclasses
+import functools
+import operator
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
-from fwt import _paths, _tree
+from fwt import _equal, _nodes, _paths, _tree
 from fwt._modules import Known
 
 # By path, what the classes of its layers tell.
@@ -50,3 +53,22 @@ def knowing(
         GRADIENTS.reset(other)
         _paths.OWN.reset(names)
         _paths.STATISTICS.reset(beside)
+
+
+def of_ties(tree: _tree.Tree, grads: Any) -> Any:
+    """The gradients, at each path of a tie the sum of those at all: what the one array has."""
+    grads = GRADIENTS.get()(grads, tree.leaves)
+    given = _tree.Tree(grads)
+    new: dict[str, Any] = {}
+    for group in [*tree.ties, *tree.perhaps]:
+        if all(p in given.leaves for p in group):
+            one = tree.leaves[group[0]]
+            parts = [_nodes.turned(tree.leaves[p], one, given.leaves[p]) for p in group]
+            total: Any = functools.reduce(operator.add, parts)
+            if group in tree.perhaps:  # if they are one when the program runs
+                same = [_equal.same_bits(one, tree.leaves[p]) for p in group[1:]]
+                tied = functools.reduce(operator.and_, same)
+                new |= {p: jnp.where(tied, total, given.leaves[p]) for p in group}
+                continue
+            new |= {p: _nodes.turned(one, tree.leaves[p], total) for p in group}
+    return given.replace(new, ties=False) if new else grads

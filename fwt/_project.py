@@ -18,6 +18,7 @@ from fwt._types import (
     Params,
     Transform,
     Where,
+    check_takes,
     hashes,
     resolve,
     with_inside,
@@ -73,6 +74,8 @@ def project(
         )
     if not ours and getattr(chosen, "__module__", "").startswith("fwt.constraints"):
         raise TypeError(f"fwt.constraints.{chosen.__name__} needs arguments: call it first")
+    if not ours:
+        check_takes(chosen, "project: a constraint", "leaf, axes")
     if masks is not None and not getattr(chosen, "keeps_zeros", False):
         raise FwtError(
             f"{getattr(chosen, 'name', chosen)!r} does not declare that it keeps zeros, so it "

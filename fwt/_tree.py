@@ -22,7 +22,7 @@ from fwt._paths import near as near
 from fwt._paths import of_keras as of_keras
 from fwt._paths import split as split
 from fwt._paths import unescape as unescape
-from fwt._types import LeafError, Model, Params, Where, WhereError
+from fwt._types import LeafError, Model, Params, Where, WhereError, check_takes
 
 if TYPE_CHECKING:
     import jax
@@ -360,6 +360,7 @@ def _resolve(where: Where, shapes: Mapping[str, "jax.ShapeDtypeStruct"], tree: T
         raise WhereError(said)
     # A function is a leaf of its own; an equinox module or a Model of bools can be called too.
     if callable(where) and jax.tree.leaves(where) == [where]:
+        check_takes(where, "where=: a predicate", "path, leaf")
         answers = {p: where(p, x) for p, x in shapes.items()}
         for path, answer in answers.items():
             if not isinstance(answer, bool | np.bool_):

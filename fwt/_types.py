@@ -73,6 +73,20 @@ def resolve(x: Any) -> Any:
     return x() if getattr(x, "__fwt_noun__", False) else x
 
 
+def check_takes(function: Callable[..., Any], what: str, names: str) -> None:
+    """Raises for a function that can't be called with arguments of these names."""
+    import inspect
+
+    takes: Any = None  # a function may have no signature
+    try:
+        (takes := inspect.signature(function)).bind(*names.split(", "))
+    except (TypeError, ValueError) as error:
+        if takes is not None:
+            raise TypeError(
+                f"{what} takes {names}; found one of {takes}: lambda {names}: ..."
+            ) from error
+
+
 def hashes(x: Any) -> bool:
     """Whether ``x`` can be a static argument of jit; one that holds a tracer can't."""
     try:

@@ -8,14 +8,15 @@ without params, one of ours is itself with that context bound: ``saliency(grads=
 import functools
 import inspect
 import operator
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from fwt import _apart, _calls, _equal, _keys, _live, _mesh, _nodes, _paths, _tree
-from fwt._types import FwtError, LeafError, Params, Score, Scores
+from fwt import _apart, _calls, _keys, _live, _mesh, _nodes, _paths, _tree
+from fwt._types import FwtError, LeafError, Model, Params, Score, Scores
 from fwt.selection.keys import magnitude_key
 
 __all__ = [
@@ -52,7 +53,7 @@ def _map(function: Callable[..., Any], params: Params, **others: Any) -> Scores:
     product of two small numbers is 0 in half precision; the rest stay."""
     tree = _tree.Tree(params)
     if "grads" in others:
-        others["grads"] = of_ties(tree, others["grads"])
+        others["grads"] = _live.of_ties(tree, others["grads"])
     trees = {name: _tree.Tree(other).leaves for name, other in others.items()}
     new = {}
     for path, leaf in tree.leaves.items():
@@ -75,15 +76,16 @@ def called(score: Score, tree: _tree.Tree, params: Params, context: Any) -> Mapp
         found = score(params, **context)
     except (TypeError, ValueError, AttributeError) as error:
         other = next((x for x in jax.tree.leaves(params) if not _nodes.is_array(x)), None)
-        if isinstance(error, FwtError) or (other is None and "pytree" not in str(error)):
+        kind, said = type(params).__name__, " ".join(str(error).split())
+        if isinstance(error, FwtError) or (other is None and not re.search(f"pytree|{kind}", said)):
             raise
-        why = " ".join(str(error).split())[:200] or type(error).__name__
         raise LeafError(
-            f"the score {getattr(score, '__name__', score)} failed on a {type(params).__name__}, "
-            "which may hold more than the arrays of weights, or be of another structure than "
-            "grads: in the score, fwt.select(params) and fwt.select(grads) are arrays by path, and "
-            f"it may return such a dict ({why})"
+            f"the score {getattr(score, '__name__', score)} failed on a {kind}: it gets all of the "
+            "params, which may hold more than arrays or be of another structure than grads; in the "
+            "score, fwt.select(params) and fwt.select(grads) are arrays by path, and it may return "
+            f"such a dict ({said[:200] or type(error).__name__})"
         ) from error
+
     if isinstance(found, dict) and found and all(path in tree.leaves for path in found):
         return {path: x for path, x in found.items() if _nodes.is_array(x)}
     return _tree.Tree(found).leaves
@@ -339,7 +341,8 @@ def _gradient_and_product(loss: Callable[..., Any], params: Params, along: str) 
 
     def slope(leaves: Mapping[str, Any]) -> Any:
         def of(new: Mapping[str, Any]) -> Any:
-            found = loss(tree.replace({p: x.astype(own[p].dtype) for p, x in new.items()}))
+            given = tree.replace({p: x.astype(own[p].dtype) for p, x in new.items()})
+            found = loss(given.variables if isinstance(given, Model) else given)
             if (shape := () if isinstance(found, float) else getattr(found, "shape", None)) != ():
                 said = type(found).__name__ if shape is None else f"an array of the shape {shape}"
                 raise FwtError(
@@ -371,8 +374,8 @@ def grasp(loss: Callable[[Any], Any]) -> Score:
 
     Args:
         loss: ``params -> scalar``, on a batch that it holds, with what :func:`fwt.prune` is
-            given: ``lambda v: loss_of(net.apply(v, x), y)`` for variables, and
-            ``net.apply({"params": p}, x)`` for the params alone.
+            given: ``lambda v: loss_of(net.apply(v, x), y)`` for variables and for a Model, of
+            which it gets these, and ``net.apply({"params": p}, x)`` for the params alone.
 
     Returns:
         A score; scores are signed.
@@ -441,7 +444,8 @@ def synflow(
     layers, in the dtype of the weights, so that a deep net may overflow it.
 
     Args:
-        module: a linen module, such as :class:`fwt.Sequential`, or a Model.
+        module: a linen module, such as :class:`fwt.Sequential`, or a Model; or an nnx module, which
+            runs in eval mode, and the score is then of such a module, or of its state.
         input_shape: of one input, without the batch axis; None takes the Sequential's own.
         input_dtype: None is int32 where a table takes the input (its row 1 alone counts), or
             float32.
@@ -475,17 +479,23 @@ def synflow(
 
     def score(params: Params) -> Scores:
         ones = [jnp.ones((1, *s), d) for s, d in zip(several, dtypes, strict=True)]
-        variables = _calls.variables("synflow", module, params, collections, beside)
+        graph = _nodes.is_graph(module)
+        variables = (
+            _calls.copied(module, params)
+            if graph
+            else _calls.variables("synflow", module, params, collections, beside)
+        )
         tree = _calls.whole("synflow", params)
-        positive = jax.tree.map(_absolute, variables)
-        weights = _tree.Tree(positive)
+        weights = _tree.Tree(variables)
+        weights = _tree.Tree(weights.replace({p: _absolute(x) for p, x in weights.leaves.items()}))
         _refuse_hidden(tree)
         kept = tree.untied()
         moving = {p: x for p, x in weights.leaves.items() if p in kept and _differentiable(x)}
 
         def flow(leaves: Mapping[str, Any]) -> Any:
             own = weights.replace(tree.with_ties(leaves))
-            return sum(map(jnp.sum, jax.tree.leaves(module.apply(own, *ones))))
+            found = own(*ones) if graph else module.apply(own, *ones)
+            return sum(map(jnp.sum, jax.tree.leaves(found)))
 
         given, whole = f"ones of {[x.shape for x in ones]}", 'input_dtype="int32"'
         with _calls.explained("synflow", module, given, "another input_shape=", whole):
@@ -579,22 +589,3 @@ def _squared_inputs(layer: Any, x: Any, shape: Any) -> Any:
 
 
 FACTORIES = (grasp, second_order_taylor, synflow, wanda)  # what has to be called first
-
-
-def of_ties(tree: _tree.Tree, grads: Params) -> Params:
-    """The gradients, at each path of a tie the sum of those at all: what the one array has."""
-    grads = _live.GRADIENTS.get()(grads, tree.leaves)
-    given = _tree.Tree(grads)
-    new: dict[str, Any] = {}
-    for group in [*tree.ties, *tree.perhaps]:
-        if all(p in given.leaves for p in group):
-            one = tree.leaves[group[0]]
-            parts = [_nodes.turned(tree.leaves[p], one, given.leaves[p]) for p in group]
-            total: Any = functools.reduce(operator.add, parts)
-            if group in tree.perhaps:  # if they are one when the program runs
-                same = [_equal.same_bits(one, tree.leaves[p]) for p in group[1:]]
-                tied = functools.reduce(operator.and_, same)
-                new |= {p: jnp.where(tied, total, given.leaves[p]) for p in group}
-                continue
-            new |= {p: _nodes.turned(one, tree.leaves[p], total) for p in group}
-    return given.replace(new, ties=False) if new else grads

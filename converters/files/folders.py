@@ -1,5 +1,6 @@
 """What stands at a path that is no file of weights of its own: folders, and configs of models."""
 
+import re
 from pathlib import Path
 
 from fwt._types import FileFormatError
@@ -48,4 +49,17 @@ def known(path: Path) -> str:
                 "is read"
             )
         return f"a SavedModel of TensorFlow, which only TensorFlow can run: {way}"
+    if path.suffix == ".pt2":
+        return (
+            "a program of torch.export, which only torch can run: "
+            f"torch.save(torch.export.load({str(path)!r}).state_dict, 'weights.pt') writes its "
+            "weights to a file that is read"
+        )
+    stem = re.sub(r"\.(index|data-\d+-of-\d+)$", "", str(path))
+    if Path(f"{stem}.index").is_file():
+        return (
+            "a checkpoint of TensorFlow, which only TensorFlow can read: "
+            f"model.load_weights({stem!r}) in Keras 2, or tf.train.Checkpoint(model=model)"
+            f".read({stem!r}), and model.save('net.keras') then writes a file that is read"
+        )
     return ""

@@ -281,15 +281,15 @@ def inside(path: Path) -> Path:
 def format_of(path: Path) -> Format:
     """The format to read a path with: by content, else by name, whose reader then says what is
     wrong with it."""
-    if not path.exists():
-        raise FileFormatError(f"{path}: no such file")
-    found = by_content(path) or (by_suffix(path) if path.is_file() else None)
+    found = by_content(path) if path.exists() else None
+    found = found or (by_suffix(path) if path.is_file() else None)
     if found in (None, _SHARDED) and (what := folders.known(path)):
         raise FileFormatError(f"{path}: {what}")
+    if not path.exists():
+        raise FileFormatError(f"{path}: no such file")
     if found is None:
-        known = ", ".join(SUFFIXES)
-        what = "folder" if path.is_dir() else "file"
-        raise FileFormatError(f"{path}: a {what} of no known format; known are {known}")
+        what = f"a {'folder' if path.is_dir() else 'file'} of no known format"
+        raise FileFormatError(f"{path}: {what}; known are {', '.join(SUFFIXES)}")
     return found
 
 

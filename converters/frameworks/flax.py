@@ -40,7 +40,14 @@ def given(module: Any, variables: Any, call: str) -> tuple[Any, Any]:
                 f"the variables of the {type(module).__name__} are missing: give them after it, or "
                 f"a Model of both, {call}"
             )
-        return module, variables
+        whole = module is None and isinstance(variables, Model)
+        return module, variables.variables if whole else variables
+    if {getattr(x, "dtype", None) for x in jax.tree.leaves(module.variables)} == {np.dtype(bool)}:
+        raise ConversionError(
+            "these are masks, no weights of the model: save(path, None, masks) writes them to "
+            ".safetensors, .npz, .msgpack, .pt or .orbax, and fwt.apply_masks(masks)(model) is the "
+            "model without the weights that they drop"
+        )
     if variables is not None:
         raise ConversionError(
             f"a Model holds its variables, so {type(variables).__name__} after it is one argument "

@@ -267,7 +267,9 @@ def _sequential(entries: list[tuple[list[str], Layer]]) -> torch.nn.Sequential:
     for first, together in itertools.groupby(entries, key=lambda e: e[0][0]):
         group = list(together)
         if not first or "." in first or first in dir(torch.nn.Sequential):
-            raise ConversionError(f"{first!r} can't be the name of a torch module")
+            raise ConversionError(
+                f"{first!r} can't be the name of a torch module: give the layer another"
+            )
         if len(group[0][0]) > 1:
             modules[first] = _sequential([(parts[1:], layer) for parts, layer in group])
             continue

@@ -279,7 +279,9 @@ def _put(root: torch.nn.Module, parts: Sequence[str], module: torch.nn.Module) -
 
 def _check_name(name: str) -> None:
     if not name or "." in name or name in dir(torch.nn.Module) or keyword.iskeyword(name):
-        raise ConversionError(f"{name!r} can't be the name of a torch module")
+        raise ConversionError(
+            f"{name!r} can't be the name of a torch module: give the layer another"
+        )
 
 
 def _identifier(name: str, taken: set[str]) -> str:

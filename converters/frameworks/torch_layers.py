@@ -1,13 +1,15 @@
 """torch's layers that stand for several, put together again."""
 
 import dataclasses
+import keyword
 from typing import Any
 
 import numpy as np
 
-from fwt.converters.rows.row import Layer, parts_of, refuse
+from fwt._graph import renamed
+from fwt.converters.rows.row import Layer, joined, parts_of, refuse
 from fwt.converters.walk import convert, policy
-from fwt.converters.walk.net import Net, folded
+from fwt.converters.walk.net import Net, folded, fresh
 
 RECURRENT = ("RNN", "LSTM", "GRU")
 
@@ -38,7 +40,62 @@ def torch_net(net: Net, layout: str, arrays_only: bool = False, dry: bool = Fals
     """A net of Flax as one of torch."""
     new = convert.convert(net, "flax", "torch", layout, arrays_only, dry)
     policy.check_torch(new.layers)
-    return folded(new, fold_torch)
+    return _named(folded(new, fold_torch))
+
+
+# What any torch module has already, so that none inside of it can have this name; written out,
+# since a file's names need no torch.
+_TAKEN = (
+    "T_destination add_module apply bfloat16 buffers call_super_init children compile cpu cuda "
+    "double dump_patches eval extra_repr float forward get_buffer get_extra_state get_parameter "
+    "get_submodule half ipu load_state_dict modules mtia named_buffers named_children "
+    "named_modules named_parameters parameters register_backward_hook register_buffer "
+    "register_forward_hook register_forward_pre_hook register_full_backward_hook "
+    "register_full_backward_pre_hook register_load_state_dict_post_hook "
+    "register_load_state_dict_pre_hook register_module register_parameter "
+    "register_state_dict_post_hook register_state_dict_pre_hook requires_grad_ set_extra_state "
+    "set_submodule share_memory state_dict to to_empty train training type xpu zero_grad"
+)
+TAKEN = frozenset(_TAKEN.split())
+
+
+def _named(net: Net) -> Net:
+    """The net under names that torch can have: no dot within a part, and none of a module's own
+    methods; in a graph, whose code spells the names out, no keyword of Python."""
+    line = net.is_line
+
+    def own(part: str) -> str:
+        new = part.replace(".", "_")
+        return f"{new}_" if new in TAKEN or (keyword.iskeyword(new) and not line) else new
+
+    split = {x.name: parts_of(x.name) for x in net.layers}
+    if all(own(part) == part for parts in split.values() for part in parts):
+        return net
+    beside: dict[tuple[str, ...], set[str]] = {}
+    for parts in split.values():
+        for i, part in enumerate(parts):
+            beside.setdefault((*parts[:i],), set()).add(part)
+    made: dict[tuple[str, ...], str] = {}
+    alias = {}
+    for name, parts in split.items():
+        for i, part in enumerate(parts):
+            if own(part) != part and (*parts[: i + 1],) not in made:
+                made[(*parts[: i + 1],)] = new = fresh(own(part), beside[(*parts[:i],)])
+                beside[(*parts[:i],)].add(new)
+        alias[name] = joined([made.get((*parts[: i + 1],), part) for i, part in enumerate(parts)])
+    return dataclasses.replace(
+        net,
+        layers=[
+            dataclasses.replace(
+                x,
+                name=alias[x.name],
+                of=alias.get(x.of, x.of),
+                inputs=tuple(alias.get(i, i) for i in x.inputs),
+            )
+            for x in net.layers
+        ],
+        outputs=renamed(net.outputs, alias),
+    )
 
 
 _MODES = {"ReflectionPad": "reflect", "ReplicationPad": "replicate", "CircularPad": "circular"}

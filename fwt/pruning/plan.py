@@ -243,7 +243,7 @@ class Plan:
             params = _tree.hidden(params, names)
         tree = _tree.Tree(params)
         if "grads" in context and (bare or not ours):  # ours do so themselves
-            context["grads"] = scores.of_ties(tree, context["grads"])
+            context["grads"] = _live.of_ties(tree, context["grads"])
         token = _calls.ASKED.set({*names, *(p for n in names for p in tree.others(n))})
         try:
             found = scores.called(score, tree, params, context)

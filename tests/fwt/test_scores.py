@@ -557,3 +557,63 @@ def test_what_a_loss_takes_and_gives(make, problem):
     ):
         with pytest.raises(fwt.FwtError, match=f"gives one number for the params, {said}"):
             make(wrong)(params)
+
+
+def test_a_loss_gets_the_variables_of_a_model(problem):
+    net, params, (x, y), _ = problem
+    model = fwt.Model(net, {"params": params})
+
+    def loss(variables):
+        return jnp.mean((net.apply(variables, x) - y) ** 2)
+
+    for score in (S.grasp(loss), S.second_order_taylor(loss)):
+        close(score(model).variables, score(model.variables))
+    pruned = fwt.prune(0.5, S.grasp(loss), scope="global")
+    close(pruned(model).variables, pruned(model.variables))
+
+
+class Flows(nnx.Module):
+    def __init__(self, rngs):
+        self.a = nnx.Linear(4, 6, rngs=rngs)
+        self.norm = nnx.BatchNorm(6, rngs=rngs)
+        self.drop = nnx.Dropout(0.5, rngs=rngs)
+        self.b = nnx.Linear(6, 3, rngs=rngs)
+        self.norm.mean[...] = jnp.arange(6.0) - 3
+        self.norm.var[...] = jnp.arange(6.0) + 0.5
+
+    def __call__(self, x):
+        return self.b(self.drop(nnx.relu(self.norm(self.a(x)))))
+
+
+class Flow(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(use_running_average=True, name="norm")(nn.Dense(6, name="a")(x))
+        return nn.Dense(3, name="b")(nn.relu(x))
+
+
+def test_synflow_of_nnx():
+    net = Flows(nnx.Rngs(0))
+    whole = nnx.to_pure_dict(nnx.state(net, nnx.Param))
+    stats = nnx.to_pure_dict(nnx.state(net, nnx.BatchStat))
+    variables = {"params": whole, "batch_stats": stats}
+    expected = S.synflow(Flow(), (4,))(variables)["params"]
+    score = S.synflow(net, (4,))
+    state = nnx.state(net)
+    jitted = jax.jit(score)(state)
+    for name in "ab":
+        for found in (getattr(score(net), name), score(state)[name], jitted[name]):
+            kernel = found["kernel"] if isinstance(found, dict | nnx.State) else found.kernel
+            np.testing.assert_allclose(kernel[...], expected[name]["kernel"], rtol=1e-6)
+    pruned = fwt.prune(0.5, score, scope="global")(net)
+    truth = fwt.prune(0.5, S.synflow(Flow(), (4,)), scope="global")(variables)
+    np.testing.assert_array_equal(pruned.a.kernel[...], truth["params"]["a"]["kernel"])
+
+
+def test_a_score_gets_the_whole_tree(problem):
+    _, params, _, _ = problem
+    for score in (jnp.abs, lambda w: w * w):
+        with pytest.raises(
+            fwt.LeafError, match=r"it gets all of the params.*fwt\.select\(params\)"
+        ):
+            fwt.prune(0.5, score)(params)

@@ -337,3 +337,17 @@ def test_a_noun_of_another_library_is_told_under_its_name_here(verb, make, own):
     }[verb]
     with pytest.raises((TypeError, fwt.FwtError), match=own):
         call()
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        lambda: fwt.project(lambda w: w),
+        lambda: fwt.project(jnp.abs),
+        lambda: fwt.prune(0.5, where=lambda path: True),
+        lambda: fwt.prune(0.5, where=lambda path, leaf, more: True),
+    ],
+)
+def test_a_function_of_ones_own_is_told_what_it_takes(verb):
+    with pytest.raises(TypeError, match=r"takes (leaf, axes|path, leaf); found one of \("):
+        verb()({"d": {"kernel": np.ones((3, 4), np.float32)}})

@@ -314,3 +314,20 @@ def test_the_order_of_a_torch_file_turns_square_kernels(tmp_path, dtype):
     for kernel, layer in zip(kernels, net, strict=True):
         wanted = layer.weight.detach().numpy().T.astype(kernel.dtype)
         np.testing.assert_array_equal(kernel, wanted)
+
+
+def test_programs_and_checkpoints_that_another_library_alone_reads(tmp_path):
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4))
+    program = torch.export.export(net, (torch.ones(2, 3),))
+    torch.export.save(program, tmp_path / "net.pt2")
+    way = r"torch\.save\(torch\.export\.load\(.*\)\.state_dict, 'weights\.pt'\)"
+    with pytest.raises(fwt.FileFormatError, match=way):
+        converters.load(tmp_path / "net.pt2")
+    torch.save(torch.export.load(tmp_path / "net.pt2").state_dict, tmp_path / "weights.pt")
+    weight = converters.load(tmp_path / "weights.pt").variables["params"]["0"]["weight"]
+    np.testing.assert_array_equal(weight, net[0].weight.detach().numpy())
+    for name in ("ck.index", "ck.data-00000-of-00001"):
+        (tmp_path / name).write_bytes(b"\0")
+    for name in ("ck", "ck.index", "ck.data-00000-of-00001"):
+        with pytest.raises(fwt.FileFormatError, match="a checkpoint of TensorFlow"):
+            converters.load(tmp_path / name)

@@ -299,3 +299,16 @@ def test_a_path_or_a_state_dict_in_the_place_of_a_model_is_told_its_function(tmp
     ):
         with pytest.raises(converters.ConversionError, match=said):
             call()
+
+
+def test_masks_of_a_model_are_saved_as_they_are(tmp_path):
+    model = converters.from_keras(KERAS)
+    masks = fwt.masks_of(fwt.prune(0.5)(model))
+    for name in ("m.safetensors", "m.npz", "m.msgpack", "m.pt", "m.orbax"):
+        with pytest.raises(fwt.ConversionError, match=r"masks.*save\(path, None, masks\)"):
+            converters.save(tmp_path / name, masks)
+        converters.save(tmp_path / name, None, masks)
+        back = converters.load(tmp_path / name).variables
+        jax.tree.map(np.testing.assert_array_equal, back, masks.variables)
+    with pytest.raises(fwt.ConversionError, match="these are masks"):
+        converters.to_torch(masks)

@@ -1,5 +1,6 @@
 """Files whose model can't be converted: their arrays alone, and what else can be done with them."""
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,9 +61,11 @@ def error_of(path: Path, model: "Model", refused: str, changed: bool) -> FwtErro
                 f"inspect shows, such as {one}, and the rest stays as it is"
             )
         if not changed:
-            more = ", and fwt prune --where changes them" if written else ""
-            ways.append(f"fwt inspect shows its arrays{more}")
-        if "expected a keras Sequential or Functional" not in refused:
+            more = ", fwt prune --where changes them" if written else ""
+            ways.append(
+                f"fwt inspect shows its arrays, fwt convert --weights-only takes them{more}"
+            )
+        if not re.search("expected a keras Sequential or Functional|it is quantised", refused):
             ways.append("--architecture net.keras puts its weights into a model of the same layers")
         if changed and transform not in refused:
             ways.append(f"{transform} changes a live model in Python")

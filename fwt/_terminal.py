@@ -192,7 +192,10 @@ _WORDS: tuple[tuple[str, Any], ...] = (
     (r"give the module,", "give their model with --architecture,"),
     (r"run (it )?with jax\.enable_x64\(True\)( \(or .*?\)\))?(, or, on a tree, give dtype=.*)?$",
      "--dtype float32 reads it in float32, and JAX_ENABLE_X64=1 in the environment keeps it"),
-    (r"; load\(path, module=False\) reads its arrays alone", "; fwt inspect shows its arrays"),
+    (r"; load\(path, module=False\) reads its arrays alone",
+     "; fwt inspect shows its arrays, fwt convert --weights-only takes them"),
+    (rf"{_AT}module=False", "--weights-only"),
+    (", or source=, the file that they come from", ""),
     (r"set jax_enable_x64", "set JAX_ENABLE_X64=1 in the environment"),
     (r"use (converters\.transform\(model, t\))", r"use \1 in Python"),
     (r"^prune needs a sparsity or a threshold.*", "prune takes --sparsity 0.8 or --threshold 0.1, "

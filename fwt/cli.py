@@ -225,26 +225,41 @@ def convert(
     verify: Annotated[
         bool, typer.Option("--verify", help="Read the target again and compare the predictions.")
     ] = False,
+    weights_only: Annotated[
+        bool,
+        typer.Option("--weights-only", help="Take the arrays alone, by the file's own names."),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Convert files to another format: exactly, or not at all."""
 
     def one(source: Path, target: Path, how: dict[str, Any]) -> None:
         try:
-            model = _load(source, **how, sidecar=True)
+            model = _load(
+                source, **how, **({"module": False} if weights_only else {"sidecar": True})
+            )
         except FwtError as error:
+            if weights_only:
+                raise
             arrays, refused = _refused.alone(source, how, error), _refused.why(source, error)
             raise _refused.error_of(source, arrays, refused, changed=False) from error
-        if model.module is None and _terminal.format_of(source).fill is not None:
+        filled = _terminal.format_of(source).fill is not None
+        if model.module is None and filled and not weights_only:
             raise FwtError(
-                f"{source}: only their model says what these weights are: --architecture net.keras"
+                f"{source}: only their model says what these weights are: --architecture "
+                "net.keras; --weights-only takes them by the file's own names"
             )
         _save(target, model, layout=layout, shard_bytes=shard_bytes)
         if not verify:
             _terminal.print_model(target, model, as_json)
             return
         if model.module is None:
-            raise FwtError("--verify runs the model: --architecture says which one it is")
+            way = (
+                "leave --weights-only out"
+                if weights_only
+                else "--architecture says which one it is"
+            )
+            raise FwtError(f"--verify runs the model: {way}")
         # onnxruntime says what an ONNX file computes, not our reading of it.
         own: Any = target if _is_onnx(target) else _load(target)
         if not _is_onnx(target) and own.module is None:

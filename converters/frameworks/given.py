@@ -38,7 +38,8 @@ def given(module: Any, variables: Any, call: str, input_shape: Any = None) -> tu
     if not _nodes.is_graph(module) or isinstance(module, Mapping):
         module, variables = _flax.given(module, variables, call)
         # to_onnx writes the jaxpr of any linen module itself, and weights alone can be saved.
-        whole = input_shape is not None if saved else not call.startswith("to_onnx")
+        written = call.startswith("to_onnx") and not isinstance(input_shape, Mapping)
+        whole = input_shape is not None if saved else not written
         if whole and linen_trace.is_own(module):
             return *linen_trace.traced(module, variables, input_shape), None
         return module, variables, input_shape

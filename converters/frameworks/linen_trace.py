@@ -12,7 +12,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -22,7 +22,7 @@ from jax import export
 from jax.extend.core import Primitive
 
 from fwt import _nodes, _tree
-from fwt._graph import Graph
+from fwt._graph import Graph, names_in
 from fwt._sequential import Sequential, bare, flags
 from fwt._types import ConversionError, Model
 from fwt.converters import judge
@@ -58,7 +58,8 @@ def traced(module: Any, variables: Any, input_shape: Any, sizes: bool = True) ->
         module: any linen module, whose ``__call__`` takes arrays with the batch first.
         variables: its variables.
         input_shape: the shape of its input without the batch axis, or a list of shapes, or an
-            example of each input.
+            example of each input; a dict of them, by the names of its arguments or, where it takes
+            one dict, by the keys of that.
         sizes: whether the graph is to be right at other sizes too, or to refuse them.
 
     Returns:
@@ -77,14 +78,48 @@ def traced(module: Any, variables: Any, input_shape: Any, sizes: bool = True) ->
     variables = _nodes.unboxed(_tree.as_variables(variables))
     variables = jax.tree.map(np.asarray, variables)
     told = inference_of(type(module).__call__)
+    form = form_of(type(module), input_shape)
 
     def run(variables: Any, *xs: Any) -> Any:
-        return module.apply(variables, *xs, **told)
+        args, kwds = form.arguments(xs)
+        return module.apply(variables, *args, **kwds, **told)
 
     def tracing(opened: Collection[str]) -> Any:
         return nn.intercept_methods(_Whole(opened))
 
-    return traced_call(run, tracing, variables, input_shape, type(module), sizes)
+    return traced_call(run, tracing, variables, form, type(module), sizes)
+
+
+class Form(NamedTuple):
+    """How a module takes its inputs: ``keys`` are the names of its arguments, or with ``whole``
+    the keys of the one dict that it takes; without keys they follow each other."""
+
+    shapes: Any
+    keys: tuple[str, ...] = ()
+    whole: bool = False
+
+    def arguments(self, xs: Sequence[Any]) -> tuple[Sequence[Any], dict[str, Any]]:
+        named = dict(zip(self.keys, xs, strict=bool(self.keys)))
+        return ((named,), {}) if self.whole else ((), named) if named else (xs, {})
+
+
+def form_of(cls: Any, input_shape: Any) -> Form:
+    """What ``input_shape`` says of the inputs of a class of modules."""
+    if not isinstance(input_shape, Mapping):
+        return Form(input_shape)
+    keys = tuple(input_shape)
+    if not keys or not all(isinstance(key, str) and key for key in keys):
+        raise ConversionError(f"input_shape={input_shape!r}: expected {_SHAPES}")
+    named = [n for n in inspect.signature(cls.__call__).parameters if n in keys]
+    whole = len(named) < len(keys)
+    keys = keys if whole else tuple(named)
+    return Form([input_shape[key] for key in keys], keys, whole)
+
+
+_SHAPES = (
+    "the shape of its input without the batch axis, such as (32, 48, 3), or of several inputs a "
+    "list of shapes, or a dict of them by the names of arguments, or by the keys of one dict"
+)
 
 
 def arguments_of(cls: Any, count: int) -> list[str]:
@@ -104,7 +139,7 @@ def traced_call(
     run: Callable[..., Any],
     tracing: Callable[[Collection[str]], Any],
     variables: Mapping[str, Any],
-    input_shape: Any,
+    form: Form,
     cls: Any,
     sizes: bool = True,
 ) -> Model:
@@ -112,10 +147,11 @@ def traced_call(
     layers are opaque but those of the paths that it is given, and ``cls`` is the class of the
     module."""
     name, opened = cls.__name__, dict[str, str]()  # by path, why
-    inputs = _inputs(run, variables, input_shape, name)
+    inputs = _inputs(run, variables, form.shapes, name)
+    names = form.keys or (arguments_of(cls, len(inputs)) if len(inputs) > 1 else ["input"])
 
     def read(inputs: Sequence[Any]) -> tuple[AtExample, list[str]]:
-        return _opening(run, tracing, variables, inputs, name, cls, opened)
+        return _opening(run, tracing, variables, inputs, name, names, opened)
 
     def runs(inputs: Sequence[Any]) -> None:
         jax.eval_shape(run, variables, *inputs)
@@ -132,9 +168,13 @@ def traced_call(
             "them, or only by arrays that are computed from weights and stand there as they are",
             stacklevel=5,
         )
-    if not sizes:
-        return one.model
-    return at_sizes(one, inputs, runs, lambda inputs: read(inputs)[0], check)
+    model = one.model
+    if sizes:
+        model = at_sizes(one, inputs, runs, lambda inputs: read(inputs)[0], check)
+    if form.whole:
+        ends = dict(zip(form.keys, names_in(model.module.inputs), strict=True))
+        model = Model(model.module.clone(inputs=ends), model.variables)
+    return model
 
 
 def _opening(
@@ -143,7 +183,7 @@ def _opening(
     variables: Any,
     inputs: Sequence[Any],
     name: str,
-    cls: Any,
+    names: Sequence[str],
     opened: dict[str, str],
 ) -> tuple[AtExample, list[str]]:
     """The graph, with the parts of those layers whose rows can't say their calls, which are noted
@@ -171,7 +211,7 @@ def _opening(
                 "there are; that number is x.shape[0], where len(x) asks for an int",
             ) from error
         try:
-            return _read(closed, forms[-1], variables, inputs, cls)
+            return _read(closed, forms[-1], variables, inputs, name, names)
         except Reopen as found:
             if found.path in opened:
                 raise AssertionError(f"{found.path} stays closed") from found
@@ -184,13 +224,11 @@ def _opening(
 
 
 def _read(
-    closed: Any, form: Any, variables: Any, inputs: Sequence[Any], cls: Any
+    closed: Any, form: Any, variables: Any, inputs: Sequence[Any], name: str, names: Sequence[str]
 ) -> tuple[AtExample, list[str]]:
-    name = cls.__name__
     flat, _ = jax.tree_util.tree_flatten_with_path(variables)
     held = [Held(tuple(str(k.key) for k in path), value) for path, value in flat]
     taken = {path[1] for path in (h.path for h in held) if len(path) > 1}
-    names = ["input"] if len(inputs) == 1 else arguments_of(cls, len(inputs))
     names = [fresh(n, taken) for n in names]
     equations = Equations(closed, held, len(inputs))
     reader = Reader(equations, variables, names)
@@ -226,11 +264,10 @@ def _inputs(run: Any, variables: Any, given: Any, name: str) -> list[Any]:
         return [jax.ShapeDtypeStruct((2, *x.shape[1:]), x.dtype) for x in several]
     shapes = several if several and isinstance(several[0], list | tuple) else (several,)
     for shape in shapes:
-        if not all(isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in shape):
-            raise ConversionError(
-                f"input_shape={given!r}: expected the shape of its input without the batch axis, "
-                "such as (32, 48, 3), or a list of them"
-            )
+        if not isinstance(shape, list | tuple) or not all(
+            isinstance(s, int) and not isinstance(s, bool) and s > 0 for s in shape
+        ):
+            raise ConversionError(f"input_shape={given!r}: expected {_SHAPES}")
     failed: Exception | None = None
     for dtypes in itertools.product((jnp.float32, jnp.int32), repeat=len(shapes)):
         inputs = [
@@ -244,7 +281,8 @@ def _inputs(run: Any, variables: Any, given: Any, name: str) -> list[Any]:
         else:
             return inputs
     raise ConversionError(
-        f"{name} can't be run on input_shape={given!r}: {_first_line(failed)}"
+        f"{name} can't be run on input_shape={given!r}: {_first_line(failed)}; a dict of shapes "
+        "gives inputs by name"
     ) from failed
 
 

@@ -52,6 +52,7 @@ def traced(model: nnx.Module, input_shape: Any) -> Model:
             twins[path] = _twin(layer, path)
     flat = dict(nnx.to_flat_state(kept))
     told = linen_trace.inference_of(type(model).__call__)
+    form = linen_trace.form_of(type(model), input_shape)
     opened: list[Collection[str] | None] = [None]
 
     def run(variables: Mapping[str, Any], *xs: Any) -> Any:
@@ -68,7 +69,8 @@ def traced(model: nnx.Module, input_shape: Any) -> Model:
         copy.eval()
         if opened[0] is not None:
             _close(copy, twins, opened[0])
-        return copy(*xs, **told)
+        args, kwds = form.arguments(xs)
+        return copy(*args, **kwds, **told)
 
     @contextlib.contextmanager
     def tracing(paths: Collection[str]) -> Iterator[None]:
@@ -78,7 +80,7 @@ def traced(model: nnx.Module, input_shape: Any) -> Model:
         finally:
             opened[0] = None
 
-    return linen_trace.traced_call(run, tracing, variables, input_shape, type(model))
+    return linen_trace.traced_call(run, tracing, variables, form, type(model))
 
 
 def _collection(variable: Any) -> str:

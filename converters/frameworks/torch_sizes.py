@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from fwt._types import ConversionError
+from fwt.converters.frameworks import torch_wrappers
 from fwt.converters.frameworks.sizes import Place, Sizes, by_input, other_sizes, together
 from fwt.converters.rows.row import Layer
 from fwt.converters.walk.net import Net
@@ -107,7 +108,7 @@ def fixed(
 
     def runs(sizes: Sizes) -> bool:
         try:
-            with torch.no_grad():
+            with torch.no_grad(), torch_wrappers.quiet(model):
                 model(*resized(inputs, sizes))
         except Exception:  # noqa: BLE001 - a user's module may raise any class: it takes no such size
             return False

@@ -1,5 +1,7 @@
 """torch modules that only run another one, and those that run several in order."""
 
+import contextlib
+import io
 from collections import OrderedDict
 from typing import Any
 
@@ -76,3 +78,9 @@ def is_container(module: torch.nn.Module) -> bool:
     if isinstance(module, torch.nn.Sequential):
         return type(module).forward is torch.nn.Sequential.forward
     return type(module) is torch.nn.ModuleList
+
+
+def quiet(model: Any) -> Any:
+    """A context for a call that may fail, in which a graph does not print where it did."""
+    graph = isinstance(model, torch.fx.GraphModule)
+    return contextlib.redirect_stderr(io.StringIO()) if graph else contextlib.nullcontext()

@@ -78,7 +78,7 @@ def torch_side(model: Any) -> Side:
                     keep(name, kinds_at.get(first_call(name)) is type(module))
                 ))  # fmt: skip
         try:
-            with torch.no_grad():
+            with torch.no_grad(), torch_wrappers.quiet(model):
                 model.eval()
                 y = model(*given)
         finally:

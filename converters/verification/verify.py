@@ -241,7 +241,7 @@ def _again(models: tuple[Model, Model], xs: list[np.ndarray], order: Any) -> Rep
 def _example(inputs: Any) -> Any:
     """What tells the shapes of inputs that a user gave."""
     if isinstance(inputs, dict):
-        return [np.asarray(x) for x in inputs.values()]
+        return {name: np.asarray(x) for name, x in inputs.items()}
     several = isinstance(inputs, list | tuple) and len({np.shape(x)[1:] for x in inputs}) > 1
     several = several or (isinstance(inputs, list | tuple) and len(inputs) > 1
                           and all(np.ndim(x) > 1 for x in inputs))  # fmt: skip

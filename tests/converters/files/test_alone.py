@@ -96,13 +96,16 @@ def test_arrays_are_listed_where_the_model_is_refused(tmp_path, name, suffix):
         converters.load(path)
     for line in (("verify", path.name, path.name), ("convert", path.name, "o.npz")):
         error = cli(*line, cwd=tmp_path, code=1).stderr
-        assert "fwt inspect shows its arrays" in error
+        assert "fwt inspect shows its arrays, fwt convert --weights-only takes them" in error
         assert "module=False" not in error
+    cli("convert", path.name, "w.npz", "--weights-only", cwd=tmp_path)
     module, variables = converters.load(path, module=False)
     assert module is None
     own = {n.removeprefix("model_weights/"): v for n, v in arrays_of(path).items()}
     found = fwt.select(variables)
     assert {p: v.tobytes() for p, v in found.items()} == {n: v.tobytes() for n, v in own.items()}
+    taken = fwt.select(converters.load(tmp_path / "w.npz"))
+    assert {p: v.tobytes() for p, v in taken.items()} == {n: v.tobytes() for n, v in own.items()}
     said = cli("inspect", path.name, cwd=tmp_path).stdout
     assert why in said.splitlines()[0]
     assert "by the names in the file, since its model can't be converted" in said.splitlines()[0]
@@ -331,3 +334,26 @@ def test_programs_and_checkpoints_that_another_library_alone_reads(tmp_path):
     for name in ("ck", "ck.index", "ck.data-00000-of-00001"):
         with pytest.raises(fwt.FileFormatError, match="a checkpoint of TensorFlow"):
             converters.load(tmp_path / name)
+
+
+def test_arrays_alone_on_the_command_line(tmp_path):
+    net = keras.Sequential([keras.Input((4,)), L.Dense(3, name="d")])
+    net.save(tmp_path / "net.keras")
+    net.save_weights(tmp_path / "w.weights.h5")
+    said = cli("convert", "w.weights.h5", "w.npz", cwd=tmp_path, code=1).stderr
+    assert "--weights-only takes them by the file's own names" in said
+    cli("convert", "w.weights.h5", "w.npz", "--weights-only", cwd=tmp_path)
+    assert fwt.paths(converters.load(tmp_path / "w.npz"))[0].endswith("/vars/0")
+    for more, said in (
+        (("--verify",), "--verify runs the model: leave --weights-only out"),
+        (("-a", "net.keras"), "--weights-only reads arrays alone, and --architecture says"),
+    ):
+        line = ("convert", "w.weights.h5", "o.npz", "--weights-only", *more)
+        assert said in cli(*line, cwd=tmp_path, code=1).stderr
+    said = cli("convert", "w.weights.h5", "o.keras", "--weights-only", cwd=tmp_path, code=1).stderr
+    assert "source=" not in said
+    net.quantize("int8")
+    net.save(tmp_path / "q.keras")
+    said = cli("convert", "q.keras", "o.npz", cwd=tmp_path, code=1).stderr
+    assert "it is quantised" in said
+    assert "--architecture" not in said

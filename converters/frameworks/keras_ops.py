@@ -6,10 +6,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import jax.numpy as jnp
+
 from fwt._types import FileFormatError
 from fwt.converters.frameworks import keras_2_ops
 from fwt.converters.rows import table
 from fwt.converters.rows.row import Layer, refuse, same
+from fwt.converters.walk import policy
 
 # Layers of keras.applications, and where they live.
 HOME = {"LayerScale": "keras.src.applications.convnext"}
@@ -78,6 +81,27 @@ def ranks_of(node: Any, where: str) -> list[int]:
         raise refuse(where, "a file of Keras 2 does not say the shapes that it takes",
                      "open it in Keras, and give the model")  # fmt: skip
     return [len(s) for s in shapes]
+
+
+# What wraps around in whole numbers of few bits; a layer that casts them stands before the rest.
+_WRAPS = ("Add", "Subtract", "Multiply", "Square", "Sum", "Prod", "Negative", "Power", "Abs",
+          "Absolute", "Matmul", "Einsum", "Dot", "Average")  # fmt: skip
+
+
+def check_whole(kind: str, node: Any, where: str) -> None:
+    """Raises where Keras computes in whole numbers that wrap around, and other frameworks don't."""
+    given = {t["config"].get("dtype") for t in tensors(node)}
+    short = sorted(given & {"uint8", "int8", "uint16", "int16"})
+    if short and kind in _WRAPS and given.isdisjoint(policy.COMPUTED):
+        raise refuse(f"{where} ({kind})", f"it computes in {short[0]}, where numbers wrap around",
+                     "a keras.layers.Rescaling(1.0) before it makes float32 of them")  # fmt: skip
+
+
+def dtype_of(node: Any) -> str | None:
+    """The dtype in which an operation computes: the widest of what it takes but whole numbers."""
+    given = [t["config"].get("dtype") for t in tensors(node)]
+    given = [dtype for dtype in given if dtype in policy.COMPUTED]
+    return jnp.result_type(*given).name if given else None
 
 
 def split_of(entry: Any, node: Any, name: str, place: str) -> list[Layer]:
@@ -157,7 +181,12 @@ def layers_of(entry: Any, node: Any, name: str, place: str) -> list[Layer]:
     if kind == "GetItem":
         return _item(name, args[1] if len(args) > 1 else None, shape, where)
     if kind == "Reshape" and isinstance(own.get("newshape"), list | tuple):
-        return [Layer(name, "Reshape", {"target_shape": list(own["newshape"])[1:]})]
+        first, *sizes = own["newshape"] or (0,)
+        batch = shape[0] if isinstance(shape, list | tuple) and shape else None
+        if first not in (-1, None) and (first != batch or batch is None):
+            raise refuse(where, f"newshape={own['newshape']}: it puts all examples into {first}",
+                         "-1 in the first place keeps each by itself")  # fmt: skip
+        return [Layer(name, "Reshape", {"target_shape": sizes})]
     if kind in ("Squeeze", "ExpandDims") and isinstance(shape, list | tuple):
         return [_ones(kind, name, own.get("axis"), list(shape), where)]
     if kind == "Transpose" and own.get("axes") and own["axes"][0] == 0:

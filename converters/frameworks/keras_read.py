@@ -309,11 +309,13 @@ class _Reader:
         if keras_ops.is_operation(entry):
             name = self.called = self._name((*inside, str(entry["config"].get("name"))))
             node = keras_forms.with_shapes(node, [self.shapes.get(v) for v in given])
+            keras_ops.check_whole(entry["class_name"], node, f"{self.place}: {name}")
             cuts = keras_ops.split_of(entry, node, name, self.place) or []
             stacked = keras_ops.stack_of(entry, node, name, self.place) or []
             chain = cuts or stacked or keras_ops.layers_of(entry, node, name, self.place)
             for part in chain:  # an operation takes no mask and sends none on
                 part.maskless = not entry.get(keras_2.OLDER)
+                part.dtype = keras_ops.dtype_of(node)
             if cuts:
                 return [self._chain([part], given) for part in cuts]
             if stacked:
@@ -327,6 +329,7 @@ class _Reader:
             raise FileFormatError(f"{self.place}: a layer {kind!r} has no name")
         if node is not None:
             self._check_call(kind, own, node)
+            keras_ops.check_whole(kind, node, f"{self.place}: {own}")
         label, first = self._name((*inside, own)), joined((*base, own))
         self.called = label
         if kind in CONTAINERS:

@@ -43,6 +43,8 @@ class Merges(Shapes):
     def _merge(self, layer: Layer, values: list[Value]) -> None:
         """A layer of several tensors, by its row."""
         place = str(layer)
+        # It casts them to the dtype that it computes in.
+        values = [dataclasses.replace(v, dtype=layer.dtype or v.dtype) for v in values]
         found = table.rows_of(self.source, layer.kind)
         row = next((r for r in found if r.kind in ("merge", "join")), None)
         if row is not None:

@@ -9,7 +9,8 @@ import flax.linen as nn
 
 from fwt import layers as fl
 from fwt._graph import renamed
-from fwt.converters.rows.row import Framework, Layer
+from fwt.converters.rows import table
+from fwt.converters.rows.row import At, Framework, Layer, read_settings
 from fwt.converters.walk.net import Net
 
 
@@ -52,6 +53,8 @@ def opened(net: Net, target: Framework) -> Net:
         if apart is None or (target == "torch" and _torch_says(layer)):
             out.append(layer)
             continue
+        row = table.rows_of("flax", layer.kind)[0]
+        read_settings(row, "flax", layer, At(str(layer), ()))  # which the parts do not look at
         parts = Parts(layer)
         alias[layer.name] = apart(parts, layer.settings, *layer.inputs)
         out += parts.made

@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from fwt.converters.rows.row import Framework, Layer, refuse
-from fwt.converters.walk.net import Net
+from fwt.converters.walk.net import Net, fresh
 
 # What gives the same whether its values are rounded before it or after.
 _MOVES = ("Dropout", "Flatten", "Reshape", "Permute", "Identity")
@@ -129,6 +129,24 @@ def check_torch(layers: Sequence[Layer]) -> None:
         )
 
 
+def _with_casts(layers: Sequence[Layer]) -> list[Layer]:
+    """The layers, and before each operation of Keras, which computes in what it is given, a layer
+    that casts what it takes."""
+    gives = {x.name: x.dtype for x in layers}
+    out: list[Layer] = []
+    for layer in layers:
+        if layer.kind.startswith("ops.") and layer.dtype:
+            taken = [*layer.inputs]
+            for i, name in enumerate(layer.inputs):
+                if gives.get(name, "float32") != layer.dtype:
+                    taken[i] = fresh(f"{layer.name}__cast_{i}", gives)
+                    gives[taken[i]] = layer.dtype
+                    out.append(Layer(taken[i], "Identity", {}, dtype=layer.dtype, inputs=(name,)))
+            layer = dataclasses.replace(layer, inputs=tuple(taken))
+        out.append(layer)
+    return out
+
+
 def to_keras(net: Net) -> None:
     """Gives each layer of Keras its policy as a setting, where it is not float32."""
     layers = net.layers
@@ -142,6 +160,7 @@ def to_keras(net: Net) -> None:
                              f"written in {', '.join(COMPUTED)}", _CAST)  # fmt: skip
     if not any(x.dtype for x in layers):
         return
+    net.layers = layers = _with_casts(layers)
     names: list[str | None] = []
     for layer in layers:
         compute, found = str(layer.dtype), held([layer])

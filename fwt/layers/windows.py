@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fwt._types import Array
+from fwt._types import Array, FwtError
 from fwt.layers.base import Layer
 
 __all__ = [
@@ -468,6 +468,11 @@ class Resize(Layer):
     method: Literal["nearest", "nearest-exact", "linear"] = "nearest"
     align_corners: bool = False
     copies: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.method not in (known := ("nearest", "nearest-exact", "linear")):
+            raise FwtError(f"Resize: method={self.method!r}: expected one of {', '.join(known)}")
 
     def __call__(self, x: Array) -> Array:
         sizes = x.shape[1:-1]

@@ -14,6 +14,7 @@ import torch
 from compare import applied
 from flax import nnx
 
+import fwt
 from fwt import converters
 from fwt.converters.frameworks import linen_trace
 
@@ -327,10 +328,26 @@ class Again(nn.Module):
         return self.norm(self.blocks[1](x))
 
 
+class NormalisedHeads(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.MultiHeadDotProductAttention(2, qkv_features=8, normalize_qk=True)(x)
+
+
+def test_an_attention_that_no_row_says_is_refused_in_a_chain():
+    """Torch has it as dense layers and a product, which know nothing of the norms."""
+    net = fwt.Sequential([("a", nn.MultiHeadDotProductAttention(2, normalize_qk=True))], (5, 6))
+    variables = net.init(jax.random.key(0), np.ones((1, 5, 6), np.float32))
+    for out in (converters.to_torch, converters.to_keras):
+        with pytest.raises(converters.ConversionError, match="normalize_qk=True"):
+            out(net, variables)
+
+
 @pytest.mark.parametrize(
     ("module", "shape"),
     [
         (Normalised(), (3,)),
+        (NormalisedHeads(), (5, 6)),
         (Heads(), (3, 5)),
         pytest.param(Across(), [(3, 6), (4, 5)], marks=pytest.mark.thorough),
         pytest.param(Masked(), (5, 6), marks=pytest.mark.thorough),

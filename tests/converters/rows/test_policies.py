@@ -135,6 +135,46 @@ def test_layers_of_several_policies():
         converters.to_torch(made)
 
 
+def small(x):
+    return k.Dense(4, dtype="mixed_float16", name="small")(x)
+
+
+def large(x, dtype=None):
+    bias = keras.initializers.Constant(1e5)
+    return k.Dense(4, bias_initializer=bias, dtype=dtype, name="large")(x)
+
+
+MEETING = {
+    "add": lambda x: k.Add()([small(x), large(x)]),
+    "add, behind": lambda x: k.Dense(3)(k.Add()([small(x), large(x)])),
+    "concatenate": lambda x: k.Concatenate()([small(x), large(x)]),
+    "multiply of halves": lambda x: (lambda h: k.Multiply()([h, h + 300.0]))(small(x) * 300.0),
+    "dot": lambda x: (lambda h: k.Dot(1)([h, h + 300.0]))(small(x) * 300.0),
+    "attention": lambda x: k.Attention()(
+        [k.Reshape((2, 2))(small(x)), k.Reshape((2, 2))(large(x))]
+    ),
+    "half add": lambda x: k.Add(dtype="float16")([small(x), k.Dense(4, name="d")(x)]),
+    "operator": lambda x: small(x) * 3.0 + large(x),
+    "operation": lambda x: keras.ops.concatenate([small(x), large(x)], axis=-1),
+    "operator of halves": lambda x: small(x) + k.Dense(4, dtype="mixed_bfloat16")(x),
+}
+
+
+@pytest.mark.parametrize("name", MEETING)
+def test_tensors_of_several_dtypes_meet(name, tmp_path):
+    """A layer of Keras casts what it takes to its own dtype, an operation to the widest."""
+    x = keras.Input((5,))
+    model = keras.Model(x, MEETING[name](x))
+    given = generator("meeting").normal(size=(3, 5)).astype(np.float32)
+    expected = predicted(model, given)
+    assert np.isfinite(expected).all()
+    model.save(tmp_path / "net.keras")
+    for made in (converters.from_keras(model), converters.load(tmp_path / "net.keras")):
+        found = made(given)
+        assert found.dtype == expected.dtype
+        agree(found, expected, 2**-7, name)  # what stands before them rounds
+
+
 def test_a_model_of_float32_says_no_dtype():
     inner = k.Dense(2, "relu"), k.LSTM(2), k.LSTMCell(2), k.Softmax()
     for layer in (*(k.TimeDistributed(inner[i]) for i in (0, 3)), k.Bidirectional(inner[1]),

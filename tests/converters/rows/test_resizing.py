@@ -142,3 +142,8 @@ def test_copies_that_torch_lacks_are_refused():
         net = fwt.Sequential([("up", layer)], input_shape=shape)
         with pytest.raises(converters.ConversionError, match=said):
             converters.to_torch(net, {}, shape)
+
+
+def test_a_method_that_is_none_is_refused():
+    with pytest.raises(fwt.FwtError, match="method='bicubic': expected one of nearest"):
+        fwt.layers.Resize(scale=(2.0,), method="bicubic")

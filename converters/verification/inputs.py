@@ -19,7 +19,21 @@ _MOST = 2**16  # numbers in them
 _EXACT = 2**24  # the last whole number up to which float32 holds all
 
 
-def made(one: Side, other: Side, shape: Sequence[int] | None) -> tuple[np.ndarray, list[str]]:
+FREE = (9, 8, 10)  # the sizes of an axis that may have any, the first before the others
+
+
+def is_free(one: Side, other: Side, shape: Any) -> bool:
+    """Whether an axis of an input beside the batch may have any size."""
+    known = shape if are_several(shape) else [shape]
+    known = known.values() if isinstance(known, Mapping) else known
+    if shape is None:
+        known = [x for side in (one, other) for x in (side.shape, *(side.shapes or ()))]
+    return any(None in x for x in known if x is not None)
+
+
+def made(
+    one: Side, other: Side, shape: Sequence[int] | None, free: int = FREE[0]
+) -> tuple[np.ndarray, list[str]]:
     """A batch in the layout of the first model, and what it does not reach."""
     there = other.shape
     if there is not None and one.channels_first != other.channels_first and len(there) > 1:
@@ -31,7 +45,7 @@ def made(one: Side, other: Side, shape: Sequence[int] | None) -> tuple[np.ndarra
         raise ConversionError(
             "verify: neither model says what it takes: give input_shape= or inputs="
         )
-    sizes = tuple(9 if s is None else int(s) for s in known)
+    sizes = tuple(free if s is None else int(s) for s in known)
     takes = [np.dtype(d) for d in (one.takes, other.takes) if d is not None]
     held = (*one.dtypes, *other.dtypes, *one.computes, *other.computes, *takes)
     half = any(np.dtype(d).itemsize == 2 and np.dtype(d).kind not in "iu" for d in held)
@@ -40,6 +54,7 @@ def made(one: Side, other: Side, shape: Sequence[int] | None) -> tuple[np.ndarra
         x = judge.numbers(sizes, half)
         if one.own or other.own:
             x = np.concatenate([x, _dense(sizes)])
+        x = _padded(one, other, x)
         return (x > 0).astype(x.dtype) if any(d.kind == "b" for d in takes) else x, []
     low = max([-(2**31), *(int(d.min) for d in whole)])
     high = min([2**31 - 1, *(int(d.max) for d in whole)])
@@ -79,10 +94,23 @@ def are_several(shape: Any) -> bool:
     return isinstance(shape, Mapping) or any(isinstance(s, list | tuple) for s in shape or ())
 
 
-def made_of_several(one: Side, other: Side, shape: Any) -> tuple[list[np.ndarray], list[str]]:
+def _padded(one: Side, other: Side, x: np.ndarray) -> np.ndarray:
+    """The batch, and rows whose last steps are what a Masking skips."""
+    told = {v for side in (one, other) for p, v, _ in side.settings if p.endswith("mask_value")}
+    rows = [x]
+    for value in sorted(told) if x.ndim > 2 and x.shape[1] > 1 else ():
+        some = x[:4].copy()
+        some[:, x.shape[1] - x.shape[1] // 2 :] = value
+        rows.append(some)
+    return np.concatenate(rows)
+
+
+def made_of_several(
+    one: Side, other: Side, shape: Any, free: int = FREE[0]
+) -> tuple[list[np.ndarray], list[str]]:
     """A batch for each input of the first model, in its layout and order: the numbers of each are
     its own, so that two inputs of one shape are told apart."""
-    sizes = _sizes_of(one, other, shape)
+    sizes = _sizes_of(one, other, shape, free)
     takes = [_takes(one, i) + _takes(other, i) for i in range(len(sizes))]
     held = (*one.dtypes, *other.dtypes, *one.computes, *other.computes)
     floats = [np.dtype(d) for each in takes for d in each if np.dtype(d).kind not in "iub"]
@@ -110,6 +138,7 @@ def made_of_several(one: Side, other: Side, shape: Any) -> tuple[list[np.ndarray
             # Windows of images of such numbers cancel, of two inputs beside each other above all.
             if (one.own or other.own) and len(own) == 1:
                 x = np.concatenate([x, _dense(own, i)])
+            x = _padded(one, other, x)
             out.append((x > 0).astype(x.dtype) if kind == "b" else x)
             continue
         limit = counts[i]
@@ -146,7 +175,7 @@ def _kind(takes: Sequence[Any], count: int) -> str | None:
     return "b" if "b" in kinds else "f" if kinds else None
 
 
-def _sizes_of(one: Side, other: Side, shape: Any) -> list[tuple[int, ...]]:
+def _sizes_of(one: Side, other: Side, shape: Any, free: int) -> list[tuple[int, ...]]:
     """The sizes of each input of the first model."""
     if isinstance(shape, Mapping):
         names = next(
@@ -180,7 +209,7 @@ def _sizes_of(one: Side, other: Side, shape: Any) -> list[tuple[int, ...]]:
                                   "input_shape= or inputs=")  # fmt: skip
         if there is not None and len(there) == len(known):
             known = [b if a is None else a for a, b in zip(known, there, strict=True)]
-        out.append(tuple(9 if s is None else int(s) for s in known))
+        out.append(tuple(free if s is None else int(s) for s in known))
     return out
 
 

@@ -210,9 +210,13 @@ def _measure(
 ) -> None:
     """Adds how far rounding moves each output."""
     names = list(held)
+    skips = [value for place, value, _ in side.settings if place.endswith("mask_value")]
 
     def run(by: float) -> list[np.ndarray]:
-        taps, found = _ran(side, [judge.nudged(x, by) for x in xs], "nudged", by)
+        moved = [judge.nudged(x, by) for x in xs]
+        if skips:  # what a Masking skips is this number alone
+            moved = [np.where(np.isin(x, skips), x, y) for x, y in zip(xs, moved, strict=True)]
+        taps, found = _ran(side, moved, "nudged", by)
         for name, known in as_known(taps, names).items():
             taps[known] = taps.pop(name)
         return [*(taps[n].value for n in names), *(v.value for v in found.values())]

@@ -112,6 +112,7 @@ def verify(
         several = max(one.count or 1, other.count or 1) > 1 or _inputs.are_several(input_shape)
         how = _inputs.made_of_several if several else _inputs.made
         inputs, notes = how(one, other, input_shape)
+    begun = one, other
     given = batch.given(inputs, one, other)
     xs = [np.asarray(inputs)] if given is None else given
     for x in xs:
@@ -218,8 +219,37 @@ def verify(
             ok, first = False, again.first
             notes.append("half precision hides the difference: in float32, with the same weights, "
                          "the models differ")  # fmt: skip
+    if ok and made and _inputs.is_free(*begun, input_shape):
+        told_of, ok = _at_other_sizes(begun, (one, other), how, input_shape, tolerance)
+        notes += told_of
     outs = tuple(outputs) if len(outputs) > 1 else ()
     return Report(ok, first, tuple(lines), weights, output, tuple(notes), outs)
+
+
+def _at_other_sizes(
+    begun: tuple[Side, Side],
+    sides: tuple[Side, Side],
+    how: Any,
+    shape: Any,
+    tolerance: float | None,
+) -> tuple[list[str], bool]:
+    """What is found of the outputs where axes that may have any size have others, and whether the
+    models are equal there. ``begun`` are the sides for which ``how`` makes inputs."""
+    for size in _inputs.FREE[1:]:
+        inputs, _ = how(*begun, shape, size)
+        xs = batch.given(inputs, *begun) or [np.asarray(inputs)]
+        shapes = " and ".join(str(list(x.shape)) for x in xs)
+        try:
+            sides[0].outputs(xs)
+        except Exception:  # noqa: BLE001 - each framework has its own errors for a shape: it takes no such size
+            continue
+        try:
+            _, outputs, *_ = lines_of(*sides, xs, tolerance)
+        except ConversionError as error:
+            return [f"{error}: at other sizes nothing is compared"], True
+        if any(line.status == "differs" for line in outputs):
+            return [f"the outputs are equal at one size, but differ for inputs of {shapes}"], False
+    return [], True
 
 
 _STEP = 1 << 13  # units in the last place beyond which equal models seldom are apart

@@ -309,3 +309,44 @@ def test_tails_of_a_module_of_ones_own_are_no_difference(exact):
     variables = module.init(jax.random.key(0), jnp.ones((1, 8)))
     there = converters.to_torch(module, variables, input_shape=(8,))
     assert converters.verify((module, variables), there, input_shape=(8,)).ok
+
+
+def strided(*before, padding):
+    start = keras.Input((None, None, 3))
+    x = start
+    for layer in before:
+        x = layer(x)
+    return keras.Model(start, keras.layers.Conv2D(4, 3, 2, padding, name="c")(x))
+
+
+def test_axes_of_any_size_have_several():
+    one = strided(padding="same")
+    other = strided(keras.layers.ZeroPadding2D(1), padding="valid")
+    other.set_weights(one.get_weights())
+    report = converters.verify(one, other)
+    assert not report.ok
+    assert "the outputs are equal at one size, but differ for inputs of [8, 8, 8, 3]" in str(report)
+    # Which are equal where the size is odd, as it may be told.
+    assert converters.verify(one, other, input_shape=(7, 7, 3)).ok
+    assert converters.verify(one, converters.from_keras(one)).ok
+    x = np.random.default_rng(0).normal(size=(2, 8, 8, 3)).astype(np.float32)
+    assert np.abs(np.asarray(one(x)) - np.asarray(other(x))).max() > 0.1
+
+
+@pytest.mark.parametrize(("value", "several"), [(0.0, False), (5.0, True), (-1e9, False)])
+def test_steps_that_are_skipped_are_fed(value, several):
+    def net(masked):
+        start = keras.Input((7, 3))
+        x = keras.layers.Masking(value)(start) if masked else start
+        x = keras.layers.LSTM(4, name="l")(x)
+        if not several:
+            return keras.Model(start, x)
+        more = keras.Input((2,))
+        return keras.Model([start, more], keras.layers.Concatenate()([x, more]))
+
+    one, other = net(True), net(False)
+    other.set_weights(one.get_weights())
+    assert not converters.verify(one, other).ok
+    again = net(True)
+    again.set_weights(one.get_weights())
+    assert converters.verify(one, again).ok

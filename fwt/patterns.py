@@ -157,8 +157,15 @@ class Pattern:
         if wrong:
             left = [axes.path for axes in places if axes.path not in wrong]
             way = f"leave {'it' if len(wrong) == 1 else 'them'} out with where={left!r}"
+            if not left:
+                way = "no leaf is left"
+            if not left and KNOWN.get() and dict(self.settings).get("axis") == "heads":
+                way += (
+                    ". Those of the Model that from_torch gives have heads, and "
+                    "net.load_state_dict(converters.to_torch(model).state_dict()) takes it back"
+                )
             said = "; ".join(list(wrong.values())[:5]) + ("; ..." if len(wrong) > 5 else "")
-            raise kind(f"{self!r}: {said}: {way if left else 'no leaf is left'}")
+            raise kind(f"{self!r}: {said}: {way}")
         return found
 
     def on(self, axes: Axes, flattened: Mapping[str, Any]) -> Windows | Groups | None:
@@ -261,7 +268,8 @@ def _on_groups(axes: Axes, told: Mapping[str, Any], n: int, m: int, order: Any, 
     if order is not None and axes.path in KNOWN.get():
         raise FwtError(
             f"{axes.path}: order={order!r} is for kernels as Flax counts them, and that of a live "
-            "model is grouped as its framework counts it: leave order= out"
+            "model is grouped as its framework counts it: leave order= out of a torch model, and "
+            "prune the Model that from_keras gives of a Keras model that goes to torch"
         )
     size = axes.size(axes.inputs)
     if not axes.inputs or size % m:

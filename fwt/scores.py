@@ -342,7 +342,15 @@ def _gradient_and_product(loss: Callable[..., Any], params: Params, along: str) 
     def slope(leaves: Mapping[str, Any]) -> Any:
         def of(new: Mapping[str, Any]) -> Any:
             given = tree.replace({p: x.astype(own[p].dtype) for p, x in new.items()})
-            found = loss(given.variables if isinstance(given, Model) else given)
+            try:
+                found = loss(given)
+            except Exception as error:  # a user's loss may raise any class
+                if not isinstance(given, Model):
+                    raise
+                raise FwtError(
+                    "the loss of a score gets a Model where prune does: lambda model: "
+                    f"loss_of(model(x), y); it failed on one ({' '.join(str(error).split())[:150]})"
+                ) from error
             if (shape := () if isinstance(found, float) else getattr(found, "shape", None)) != ():
                 said = type(found).__name__ if shape is None else f"an array of the shape {shape}"
                 raise FwtError(
@@ -374,8 +382,8 @@ def grasp(loss: Callable[[Any], Any]) -> Score:
 
     Args:
         loss: ``params -> scalar``, on a batch that it holds, with what :func:`fwt.prune` is
-            given: ``lambda v: loss_of(net.apply(v, x), y)`` for variables and for a Model, of
-            which it gets these, and ``net.apply({"params": p}, x)`` for the params alone.
+            given: ``lambda v: loss_of(net.apply(v, x), y)`` for variables,
+            ``net.apply({"params": p}, x)`` for the params alone, and ``model(x)`` for a Model.
 
     Returns:
         A score; scores are signed.

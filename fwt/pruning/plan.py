@@ -216,7 +216,7 @@ class Plan:
         told = {}
         if settings.get("order") == "chw":
             told = _axes.flattened(tree.module)
-            if not told and not settings["flattened"]:
+            if not told and not settings["flattened"] and not _live.KNOWN.get():
                 raise FwtError(
                     f"{self.pattern!r} needs to know which kernels are behind a Flatten, and of "
                     "what: give a Model of a Sequential with input_shape=, or "

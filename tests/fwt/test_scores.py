@@ -559,17 +559,23 @@ def test_what_a_loss_takes_and_gives(make, problem):
             make(wrong)(params)
 
 
-def test_a_loss_gets_the_variables_of_a_model(problem):
+def test_a_loss_gets_the_model_that_is_pruned(problem):
     net, params, (x, y), _ = problem
     model = fwt.Model(net, {"params": params})
 
-    def loss(variables):
+    def of_variables(variables):
         return jnp.mean((net.apply(variables, x) - y) ** 2)
 
-    for score in (S.grasp(loss), S.second_order_taylor(loss)):
-        close(score(model).variables, score(model.variables))
-    pruned = fwt.prune(0.5, S.grasp(loss), scope="global")
-    close(pruned(model).variables, pruned(model.variables))
+    def of_model(model):
+        return jnp.mean((model(x) - y) ** 2)
+
+    for score in (S.grasp, S.second_order_taylor):
+        close(score(of_model)(model).variables, score(of_variables)(model.variables))
+        with pytest.raises(fwt.FwtError, match=r"lambda model: loss_of\(model\(x\), y\)"):
+            score(of_variables)(model)
+    pruned = fwt.prune(0.5, S.grasp(of_model), scope="global")(model)
+    expected = fwt.prune(0.5, S.grasp(of_variables), scope="global")(model.variables)
+    close(pruned.variables, expected)
 
 
 class Flows(nnx.Module):

@@ -844,6 +844,30 @@ def test_a_live_model_is_grouped_as_its_framework_counts():
         with pytest.raises(fwt.FwtError, match=r"1/kernel: order=.*leave order= out"):
             converters.transform(net, fwt.prune(pattern=pattern))
 
+    net = keras.Sequential([keras.Input((2, 3, 4)), keras.layers.Flatten(), keras.layers.Dense(5)])
+    with pytest.raises(fwt.FwtError, match="prune the Model that from_keras gives"):
+        converters.transform(net, fwt.prune(pattern=fwt.patterns.n_m(2, 4, order="chw")))
+
+
+class Attends(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = torch.nn.MultiheadAttention(16, 4, batch_first=True)
+
+    def forward(self, x):
+        return self.a(x, x, x, need_weights=False)[0]
+
+
+def test_heads_of_a_live_attention_are_those_of_its_model():
+    net, pattern = Attends().eval(), fwt.patterns.channel("heads")
+    with pytest.raises(fwt.AxesError, match=r"no leaf is left. Those of the Model .* have heads"):
+        converters.transform(net, fwt.prune(0.5, pattern=pattern))
+    model = converters.from_torch(net, input_shape=(5, 16))
+    model = fwt.prune(0.5, pattern=pattern)(model)
+    net.load_state_dict(converters.to_torch(model).state_dict())
+    heads = net.a.in_proj_weight.detach().reshape(3, 4, 4, 16)
+    assert [int((h == 0).all(-1).all(-1).sum()) for h in heads] == [2, 2, 2]
+
 
 # -- gradients ------------------------------------------------------------------------------------
 

@@ -35,7 +35,7 @@ class Reading:
     no place for is kept, whether arrays may be in another file, and whether its model is read or
     its arrays alone."""
 
-    key: str | None = None
+    key: Any = None  # a text, or several in a tuple for load alone
     fold: bool = True
     max_bytes: int | None = None
     shardings: Any = None
@@ -589,6 +589,10 @@ def way_to_parts(
             for name, value in node.items()
         }
         level = {name: v for name, v in inner.items() if isinstance(v, Mapping)}
-        if found := [f"key={name!r}" for name, v in level.items() if whole(v, depth)]:
-            return f"{' or '.join(found[:5])} picks a part of it"
+        parts = [name for name, v in level.items() if whole(v, depth)]
+        both = [n for n in parts if n.rpartition("/")[2] in ("params", "batch_stats")]
+        if len(both) == 2:
+            return f"key={sorted(both, reverse=True)!r} picks its variables"
+        if parts:
+            return f"{' or '.join(f'key={name!r}' for name in parts[:5])} picks a part of it"
     return ""

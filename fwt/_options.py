@@ -79,7 +79,7 @@ _READING: dict[str, tuple[Any, Any]] = {
     "key": (
         Annotated[
             list[str] | None,
-            typer.Option(help="The part of the file to read, such as 'model' or 'state/params'."),
+            typer.Option(help="The part of the file to read, such as 'model'; repeatable."),
         ],
         None,
     ),
@@ -157,12 +157,7 @@ def reads(command: Callable[..., None]) -> Callable[..., None]:
                 f"--dtype {how['dtype']}: it takes float32 alone, for a file of other floats"
             )
         keys = how["key"] or [None]
-        if len(keys) > 1:
-            raise typer.BadParameter(
-                f"--key {' --key '.join(keys)}: one part is read; {'/'.join(keys)} would be a part "
-                "of a part"
-            )
-        how["key"] = keys[0]
+        how["key"] = keys[0] if len(keys) == 1 else tuple(keys)
         pairs = [text.partition("=") for text in how["rename"] or ()]
         if not all(found for _, found, _ in pairs):
             raise typer.BadParameter(f"--rename {' '.join(how['rename'])}: expected OLD=NEW")

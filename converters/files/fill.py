@@ -440,7 +440,11 @@ def _found(
     variables: Any, how: Names, path: Path, wrapped: Mapping[str, str | None]
 ) -> dict[str, np.ndarray]:
     out: dict[str, np.ndarray] = {}
-    for x in _names.chosen(variables, how, path):
+    chosen = _names.chosen(variables, how, path)
+    # A checkpoint of an nnx.state has the array of a variable under its value.
+    boxed = all(len(x.new) > 1 and x.new[-1] == "value" for x in chosen)
+    for x in chosen:
+        x = x._replace(new=x.new[:-1]) if boxed else x
         name = ".".join(x.new)
         own = wrapped.get(name, name)
         counts = x.old[-1].endswith("num_batches_tracked") and not np.shape(x.value)

@@ -1,11 +1,14 @@
-"""What stands at a path that is no file of weights of its own: folders, and configs of models."""
+"""What stands at a path: folders, configs of models, and parts of a file together."""
 
+import dataclasses
 import re
 from pathlib import Path
+from typing import Any
 
-from fwt._types import FileFormatError
+from fwt._types import FileFormatError, Model
 from fwt.converters import io as _io
 from fwt.converters.files import orbax
+from fwt.converters.io import Reading
 
 
 def may_be_replaced(path: Path) -> bool:
@@ -20,6 +23,37 @@ def may_be_replaced(path: Path) -> bool:
     except (ValueError, KeyError, TypeError, AttributeError):
         return False
     return names == held | set(index)
+
+
+def read(form: Any, path: Path, how: Reading) -> Model:
+    """What a file of a format holds, or several parts of it; a folder that another save replaces
+    meanwhile is read again."""
+    if isinstance(how.key, tuple):
+        variables: dict[str, Any] = {}
+        for key in how.key:
+            part = read(form, path, dataclasses.replace(how, key=key)).variables
+            if key.rpartition("/")[2] == "batch_stats" and set(part) == {"params"}:
+                part = {"batch_stats": part["params"]}
+            for collection in variables.keys() & part.keys():
+                raise FileFormatError(
+                    f"{path}: key={list(how.key)!r}: two of the parts are {collection}: load one "
+                    "of them"
+                )
+            variables |= part
+        return Model(None, variables)
+    folder = path if path.is_dir() else path.parent
+    several = path.is_dir() or form.suffixes[0].endswith(".json")
+    for _ in range(10):
+        before = folder.stat().st_ino
+        try:
+            model: Model = form.load(path, how)
+        except FileFormatError:
+            if not several or not folder.exists() or folder.stat().st_ino == before:
+                raise
+            continue
+        if not several or folder.stat().st_ino == before:
+            return model
+    raise FileFormatError(f"{path}: it is being replaced all the time")
 
 
 def is_config(path: Path) -> bool:

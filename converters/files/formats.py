@@ -293,28 +293,11 @@ def format_of(path: Path) -> Format:
     return found
 
 
-def _whole(form: Format, path: Path, how: Reading) -> Model:
-    """What a file holds; a folder that another save replaces meanwhile is read again."""
-    folder = path if path.is_dir() else path.parent
-    several = path.is_dir() or form.suffixes[0].endswith(".json")
-    for _ in range(10):
-        before = folder.stat().st_ino
-        try:
-            model = form.load(path, how)
-        except FileFormatError:
-            if not several or not folder.exists() or folder.stat().st_ino == before:
-                raise
-            continue
-        if not several or folder.stat().st_ino == before:
-            return model
-    raise FileFormatError(f"{path}: it is being replaced all the time")
-
-
 def load(
     path: str | os.PathLike[str],
     *,
     architecture: Any = None,
-    key: str | None = None,
+    key: str | Sequence[str] | None = None,
     rename: Mapping[str, str] | None = None,
     drop: Sequence[str] | None = (),
     match: str = "name",
@@ -338,7 +321,8 @@ def load(
         architecture: the model whose weights these are: a file with one (``.keras``, ``.h5``, one
             of :func:`save`, or the ``.json`` of Keras's ``to_json``), a :class:`fwt.Sequential`,
             a ``fwt.Model``, a Keras model or a torch Sequential.
-        key: which part of a file that holds several, such as "model" or "state/params".
+        key: which part of a file that holds several, such as "model" or "state/params"; or several
+            parts, as a train state has them: ("params", "batch_stats").
         rename: of weights, what names in the file start with and what they shall start with
             instead: ``{"features.0": "conv"}``; ``{"module.": ""}`` takes a start off.
         drop: of weights, globs of names in the file that are not wanted, such as
@@ -391,6 +375,7 @@ def load(
         (2, 3)
     """
     path = _io.given_path(path)
+    key = key if key is None or isinstance(key, str) else tuple(key)
     how = Reading(key, fold, max_bytes, shardings, sidecar, external_data, module)
     try:
         path = inside(path)
@@ -418,7 +403,7 @@ def load(
         model = Model(None, {})
         if own is None or architecture is None:
             try:
-                model = _whole(found, path, how)
+                model = folders.read(found, path, how)
             except FileFormatError as error:
                 if isinstance(error, UnusedError):
                     raise

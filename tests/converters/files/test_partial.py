@@ -7,11 +7,12 @@ import flax.linen as nn
 import jax
 import keras
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import safetensors.torch
 import torch
 from command import cli
-from flax import serialization
+from flax import nnx, serialization
 
 import fwt
 from fwt import converters
@@ -398,3 +399,69 @@ def test_parts_of_npz_are_those_of_its_names(tmp_path, names, key, said):
     )
     found = {n: v.shape for tree in variables.values() for n, v in tree.items()}
     assert found == inner
+
+
+class Normed(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.BatchNorm(use_running_average=True, name="bn")(nn.Dense(4, name="d")(x))
+        return nn.Dense(3, name="e")(nn.relu(x))
+
+
+def train_state():
+    variables = Normed().init(jax.random.key(0), np.ones((1, 5), np.float32))
+    variables = jax.tree.map(lambda x: x + np.arange(x.size, dtype="f").reshape(x.shape), variables)
+    state = {"step": 3, "opt_state": {"0": {"count": np.int32(3)}, "1": None}, **variables}
+    return variables, state
+
+
+@pytest.mark.parametrize("kind", ["msgpack", "orbax"])
+def test_params_and_statistics_of_a_train_state_at_once(kind, tmp_path):
+    variables, state = train_state()
+    path = tmp_path / "state.msgpack"
+    if kind == "orbax":
+        path = tmp_path / "state"
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            checkpointer.save(path, state)
+    else:
+        path.write_bytes(serialization.msgpack_serialize(state))
+    with pytest.raises(fwt.FileFormatError, match=r"key=\['params', 'batch_stats'\] picks its v"):
+        converters.load(path)
+    found = converters.load(path, key=("params", "batch_stats"))
+    assert found.module is None
+    for collection in ("params", "batch_stats"):
+        expected = fwt.select(variables[collection], "**")
+        for place, value in fwt.select(found.variables[collection], "**").items():
+            np.testing.assert_array_equal(value, expected.pop(place))
+        assert not expected
+    layers = [("d", nn.Dense(4)), ("bn", nn.BatchNorm()), nn.relu, ("e", nn.Dense(3))]
+    net = fwt.Sequential(layers, (5,))
+    there = fwt.Model(net, net.init(jax.random.key(1), np.ones((1, 5), np.float32)))
+    converters.save(tmp_path / "net.safetensors", there)
+    keys = ("--key", "params", "--key", "batch_stats")
+    cli("convert", path, "o.npz", "-a", "net.safetensors", *keys, cwd=tmp_path)
+    x = np.random.default_rng(0).standard_normal((3, 5), np.float32)
+    np.testing.assert_allclose(
+        converters.load(tmp_path / "o.npz")(x), Normed().apply(variables, x), rtol=1e-6
+    )
+    with pytest.raises(fwt.FileFormatError, match="two of the parts are params"):
+        converters.load(path, key=["params", "params"])
+
+
+def test_a_checkpoint_of_the_state_of_an_nnx_module(tmp_path):
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.a, self.bn = nnx.Linear(4, 6, rngs=rngs), nnx.BatchNorm(6, rngs=rngs)
+
+        def __call__(self, x):
+            return self.bn(self.a(x))
+
+    net, other = Net(nnx.Rngs(0)), Net(nnx.Rngs(1))
+    net.bn.mean[...] = jax.numpy.arange(6.0)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", nnx.state(net))
+    there = converters.from_nnx(other, (4,))
+    found = converters.load(tmp_path / "state", architecture=there)
+    x = np.random.default_rng(0).standard_normal((3, 4), np.float32)
+    net.eval()
+    np.testing.assert_allclose(found(x), net(x), rtol=1e-5, atol=1e-6)

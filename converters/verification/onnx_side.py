@@ -127,9 +127,11 @@ def side(path: Path, external: bool) -> Side:
                 other[:, -1] = np.where(other[:, -1] == 0, 1, 0)
                 others = session.run(None, {names[0]: other})
                 ats = [_changes(v, w, at) for v, w, at in zip(values, others, ats, strict=True)]
-            parts.append([v.take(range(size - lacks), at) if lacks else v
+            parts.append([v.take(range(size - lacks), at) if lacks and v.ndim else v
                           for v, at in zip(values, ats, strict=True)])  # fmt: skip
-        values = [np.concatenate(each, at) for *each, at in zip(*parts, ats, strict=True)]
+        # A single number, such as the count of a loop, has no batch.
+        values = [np.concatenate(each, at) if each[0].ndim else each[0]
+                  for *each, at in zip(*parts, ats, strict=True)]  # fmt: skip
         found = dict(zip([o.name for o in session.get_outputs()], values, strict=True))
         first = values[0] if len(gives) == 1 else {name: found[name] for name in gives}
         return first, {layer: found[name] for layer, name in scopes.items()}

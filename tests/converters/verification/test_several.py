@@ -312,3 +312,14 @@ def test_an_input_may_be_left_out():
     for shape in ((4,), [(4,), (3,)]):
         model = converters.from_torch(net, shape, layout="source")
         assert converters.verify(net, model, input_shape=shape).ok
+
+
+@pytest.mark.thorough
+def test_a_loop_of_an_onnx_file_counts_without_a_batch(tmp_path):
+    layer = keras.layers.ConvLSTM2D(2, 3)
+    model = keras.Sequential([keras.Input((3, 6, 5, 2)), layer])
+    converters.to_onnx(converters.from_keras(model), tmp_path / "net.onnx")
+    assert converters.verify(model, tmp_path / "net.onnx")
+    kernel, *others = layer.get_weights()
+    layer.set_weights([kernel * 1.1, *others])
+    assert not converters.verify(model, tmp_path / "net.onnx")

@@ -31,6 +31,7 @@ _BINARY = {"Add": "Add", "Subtract": "Subtract", "Multiply": "Multiply", "Maximu
            "Matmul": "ops.Matmul"}  # fmt: skip
 # Where in keras.src.ops a class stands that is not in its numpy.
 _ROOMS = {"Gelu": "nn", "Erf": "math", "Logsumexp": "math", "DotProductAttention": "nn"}
+AS_IT_IS = "converters.transform(model, t) changes its weights, whatever they compute"
 _AGAIN = ("build the model again in Keras 3, with keras.layers or keras.ops in its place, call "
           "load_weights(path) with this file, and convert that")  # fmt: skip
 # Functions of each entry, and of all along an axis, by the classes that compute them.

@@ -192,7 +192,7 @@ class _Reader:
                 missing = next(ref for ref in keras_ops.histories(node) if ref not in refs)
                 if (*missing[:2], 0) in refs:
                     raise refuse(f"{self.place}: {name}", f"it takes output [{missing[2]}] of "
-                                 f"{missing[0]}")  # fmt: skip
+                                 f"{missing[0]}", keras_ops.AS_IT_IS)  # fmt: skip
                 raise ConversionError(f"{self.place}: nothing gives what {name} takes")
             todo = left
         for name, _, output in names_in_form(ends):
@@ -402,7 +402,7 @@ class _Reader:
             if value is True and key in keras_ops.CALLED.get(kind, ()):
                 continue
             if found:
-                raise refuse(place, f"it is called with a tensor as {key}=")
+                raise refuse(place, f"it is called with a tensor as {key}=", keras_ops.AS_IT_IS)
             raise refuse(place, f"it is called with {key}={value!r}: only tensors convert")
 
     def _dot(self, label: str, told: Mapping[str, Any], node: Any, given: list[str]) -> str:
@@ -508,7 +508,12 @@ def _is_operation(entry: Any) -> bool:
 
 def layer_and_activation(name: str, kind: str, settings: dict[str, Any], place: str) -> list[Layer]:
     place_of = f"{name} ({kind})"
-    dtype = _computes_in(settings.pop("dtype", None), place_of)
+    try:
+        dtype = _computes_in(settings.pop("dtype", None), place_of)
+    except ConversionError:  # what has no row in any dtype says that
+        if table.rows_of("keras", kind):
+            raise
+        raise table.unknown("keras", Layer(name, kind, settings)) from None
     activation = None
     if any(r.fused_activation for r in table.rows_of("keras", kind)):
         activation = settings.pop("activation", "linear")

@@ -34,7 +34,10 @@ def _cast(reader: Reader, node: Any, args: Args, place: str) -> Any:
     if kinds[0] == kinds[1] or whole:
         return reader.env[given]
     told = f"it makes {kinds[1]} of {kinds[0]}".replace("torch.", "")
-    raise refuse(place, told, "give a module that takes it as it is made here, an input more")
+    way = "give a module that takes it as it is made here, an input more"
+    if all(d.is_floating_point for d in kinds):
+        way = "run it in one dtype: without torch.autocast, or as net.bfloat16()"
+    raise refuse(place, told, way)
 
 
 _MASK = ("take the mask as an input of ones and zeros more, and multiply by it or add "

@@ -203,6 +203,12 @@ def explained(model: torch.nn.Module, error: Exception) -> tuple[str, str]:
             "pack_padded_sequence follows lengths, which are values of the input",
             "give a module without it, for sequences of one length each",
         )
+    if "in output, which is not a known type" in text:
+        kind = text.partition("<class '")[2].partition("'")[0].rpartition(".")[2]
+        return (
+            f"it gives an object of {kind}",
+            "give a module around it whose forward returns tensors, or a tuple or a dict of them",
+        )
     if "Constraints violated" in text:
         if timed is not None:
             name, module = timed

@@ -93,7 +93,8 @@ def _check_dtype(reader: Reader, node: Any, place: str) -> None:
     for part in parts:
         if kinds and part.is_floating_point() and part.dtype not in kinds:
             told = f"it makes {part.dtype} of {min(map(str, kinds))}"
-            raise refuse(place, told.replace("torch.", ""))
+            way = "run it in one dtype: without torch.autocast, or as net.bfloat16()"
+            raise refuse(place, told.replace("torch.", ""), way)
 
 
 # -- by rule ------------------------------------------------------------------------------------

@@ -464,6 +464,8 @@ def time_distributed(framework: Framework, layer: Layer, rank: int | None) -> "l
             str(layer),
             f"it wraps {inner.kind if inner else 'nothing'}, and only layers that work on the last "
             "axis alone are the same without it",
+            "a layer of one axis more whose window is 1 along the time does the same, such as "
+            "Conv3D(4, (1, 3, 3)) for Conv2D(4, 3)",
         )
     return [dataclasses.replace(inner, name=layer.name)]
 

@@ -385,7 +385,12 @@ class Take:
                 if name in self.defaults
                 else "this setting is not known"
             )
-            raise refuse(self.place, f"{name}={value!r:.200}: {expected}")
+            raise refuse(self.place, f"{name}={value!r:.200}: {expected}", _WAYS.get(name, ""))
+
+
+_WAYS = {
+    "lora_rank": "from_keras(keras.saving.load_model(path)) takes the sum that the layer computes"
+}
 
 
 def same(a: Any, b: Any) -> bool:

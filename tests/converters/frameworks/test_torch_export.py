@@ -1,6 +1,7 @@
 """Torch modules of any shape through Flax, beside torch itself."""
 
 import contextlib
+import dataclasses
 import math
 from collections import OrderedDict
 
@@ -877,3 +878,35 @@ def test_negated_views(tmp_path):
     shared[1].weight = torch.nn.Parameter(torch._neg_view(shared[0].weight.data))
     with pytest.raises(converters.ConversionError, match="without being the same weight"):
         converters.transform(shared, lambda tree: tree)
+
+
+@dataclasses.dataclass
+class Output:
+    logits: torch.Tensor
+
+
+class GivesAnObject(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(3, 2)
+
+    def forward(self, x):
+        return Output(self.linear(x))
+
+
+class Autocasts(GivesAnObject):
+    def forward(self, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return self.linear(x)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (GivesAnObject, "an object of Output; give a module around it whose forward returns"),
+        (Autocasts, "run it in one dtype: without torch.autocast"),
+    ],
+)
+def test_ways_out_of_objects_and_casts(make, said):
+    with pytest.raises(converters.ConversionError, match=said):
+        converters.from_torch(make().eval(), input_shape=(3,))

@@ -246,6 +246,8 @@ def _config(model: Any) -> dict[str, Any]:
     if not isinstance(model, keras.Sequential):
         for layer in model.layers:
             _check_known(layer)
+        for operation in (x for x in model.operations if not isinstance(x, keras.Layer)):
+            keras_custom.check_config(operation)
         config = keras_custom.told(model.get_config(), model.layers, keras.dtype_policies.serialize)
         return {"class_name": "Functional", "config": config}
     shape = [None, *model.input_shape[1:]]

@@ -62,10 +62,16 @@ def settings_of(kind: str, settings: Mapping[str, Any], place: str) -> dict[str,
 
 
 def check_config(layer: Any) -> None:
-    """Raises for a live layer that Keras can't tell the settings of."""
+    """Raises for a live layer or operation that Keras can't tell the settings of."""
     try:
         layer.get_config()
     except NotImplementedError:
+        if type(layer).__module__.startswith("keras.src.ops"):
+            raise refuse(
+                f"{layer.name} (keras.ops, {type(layer).__name__})",
+                "it is called with arrays, which Keras itself does not save",
+                "give it numbers, or a layer that holds the array",
+            ) from None
         raise refuse(
             f"{layer.name} ({type(layer).__name__})",
             "its class does not tell what it was made with",

@@ -470,6 +470,7 @@ whole = keras.Input((4, 3), name="whole", dtype="uint8")
             lambda: L.GRU(3)(x, initial_state=x[:, 0]),
             r"initial_state=; converters.transform\(model",
         ),
+        (lambda: keras.ops.clip(x, np.zeros(3), np.ones(3)), "Clip.: it is called with arrays"),
         (lambda: L.TimeDistributed(L.Conv1D(2, 3))(x[..., None]), "Conv3D.*for Conv2D"),
         (lambda: L.Hashing(4)(whole), "Hashing.*can't be converted"),
         (lambda: keras.ops.square(whole), r"square \(Square\): it computes in uint8"),

@@ -195,7 +195,6 @@ _WORDS: tuple[tuple[str, Any], ...] = (
     (r"; load\(path, module=False\) reads its arrays alone",
      "; fwt inspect shows its arrays, fwt convert --weights-only takes them"),
     (rf"{_AT}module=False", "--weights-only"),
-    (", or source=, the file that they come from", ""),
     (r"set jax_enable_x64", "set JAX_ENABLE_X64=1 in the environment"),
     (r"use (converters\.transform\(model, t\))", r"use \1 in Python"),
     (r"^prune needs a sparsity or a threshold.*", "prune takes --sparsity 0.8 or --threshold 0.1, "

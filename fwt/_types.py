@@ -79,7 +79,8 @@ def check_takes(function: Callable[..., Any], what: str, names: str) -> None:
 
     takes: Any = None  # a function may have no signature
     try:
-        (takes := inspect.signature(function)).bind(*names.split(", "))
+        takes = inspect.signature(function, follow_wrapped=False)
+        takes.bind(*names.split(", "))
     except (TypeError, ValueError) as error:
         if takes is not None:
             raise TypeError(

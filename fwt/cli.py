@@ -232,8 +232,15 @@ def convert(
     as_json: JsonOption = False,
 ) -> None:
     """Convert files to another format: exactly, or not at all."""
+    from fwt.converters.files import formats
 
     def one(source: Path, target: Path, how: dict[str, Any]) -> None:
+        form = formats.by_suffix(target)
+        if weights_only and form is not None and form.needs_module:
+            raise FwtError(
+                f"{target}: it holds a model: leave --weights-only out, or write .safetensors, "
+                ".npz, .pt or .msgpack"
+            )
         try:
             model = _load(
                 source, **how, **({"module": False} if weights_only else {"sidecar": True})

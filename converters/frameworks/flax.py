@@ -42,7 +42,8 @@ def given(module: Any, variables: Any, call: str) -> tuple[Any, Any]:
             )
         whole = module is None and isinstance(variables, Model)
         return module, variables.variables if whole else variables
-    if {getattr(x, "dtype", None) for x in jax.tree.leaves(module.variables)} == {np.dtype(bool)}:
+    params = jax.tree.leaves(module.variables.get("params"))
+    if {getattr(x, "dtype", None) for x in params} == {np.dtype(bool)}:
         raise ConversionError(
             "these are masks, no weights of the model: save(path, None, masks) writes them to "
             ".safetensors, .npz, .msgpack, .pt or .orbax, and fwt.apply_masks(masks)(model) is the "

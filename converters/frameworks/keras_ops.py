@@ -85,17 +85,50 @@ def ranks_of(node: Any, where: str) -> list[int]:
 
 
 # What wraps around in whole numbers of few bits; a layer that casts them stands before the rest.
-_WRAPS = ("Add", "Subtract", "Multiply", "Square", "Sum", "Prod", "Negative", "Power", "Abs",
-          "Absolute", "Matmul", "Einsum", "Dot", "Average")  # fmt: skip
+_CASTS = "a keras.layers.Rescaling(1.0) before it makes float32 of them"
+_WRAPS = ("Add", "Subtract", "Multiply", "Square", "Negative", "Power", "Matmul", "Einsum", "Dot",
+          "Average")  # fmt: skip
 
 
 def check_whole(kind: str, node: Any, where: str) -> None:
     """Raises where Keras computes in whole numbers that wrap around, and other frameworks don't."""
     given = {t["config"].get("dtype") for t in tensors(node)}
+    given |= {"float32"} if any(type(x) is float for x in others(node)) else set()
     short = sorted(given & {"uint8", "int8", "uint16", "int16"})
     if short and kind in _WRAPS and given.isdisjoint(policy.COMPUTED):
         raise refuse(f"{where} ({kind})", f"it computes in {short[0]}, where numbers wrap around",
-                     "a keras.layers.Rescaling(1.0) before it makes float32 of them")  # fmt: skip
+                     _CASTS)  # fmt: skip
+
+
+_WHOLE = ("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64")
+# Layers that leave whole numbers what they are, and those that give whole numbers for them.
+_KEEPS = re.compile(
+    r"Flatten|Reshape|Permute|Identity|.*Dropout.*|RepeatVector|(ZeroPadding|Cropping)\dD|"
+    r"(Global|Adaptive)?MaxPooling\dD|UpSampling\dD|Concatenate|ops\.GetItem|Masking|Gaussian.*|"
+    r"ActivityRegularization|CenterCrop|Resizing|ReLU"
+)
+_ROUNDS = re.compile(
+    r"(Layer|Group|RMS|Spectral|Unit)Normalization|(Adaptive)?AveragePooling\dD|ELU|PReLU|Softmax"
+)
+
+
+def check_reached(layers: Sequence[Layer], start: str, dtype: Any) -> None:
+    """Raises where an input of whole numbers reaches a layer that gives whole numbers too, though
+    it computes in fractions: what Keras gives then is rounded, or wraps around."""
+    reached = {start} if dtype in _WHOLE else set[str]()
+    for layer in layers:
+        if reached.isdisjoint(layer.inputs):
+            continue
+        for part in (layer, *layer.inner):
+            told = part.settings
+            between = {"Resizing": "bilinear"}.get(part.kind, "nearest")
+            rounds = _ROUNDS.fullmatch(part.kind) or told.get("interpolation", between) != "nearest"
+            ends = (told.get("max_value"), told.get("threshold")) if part.kind == "ReLU" else ()
+            if rounds or any(x is not None and x != int(x) for x in ends):
+                raise refuse(str(layer), f"it takes whole numbers ({dtype}), and Keras rounds what "
+                             "it makes of them", _CASTS)  # fmt: skip
+        if _KEEPS.fullmatch(layer.kind):
+            reached.add(layer.name)
 
 
 def dtype_of(node: Any) -> str | None:

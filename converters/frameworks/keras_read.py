@@ -270,6 +270,7 @@ class _Reader:
 
     def _cast(self, start: str, dtype: Any, since: int, inside: tuple[str, ...], tip: str) -> str:
         """Casts what a model takes to half precision, where its first layers may not."""
+        keras_ops.check_reached(self.layers[since:], start, dtype)
         readers = [x for x in self.layers[since:] if start in x.inputs]
         if dtype not in ("float16", "bfloat16") or not readers:
             return tip

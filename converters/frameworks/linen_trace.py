@@ -172,8 +172,10 @@ def traced_call(
     if sizes:
         model = at_sizes(one, inputs, runs, lambda inputs: read(inputs)[0], check)
     if form.whole:
-        ends = dict(zip(form.keys, names_in(model.module.inputs), strict=True))
-        model = Model(model.module.clone(inputs=ends), model.variables)
+        graph: Any = model.module
+        shapes = graph.input_shape if len(form.keys) > 1 else (graph.input_shape,)
+        ends = dict(zip(form.keys, names_in(graph.inputs), strict=True))
+        model = Model(graph.clone(inputs=ends, input_shape=shapes), model.variables)
     return model
 
 

@@ -25,8 +25,9 @@ def graph_module(
     root, graph = torch.nn.Module(), torch.fx.Graph()
     taken: set[str] = set()
     refs: dict[str, Any] = {}
-    for name in names_in(net.takes):
-        label = _identifier(name, taken)
+    labels = net.takes if isinstance(net.takes, Mapping) else names_in(net.takes)
+    for name, wanted in zip(names_in(net.takes), labels, strict=True):
+        label = _identifier(wanted, taken)
         refs[name] = graph.placeholder(label)
         refs[name].meta["shape"] = net.inputs[name]
         _check_sizes(graph, refs[name], name, net.fixed.get(name, ()))

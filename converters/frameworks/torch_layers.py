@@ -71,7 +71,7 @@ def _named(net: Net) -> Net:
     split = {x.name: parts_of(x.name) for x in net.layers}
     if all(own(part) == part for parts in split.values() for part in parts):
         return net
-    beside: dict[tuple[str, ...], set[str]] = {}
+    beside: dict[tuple[str, ...], set[str]] = {(): {*net.inputs}}
     for parts in split.values():
         for i, part in enumerate(parts):
             beside.setdefault((*parts[:i],), set()).add(part)

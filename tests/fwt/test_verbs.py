@@ -1,5 +1,7 @@
 """initialize, project, assign, chain, at, straight_through."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -337,6 +339,18 @@ def test_a_noun_of_another_library_is_told_under_its_name_here(verb, make, own):
     }[verb]
     with pytest.raises((TypeError, fwt.FwtError), match=own):
         call()
+
+
+def test_a_function_of_one_argument_may_be_wrapped():
+    def halved(w):
+        return w / 2
+
+    @functools.wraps(halved)
+    def taken(*args):
+        return halved(args[0])
+
+    params = {"d": {"kernel": np.ones((3, 4), np.float32)}}
+    assert float(fwt.project(taken)(params)["d"]["kernel"][0, 0]) == 0.5
 
 
 @pytest.mark.parametrize(

@@ -301,6 +301,21 @@ def test_a_path_or_a_state_dict_in_the_place_of_a_model_is_told_its_function(tmp
             call()
 
 
+class Keeps(nn.Module):
+    """What is no param may be bool."""
+
+    @nn.compact
+    def __call__(self, x):
+        keep = self.variable("consts", "keep", lambda: np.array([True, False, True]))
+        return jax.numpy.where(keep.value, x, 0.0)
+
+
+def test_a_model_of_bools_that_are_no_params_is_one():
+    variables = {"params": {}, "consts": {"keep": np.array([True, False, True])}}
+    made = converters.to_torch(fwt.Model(Keeps(), variables), input_shape=(3,))
+    np.testing.assert_array_equal(made(torch.ones(2, 3)).numpy(), [[1, 0, 1]] * 2)
+
+
 def test_masks_of_a_model_are_saved_as_they_are(tmp_path):
     model = converters.from_keras(KERAS)
     masks = fwt.masks_of(fwt.prune(0.5)(model))

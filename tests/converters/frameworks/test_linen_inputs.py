@@ -3,11 +3,13 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import keras
 import numpy as np
 import onnxruntime
 import pytest
 import torch
 from flax import nnx
+from marks import thorough_but
 
 from fwt import ConversionError, converters
 
@@ -48,7 +50,59 @@ def close(found, truth):
     np.testing.assert_allclose(found, truth, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("make", [from_dict, from_keywords])
+class One(nn.Module):
+    """A layer has the name of the key."""
+
+    @nn.compact
+    def __call__(self, batch):
+        return nn.Dense(2, name="x")(batch["x"])
+
+
+def test_a_dict_of_one_key(tmp_path):
+    net, given = One(), {"x": BATCH["x"]}
+    variables = net.init(jax.random.key(0), given)
+    truth, shapes = net.apply(variables, given), {"x": (3,)}
+    made = converters.to_torch(net, variables, input_shape=shapes)
+    with torch.no_grad():
+        close(made(x=torch.from_numpy(given["x"])), truth)
+    close(converters.to_keras(net, variables, input_shape=shapes)(given), truth)
+    converters.save(tmp_path / "net.safetensors", net, variables, input_shape=shapes)
+    close(converters.load(tmp_path / "net.safetensors")(given), truth)
+    assert converters.verify((net, variables), made, inputs=given)
+
+
+class Pair(nn.Module):
+    @nn.compact
+    def __call__(self, a, b):
+        hidden = nn.relu(nn.Dense(4, name="first")(a))
+        return nn.Dense(2, name="second")(hidden) + nn.Dense(2, name="third")(b.mean(1))
+
+
+def test_inputs_may_have_the_names_of_the_other_model():
+    net = Pair()
+    variables = net.init(jax.random.key(0), *BATCH.values())
+    params = variables["params"]
+    params["first"]["bias"] -= 1e6  # which leaves all of its units dead
+    left, right = keras.Input((3,), name="left"), keras.Input((7, 5), name="right")
+    layers = {name: keras.layers.Dense(n, name=name)
+              for name, n in (("first", 4), ("second", 2), ("third", 2))}  # fmt: skip
+    hidden = keras.layers.ReLU()(layers["first"](left))
+    mean = keras.layers.GlobalAveragePooling1D()(right)
+    sums = keras.layers.Add()([layers["second"](hidden), layers["third"](mean)])
+    model = keras.Model([left, right], sums)
+    for name, layer in layers.items():
+        layer.set_weights([params[name]["kernel"], params[name]["bias"]])
+    inputs = {"left": BATCH["x"], "right": BATCH["y"]}
+    assert converters.verify(model, (net, variables), inputs=inputs)
+    params["first"]["kernel"] = params["first"]["kernel"].at[0, 0].add(0.5)
+    report = converters.verify(model, (net, variables), inputs=inputs)
+    assert "first" in [line.name for line in report.layers]
+    assert not report
+
+
+@pytest.mark.parametrize(
+    "make", thorough_but(lambda f: f is from_keywords, [from_dict, from_keywords])
+)
 def test_a_dict_of_shapes(make, tmp_path):
     net, variables, truth = make()
     made = converters.to_torch(net, variables, input_shape=SHAPES, layout="source")
@@ -108,7 +162,8 @@ def test_verify_prints_nothing_of_sizes_that_it_tries(capfd):
     class Positions(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return x + self.param("pos", nn.initializers.normal(1.0), x.shape[1:])
+            table = self.param("pos", nn.initializers.normal(1.0), (7, 5))
+            return nn.LayerNorm()(x + table[jnp.arange(x.shape[1])])
 
     net, x = Positions(), BATCH["y"]
     variables = net.init(jax.random.key(0), x)

@@ -66,6 +66,16 @@ def test_names_beside_each_other_stay_apart():
     assert [n for n, _ in made.named_children()] == ["a_b_", "a_b", "type__", "type_", "x_y"]
 
 
+@pytest.mark.parametrize(("given", "name"), [("half_", "half"), ("in_", "in"), ("a_b", "a.b")])
+def test_a_name_that_an_input_has_stays_its_own(given, name):
+    x = keras.Input((3,), name=given)
+    model = keras.Model(x, keras.layers.Add()([keras.layers.Dense(3, name=name)(x), x]))
+    made = converters.to_torch(converters.from_keras(model))
+    with torch.no_grad():
+        found = made(torch.from_numpy(X[:, 0, 0])).numpy()
+    np.testing.assert_allclose(found, model(X[:, 0, 0]), rtol=1e-5, atol=1e-6)
+
+
 class Steps(nn.Module):
     """A cell of Flax has gates named in and if."""
 
@@ -78,6 +88,7 @@ class Steps(nn.Module):
         return nn.Dense(2)(carry)
 
 
+@pytest.mark.thorough
 def test_a_cell_that_is_called_by_hand():
     x = np.random.default_rng(1).standard_normal((2, 3, 4), np.float32)
     variables = Steps().init(jax.random.key(0), x)

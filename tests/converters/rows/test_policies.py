@@ -175,6 +175,21 @@ def test_tensors_of_several_dtypes_meet(name, tmp_path):
         agree(found, expected, 2**-7, name)  # what stands before them rounds
 
 
+def test_an_operation_of_keras_casts_what_it_takes():
+    """A Dot goes to Flax as a product, and comes back as an operation, which has no dtype."""
+    x = [keras.Input((5, 4)), keras.Input((6, 4))]
+    model = keras.Model(x, k.Dot(2, dtype="mixed_float16")(x))
+    back = converters.to_keras(converters.from_keras(model))
+    given = [
+        generator(name).normal(size=(2, n, 4)).astype(np.float32)
+        for name, n in (("ab", 5), ("cd", 6))
+    ]
+    expected = np.asarray(model(given))
+    found = np.asarray(back(given))
+    assert found.dtype == expected.dtype == np.float16
+    agree(found, expected, 2**-8, "Keras again")
+
+
 def test_a_model_of_float32_says_no_dtype():
     inner = k.Dense(2, "relu"), k.LSTM(2), k.LSTMCell(2), k.Softmax()
     for layer in (*(k.TimeDistributed(inner[i]) for i in (0, 3)), k.Bidirectional(inner[1]),

@@ -474,6 +474,11 @@ whole = keras.Input((4, 3), name="whole", dtype="uint8")
         (lambda: L.TimeDistributed(L.Conv1D(2, 3))(x[..., None]), "Conv3D.*for Conv2D"),
         (lambda: L.Hashing(4)(whole), "Hashing.*can't be converted"),
         (lambda: keras.ops.square(whole), r"square \(Square\): it computes in uint8"),
+        (
+            lambda: L.LayerNormalization(name="n")(L.Flatten()(whole)),
+            r"n \(LayerNormalization\): it takes whole numbers \(uint8\), and Keras rounds",
+        ),
+        (lambda: L.UpSampling1D(2)(L.ReLU(2.5, name="r")(whole)), r"r \(ReLU\): it takes.*uint8"),
         (lambda: L.Add(name="add")([whole, whole]), r"add \(Add\): it computes in uint8"),
         (lambda: keras.ops.reshape(x, (3, -1)), r"newshape=.*it puts all examples into 3"),
         (lambda: keras.ops.reshape(x, (1, -1)), r"newshape=.*it puts all examples into 1"),
@@ -578,3 +583,25 @@ def test_a_layer_of_two_models_is_refused():
         converters.ConversionError, match=r"it is the layer .*shared too, in another model"
     ):
         converters.from_keras(keras.Model(x, shared(inner(x))))
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda x: (x - 127.5) / 127.5,
+        lambda x: x * 2.0,
+        lambda x: keras.ops.sum(x, -1),
+        lambda x: L.BatchNormalization()(L.MaxPooling1D(2)(x)),
+        lambda x: L.LayerNormalization()(L.Rescaling(1.0)(x)),
+        lambda x: L.Dense(3)(L.Concatenate()([L.Flatten()(x), L.ReLU(3.0)(L.Flatten()(x))])),
+    ],
+)
+def test_whole_numbers_that_keras_makes_floats_of(made):
+    x = np.random.default_rng(0).integers(0, 256, (2, 4, 3)).astype(np.uint8)
+    net = randomise_keras(keras.Model(whole, made(whole)))
+    np.testing.assert_allclose(
+        np.asarray(converters.from_keras(net)(x), float),
+        np.asarray(net.predict(x, verbose=0), float),
+        rtol=1e-5,
+        atol=1e-5,
+    )

@@ -108,7 +108,8 @@ _KEEPS = re.compile(
     r"ActivityRegularization|CenterCrop|Resizing|ReLU"
 )
 _ROUNDS = re.compile(
-    r"(Layer|Group|RMS|Spectral|Unit)Normalization|(Adaptive)?AveragePooling\dD|ELU|PReLU|Softmax"
+    r"(Layer|Group|RMS|Spectral|Unit)Normalization|(Global|Adaptive)?AveragePooling\dD|ELU|PReLU|"
+    r"Softmax"
 )
 
 
@@ -117,6 +118,8 @@ def check_reached(layers: Sequence[Layer], start: str, dtype: Any) -> None:
     it computes in fractions: what Keras gives then is rounded, or wraps around."""
     reached = {start} if dtype in _WHOLE else set[str]()
     for layer in layers:
+        if layer.kind == "Discretization" and layer.settings.get("output_mode", "int") == "int":
+            reached.add(layer.name)
         if reached.isdisjoint(layer.inputs):
             continue
         for part in (layer, *layer.inner):
@@ -125,7 +128,7 @@ def check_reached(layers: Sequence[Layer], start: str, dtype: Any) -> None:
             rounds = _ROUNDS.fullmatch(part.kind) or told.get("interpolation", between) != "nearest"
             ends = (told.get("max_value"), told.get("threshold")) if part.kind == "ReLU" else ()
             if rounds or any(x is not None and x != int(x) for x in ends):
-                raise refuse(str(layer), f"it takes whole numbers ({dtype}), and Keras rounds what "
+                raise refuse(str(layer), "it takes whole numbers, and Keras rounds what "
                              "it makes of them", _CASTS)  # fmt: skip
         if _KEEPS.fullmatch(layer.kind):
             reached.add(layer.name)

@@ -375,7 +375,7 @@ def load(
         (2, 3)
     """
     path = _io.given_path(path)
-    key = key if key is None or isinstance(key, str) else tuple(key)
+    key = key if key is None or isinstance(key, str) else tuple(key) or None
     how = Reading(key, fold, max_bytes, shardings, sidecar, external_data, module)
     try:
         path = inside(path)

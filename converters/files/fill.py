@@ -441,8 +441,8 @@ def _found(
 ) -> dict[str, np.ndarray]:
     out: dict[str, np.ndarray] = {}
     chosen = _names.chosen(variables, how, path)
-    # A checkpoint of an nnx.state has the array of a variable under its value.
-    boxed = all(len(x.new) > 1 and x.new[-1] == "value" for x in chosen)
+    # A checkpoint of an nnx.state, a folder, has the array of a variable under its value.
+    boxed = path.is_dir() and all(len(x.new) > 1 and x.new[-1] == "value" for x in chosen)
     for x in chosen:
         x = x._replace(new=x.new[:-1]) if boxed else x
         name = ".".join(x.new)

@@ -84,7 +84,7 @@ def ranks_of(node: Any, where: str) -> list[int]:
     return [len(s) for s in shapes]
 
 
-_CASTS = "a keras.layers.Rescaling(1.0) before it makes float32 of them"
+_CASTS = "a keras.layers.Rescaling(1.0) in front of it makes float32 of them"
 # What wraps around in whole numbers of few bits; other operations compute in floats.
 _WRAPS = ("Add", "Subtract", "Multiply", "Square", "Negative", "Power", "Matmul", "Einsum", "Dot",
           "Average")  # fmt: skip

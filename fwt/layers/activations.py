@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from fwt._types import Array, FwtError
-from fwt.layers.base import Layer
+from fwt.layers.base import Layer, RealLayer
 
 
 class ReLU(Layer):
@@ -119,7 +119,7 @@ class GELU(Layer):
         return jax.nn.gelu(x, approximate=self.approximate)
 
 
-class SiLU(Layer):
+class SiLU(RealLayer):
     """x sigmoid(x), also called swish.
 
     Example:
@@ -149,7 +149,7 @@ class Mish(Layer):
         return jax.nn.mish(x)
 
 
-class Sigmoid(Layer):
+class Sigmoid(RealLayer):
     """1 / (1 + exp(-x)).
 
     Example:
@@ -164,7 +164,7 @@ class Sigmoid(Layer):
         return jax.nn.sigmoid(x)
 
 
-class LogSigmoid(Layer):
+class LogSigmoid(RealLayer):
     """log(sigmoid(x)).
 
     Example:
@@ -497,7 +497,7 @@ class Threshold(Layer):
         return jnp.where(x <= self.threshold, self.value, x)  # NaN stays
 
 
-class SquarePlus(Layer):
+class SquarePlus(RealLayer):
     """(x + sqrt(x² + ``b``)) / 2 (Barron, 2021).
 
     Args:
@@ -547,7 +547,7 @@ class SparseSigmoid(Layer):
         return jax.nn.sparse_sigmoid(x)
 
 
-class GLU(Layer):
+class GLU(RealLayer):
     """The first half along ``axis`` times the sigmoid of the second (Dauphin et al., 2017).
 
     The output has half the input's size along that axis.

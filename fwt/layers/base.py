@@ -61,3 +61,14 @@ class Layer(nn.Module, kw_only=True):
             return jnp.asarray(init(key, shape, wide), self.param_dtype)
 
         return self._cast(self.param(name, drawn))
+
+
+class RealLayer(Layer):
+    """A layer of real numbers: whole ones, such as pixels, whose own sums and products go round at
+    the ends of their dtype, are computed in float32.
+    """
+
+    @nn.nowrap
+    def _cast(self, x: Any) -> Any:
+        whole = jnp.issubdtype(jnp.result_type(x), jnp.integer)
+        return super()._cast(jnp.asarray(x, jnp.float32) if whole else x)

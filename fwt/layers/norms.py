@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from fwt._types import Array, FwtError
-from fwt.layers.base import Layer
+from fwt.layers.base import Layer, RealLayer
 
 
-class Softmax(Layer):
+class Softmax(RealLayer):
     """exp(x) normalised to sum 1 along ``axis``.
 
     Args:
@@ -30,7 +30,7 @@ class Softmax(Layer):
         return jax.nn.softmax(x, axis=self.axis)
 
 
-class LogSoftmax(Layer):
+class LogSoftmax(RealLayer):
     """The logarithm of softmax along ``axis``.
 
     Args:
@@ -50,7 +50,7 @@ class LogSoftmax(Layer):
         return jax.nn.log_softmax(x, axis=self.axis)
 
 
-class Softmin(Layer):
+class Softmin(RealLayer):
     """Softmax of -x along ``axis``.
 
     Args:
@@ -70,7 +70,7 @@ class Softmin(Layer):
         return jax.nn.softmax(-x, axis=self.axis)
 
 
-class Sparsemax(Layer):
+class Sparsemax(RealLayer):
     """x less a threshold, from 0 on, as Keras 3.15 computes it along ``axis``.
 
     Keras's threshold sums partial sums: where several entries stay, it is not the nearest point
@@ -100,7 +100,7 @@ class Sparsemax(Layer):
         return jnp.moveaxis(jnp.maximum(z - (total - 1) / count, 0), -1, self.axis)
 
 
-class UnitNorm(Layer):
+class UnitNorm(RealLayer):
     """x divided by its Euclidean norm along ``axes``; a norm below 1e-6 counts as that.
 
     Args:

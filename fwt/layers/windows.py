@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 
 from fwt._types import Array, FwtError
-from fwt.layers.base import Layer
+from fwt.layers.base import Layer, RealLayer
 
 __all__ = [
     "AdaptiveAvgPool",
@@ -243,7 +243,7 @@ class MaxPool(Layer):
         return lax.reduce_window(x, lowest, lax.max, window, steps, pads, window_dilation=dilation)
 
 
-class AvgPool(Layer):
+class AvgPool(RealLayer):
     """The mean of each window of (n, *spatial, c); the padding counts only if told so.
 
     With ``divisor`` the sum of each window is divided by that number.
@@ -277,7 +277,7 @@ class AvgPool(Layer):
         return y if self.divisor is None else y * (math.prod(self.window_shape) / self.divisor)
 
 
-class LPPool(Layer):
+class LPPool(RealLayer):
     """The power average of each window of (n, *spatial, c): (sum x^p)^(1/p), without padding.
 
     A sum below zero, which an odd p can have, gives NaN, as in torch.
@@ -441,7 +441,7 @@ class Resize(Layer):
     Sample i of n lies at ``(i + 0.5) / n`` of the length, or, with ``align_corners``, at
     ``i / (n - 1)``. "linear" interpolates between the two nearest along each axis, without
     antialiasing. "nearest" takes the pixel at ``floor(i / scale)``; "nearest-exact" that under
-    the sample's centre.
+    the sample's centre. "linear" of whole numbers gives float32.
 
     Args:
         shape: the sizes of the output's spatial axes, in pixels, or None, the default, where
@@ -518,4 +518,5 @@ class Resize(Layer):
             (at - low).astype(np.float32).reshape([-1 if a == axis else 1 for a in range(x.ndim)])
         )
         below, above = jnp.take(x, low, axis=axis), jnp.take(x, high, axis=axis)
-        return (below * (1 - weight) + above * weight).astype(x.dtype)
+        y = below * (1 - weight) + above * weight
+        return y.astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else y

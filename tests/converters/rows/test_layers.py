@@ -836,3 +836,18 @@ def test_one_hot_of_one_column_alone():
     model = converters.from_keras(net)
     assert np.array_equal(in_flax(model, x), in_keras(net, x))
     assert np.array_equal(in_keras(converters.to_keras(*model), x), in_keras(net, x))
+
+
+@given_layers(layer_cases.KERAS)
+def test_pixels_are_not_computed_in_bytes(name, data):
+    case = layer_cases.KERAS[name]
+    rng = layer_cases.Drawn(data)
+    seed = rng.integers(2**32)
+    shape, layer = case.make(rng)
+    if case.integers or isinstance(shape, list):
+        return
+    model = keras.Sequential([keras.Input(shape), layer])
+    cases.randomise_keras(model, seed)
+    x = np.random.default_rng(seed).integers(0, 256, (2, *shape)).astype(np.uint8)
+    module, variables = converters.from_keras(model)
+    close(np.asarray(module.apply(variables, x), np.float64), in_keras(model, x), name)

@@ -19,6 +19,7 @@ _HOME = {
     "Special": "fwt.converters.rows.row",
     "Select": "fwt.converters.frameworks.torch_modules",
     "register": "fwt.converters.rows.table",
+    "assign": "fwt.converters.values",
     "from_keras": "fwt.converters.frameworks.keras",
     "from_nnx": "fwt.converters.frameworks.nnx",
     "from_onnx": "fwt.converters.onnx.read",
@@ -31,6 +32,7 @@ _HOME = {
     "to_torch": "fwt.converters.frameworks.torch",
     "transform": "fwt.converters.frameworks.live",
     "verify": "fwt.converters.verification.verify",
+    "weights": "fwt.converters.values",
 }
 
 if TYPE_CHECKING:
@@ -56,6 +58,8 @@ if TYPE_CHECKING:
     from fwt.converters.rows.row import Size as Size
     from fwt.converters.rows.row import Special as Special
     from fwt.converters.rows.table import register as register
+    from fwt.converters.values import assign as assign
+    from fwt.converters.values import weights as weights
     from fwt.converters.verification.verify import verify as verify
 
 __all__ = sorted(_HOME)

@@ -27,6 +27,7 @@ _HOME = {
     "at": "_compose",
     "biases": "_axes",
     "chain": "_compose",
+    "diff": "_diff",
     "initialize": "_initialize",
     "kernels": "_axes",
     "lsuv": "_lsuv",
@@ -67,6 +68,7 @@ if TYPE_CHECKING:
     from fwt._compose import at as at
     from fwt._compose import chain as chain
     from fwt._compose import straight_through as straight_through
+    from fwt._diff import diff as diff
     from fwt._errors import AxesError as AxesError
     from fwt._errors import ConversionError as ConversionError
     from fwt._errors import FileFormatError as FileFormatError

@@ -1,13 +1,15 @@
 """What differs between two models or trees."""
 
 import dataclasses
+import os
 from typing import Any
 
 import numpy as np
 
-from fwt import _tree
+from fwt import _nodes, _tree
 from fwt._graph import Graph, nodes_of
 from fwt._sequential import Sequential, settings_of
+from fwt._types import Model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +24,13 @@ class Change:
 
 @dataclasses.dataclass(frozen=True)
 class Diff:
-    """What differs: leaves, and layers of the architectures where both have one."""
+    """What :func:`diff` gives: fields to compute with, ``print`` for a table.
+
+    Attributes:
+        same: how many arrays are equal.
+        changes: those that are not, in path order.
+        layers: how the layers of two Models differ, a line each.
+    """
 
     same: int
     changes: tuple[Change, ...]
@@ -32,14 +40,56 @@ class Diff:
     def equal(self) -> bool:
         return not (self.changes or self.layers)
 
+    @property
+    def verdict(self) -> str:
+        """How many arrays are equal, and how many differ."""
+        if self.equal:
+            return f"equal: {self.same} arrays, bit for bit"
+        return f"{self.same} arrays are equal, {len(self.changes)} differ"
+
+    def __rich__(self) -> Any:
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for title in ("path", "what differs", "entries", "by at most"):
+            table.add_column(title)
+        for c in self.changes:
+            numbers = ["" if c.count is None else f"{c.count:,}",
+                       "" if c.largest is None else f"{c.largest:.3g}"]  # fmt: skip
+            table.add_row(*map(Text, [c.path.replace("\\/", "/"), c.what, *numbers]))
+        return Group(*([table] if self.changes else []), *map(Text, self.layers))
+
+    def __str__(self) -> str:
+        from rich.console import Console
+
+        console = Console(width=200, color_system=None)
+        with console.capture() as captured:
+            console.print(self)
+        return "\n".join([*(x.rstrip() for x in captured.get().splitlines()), self.verdict])
+
 
 def diff(a: Any, b: Any) -> Diff:
     """Compares two models bit for bit.
 
     Args:
-        a: a ``fwt.Model``.
+        a: a :class:`fwt.Model`, a tree of arrays or a variables dict, a live Keras, torch or nnx
+            model, or the path of a file.
         b: another.
+
+    Returns:
+        A :class:`Diff`, to print or to read: the leaves that differ, by their paths with the
+        collection in front; and of two Models the layers that do.
+
+    Example:
+        >>> import numpy as np
+        >>> one, other = ({"d": {"kernel": np.float32([1, x])}} for x in (2, 2.5))
+        >>> found = diff(one, other)
+        >>> found.equal, found.changes[0].path, found.changes[0].largest
+        (False, 'params/d/kernel', 0.5)
     """
+    a, b = map(_read, (a, b))
     one, other = (_tree.Tree({"params": dict(m.variables)}, whole=True).leaves for m in (a, b))
     changes, same = [], 0
     for path in [*one, *(p for p in other if p not in one)]:
@@ -47,6 +97,20 @@ def diff(a: Any, b: Any) -> Diff:
         same += change is None
         changes += [] if change is None else [change]
     return Diff(same, tuple(changes), tuple(_layers(a.module, b.module)))
+
+
+def _read(x: Any) -> Model:
+    if isinstance(x, Model):
+        return x
+    if isinstance(x, str | os.PathLike):
+        from fwt.converters.files.formats import load
+
+        return load(x)
+    if _nodes.foreign(x)[1] == "model" or _nodes.is_graph(x):
+        from fwt.converters.values import weights
+
+        return Model(None, weights(x))
+    return Model(None, x if _tree.is_variables(x) else {"params": x})
 
 
 def _change(path: str, a: Any, b: Any) -> Change | None:

@@ -103,9 +103,8 @@ def refuse_foreign(x: Any, parts: tuple[str, ...]) -> None:
     if kind == "model":
         raise LeafError(
             f"{place} is {what}, a live model: fwt.converters.transform(model, t) changes its "
-            "weights in place, and t=lambda tree: print(fwt.summary(tree)) or tree shows them; of "
-            f"a Sequential fwt.converters.from_{framework}(model) gives a Model, which every "
-            "function of fwt takes"
+            "weights in place, and fwt.summary(model) shows them; "
+            f"fwt.converters.from_{framework}(model) gives a Model, which all functions of fwt take"
         )
     way = "x.detach().numpy()" if framework == "torch" else "np.asarray(x)"
     raise LeafError(

@@ -103,12 +103,14 @@ def _share(zeros: int | None, size: int) -> str:
     return f"{zeros:,} ({zeros / size:6.1%})" if size else "0"
 
 
+@_tree.reads
 def summary(params: Params) -> Summary:
     """A table of the leaves: path, shape, dtype, number of weights and of zeros.
 
     Args:
-        params: any pytree of arrays. Of a Model or a variables dict, the other collections (such
-            as ``batch_stats``) are listed below the params, with their names in front.
+        params: any pytree of arrays, or a live Keras or torch model. Of one, of a Model and of a
+            variables dict the other collections (such as ``batch_stats``) are listed below the
+            params, with their names in front.
 
     Returns:
         A :class:`Summary` to print, or to read line by line. Zeros of ``ShapeDtypeStruct`` leaves

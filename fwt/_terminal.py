@@ -135,24 +135,10 @@ def print_diff(found: Any, as_json: bool, hint: str, refused: str = "") -> None:
             )
         )
         return
-    from rich.table import Table
-    from rich.text import Text
-
     console = _console()
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("path", "what differs", "entries", "by at most"):
-        table.add_column(title)
-    for c in found.changes:
-        numbers = ["" if c.count is None else f"{c.count:,}",
-                   "" if c.largest is None else f"{c.largest:.3g}"]  # fmt: skip
-        table.add_row(*map(Text, [c.path.replace("\\/", "/"), c.what, *numbers]))
-    if found.changes:
-        console.print(table, highlight=False)
-    for line in found.layers:
-        console.print(line, highlight=False, markup=False)
-    said = f"equal: {found.same} arrays, bit for bit"
     if not found.equal:
-        said = f"{found.same} arrays are equal, {len(found.changes)} differ{hint}"
+        console.print(found, highlight=False)
+    said = found.verdict if found.equal else f"{found.verdict}{hint}"
     said += (
         f"; by the names in the files, since a model can't be converted ({refused})"
         if refused

@@ -516,6 +516,22 @@ def rounded(x: Any, dtype: Any) -> Any:
     return x.astype(dtype)
 
 
+def reads(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks a function of params that only reads: of a live model it sees the weights."""
+
+    @functools.wraps(function)
+    def read(params: Params, *args: Any, **named: Any) -> Any:
+        if _nodes.foreign(params)[1] != "model":
+            return function(params, *args, **named)
+        from fwt.converters import values
+
+        with values.seen(params) as tree:
+            return function(tree, *args, **named)
+
+    return read
+
+
+@reads
 def paths(params: Params) -> list[str]:
     """The path of every array leaf, in natural order (``2`` before ``10``).
 
@@ -523,7 +539,8 @@ def paths(params: Params) -> list[str]:
     by a backslash. In a variables dict or a Model, paths are relative to ``params``.
 
     Args:
-        params: any pytree of arrays; other leaves are not listed.
+        params: any pytree of arrays; other leaves are not listed. Or a live Keras or torch model,
+            whose weights have the names and axes that :func:`fwt.converters.weights` gives.
 
     Returns:
         The paths as strings.
@@ -536,11 +553,12 @@ def paths(params: Params) -> list[str]:
     return list(Tree(params).leaves)
 
 
+@reads
 def select(params: Params, where: Where = "**") -> dict[str, Any]:
     """The leaves that ``where`` names.
 
     Args:
-        params: any pytree of arrays.
+        params: any pytree of arrays, or a live Keras or torch model.
         where: a glob (``*`` matches within one part of a path, ``**`` any number of parts), a list
             of globs and roles (``fwt.kernels``), a predicate ``(path, ShapeDtypeStruct) -> bool``,
             or a tree of concrete bools. The spelling of files, ``0.weight``, is taken too.

@@ -18,7 +18,7 @@ fwt._terminal
 fwt._demo
 fwt
 fwt.converters
-fwt.converters.verification
+fwt.converters.verification fwt.converters.values
 fwt.converters.files
 fwt.converters.onnx
 fwt.converters.frameworks
@@ -58,6 +58,9 @@ UP = {
     ),
     ("fwt._graph", "fwt.converters.rows.table"): "the same, for a Graph",
     ("fwt._axes", "fwt.converters.rows.table"): "the same, for a linen module that is traced",
+    ("fwt._tree", "fwt.converters.values"): "reads a live Keras or torch model",
+    ("fwt._diff", "fwt.converters.values"): "the same",
+    ("fwt._diff", "fwt.converters.files.formats"): "reads files",
 }
 # Other imports inside functions, and why they may not stand at the top of their module.
 TOP_LEVEL_IS_TOO_SLOW = "start-up: the command line and `import fwt` load only what a task needs"
@@ -80,6 +83,7 @@ LAZY = {
     "fwt.converters.frameworks.live": "imports Keras or torch, whichever the model is of",
     "fwt.converters.onnx.layers": "imports TensorFlow, when a file is written",
     "fwt.converters.onnx.write": "imports TensorFlow, when a file is written",
+    "fwt.converters.values": "imports the formats, for files only",
     "fwt.converters.verification.verify": "imports onnx, for ONNX files only",
     "fwt.converters.verification.keras_side": "imports Keras, for its models only",
     "fwt.converters.verification.torch_side": "imports torch, for its modules only",

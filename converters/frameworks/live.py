@@ -24,6 +24,12 @@ from fwt.converters.frameworks import gradients
 
 # In the place of ``fwt.paths(params)``, for which a live model has no params.
 _PATHS = "converters.transform(model, lambda tree: print(*fwt.paths(tree)) or tree)"
+_MORE = {"assign": ", an nnx module", "weights": ", an nnx module, the path of a file"}
+_OF_TREES = {
+    "transform": "; for a tree of arrays, call the transform on it",
+    "assign": "; for a tree of arrays, call fwt.assign(values) on it",
+    "weights": "; of a tree of arrays, these are its leaves",
+}
 
 
 def transform(model: Any, t: Transform) -> Any:
@@ -71,80 +77,115 @@ def transform(model: Any, t: Transform) -> Any:
     if isinstance(model, Model):
         return t(model)
     _check(t)
-    statistics = wants_statistics(t)
-    backend = _backend(model)
-    held = backend.leaves(model)
-    leaves = [x for x in held if statistics or x.collection == "params"]
-    if not leaves:
-        unbuilt = getattr(model, "built", True) is False
-        raise ConversionError(
-            f"{type(model).__name__} has no floating weights"
-            + ("; build it first, model.build((None, ...))" if unbuilt else "")
-        )
-    paths = [leaf.path for leaf in leaves]
-    if len(set(paths)) < len(paths):
-        twice = next(p for p in paths if paths.count(p) > 1)
-        raise ConversionError(f"{twice}: two weights have this name; rename one of them")
-    # Copies that can't be written to: what a transform keeps or swaps must not change later.
-    before = {leaf.path: np.array(leaf.value) for leaf in leaves}
-    for value in before.values():
-        value.flags.writeable = False
-    known = {leaf.path: leaf.known for leaf in leaves}
-    # Under "params", so that a layer that is itself named params is no collection.
-    where = {leaf.path: leaf.collection for leaf in leaves}
-    tree = {
-        name: gradients.nested({p: x for p, x in before.items() if where[p] == name})
-        for name in ("params", "batch_stats")
-        if name == "params" or name in where.values()
-    }
-    also = {leaf.path: leaf.also for leaf in leaves if leaf.also}
-    if also:
-        tree["params"] = FromFile(tree["params"], json.dumps({"also": also}))
-    grads = functools.partial(gradients.in_tree, backend, model, leaves)
-    own = {path: names for leaf in leaves for path, names in leaf.own.items()}
-    hidden = {p: names for x in held if x not in leaves for p, names in x.own.items()}
-    with _live.knowing(known, grads, own, hidden):
-        try:
-            found = t(tree)
-            _check_given_back(found, tree)
-            after = _tree.Tree(found, statistics).leaves
-        except WhereError as error:
-            raise WhereError(str(error).replace("fwt.paths(params)", _PATHS)) from None
-    if set(after) != set(before):
-        path = sorted(set(after) ^ set(before))[0]
-        raise LeafError(f"the transform must keep the tree as it is, but {path!r} is not in both")
-    changed = {}
-    for path, old in before.items():
-        new = after[path]
-        if new is old:
-            continue
-        value = np.asarray(new)
-        counter = where[path] == "batch_stats" and old.dtype.kind == value.dtype.kind == "i"
-        if counter:  # which jit cuts to 32 bits
-            value = value.astype(old.dtype)
-        if value.shape != old.shape or value.dtype != old.dtype:
-            masks = "; fwt.apply_masks(masks)(tree) applies masks" if value.dtype == bool else ""
-            raise LeafError(
-                f"{path}: expected {old.dtype}{list(old.shape)} from the transform, found "
-                f"{value.dtype}{list(value.shape)}{masks}"
-            )
-        # Bytes, so that NaN equals itself and -0.0 is not +0.0.
-        if value.tobytes() != old.tobytes():
-            changed[path] = value
-    written = []
-    try:
-        for leaf in leaves:
-            if leaf.path in changed:
-                written.append(leaf)
-                leaf.write(changed[leaf.path])
-    except Exception as error:  # torch, Keras and nnx raise any class: it becomes ours
-        for leaf in written:  # what failed may have been written all the same
-            with contextlib.suppress(Exception):  # of any class again, while the others go back
-                leaf.write(before[leaf.path])
-        raise ConversionError(
-            f"{written[-1].path} can't be written ({error}); the model is as it was"
-        ) from error
+    Live(model, wants_statistics(t)).run(t)
     return model
+
+
+class Live:
+    """The weights of a live model as a tree, and the way back into the model.
+
+    Args:
+        model: a built Keras model or a torch module.
+        statistics: whether the running statistics of norms are in the tree.
+        verb: what is called, for errors.
+
+    Attributes:
+        tree: ``{"params": ..., "batch_stats": ...}`` of arrays that can't be written to.
+    """
+
+    def __init__(self, model: Any, statistics: bool, verb: str = "transform") -> None:
+        backend = _backend(model, verb)
+        held = backend.leaves(model)
+        self._statistics = statistics
+        self._leaves = leaves = [x for x in held if statistics or x.collection == "params"]
+        if not leaves:
+            unbuilt = getattr(model, "built", True) is False
+            raise ConversionError(
+                f"{type(model).__name__} has no floating weights"
+                + ("; build it first, model.build((None, ...))" if unbuilt else "")
+            )
+        paths = [leaf.path for leaf in leaves]
+        if len(set(paths)) < len(paths):
+            twice = next(p for p in paths if paths.count(p) > 1)
+            raise ConversionError(f"{twice}: two weights have this name; rename one of them")
+        # Copies that can't be written to: what a transform keeps or swaps must not change later.
+        self._before = before = {leaf.path: np.array(leaf.value) for leaf in leaves}
+        for value in before.values():
+            value.flags.writeable = False
+        # Under "params", so that a layer that is itself named params is no collection.
+        self._where = where = {leaf.path: leaf.collection for leaf in leaves}
+        self.tree: dict[str, Any] = {
+            name: gradients.nested({p: x for p, x in before.items() if where[p] == name})
+            for name in ("params", "batch_stats")
+            if name == "params" or name in where.values()
+        }
+        if also := {leaf.path: leaf.also for leaf in leaves if leaf.also}:
+            self.tree["params"] = FromFile(self.tree["params"], json.dumps({"also": also}))
+        self._told = (
+            {leaf.path: leaf.known for leaf in leaves},
+            functools.partial(gradients.in_tree, backend, model, leaves),
+            {path: names for leaf in leaves for path, names in leaf.own.items()},
+            {p: names for x in held if x not in leaves for p, names in x.own.items()},
+        )
+
+    def knowing(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, what the model tells of its weights is known of those of the tree."""
+        return _live.knowing(*self._told)
+
+    def run(self, t: Transform) -> None:
+        """Runs a transform on the tree and writes what it changed."""
+        with self.knowing():
+            try:
+                found = t(self.tree)
+                _check_given_back(found, self.tree)
+                after = _tree.Tree(found, self._statistics).leaves
+            except WhereError as error:
+                raise WhereError(str(error).replace("fwt.paths(params)", _PATHS)) from None
+        self._write(self._changed(after))
+
+    def _changed(self, after: Mapping[str, Any]) -> dict[str, Any]:
+        """By path the arrays that are new, checked."""
+        before = self._before
+        if set(after) != set(before):
+            path = sorted(set(after) ^ set(before))[0]
+            raise LeafError(
+                f"the transform must keep the tree as it is, but {path!r} is not in both"
+            )
+        changed = {}
+        for path, old in before.items():
+            new = after[path]
+            if new is old:
+                continue
+            value = np.asarray(new)
+            counts = self._where[path] == "batch_stats"
+            if counts and old.dtype.kind == value.dtype.kind == "i":  # which jit cuts to 32 bits
+                value = value.astype(old.dtype)
+            masked = "; fwt.apply_masks(masks)(tree) applies masks"
+            if value.shape != old.shape or value.dtype != old.dtype:
+                raise LeafError(
+                    f"{path}: expected {old.dtype}{list(old.shape)} from the transform, found "
+                    f"{value.dtype}{list(value.shape)}{masked if value.dtype == bool else ''}"
+                )
+            # Bytes, so that NaN equals itself and -0.0 is not +0.0.
+            if value.tobytes() != old.tobytes():
+                changed[path] = value
+        return changed
+
+    def _write(self, changed: Mapping[str, Any]) -> None:
+        """Writes all of them, or none."""
+        written = []
+        try:
+            for leaf in self._leaves:
+                if leaf.path in changed:
+                    written.append(leaf)
+                    leaf.write(changed[leaf.path])
+        except Exception as error:  # torch, Keras and nnx raise any class: it becomes ours
+            for leaf in written:  # what failed may have been written all the same
+                with contextlib.suppress(Exception):  # of any class again, while the others go back
+                    leaf.write(self._before[leaf.path])
+            raise ConversionError(
+                f"{written[-1].path} can't be written ({error}); the model is as it was"
+            ) from error
 
 
 def _check_given_back(found: Any, tree: dict[str, Any]) -> None:
@@ -184,7 +225,7 @@ def _check(t: Any) -> None:
     )
 
 
-def _check_outside(backend: str, model: Any) -> None:
+def _check_outside(backend: str, model: Any, verb: str) -> None:
     """Raises in a step of training that is compiled, where the weights have no values yet."""
     inside, also = False, ""
     if backend == "tensorflow":
@@ -196,25 +237,25 @@ def _check_outside(backend: str, model: Any) -> None:
             inside = True
     if inside:
         raise ConversionError(
-            f"transform is called in a step that {backend} compiles, where the weights of "
+            f"{verb} is called in a step that {backend} compiles, where the weights of "
             f"{model.name} have no values: call it in a callback, after each batch{also}"
         )
 
 
-def _backend(model: Any) -> Any:
+def _backend(model: Any, verb: str = "transform") -> Any:
     """The module for a live model, which touches a framework only if it is imported already."""
     torch, keras = sys.modules.get("torch"), sys.modules.get("keras")
     if keras is not None and isinstance(model, keras.layers.Layer):
         from fwt.converters.frameworks import keras as _keras
 
         _keras.sync(model)
-        _check_outside(keras.backend.backend(), model)
+        _check_outside(keras.backend.backend(), model, verb)
         return _keras
     if torch is not None and isinstance(model, torch.nn.Module):
         from fwt.converters.frameworks import torch as _torch
 
         return _torch
     raise ConversionError(
-        f"transform takes a Keras model, a torch module or a fwt.Model, found "
-        f"{type(model).__name__}; for a tree of arrays, call the transform on it"
+        f"{verb} takes a Keras model, a torch module{_MORE.get(verb, '')} or a fwt.Model, found "
+        f"{type(model).__name__}{_OF_TREES.get(verb, '')}"
     )

@@ -123,7 +123,8 @@ def masks(
         axes: for leaves whose axes nothing else tells.
 
     Returns:
-        A function from params to masks: True = keep, a rank-0 True for an unselected leaf.
+        A function from params to masks: True = keep, a rank-0 True for an unselected leaf. It takes
+        a live Keras or torch model too; the masks are in the axes of ``converters.weights(model)``.
 
     Raises:
         FwtError: as :func:`prune` does.
@@ -137,6 +138,7 @@ def masks(
     context = {"grads": grads, "key": key}
     plan = _plan.Plan(sparsity, score, threshold, scope, pattern, where, like, context, axes)
 
+    @_tree.reads
     def apply(params: Params) -> Masks:
         tree, chosen = plan.choose(params)
         return tree.map_all(_chosen.kept(chosen), all_true)
@@ -144,11 +146,12 @@ def masks(
     return apply
 
 
+@_tree.reads
 def masks_of(params: Params, where: Where = _axes.kernels) -> Masks:
     """The masks of a model that somebody else pruned: its weights that are not zero.
 
     Args:
-        params: any pytree of arrays.
+        params: any pytree of arrays, or a live Keras or torch model.
         where: which leaves; the others get a rank-0 True.
 
     Returns:

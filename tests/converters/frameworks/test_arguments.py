@@ -27,16 +27,31 @@ def model():
     return fwt.Model(NET, NET.init(jax.random.key(1), X))
 
 
-VERBS = {
+READERS = {
     "paths": fwt.paths,
-    "summary": fwt.summary,
+    "summary": lambda tree: [(line.path, line.shape) for line in fwt.summary(tree).lines],
     "select": lambda tree: fwt.select(tree, "**"),
-    "prune": fwt.prune(0.5),
-    "initialize": fwt.initialize(fwt.initializers.he_normal(), key=0),
-    "project": fwt.project(fwt.constraints.max_norm(1.0)),
+    "masks": fwt.masks(0.5),
     "masks_of": fwt.masks_of,
     "kernels": lambda tree: fwt.select(tree, fwt.kernels),
 }
+VERBS = {
+    "prune": fwt.prune(0.5),
+    "initialize": fwt.initialize(fwt.initializers.he_normal(), key=0),
+    "project": fwt.project(fwt.constraints.max_norm(1.0)),
+}
+
+
+@pytest.mark.parametrize("verb", READERS)
+def test_what_only_reads_takes_a_live_model(verb):
+    for live, call in ((KERAS, converters.from_keras), (TORCH, converters.from_torch)):
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            jax.tree.leaves(READERS[verb](live)),
+            jax.tree.leaves(READERS[verb](call(live))),
+        )
+    with pytest.raises(fwt.FwtError, match=r"net is a torch Sequential, a live model"):
+        READERS[verb]({"a": 1, "net": TORCH})
 
 
 @pytest.mark.parametrize("verb", VERBS)

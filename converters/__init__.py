@@ -17,6 +17,7 @@ _HOME = {
     "S": "fwt.converters.rows.row",
     "Size": "fwt.converters.rows.row",
     "Special": "fwt.converters.rows.row",
+    "Callback": "fwt.converters.frameworks.keras_training",
     "Select": "fwt.converters.frameworks.torch_modules",
     "register": "fwt.converters.rows.table",
     "assign": "fwt.converters.values",
@@ -24,6 +25,9 @@ _HOME = {
     "from_nnx": "fwt.converters.frameworks.nnx",
     "from_onnx": "fwt.converters.onnx.read",
     "from_torch": "fwt.converters.frameworks.torch",
+    "hold": "fwt.converters.frameworks.torch_training",
+    "keras_constraint": "fwt.converters.frameworks.keras_training",
+    "keras_initializer": "fwt.converters.frameworks.keras_training",
     "load": "fwt.converters.files.formats",
     "save": "fwt.converters.files.formats",
     "to_keras": "fwt.converters.frameworks.keras",
@@ -42,12 +46,16 @@ if TYPE_CHECKING:
     from fwt.converters.files.formats import save as save
     from fwt.converters.frameworks.keras import from_keras as from_keras
     from fwt.converters.frameworks.keras import to_keras as to_keras
+    from fwt.converters.frameworks.keras_training import Callback as Callback
+    from fwt.converters.frameworks.keras_training import keras_constraint as keras_constraint
+    from fwt.converters.frameworks.keras_training import keras_initializer as keras_initializer
     from fwt.converters.frameworks.live import transform as transform
     from fwt.converters.frameworks.nnx import from_nnx as from_nnx
     from fwt.converters.frameworks.nnx import to_nnx as to_nnx
     from fwt.converters.frameworks.torch import from_torch as from_torch
     from fwt.converters.frameworks.torch import to_torch as to_torch
     from fwt.converters.frameworks.torch_modules import Select as Select
+    from fwt.converters.frameworks.torch_training import hold as hold
     from fwt.converters.onnx.read import from_onnx as from_onnx
     from fwt.converters.onnx.write import to_onnx as to_onnx
     from fwt.converters.rows.row import AxesSetting as AxesSetting

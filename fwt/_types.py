@@ -62,6 +62,12 @@ def wants_statistics(transform: Any) -> bool:
     return getattr(transform, "__fwt_statistics__", False) is True
 
 
+def with_masks(transform: Transform) -> Transform:
+    """Marks a transform that sets the same weights to zero whatever their values are."""
+    transform.__dict__["__fwt_masks__"] = True
+    return transform
+
+
 def with_inside(transform: Transform, inside: Callable[[Masks], Transform]) -> Transform:
     """Says what a transform is where these masks hold, for those who know them."""
     transform.__dict__["__fwt_inside__"] = inside

@@ -80,6 +80,7 @@ LAZY = {
     "fwt.converters.files.torch_file": "imports Flax, where a model is written",
     "fwt.converters.frameworks.description": "imports Flax, for models only",
     "fwt.converters.frameworks.given": "imports Flax NNX, for an nnx module only",
+    "fwt.converters.frameworks.keras_training": "imports TensorFlow or torch on that backend alone",
     "fwt.converters.frameworks.live": "imports Keras or torch, whichever the model is of",
     "fwt.converters.onnx.layers": "imports TensorFlow, when a file is written",
     "fwt.converters.onnx.write": "imports TensorFlow, when a file is written",

@@ -4,7 +4,7 @@ import contextlib
 import functools
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -22,8 +22,8 @@ from fwt._types import (
 )
 from fwt.converters.frameworks import gradients
 
-# In the place of ``fwt.paths(params)``, for which a live model has no params.
-_PATHS = "converters.transform(model, lambda tree: print(*fwt.paths(tree)) or tree)"
+# In the place of ``fwt.paths(params)``.
+_PATHS = "fwt.paths(model)"
 _MORE = {"assign": ", an nnx module", "weights": ", an nnx module, the path of a file"}
 _OF_TREES = {
     "transform": "; for a tree of arrays, call the transform on it",
@@ -76,7 +76,7 @@ def transform(model: Any, t: Transform) -> Any:
     """
     if isinstance(model, Model):
         return t(model)
-    _check(t)
+    check(t)
     Live(model, wants_statistics(t)).run(t)
     return model
 
@@ -96,8 +96,8 @@ class Live:
     def __init__(self, model: Any, statistics: bool, verb: str = "transform") -> None:
         backend = _backend(model, verb)
         held = backend.leaves(model)
-        self._statistics = statistics
-        self._leaves = leaves = [x for x in held if statistics or x.collection == "params"]
+        self._backend, self._statistics = backend, statistics
+        self.leaves = leaves = [x for x in held if statistics or x.collection == "params"]
         if not leaves:
             unbuilt = getattr(model, "built", True) is False
             raise ConversionError(
@@ -134,16 +134,40 @@ class Live:
 
     def run(self, t: Transform) -> None:
         """Runs a transform on the tree and writes what it changed."""
+        self._write(self.changed(self.found(t)))
+
+    def found(self, t: Transform) -> Mapping[str, Any]:
+        """What a transform makes of the tree, by path."""
         with self.knowing():
             try:
                 found = t(self.tree)
                 _check_given_back(found, self.tree)
-                after = _tree.Tree(found, self._statistics).leaves
+                return _tree.Tree(found, self._statistics).leaves
             except WhereError as error:
                 raise WhereError(str(error).replace("fwt.paths(params)", _PATHS)) from None
-        self._write(self._changed(after))
 
-    def _changed(self, after: Mapping[str, Any]) -> dict[str, Any]:
+    def filled(self, value: Callable[[Any], Any]) -> dict[str, Any]:
+        """The tree with other values, of the shape and dtype of each."""
+        return _tree.Tree(self.tree).replace({p: value(x) for p, x in self._before.items()})
+
+    def gradients(self) -> dict[str, Any]:
+        """The gradients of the weights, zeros where the loss does not depend on one."""
+        flat = {}
+        for leaf in self.leaves:
+            if leaf.read is None:
+                raise LeafError(
+                    f"{leaf.path} is computed from other parameters, so that it has no gradient of "
+                    "its own: leave it out with where="
+                )
+            given = getattr(leaf.source, "grad", None)
+            flat[leaf.path] = (
+                np.zeros_like(self._before[leaf.path])
+                if given is None
+                else leaf.read(self._backend.array_of(given))
+            )
+        return _tree.Tree(self.tree).replace(flat)
+
+    def changed(self, after: Mapping[str, Any]) -> dict[str, Any]:
         """By path the arrays that are new, checked."""
         before = self._before
         if set(after) != set(before):
@@ -175,7 +199,7 @@ class Live:
         """Writes all of them, or none."""
         written = []
         try:
-            for leaf in self._leaves:
+            for leaf in self.leaves:
                 if leaf.path in changed:
                     written.append(leaf)
                     leaf.write(changed[leaf.path])
@@ -203,14 +227,14 @@ def _check_given_back(found: Any, tree: dict[str, Any]) -> None:
         )
 
 
-def _check(t: Any) -> None:
+def check(t: Any, verb: str = "transform") -> None:
     """Raises for what is no transform: it takes a tree of arrays and gives one."""
     nouns = (("project({}(...))", constraints), ("initialize({}, key=0)", initializers))
     for call, home in nouns:
         if isinstance(t, home.Bound) or getattr(t, "__module__", "").startswith(home.__name__):
             noun = f"{home.__name__}.{getattr(t, 'name', getattr(t, '__name__', '...'))}"
             raise ConversionError(
-                f"transform takes a transform, found {noun}: fwt.{call.format(noun)} is one"
+                f"{verb} takes a transform, found {noun}: fwt.{call.format(noun)} is one"
             )
     owner = str(getattr(t, "__module__", None) or type(t).__module__).partition(".")[0]
     if callable(t) and owner not in ("torch", "keras"):
@@ -221,7 +245,7 @@ def _check(t: Any) -> None:
     if (same := name.rstrip("_")) in getattr(own, "__all__", ()):
         way = f"here fwt.initialize(fwt.initializers.{owner}.{same}, key=0)"
     raise ConversionError(
-        f"transform takes a transform of a tree of arrays, found {name} of {owner}: {way}"
+        f"{verb} takes a transform of a tree of arrays, found {name} of {owner}: {way}"
     )
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from fwt import _axes, _masks, _tree, patterns, scores
-from fwt._types import Masks, Params, Score, Transform, Where
+from fwt._types import Masks, Params, Score, Transform, Where, with_masks
 from fwt.pruning import chosen as _chosen
 from fwt.pruning import plan as _plan
 from fwt.pruning.scope import Like, Scope
@@ -201,7 +201,7 @@ def apply_masks(masks: Masks) -> Transform:
             {p: _chosen.masked(_tree.computable(p, tree.leaves[p]), m) for p, m in chosen.items()}
         )
 
-    return apply
+    return with_masks(apply)
 
 
 def all_true(leaf: Any) -> Any:

@@ -1,0 +1,142 @@
+"""A transform of a live model that runs again and again while the model is trained."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.interpreters import partial_eval
+
+from fwt import _tree
+from fwt._types import ConversionError, Transform, wants_statistics
+from fwt.converters.frameworks import live as _live
+from fwt.converters.frameworks.live import Live
+
+# Variables of a framework, each with its mask in its own axes; gives what sets the rest to zero.
+Zeroing = Callable[[Sequence[tuple[Any, np.ndarray]]], Callable[[], None] | None]
+
+
+class Repeated:
+    """Runs a transform on a live model each time that it is called.
+
+    Args:
+        model: a live Keras or torch model.
+        t: a transform; or an optax transformation around ``optax.set_to_zero()``, such as
+            ``fwt.optim.sparsify`` makes it, whose state is kept from one run to the next. It is
+            tried on the weights at once, and nothing of it is written.
+        verb: what is called, for errors.
+        zeroing: how the framework applies masks in place.
+        gradients: whether the weights have gradients where it is called.
+    """
+
+    def __init__(
+        self, model: Any, t: Any, verb: str, zeroing: Zeroing, gradients: bool = True
+    ) -> None:
+        self.model, self._verb, self._state = model, verb, None
+        self._optax = isinstance(t, optax.GradientTransformation)
+        if not self._optax:
+            _live.check(t, verb)
+        self._t = t
+        live = Live(model, wants_statistics(t), verb)
+        self._zeroing = None
+        if self._optax:
+            with live.knowing():
+                self._begin(live, gradients)
+            return
+        live.changed(live.found(t))
+        if getattr(t, "__fwt_masks__", False) and (pairs := _in_place(live, t)):
+            self._zeroing = zeroing(pairs)
+
+    def __call__(self) -> None:
+        if self._zeroing is not None:
+            self._zeroing()
+            return
+        live = Live(self.model, wants_statistics(self._t), self._verb)
+        live.run(self._stepped(live) if self._optax else self._t)
+
+    # -- optax --------------------------------------------------------------------------------
+
+    def _begin(self, live: Live, gradients: bool) -> None:
+        t = self._t
+
+        def step(grads: Any, state: Any, params: Any) -> Any:
+            updates, state = t.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+        self._state = t.init(live.tree)
+        if any(_fields(self._state, "dense", "saved")):
+            raise ConversionError(
+                f"{self._verb}: straight_through= and rewind= train other weights than the model "
+                "has, which the optimizer of the model does not know: leave them out"
+            )
+        zeros = jax.tree.map(jnp.zeros_like, live.tree)
+        self._step = jax.jit(step)
+        jaxpr = self._step.trace(zeros, self._state, live.tree).jaxpr.jaxpr
+        _, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
+        self._needs = any(used[: len(jax.tree.leaves(zeros))])
+        if self._needs and not gradients:
+            raise ConversionError(
+                f"{self._verb}: this needs the gradients of each step, which a callback of Keras "
+                "does not see: put fwt.optim's around optax.set_to_zero(), and regrow by "
+                "regrow='set'"
+            )
+        if self._needs:
+            self._check_gradients(live.tree)
+
+    def _check_gradients(self, tree: Any) -> None:
+        """Raises where the optax transformation takes steps of its own along the gradients, which
+        at most choose what becomes zero."""
+        one, other = (
+            self._step(jax.tree.map(lambda x, g=g: np.full_like(x, g), tree), self._state, tree)[0]
+            for g in (1, -1)
+        )
+        for old, x, y in zip(*map(jax.tree.leaves, (tree, one, other)), strict=True):
+            x, y = np.asarray(x), np.asarray(y)
+            moved = [(v != old) & (v != 0) & (v == v) for v in (x, y)]
+            if np.any((x != y) & (moved[0] | moved[1])):
+                raise ConversionError(
+                    f"{self._verb}: the optax transformation takes steps of its own, but the "
+                    "optimizer of the model takes them: put fwt.optim's around optax.set_to_zero()"
+                )
+
+    def _stepped(self, live: Live) -> Transform:
+        def stepped(tree: Any) -> Any:
+            grads = live.gradients() if self._needs else jax.tree.map(np.zeros_like, tree)
+            new, self._state = self._step(grads, self._state, tree)
+            return new
+
+        return stepped
+
+
+def _fields(state: Any, *names: str) -> list[Any]:
+    """What stands in these fields of a state, at any depth, unless they are empty."""
+    if isinstance(state, tuple | list):
+        own = [getattr(state, n) for n in names if getattr(state, n, ()) != ()]
+        return own + [x for part in state for x in _fields(part, *names)]
+    if isinstance(state, dict):
+        return [x for part in state.values() for x in _fields(part, *names)]
+    return []
+
+
+def _in_place(live: Live, t: Transform) -> list[tuple[Any, np.ndarray]] | None:
+    """By variable, its mask in its own axes; None where a weight is no variable of its own."""
+    with live.knowing():
+        kept = _tree.Tree(t(live.filled(np.ones_like))).leaves
+    pairs = []
+    for leaf in live.leaves:
+        mask = np.asarray(kept[leaf.path]) != 0
+        if mask.all():
+            continue
+        if leaf.read is None:
+            return None
+        shape = tuple(leaf.source.shape)
+        size = int(np.prod(shape))
+        at = leaf.read(np.arange(size).reshape(shape)).reshape(-1)
+        if at.size != size or np.bincount(at, minlength=size).max() > 1:
+            return None
+        own = np.empty(at.size, bool)
+        own[at] = mask.reshape(-1)
+        pairs.append((leaf.source, own.reshape(shape)))
+    return pairs

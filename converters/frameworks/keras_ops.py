@@ -3,7 +3,7 @@ classes that keras.applications has for itself."""
 
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -134,9 +134,13 @@ def check_reached(layers: Sequence[Layer], start: str, dtype: Any) -> None:
             reached.add(layer.name)
 
 
-def dtype_of(node: Any) -> str | None:
-    """The dtype in which an operation computes: the widest of what it takes but whole numbers."""
-    given = [t["config"].get("dtype") for t in tensors(node)]
+def dtype_of(node: Any, made: Collection[str | None] = ()) -> str | None:
+    """The dtype in which an operation computes: the widest of what it takes but whole numbers.
+
+    Of float64 Keras says float32 behind an operation with a number, which its backends compute in
+    float64: ``made`` has the dtypes of those that gave what it takes.
+    """
+    given = [t["config"].get("dtype") for t in tensors(node)] + ["float64"] * ("float64" in made)
     given = [dtype for dtype in given if dtype in policy.COMPUTED]
     return jnp.result_type(*given).name if given else None
 

@@ -314,9 +314,10 @@ class _Reader:
             cuts = keras_ops.split_of(entry, node, name, self.place) or []
             stacked = keras_ops.stack_of(entry, node, name, self.place) or []
             chain = cuts or stacked or keras_ops.layers_of(entry, node, name, self.place)
+            made = [x.dtype for x in self.layers if x.name in given]
             for part in chain:  # an operation takes no mask and sends none on
                 part.maskless = not entry.get(keras_2.OLDER)
-                part.dtype = keras_ops.dtype_of(node)
+                part.dtype = keras_ops.dtype_of(node, made)
             if cuts:
                 return [self._chain([part], given) for part in cuts]
             if stacked:

@@ -95,6 +95,21 @@ def _check_dtype(reader: Reader, node: Any, place: str) -> None:
             told = f"it makes {part.dtype} of {min(map(str, kinds))}"
             way = "run it in one dtype: without torch.autocast, or as net.bfloat16()"
             raise refuse(place, told.replace("torch.", ""), way)
+    short = {str(p.dtype).removeprefix("torch.") for p in parts if p.dtype in _HALF}
+    if short and name_of(node) in _IN_FLOAT32:
+        raise refuse(
+            place,
+            f"torch computes {name_of(node)} in float32 within; several layers would do so in "
+            f"{min(short)}, where squares and products overflow",
+            "convert model.float()",
+        )
+
+
+_HALF = (torch.float16, torch.bfloat16)
+# Of several layers each, between which half precision would be rounded.
+_IN_FLOAT32 = {"linalg_vector_norm", "norm", "std", "std_mean", "var", "var_mean", "cdist",
+               "pairwise_distance", "cosine_similarity",
+               "scaled_dot_product_attention"}  # fmt: skip
 
 
 # -- by rule ------------------------------------------------------------------------------------

@@ -116,7 +116,7 @@ def verify(
     given = batch.given(inputs, one, other)
     xs = [np.asarray(inputs)] if given is None else given
     for x in xs:
-        if x.dtype.kind not in "fiub":
+        if x.dtype.kind not in "fiub" and not jnp.issubdtype(x.dtype, jnp.floating):
             raise ConversionError(f"verify: inputs of {x.dtype} are no batch of numbers")
     if len({len(x) if x.ndim else 0 for x in xs}) > 1:
         raise ConversionError(

@@ -419,7 +419,7 @@ class CELU(Layer):
         return jax.nn.celu(x, self.alpha)
 
 
-class HardShrink(Layer):
+class HardShrink(RealLayer):
     """x, or 0 where abs(x) is at most ``threshold``.
 
     Args:
@@ -439,7 +439,7 @@ class HardShrink(Layer):
         return jnp.where(jnp.abs(x) <= self.threshold, 0, x)  # NaN stays
 
 
-class SoftShrink(Layer):
+class SoftShrink(RealLayer):
     """x moved towards 0 by ``threshold``, and no further.
 
     Args:
@@ -475,7 +475,7 @@ class TanhShrink(Layer):
         return x - jnp.tanh(x)
 
 
-class Threshold(Layer):
+class Threshold(RealLayer):
     """x, or ``value`` where x is at most ``threshold``.
 
     Args:

@@ -34,7 +34,7 @@ class Layer(nn.Module, kw_only=True):
 
             @functools.wraps(own)
             def call(self: Any, *xs: Any, **named: Any) -> Array:
-                return self._cast(own(self, *map(self._cast, xs), **named))
+                return self._called(own, xs, named)
 
             made: Any = cls
             made.__call__ = call
@@ -45,6 +45,10 @@ class Layer(nn.Module, kw_only=True):
             if field not in ("parent", "name"):
                 object.__setattr__(self, field, tuples(getattr(self, field)))
         super().__post_init__()
+
+    @nn.nowrap
+    def _called(self, own: Any, xs: Any, named: Any) -> Any:
+        return self._cast(own(self, *map(self._cast, xs), **named))
 
     @nn.nowrap
     def _cast(self, x: Any) -> Any:
@@ -64,11 +68,22 @@ class Layer(nn.Module, kw_only=True):
 
 
 class RealLayer(Layer):
-    """A layer of real numbers: whole ones, such as pixels, whose own sums and products go round at
-    the ends of their dtype, are computed in float32.
+    """A layer of real numbers, computed in float32 at least.
+
+    Whole numbers, such as pixels, give float32: their own sums and products go round at the ends of
+    their dtype. Half precision is rounded at the end, as torch does it: sums of many entries lose
+    their last ones in it, and squares overflow.
     """
 
     @nn.nowrap
-    def _cast(self, x: Any) -> Any:
-        whole = jnp.issubdtype(jnp.result_type(x), jnp.integer)
-        return super()._cast(jnp.asarray(x, jnp.float32) if whole else x)
+    def _called(self, own: Any, xs: Any, named: Any) -> Any:
+        given = [self._cast(x) for x in xs]
+        y = own(self, *map(_wide, given), **named)
+        dtype = jnp.result_type(given[0])
+        return y.astype(dtype) if jnp.issubdtype(dtype, jnp.floating) else self._cast(y)
+
+
+def _wide(x: Any) -> Any:
+    dtype = jnp.result_type(x)
+    narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+    return jnp.asarray(x, jnp.float32) if narrow or jnp.issubdtype(dtype, jnp.integer) else x

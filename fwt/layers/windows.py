@@ -277,7 +277,7 @@ class AvgPool(RealLayer):
         return y if self.divisor is None else y * (math.prod(self.window_shape) / self.divisor)
 
 
-class LPPool(RealLayer):
+class LPPool(Layer):
     """The power average of each window of (n, *spatial, c): (sum x^p)^(1/p), without padding.
 
     A sum below zero, which an odd p can have, gives NaN, as in torch.
@@ -500,23 +500,22 @@ class Resize(Layer):
         return found
 
     def _along(self, x: Array, axis: int, n: int, m: int, ratio: float) -> Array:
-        at = np.arange(m, dtype=np.float32)
-        step = np.float32(ratio)
+        real = np.float64 if x.dtype == jnp.float64 else np.float32  # what torch computes in
+        at = np.arange(m, dtype=real)
+        step = real(ratio)
         if self.method == "nearest":
             index = np.minimum(np.floor(at * step).astype(int), n - 1)
             return jnp.take(x, index, axis=axis)
         if self.method == "nearest-exact":
-            index = np.minimum(np.floor((at + np.float32(0.5)) * step).astype(int), n - 1)
+            index = np.minimum(np.floor((at + real(0.5)) * step).astype(int), n - 1)
             return jnp.take(x, index, axis=axis)
         if self.align_corners:
-            at = at * np.float32((n - 1) / (m - 1) if m > 1 else 0)
+            at = at * real((n - 1) / (m - 1) if m > 1 else 0)
         else:
-            at = np.maximum((at + np.float32(0.5)) * step - np.float32(0.5), 0)
+            at = np.maximum((at + real(0.5)) * step - real(0.5), 0)
         low = np.minimum(np.floor(at).astype(int), n - 1)
         high = np.minimum(low + 1, n - 1)
-        weight = (
-            (at - low).astype(np.float32).reshape([-1 if a == axis else 1 for a in range(x.ndim)])
-        )
+        weight = (at - low).astype(real).reshape([-1 if a == axis else 1 for a in range(x.ndim)])
         below, above = jnp.take(x, low, axis=axis), jnp.take(x, high, axis=axis)
         y = below * (1 - weight) + above * weight
         return y.astype(x.dtype) if jnp.issubdtype(x.dtype, jnp.floating) else y

@@ -3,6 +3,7 @@
 import cases
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import keras
 import ml_dtypes
 import numpy as np
@@ -245,3 +246,100 @@ def test_half_weights_that_are_asked_for_compute_in_float32(dtype, alone):
     wide = jax.tree.map(lambda v: v.astype("float32"), variables)
     back = converters.to_torch(net, wide, (4,))
     close(in_torch(back, x), net.apply(wide, x))
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "value"),
+    [
+        (torch.nn.AvgPool1d(300), (1, 300), 1.0),
+        (torch.nn.AvgPool2d(4, 2, 1, count_include_pad=False), (2, 9, 7), 30000.0),
+        (torch.nn.AvgPool2d(2, divisor_override=3), (1, 4, 4), 40000.0),
+        (torch.nn.Softmax(1), (5,), 30000.0),
+        (torch.nn.Threshold(0.1, -0.3), (5,), 0.10009766),
+    ],
+    ids=["many", "large", "larger", "softmax", "threshold"],
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_rounded_at_the_end(layer, shape, value, dtype):
+    net = torch.nn.Sequential(layer).to(dtype).eval()
+    model = converters.from_torch(net, input_shape=shape, layout="source")
+    given = torch.full((2, *shape), value, dtype=dtype)
+    given[1] /= 3
+    found = model(jnp.asarray(given.float().numpy(), str(dtype).removeprefix("torch.")))
+    assert str(found.dtype) == str(dtype).removeprefix("torch.")
+    wanted = net(given).float().numpy()
+    np.testing.assert_allclose(np.asarray(found, np.float32), wanted, rtol=0.01)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: torch.nn.functional.normalize(x, dim=-1),
+        lambda x: x.norm(dim=-1),
+        lambda x: x.std(-1),
+        lambda x: torch.nn.functional.cosine_similarity(x, 2 * x),
+        lambda x: torch.nn.functional.scaled_dot_product_attention(*[x[:, None]] * 3),
+    ],
+    ids=["normalize", "norm", "std", "cosine", "attention"],
+)
+def test_what_half_precision_would_overflow_in_is_refused(call):
+    class Net(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dense = torch.nn.Linear(5, 5)
+
+        def forward(self, x):
+            return call(self.dense(x))
+
+    with pytest.raises(fwt.ConversionError, match=r"in float32 within.*convert model.float\(\)"):
+        converters.from_torch(Net().half(), input_shape=(5,))
+    converters.from_torch(Net(), input_shape=(5,))
+
+
+@pytest.mark.parametrize("scale", [3, 1.7])
+def test_interpolation_in_float64(scale):
+    net = torch.nn.Sequential(torch.nn.Upsample(scale_factor=scale, mode="bilinear")).double()
+    x = np.random.default_rng(0).normal(size=(2, 3, 5, 7))
+    with jax.enable_x64(True):
+        model = converters.from_torch(net, input_shape=(3, 5, 7), layout="source")
+        np.testing.assert_allclose(
+            model(x), net(torch.from_numpy(x)).numpy(), rtol=1e-12, atol=1e-13
+        )
+
+
+@pytest.mark.parametrize("what", ["sum", "max", "relu", "reshape", "product"])
+def test_operations_of_keras_in_float64(what):
+    """Keras on JAX says float32 of what its operations with numbers give, and computes float64."""
+    ops = keras.ops
+    calls = {
+        "sum": lambda h: ops.sum(h * 0.01, axis=1),
+        "max": lambda h: ops.max(h - 0.5, axis=1),
+        "relu": lambda h: ops.relu(h * 0.1),
+        "reshape": lambda h: ops.reshape(h / 3.0, (-1, 12)) + 1.0,
+        "product": lambda h: ops.sum(h * h, axis=1),
+    }
+    policy, floatx = keras.config.dtype_policy(), keras.config.floatx()
+    try:
+        keras.config.set_floatx("float64")
+        keras.config.set_dtype_policy("float64")
+        with jax.enable_x64(True):
+            inputs = keras.Input((3, 4))
+            net = keras.Model(inputs, calls[what](keras.layers.Dense(4)(inputs)))
+            model = converters.from_keras(net)
+            for scale in (1, 1e100):
+                x = np.random.default_rng(0).normal(size=(2, 3, 4)) * scale
+                wanted = keras.ops.convert_to_numpy(net(x))
+                assert wanted.dtype == model(x).dtype == np.float64
+                np.testing.assert_allclose(model(x), wanted, rtol=1e-12)
+    finally:
+        keras.config.set_floatx(floatx)
+        keras.config.set_dtype_policy(policy)
+
+
+def test_inputs_of_half_precision_are_verified():
+    net = torch.nn.Sequential(torch.nn.Linear(4, 3)).bfloat16()
+    model = converters.from_torch(net)
+    x = np.random.default_rng(0).normal(size=(5, 4)).astype(jnp.bfloat16)
+    assert converters.verify(net, model, inputs=x).ok
+    model.variables["params"]["0"]["kernel"] = model.variables["params"]["0"]["kernel"] * 2
+    assert not converters.verify(net, model, inputs=x).ok

@@ -26,6 +26,9 @@ Out = Annotated[
 ToOption = Annotated[
     str | None, typer.Option("--to", help="Write into a folder, files of this suffix.")
 ]
+ShardsOption = Annotated[
+    int | None, typer.Option(help="Write a folder of shards of at most this many bytes each.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, one line for each file.")]
 WhereOption = Annotated[
     list[str] | None,
@@ -56,6 +59,7 @@ _CHANGING: dict[str, tuple[Any, Any]] = {
     "axes": (AxesOption, None),
     "to": (ToOption, None),
     "layout": (LayoutOption, None),
+    "shard_bytes": (ShardsOption, None),
     "as_json": (JsonOption, False),
 }
 
@@ -65,6 +69,7 @@ def _flag(name: str, told: str) -> Any:
     return Annotated[bool, typer.Option(name, help=told)]
 
 
+_FLOATS = ("float32", "float16", "bfloat16", "float64")
 # The options of reading a file: what each says, and its default.
 _READING: dict[str, tuple[Any, Any]] = {
     "architecture": (
@@ -121,7 +126,7 @@ _READING: dict[str, tuple[Any, Any]] = {
     "dtype": (
         Annotated[
             str | None,
-            typer.Option(help="float32: compute in it, with the floating weights in it."),
+            typer.Option(help="float32, float16, ...: compute in it, with floating weights in it."),
         ],
         None,
     ),
@@ -152,10 +157,8 @@ def reads(command: Callable[..., None]) -> Callable[..., None]:
         how["drop"] = how["drop"] or ()
         if how["match"] not in ("name", "order"):
             raise typer.BadParameter(f"--match {how['match']}: expected name or order")
-        if how["dtype"] not in (None, "float32"):
-            raise typer.BadParameter(
-                f"--dtype {how['dtype']}: it takes float32 alone, for a file of other floats"
-            )
+        if how["dtype"] not in (None, *_FLOATS):
+            raise typer.BadParameter(f"--dtype {how['dtype']}: expected {', '.join(_FLOATS)}")
         keys = how["key"] or [None]
         how["key"] = keys[0] if len(keys) == 1 else tuple(keys)
         pairs = [text.partition("=") for text in how["rename"] or ()]

@@ -24,6 +24,7 @@ from fwt._options import (
     LayoutOption,
     Make,
     Out,
+    ShardsOption,
     ToOption,
     WithTarget,
     changes,
@@ -218,9 +219,7 @@ def convert(
     target: Out,
     how: dict[str, Any],
     to: ToOption = None,
-    shard_bytes: Annotated[
-        int | None, typer.Option(help="Write a folder of shards of at most this many bytes each.")
-    ] = None,
+    shard_bytes: ShardsOption = None,
     layout: LayoutOption = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Read the target again and compare the predictions.")
@@ -288,6 +287,7 @@ def _changed(
     to: str | None,
     how: dict[str, Any],
     layout: str | None,
+    shard_bytes: int | None,
     as_json: bool,
 ) -> None:
     """Load, transform, save, and the table of what came out."""
@@ -311,7 +311,13 @@ def _changed(
             raise FwtError(f"{source}: {error}; {_terminal.by_own_names(refused)}") from error
         inner = formats.inside(source)
         own = model.module is None and formats.is_written_into(target, inner)
-        _save(target, model, layout=layout, source=inner if own else None)
+        _save(
+            target,
+            model,
+            layout=layout,
+            shard_bytes=shard_bytes,
+            source=inner if own and shard_bytes is None else None,
+        )
         _terminal.print_model(target, model, as_json, None, refused)
 
     _each_to(sources, target, to, how, one)

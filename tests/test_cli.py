@@ -47,6 +47,40 @@ def names(folder):
     return sorted(p.name for p in folder.iterdir())
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("prune", "--sparsity", 0.5),
+        ("project", "--constraint", "unit_norm"),
+        ("initialize", "--initializer", "ones"),
+    ],
+)
+def test_changed_weights_are_written_in_shards(there, tmp_path, words):
+    """With the arrays that one file gets, as safetensors and Keras read them."""
+    verb, *how = words
+    for name in ("net.safetensors", "shards.safetensors"):
+        whole, folder = tmp_path / "one.safetensors", tmp_path / f"{name[0]}.safetensors"
+        assert fwt_command(verb, there / name, whole, *how)[0] == 0
+        assert fwt_command(verb, there / name, folder, *how, "--shard-bytes", 300)[0] == 0
+        held = {}
+        for shard in folder.glob("model-*.safetensors"):
+            held |= safetensors.numpy.load_file(shard)
+        assert len(list(folder.iterdir())) > 3
+        expected = safetensors.numpy.load_file(whole)
+        assert set(held) == set(expected)
+        assert all(np.array_equal(held[n], v) for n, v in expected.items())
+    assert fwt_command(verb, there / "net.keras", tmp_path / "k.keras", *how)[0] == 0
+    split = tmp_path / "w.weights.h5"
+    assert fwt_command(verb, there / "net.keras", split, *how, "--shard-bytes", 300)[0] == 0
+    expected = keras.saving.load_model(tmp_path / "k.keras")
+    found = keras.models.clone_model(expected)
+    found.load_weights(split / "model.weights.json")
+    for mine, theirs in zip(found.get_weights(), expected.get_weights(), strict=True):
+        assert np.array_equal(mine, theirs)
+    with pytest.raises(fwt.ConversionError, match="only .* and .* have shards"):
+        fwt_command(verb, there / "net.keras", tmp_path / "no.npz", *how, "--shard-bytes", 300)
+
+
 def test_inspect_and_diff_read_every_format(there):
     for name in names(there):
         code, said = fwt_command("inspect", there / name)

@@ -22,6 +22,8 @@ from fwt.converters.io import Reading, UnusedError, write_atomically, write_fold
 if TYPE_CHECKING:
     from fwt.converters.rows.row import Layer
 
+DType = Literal["float32", "float16", "bfloat16", "float64"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Format:
@@ -307,7 +309,7 @@ def load(
     shardings: Any = None,
     sidecar: bool = False,
     external_data: bool = False,
-    dtype: Literal["float32"] | None = None,
+    dtype: DType | None = None,
     module: bool = True,
 ) -> Model:
     """Reads a model or weights from a file or folder, without the framework that wrote it.
@@ -342,9 +344,9 @@ def load(
             ``module.sidecar``, and so are the model's name, its class and what it was compiled
             with; :func:`save` writes all of it along.
         external_data: of an ONNX file, whether its weights may be in another in its folder.
-        dtype: "float32" for a model that computes in float32, whatever the dtype policy of the
-            file's, and for floating leaves in float32; None, the default, keeps what the file says.
-            An ``architecture`` is read so too.
+        dtype: "float32", or "float16", "bfloat16" or "float64", for a model that computes in it,
+            whatever the dtype policy of the file's, and for floating leaves in it; None, the
+            default, keeps what the file says. An ``architecture`` is read so too.
         module: False for the arrays of a file alone, ``Model(None, variables)``, also where its
             model can't be converted: under the names in the file, and in its axes.
 
@@ -453,6 +455,7 @@ def save(
     input_shape: Any = None,
     layout: str | None = None,
     shard_bytes: int | None = None,
+    dtype: DType | None = None,
     source: str | os.PathLike[str] | None = None,
 ) -> None:
     """Writes a model or weights to a file or folder, whole or not at all.
@@ -474,6 +477,9 @@ def save(
             unless told otherwise, or "source".
         shard_bytes: for ``.safetensors`` and ``.weights.h5``: the path becomes a folder of shards
             of at most so many bytes each (or of one array) and their index.
+        dtype: "float32", "float16", "bfloat16" or "float64" for floating leaves in it, and for a
+            model that computes in it, as in :func:`load`. The other leaves are kept. What is finite
+            and would be infinite is refused.
         source: for arrays of Keras alone (``.weights.h5``, ``.h5`` without a model, and others
             that are read with ``module=False``) and ``module=None``: the file that they come from.
             The new one is a copy of it with these arrays, under the names that :func:`load` gives.
@@ -538,6 +544,14 @@ def save(
             f"{_given.weights_of(variables)}"
         )
     variables = _tree.as_variables(variables)
+    if dtype is not None:
+        if not isinstance(module, Sequential | Graph | None) or source is not None:
+            there = "source=, whose model says the dtypes" if source is not None else (
+                f"{type(module).__name__}, which says its dtypes itself: give input_shape=, with "
+                "which it is traced"
+            )  # fmt: skip
+            raise ConversionError(f"{path}: dtype= does not go with {there}")
+        module, variables = _flax.in_dtype(Model(module, variables), dtype)
     if source is not None:
         _save_into(path, module, variables, _io.given_path(source))
         return

@@ -242,18 +242,28 @@ def _module(row: Row, layer: Layer) -> Any:
 
 
 def in_dtype(model: Model, dtype: Any) -> Model:
-    """A model that computes in float32, with its floating arrays in float32; with None as it is."""
+    """A model that computes in a dtype, with its floating arrays in it; with None as it is.
+
+    Raises:
+        ConversionError: for a number that is finite, and infinite in that dtype.
+    """
     if dtype is None:
         return model
-    if dtype not in ("float32", np.float32):
-        raise ConversionError(f"dtype={dtype!r:.80}: only 'float32', or None for the model's own")
+    wanted = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", str(dtype))
+    if wanted not in policy.COMPUTED:
+        raise ConversionError(
+            f"dtype={dtype!r:.80}: {', '.join(map(repr, policy.COMPUTED))}, or None for the "
+            "model's own"
+        )
     done: dict[int, tuple[Any, Any]] = {}  # with what it was, so that no other takes its id
 
-    def cast(value: Any) -> Any:
+    def cast(place: Any, value: Any) -> Any:
         floating = jnp.issubdtype(getattr(value, "dtype", bool), jnp.floating)
-        if not floating or value.dtype == np.float32:
+        if not floating or value.dtype == wanted:
             return value
-        return done.setdefault(id(value), (value, value.astype(np.float32)))[1]
+        if id(value) not in done:
+            done[id(value)] = value, _rounded(place, np.asarray(value), wanted)
+        return done[id(value)][1]
 
     def plain(layer: Any) -> Any:
         if isinstance(layer, Sequential):
@@ -262,10 +272,32 @@ def in_dtype(model: Model, dtype: Any) -> Model:
             return layer.clone(nodes=[n if n.of else Node(n.name, plain(n.layer), n.inputs)
                                       for n in layer.nodes])  # fmt: skip
         own = {f.name: f.default for f in dataclasses.fields(layer)}
-        return layer.clone(**{n: own[n] for n in ("dtype", "param_dtype") if n in own})
+        told = {n: own[n] if wanted == "float32" else wanted
+                for n in ("dtype", "param_dtype") if n in own}  # fmt: skip
+        return layer.clone(**told)
 
     module = model.module if model.module is None else plain(model.module)
-    return Model(module, jax.tree.map(cast, model.variables))
+    if module is not None and wanted in ("float16", "bfloat16"):
+        # Not every backend of Keras can draw the orthogonal one in these; see policy.to_keras.
+        module = sidecar.without(module, "recurrent_initializer")
+    return Model(module, jax.tree_util.tree_map_with_path(cast, model.variables))
+
+
+def _rounded(place: Any, value: Any, dtype: str) -> Any:
+    with np.errstate(over="ignore"):
+        out = value.astype(jnp.dtype(dtype))
+    if jnp.finfo(dtype).max >= jnp.finfo(value.dtype).max:
+        return out
+    of = jnp if isinstance(value, jax.Array) else np
+    beyond = of.isfinite(value) & ~of.isfinite(out)
+    if beyond.any():
+        there = jax.tree_util.keystr(place, simple=True, separator="/")
+        wider = "bfloat16 and float32 hold it" if dtype == "float16" else "leave dtype= out"
+        raise ConversionError(
+            f"{there}: {value[beyond][0]!s} is beyond {dtype}, in which it would be infinite: "
+            f"{wider}"
+        )
+    return out
 
 
 def fold(layers: list[Layer]) -> list[Layer]:

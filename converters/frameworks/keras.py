@@ -111,7 +111,7 @@ def from_keras(
     layout: Layout = "channels_last",
     *,
     sidecar: bool = False,
-    dtype: Literal["float32"] | None = None,
+    dtype: Literal["float32", "float16", "bfloat16", "float64"] | None = None,
 ) -> Model:
     """A Keras Sequential or Functional model as a Flax model with the same predictions.
 
@@ -127,7 +127,7 @@ def from_keras(
         sidecar: whether to keep what Flax has no place for (seeds, initializers, regularizers,
             what is trained) in ``module.sidecar``, so that :func:`to_keras` gives it back; ``save``
             writes it along.
-        dtype: "float32" for a model that computes in float32 with weights in float32, whatever the
+        dtype: "float32", ... for a model that computes in it with weights in it, whatever the
             policies of its layers. None, the default, keeps these as ``dtype`` and ``param_dtype``.
 
     Returns:

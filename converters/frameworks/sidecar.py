@@ -116,6 +116,15 @@ def restored(net: Net, module: Any, framework: Framework, state: bool) -> Net:
     return net
 
 
+def without(module: Any, setting: str) -> Any:
+    """The module whose sidecar holds no such setting of any layer."""
+    with _trusted():
+        told = json.loads(getattr(module, "sidecar", "") or "{}")
+        for entry in told.get("layers", {}).values():
+            entry.get("settings", {}).pop(setting, None)
+        return module.clone(sidecar=json.dumps(told, sort_keys=True)) if told else module
+
+
 def whole(module: Any, framework: Framework) -> dict[str, Any]:
     """What the module's sidecar holds of the model as a whole."""
     with _trusted():

@@ -32,8 +32,8 @@ else:
 class Reading:
     """How a file is to be read: which part of it, whether computed weights are folded, how much
     its compressed parts may grow to, on which devices its arrays shall be, whether what Flax has
-    no place for is kept, whether arrays may be in another file, and whether its model is read or
-    its arrays alone."""
+    no place for is kept, whether arrays may be in another file, whether its model is read or its
+    arrays alone, and the globs of what is not wanted."""
 
     key: Any = None  # a text, or several in a tuple for load alone
     fold: bool = True
@@ -42,6 +42,7 @@ class Reading:
     sidecar: bool = False
     external: bool = False
     module: bool = True
+    drop: tuple[str, ...] = ()
 
 
 # Called with the number of bytes that were read or written since the last call.

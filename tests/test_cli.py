@@ -77,7 +77,7 @@ def test_changed_weights_are_written_in_shards(there, tmp_path, words):
     found.load_weights(split / "model.weights.json")
     for mine, theirs in zip(found.get_weights(), expected.get_weights(), strict=True):
         assert np.array_equal(mine, theirs)
-    with pytest.raises(fwt.ConversionError, match="only .* and .* have shards"):
+    with pytest.raises(fwt.ConversionError, match="have shards"):
         fwt_command(verb, there / "net.keras", tmp_path / "no.npz", *how, "--shard-bytes", 300)
 
 
@@ -645,7 +645,7 @@ def test_half_precision_is_read_in_float32(tmp_path):
     kernel = keras.saving.load_model(tmp_path / "h.keras").layers[0].kernel
     assert np.array_equal(keras.ops.convert_to_numpy(kernel).T, net[0].weight.detach().float())
     assert kernel.dtype == "float32"
-    cli("inspect", "h.npz", "--dtype", "float16", cwd=tmp_path, code=2)
+    cli("inspect", "h.npz", "--dtype", "int8", cwd=tmp_path, code=2)
 
 
 @pytest.fixture(scope="module")

@@ -329,7 +329,7 @@ def load(
             instead: ``{"features.0": "conv"}``; ``{"module.": ""}`` takes a start off.
         drop: of weights, globs of names in the file that are not wanted, such as
             ``["optimizer.**", "n_averaged"]``. A name is spelled as files do, or as trees do,
-            ``optimizer/**``.
+            ``optimizer/**``. What remains has to be arrays.
         match: with ``architecture``, "name", or "order" to take arrays in the file's order, each
             of which must have the right shape. In Keras's files layers have it, not arrays.
         strict: with ``architecture``, whether all names and shapes must fit. If not, what is
@@ -378,7 +378,9 @@ def load(
     """
     path = _io.given_path(path)
     key = key if key is None or isinstance(key, str) else tuple(key) or None
-    how = Reading(key, fold, max_bytes, shardings, sidecar, external_data, module)
+    how_named = _names.given(rename, drop, match, strict, path)
+    wanted = (fold, max_bytes, shardings, sidecar, external_data, module)
+    how = Reading(key, *wanted, tuple(how_named.drop))
     try:
         path = inside(path)
         found = format_of(path)
@@ -388,7 +390,6 @@ def load(
             raise FileFormatError(f"match must be 'name' or 'order', found {match!r}")
         if max_bytes is not None and (not isinstance(max_bytes, int) or max_bytes < 1):
             raise FileFormatError(f"max_bytes={max_bytes!r}: expected a number of bytes")
-        how_named = _names.given(rename, drop, match, strict, path)
         named = rename or how_named.drop or match != "name" or not strict
         if architecture is None and (match != "name" or not strict):
             raise FileFormatError(f"{path}: match= and strict= need architecture=")

@@ -55,7 +55,7 @@ def load_orbax(path: Path, how: Reading) -> Model:
         tree = _plain(_restored(folder, budget, key, path, how), (), nodes)
         progress(size)
         if ours is None:
-            return Model(None, _source.from_tree(tree, path, nodes=nodes))
+            return Model(None, _source.from_tree(tree, path, nodes=nodes, drop=how.drop))
         for name, (shape, dtype) in ours["empty"].items():
             *parents, last = _io.parts_of_path(name)
             node = tree
@@ -65,7 +65,7 @@ def load_orbax(path: Path, how: Reading) -> Model:
             if 0 not in shape or not _io.is_numeric(kind):
                 raise FileFormatError(f"{path}: {name}, {dtype}{shape}, is said to be empty")
             node[last] = np.zeros(shape, kind)
-        variables = _source.from_tree(tree, path, nodes=nodes)
+        variables = _source.from_tree(tree, path, nodes=nodes, drop=how.drop)
         if ours["module"] is None or not how.module:
             return Model(None, _source.restored(variables, ours.get("source")))
         return description.read(json.dumps(ours), variables, path)
@@ -106,10 +106,15 @@ def _restored(folder: Path, budget: Budget, key: str | None, path: Path, how: Re
 
     tree = _io.under(whole, key, path)
     for keys, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)[0]:
-        place = "/".join(str(getattr(k, "key", getattr(k, "idx", k))) for k in keys)
+        parts = tuple(str(getattr(k, "key", getattr(k, "idx", k))) for k in keys)
+        place = "/".join(parts)
+        if not array(leaf) and _source.left_out(None, how.drop, parts):
+            continue  # what it holds is small
         if not array(leaf):
             way = _io.way_to_parts(tree, how.key, array) or "key= picks a part of it"
-            raise FileFormatError(f"{path}: {place} is no array; {way}")
+            raise FileFormatError(
+                f"{path}: {place} is no array; {way}, drop={[place]!r} leaves it out"
+            )
         if min((*leaf.shape, 0)) < 0:
             raise FileFormatError(f"{path}: {place} has the shape {leaf.shape}")
         size = int(np.prod(leaf.shape, dtype=object)) * np.dtype(leaf.dtype).itemsize
@@ -120,11 +125,13 @@ def _restored(folder: Path, budget: Budget, key: str | None, path: Path, how: Re
         budget.expand(f"a piece of {place}", None, int(np.prod(piece, dtype=object)) * width)
     if shardings is None:
         kinds = jax.tree.map(
-            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree, is_leaf=_is_leaf
+            lambda x: ocp.RestoreArgs(restore_type=np.ndarray if array(x) else None),
+            tree,
+            is_leaf=_is_leaf,
         )
     else:
         for keys, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)[0]:
-            if np.dtype(leaf.dtype) != jax.dtypes.canonicalize_dtype(leaf.dtype):
+            if array(leaf) and np.dtype(leaf.dtype) != jax.dtypes.canonicalize_dtype(leaf.dtype):
                 raise FileFormatError(
                     f"{path}: {jax.tree_util.keystr(keys)} is {leaf.dtype}, which JAX would cut to "
                     "32 bits: jax.enable_x64, or leave out shardings="
@@ -133,7 +140,10 @@ def _restored(folder: Path, budget: Budget, key: str | None, path: Path, how: Re
         each = jax.tree.map(lambda _: shardings, tree, is_leaf=_is_leaf) if one else shardings
         try:
             kinds = jax.tree.map(
-                lambda _, s: ocp.ArrayRestoreArgs(sharding=s), tree, each, is_leaf=_is_leaf
+                lambda x, s: ocp.ArrayRestoreArgs(sharding=s) if array(x) else ocp.RestoreArgs(),
+                tree,
+                each,
+                is_leaf=_is_leaf,
             )
         except ValueError as error:
             held = ", ".join(map(repr, tree)) if isinstance(tree, Mapping) else "a list"

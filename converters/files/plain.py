@@ -4,7 +4,7 @@ import contextlib
 import io
 import json
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def load_npz(path: Path, how: Reading) -> Model:
                 raise FileFormatError(f"{path}: {name} is no array")
             stem = name.removesuffix(".npy")
             data = member(archive, name, budget, _check_npy)
-            flat[stem] = _npy(data, stem, dtypes.get(stem), path)
+            flat[stem] = _npy(data, stem, dtypes.get(stem), path, how.drop)
         if told:
             _io.without_key(path, how)
             variables = nested(flat, "/", path)
@@ -94,7 +94,9 @@ def _check_npy(start: bytes | bytearray, size: int) -> None:
         raise ValueError("a member that is no array of NumPy")
 
 
-def _npy(data: bytearray, name: str, told: str | None, path: Path) -> np.ndarray:
+def _npy(
+    data: bytearray, name: str, told: str | None, path: Path, drop: Sequence[str]
+) -> np.ndarray:
     stream = io.BytesIO(data[:70_000])  # the header, which is at most 64 kB
     version = npy.read_magic(stream)
     read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}.get(version)
@@ -104,10 +106,13 @@ def _npy(data: bytearray, name: str, told: str | None, path: Path) -> np.ndarray
     if told is not None:
         dtype = _extended(told, dtype, name, path)
     if dtype.kind not in "biufc" and told is None:
-        raise FileFormatError(
-            f"{path}: {name} has dtype {dtype}, which holds objects, text or bytes whose meaning "
-            "the file does not say"
-        )
+        gone = _source.left_out(None, drop, tuple(name.split("/")))
+        if gone is None:
+            raise FileFormatError(
+                f"{path}: {name} has dtype {dtype}, which holds objects, text or bytes whose "
+                f"meaning the file does not say; drop={[name]!r} leaves it out"
+            )
+        return next(iter(gone.values()))
     start = stream.tell()
     count = int(np.prod(shape, dtype=object)) if shape else 1
     if min((*shape, 0)) < 0 or count * dtype.itemsize != len(data) - start:
@@ -188,7 +193,7 @@ def load_msgpack(path: Path, how: Reading) -> Model:
         tree = _io.under(tree, how.key, path)
         start = tuple(how.key.split("/")) if how.key is not None else ()
         nodes = {n[len(start) :]: k for n, k in nodes.items() if n[: len(start)] == start}
-        return Model(None, _source.from_tree(tree, path, how.key, nodes))
+        return Model(None, _source.from_tree(tree, path, how.key, nodes, drop=how.drop))
 
 
 def _unpacked(data: bytes, path: Path, budget: Budget) -> Any:

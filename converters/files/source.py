@@ -13,9 +13,9 @@ It is JSON text at a :class:`fwt._own_nodes.FromFile`, a dict of the variables, 
 
 import json
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -62,12 +62,34 @@ def from_tree(
     key: str | None = None,
     nodes: Mapping[tuple[str, ...], str] = types.MappingProxyType({}),
     separator: str = "/",
+    drop: Sequence[str] = (),
 ) -> dict[str, Any]:
-    """A tree of a file as variables that know how the file had it."""
-    variables, bare = _as_variables(tree, path, key, bare=separator == ".")
+    """A tree of a file as variables that know how the file had it; what is no array may be there
+    where a glob of ``drop`` takes it away."""
+    variables, bare = _as_variables(tree, path, key, separator == ".", drop)
     told: dict[str, Any] = {"bare": separator} if bare else {}
     told["nodes"] = {_nodes_path(place): kind for place, kind in nodes.items()}
     return with_source(variables, told)
+
+
+def left_out(
+    value: Any, drop: Sequence[str], place: tuple[str, ...]
+) -> dict[tuple[str, ...], np.ndarray] | None:
+    """For what is no array at a place, but is named by globs with all that it holds, empty arrays
+    under the names that the globs take them away by; else None."""
+    name = "/".join(map(_tree.escape, place))
+    if any(_tree.named(glob, [name], own=False) for glob in drop):
+        return {place: np.zeros(0, np.uint8)}
+    inner = dict(enumerate(value)) if isinstance(value, list | tuple) else value
+    if not drop or not isinstance(inner, Mapping) or not inner or len(place) > _io.DEPTH:
+        return None
+    out: dict[tuple[str, ...], np.ndarray] = {}
+    for key, each in inner.items():
+        found = left_out(each, drop, (*place, str(key)))
+        if found is None:
+            return None
+        out |= found
+    return out
 
 
 def to_tree(variables: Mapping[str, Any], flat: Mapping[str, Any]) -> Any:
@@ -83,12 +105,12 @@ def to_tree(variables: Mapping[str, Any], flat: Mapping[str, Any]) -> Any:
 
 
 def _as_variables(
-    tree: Any, path: Path, key: str | None = None, bare: bool = False
+    tree: Any, path: Path, key: str | None, bare: bool, drop: Sequence[str]
 ) -> tuple[dict[str, Any], bool]:
     """A tree of dicts and arrays as variables, and whether it is bare: unless it is one of
     collections, it becomes params, and torch's running statistics batch_stats. An error names the
     parts of a tree that stands under ``key``."""
-    _check_leaves(tree, path, (), 0, lambda: _io.way_to_parts(tree, key, _is_numbers))
+    _check_leaves(tree, path, (), 0, lambda: _io.way_to_parts(tree, key, _is_numbers), drop)
     if not isinstance(tree, Mapping):
         raise FileFormatError(f"{path}: expected a tree of arrays, found one array: give it a name")
     told = tree.get("params", tree.get("batch_stats"))
@@ -118,17 +140,27 @@ def _is_numbers(node: Any) -> bool:
 
 
 def _check_leaves(
-    node: Any, path: Path, place: tuple[str, ...], depth: int, way: Callable[[], str]
+    node: Any,
+    path: Path,
+    place: tuple[str, ...],
+    depth: int,
+    way: Callable[[], str],
+    drop: Sequence[str],
 ) -> None:
     if isinstance(node, Mapping) and depth < _io.DEPTH:
         for name, value in node.items():
             if not isinstance(name, str) or not name:
                 raise FileFormatError(f"{path}: {'/'.join(place)} has an entry named {name!r}")
-            _check_leaves(value, path, (*place, name), depth + 1, way)
+            other = not isinstance(value, Mapping) and not _is_numbers(value)
+            if other and (found := left_out(value, drop, (*place, name))):
+                cast("dict[str, Any]", node)[name] = found[*place, name]
+                continue
+            _check_leaves(value, path, (*place, name), depth + 1, way, drop)
     elif not _is_numbers(node):
         raise FileFormatError(
             f"{path}: {'/'.join(place) or 'it'} is no array of numbers ({type(node).__name__}); "
             f"{way() or 'key= picks a part of the file'}"
+            + (f", drop={['/'.join(place)]!r} leaves it out" if place else "")
         )
 
 

@@ -31,7 +31,7 @@ def load_torch(path: Path, how: Reading) -> Model:
         loaded, ours = _loaded(path, how)
         state = _io.under(loaded, how.key, path)
         metadata = getattr(state, "metadata", None)
-        return _model(_state(state, path, how.key), path, how, ours, metadata)
+        return _model(_state(state, path, how), path, how, ours, metadata)
 
 
 def _sharded(path: Path, how: Reading) -> Model:
@@ -43,7 +43,7 @@ def _sharded(path: Path, how: Reading) -> Model:
         held: dict[str, np.ndarray] = {}
         for shard in dict.fromkeys(where.values()):
             there = _io.sibling(path, shard)
-            state = _state(_loaded(there, how)[0], there)
+            state = _state(_loaded(there, how)[0], there, how)
             own = {name for name, place in where.items() if place == shard}
             if set(state) != {name for name in own if name in state or not _extra(name)}:
                 raise FileFormatError(f"{path}: {shard} holds other names than the index says")
@@ -107,9 +107,10 @@ def _check_kind(path: Path) -> None:
         raise FileFormatError(f"{path}: {what}, so it is no file of torch")
 
 
-def _state(loaded: Any, path: Path, key: str | None = None) -> dict[str, np.ndarray]:
-    """A dict of tensors. Plain values beside them are left out with a warning; for what else a
-    checkpoint may be, the error names a way to its tensors."""
+def _state(loaded: Any, path: Path, how: Reading) -> dict[str, np.ndarray]:
+    """A dict of tensors. Plain values beside them are left out with a warning, and what is no
+    tensor is one of no size where a glob takes it away; for what else a checkpoint may be, the
+    error names a way to its tensors."""
     if isinstance(loaded, np.ndarray):
         raise FileFormatError(f"{path}: expected a state dict, found one tensor")
     if not isinstance(loaded, dict):
@@ -119,22 +120,28 @@ def _state(loaded: Any, path: Path, key: str | None = None) -> dict[str, np.ndar
         )
     flat: dict[str, np.ndarray] = {}
     left: list[str] = []
+    wrong: list[Any] = []
     tensors = any(isinstance(v, np.ndarray) for v in loaded.values())
     for name, value in loaded.items():
         if name == "_metadata":
             continue
         if isinstance(name, str) and isinstance(value, np.ndarray):
             flat[name] = value
+        elif isinstance(name, str) and (gone := _source.left_out(value, how.drop, _place(name))):
+            flat |= {".".join(place): x for place, x in gone.items()}
         elif tensors and isinstance(name, str) and (_extra(name) or isinstance(value, _VALUES)):
             left.append(f"{torch_pickle.short(name)} ({_kind(value)})")
         else:
-            hint = _io.way_to_parts(loaded, key, lambda x: isinstance(x, np.ndarray), 1) or (
-                "save model.state_dict() on its own, or pick a part of it with key="
-            )
-            raise FileFormatError(
-                f"{path}: expected a state dict of tensors, but {torch_pickle.short(name)} is "
-                f"{_kind(value)}; {hint}"
-            )
+            wrong.append(name)
+    if wrong:
+        hint = _io.way_to_parts(loaded, how.key, lambda x: isinstance(x, np.ndarray), 1)
+        if tensors and all(isinstance(name, str) for name in wrong):
+            hint += f"{', or ' if hint else ''}drop={wrong!r} leaves it out"
+        raise FileFormatError(
+            f"{path}: expected a state dict of tensors, but {torch_pickle.short(wrong[0])} is "
+            f"{_kind(loaded[wrong[0]])}; "
+            + (hint or "save model.state_dict() on its own, or pick a part of it with key=")
+        )
     if left:
         more = ", ..." if len(left) > 5 else ""
         warnings.warn(
@@ -142,6 +149,10 @@ def _state(loaded: Any, path: Path, key: str | None = None) -> dict[str, np.ndar
             stacklevel=5,
         )
     return flat
+
+
+def _place(name: str) -> tuple[str, ...]:
+    return tuple(name.split("."))
 
 
 def _extra(name: str) -> bool:

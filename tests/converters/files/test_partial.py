@@ -465,3 +465,62 @@ def test_a_checkpoint_of_the_state_of_an_nnx_module(tmp_path):
     x = np.random.default_rng(0).standard_normal((3, 4), np.float32)
     net.eval()
     np.testing.assert_allclose(found(x), net(x), rtol=1e-5, atol=1e-6)
+
+
+BESIDE = {
+    "list": [1, 2],
+    "list of tensors": [ONE],
+    "sparse": torch.eye(3).to_sparse(),
+    "csr": torch.eye(3).to_sparse_csr(),
+    "quantized": torch.quantize_per_tensor(ONE, 0.1, 0, torch.qint8),
+    "dict": {"a": {"lr": 0.1}},
+    "shape": torch.Size([2]),
+    "object": torch.nn.ReLU(),
+    "number": 3,
+}
+
+
+@pytest.mark.parametrize("what", BESIDE)
+@pytest.mark.filterwarnings("ignore:.*[Ss]parse")
+def test_what_no_glob_wants_need_be_no_tensor(tmp_path, what):
+    """And the error over it names the glob."""
+    state = net().state_dict()
+    for key in (None, "state_dict"):
+        held = {**state, "beside.it": BESIDE[what], "also": [3]}
+        torch.save(held if key is None else {key: held, "epoch": 3}, tmp_path / "w.pt")
+        with pytest.raises(converters.FileFormatError) as told:
+            converters.load(tmp_path / "w.pt", key=key)
+        (said,) = re.findall(r"drop=(\[.*?\]) leaves it out", str(told.value))
+        assert ("beside.it" in said) == (what != "number")
+        for drop in (["beside.it", "also"], ["b*.it", "also/*"], ["beside/**", "al*"]):
+            found = converters.load(tmp_path / "w.pt", key=key, drop=drop)
+            converters.save(tmp_path / "again.pt", found)
+            again = torch.load(tmp_path / "again.pt", weights_only=True)
+            assert list(again) == list(state)
+            assert all(torch.equal(again[n], v) for n, v in state.items())
+        with pytest.raises(converters.FileFormatError, match=re.escape("drop=['also']")):
+            converters.load(tmp_path / "w.pt", key=key, drop=["beside.it"])
+    torch.save({**state, "it": {"ema": state, "of": [ONE]}}, tmp_path / "w.pt")
+    with pytest.raises(converters.FileFormatError, match="'it' is a dict"):
+        converters.load(tmp_path / "w.pt", drop=["it/of"])
+    converters.load(tmp_path / "w.pt", drop=["it/of", "it.ema.**"])
+    cli("inspect", "w.pt", "--drop", "it", cwd=tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["msgpack", "orbax", "npz"])
+def test_what_no_glob_wants_need_be_no_array(tmp_path, kind):
+    kept = {"a": {"kernel": np.ones((3, 2), np.float32)}}
+    tree = {**kept, "note": "text", "more": [np.ones(2), "text"]}
+    path = tmp_path / f"w.{kind}"
+    if kind == "npz":
+        np.savez(path, note=np.array("text"), **{"a/kernel": np.ones((3, 2)), "more/1": ["text"]})
+    elif kind == "msgpack":
+        path.write_bytes(serialization.msgpack_serialize(tree))
+    else:
+        ocp.PyTreeCheckpointer().save(path, tree)
+    with pytest.raises(converters.FileFormatError, match=r"drop=\['(note|more/1)'\] leaves it"):
+        converters.load(path)
+    found = converters.load(path, drop=["note", "more/**"])
+    assert fwt.paths(found) == ["a/kernel"]
+    converters.save(tmp_path / f"v.{kind}", found)
+    assert fwt.paths(converters.load(tmp_path / f"v.{kind}")) == ["a/kernel"]

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from fwt import _nodes, _tree
 from fwt._paths import pieces
 from fwt._types import FileFormatError, Model, WhereError
@@ -66,6 +68,7 @@ def chosen(variables: Mapping[str, Any], how: Names, path: Path) -> list[Named]:
 
     Raises:
         UnusedError: for an entry of ``rename`` or ``drop`` that fits no name.
+        FileFormatError: for a new name that says other axes than the old one.
     """
     rename = {old: _parts(old.rstrip("./")) for old in how.rename or {}}
     used: set[str] = set()
@@ -92,7 +95,26 @@ def chosen(variables: Mapping[str, Any], how: Names, path: Path) -> list[Named]:
         gone |= hits
     if found and len(gone) == len(found):
         raise FileFormatError(f"{path}: drop={list(how.drop)!r} leaves no array")
-    return [x for i, x in enumerate(found) if i not in gone]
+    kept = [x for i, x in enumerate(found) if i not in gone]
+    for x in kept:
+        before, after = _ends(x.old), _ends(x.new)
+        if before and after and before != after and np.ndim(x.value) > 1:
+            raise FileFormatError(
+                f"{path}: rename: {'.'.join(x.old)} says by its name that its {before} come first, "
+                f"and {'.'.join(x.new)} that its {after} do, but rename= turns no array: leave its "
+                "last part, and architecture= takes it as it is named and turns it; or rename it "
+                "in Python, turned as it needs to be"
+            )
+    return kept
+
+
+def _ends(name: Sequence[str]) -> str:
+    """Which axes the last part of a name says to be the first of a matrix; "" if it says none."""
+    last = pieces(name[-1])[-1] if name else ""
+    if last.endswith("kernel"):
+        return "inputs"
+    words = last.split("_")
+    return "outputs" if "weight" in (words[0], words[-1]) else ""
 
 
 def _chained(late: str, rename: Mapping[str, list[str]], how: Names, found: Sequence[Named]) -> str:

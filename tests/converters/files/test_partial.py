@@ -524,3 +524,28 @@ def test_what_no_glob_wants_need_be_no_array(tmp_path, kind):
     assert fwt.paths(found) == ["a/kernel"]
     converters.save(tmp_path / f"v.{kind}", found)
     assert fwt.paths(converters.load(tmp_path / f"v.{kind}")) == ["a/kernel"]
+
+
+def test_a_new_name_that_says_other_axes_is_refused(tmp_path):
+    """A square matrix would fit either way, and what is read without a model is believed."""
+    layers = torch.nn.Linear(3, 3), torch.nn.Conv2d(2, 2, 2), torch.nn.LSTM(3, 3)
+    arch = fwt.Sequential([("b", nn.Dense(3))], (3,))
+    for layer, end in zip(layers, ("weight", "weight", "weight_ih_l0"), strict=True):
+        state = {f"a.{n}": v for n, v in layer.state_dict().items()}
+        torch.save(state, tmp_path / "w.pt")
+        for more in ({}, {"architecture": arch}):
+            with pytest.raises(converters.FileFormatError, match=rf"a.{end} says .* outputs come"):
+                converters.load(tmp_path / "w.pt", rename={f"a.{end}": "b/kernel"}, **more)
+    found = converters.load(tmp_path / "w.pt", rename={"a.bias_ih_l0": "b.bias"})
+    assert "b/bias" in fwt.paths(found)  # a vector, which has one axis under any name
+    converters.save(tmp_path / "w.npz", None, {"params": {"a": {"kernel": np.ones((3, 3))}}})
+    with pytest.raises(converters.FileFormatError, match=r"a\.kernel says by its name that its in"):
+        converters.load(tmp_path / "w.npz", rename={"a.kernel": "a.weight"})
+    said = cli("inspect", "w.npz", "--rename", "a.kernel=a.weight", cwd=tmp_path, code=1).stderr
+    assert "--rename turns no array: leave its last part, and --architecture takes" in said
+
+    torch.save({f"a.{n}": v for n, v in layers[0].state_dict().items()}, tmp_path / "w.pt")
+    found = converters.load(tmp_path / "w.pt", rename={"a": "b"}, architecture=arch)
+    kernel = layers[0].weight.detach().numpy().T
+    assert np.array_equal(found.variables["params"]["b"]["kernel"], kernel)
+    converters.load(tmp_path / "w.pt", rename={"a.weight": "a.embedding"})

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, TypeVar
+from unittest import mock
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ from fwt import _axes, _live, _nodes, _tree
 from fwt._types import FwtError, LeafError, Model
 
 # Takes the path of a kernel, its layer as a linen module without a bias, and the layer's input;
-# gives a kernel that the layer takes instead, or None.
+# gives a kernel that the layer takes instead, or None. Without a layer, it takes why there is none.
 See = Callable[[str, Any, Any], Any]
 # By the id of an nnx layer, what is called with each of its inputs.
 _WATCHED: ContextVar[Mapping[int, Callable[[Any], Any]] | None] = ContextVar(
@@ -101,6 +102,10 @@ def _check_flax(what: str, module: Any) -> None:
         )
 
 
+class UnfitError(LeafError):
+    """Says of one kernel why it can't be taken, without its path and the way out."""
+
+
 def run(
     what: str,
     module: Any,
@@ -108,6 +113,7 @@ def run(
     batch: Any,
     see: See,
     wanted: Collection[str] | None = None,
+    wrong: dict[str, str] | None = None,
 ) -> None:
     """Runs a module on a batch and shows each call of a layer with a kernel.
 
@@ -116,36 +122,81 @@ def run(
         module: a linen module, or an nnx module.
         variables: its variables; of an nnx module, this itself or its state.
         batch: what the module takes.
-        see: is called before the layer runs.
+        see: is called before the layer runs; an UnfitError of it counts as below.
         wanted: the kernels that are asked for; all by default. Others are shown where they can be.
+        wrong: gets, by path, why kernels that are asked for can't be shown: those of a layer that
+            is not linear, or whose inputs are hidden by a lifted transformation.
 
     Raises:
         FwtError: for another module, or a batch without samples.
-        LeafError: for a kernel of a layer that is not linear, or whose inputs are hidden by a
-            lifted transformation.
+        LeafError: for all kernels that can't be shown, unless ``wrong`` gets them.
     """
+    unfit: dict[str, str] = {} if wrong is None else wrong
     if any(0 in getattr(x, "shape", ()) for x in jax.tree.leaves(batch)):
         raise FwtError(f"{what}: the batch has no samples, so nothing tells what the layers meet")
     traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((variables, batch)))
 
     def told(path: str, layer: Any, x: Any) -> Any:
-        if isinstance(x, jax.core.Tracer) and not traced:
-            if wanted is not None and path not in wanted:
-                return None
-            raise LeafError(
-                f"{what}: {path} runs inside a lifted transformation (an RNN's scan, remat, jit), "
-                f"where its inputs can't be kept: {_way(wanted)}"
-            )
-        return see(path, layer, x)
+        asked = wanted is None or path in wanted
+        try:
+            if layer is None:
+                raise UnfitError(x)
+            if isinstance(x, jax.core.Tracer) and not traced:
+                raise UnfitError(
+                    "runs inside a lifted transformation (scan, vmap, jit, an RNN), where its "
+                    "inputs can't be kept"
+                )
+            return see(path, layer, x)
+        except UnfitError as error:
+            if asked:
+                unfit.setdefault(path, str(error))
+            return None
 
     graph = _nodes.is_graph(module)
     _check_flax(what, module)
     if not graph and not hasattr(module, "apply"):
         raise FwtError(f"{what} takes a Flax module, found {module!r:.80}")
-    with explained(
-        what, module, "the batch alone", "a module around it that takes the batch and nothing more"
+    with (
+        explained(
+            what,
+            module,
+            "the batch alone",
+            "a module around it that takes the batch and nothing more",
+        ),
+        forward(),
     ):
-        (_run_nnx if graph else _run_linen)(what, module, variables, batch, told, wanted)
+        (_run_nnx if graph else _run_linen)(module, variables, batch, told)
+    if wrong is None:
+        refuse(what, unfit, wanted)
+
+
+def refuse(what: str, wrong: Mapping[str, str], wanted: Collection[str] | None) -> None:
+    """Raises for kernels that can't be taken, with the ``where`` that leaves all of them out."""
+    if not wrong:
+        return
+    left = [path for path in wanted or () if path not in wrong]
+    said = "; ".join([f"{path} {why}" for path, why in wrong.items()][:8])
+    more = f"; and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+    way = f"leave {'it' if len(wrong) == 1 else 'them'} out with where={left!r}"
+    if wanted is None:
+        way = "take another score"
+    elif not left:
+        way = "no leaf is left, and fwt.prune takes them by magnitude"
+    if any("lifted" in why for why in wrong.values()):
+        way += "; or give a module that calls each of its layers itself"
+    raise LeafError(f"{what}: {said}{more}: {way}")
+
+
+@contextlib.contextmanager
+def forward() -> Iterator[None]:
+    """In it, ``nn.remat`` runs its functions as they are: all that it changes is what is kept for a
+    gradient. Those of nnx take a module apart, so that its layers are others."""
+
+    def plain(function: Any = None, **_: Any) -> Any:
+        return plain if function is None else function
+
+    with mock.patch.object(jax, "remat", plain):  # which Flax looks up where it calls it
+        yield
 
 
 def _check_order(what: str, module: Any) -> None:
@@ -190,19 +241,14 @@ def explained(what: str, module: Any, given: str, way: str, whole: str = "") -> 
         ) from error
 
 
-def _not_linear(what: str, path: str, layer: Any, wanted: Collection[str] | None) -> LeafError:
-    return LeafError(
-        f"{what}: {path} is of a {type(layer).__name__}, which is no linear layer: {_way(wanted)}"
-    )
+def _not_linear(layer: Any) -> str:
+    return f"is of a {type(layer).__name__}, which is no linear layer"
 
 
-def _way(wanted: Collection[str] | None) -> str:
-    return "take another score" if wanted is None else "leave it out with where="
+_OTHER = "is of a layer that computes with another kernel than this (as in nn.WeightNorm)"
 
 
-def _run_linen(
-    what: str, module: Any, variables: Any, batch: Any, see: See, wanted: Collection[str] | None
-) -> None:
+def _run_linen(module: Any, variables: Any, batch: Any, told: See) -> None:
     import flax.linen as nn
 
     from fwt.layers import GroupedConvTranspose
@@ -219,21 +265,16 @@ def _run_linen(
             return call(*args, **kwds)
         x = args[0] if args else next(iter(kwds.values()))
         if not isinstance(layer, linear):
-            if wanted is not None and path not in wanted:
-                return call(*args, **kwds)
-            raise _not_linear(what, path, layer, wanted)
+            told(path, None, _not_linear(layer))
+            return call(*args, **kwds)
         held: Any = jax.tree.leaves(layer.variables["params"]["kernel"])[0]  # of a box
         known = not any(isinstance(v, jax.core.Tracer) for v in (held, kernels[path]))
         if known and not np.array_equal(held, kernels[path], equal_nan=True):
-            if wanted is not None and path not in wanted:
-                return call(*args, **kwds)
-            raise LeafError(
-                f"{what}: the layer of {path} computes with another kernel than this (as in "
-                "nn.WeightNorm): leave it out with where=, or give the module without that"
-            )
+            told(path, None, _OTHER)
+            return call(*args, **kwds)
         inside.append(path)
         try:
-            new = see(path, layer.clone(parent=None, name=None, use_bias=False), x)
+            new = told(path, layer.clone(parent=None, name=None, use_bias=False), x)
             if new is None:
                 return call(*args, **kwds)
             own = {**layer.variables["params"], "kernel": new}
@@ -306,9 +347,7 @@ def copied(module: Any, params: Any) -> Any:
     return own
 
 
-def _run_nnx(
-    what: str, module: Any, params: Any, batch: Any, see: See, wanted: Collection[str] | None
-) -> None:
+def _run_nnx(module: Any, params: Any, batch: Any, told: See) -> None:
     own = copied(module, params)
     tree = _tree.Tree(own)
     layers = [
@@ -319,20 +358,18 @@ def _run_nnx(
     paths = {id(layer.kernel): path for path, layer in layers if path in tree.leaves}
     met: set[str] = set()
 
-    def told(path: str, layer: Any, x: Any) -> Any:
+    def shown(path: str, layer: Any, x: Any) -> Any:
         met.add(path)
-        return see(path, layer, x)
+        return told(path, layer, x)
 
     watched = {}
     for _, layer in layers:
         path = paths.get(id(layer.kernel), "")  # a shared kernel is one
         twin = _twin(layer)
         if path and twin is None:
-            if wanted is not None and path not in wanted:
-                continue
-            raise _not_linear(what, path, layer, wanted)
-        if path:
-            watched[id(layer)] = functools.partial(told, path, twin)
+            shown(path, None, _not_linear(layer))
+        elif path:
+            watched[id(layer)] = functools.partial(shown, path, twin)
             cls: Any = type(layer)
             layer.__class__ = _watching(cls)
     token = _WATCHED.set(watched)
@@ -340,10 +377,8 @@ def _run_nnx(
         own(batch)
     finally:
         _WATCHED.reset(token)
-    asked = [path for path in paths.values() if wanted is None or path in wanted]
-    if missed := [path for path in asked if path not in met]:
-        raise LeafError(
-            f"{what}: {missed[0]} meets no inputs on the batch: its layer does not run, or runs "
-            "inside a lifted transformation (nnx.RNN, remat, jit, scan), where these can't be kept"
-            f": {_way(wanted)}"
-        )
+    for path in paths.values():
+        if path not in met:
+            told(path, None, "meets no inputs on the batch: its layer does not run, or runs inside "
+                 "a lifted transformation (scan, vmap, jit, remat, nnx.RNN), where these can't be "
+                 "kept")  # fmt: skip

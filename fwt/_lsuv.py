@@ -48,7 +48,7 @@ def lsuv(
         WhereError: if ``where`` matches nothing.
         LeafError: for a stack of layers, or a kernel whose layer does not run, whose output does
             not vary, varies too much by its bias alone or is not affine in the kernel, or that
-            runs inside a lifted transformation (an RNN's scan).
+            runs inside a lifted transformation (a scan, but not remat).
 
     Example:
         >>> import fwt, jax, flax.linen as nn
@@ -96,7 +96,8 @@ def lsuv(
             return visit(path, context.module, out) if mine else out
 
         way = "what else module.apply takes, such as train=False"
-        with nn.intercept_methods(interceptor), _calls.explained("lsuv", module, "the batch", way):
+        told = _calls.explained("lsuv", module, "the batch", way)
+        with nn.intercept_methods(interceptor), told, _calls.forward():
             module.apply(values, batch, **kwargs)
 
     def scaled(path: str, layer: Any, out: Any) -> Any:
@@ -112,7 +113,7 @@ def lsuv(
         if path not in scales:
             if isinstance(out, jax.core.Tracer) and not traced:
                 raise LeafError(
-                    f"{path} runs inside a lifted transformation (an RNN's scan, remat, jit), "
+                    f"{path} runs inside a lifted transformation (scan, vmap, jit, an RNN), "
                     "where its output can't be measured: leave it out with where="
                 )
             scales[path] = _scale(signal, shift, path)

@@ -536,8 +536,8 @@ def wanda(module: Any, batch: Any, **collections: Any) -> Score:
 
     Raises:
         LeafError: in use, for inputs that are not finite, or a kernel of a layer that is not
-            linear or that runs inside a lifted transformation (an RNN's scan); in ``prune`` only
-            where its ``where`` takes that kernel.
+            linear or that runs inside a lifted transformation (a scan, but not remat); in ``prune``
+            only where its ``where`` takes that kernel.
 
     Example:
         >>> import fwt, flax.linen as nn, jax.numpy as jnp

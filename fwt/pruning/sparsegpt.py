@@ -54,8 +54,9 @@ def sparsegpt(
         ``round(sparsity * n)`` are zero.
 
     Raises:
-        LeafError: for a kernel of another layer, of one that runs twice or inside a lifted
-            transformation (an RNN's scan), or inputs that are not finite.
+        LeafError: for kernels of other layers, of one that runs twice or inside a lifted
+            transformation (a scan, but not remat), all of which it names; or for inputs that are
+            not finite.
         FwtError: for another pattern, a sparsity that does not go with it, or a batch without
             samples.
 
@@ -97,17 +98,20 @@ def sparsegpt(
         _tree.computable(path, tree.leaves[path])
     pattern.fits(list(map(_axes.Places(tree, None, module), chosen)), {})
     new: dict[str, Any] = {}
+    wrong: dict[str, str] = {}
+    met: set[str] = set()
 
     def see(path: str, layer: Any, x: Any) -> Any:
         if path not in chosen:
             return None
-        if path in new:
-            raise LeafError(
-                f"sparsegpt: {path} meets inputs in two places, and is mended for one: leave it "
-                "out with where="
-            )
+        if path in met:
+            raise _calls.UnfitError("meets inputs in two places, and is mended for one")
+        met.add(path)
+        _check_layer(layer)
+        if wrong:  # all are named, and none is mended
+            return None
         kernel = jnp.asarray(tree.leaves[path])
-        inputs = _inputs(path, layer, x)
+        inputs = _inputs(layer, x)
         count = None if groups else float(sparsity or 0)
         flat = kernel.reshape(inputs.shape[1], -1).astype(jnp.float32)
         found = _mended(flat, inputs, damping, count, (settings.get("n", 1), m), block)
@@ -118,30 +122,35 @@ def sparsegpt(
 
     # On GPUs and TPUs products of float32 are rounded by default, which no inverse bears.
     with jax.default_matmul_precision("highest"):
-        _calls.run("sparsegpt", module, variables, batch, see, chosen)
-    missed = [p for p in chosen if p not in new]
-    if missed:
-        raise LeafError(
-            f"sparsegpt: {missed[0]} is no kernel of a linear layer that runs on the batch: leave "
-            "it out with where="
-        )
+        _calls.run("sparsegpt", module, variables, batch, see, chosen, wrong)
+    for path in chosen:
+        if path not in met:
+            wrong.setdefault(path, "is no kernel of a linear layer that runs on the batch")
+    _calls.refuse("sparsegpt", wrong, chosen)
     return tree.replace(new)
 
 
-def _inputs(path: str, layer: Any, x: Any) -> Any:
+def _check_layer(layer: Any) -> None:
+    fits = type(layer) is nn.Dense
+    fits |= type(layer) is nn.DenseGeneral and not layer.batch_dims
+    if not fits and (
+        type(layer) is not nn.Conv or layer.feature_group_count != 1 or layer.mask is not None
+    ):
+        raise _calls.UnfitError(
+            f"is of a {type(layer).__name__}, and only Dense, DenseGeneral and Conv without groups "
+            "or a mask can be mended"
+        )
+
+
+def _inputs(layer: Any, x: Any) -> Any:
     """What each weight of one output meets: (samples, inputs), in the order of the kernel."""
     if type(layer) is nn.Dense:
         return x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-    if type(layer) is nn.DenseGeneral and not layer.batch_dims:
+    if type(layer) is nn.DenseGeneral:
         axes = (layer.axis,) if isinstance(layer.axis, int) else tuple(layer.axis)
         axes = tuple(sorted(a % x.ndim for a in axes))  # as Flax lays out the kernel
         x = jnp.moveaxis(x, axes, range(-len(axes), 0))
         return x.reshape(-1, math.prod(x.shape[-len(axes) :])).astype(jnp.float32)
-    if type(layer) is not nn.Conv or layer.feature_group_count != 1 or layer.mask is not None:
-        raise LeafError(
-            f"sparsegpt: {path} is of a {type(layer).__name__}, and only Dense, DenseGeneral and "
-            "Conv without groups or a mask can be mended: leave it out with where="
-        )
     # A convolution with one output for each weight reads its inputs out.
     size = layer.kernel_size
     size = (size,) if isinstance(size, int) else tuple(size)

@@ -274,5 +274,82 @@ def test_a_layer_that_is_not_linear_is_asked_for_where_it_is_chosen():
     head = next(p for p in fwt.select(model, fwt.kernels) if p.startswith("2/"))
     found = fwt.select(fwt.sparsegpt(model, batch, 0.5, where=head), "**")
     assert (np.asarray(found[head]) == 0).sum() == 24
-    with pytest.raises(fwt.LeafError, match=r"no linear layer: leave it out with where="):
+    with pytest.raises(
+        fwt.LeafError, match=r"no linear layer.*: leave them out with where=\['2/kernel'\]"
+    ):
         fwt.sparsegpt(model, batch, 0.5, where="**")
+
+
+class Rows(nn.Module):
+    """Blocks that are kept, computed again for a gradient, or stacked."""
+
+    how: str = "kept"
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(12, name="in")(x)
+        if self.how == "scan":
+            many = nn.scan(_Row, variable_axes={"params": 0}, split_rngs={"params": True}, length=2)
+            return many(name="rows")(x, None)[0]
+        row = _Row if self.how == "kept" else nn.remat(_Row)
+        for name in ("a", "b"):
+            x, _ = row(name=name)(x, None)
+        if self.how == "remat":
+            return nn.remat(lambda module, y: nn.Dense(4, name="out")(y))(self, x)
+        return nn.Dense(4, name="out")(x)
+
+
+class _Row(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+        return jnp.tanh(nn.Dense(12, name="up")(x)), None
+
+
+def test_layers_under_remat_are_those_without_it():
+    """For those who look at inputs too; and remat is in force again behind them."""
+    *_, x = block()
+    variables = Rows().init(jax.random.key(0), x)
+    for change in (
+        lambda net: fwt.sparsegpt(net, variables, x, 0.5),
+        lambda net: fwt.prune(0.5, fwt.scores.wanda(net, x))(variables),
+        lambda net: fwt.lsuv(net, variables, x, 0),
+    ):
+        found, expected = change(Rows("remat")), change(Rows())
+        assert jax.tree.all(jax.tree.map(np.array_equal, found, expected))
+        assert not jax.tree.all(jax.tree.map(np.array_equal, found, variables))
+    text = str(jax.make_jaxpr(lambda v: Rows("remat").apply(v, x))(variables))
+    assert text.count("prevent_cse=True") == 3
+
+
+def test_all_that_can_not_be_mended_is_named_at_once():
+    *_, x = block()
+    net = Rows("scan")
+    variables = net.init(jax.random.key(0), x)
+    for change in (
+        lambda **how: fwt.sparsegpt(net, variables, x, 0.5, **how),
+        lambda **how: fwt.prune(0.5, fwt.scores.wanda(net, x), **how)(variables),
+    ):
+        with pytest.raises(
+            fwt.LeafError, match=r"rows/up/kernel runs inside .*where=\['in/k"
+        ) as told:
+            change()
+        assert "module that calls each of its layers itself" in str(told.value)
+        change(where=["in/kernel"])
+
+    mixed = fwt.Sequential([
+        ("first", nn.Conv(4, (3,))), ("grouped", nn.Conv(4, (3,), feature_group_count=2)),
+        ("wide", nn.ConvTranspose(4, (3,))), ("last", nn.Dense(2)),
+    ])  # fmt: skip
+    x = jax.random.normal(jax.random.key(1), (9, 8, 4))
+    variables = mixed.init(jax.random.key(0), x)
+    with pytest.raises(fwt.LeafError) as told:
+        fwt.sparsegpt(mixed, variables, x, 0.5)
+    said = str(told.value)
+    assert "grouped/kernel is of a Conv, and only" in said
+    assert "wide/kernel is of a ConvTranspose, and only" in said
+    where = ["first/kernel", "last/kernel"]
+    assert f"leave them out with where={where}" in said
+    pruned = fwt.sparsegpt(mixed, variables, x, 0.5, where=where)["params"]
+    assert int((pruned["first"]["kernel"] == 0).sum()) == 24
+    with pytest.raises(fwt.LeafError, match="no leaf is left, and"):
+        fwt.sparsegpt(mixed, variables, x, 0.5, where=["grouped/kernel"])

@@ -19,7 +19,10 @@ _MOST = 2**16  # numbers in them
 _EXACT = 2**24  # the last whole number up to which float32 holds all
 
 
-FREE = (9, 8, 10)  # the sizes of an axis that may have any, the first before the others
+# The sizes of an axis that may have any, the first of which is compared before others: those that
+# some models refuse, as one that halves an image does, are passed over.
+FREE = (9, 8, 10, 16, 32, 64)
+AT = 3  # so many of them
 
 
 def is_free(one: Side, other: Side, shape: Any) -> bool:
@@ -29,6 +32,35 @@ def is_free(one: Side, other: Side, shape: Any) -> bool:
     if shape is None:
         known = [x for side in (one, other) for x in (side.shape, *(side.shapes or ()))]
     return any(None in x for x in known if x is not None)
+
+
+def shapes_of(shape: Any) -> Any:
+    """What a user gives as ``input_shape``, with the shape of each example in its place."""
+    if isinstance(shape, Mapping):
+        return {name: shapes_of(x) for name, x in shape.items()}
+    if hasattr(shape, "dtype") and hasattr(shape, "shape"):
+        return tuple(shape.shape[1:])
+    several = isinstance(shape, list | tuple) and any(hasattr(x, "dtype") for x in shape)
+    return [shapes_of(x) for x in shape] if several and not _are_numbers(shape) else shape
+
+
+def _are_numbers(shape: Sequence[Any]) -> bool:
+    return all(np.ndim(x) == 0 for x in shape)
+
+
+def sizes_taken(one: Side, other: Side, how: Any, shape: Any) -> list[int]:
+    """From the first that the first model takes on, the sizes of axes that may have any."""
+    for at, size in enumerate(FREE):
+        given = how(one, other, shape, size)[0]
+        xs = given if isinstance(given, list) else [given]
+        if takes(one, xs):
+            return [*FREE[at:]]
+    return [*FREE]
+
+
+def takes(side: Side, xs: Sequence[np.ndarray]) -> bool:
+    """Whether a model runs on the first row of a batch."""
+    return _all_taken([(side, [x[:1] for x in xs])], False)
 
 
 def made(

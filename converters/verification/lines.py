@@ -190,7 +190,8 @@ def _ran(
         shapes = ", ".join(str(list(x.shape)) for x in xs)
         noun = "input of the shape" if len(xs) == 1 else "inputs of the shapes"
         raise ConversionError(
-            f"verify: the {which} model takes no {noun} {shapes} ({why})"
+            f"verify: the {which} model takes no {noun} {shapes} ({why}): input_shape= or "
+            "inputs= says what it takes"
         ) from error
     return {n: Outputs(v) for n, v in taps.items()}, _flat(output, which)
 

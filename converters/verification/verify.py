@@ -74,9 +74,9 @@ def verify(
             whole numbers to models that take them, among them each row of a table of embeddings
             in which the models differ. Images are moved between channels first and last where one
             of them is a torch model with spatial layers.
-        input_shape: of one input of ``a``, where neither model says it; of several inputs a list or
-            a dict of shapes. A linen module of one's own
-            is traced for it, or for ``inputs``; without one, its outputs alone are compared.
+        input_shape: of one input of ``a``, where neither model says it, or an example of it; of
+            several inputs a list or a dict of those. A linen module of one's own is traced for it,
+            or for ``inputs``; without one, its outputs alone are compared.
         tolerance: how far a row may be off relative to its largest value, in place of ten
             roundings.
         external_data: whether an ONNX file may have its weights in another in its folder.
@@ -100,6 +100,7 @@ def verify(
         raise ConversionError(f"verify: tolerance={tolerance} is no part of a row's largest value")
     shape = _example(inputs) if input_shape is None and inputs is not None else input_shape
     one, other = (_own_side(m, shape, external_data) for m in (a, b))
+    input_shape = _inputs.shapes_of(input_shape)
     if one.count and other.count and one.count != other.count:
         raise ConversionError(
             f"verify: the first model takes {one.count} inputs, the second {other.count}"
@@ -111,7 +112,9 @@ def verify(
     if made:
         several = max(one.count or 1, other.count or 1) > 1 or _inputs.are_several(input_shape)
         how = _inputs.made_of_several if several else _inputs.made
-        inputs, notes = how(one, other, input_shape)
+        free = _inputs.is_free(one, other, input_shape)
+        sizes = _inputs.sizes_taken(one, other, how, input_shape) if free else [*_inputs.FREE]
+        inputs, notes = how(one, other, input_shape, sizes[0])
     begun = one, other
     given = batch.given(inputs, one, other)
     xs = [np.asarray(inputs)] if given is None else given
@@ -128,8 +131,8 @@ def verify(
     if not xs[0].ndim or not len(xs[0]):
         output = Line("output", xs[0].shape, 0.0, 0.0, 0, "not compared")
         return Report(False, None, (), (), output, (_nothing(xs[0], output),))
-    free = made and input_shape is None and one.shape is None
-    one, other, xs, found = turned(one, other, xs, tolerance, free, made)
+    unknown = made and input_shape is None and one.shape is None
+    one, other, xs, found = turned(one, other, xs, tolerance, unknown, made)
     lines, outputs, told, carries = found
     output = min(outputs, key=lambda line: WORST.index(line.status))
     x = xs[0]
@@ -219,8 +222,8 @@ def verify(
             ok, first = False, again.first
             notes.append("half precision hides the difference: in float32, with the same weights, "
                          "the models differ")  # fmt: skip
-    if ok and made and _inputs.is_free(*begun, input_shape):
-        told_of, ok = _at_other_sizes(begun, (one, other), how, input_shape, tolerance)
+    if ok and made and free:
+        told_of, ok = _at_other_sizes(begun, (one, other), how, input_shape, tolerance, sizes)
         notes += told_of
     outs = tuple(outputs) if len(outputs) > 1 else ()
     return Report(ok, first, tuple(lines), weights, output, tuple(notes), outs)
@@ -232,21 +235,28 @@ def _at_other_sizes(
     how: Any,
     shape: Any,
     tolerance: float | None,
+    sizes: Sequence[int],
 ) -> tuple[list[str], bool]:
     """What is found of the outputs where axes that may have any size have others, and whether the
     models are equal there. ``begun`` are the sides for which ``how`` makes inputs."""
-    notes = list[str]()
-    for size in _inputs.FREE[1:]:
+    notes, compared = list[str](), 1
+    for size in sizes[1:]:
+        if compared == _inputs.AT:
+            break
         inputs, _ = how(*begun, shape, size)
         xs = batch.given(inputs, *begun) or [np.asarray(inputs)]
         shapes = " and ".join(str(list(x.shape)) for x in xs)
         try:
             _, outputs, *_ = lines_of(*sides, xs, tolerance)
-        except ConversionError as error:  # which may name the second model alone
-            notes.append(f"not compared at another size: {str(error).removeprefix('verify: ')}")
+        except ConversionError as error:
+            if _inputs.takes(begun[0], xs):
+                notes.append(f"not compared at another size: {str(error).removeprefix('verify: ')}")
             continue
+        compared += 1
         if any(line.status == "differs" for line in outputs):
             return [f"the outputs are equal at one size, but differ for inputs of {shapes}"], False
+    if compared == 1 and not notes:
+        notes = ["compared at one size alone: the first model takes no other that was tried"]
     return notes, True
 
 

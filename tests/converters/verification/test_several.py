@@ -2,6 +2,8 @@
 
 import copy
 
+import flax.linen as nn
+import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
@@ -323,3 +325,63 @@ def test_a_loop_of_an_onnx_file_counts_without_a_batch(tmp_path):
     kernel, *others = layer.get_weights()
     layer.set_weights([kernel * 1.1, *others])
     assert not converters.verify(model, tmp_path / "net.onnx")
+
+
+def halving(scale=1.0):
+    """A U-Net in small, which takes images of multiples of four."""
+    image = keras.Input((None, None, 3))
+    wide = keras.layers.Conv2D(4, 3, padding="same", name="conv")(image)
+    small = keras.layers.MaxPooling2D(4)(wide)
+    up = keras.layers.UpSampling2D(4)(keras.layers.Rescaling(scale)(small))
+    return keras.Model(image, keras.layers.Concatenate()([wide, up]))
+
+
+def test_sizes_that_a_model_refuses_are_passed_over():
+    net = halving()
+    report = converters.verify(net, converters.from_keras(net))
+    assert report.ok
+    assert report.output.shape[1] == 8
+    assert not report.notes
+    other = halving(2.0)
+    other.set_weights(net.get_weights())
+    assert not converters.verify(net, other).ok
+    steps = keras.Input((None, 4))
+    pairs = keras.Model(steps, keras.layers.Dense(3)(keras.layers.Reshape((-1, 8))(steps)))
+    assert converters.verify(pairs, converters.from_keras(pairs)).ok
+    odd = keras.Input((None, 4))
+    none = keras.Model(odd, keras.layers.Reshape((-1, 28))(odd))
+    with pytest.raises(
+        fwt.ConversionError, match=r"takes no input .*: input_shape= or inputs= says"
+    ):
+        converters.verify(none, none)
+    assert converters.verify(none, none, input_shape=(14, 4)).ok
+
+
+class Named(nn.Module):
+    @nn.compact
+    def __call__(self, left, right):
+        return nn.Dense(4, name="a")(left) + nn.Dense(4, name="b")(right)
+
+
+def test_inputs_are_told_by_examples():
+    """By name or in their order, as their shapes are."""
+    net = keras_of_two()
+    examples = {"left": np.ones((4, 3), np.float32), "right": jnp.ones((1, 5))}
+    shapes = {"left": (3,), "right": (5,)}
+    linen = Named()
+    weights = {n: np.asarray(net.get_layer(n).kernel) for n in "ab"}
+    params = {n: {"kernel": w, "bias": np.zeros(4, np.float32)} for n, w in weights.items()}
+    model = fwt.Model(linen, {"params": params})
+    wrong = fwt.Model(linen, {"params": {**params, "b": {**params["b"], "bias": np.ones(4)}}})
+    for told in (examples, shapes, [*examples.values()], [*shapes.values()]):
+        assert converters.verify(model, net, input_shape=told).ok
+        assert converters.verify(net, model, input_shape=told).ok
+        assert not converters.verify(net, wrong, input_shape=told).ok
+    single = torch.nn.Sequential(torch.nn.Conv1d(3, 4, 3))
+    assert converters.verify(single, single, input_shape=torch.ones(2, 3, 9)).ok
+
+
+def keras_of_two():
+    ends = [keras.Input((3,), name="left"), keras.Input((5,), name="right")]
+    parts = [keras.layers.Dense(4, name=n)(x) for n, x in zip("ab", ends, strict=True)]
+    return keras.Model(ends, keras.layers.Add()(parts))

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from fwt import _live, _mesh, _modules, _rules, _tree
+from fwt import _live, _mesh, _modules, _own_names, _rules, _tree
 from fwt._modules import Known as Known
 from fwt._types import AxesError, FwtError
 
@@ -565,9 +565,7 @@ class Role:
     def __call__(self, *args: Any) -> "Role":
         if args:
             raise FwtError(
-                f"{self} is a where, and was called like a function (optax.inject_hyperparams "
-                "takes what can be called for a schedule: give it static_args, such as "
-                "fwt.optim.sparsify.static_args)"
+                f"{self} is a where, and was called like a function: {_own_names.INJECTED}"
             )
         return self
 

@@ -11,7 +11,7 @@ from jax import lax
 
 from fwt import _again, _axes, _keys, _masks, _mesh, _moments, _tree, constraints, patterns, scores
 from fwt._compose import masks_in, within
-from fwt._own_names import check_optimizer
+from fwt._own_names import check_optimizer, refuse_injected
 from fwt._types import FwtError, LeafError, Masks, Params, Score, Transform, Where, resolve
 from fwt.pruning import chosen as _chosen
 from fwt.pruning import plan as _plan
@@ -242,8 +242,8 @@ def sparsify(
     - Iterative pruning: such a schedule without ``rewind``; or ``like="torch"``, under which that
       share of the *remaining* weights goes at each n that ``every`` divides.
 
-    ``optax.inject_hyperparams`` takes callables for schedules: give it
-    ``static_args=fwt.optim.sparsify.static_args``, or inject into a factory of your own.
+    ``optax.inject_hyperparams`` takes callables for schedules: give it ``static_args``, those of
+    ``fwt.optim.sparsify.static_args`` but "sparsity", or inject into a factory of your own.
 
     Args:
         tx: any optimizer.
@@ -450,6 +450,7 @@ class _Rule:
         pattern: Any, regrow: Any, regrow_fraction: Any, masks: Any, straight_through: bool,
         rewind: int | None, like: Any, axes: Any,
     ):  # fmt: skip
+        refuse_injected(score=score, key=key, every=every, rewind=rewind)
         if isinstance(every, bool) or not isinstance(every, int | np.integer) or every < 1:
             raise FwtError(f"every must be a whole number of updates, 1 or more, found {every!r}")
         if rewind is not None and (isinstance(rewind, bool) or not isinstance(rewind, int)):

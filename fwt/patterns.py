@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from fwt import _tree
 from fwt._axes import Axes
 from fwt._live import KNOWN
+from fwt._own_names import INJECTED
 from fwt._types import Array, AxesError, FwtError, LeafError, noun
 
 __all__ = ["block", "channel", "n_m", "unstructured"]
@@ -117,7 +118,9 @@ class Pattern:
     name: str
     settings: tuple[tuple[str, Any], ...] = ()
 
-    def __call__(self) -> "Pattern":
+    def __call__(self, *args: Any) -> "Pattern":
+        if args:
+            raise FwtError(f"{self!r} is a pattern, and was called like a function: {INJECTED}")
         return self
 
     def __repr__(self) -> str:

@@ -156,6 +156,8 @@ def from_torch(
     model = unwrapped(model)
     if isinstance(model, torch.nn.Module):
         torch_inputs.check_kind(model, layout)
+        for name, part in model.named_modules():
+            _check_quantised(part, name, rounding=True)
     if is_container(model):
         net = Net.line(_children(model, (), {})).given(input_shape)
     elif isinstance(model, torch.nn.Module):
@@ -463,16 +465,24 @@ def _tied(parameter: Any, place: str, spans: Spans) -> str:
     return place
 
 
-def _check_quantised(module: torch.nn.Module, place: str) -> None:
-    if any(
-        hasattr(module, n) for n in ("_packed_params", "_all_weight_values", "weight_fake_quant")
-    ):
-        raise refuse(
-            place or type(module).__name__,
-            f"{type(module).__module__}.{type(module).__name__} computes with a quantised weight, "
-            "which can't be seen or written here",
-            "transform the model before it is prepared or converted for quantisation",
-        )
+_OBSERVERS = ("torch.ao.quantization.observer", "torch.ao.quantization.fake_quantize")
+
+
+def _check_quantised(module: torch.nn.Module, place: str, rounding: bool = False) -> None:
+    """Raises for a module whose weight is quantised; with ``rounding`` also for one that rounds
+    what passes it, or that looks at it for the sake of that."""
+    what = "computes with a quantised weight, which can't be seen or written here"
+    packed = ("_packed_params", "_all_weight_values", "weight_fake_quant")
+    if not any(hasattr(module, n) for n in packed):
+        if not rounding or not any(c.__module__ in _OBSERVERS for c in type(module).__mro__):
+            return
+        what = "is there for quantisation, which is not converted"
+    raise refuse(
+        place or type(module).__name__,
+        f"{type(module).__module__}.{type(module).__name__} {what}",
+        f"{'give from_torch' if rounding else 'transform'} the model before it is prepared or "
+        "converted for quantisation",
+    )
 
 
 def _public_name(module: torch.nn.Module) -> str:

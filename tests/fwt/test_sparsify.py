@@ -797,10 +797,23 @@ def test_inject_hyperparams_says_what_it_needs():
     bare = optax.inject_hyperparams(sparsify)(optax.adam(0.1), sparsity=0.5)
     with pytest.raises(fwt.FwtError, match="static_args"):
         bare.init(weights())
+    for name, value in (("where", None), ("pattern", None), ("score", None), ("key", 0),
+                        ("every", 2), ("rewind", 3)):  # fmt: skip
+        static = [n for n in sparsify.static_args if n not in (name, "sparsity")]
+        given = {} if value is None else {name: value}
+        made = optax.inject_hyperparams(sparsify, static_args=static)
+        with pytest.raises(fwt.FwtError, match="static_args, such as those of"):
+            made(optax.adam(0.1), sparsity=0.5, **given).init(weights())
+    own = optax.inject_hyperparams(lambda rate, n: sparsify(optax.adam(rate), 0.5, every=n))
+    with pytest.raises(fwt.FwtError, match="every does not change, and was found as an array"):
+        own(0.1, 5).init(weights())
     most = [n for n in sparsify.static_args if n not in ("sparsity", "regrow_fraction")]
     tx = optax.inject_hyperparams(sparsify, static_args=most)(optax.adam(0.1), sparsity=0.5)
     _, state = tx.update(weights(1), tx.init(weights()), weights())
     assert gone(state.inner_state.masks)["a/kernel"] == 42
+    state.hyperparams["sparsity"] = jnp.float32(0.75)  # which changes it while it trains
+    _, state = jax.jit(tx.update)(weights(1), state, weights())
+    assert gone(state.inner_state.masks)["a/kernel"] == 63
     with pytest.raises(fwt.FwtError, match="or a score, found True"):
         sparsify(optax.adam(0.1), 0.5, regrow=True)
 

@@ -233,6 +233,39 @@ def test_what_is_around_torch_layers_is_refused():
 
 
 @pytest.mark.filterwarnings("ignore:torch.quantize")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_a_torch_model_made_ready_for_quantisation_is_refused_by_name():
+    import torch.ao.quantization as ready
+
+    class Own(t.Module):
+        def __init__(self, inner):
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x):
+            return self.inner(x) * 2
+
+    def net():
+        return t.Sequential(ready.QuantStub(), t.Linear(4, 3), t.ReLU(), ready.DeQuantStub())
+
+    trained, looked_at = net().train(), net().eval()
+    trained.qconfig = ready.get_default_qat_qconfig("fbgemm")
+    looked_at.qconfig = ready.get_default_qconfig("fbgemm")
+    ready.prepare_qat(trained, inplace=True)
+    ready.prepare(looked_at, inplace=True)
+    looked_at(torch.ones(2, 4))
+    converted = ready.convert(looked_at)
+    dynamic = ready.quantize_dynamic(t.Sequential(t.Linear(4, 3)), {t.Linear})
+    for model in (trained.eval(), looked_at, converted, dynamic):
+        for given in (model, Own(model).eval()):
+            with pytest.raises(converters.ConversionError, match=r"before it is prepared or conv"):
+                converters.from_torch(given, input_shape=(4,))
+    plain = Own(net()).eval()  # whose stubs do nothing yet
+    made = converters.from_torch(plain, input_shape=(4,))
+    x = torch.randn(5, 4)
+    np.testing.assert_allclose(made(x.numpy()), plain(x).detach(), rtol=1e-5, atol=1e-6)
+
+
 def test_quantised_torch_weights_are_not_passed_over():
     class Observed(t.Linear):  # what torch.ao makes for training that knows of quantisation
         def __init__(self):

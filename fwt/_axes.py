@@ -11,7 +11,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from fwt import _live, _mesh, _modules, _own_names, _rules, _tree
+from fwt import _live, _mesh, _modules, _rules, _tree
+from fwt._errors import INJECTED
 from fwt._modules import Known as Known
 from fwt._types import AxesError, FwtError
 
@@ -564,9 +565,7 @@ class Role:
 
     def __call__(self, *args: Any) -> "Role":
         if args:
-            raise FwtError(
-                f"{self} is a where, and was called like a function: {_own_names.INJECTED}"
-            )
+            raise FwtError(f"{self} is a where, and was called like a function: {INJECTED}")
         return self
 
     def __str__(self) -> str:

@@ -132,6 +132,12 @@ def run(
         LeafError: for all kernels that can't be shown, unless ``wrong`` gets them.
     """
     unfit: dict[str, str] = {} if wrong is None else wrong
+    for x in jax.tree.leaves(batch):
+        if framework := _nodes.foreign(x)[0]:
+            raise FwtError(
+                f"{what}: the batch is a {type(x).__name__} of {framework}, and a module of Flax "
+                "takes arrays of JAX and NumPy: give it np.asarray(x)"
+            )
     if any(0 in getattr(x, "shape", ()) for x in jax.tree.leaves(batch)):
         raise FwtError(f"{what}: the batch has no samples, so nothing tells what the layers meet")
     traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves((variables, batch)))
@@ -161,13 +167,22 @@ def run(
             what,
             module,
             "the batch alone",
-            "a module around it that takes the batch and nothing more",
+            _batch_of(module),
         ),
         forward(),
     ):
         (_run_nnx if graph else _run_linen)(module, variables, batch, told)
     if wrong is None:
         refuse(what, unfit, wanted)
+
+
+def _batch_of(module: Any) -> str:
+    """What to give a module that does not run on a batch."""
+    shape = getattr(module, "input_shape", None)
+    if isinstance(shape, tuple) and not any(isinstance(s, tuple) for s in shape):
+        sizes = ", ".join("n" if s is None else str(s) for s in shape)
+        return f"an array of shape (n, {sizes}), as the module itself takes it"
+    return "a module around it that takes the batch and nothing more"
 
 
 def refuse(what: str, wrong: Mapping[str, str], wanted: Collection[str] | None) -> None:

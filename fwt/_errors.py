@@ -29,3 +29,10 @@ def refuse(place: str, found: str, way_out: str = "") -> ConversionError:
 class FileFormatError(ConversionError):
     """A file that is not what it should be: truncated, malformed, hostile, or with something in it
     that can't be converted exactly. Nothing else escapes a reader."""
+
+
+INJECTED = (
+    "optax.inject_hyperparams makes an array of a number, and of what can be called a schedule, "
+    "unless it is named: give it static_args, such as those of fwt.optim.sparsify.static_args but "
+    "'sparsity', or inject into a factory of your own that takes the numbers that change"
+)

@@ -5,7 +5,7 @@ from types import ModuleType
 from typing import Any
 
 from fwt import _paths
-from fwt._errors import FwtError
+from fwt._errors import INJECTED, FwtError
 
 _OTHERWISE = {
     "non_neg": "non_negative", "l1_unstructured": "magnitude", "random_unstructured": "random",
@@ -31,13 +31,6 @@ def check_optimizer(wrapper: str, given: Any) -> None:
     way = f"; in {home}, call {LIVE}" if home else ", such as optax.adam(1e-3)"
     found = repr(given) if home is None else f"{type(given).__name__} of {home}"
     raise TypeError(f"{wrapper} takes an optax optimizer{way}; found {found}")
-
-
-INJECTED = (
-    "optax.inject_hyperparams makes an array of a number, and of what can be called a schedule, "
-    "unless it is named: give it static_args, such as those of fwt.optim.sparsify.static_args but "
-    "'sparsity', or inject into a factory of your own that takes the numbers that change"
-)
 
 
 def refuse_injected(**settings: Any) -> None:

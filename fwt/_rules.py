@@ -13,7 +13,7 @@ NORMS = re.compile(r"(^|_)(norm|bn|ln|rmsnorm|(batch|layer|group|instance)_?norm
 EMBEDDINGS = re.compile(
     r"(^|_)(emb|embed|embedding|wte|wpe)s?(_|\d|$)|^shared$|^relative_attention_bias$"
 )
-_ATTENTION_IN, _ATTENTION_OUT = ("query", "key", "value"), ("out", "attention_output")
+ATTENTION_IN, ATTENTION_OUT = ("query", "key", "value"), ("out", "attention_output")
 _KERNEL = re.compile("(pointwise_|recurrent_|projection_)?kernel")
 _EINSUM = re.compile("dense_?general|linear_?general|einsum")
 # The other direction of a recurrent layer, whose leaves stand beside those of the first.
@@ -174,7 +174,7 @@ class Rules:
         dense = _depth_of(name, weight, bias)
         if name != "kernel":
             return dense
-        attention = self._names(path)[1] in _ATTENTION_IN
+        attention = self._names(path)[1] in ATTENTION_IN
         general = _general_depths(weight, bias)
         if attention and len(weight) - general.get(2, len(weight)) == 3:
             return general[2] if dense is None else self._of_output(path, weight, dense, general[2])
@@ -183,7 +183,7 @@ class Rules:
     def _of_output(self, path: str, weight: Shape, dense: int, heads: int) -> int | None:
         """The depth of a kernel before attention that may be a stack of dense layers as well, as
         the layer after it tells."""
-        for name in _ATTENTION_OUT:
+        for name in ATTENTION_OUT:
             layer = self._layers.get((*self._parts[path][:-2], name), {})
             if "kernel" not in layer or "bias" not in layer:
                 continue
@@ -268,7 +268,7 @@ class Rules:
         if found is not _MISSING:
             return found
         lone = last == "bias" and len(self._layers[self._parts[path][:-1]]) == 1
-        if last in _VECTORS and parent not in _ATTENTION_IN and not lone:
+        if last in _VECTORS and parent not in ATTENTION_IN and not lone:
             return rank - 1
         if last == "weight" and self.is_norm(path):
             return rank - 1
@@ -285,7 +285,7 @@ class Rules:
         rank = len(self.shapes[path])
         if last == "depthwise_kernel" or "conv" in parent.lower() or rank == 2:
             return 0
-        if last == "kernel" and parent in (*_ATTENTION_IN, *_ATTENTION_OUT):
+        if last == "kernel" and parent in (*ATTENTION_IN, *ATTENTION_OUT):
             return 0 if rank == 3 and self._is_attention(path) else None
         einsum = _KERNEL.fullmatch(last) and _EINSUM.search(parent.lower())
         return None if rank == 3 or einsum else 0
@@ -315,8 +315,8 @@ class Rules:
                 if other is not None and len(self.shapes[other]) > 1:
                     yield self.shapes[other]
 
-        outs = list(kernels(_ATTENTION_OUT))
-        pairs = [(x, out) for x in kernels(_ATTENTION_IN) for out in outs]
+        outs = list(kernels(ATTENTION_OUT))
+        pairs = [(x, out) for x in kernels(ATTENTION_IN) for out in outs]
         return all(x[1:] == out[:2] or (x[0] != out[0] and x[1] != out[1]) for x, out in pairs)
 
     # -- axes ---------------------------------------------------------------------------------
@@ -352,11 +352,11 @@ class Rules:
         rank = len(shape)
         if rank == 1:
             return ("out",)
-        if last == "kernel" and rank == 3 and parent in _ATTENTION_IN and bias is None:
+        if last == "kernel" and rank == 3 and parent in ATTENTION_IN and bias is None:
             return ("in", "heads", "dim")
-        if last == "kernel" and rank == 3 and parent in _ATTENTION_OUT:
+        if last == "kernel" and rank == 3 and parent in ATTENTION_OUT:
             return ("heads", "dim", "out")
-        if last == "bias" and rank == 2 and parent in _ATTENTION_IN:
+        if last == "bias" and rank == 2 and parent in ATTENTION_IN:
             return ("out", "out")
         if rank == 2 and last in ("kernel", "weight") and _GPT2.fullmatch(parent):
             return self._of_gpt2(path, shape, bias)
@@ -465,9 +465,9 @@ def _of_window(shape: Shape, bias: int | None) -> tuple[str, ...] | None:
 def with_heads(path: str, names: tuple[str, ...]) -> tuple[str, ...]:
     """The axes of an attention's kernel, whose class tells only its sides, with their names."""
     parent = (*parts(path), "")[-3:-1][0]
-    if parent in _ATTENTION_IN and names[-3:] == ("in", "out", "out"):
+    if parent in ATTENTION_IN and names[-3:] == ("in", "out", "out"):
         return (*names[:-2], "heads", "dim")
-    if parent in _ATTENTION_OUT and names[-3:] == ("in", "in", "out"):
+    if parent in ATTENTION_OUT and names[-3:] == ("in", "in", "out"):
         return (*names[:-3], "heads", "dim", "out")
     return names
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from fwt import _tree
 from fwt._axes import Axes
+from fwt._errors import INJECTED
 from fwt._live import KNOWN
-from fwt._own_names import INJECTED
 from fwt._types import Array, AxesError, FwtError, LeafError, noun
 
 __all__ = ["block", "channel", "n_m", "unstructured"]
@@ -347,7 +347,8 @@ def channel(axis: str = "out", *, pool: Pool = "mean") -> Pattern:
     """Whole units: channels of a convolution, neurons; all weights of one stand or fall.
 
     Args:
-        axis: "out", "in", or the name of an axis (such as "heads" in attention).
+        axis: "out", "in", or the name of an axis. With "heads", a head goes from the query, key,
+            value and out of an attention together, by what it is worth in all that are selected.
         pool: what a unit is worth: the "mean", "max", "sum" or "l2" norm of its scores.
 
     Returns:

@@ -182,6 +182,12 @@ def check_kind(model: torch.nn.Module, layout: Any) -> None:
             "torch.nn.Sequential(model), which becomes a model of its output, or a module around "
             "it whose forward(self, x) returns what is used, such as self.net(x)[0]"
         )
+    if any(isinstance(part, torch.jit.ScriptModule) for part in model.modules()):
+        raise ConversionError(
+            f"{name}: TorchScript (torch.jit) holds a program and no layers: give the module that "
+            "it was made of, from_torch(net, ...), whose weights are "
+            "net.load_state_dict(scripted.state_dict()) where it has others now"
+        )
     if getattr(vars(model).get("eval"), "__module__", "").startswith("torch.export"):
         raise ConversionError(
             f"{name}: torch.export made it, which fixed how it computes: give the module that was "

@@ -133,7 +133,7 @@ def torch_side(model: Any) -> Side:
         shape: Any = xs[0].shape[1:] if len(xs) == 1 else list(xs)
         return _torch.from_torch(model, input_shape=shape, **how)
 
-    forward = [] if isinstance(model, torch.nn.Sequential) else _parameters(type(model).forward)
+    forward = [] if isinstance(model, torch.nn.Sequential) else _parameters(_forward(model))
 
     def held() -> list[tuple[str, np.ndarray]]:
         every = itertools.chain(model.named_parameters(), model.named_buffers())
@@ -172,4 +172,9 @@ def _torch_kind(module: Any) -> Kind:
 
 def _is_own(module: Any) -> bool:
     """Whether a forward is a user's own."""
-    return not str(type(module).forward.__module__).startswith(("torch.", "fwt."))
+    return not str(getattr(_forward(module), "__module__", "")).startswith(("torch.", "fwt."))
+
+
+def _forward(module: Any) -> Any:
+    """The forward of its class, which TorchScript has none of."""
+    return getattr(type(module), "forward", None)

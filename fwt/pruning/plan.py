@@ -27,6 +27,7 @@ from fwt import (
     scores,
 )
 from fwt._types import FwtError, LeafError, Params, Score, Where, resolve
+from fwt.pruning import heads as _heads
 from fwt.pruning import scope as _scope
 from fwt.pruning.chosen import Chosen, each_slice, mask_of
 from fwt.selection import passes, select
@@ -137,6 +138,7 @@ class Plan:
         places = self._places(tree, names)
         _scope.check_ties(self.scope, tree.perhaps, names)
         fits = self._fits(tree, names, places)
+        self.heads = _heads.groups(self.pattern, places, self.scope)
         if self.scope == "output":
             rows = zip(places, fits, strict=True)
             places = [_scope.by_output(place, self.pattern, fit) for place, fit in rows]
@@ -180,7 +182,8 @@ class Plan:
                     for place, x in zip(places, found, strict=True)
                 ]
             pairs = zip(windows, found, strict=True)
-            return [x if w is None else _pooled(w, plain, x) for w, x in pairs]
+            pooled = [x if w is None else _pooled(w, plain, x) for w, x in pairs]
+            return _heads.together(self.heads, places, windows, pooled)
 
         plain, values = worths[0][0], units(*worths[0])
         if self.threshold is not None:
@@ -291,6 +294,7 @@ class Plan:
             living = [nonzero(x) for x in leaves]
         if living:
             living = [_living(f, m) for f, m in zip(fits, living, strict=True)]
+            living = _heads.together(self.heads, places, fits, living)
         joint = self.scope in ("global", "normalized")
         rule = "first" if living else ""
         if joint:
@@ -447,6 +451,8 @@ def _number(name: str, value: Any) -> Any:
         way = ""
         if _paths.foreign(found):
             way = ": converters.transform(model, fwt.prune(0.5)) takes the model"
+        elif callable(found):
+            way = ": fwt.optim.sparsify takes a schedule, and prune a value of it, schedule(n)"
         raise FwtError(f"{name} must be a number or a scalar array, found {found!r:.80}{way}")
     if name == "sparsity" and not 0 <= found <= 1:
         raise FwtError(f"sparsity is the share of weights to prune, 0 to 1; found {found}")

@@ -6,7 +6,9 @@ import warnings
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import keras
 import numpy as np
+import optax
 import pytest
 import torch
 import torch.nn.utils.prune as torch_prune
@@ -433,6 +435,101 @@ def test_blocks_of_each_axis_and_named_axes():
         fwt.prune(0.5, pattern=P.block((2, 2)))(heads)
     with pytest.raises(fwt.LeafError, match="3 axes, the block 4"):
         fwt.prune(0.5, pattern=P.block((1, 1, 1, 1)))(heads)
+
+
+def attention(heads=4, dim=3, **more):
+    layer = nn.MultiHeadDotProductAttention(num_heads=heads, qkv_features=heads * dim, **more)
+    x = normal(5, 2, 7, 6)
+    params = layer.init(jax.random.key(1), x)["params"]
+    return layer, {**params, "key": {**params["key"], "kernel": params["key"]["kernel"] * 3}}, x
+
+
+@pytest.mark.parametrize("pool", ["mean", "sum", "max", "l2"])
+def test_a_head_goes_from_all_of_an_attention(pool):
+    """What is left computes what Flax's layer of fewer heads does."""
+    layer, params, x = attention()
+    pruned = fwt.prune(0.5, pattern=P.channel("heads", pool=pool))({"a": params})["a"]
+    at = {"query": 1, "key": 1, "value": 1, "out": 0}
+    kernels = {n: np.moveaxis(np.asarray(pruned[n]["kernel"]), i, 0) for n, i in at.items()}
+    worth = {n: np.abs(np.moveaxis(np.asarray(params[n]["kernel"]), i, 0)).reshape(4, -1)
+             for n, i in at.items()}  # fmt: skip
+    every = np.concatenate([*worth.values()], 1).astype(np.float64)
+    each = {"mean": every.mean(1), "sum": every.sum(1), "max": every.max(1),
+            "l2": (every**2).sum(1)}[pool]  # fmt: skip
+    left = np.sort(np.argsort(each)[2:])
+    for name, kernel in kernels.items():
+        assert np.flatnonzero(kernel.any((1, 2))).tolist() == left.tolist(), name
+        assert kernel[left].all()
+    fewer, _, _ = attention(2)
+    small = jax.tree.map(np.asarray, params)
+    for name in ("query", "key", "value"):
+        small[name] = {n: np.take(v, left, v.ndim - 2) for n, v in small[name].items()}
+    small["out"] = {**small["out"], "kernel": small["out"]["kernel"][left]}
+    found, expected = layer.apply({"params": pruned}, x), fewer.apply({"params": small}, x)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_heads_of_stacks_of_masks_in_training_and_of_live_models():
+    """Wherever heads are counted."""
+
+    def gone(kernels):
+        zeros = {p: ~np.asarray(x).any(tuple(i for i in range(x.ndim) if i != a))
+                 for p, x, a in kernels}  # fmt: skip
+        return {tuple(z) for z in zeros.values()}
+
+    def by_axis(tree):
+        return [(n, np.asarray(tree[n]["kernel"]), 0 if n == "out" else 1)
+                for n in ("query", "key", "value", "out")]  # fmt: skip
+
+    heads = P.channel("heads")
+    _, params, _ = attention()
+    stacked = jax.tree.map(
+        lambda *xs: jnp.stack(xs), params, jax.tree.map(lambda x: x[::-1], params)
+    )
+    for trees in (
+        [fwt.prune(0.5, pattern=heads)(params)],
+        [jax.jit(fwt.prune(0.5, pattern=heads))(params)],
+        [fwt.masks(0.25, pattern=heads)(params)],
+        [fwt.prune(threshold=0.3, pattern=heads)(params)],
+        [fwt.prune(0.5, lambda p: jax.tree.map(jnp.abs, p), pattern=heads)(params)],
+        [fwt.chain(*[fwt.prune(0.5, pattern=heads, like="torch")] * 2)(params)],
+    ):
+        for tree in trees:
+            assert len(gone(by_axis(tree))) == 1
+    (three,) = gone(by_axis(trees[0]))
+    assert sum(three) == 3
+    names = {f"**/{n}/kernel": "stack in heads dim" for n in ("query", "key", "value")}
+    names["**/out/kernel"] = "stack heads dim out"
+    both = fwt.prune(0.5, pattern=heads, axes=names)({"a": stacked})["a"]
+    for one in (jax.tree.map(lambda x: x[0], both), jax.tree.map(lambda x: x[1], both)):
+        assert len(gone(by_axis(one))) == 1
+    tx = fwt.optim.sparsify(optax.sgd(0.1), 0.5, pattern=heads)
+    state = tx.init(params)
+    for _ in range(2):
+        updates, state = jax.jit(tx.update)(jax.tree.map(jnp.ones_like, params), state, params)
+        params = optax.apply_updates(params, updates)
+    assert len(gone(by_axis(params))) == 1
+    assert len(gone(by_axis(state.masks))) == 1
+
+    ends = keras.Input((5, 6))
+    net = keras.Model(ends, keras.layers.MultiHeadAttention(4, 3, name="mha")(ends, ends))
+    converters.transform(net, fwt.prune(0.5, pattern=heads))
+    layer = net.get_layer("mha")
+    kernels = [(d.name, np.asarray(d.kernel), 1) for d in
+               (layer.query_dense, layer.key_dense, layer.value_dense)]  # fmt: skip
+    (found,) = gone([*kernels, ("out", np.asarray(layer.output_dense.kernel), 0)])
+    assert sum(found) == 2
+
+
+def test_heads_that_can_not_go_together_are_refused():
+    _, params, _ = attention()
+    heads = P.channel("heads")
+    for scope in ("global", "normalized", "erk", "lamp", "output"):
+        with pytest.raises(fwt.FwtError, match=r"take scope='layer', or where="):
+            fwt.prune(0.5, pattern=heads, scope=scope)({"a": params})
+    other = {"a": {**params, "key": {"kernel": normal(1, 6, 2, 3)}}}
+    with pytest.raises(fwt.LeafError, match=r"where=\['a/out/kernel', 'a/query/kernel', 'a/value"):
+        fwt.prune(0.5, pattern=heads)(other)
 
 
 def test_a_nan_keeps_its_block_in_sight():

@@ -191,6 +191,11 @@ def test_what_was_exported_and_what_is_unknown():
     program = torch.export.export(Net(lambda m, x: x + 1).eval(), (X,))
     with pytest.raises(ConversionError, match=r"torch.export made it.*give the module that was"):
         converters.from_torch(program.module(), X)
+    net = Net(lambda m, x: x + 1).eval()
+    for scripted in (torch.jit.trace(net, X), nn.Sequential(torch.jit.script(nn.Linear(4, 4)))):
+        with pytest.raises(ConversionError, match=r"torch.jit.*give the module that it was made"):
+            converters.from_torch(scripted, X)
+    assert converters.verify(torch.jit.trace(net, X), net, X.numpy()).ok
     with pytest.raises(ConversionError, match=r"aten.topk.default is not known; give a module"):
         converters.from_torch(Net(lambda m, x: x.topk(2).values), X)
     with pytest.raises(ConversionError, match="float32 of int64; give a module that takes it"):

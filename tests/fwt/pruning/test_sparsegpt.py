@@ -189,6 +189,9 @@ def test_silent_inputs_go_and_wrong_calls_say_so():
     bad("multiple of 4", net, variables, x, pattern=two_of_four, block=6)
     bad("takes a Flax module", print, variables, x, 0.5)
     bad("no samples", net, variables, x[:0], 0.5)
+    bad("a Tensor of torch.*np.asarray", net, variables, torch.ones(9, 24), 0.5)
+    known = net.clone(input_shape=(24,))
+    bad(r"give an array of shape \(n, 24\)", known, variables, jnp.ones((9, 2, 7)), 0.5)
     bad("not finite", net, variables, x.at[0, 0].set(jnp.nan), 0.5)
     narrow, few, y = dense(6)
     with pytest.raises(fwt.LeafError, match=r"6 inputs, which 4 does not divide.*no leaf is left"):

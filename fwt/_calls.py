@@ -248,6 +248,8 @@ def explained(what: str, module: Any, given: str, way: str, whole: str = "") -> 
         raise
     except Exception as error:  # a user's module raises what it likes: it becomes ours
         why = " ".join(str(error).split())
+        if type(error).__name__ == "ScopeCollectionNotFound":
+            way = "what it needs beside params: fwt.Model(module, variables), or batch_stats=..."
         if "must be an integer" in why:
             way = whole or "a batch of whole numbers, of the dtype int32"
         raise FwtError(

@@ -1,6 +1,7 @@
 """What fwt calls a noun of Keras or torch, or one that is given as text: for errors."""
 
 import re
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -31,6 +32,17 @@ def check_optimizer(wrapper: str, given: Any) -> None:
     way = f"; in {home}, call {LIVE}" if home else ", such as optax.adam(1e-3)"
     found = repr(given) if home is None else f"{type(given).__name__} of {home}"
     raise TypeError(f"{wrapper} takes an optax optimizer{way}; found {found}")
+
+
+def no_number(given: Any) -> str:
+    """What to do with what was given as a sparsity or a threshold, as the end of an error."""
+    if _paths.foreign(given):
+        return ": converters.transform(model, fwt.prune(0.5)) takes the model"
+    if isinstance(given, Mapping):
+        return ": scope= takes a dict, prune(scope={glob: sparsity})"
+    if callable(given):
+        return ": fwt.optim.sparsify takes a schedule, and prune a value of it, schedule(n)"
+    return ""
 
 
 def refuse_injected(**settings: Any) -> None:

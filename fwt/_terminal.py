@@ -186,7 +186,8 @@ _WORDS: tuple[tuple[str, Any], ...] = (
     (r"^prune needs a sparsity or a threshold.*", "prune takes --sparsity 0.8 or --threshold 0.1, "
      "one of the two (--pattern 'n_m(2, 4)' gives a sparsity)"),
     (r"^(scope|like|layout|sparsity|threshold|tolerance)(?= (must|is) )", r"--\1"),
-    (r": (drop|rename): no name", r": --\1: no name"),
+    (r": (drop|rename): ", r": --\1: "),
+    (r", or source=, the file that they come from", ""),
     (r" or a dict( \{glob: sparsity\})?(?=$|,)| or None(?=, found)", ""),
     (r"where=lambda path, leaf: path != '(.*?)' leaves it out",
      r"--where kernels, or other globs that \1 is none of, leaves it out"),

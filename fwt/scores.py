@@ -297,7 +297,7 @@ def _squares(params: Params, grads: Any) -> Scores:
 
 def _needed(name: str, grads: Any) -> Any:
     if grads is None:
-        raise FwtError(f"the score {name} needs grads=")
+        raise FwtError(f"the score {name} needs grads=, which fwt.optim.sparsify gives it")
     return grads
 
 

@@ -70,6 +70,7 @@ def test_folders_above_a_target(there, tmp_path):
         ("prune w.pt - --sparsity 0.5", "-: a file is written whole", 2),
         ("convert w.pt - --to .npz", "-: a file is written whole", 2),
         ("inspect w.pt --dtype int8", "expected float32, float16", 2),
+        ("convert w.pt o.keras", "--architecture net.keras says which model they are of\n", 1),
         ("inspect deep.pt", "--key a/b/model picks a part of it", 1),
         ("prune wide.pt o.pt --sparsity 0.5 --where 0/weight", "--dtype float32 reads it in", 1),
         (

@@ -26,6 +26,7 @@ from fwt.converters.files import source as _source
 from fwt.converters.files.names import Names
 from fwt.converters.frameworks import architecture as _architecture
 from fwt.converters.frameworks import flax as _flax
+from fwt.converters.frameworks import given as _given
 from fwt.converters.frameworks import keras_2, keras_config, keras_read, torch_layers
 from fwt.converters.rows.row import Layer, parts_of
 from fwt.converters.walk import convert
@@ -42,6 +43,7 @@ def _known(
 ) -> tuple[Model | None, Any]:
     """An architecture as a model, in float32 if that is asked, and as Keras's own layers and input
     shape where it has some."""
+    _given.refuse_own(architecture)
     if isinstance(architecture, Model):
         model = Model(_flax.sequential_of(architecture.module), architecture.variables)
         return _flax.in_dtype(model, dtype), None

@@ -139,8 +139,7 @@ def _state(loaded: Any, path: Path, how: Reading) -> dict[str, np.ndarray]:
             hint += f"{', or ' if hint else ''}drop={wrong!r} leaves it out"
         raise FileFormatError(
             f"{path}: expected a state dict of tensors, but {torch_pickle.short(wrong[0])} is "
-            f"{_kind(loaded[wrong[0]])}; "
-            + (hint or "save model.state_dict() on its own, or pick a part of it with key=")
+            f"{_kind(loaded[wrong[0]])}; " + (hint or _mixed(loaded, how.key))
         )
     if left:
         more = ", ..." if len(left) > 5 else ""
@@ -149,6 +148,17 @@ def _state(loaded: Any, path: Path, how: Reading) -> dict[str, np.ndarray]:
             stacklevel=5,
         )
     return flat
+
+
+def _mixed(loaded: Mapping[str, Any], key: str | None) -> str:
+    """What to say of a checkpoint none of whose parts holds tensors alone."""
+    start = "" if key is None else f"{key}/"
+    dicts = {n: v for n, v in loaded.items() if isinstance(n, str) and isinstance(v, dict)}
+    parts = [f"key={start + n!r}" for n, v in dicts.items()
+             if any(isinstance(x, np.ndarray) for x in v.values())]  # fmt: skip
+    if not parts:
+        return "save model.state_dict() on its own, or pick a part of it with key="
+    return f"{' or '.join(parts[:5])} picks a part of it, and drop= leaves out what is no tensor"
 
 
 def _place(name: str) -> tuple[str, ...]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fwt import _nodes
-from fwt._types import ConversionError
+from fwt._types import ConversionError, Model
 from fwt.converters.frameworks import flax as _flax
 from fwt.converters.frameworks import linen_trace
 
@@ -57,6 +57,27 @@ def given(module: Any, variables: Any, call: str, input_shape: Any = None) -> tu
 
     model = _nnx.from_nnx(module, input_shape)
     return model.module, model.variables, None if own else input_shape
+
+
+def refuse_own(architecture: Any) -> None:
+    """Raises for a linen or nnx module of one's own, which is no architecture as it is.
+
+    Raises:
+        ConversionError: with what to give instead.
+    """
+    module = architecture.module if isinstance(architecture, Model) else architecture
+    graph = _nodes.is_graph(module) and not isinstance(module, Mapping)
+    if not graph and not linen_trace.is_own(module):
+        return
+    way = (
+        "from_nnx(module, input_shape) gives one"
+        if graph
+        else "save('net.safetensors', module, variables, input_shape=...) writes a file that is one"
+    )
+    raise ConversionError(
+        f"architecture= as {type(module).__name__}, a module of your own: {way}; weights under its "
+        "own names, load(path).variables, need none"
+    )
 
 
 _WEIGHTS = "save(path, None, {'params': equinox.filter(model, equinox.is_array)})"

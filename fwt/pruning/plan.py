@@ -21,7 +21,6 @@ from fwt import (
     _live,
     _mesh,
     _own_names,
-    _paths,
     _tree,
     patterns,
     scores,
@@ -448,12 +447,8 @@ def _number(name: str, value: Any) -> Any:
             )
         found = value.item()
     if isinstance(found, bool) or not isinstance(found, int | float) or found != found:
-        way = ""
-        if _paths.foreign(found):
-            way = ": converters.transform(model, fwt.prune(0.5)) takes the model"
-        elif callable(found):
-            way = ": fwt.optim.sparsify takes a schedule, and prune a value of it, schedule(n)"
-        raise FwtError(f"{name} must be a number or a scalar array, found {found!r:.80}{way}")
+        raise FwtError(f"{name} must be a number or a scalar array, found {found!r:.80}"
+                       f"{_own_names.no_number(found)}")  # fmt: skip
     if name == "sparsity" and not 0 <= found <= 1:
         raise FwtError(f"sparsity is the share of weights to prune, 0 to 1; found {found}")
     return value if isinstance(value, jax.Array) else float(found)  # an array counts as float32

@@ -623,3 +623,20 @@ def test_a_score_gets_the_whole_tree(problem):
             fwt.LeafError, match=r"it gets all of the params.*fwt\.select\(params\)"
         ):
             fwt.prune(0.5, score)(params)
+
+
+class Normed(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(2)(nn.BatchNorm(use_running_average=True)(x))
+
+
+def test_what_a_module_needs_beside_params_is_named():
+    x = jnp.ones((3, 4))
+    variables = Normed().init(jax.random.key(0), x)
+    score = S.wanda(Normed(), x)
+    with pytest.raises(fwt.FwtError, match=r"give what it needs beside params: fwt.Model\("):
+        fwt.prune(0.5, score)(variables["params"])
+    fwt.prune(0.5, S.wanda(fwt.Model(Normed(), variables), x))(variables["params"])
+    stats = {"batch_stats": variables["batch_stats"]}
+    fwt.prune(0.5, S.wanda(Normed(), x, **stats))(variables["params"])

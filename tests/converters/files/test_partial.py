@@ -505,6 +505,10 @@ def test_what_no_glob_wants_need_be_no_tensor(tmp_path, what):
         converters.load(tmp_path / "w.pt", drop=["it/of"])
     converters.load(tmp_path / "w.pt", drop=["it/of", "it.ema.**"])
     cli("inspect", "w.pt", "--drop", "it", cwd=tmp_path)
+    torch.save({"model": {**state, "history": [1]}, "epoch": 3}, tmp_path / "w.pt")
+    said = cli("inspect", "w.pt", cwd=tmp_path, code=1).stderr
+    assert "--key model picks a part of it, and --drop leaves out what is no tensor" in said
+    cli("inspect", "w.pt", "--key", "model", "--drop", "history", cwd=tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["msgpack", "orbax", "npz"])
@@ -542,6 +546,7 @@ def test_a_new_name_that_says_other_axes_is_refused(tmp_path):
     with pytest.raises(converters.FileFormatError, match=r"a\.kernel says by its name that its in"):
         converters.load(tmp_path / "w.npz", rename={"a.kernel": "a.weight"})
     said = cli("inspect", "w.npz", "--rename", "a.kernel=a.weight", cwd=tmp_path, code=1).stderr
+    assert "w.npz: --rename: a.kernel says" in said
     assert "--rename turns no array: leave its last part, and --architecture takes" in said
 
     torch.save({f"a.{n}": v for n, v in layers[0].state_dict().items()}, tmp_path / "w.pt")
@@ -549,3 +554,38 @@ def test_a_new_name_that_says_other_axes_is_refused(tmp_path):
     kernel = layers[0].weight.detach().numpy().T
     assert np.array_equal(found.variables["params"]["b"]["kernel"], kernel)
     converters.load(tmp_path / "w.pt", rename={"a.weight": "a.embedding"})
+
+
+class Own(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3, name="it")(nn.relu(x))
+
+
+def test_a_module_of_ones_own_as_an_architecture(tmp_path):
+    """The error names a file or a model that is one, and these take torch's names."""
+    net = torch.nn.Linear(4, 3)
+    torch.save({f"it.{n}": v for n, v in net.state_dict().items()}, tmp_path / "w.pt")
+    x = np.ones((2, 4), np.float32)
+    module = Own()
+    variables = module.init(jax.random.key(0), x)
+
+    class Graph(nnx.Module):
+        def __init__(self):
+            self.it = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.it(nnx.relu(x))
+
+    for given, way in (
+        (module, "save('net.safetensors', module, variables, input_shape=...)"),
+        (fwt.Model(module, variables), "save('net.safetensors', module, variables"),
+        (Graph(), "from_nnx(module, input_shape) gives one"),
+    ):
+        with pytest.raises(converters.ConversionError, match=re.escape(way)):
+            converters.load(tmp_path / "w.pt", architecture=given)
+    converters.save(tmp_path / "net.safetensors", module, variables, input_shape=(4,))
+    for given in (tmp_path / "net.safetensors", converters.from_nnx(Graph(), (4,))):
+        found = converters.load(tmp_path / "w.pt", architecture=given)
+        expected = net(torch.relu(torch.from_numpy(x))).detach()
+        np.testing.assert_allclose(found(x), expected, rtol=1e-5, atol=1e-6)

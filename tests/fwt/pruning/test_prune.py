@@ -387,3 +387,14 @@ def test_small_leaves_that_are_searched_together(scope, kinds):
 def assert_equal(a, b):
     same = jax.tree.map(lambda x, y: np.array_equal(np.asarray(x), np.asarray(y), True), a, b)
     assert jax.tree.all(same), same
+
+
+def test_what_is_no_sparsity_says_where_it_goes():
+    for given, way in (
+        (fwt.schedules.cubic(0.9, 0, 10), "fwt.optim.sparsify takes a schedule"),
+        ({"a/*": 0.5}, "scope= takes a dict"),
+    ):
+        with pytest.raises(fwt.FwtError, match=f"must be a number.*: {way}"):
+            fwt.prune(given)
+    with pytest.raises(fwt.FwtError, match=r"needs grads=, which fwt\.optim\.sparsify gives it"):
+        fwt.prune(0.5, fwt.scores.movement)({"a": {"kernel": np.ones((3, 2), np.float32)}})

@@ -70,7 +70,6 @@ def test_folders_above_a_target(there, tmp_path):
         ("prune w.pt - --sparsity 0.5", "-: a file is written whole", 2),
         ("convert w.pt - --to .npz", "-: a file is written whole", 2),
         ("inspect w.pt --dtype int8", "expected float32, float16", 2),
-        ("convert w.pt o.keras", "--architecture net.keras says which model they are of\n", 1),
         ("inspect deep.pt", "--key a/b/model picks a part of it", 1),
         ("prune wide.pt o.pt --sparsity 0.5 --where 0/weight", "--dtype float32 reads it in", 1),
         (
@@ -88,6 +87,11 @@ def test_folders_above_a_target(there, tmp_path):
 def test_what_is_said(there, line, said, code):
     found = cli(*line.replace("'", "").split(), cwd=there, code=code)
     assert said in " ".join(found.stderr.replace("│", " ").split())
+
+
+def test_the_command_line_names_no_argument_of_python(there):
+    said = cli("convert", "w.pt", "o.keras", cwd=there, code=1).stderr
+    assert said.endswith("--architecture net.keras says which model they are of\n")
 
 
 def test_renames_that_do_not_chain(there, tmp_path):

@@ -390,11 +390,11 @@ def assert_equal(a, b):
 
 
 def test_what_is_no_sparsity_says_where_it_goes():
-    for given, way in (
+    for wrong, way in (
         (fwt.schedules.cubic(0.9, 0, 10), "fwt.optim.sparsify takes a schedule"),
         ({"a/*": 0.5}, "scope= takes a dict"),
     ):
         with pytest.raises(fwt.FwtError, match=f"must be a number.*: {way}"):
-            fwt.prune(given)
+            fwt.prune(wrong)
     with pytest.raises(fwt.FwtError, match=r"needs grads=, which fwt\.optim\.sparsify gives it"):
         fwt.prune(0.5, fwt.scores.movement)({"a": {"kernel": np.ones((3, 2), np.float32)}})

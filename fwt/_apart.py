@@ -19,6 +19,7 @@ from fwt._types import Array
 
 FEW = 4  # leaves for which constants cost less
 _SMALL = 1 << 16  # a leaf of so many elements is copied beside others sooner than it is compiled
+_PADDED = 1 << 13  # of so many, zeros behind it cost no time
 
 
 def indices(places: Sequence[int], seed: Array) -> Sequence[Any]:
@@ -102,12 +103,15 @@ class Call(NamedTuple):
         function: gives an array or a tree of them.
         arrays: trees of arrays, each of the leaf's size.
         row: a :class:`Row`, or a tree of the leaf's own numbers; None for none.
+        pads: whether the function takes arrays of any shape and keeps it, and zeros behind them,
+            along any axis, change nothing else of its value.
     """
 
     kind: Any
     function: Callable[..., Any]
     arrays: tuple[Any, ...] = ()
     row: Any = None
+    pads: bool = False
 
 
 def _mates(call: Call, count: int) -> Any:
@@ -119,7 +123,20 @@ def _mates(call: Call, count: int) -> Any:
     if call.kind is None or not (shared and traced and small) or _mesh.on_explicit(leaves):
         return None
     columns = call.row and id(call.row.columns)
-    return call.kind, columns, *((x.shape, x.dtype) for x in leaves)
+    pads = call.pads and leaves[0].size <= _PADDED
+    shapes = [tuple(map(about, x.shape)) if pads else x.shape for x in leaves]
+    return call.kind, columns, pads, *zip(shapes, (x.dtype for x in leaves), strict=True)
+
+
+def _padded(x: Array, shape: Sequence[int]) -> Array:
+    ends = [(0, n - m, 0) for n, m in zip(shape, x.shape, strict=True)]
+    return lax.pad(x, np.zeros((), x.dtype), ends) if any(n for _, n, _ in ends) else x
+
+
+def _joined(arrays: Sequence[Any]) -> Array:
+    """Arrays along a new first axis, with zeros behind the smaller ones."""
+    whole = [*map(max, zip(*(x.shape for x in arrays), strict=True))]
+    return side_by_side([_padded(jnp.asarray(x), whole) for x in arrays])
 
 
 def each(calls: Sequence[Call], in_turn: bool = False) -> list[Any]:
@@ -127,7 +144,8 @@ def each(calls: Sequence[Call], in_turn: bool = False) -> list[Any]:
 
     Args:
         calls: what to call.
-        in_turn: whether they take turns instead, for functions that are large to compile.
+        in_turn: whether those of one shape take turns instead, for functions that are large to
+            compile.
     """
     kinds: dict[Any, list[int]] = {}
     for i, call in enumerate(calls):
@@ -135,17 +153,18 @@ def each(calls: Sequence[Call], in_turn: bool = False) -> list[Any]:
         kinds.setdefault(i if kind is None else kind, []).append(i)
     found = []
     for places in kinds.values():
-        _, function, arrays, row = calls[places[0]]
+        _, function, arrays, row, _ = calls[places[0]]
         if len(places) == 1:
             value = function(*arrays) if row is None else function(*arrays, own(row))
         else:
             rows = [calls[i].arrays for i in places]
-            joined = jax.tree.map(lambda *xs: side_by_side([*map(jnp.asarray, xs)]), *rows)
+            joined = jax.tree.map(lambda *xs: _joined(xs), *rows)
             if row is not None:
                 mine = np.asarray([calls[i].row.place for i in places])
                 joined = *joined, jax.tree.map(lambda x, at=mine: x[at], row.columns.whole)
             several = jax.vmap(function)
-            if in_turn:
+            alike = len({x.shape for each in rows for x in jax.tree.leaves(each)}) <= 1
+            if in_turn and alike:
                 several = functools.partial(lax.map, lambda each, f=function: f(*each))
                 joined = (joined,)
             value = several(*joined)
@@ -155,6 +174,11 @@ def each(calls: Sequence[Call], in_turn: bool = False) -> list[Any]:
     out: list[Any] = [None] * len(calls)
     for places, value in found:
         for i, place in enumerate(places):
-            alone = len(places) == 1
-            out[place] = value if alone else jax.tree.map(lambda x, i=i: pick(x, at[i]), value)
+            if len(places) == 1:
+                out[place] = value
+                continue
+            out[place] = jax.tree.map(lambda x, i=i: pick(x, at[i]), value)
+            shape = jax.tree.leaves(calls[place].arrays)[0].shape if calls[place].pads else None
+            if shape is not None and out[place].shape != shape:
+                out[place] = lax.slice(out[place], (0,) * len(shape), shape)
     return out

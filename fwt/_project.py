@@ -23,6 +23,7 @@ from fwt._types import (
     resolve,
     with_inside,
 )
+from fwt.constraints import _vectors
 
 
 def project(
@@ -96,7 +97,14 @@ def project(
         # A traced setting can't be a static argument, and a user's own function may depend on
         # more than its arguments: those are not compiled by us.
         compiled = ours and hashes(chosen)
-        new = (_projected_compiled if compiled else _projected)(chosen, places, leaves, kept)
+        rows = zip(leaves, places, kept, strict=True)
+        new = [chosen.on_host(*row) if compiled else None for row in rows]
+        left = [i for i, x in enumerate(new) if x is None]
+        if left:
+            rest = (tuple(xs[i] for i in left) for xs in (places, leaves, kept))
+            found = (_projected_compiled if compiled else _projected)(chosen, *rest)
+            for i, x in zip(left, found, strict=True):
+                new[i] = x
         # What a user's own function gives stays where that put it.
         new = [_mesh.like(x, old) if ours else x for x, old in zip(new, leaves, strict=True)]
         return tree.replace(dict(zip(names, new, strict=True)))
@@ -152,9 +160,16 @@ def _projected_one(constraint: Any, place: Any, leaf: Any, mask: Any) -> Any:
 def _projected_compiled(
     constraint: Any, places: Any, leaves: list[Any], kept: list[Any]
 ) -> list[Any]:
+    arrays = any(isinstance(v, tuple) for n, v in constraint.settings if n != "axis")
+    pads = constraint.function in _vectors.PADS and not arrays
+
     def call(place: Any, leaf: Any, mask: Any) -> _apart.Call:
-        kind = dataclasses.replace(place, path=""), mask is None
-        return _apart.Call(kind, functools.partial(_projected_one, constraint, place), (leaf, mask))
+        def one(leaf: Any, mask: Any) -> Any:
+            here = dataclasses.replace(place, shape=leaf.shape)
+            return _projected_one(constraint, here, leaf, mask)
+
+        kind = dataclasses.replace(place, path="", shape=() if pads else place.shape), mask is None
+        return _apart.Call(kind, one, (leaf, mask), pads=pads)
 
     calls = [call(*row) for row in zip(places, leaves, kept, strict=True)]
     return _apart.each(calls, in_turn=True)

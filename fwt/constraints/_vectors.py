@@ -99,23 +99,41 @@ def polar(leaf: Any, axes: Axes, axis: Axis) -> tuple[Array, Array, Array]:
     return w, jnp.where(nonzero, norm, 0), jnp.where(nonzero, scaled / length, 0)
 
 
-def max_norm(leaf: Any, axes: Axes, max_value: Any, axis: Axis) -> Array:
-    w, norm, direction = polar(leaf, axes, axis)
-    return jnp.where(norm <= max_value, w, direction * max_value).astype(leaf.dtype)
+def _at_length(leaf: Any, axes: Axes, axis: Axis, wanted: Callable[[Any], Any]) -> Any:
+    """Each vector as it is, or at a length: ``wanted(norm)`` says both.
+
+    An array of NumPy, of at most 32 bits, is computed there, in float64.
+    """
+    if not isinstance(leaf, np.ndarray):
+        w, norm, direction = polar(leaf, axes, axis)
+        stays, length = wanted(norm)
+        return jnp.where(stays, w, direction * length).astype(leaf.dtype)
+    x, every = leaf.astype(np.float64), [*axes.all]
+    dims = over(axes, axis)
+    squares = np.einsum(x, every, x, every, [i for i in every if i not in dims])
+    norm = np.expand_dims(np.sqrt(squares), dims)
+    stays, length = wanted(np.minimum(norm, np.finfo(np.float32).max).astype(np.float32))
+    x *= np.where(stays, 1, length / np.where(norm == 0, 1, norm))
+    return x.astype(leaf.dtype)
 
 
-def unit_norm(leaf: Any, axes: Axes, axis: Axis) -> Array:
-    _, _, direction = polar(leaf, axes, axis)
-    return direction.astype(leaf.dtype)
+def max_norm(leaf: Any, axes: Axes, max_value: Any, axis: Axis) -> Any:
+    return _at_length(leaf, axes, axis, lambda norm: (norm <= max_value, max_value))
+
+
+def unit_norm(leaf: Any, axes: Axes, axis: Axis) -> Any:
+    return _at_length(leaf, axes, axis, lambda norm: (False, 1))
 
 
 def min_max_norm(
     leaf: Any, axes: Axes, min_value: Any, max_value: Any, rate: Any, axis: Axis
-) -> Array:
-    w, norm, direction = polar(leaf, axes, axis)
-    target = rate * jnp.clip(norm, min_value, max_value) + (1 - rate) * norm
-    inside = (norm >= min_value) & (norm <= max_value)
-    return jnp.where(inside, w, direction * target).astype(leaf.dtype)
+) -> Any:
+    def wanted(norm: Any) -> tuple[Any, Any]:
+        clipped = (np if isinstance(norm, np.ndarray) else jnp).clip(norm, min_value, max_value)
+        inside = (norm >= min_value) & (norm <= max_value)
+        return inside, rate * clipped + (1 - rate) * norm
+
+    return _at_length(leaf, axes, axis, wanted)
 
 
 # -- elementwise sets -------------------------------------------------------------------------
@@ -400,3 +418,8 @@ def radial(leaf: Any, axes: Axes) -> Array:
         mean = jnp.mean(w, axis=axes.spatial, keepdims=True, where=inside)
         new = jnp.where(inside, mean, new)
     return new.astype(leaf.dtype)
+
+
+NORMS = max_norm, unit_norm, min_max_norm
+# Of these, zeros behind a leaf change nothing but the rounding of a sum.
+PADS = *NORMS, k_sparse

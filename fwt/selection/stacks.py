@@ -62,14 +62,13 @@ def stacks_of(flat: Sequence[Source]) -> list[Stack]:
 def _rows(arrays: Sequence[Array]) -> Array:
     """Arrays as rows, zeros behind the shorter ones."""
     width = max(x.size for x in arrays)
+    left = [width - x.size for x in arrays]
+    # Each size of zeros is a kernel to compile, so they are joined of few sizes.
+    zeros = [lax.full((1 << i,), 0, arrays[0].dtype) for i in range(max(left).bit_length())]
     parts = []
-    for x in arrays:
+    for x, n in zip(arrays, left, strict=True):
         parts.append(jnp.asarray(x).reshape(-1))
-        left = width - x.size
-        # Each size of zeros is a kernel to compile, so they are joined of few sizes.
-        parts += [
-            lax.full((1 << i,), 0, x.dtype) for i in range(left.bit_length()) if left >> i & 1
-        ]
+        parts += [z for i, z in enumerate(zeros) if n >> i & 1]
     return lax.concatenate(parts, 0).reshape(len(arrays), width)
 
 

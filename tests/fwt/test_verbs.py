@@ -10,7 +10,7 @@ import pytest
 from marks import thorough_but
 
 import fwt
-from fwt import _axes, _keys
+from fwt import _axes, _keys, _project
 
 inits, C = fwt.initializers, fwt.constraints
 
@@ -154,6 +154,94 @@ def test_project_within_masks(params):
     assert not np.asarray(new)[~kept].any()
     norms = np.sqrt((np.asarray(new) ** 2).sum(0))
     np.testing.assert_allclose(norms[kept.any(0)], 1, rtol=1e-6)
+
+
+def small(shapes, dtype=np.float32):
+    rng = np.random.default_rng(0)
+    return {
+        f"l{i}": {"kernel": jnp.asarray(rng.normal(size=s), dtype)} for i, s in enumerate(shapes)
+    }
+
+
+DENSE = [(33 + i, 50 + i % 7) for i in range(8)]
+WINDOWS = [(3, 3, 5 + i, 9 + i % 3) for i in range(6)]
+NORMS = [
+    C.max_norm(1.0), C.unit_norm(), C.min_max_norm(0.5, 2.0, 0.7), C.l2_ball(2.0, axis="all"),
+    C.max_norm(0.5, axis=-1),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("constraint", [*NORMS, C.k_sparse(3)])
+def test_small_leaves_are_projected_as_each_alone(constraint, masked):
+    """With zeros behind them, so that leaves of about one shape share a program."""
+    exact = constraint.name == "k_sparse"
+    for shapes, axes, dtype in (
+        (DENSE, {}, np.float32),
+        (DENSE, {}, jnp.bfloat16),
+        (WINDOWS, {}, np.float32),
+        ([(2 + i % 2, 3, 8 + i) for i in range(5)], {"**": "stack in out"}, np.float32),
+    ):
+        params = small(shapes, dtype)
+        params["l0"]["kernel"] *= jnp.asarray(1e30, dtype)
+        params["l1"]["kernel"] *= 0
+        params["l2"]["kernel"] = params["l2"]["kernel"].at[..., 1, 1].set(jnp.nan)
+        masks = jax.tree.map(lambda x: jnp.abs(x) > 0.3, params) if masked else None
+        found = jax.jit(fwt.project(constraint, masks=masks, axes=axes))(params)
+        for name, one in params.items():
+            mask = {name: masks[name]} if masked else None
+            t = fwt.project(constraint, masks=mask, axes=axes)
+            new, alone = (
+                np.asarray(x["kernel"]) for x in (found[name], jax.jit(t)({name: one})[name])
+            )
+            ulp = 0 if exact else 4 * float(jnp.finfo(dtype).eps)
+            np.testing.assert_allclose(
+                new.astype(np.float32), alone.astype(np.float32), rtol=ulp, err_msg=name
+            )
+            assert new.dtype == alone.dtype
+
+
+def test_small_leaves_of_about_one_shape_are_compiled_once():
+    def reductions(params):
+        return jax.jit(fwt.project(C.max_norm())).lower(params).as_text().count("stablehlo.reduce")
+
+    assert reductions(small(DENSE)) == reductions(small(DENSE[:1]))
+    large = [(200 + i, 100) for i in range(8)]  # whose copies would take longer than they save
+    assert reductions(small(large)) == 8 * reductions(small(large[:1]))
+
+
+def test_derivatives_of_small_leaves():
+    params = small(DENSE)
+
+    def loss(project, tree):
+        return sum((x["kernel"] ** 2).sum(0)[3] for x in project(tree).values())
+
+    for constraint in NORMS[:3]:
+        each = jax.grad(functools.partial(loss, fwt.project(constraint)))
+        found = jax.jit(each)(params)
+        for name, one in params.items():
+            np.testing.assert_allclose(
+                found[name]["kernel"], each({name: one})[name]["kernel"], rtol=1e-4, atol=1e-6
+            )
+
+
+@pytest.mark.parametrize("constraint", NORMS)
+def test_what_numpy_projects_outside_jit(constraint, monkeypatch):
+    """The nearest point, to within the rounding of the dtype, and no program."""
+    shapes = [(40, 30), (3, 3, 5, 9), (1, 7), (0, 4)]
+    for dtype in (np.float32, np.float16, jnp.bfloat16):
+        params = small(shapes, dtype)
+        params["l2"]["kernel"] = jnp.asarray([[0, 1, -2, 1e-3, jnp.nan, jnp.inf, -0.0]], dtype)
+        for masks in (None, jax.tree.map(lambda x: jnp.abs(x) > 0.3, params)):
+            t = fwt.project(constraint, masks=masks)
+            wanted = jax.jit(t)(params)
+            with monkeypatch.context() as patch:
+                patch.setattr(_project, "_projected_compiled", None)
+                found = t(params)
+            for new, old in zip(*map(jax.tree.leaves, (found, wanted)), strict=True):
+                assert (type(new), new.dtype) == (type(old), old.dtype)
+                new, old = (np.asarray(x, np.float32) for x in (new, old))
+                np.testing.assert_allclose(new, old, rtol=4 * float(jnp.finfo(dtype).eps))
 
 
 def test_projection_with_a_traced_setting(params):

@@ -79,6 +79,7 @@ def power_of_two(big: Array) -> Array:
 
 
 def _largest(w: Array, dims: tuple[int, ...]) -> Array:
+    """The largest magnitude; beside a NaN it may be that of another (XLA on CPUs, seen)."""
     return lax.stop_gradient(jnp.max(jnp.abs(w), axis=dims, keepdims=True, initial=0))
 
 
@@ -345,8 +346,8 @@ def weight_standardization(leaf: Any, axes: Axes, epsilon: Any, axis: Axis) -> A
     centred, scale = _centred(w, dims)
     # What is left of a constant after rounding is no signal.
     noise = jnp.finfo(w.dtype).eps * 2
-    flat = _largest(centred, dims) <= noise
     variance = jnp.mean(centred**2, axis=dims, keepdims=True)
+    flat = (_largest(centred, dims) <= noise) & ~jnp.isnan(variance)
     deviation = jnp.sqrt(jnp.where(flat, 1, variance))
     return jnp.where(flat, 0, centred / (deviation + epsilon / scale)).astype(leaf.dtype)
 
@@ -389,6 +390,8 @@ def quantized(
         top = jnp.maximum(jnp.max(w, axis=dims, keepdims=True), 0)
         step = top / levels - bottom / levels
         low = nearest(bottom / jnp.where(step > 0, step, 1))
+    if scale is None:  # which a largest weight may hide
+        step = jnp.where(jnp.any(jnp.isnan(w), axis=dims, keepdims=True), jnp.nan, step)
     step, low = (lax.stop_gradient(x) for x in (jnp.where(step == 0, 1, step), low))
     level = jnp.clip(nearest(w / step), low, low + levels)
     # Rounding at half a step must not keep the ends of the range from the ends of the grid.

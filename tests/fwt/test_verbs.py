@@ -244,6 +244,19 @@ def test_what_numpy_projects_outside_jit(constraint, monkeypatch):
                 np.testing.assert_allclose(new, old, rtol=4 * float(jnp.finfo(dtype).eps))
 
 
+@pytest.mark.parametrize(
+    "constraint",
+    [C.weight_standardization(), C.quantized(), C.quantized(4, False), C.quantized(4, axis=None)],
+)
+def test_a_nan_among_many_rows_shows(constraint):
+    """XLA's maximum over 64 rows loses it on a CPU."""
+    for shape in ((64, 64), (33, 50), (8, 16)):
+        params = small([shape])
+        params["l0"]["kernel"] = params["l0"]["kernel"].at[1, 1].set(jnp.nan)
+        found = jax.jit(fwt.project(constraint))(params)["l0"]["kernel"]
+        assert jnp.isnan(found[:, 1]).all(), shape
+
+
 def test_projection_with_a_traced_setting(params):
     traces = []
 

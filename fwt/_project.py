@@ -101,8 +101,9 @@ def project(
         new = [chosen.on_host(*row) if compiled else None for row in rows]
         left = [i for i, x in enumerate(new) if x is None]
         if left:
-            rest = (tuple(xs[i] for i in left) for xs in (places, leaves, kept))
-            found = (_projected_compiled if compiled else _projected)(chosen, *rest)
+            several = _projected_compiled if compiled else _projected
+            those = tuple(places[i] for i in left)
+            found = several(chosen, those, [leaves[i] for i in left], [kept[i] for i in left])
             for i, x in zip(left, found, strict=True):
                 new[i] = x
         # What a user's own function gives stays where that put it.

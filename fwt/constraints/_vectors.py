@@ -109,12 +109,10 @@ def _at_length(leaf: Any, axes: Axes, axis: Axis, wanted: Callable[[Any], Any]) 
         w, norm, direction = polar(leaf, axes, axis)
         stays, length = wanted(norm)
         return jnp.where(stays, w, direction * length).astype(leaf.dtype)
-    x, every = leaf.astype(np.float64), [*axes.all]
-    dims = over(axes, axis)
-    squares = np.einsum(x, every, x, every, [i for i in every if i not in dims])
-    norm = np.expand_dims(np.sqrt(squares), dims)
-    stays, length = wanted(np.minimum(norm, np.finfo(np.float32).max).astype(np.float32))
-    x *= np.where(stays, 1, length / np.where(norm == 0, 1, norm))
+    x = leaf.astype(np.float64)
+    size = np.sqrt(np.sum(x * x, axis=over(axes, axis), keepdims=True))
+    stays, length = wanted(np.minimum(size, np.finfo(np.float32).max).astype(np.float32))
+    x *= np.where(stays, 1, length / np.where(size == 0, 1, size))
     return x.astype(leaf.dtype)
 
 

@@ -500,7 +500,7 @@ class Resize(Layer):
         return found
 
     def _along(self, x: Array, axis: int, n: int, m: int, ratio: float) -> Array:
-        real = np.float64 if x.dtype == jnp.float64 else np.float32  # what torch computes in
+        real: Any = np.float64 if x.dtype == jnp.float64 else np.float32  # as torch does
         at = np.arange(m, dtype=real)
         step = real(ratio)
         if self.method == "nearest":

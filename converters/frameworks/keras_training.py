@@ -33,7 +33,8 @@ class Callback(keras.callbacks.Callback):
         t: any transform; or an optax transformation around ``optax.set_to_zero()`` that is made by
             ``fwt.optim.sparsify`` or ``constrain``, for schedules of sparsity: it counts its runs
             as updates, through all calls of ``fit``, and can't use gradients.
-        every: "batch", "epoch", or a number of batches. It runs once more at the end of training,
+        every: "batch", "epoch", or a number of batches; with ``steps_per_execution`` Keras calls
+            so many batches one. It runs once more at the end of training,
             if batches came since its last run, or the optimizer has written averages over the
             weights (``use_ema=True``).
 

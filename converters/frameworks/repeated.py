@@ -40,19 +40,32 @@ class Repeated:
             _live.check(t, verb)
         self._t = t
         live = Live(model, wants_statistics(t), verb)
-        self._zeroing = None
+        self._zeroing: Callable[[], None] | None = None
         if self._optax:
             with live.knowing():
                 self._begin(live, gradients)
             return
         live.changed(live.found(t))
-        if getattr(t, "__fwt_masks__", False) and (pairs := _in_place(live, t)):
-            self._zeroing = zeroing(pairs)
+        self._apply = zeroing if getattr(t, "__fwt_masks__", False) else None
+        self._prepare(live)
+
+    def _prepare(self, live: Live) -> None:
+        """Masks in the axes of the variables that the model has now."""
+        self._of = self._variables()
+        pairs = None if self._apply is None else _in_place(live, self._t)
+        self._zeroing = None if self._apply is None or not pairs else self._apply(pairs)
+
+    def _variables(self) -> list[int]:
+        parts = getattr(self.model, "variables", None)
+        return [id(v) for v in (self.model.parameters() if parts is None else parts)]
 
     def __call__(self) -> None:
         if self._zeroing is not None:
-            self._zeroing()
-            return
+            if self._variables() != self._of:
+                self._prepare(Live(self.model, False, self._verb))
+            if self._zeroing is not None:
+                self._zeroing()
+                return
         live = Live(self.model, wants_statistics(self._t), self._verb)
         live.run(self._stepped(live) if self._optax else self._t)
 

@@ -75,17 +75,15 @@ def zeroing(pairs: Sequence[tuple[Any, np.ndarray]]) -> Callable[[], None]:
 
     The bits are cut, which no NaN or infinity survives.
     """
-    held = []
-    for tensor, kept in pairs:
-        tensor = getattr(tensor, "value", tensor)  # of a variable of Keras
-        bits = _BITS[tensor.element_size()]
-        held.append((tensor, torch.from_numpy(np.where(kept, -1, 0)).to(bits)))
+    held = [(tensor, torch.from_numpy(np.where(kept, -1, 0))) for tensor, kept in pairs]
 
     def run() -> None:
-        for i, (tensor, kept) in enumerate(held):
-            if kept.device != tensor.device:
-                kept = kept.to(tensor.device)
-                held[i] = tensor, kept
-            tensor.data.view(kept.dtype).bitwise_and_(kept)
+        for i, (variable, kept) in enumerate(held):
+            tensor = getattr(variable, "value", variable).data  # of a variable of Keras
+            bits = _BITS[tensor.element_size()]
+            if kept.device != tensor.device or kept.dtype != bits:  # at first, and when it moves
+                kept = kept.to(tensor.device, bits)
+                held[i] = variable, kept
+            tensor.view(bits).bitwise_and_(kept)
 
     return run

@@ -187,6 +187,21 @@ def test_the_module_in_what_runs_it_is_held(around):
     assert int((net[0].weight == 0).sum()) == 38
 
 
+def test_what_is_held_may_change_its_dtype_or_its_parameters():
+    net = torch_net()
+    sgd = torch.optim.SGD(net.parameters(), 0.1)
+    converters.hold(net, sgd, fwt.apply_masks(fwt.masks(0.5)(net)))
+    torch_steps(net.half(), sgd)
+    assert int((net[0].weight == 0).sum()) == 38
+    torch_steps(net.double(), sgd)
+    assert int((net[0].weight == 0).sum()) == 38
+    net.float()
+    net[0].weight = torch.nn.Parameter(torch.ones_like(net[0].weight))
+    sgd.add_param_group({"params": [net[0].weight]})
+    torch_steps(net, sgd)
+    assert int((net[0].weight == 0).sum()) == 38
+
+
 def test_tied_weights_are_held_once():
     table = torch.nn.Embedding(5, 4)
     head = torch.nn.Linear(4, 5, bias=False)

@@ -34,7 +34,7 @@ _HOME = {
     "to_nnx": "fwt.converters.frameworks.nnx",
     "to_onnx": "fwt.converters.onnx.write",
     "to_torch": "fwt.converters.frameworks.torch",
-    "transform": "fwt.converters.frameworks.live",
+    "transform": "fwt.converters.values",
     "verify": "fwt.converters.verification.verify",
     "weights": "fwt.converters.values",
 }
@@ -49,7 +49,6 @@ if TYPE_CHECKING:
     from fwt.converters.frameworks.keras_training import Callback as Callback
     from fwt.converters.frameworks.keras_training import keras_constraint as keras_constraint
     from fwt.converters.frameworks.keras_training import keras_initializer as keras_initializer
-    from fwt.converters.frameworks.live import transform as transform
     from fwt.converters.frameworks.nnx import from_nnx as from_nnx
     from fwt.converters.frameworks.nnx import to_nnx as to_nnx
     from fwt.converters.frameworks.torch import from_torch as from_torch
@@ -67,6 +66,7 @@ if TYPE_CHECKING:
     from fwt.converters.rows.row import Special as Special
     from fwt.converters.rows.table import register as register
     from fwt.converters.values import assign as assign
+    from fwt.converters.values import transform as transform
     from fwt.converters.values import weights as weights
     from fwt.converters.verification.verify import verify as verify
 

@@ -1,18 +1,106 @@
-"""The weights of a live model or a file as a tree, and the way back: ``weights``, ``assign``."""
+"""What reaches into live models and files: ``transform``, ``weights``, ``assign``."""
 
 import contextlib
 import os
 import sys
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fwt import _nodes, _tree
 from fwt._initialize import assign as assign_to_tree
-from fwt._types import LeafError, Model
+from fwt._types import ConversionError, LeafError, Model, Transform, wants_statistics
 from fwt.converters.frameworks import gradients
-from fwt.converters.frameworks.live import Live
+from fwt.converters.frameworks.live import Live, check
+
+
+def transform(model: Any, t: Transform, out: Any = None, **how: Any) -> Any:
+    """Runs a transform on a live Keras or torch model of any shape, in place, or on a file.
+
+    The transform sees the weights in Flax's names and axes, under the same paths as ``from_keras``
+    and ``from_torch`` give; those of recurrent, attention and separable layers keep the names that
+    their framework gives them, such as ``weight_ih_l0``. A ``where`` may be in the framework's own
+    names too, such as ``"0.weight"``, ``"**.weight"`` and ``"bn/gamma:0"``. It does not see the
+    running statistics of norms, which only :func:`fwt.reset` (alone, or in ``chain`` and ``at``)
+    gives new values; nothing is permuted for a Flatten. Only weights that it changed are written,
+    all of them after it ended: integer, seed and tied variables, dtype, device, ``requires_grad``
+    and the storage itself survive. A tied weight, also that of one layer in two places, stands
+    under its first path. A ``where`` takes it if it names all of its paths, or one of them in full,
+    without wildcards. Where it names a part of them otherwise, as the kernels do of an embedding
+    that is the kernel of a head too, the weight is left as it is, and a warning says so.
+
+    The gradients that a score needs are given as the framework has them: ``grads=`` takes the
+    torch module itself after ``loss.backward()``, ``{name: p.grad}`` with the names of
+    ``named_parameters()``, or a list in the order of ``parameters()`` or of Keras's
+    ``trainable_variables``; or a tree with the names and axes that the transform sees.
+
+    A file is read as :func:`load` reads it, and written to ``out`` with all else that it says, as
+    between two files of one format: the settings of training of a Keras model, the order, ties and
+    metadata of weights. The arrays of a Keras file whose model can't be converted have the names
+    that ``load(path, module=False)`` gives them, and all else of the file stays as it is.
+
+    Args:
+        model: a built Keras model, a torch module, or a :class:`fwt.Model`. Of what only runs a
+            module, such as DataParallel, at any depth, the paths are those of the module inside.
+            Or the path of a file or folder.
+        t: any transform.
+        out: the path to write to, where ``model`` is a path; the same path writes over the file
+            once the new one is whole.
+        how: of a file, what :func:`load` takes, such as ``key=`` for the part of a checkpoint that
+            has the weights; the other parts stay as they are.
+
+    Returns:
+        The same model; for a :class:`fwt.Model`, a new one; for a path, ``out``.
+
+    Raises:
+        FwtError: whatever the transform says; the model is as it was then, and no file is written.
+        LeafError: if it changed a path, shape or dtype.
+        FileFormatError: if the file can't be read or written so.
+
+    Example:
+        >>> import torch, fwt
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 2))
+        >>> _ = transform(net, fwt.prune(0.5))
+        >>> int((net[0].weight == 0).sum())
+        4
+        >>> _ = transform(net, fwt.prune(1.0, where="0.weight"))
+        >>> int((net[0].weight == 0).sum())
+        8
+        >>> fwt.converters.save("net.safetensors", None, weights(net))
+        >>> transform("net.safetensors", fwt.prune(0.5, where="**"), out="pruned.safetensors")
+        'pruned.safetensors'
+    """
+    if isinstance(model, str | os.PathLike):
+        if out is None:
+            raise TypeError(f"{os.fspath(model)!r} is a file: out= says where the new one goes")
+        check(t)
+        _edit(Path(model), t, Path(out), how)
+        return out
+    if given := {"out": out, **how} if out is not None else how:
+        raise TypeError(f"{next(iter(given))}= is for files, found {type(model).__name__}")
+    if isinstance(model, Model):
+        return t(model)
+    check(t)
+    Live(model, wants_statistics(t)).run(t)
+    return model
+
+
+def _edit(path: Path, t: Transform, out: Path, how: dict[str, Any]) -> None:
+    from fwt.converters.files import formats, h5_names
+
+    try:
+        model = formats.load(path, sidecar=True, **how)
+    except ConversionError:
+        if not formats.is_written_into(out, path):
+            raise
+        model = formats.load(path, module=False, **how)
+        if not h5_names.says_no_axes(model.variables):
+            raise
+    model = t(model)
+    own = model.module is None and formats.is_written_into(out, path, model.variables)
+    formats.save(out, *model, source=path if own else None)
 
 
 def weights(model: Any) -> dict[str, Any]:

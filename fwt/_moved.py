@@ -23,7 +23,7 @@ MOVED = {
     "fwt.converters._formats": "fwt.converters.files.formats",
     "fwt.converters._keras": "fwt.converters.frameworks.keras",
     "fwt.converters._layers": "fwt.converters.rows.table",
-    "fwt.converters._live": "fwt.converters.frameworks.live",
+    "fwt.converters._live": "fwt.converters.values",
     "fwt.converters._nnx": "fwt.converters.frameworks.nnx",
     "fwt.converters._onnx": "fwt.converters.onnx.write",
     "fwt.converters._onnx_read": "fwt.converters.onnx.read",

@@ -48,12 +48,12 @@ def error_of(path: Path, model: "Model", refused: str, changed: bool) -> FwtErro
     """The error of a file that a command can't do, with what can be done. ``changed``: whether the
     command changes weights."""
     import fwt
-    from fwt.converters.files import formats
+    from fwt.converters.files import formats, h5_names
 
     form, ways = _terminal.format_of(path), list[str]()
     if form.framework == "Keras":
         transform = "converters.transform(model, t)"
-        written = formats.is_written_into(path, path) and says_no_axes(model)
+        written = formats.is_written_into(path, path) and h5_names.says_no_axes(model.variables)
         if changed and written:
             one = next((p for p in fwt.paths(model) if "kernel" in p), fwt.paths(model)[0])
             ways.append(
@@ -70,10 +70,3 @@ def error_of(path: Path, model: "Model", refused: str, changed: bool) -> FwtErro
         if changed and transform not in refused:
             ways.append(f"{transform} changes a live model in Python")
     return FwtError("; ".join([f"{path}: {refused}", *ways]))
-
-
-def says_no_axes(model: "Model") -> bool:
-    """Whether no name of Keras's arrays is one of Flax's, whose axes may be in another order."""
-    import fwt
-
-    return all(path[-1].isdigit() for path in fwt.paths(model))

@@ -291,7 +291,7 @@ def _changed(
     as_json: bool,
 ) -> None:
     """Load, transform, save, and the table of what came out."""
-    from fwt.converters.files import formats
+    from fwt.converters.files import formats, h5_names
 
     def one(source: Path, target: Path, how: dict[str, Any]) -> None:
         refused = ""
@@ -299,7 +299,8 @@ def _changed(
             model = _load(source, **how, sidecar=True)
         except FwtError as error:
             model, refused = _refused.alone(source, how, error), _refused.why(source, error)
-            if not (formats.is_written_into(target, source) and _refused.says_no_axes(model)):
+            own = formats.is_written_into(target, source)
+            if not (own and h5_names.says_no_axes(model.variables)):
                 raise _refused.error_of(source, model, refused, changed=True) from error
         try:
             model = transform(model)
@@ -310,7 +311,7 @@ def _changed(
                 raise _refused.error_of(source, model, refused, changed=True) from error
             raise FwtError(f"{source}: {error}; {_terminal.by_own_names(refused)}") from error
         inner = formats.inside(source)
-        own = model.module is None and formats.is_written_into(target, inner)
+        own = model.module is None and formats.is_written_into(target, inner, model.variables)
         _save(
             target,
             model,

@@ -577,24 +577,24 @@ def save(
             path, lambda folder: whole(folder, module, variables), folders.may_be_replaced
         )
     else:
-        one = found.save
-        assert one is not None
+        one: Any = found.save
         write_atomically(path, lambda file: one(file, module, variables, layout))
 
 
 _IN_PLACE = (_KERAS, _WEIGHTS, _LEGACY)  # whose arrays can be changed without knowing their layers
 
 
-def is_written_into(path: Path, source: Path) -> bool:
-    """Whether arrays alone of one file of Keras can be written to another in its form."""
+def is_written_into(path: Path, source: Path, variables: Any = None) -> bool:
+    """Whether arrays alone of a file of Keras, or these of torch, can be written to one like it."""
     form = by_suffix(path)
-    return form in _IN_PLACE and source.is_file() and by_content(source) is form
+    if not source.is_file() or by_content(source) is not form:
+        return False
+    return form in _IN_PLACE or (form is _TORCH and torch_file.holds(source, variables))
 
 
 def _save_into(path: Path, module: Any, variables: Any, source: Path) -> None:
-    if module is not None or not is_written_into(path, source):
-        raise ConversionError(
-            f"{path}: source= is for arrays alone, read from a file of the same format, "
-            f"{' or '.join(f.suffixes[0] for f in _IN_PLACE)}"
-        )
-    write_atomically(path, lambda file: _of_models("save_into")(file, source, variables))
+    if module is not None or not is_written_into(path, source, variables):
+        way = "from a file of its own format, .keras, .h5 or .pt"
+        raise ConversionError(f"{path}: source= is for arrays alone, {way}")
+    into = torch_file.save_into if by_suffix(path) is _TORCH else _of_models("save_into")
+    write_atomically(path, lambda file: into(file, source, variables))

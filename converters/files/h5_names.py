@@ -204,3 +204,8 @@ def check_order(layers: list[Layer], path: Path) -> None:
                     "with rename="
                 )
         forms.append((layer.name, form))
+
+
+def says_no_axes(variables: Any) -> bool:
+    """Whether no name of Keras's arrays is one of Flax's, whose axes may be in another order."""
+    return all(p[-1].isdigit() for p in _tree.Tree(variables).leaves)

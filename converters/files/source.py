@@ -8,6 +8,7 @@ It is JSON text at a :class:`fwt._own_nodes.FromFile`, a dict of the variables, 
 - ``torch``: the ``_metadata`` of a state dict;
 - ``safetensors``, ``index``: the metadata of a .safetensors file, and of the index of shards;
 - ``bare``: what joins the names of a tree that has no collections, which is then written so;
+- ``part``: the key under which a checkpoint of torch has them;
 - ``nodes``: which dicts of a tree were lists, or had numbers as keys, by their paths.
 """
 
@@ -26,7 +27,7 @@ from fwt.converters import io as _io
 
 OURS = ("fwt", "fwt.source")  # the metadata of a .safetensors file that we write ourselves
 _PLAIN = (bool, int, float, str, type(None))
-_OF_TREES = ("bare", "nodes")  # which the tree in the next file shows again
+_OF_THIS_FILE = ("bare", "nodes", "part")  # which the next one shows again, or hasn't
 
 
 def _register() -> None:
@@ -260,7 +261,7 @@ def _found(tree: Any, name: str) -> tuple[Any, str] | None:
 
 def text_of(variables: Any, flat: Mapping[str, np.ndarray] | None) -> str | None:
     """What a file of ours says of the source of its arrays, given by names joined by dots."""
-    told = {n: v for n, v in _nodes.told_of(variables).items() if n not in _OF_TREES}
+    told = {n: v for n, v in _nodes.told_of(variables).items() if n not in _OF_THIS_FILE}
     told["ties"] = ties(tied(flat, told)) if flat is not None else []
     told = {name: value for name, value in told.items() if value}
     return json.dumps(told) if told else None

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import shutil
 import warnings
 import zipfile
 from collections.abc import Mapping
@@ -91,6 +92,7 @@ def _model(
         told["names"] = list(flat)
     told["ties"] = _source.ties(flat)
     told["torch"] = _source.torch_metadata(metadata)
+    told["part"] = how.key if isinstance(how.key, str) else None
     return Model(None, _source.with_source(variables, told))
 
 
@@ -308,6 +310,86 @@ def save_torch(file: Any, module: Any, variables: Any, layout: str | None) -> No
         archive.writestr("archive/version", "3\n")
         if beside:
             archive.writestr(f"archive/{_OURS}", json.dumps(beside))
+
+
+def holds(source: Path, variables: Any) -> bool:
+    """Whether a file has just these arrays, of the same shapes and dtypes, so that they can be
+    written into it."""
+    if variables is None or not zipfile.is_zipfile(source):  # older formats are written anew
+        return False
+    with reading(source):
+        into = _Into(source, variables)
+    found = _io.dotted(variables)
+    kinds = [{n: (v.shape, v.dtype) for n, v in held.items()} for held in (into.state, found)]
+    return kinds[0] == kinds[1]
+
+
+def save_into(file: Any, source: Path, variables: Any) -> None:
+    """A torch file with other values of its arrays; all else of it stays as it is, to the byte."""
+    with reading(source), opened(source) as archive:
+        into, new = _Into(source, variables), set()
+        for name, value in _io.dotted(variables).items():
+            view = into.state[name]
+            storage = into.filled(archive, view)
+            if np.asarray(value).tobytes() != view.tobytes() and view.flags.writeable:
+                view[...] = value
+                new.add(storage)
+        for name, value in _io.dotted(variables).items():
+            if np.asarray(value).tobytes() != into.state[name].tobytes():
+                raise ConversionError(
+                    f"{source}: {name} is a view of memory that other tensors have too, and can't "
+                    "be written alone: save it again with tensor.clone()"
+                )
+        with zipfile.ZipFile(file, "w") as out:
+            for info in archive.infolist():
+                if info.filename in new:
+                    held = np.frombuffer(into.buffers[info.filename], np.uint8)
+                    _io.add_member(out, info.filename, held)
+                    continue
+                with archive.open(info) as old, out.open(info, "w") as copy:
+                    shutil.copyfileobj(old, copy, 1 << 24)
+
+
+class _Into:
+    """The tensors of a file as views of storages that are read when they are asked for."""
+
+    def __init__(self, source: Path, variables: Any) -> None:
+        self._source, self._filled = source, set[str]()
+        self.buffers: dict[str, bytearray] = {}
+        told = _nodes.told_of(variables)
+        with opened(source) as archive:
+            stem = next(n for n in archive.namelist() if n.endswith("/data.pkl"))[:-8]
+            budget = Budget(source, None)
+
+            def stored(name: str, size: int) -> bytearray:
+                full = f"{stem}data/{name}"
+                return self.buffers.setdefault(full, bytearray(archive.getinfo(full).file_size))
+
+            pickled = bytes(member(archive, f"{stem}data.pkl", budget))
+            little = f"{stem}byteorder" not in archive.namelist() or (
+                bytes(member(archive, f"{stem}byteorder", budget)) == b"little"
+            )
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what shares memory, which is looked at here
+                held = torch_pickle.loaded(pickled, budget, stored, False, True) if little else {}
+        part = _io.under(held, told.get("part"), source)
+        self.state = {
+            name: value
+            for name, value in (part.items() if isinstance(part, Mapping) else ())
+            if isinstance(value, np.ndarray)
+        }
+
+    def filled(self, archive: zipfile.ZipFile, view: np.ndarray) -> str:
+        """The member that a tensor is in, with its bytes."""
+        at = view.__array_interface__["data"][0]
+        for name, buffer in self.buffers.items():
+            start = np.frombuffer(buffer, np.uint8).__array_interface__["data"][0] if buffer else -1
+            if start <= at < start + max(len(buffer), 1):
+                if name not in self._filled:
+                    self._filled.add(name)
+                    buffer[:] = member(archive, name, Budget(self._source, None))
+                return name
+        return ""  # a tensor without entries
 
 
 def _check_names(variables: Mapping[str, Any], found: Mapping[str, Any]) -> None:

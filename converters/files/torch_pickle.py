@@ -253,6 +253,7 @@ class _Unpickler(pickle.Unpickler):
         self.views: dict[Any, tuple[Any, ...]] = {}  # the first of each storage
         self.marks: dict[Any, np.ndarray] = {}  # of a storage with several, what they hold
         self.unknown: dict[str, type[Unknown]] = {}
+        self.as_views = False
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
@@ -428,18 +429,31 @@ class _Unpickler(pickle.Unpickler):
             storage[offset:].view(f"V{item}"),
             size,
             tuple(s * item for s in stride),
-            writeable=False,
+            writeable=self.as_views,
         )
+        if self.as_views:
+            view = view.view(storage.dtype)
+            view.flags.writeable = not told
+            return view
         value = np.array(view, order="C").view(storage.dtype)
         if told.get("conj"):
             value = np.conj(value)
         return -value if told.get("neg") else value
 
 
-def loaded(pickled: bytes, budget: Budget, stored: Callable[[str, int], Any], big: bool) -> Any:
-    """What a pickle of torch's zip format holds."""
+def loaded(
+    pickled: bytes,
+    budget: Budget,
+    stored: Callable[[str, int], Any],
+    big: bool,
+    views: bool = False,
+) -> Any:
+    """What a pickle of torch's zip format holds; with ``views`` each tensor is one of the memory
+    that ``stored`` gives, or can't be written to."""
     _check_pickle(pickled, budget.path, budget)
-    return _Unpickler(io.BytesIO(pickled), budget, stored, big).load()
+    unpickler = _Unpickler(io.BytesIO(pickled), budget, stored, big)
+    unpickler.as_views = views
+    return unpickler.load()
 
 
 # -- the format before 1.6 ----------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""``transform``: any transform on a live model of any framework, in place."""
+"""The weights of a live model of any framework as a tree, and the way back, in place."""
 
 import contextlib
 import functools
@@ -18,7 +18,6 @@ from fwt._types import (
     Model,
     Transform,
     WhereError,
-    wants_statistics,
 )
 from fwt.converters.frameworks import gradients
 
@@ -30,55 +29,6 @@ _OF_TREES = {
     "assign": "; for a tree of arrays, call fwt.assign(values) on it",
     "weights": "; of a tree of arrays, these are its leaves",
 }
-
-
-def transform(model: Any, t: Transform) -> Any:
-    """Runs a transform on a live Keras or torch model of any shape, in place.
-
-    The transform sees the weights in Flax's names and axes, under the same paths as ``from_keras``
-    and ``from_torch`` give; those of recurrent, attention and separable layers keep the names that
-    their framework gives them, such as ``weight_ih_l0``. A ``where`` may be in the framework's own
-    names too, such as ``"0.weight"``, ``"**.weight"`` and ``"bn/gamma:0"``. It does not see the
-    running statistics of norms, which only :func:`fwt.reset` (alone, or in ``chain`` and ``at``)
-    gives new values; nothing is permuted for a Flatten. Only weights that it changed are written,
-    all of them after it ended: integer, seed and tied variables, dtype, device, ``requires_grad``
-    and the storage itself survive. A tied weight, also that of one layer in two places, stands
-    under its first path. A ``where`` takes it if it names all of its paths, or one of them in full,
-    without wildcards. Where it names a part of them otherwise, as the kernels do of an embedding
-    that is the kernel of a head too, the weight is left as it is, and a warning says so.
-
-    The gradients that a score needs are given as the framework has them: ``grads=`` takes the
-    torch module itself after ``loss.backward()``, ``{name: p.grad}`` with the names of
-    ``named_parameters()``, or a list in the order of ``parameters()`` or of Keras's
-    ``trainable_variables``; or a tree with the names and axes that the transform sees.
-
-    Args:
-        model: a built Keras model, a torch module, or a :class:`fwt.Model`. Of what only runs a
-            module, such as DataParallel, at any depth, the paths are those of the module inside.
-        t: any transform.
-
-    Returns:
-        The same model; for a :class:`fwt.Model`, a new one.
-
-    Raises:
-        FwtError: whatever the transform says; the model is as it was then.
-        LeafError: if it changed a path, shape or dtype.
-
-    Example:
-        >>> import torch, fwt
-        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 2))
-        >>> _ = transform(net, fwt.prune(0.5))
-        >>> int((net[0].weight == 0).sum())
-        4
-        >>> _ = transform(net, fwt.prune(1.0, where="0.weight"))
-        >>> int((net[0].weight == 0).sum())
-        8
-    """
-    if isinstance(model, Model):
-        return t(model)
-    check(t)
-    Live(model, wants_statistics(t)).run(t)
-    return model
 
 
 class Live:

@@ -1,5 +1,8 @@
 """``weights`` and ``assign``: the weights of a model as a tree, and the way back."""
 
+import json
+import zipfile
+
 import cases
 import flax.linen as nn
 import jax
@@ -146,3 +149,159 @@ def test_what_does_not_fit_changes_nothing(model, tree, match):
         same(fwt.select(converters.weights(model)), before)
     with pytest.raises(fwt.FwtError, match=r"weights takes .*the path of a file"):
         converters.weights([model])
+
+
+# -- files --------------------------------------------------------------------------------------
+
+
+def zero_first(tree):
+    path = next(iter(fwt.select(tree, "**")))
+    return fwt.assign({path: np.zeros_like(fwt.select(tree, path)[path])})(tree)
+
+
+def keras_with_regularizer():
+    net = keras.Sequential(
+        [
+            keras.Input((5,)),
+            keras.layers.Dense(4, "relu", kernel_regularizer="l2", name="a"),
+            keras.layers.BatchNormalization(name="n"),
+            keras.layers.Dense(3, name="b", trainable=False),
+        ]
+    )
+    net.compile("adam", "mse")
+    return cases.randomise_keras(net)
+
+
+def test_a_keras_file_is_edited(tmp_path):
+    net = keras_with_regularizer()
+    net.save(tmp_path / "net.keras")
+    out = tmp_path / "new.keras"
+    assert converters.transform(tmp_path / "net.keras", fwt.prune(0.5), out=out) == out
+    again = keras.models.load_model(out)
+    before, after = (json.loads(json.dumps(m.get_config())) for m in (net, again))
+    assert before == after
+    assert again.loss == "mse"
+    converters.transform(net, fwt.prune(0.5))  # the same by hand
+    x = np.random.default_rng(0).normal(size=(3, 5)).astype(np.float32)
+    np.testing.assert_array_equal(in_keras(again, x), in_keras(net, x))
+
+
+def test_a_keras_file_whose_model_is_not_known_is_edited(tmp_path):
+    @keras.saving.register_keras_serializable(package="tests")
+    class Own(keras.layers.Layer):
+        def build(self, shape):
+            self.w = self.add_weight(shape=(shape[-1],), initializer="ones")
+
+        def call(self, x):
+            return x * self.w
+
+    net = keras.Sequential([keras.Input((5,)), Own(), keras.layers.Dense(3, name="b")])
+    net.save(tmp_path / "net.keras")
+    halved = lambda tree: jax.tree.map(lambda x: x / 2, tree)  # noqa: E731 - one of a user's
+    path = tmp_path / "net.keras"
+    converters.transform(path, halved, out=path)
+    x = np.ones((2, 5), np.float32)
+    # Half the weights of two layers in a row; the biases are zero.
+    found = in_keras(keras.models.load_model(path), x)
+    np.testing.assert_allclose(found, in_keras(net, x) / 4, rtol=1e-6)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors", ".npz", ".msgpack"])
+def test_a_file_of_weights_is_edited(suffix, tmp_path):
+    net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
+    path, out = tmp_path / f"net{suffix}", tmp_path / f"new{suffix}"
+    if suffix == ".pt":
+        torch.save({"state_dict": net.state_dict(), "epoch": 3}, path)
+        converters.transform(path, fwt.prune(0.5), out=out, key="state_dict")
+        again = torch.load(out, weights_only=True)
+        assert list(again["state_dict"]) == list(net.state_dict())
+        assert again["epoch"] == 3
+        assert int((again["state_dict"]["0.weight"] == 0).sum()) == 6
+        return
+    converters.save(path, None, converters.weights(net))
+    converters.transform(path, fwt.prune(0.5), out=out)
+    found = fwt.diff(path, out)
+    assert [c.path.rpartition("params/")[2] for c in found.changes] == ["0/kernel"]
+    assert found.changes[0].count == 6
+
+
+class Own:
+    def __init__(self):
+        self.text = "a class of a user"
+
+
+def members(path):
+    with zipfile.ZipFile(path) as archive:
+        return {n: archive.read(n) for n in archive.namelist()}
+
+
+def test_a_checkpoint_of_torch_keeps_all_else_to_the_byte(tmp_path):
+    table = torch.nn.Embedding(5, 4)
+    net = torch.nn.Sequential(table, torch.nn.Linear(4, 5, bias=False), torch.nn.LayerNorm(5))
+    net[1].weight = table.weight
+    adam = torch.optim.Adam(net.parameters())
+    net(torch.arange(5)).sum().backward()
+    adam.step()
+    whole = {"net": {"ema": net.state_dict()}, "adam": adam.state_dict(), "own": Own(), "n": 3}
+    path, out = tmp_path / "run.pt", tmp_path / "new.pt"
+    torch.save(whole, path)
+    norm = fwt.prune(0.5, where="2.weight")
+    converters.transform(path, norm, out=out, key="net/ema")
+    before, after = members(path), members(out)
+    assert list(before) == list(after)
+    assert len([n for n in before if before[n] != after[n]]) == 1
+    again = torch.load(out, weights_only=False)
+    assert again["own"].text == "a class of a user"
+    new = again["net"]["ema"]
+    assert new["0.weight"].data_ptr() == new["1.weight"].data_ptr()
+    converters.transform(net, norm)  # the same by hand
+    for name, value in net.state_dict().items():
+        torch.testing.assert_close(new[name], value, rtol=0, atol=0)
+    for a, b in zip(*(x["adam"]["state"].values() for x in (whole, again)), strict=True):
+        assert torch.equal(a["exp_avg"], b["exp_avg"])
+    assert torch.load(out, weights_only=False, mmap=True)["n"] == 3
+
+
+def test_views_and_weights_that_hooks_compute(tmp_path):
+    """Tensors that are parts of one storage, and a file whose weights are computed from others."""
+    path, out = tmp_path / "net.pt", tmp_path / "new.pt"
+    both = torch.arange(24.0).reshape(6, 4)
+    torch.save({"a.weight": both[:3].T, "b.weight": both[3:], "c.bias": torch.ones(2)}, path)
+    double = lambda tree: jax.tree.map(lambda x: 2 * x, tree)  # noqa: E731 - one of a user's
+    converters.transform(path, double, out=out)
+    new = torch.load(out, weights_only=True)
+    assert torch.equal(new["a.weight"], 2 * both[:3].T)
+    assert torch.equal(new["b.weight"], 2 * both[3:])
+    torch.save({"a.weight": both[:3], "b.weight": both[1:]}, path)
+    with (
+        pytest.warns(UserWarning, match="another view"),
+        pytest.raises(fwt.ConversionError, match=r"a.weight is a view of memory.*clone\(\)"),
+    ):
+        converters.transform(path, fwt.prune(1.0, where="b.weight"), out=out)
+    layer = torch.nn.Linear(4, 3)
+    torch.nn.utils.prune.random_unstructured(layer, "weight", 0.5)
+    torch.save(layer.state_dict(), path)
+    converters.transform(path, double, out=out)  # written anew, with the weight that it computes
+    new = torch.load(out, weights_only=True)
+    assert sorted(new) == ["bias", "weight"]
+    torch.testing.assert_close(new["weight"], 2 * layer.weight.detach())
+
+
+def test_what_is_wrong_writes_no_file(tmp_path):
+    path, out = tmp_path / "net.npz", tmp_path / "new.npz"
+    converters.save(path, None, {"params": {"d": {"kernel": np.ones((2, 3), np.float32)}}})
+    before = path.read_bytes()
+    with pytest.raises(TypeError, match=r"is a file: out= says where"):
+        converters.transform(path, fwt.prune(0.5))
+    with pytest.raises(TypeError, match=r"out= is for files"):
+        converters.transform(TORCH, fwt.prune(0.5), out="x")
+    with pytest.raises(fwt.FwtError, match="takes a transform"):
+        converters.transform(path, fwt.constraints.max_norm(1.0), out=out)
+    with pytest.raises(fwt.WhereError, match="matches none"):
+        converters.transform(path, fwt.prune(0.5, where="e/*"), out=out)
+    with pytest.raises(fwt.FileFormatError, match="no such file"):
+        converters.transform(tmp_path / "no.npz", fwt.prune(0.5), out=out)
+    assert not out.exists()
+    assert path.read_bytes() == before
+    converters.transform(path, fwt.prune(0.5), out=path)  # over itself
+    assert int((converters.weights(path)["params"]["d"]["kernel"] == 0).sum()) == 3

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from fwt import _nodes, _tree
@@ -117,7 +118,8 @@ def weights(model: Any) -> dict[str, Any]:
     Returns:
         ``{"params": ..., "batch_stats": ...}`` of NumPy arrays, nested dicts; without
         ``batch_stats`` where there are none. Of a live model they are copies that can't be written
-        to. A tied weight stands under its first path, and of an nnx module under each.
+        to; of a Model, with all its collections, its own arrays, where these are NumPy's. A tied
+        weight stands under its first path, and of an nnx module under each.
 
     Raises:
         ConversionError: if the model has no weights, or is of no framework that is known.
@@ -137,12 +139,16 @@ def weights(model: Any) -> dict[str, Any]:
 
         model = load(model)
     if isinstance(model, Model):
-        return dict(model.variables)
+        return jax.tree.map(np.asarray, dict(model.variables))
     if _nodes.is_graph(model):
         tree = _tree.Tree(model, True)
+        nnx: Any = sys.modules["flax.nnx"]
+        ours = {*_tree.Tree(nnx.state(model, nnx.Param)).leaves, *tree.statistics}
         names = {True: "batch_stats", False: "params"}
         held: dict[str, dict[str, Any]] = {"params": {}}
         for path, leaf in tree.leaves.items():
+            if path not in ours:  # a cache, say
+                continue
             for place in (path, *tree.others(path)):
                 held.setdefault(names[path in tree.statistics], {})[place] = np.asarray(leaf)
         return {name: gradients.nested(found) for name, found in held.items()}
@@ -162,8 +168,7 @@ def assign(model: Any, tree: Any) -> Any:
 
     Raises:
         LeafError: if the model has no such weight, or an array has another shape or dtype than its
-            weight, or the paths of a tied weight are given different values. The model is as it was
-            then.
+            weight. The model is as it was then.
         ConversionError: if a weight can't be written, or the model is of no framework that is
             known.
 
@@ -183,7 +188,8 @@ def assign(model: Any, tree: Any) -> Any:
             f"{type(tree).__name__}"
         )
     parts = dict(given) if _tree.is_variables(given) else {"params": given}
-    if unknown := sorted(map(str, parts.keys() - {"params", "batch_stats"})):
+    known = model.variables if isinstance(model, Model) else {"params", "batch_stats"}
+    if unknown := sorted(map(str, parts.keys() - {*known, "params", "batch_stats"})):
         raise LeafError(f"assign takes 'params' and 'batch_stats', and {unknown[0]!r} is neither")
 
     def assigned(whole: Any) -> Any:

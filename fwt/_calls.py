@@ -3,10 +3,10 @@
 import contextlib
 import functools
 import sys
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, TypeVar
-from unittest import mock
 
 import jax
 import numpy as np
@@ -206,12 +206,31 @@ def refuse(what: str, wrong: Mapping[str, str], wanted: Collection[str] | None) 
 def forward() -> Iterator[None]:
     """In it, ``nn.remat`` runs its functions as they are: all that it changes is what is kept for a
     gradient. Those of nnx take a module apart, so that its layers are others."""
-
-    def plain(function: Any = None, **_: Any) -> Any:
-        return plain if function is None else function
-
-    with mock.patch.object(jax, "remat", plain):  # which Flax looks up where it calls it
+    global _running
+    token = _PLAIN.set(True)
+    with _LOCK:
+        _running += 1
+        vars(jax)["remat"] = _remat  # which Flax looks up where it calls it
+    try:
         yield
+    finally:
+        _PLAIN.reset(token)
+        with _LOCK:
+            _running -= 1
+            if not _running:
+                vars(jax)["remat"] = _REMAT
+
+
+_REMAT: Any = jax.remat
+_LOCK, _running = threading.Lock(), 0
+_PLAIN: ContextVar[bool] = ContextVar("plain", default=False)
+
+
+def _remat(function: Any = None, **how: Any) -> Any:
+    """``jax.remat``, or in a context of :func:`forward` the function as it is."""
+    if function is None:
+        return functools.partial(_remat, **how)
+    return function if _PLAIN.get() else _REMAT(function, **how)
 
 
 def _check_order(what: str, module: Any) -> None:

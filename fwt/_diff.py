@@ -9,7 +9,7 @@ import numpy as np
 from fwt import _nodes, _tree
 from fwt._graph import Graph, nodes_of
 from fwt._sequential import Sequential, settings_of
-from fwt._types import Model
+from fwt._types import FwtError, Model
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,16 @@ def diff(a: Any, b: Any) -> Diff:
         >>> found.equal, found.changes[0].path, found.changes[0].largest
         (False, 'params/d/kernel', 0.5)
     """
-    a, b = map(_read, (a, b))
+    files = [isinstance(x, str | os.PathLike) for x in (a, b)]
+    given, (a, b) = (a, b), map(_read, (a, b))
+    for model, path, own, is_live in ((a, given[0], *files), (b, given[1], *files[::-1])):
+        if own and not is_live and model.module is None:
+            names = [set(_tree.Tree({"params": dict(m.variables)}).leaves) for m in (a, b)]
+            if names[0] != names[1]:
+                raise FwtError(
+                    f"diff: {os.fspath(path)} holds weights alone, under other names than the "
+                    "model: converters.load(path, architecture=model) gives them its names"
+                )
     one, other = (_tree.Tree({"params": dict(m.variables)}, whole=True).leaves for m in (a, b))
     changes, same = [], 0
     for path in [*one, *(p for p in other if p not in one)]:

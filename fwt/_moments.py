@@ -1,13 +1,23 @@
 """What an optimizer remembers of each weight, where weights are pruned and where they grow."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from fwt import _mesh
 from fwt._types import Masks
 from fwt.pruning import chosen as _chosen
+
+
+def around(
+    tx: Any, init: Callable[..., Any], update: Callable[..., Any]
+) -> optax.GradientTransformationExtraArgs:
+    """An optimizer that says which one it wraps."""
+    update.__dict__["__fwt_around__"] = tx
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 class _Place(NamedTuple):

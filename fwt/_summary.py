@@ -108,9 +108,9 @@ def summary(params: Params) -> Summary:
     """A table of the leaves: path, shape, dtype, number of weights and of zeros.
 
     Args:
-        params: any pytree of arrays, or a live Keras or torch model. Of one, of a Model and of a
-            variables dict the other collections (such as ``batch_stats``) are listed below the
-            params, with their names in front.
+        params: any pytree of arrays, or a live Keras or torch model. Other
+            collections, such as ``batch_stats``, are listed below the params, with their names in
+            front.
 
     Returns:
         A :class:`Summary` to print, or to read line by line. Zeros of ``ShapeDtypeStruct`` leaves

@@ -517,10 +517,15 @@ def rounded(x: Any, dtype: Any) -> Any:
 
 
 def reads(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Marks a function of params that only reads: of a live model it sees the weights."""
+    """Marks a function of params that only reads: of a live model it sees the weights, of a path
+    what the file holds."""
 
     @functools.wraps(function)
     def read(params: Params, *args: Any, **named: Any) -> Any:
+        if isinstance(params, str | os.PathLike):
+            from fwt.converters.files import formats
+
+            return function(formats.load(params), *args, **named)
         if _nodes.foreign(params)[1] != "model":
             return function(params, *args, **named)
         from fwt.converters import values

@@ -107,7 +107,7 @@ def constrain(
             )
         return jax.tree.map(_difference, params, steps, moved, wanted), state
 
-    return optax.GradientTransformationExtraArgs(inner.init, update)
+    return _moments.around(tx, inner.init, update)
 
 
 # Attributes of functions, which type checkers don't know.
@@ -395,7 +395,7 @@ def sparsify(
         new = number, masks, value, moments, total, dense, saved, state.start, grown
         return out, SparsifyState(*new)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return _moments.around(tx, init, update)
 
 
 sparsify.__dict__["static_args"] = (

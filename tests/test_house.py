@@ -59,6 +59,7 @@ UP = {
     ("fwt._graph", "fwt.converters.rows.table"): "the same, for a Graph",
     ("fwt._axes", "fwt.converters.rows.table"): "the same, for a linen module that is traced",
     ("fwt._tree", "fwt.converters.values"): "reads a live Keras or torch model",
+    ("fwt._tree", "fwt.converters.files.formats"): "reads files",
     ("fwt._diff", "fwt.converters.values"): "the same",
     ("fwt._diff", "fwt.converters.files.formats"): "reads files",
 }

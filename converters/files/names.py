@@ -100,8 +100,8 @@ def chosen(variables: Mapping[str, Any], how: Names, path: Path) -> list[Named]:
         before, after = _ends(x.old), _ends(x.new)
         if before and after and before != after and np.ndim(x.value) > 1:
             raise FileFormatError(
-                f"{path}: rename: {'.'.join(x.old)} says by its name that its {before} come first, "
-                f"and {'.'.join(x.new)} that its {after} do, but rename= turns no array: leave its "
+                f"{path}: rename: {'.'.join(x.old)} would have its {before} first by its name, "
+                f"and {'.'.join(x.new)} its {after}, but rename= turns no array: leave its "
                 "last part, and architecture= takes it as it is named and turns it; or rename it "
                 "in Python, turned as it needs to be"
             )

@@ -272,6 +272,8 @@ def in_dtype(model: Model, dtype: Any) -> Model:
             return layer.clone(nodes=[n if n.of else Node(n.name, plain(n.layer), n.inputs)
                                       for n in layer.nodes])  # fmt: skip
         own = {f.name: f.default for f in dataclasses.fields(layer)}
+        for name, number in _numbers({n: getattr(layer, n, None) for n in own}):
+            _rounded(f"{type(layer).__name__}.{name}", np.float64(number), wanted)
         told = {n: own[n] if wanted == "float32" else wanted
                 for n in ("dtype", "param_dtype") if n in own}  # fmt: skip
         return layer.clone(**told)
@@ -283,15 +285,23 @@ def in_dtype(model: Model, dtype: Any) -> Model:
     return Model(module, jax.tree_util.tree_map_with_path(cast, model.variables))
 
 
+def _numbers(settings: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """The numbers that a layer computes with, which are in its dtype too."""
+    for name, value in settings.items():
+        for x in value if isinstance(value, tuple) else (value,):
+            if isinstance(x, float):
+                yield name, x
+
+
 def _rounded(place: Any, value: Any, dtype: str) -> Any:
     with np.errstate(over="ignore"):
         out = value.astype(jnp.dtype(dtype))
     if jnp.finfo(dtype).max >= jnp.finfo(value.dtype).max:
         return out
-    of = jnp if isinstance(value, jax.Array) else np
-    beyond = of.isfinite(value) & ~of.isfinite(out)
+    beyond = np.isfinite(value) & ~np.isfinite(out)
     if beyond.any():
-        there = jax.tree_util.keystr(place, simple=True, separator="/")
+        own = isinstance(place, str)
+        there = place if own else jax.tree_util.keystr(place, simple=True, separator="/")
         wider = "bfloat16 and float32 hold it" if dtype == "float16" else "leave dtype= out"
         raise ConversionError(
             f"{there}: {value[beyond][0]!s} is beyond {dtype}, in which it would be infinite: "

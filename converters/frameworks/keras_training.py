@@ -15,7 +15,7 @@ import numpy as np
 
 from fwt import constraints, initializers
 from fwt._project import project
-from fwt._types import ConversionError, resolve
+from fwt._types import AxesError, ConversionError, resolve
 from fwt.constraints import _matrices, _vectors
 from fwt.converters.frameworks.keras import sync
 from fwt.converters.frameworks.repeated import Repeated
@@ -33,10 +33,9 @@ class Callback(keras.callbacks.Callback):
         t: any transform; or an optax transformation around ``optax.set_to_zero()`` that is made by
             ``fwt.optim.sparsify`` or ``constrain``, for schedules of sparsity: it counts its runs
             as updates, through all calls of ``fit``, and can't use gradients.
-        every: "batch", "epoch", or a number of batches; with ``steps_per_execution`` Keras calls
-            so many batches one. It runs once more at the end of training,
-            if batches came since its last run, or the optimizer has written averages over the
-            weights (``use_ema=True``).
+        every: "batch", "epoch", or a number of batches. It runs once more when training ends, after
+            what writes other weights then: averages (``use_ema=True``), and callbacks that stand
+            before it. With ``steps_per_execution`` it can run after an execution alone.
 
     Raises:
         FwtError: what the transform says of the weights, as training begins.
@@ -62,8 +61,8 @@ class Callback(keras.callbacks.Callback):
             )
         self._t, self._every = t, every
         self._run: Repeated | None = None
-        self._batches = 0
-        self._late = False  # whether batches came since the last run
+        self._batches = 0  # before this epoch
+        self._last = 0  # of this epoch
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Tries the transform on the weights."""
@@ -77,14 +76,18 @@ class Callback(keras.callbacks.Callback):
             )
             self._batches = 0
 
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Counts the batches of the epoch before."""
+        self._batches += self._last
+        self._last = 0
+
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Runs it, if it is due."""
-        self._batches += 1
-        self._late = True
-        if (
-            self._every != "epoch"
-            and self._batches % (1 if self._every == "batch" else self._every) == 0
-        ):
+        # A last execution of fewer batches counts as a whole one for Keras.
+        end = min(batch + 1, (self.params or {}).get("steps") or batch + 1)
+        before, self._last = self._batches + self._last, end
+        every = 1 if self._every == "batch" else self._every
+        if isinstance(every, int) and (self._batches + self._last) // every > before // every:
             self._now()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
@@ -93,14 +96,12 @@ class Callback(keras.callbacks.Callback):
             self._now()
 
     def on_train_end(self, logs: Any = None) -> None:
-        """Runs it, if the weights are others than after its last run."""
-        if self._late or getattr(self.model.optimizer, "use_ema", False):
-            self._now()
+        """Runs it once more."""
+        self._now()
 
     def _now(self) -> None:
         assert self._run is not None
         self._run()
-        self._late = False
 
 
 def _zeroing(model: Any, pairs: Sequence[tuple[Any, np.ndarray]]) -> Callable[[], None] | None:
@@ -196,6 +197,7 @@ class FwtConstraint(keras.constraints.Constraint):
     def __init__(self, constraint: dict[str, Any], axes: str | None = None) -> None:
         self._given = {"constraint": constraint, "axes": axes}
         chosen = _made(constraints.Bound, constraint)
+        self._on_host = chosen.function.__module__ == _matrices.__name__
         self._project = project(chosen, "**", axes=None if axes is None else {"**": axes})
 
     def get_config(self) -> dict[str, Any]:
@@ -203,11 +205,22 @@ class FwtConstraint(keras.constraints.Constraint):
 
     def __call__(self, w: Any) -> Any:
         """The weight within the set, of the same shape and dtype."""
-        return _in_backend(lambda x: self._project({"kernel": x})["kernel"], w)
+        name = getattr(w, "name", "kernel")
+        # The kernels of Keras's transposed convolutions have the outputs before the inputs.
+        name = "weight" if name == "kernel" and len(w.shape) > 2 else name
+        try:
+            return _in_backend(lambda x: self._project({name: x})[name], w, self._on_host)
+        except AxesError as error:
+            raise AxesError(
+                f"keras_constraint: what the axes of {getattr(w, 'path', name)} mean is not known "
+                f"from its name and shape {tuple(w.shape)}: give "
+                'keras_constraint(constraint, axes="h w in out"), as they are'
+            ) from error
 
 
-def _in_backend(function: Callable[[Any], Any], w: Any) -> Any:
-    """A function of JAX on a tensor of Keras's backend, also inside of a compiled step."""
+def _in_backend(function: Callable[[Any], Any], w: Any, on_host: bool) -> Any:
+    """A function of JAX on a tensor of Keras's backend, also inside of a compiled step; TensorFlow
+    has no kernels of LAPACK for JAX's programs, so these run outside of it."""
     w = keras.ops.convert_to_tensor(getattr(w, "value", w))
     backend = keras.backend.backend()
     if backend == "jax":
@@ -218,6 +231,9 @@ def _in_backend(function: Callable[[Any], Any], w: Any) -> Any:
 
         if isinstance(w, tf.Tensor) and not tf.is_symbolic_tensor(w):
             return tf.convert_to_tensor(np.asarray(function(w.numpy())))
+        if on_host:
+            found = tf.numpy_function(lambda x: np.asarray(function(x)), [w], w.dtype)
+            return tf.ensure_shape(found, w.shape)
         return tf.autograph.experimental.do_not_convert(jax2tf.convert(function))(w)
     found = np.asarray(function(np.asarray(keras.ops.convert_to_numpy(w))))
     return keras.ops.convert_to_tensor(found, dtype=keras.backend.standardize_dtype(w.dtype))
@@ -231,8 +247,8 @@ def keras_constraint(constraint: Any, axes: str | None = None) -> keras.constrai
 
     Args:
         constraint: one of ``fwt.constraints``, bare or called.
-        axes: what the axes of the weight mean, as in :func:`fwt.project`; those of a kernel,
-            "*spatial in out", by default.
+        axes: what the axes of the weight mean, as in :func:`fwt.project`, such as "h w in out" of
+            a Conv2D. Of the kernel of a Dense and of recurrent layers they are known.
 
     Returns:
         A ``keras.constraints.Constraint``.
@@ -240,6 +256,7 @@ def keras_constraint(constraint: Any, axes: str | None = None) -> keras.constrai
     Raises:
         TypeError: if it is no constraint of fwt.
         ConversionError: if it has settings that a file can't hold.
+        AxesError: when it is applied, for axes that are not known.
 
     Example:
         >>> import fwt, keras
@@ -261,9 +278,11 @@ def keras_constraint(constraint: Any, axes: str | None = None) -> keras.constrai
 class FwtInitializer(keras.initializers.Initializer):
     """An initializer of fwt as Keras's layers take it; made by ``keras_initializer``."""
 
-    def __init__(self, initializer: dict[str, Any], seed: int) -> None:
+    def __init__(self, initializer: dict[str, Any], seed: int | None = None) -> None:
         self._given = {"initializer": initializer, "seed": seed}
-        self._key = jax.random.key(seed)
+        # What is made anew of this config without a seed, as Keras does for each part of a layer,
+        # draws others.
+        self._key = jax.random.key(random.randint(1, 10**9) if seed is None else seed)
         self._drawn = _made(initializers.Bound, initializer)
 
     def get_config(self) -> dict[str, Any]:
@@ -281,14 +300,14 @@ class FwtInitializer(keras.initializers.Initializer):
 def keras_initializer(initializer: Any, seed: int | None = None) -> keras.initializers.Initializer:
     """An initializer of fwt for a layer of Keras, ``Dense(kernel_initializer=...)``.
 
-    The axes of the weight are those of a kernel, (*spatial, in, out).
+    A weight of any layer is read as (*spatial, in, out), as Keras's own initializers read it.
 
     Args:
         initializer: one of ``fwt.initializers``, ``.keras`` and ``.torch`` of it too, bare or
             called.
         seed: a whole number; None draws one from Python's ``random``, which
             ``keras.utils.set_random_seed`` seeds. As with Keras's own initializers, one object
-            gives the same values at each call: give each layer its own.
+            gives the same values at each call; a layer of several weights makes one for each.
 
     Returns:
         A ``keras.initializers.Initializer``, which ``.keras`` files store, as they do
@@ -311,5 +330,6 @@ def keras_initializer(initializer: Any, seed: int | None = None) -> keras.initia
     chosen = resolve(initializer)
     if not isinstance(chosen, initializers.Bound):
         raise TypeError(f"keras_initializer takes one of fwt.initializers, found {initializer!r}")
-    seed = random.randint(1, 10**9) if seed is None else seed
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise TypeError(f"keras_initializer: seed must be a whole number or None, found {seed!r}")
     return FwtInitializer(_config(chosen, "the initializer"), seed)

@@ -23,7 +23,12 @@ from fwt.converters.frameworks import gradients
 
 # In the place of ``fwt.paths(params)``.
 _PATHS = "fwt.paths(model)"
-_MORE = {"assign": ", an nnx module", "weights": ", an nnx module, the path of a file"}
+_TAKES = {
+    "assign": "a Keras model, a torch module, an nnx module or a fwt.Model",
+    "weights": "a Keras model, a torch module, an nnx module, a fwt.Model or the path of a file",
+    "hold": "a torch module",
+    "Callback": "a Keras model",
+}
 _OF_TREES = {
     "transform": "; for a tree of arrays, call the transform on it",
     "assign": "; for a tree of arrays, call fwt.assign(values) on it",
@@ -230,6 +235,6 @@ def _backend(model: Any, verb: str = "transform") -> Any:
 
         return _torch
     raise ConversionError(
-        f"{verb} takes a Keras model, a torch module{_MORE.get(verb, '')} or a fwt.Model, found "
+        f"{verb} takes {_TAKES.get(verb, 'a Keras model, a torch module or a fwt.Model')}, found "
         f"{type(model).__name__}{_OF_TREES.get(verb, '')}"
     )

@@ -10,9 +10,11 @@ import optax
 from jax.interpreters import partial_eval
 
 from fwt import _tree
+from fwt._compose import masks_in
 from fwt._types import ConversionError, Transform, wants_statistics
 from fwt.converters.frameworks import live as _live
 from fwt.converters.frameworks.live import Live
+from fwt.pruning.prune import apply_masks
 
 # Variables of a framework, each with its mask in its own axes; gives what sets the rest to zero.
 Zeroing = Callable[[Sequence[tuple[Any, np.ndarray]]], Callable[[], None] | None]
@@ -72,11 +74,23 @@ class Repeated:
     # -- optax --------------------------------------------------------------------------------
 
     def _begin(self, live: Live, gradients: bool) -> None:
-        t = self._t
+        inner = t = self._t
+        while (around := getattr(inner.update, "__fwt_around__", None)) is not None:
+            inner = around
+        if inner is t or inner.update.__qualname__ != optax.set_to_zero().update.__qualname__:
+            raise ConversionError(
+                f"{self._verb}: the optimizer of the model takes the steps: give "
+                "fwt.optim.sparsify or constrain around optax.set_to_zero(), such as "
+                "fwt.optim.sparsify(optax.set_to_zero(), 0.9)"
+            )
+        for leaf in live.leaves:
+            _tree.refuse_64(leaf.path, leaf.value)
 
         def step(grads: Any, state: Any, params: Any) -> Any:
             updates, state = t.update(grads, state, params)
-            return optax.apply_updates(params, updates), state
+            new = optax.apply_updates(params, updates)
+            masks = masks_in(state, new)  # infinities, which no sum makes zero
+            return new if masks is None else apply_masks(masks)(new), state
 
         self._state = t.init(live.tree)
         if any(_fields(self._state, "dense", "saved")):
@@ -92,27 +106,8 @@ class Repeated:
         if self._needs and not gradients:
             raise ConversionError(
                 f"{self._verb}: this needs the gradients of each step, which a callback of Keras "
-                "does not see: put fwt.optim's around optax.set_to_zero(), and regrow by "
-                "regrow='set'"
+                "does not see: regrow='set' needs none"
             )
-        if self._needs:
-            self._check_gradients(live.tree)
-
-    def _check_gradients(self, tree: Any) -> None:
-        """Raises where the optax transformation takes steps of its own along the gradients, which
-        at most choose what becomes zero."""
-        one, other = (
-            self._step(jax.tree.map(lambda x, g=g: np.full_like(x, g), tree), self._state, tree)[0]
-            for g in (1, -1)
-        )
-        for old, x, y in zip(*map(jax.tree.leaves, (tree, one, other)), strict=True):
-            x, y = np.asarray(x), np.asarray(y)
-            moved = [(v != old) & (v != 0) & (v == v) for v in (x, y)]
-            if np.any((x != y) & (moved[0] | moved[1])):
-                raise ConversionError(
-                    f"{self._verb}: the optax transformation takes steps of its own, but the "
-                    "optimizer of the model takes them: put fwt.optim's around optax.set_to_zero()"
-                )
 
     def _stepped(self, live: Live) -> Transform:
         def stepped(tree: Any) -> Any:

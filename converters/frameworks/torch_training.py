@@ -25,9 +25,12 @@ def hold(
     Args:
         model: the module; or what runs it, such as DistributedDataParallel or ``torch.compile``.
         optimizer: the optimizer of its parameters.
-        t: any transform; or an optax transformation around ``optax.set_to_zero()`` that is made by
-            ``fwt.optim.sparsify`` or ``constrain``, for schedules of sparsity and dynamic sparse
-            training: it counts its runs as updates, and gets the gradients of the step.
+        t: any transform, which is tried on the weights at once, without writing; or an optax
+            transformation around ``optax.set_to_zero()`` that is made by ``fwt.optim.sparsify`` or
+            ``constrain``, for schedules of sparsity and dynamic sparse training: it counts its runs
+            as updates, and gets the gradients of the step. Its state lasts as long as the handle:
+            to go on after a checkpoint, give ``masks=fwt.masks_of``, and a schedule that begins
+            where the last one was, ``lambda n: schedule(n + 500)``.
         every: how many steps there are from one run to the next.
 
     Returns:
@@ -73,7 +76,7 @@ def hold(
 def zeroing(pairs: Sequence[tuple[Any, np.ndarray]]) -> Callable[[], None]:
     """Sets the entries of tensors to +0.0 whose mask is False, and leaves all others as they are.
 
-    The bits are cut, which no NaN or infinity survives.
+    A product with zeros would leave NaN and -0.0; zeros in all bits are +0.0.
     """
     held = [(tensor, torch.from_numpy(np.where(kept, -1, 0))) for tensor, kept in pairs]
 

@@ -475,7 +475,7 @@ class TanhShrink(Layer):
         return x - jnp.tanh(x)
 
 
-class Threshold(RealLayer):
+class Threshold(Layer):
     """x, or ``value`` where x is at most ``threshold``.
 
     Args:

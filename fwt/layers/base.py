@@ -77,6 +77,8 @@ class RealLayer(Layer):
 
     @nn.nowrap
     def _called(self, own: Any, xs: Any, named: Any) -> Any:
+        if not xs:
+            xs, named = [named["x"]], {n: v for n, v in named.items() if n != "x"}
         given = [self._cast(x) for x in xs]
         y = own(self, *map(_wide, given), **named)
         dtype = jnp.result_type(given[0])

@@ -1,7 +1,7 @@
 """Heads of attention, which go from query, key, value and out together."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -36,6 +36,15 @@ def groups(pattern: patterns.Pattern, places: Sequence[Axes], scope: Any) -> lis
             raise LeafError(
                 f"{pattern!r} prunes a head in all kernels of an attention, which have different "
                 f"numbers of heads: {counts}: where={same!r} takes those with as many"
+            )
+    for group in several if isinstance(scope, Mapping) else ():
+        first = [next((g for g in scope if _tree.named(g, [places[i].path], own=False)), None)
+                 for i in group]  # fmt: skip
+        if len({None if g is None else scope[g] for g in first}) > 1:
+            told = ", ".join(places[i].path for i in group)
+            raise FwtError(
+                f"{pattern!r} prunes a head in {told} together, and scope= gives them different "
+                "shares: one glob for all of them, such as '**/attention/**', gives one"
             )
     if several and scope in ("output", "global", "normalized", "erk", "lamp"):
         names = [places[i].path for i in several[0]]

@@ -114,6 +114,25 @@ def test_a_file_and_a_model(tmp_path):
     assert np.asarray(model.variables["batch_stats"]["n"]["mean"]).tolist() == [0, 0]
 
 
+def test_what_is_no_weight_of_an_nnx_module_is_left_out():
+    model = nnx.MultiHeadAttention(2, 4, decode=True, rngs=nnx.Rngs(0))
+    model.init_cache((1, 5, 4))
+    assert {p.split("/")[0] for p in fwt.paths(converters.weights(model))} == {
+        "query", "key", "value", "out"
+    }  # fmt: skip
+
+
+def test_files_where_models_are_read(tmp_path):
+    net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
+    torch.save(net.state_dict(), tmp_path / "net.pt")
+    assert fwt.paths(tmp_path / "net.pt") == ["0/bias", "0/weight", "1/bias", "1/weight"]
+    assert fwt.summary(str(tmp_path / "net.pt")).lines[1].shape == (3, 4)
+    with pytest.raises(fwt.FwtError, match=r"under other names.*load\(path, architecture=model\)"):
+        fwt.diff(tmp_path / "net.pt", net)
+    named = converters.load(tmp_path / "net.pt", architecture=net)
+    assert not [c for c in fwt.diff(named, net).changes if "batches" not in c.path]
+
+
 def test_masks_of_a_live_model_are_those_of_its_axes():
     grouped = torch.nn.Sequential(torch.nn.ConvTranspose2d(4, 6, 3, groups=2))
     kept = fwt.masks(0.5, scope="output")(grouped)

@@ -469,6 +469,17 @@ def test_a_head_goes_from_all_of_an_attention(pool):
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_shares_that_would_tear_a_head_apart_are_refused():
+    _, params, _ = attention()
+    heads = P.channel("heads")
+    with pytest.raises(fwt.FwtError, match="different shares: one glob for all"):
+        fwt.prune(scope={"**/query/kernel": 0.25, "**": 0.75}, pattern=heads)({"a": params})
+    found = fwt.prune(scope={"a/**": 0.5}, pattern=heads)({"a": params})["a"]
+    gone = {n: ~np.asarray(found[n]["kernel"]).any((0, 2) if n != "out" else (1, 2)) for n in found}
+    assert len({tuple(x) for x in gone.values()}) == 1
+    assert gone["out"].sum() == 2
+
+
 def test_heads_of_stacks_of_masks_in_training_and_of_live_models():
     """Wherever heads are counted."""
 

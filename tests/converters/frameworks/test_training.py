@@ -147,6 +147,25 @@ def test_schedules_of_sparsity_are_those_of_optax(settings):
         np.testing.assert_allclose(found[path], value, rtol=1e-4, atol=1e-6, err_msg=path)
 
 
+def test_infinities_are_pruned_by_a_schedule_too():
+    net = torch_net()
+    sgd = torch.optim.SGD(net.parameters(), 0.0)
+    sparse = fwt.optim.sparsify(optax.set_to_zero(), masks=fwt.masks(0.5))
+    converters.hold(net, sgd, sparse)
+    with torch.no_grad():
+        net[0].weight.fill_(float("inf"))
+    sgd.step()
+    assert int((net[0].weight == 0).sum()) == 38
+    assert not net[0].weight.isnan().any()
+
+
+def test_a_double_module_asks_for_x64_at_once():
+    net = torch_net(torch.float64)
+    sgd = torch.optim.SGD(net.parameters(), 0.1)
+    with pytest.raises(fwt.LeafError, match="enable_x64"):
+        converters.hold(net, sgd, fwt.optim.sparsify(optax.set_to_zero(), 0.5))
+
+
 def test_steps_of_a_closure_and_those_that_a_scaler_skips():
     net = torch_net()
     lbfgs = torch.optim.LBFGS(net.parameters(), max_iter=3)
@@ -236,13 +255,35 @@ SGD = torch.optim.SGD(NET.parameters(), 0.1)
         ),
         (
             lambda: converters.hold(NET, SGD, fwt.optim.sparsify(optax.adam(0.1), 0.5)),
-            r"takes steps of its own.*around optax.set_to_zero\(\)",
+            r"takes the steps: .*around optax.set_to_zero\(\)",
         ),
         (
             lambda: converters.hold(
                 NET, SGD, fwt.optim.sparsify(optax.set_to_zero(), 0.5, straight_through=True)
             ),
             "straight_through= and rewind=",
+        ),
+        (
+            lambda: converters.hold(NET, SGD, optax.sgd(optax.linear_schedule(0.0, 0.5, 9))),
+            "takes the steps: ",
+        ),
+        (
+            lambda: converters.hold(
+                NET,
+                SGD,
+                fwt.optim.sparsify(
+                    optax.chain(optax.set_to_zero(), optax.add_decayed_weights(0.1)), 0.5
+                ),
+            ),
+            "takes the steps: ",
+        ),
+        (
+            lambda: converters.hold(fwt.Model(None, {}), SGD, fwt.prune(0.5)),
+            "a torch module, found",
+        ),
+        (
+            lambda: converters.keras_initializer(fwt.initializers.ones, seed="a"),
+            "seed must be a whole number",
         ),
         (lambda: converters.Callback(fwt.prune(0.5), every="step"), "every must be 'batch'"),
         (lambda: converters.keras_constraint(fwt.prune(0.5)), "takes one of fwt.constraints"),
@@ -303,13 +344,13 @@ def test_a_callback_of_masks_is_one_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("every", "runs"), [("batch", 10), ("epoch", 2), (3, 4), (4, 3), (5, 2), (11, 1)]
+    ("every", "runs"), [("batch", 11), ("epoch", 3), (3, 4), (4, 3), (5, 3), (11, 1)]
 )
 def test_when_a_callback_runs(every, runs):
     net, seen = keras_net(), []
     callback = converters.Callback(lambda tree: seen.append(None) or tree, every)
     fit(net, callback, epochs=2)
-    assert len(seen) - 1 == runs  # it was tried at the start; the rest at the end
+    assert len(seen) - 1 == runs  # it was tried at the start, and runs at the end
 
 
 def test_a_callback_bounds_norms_and_prunes_by_a_schedule():
@@ -317,10 +358,10 @@ def test_a_callback_bounds_norms_and_prunes_by_a_schedule():
     fit(net, converters.Callback(fwt.project(fwt.constraints.max_norm(0.4))))
     assert max(np.linalg.norm(x, axis=0).max() for x in kernels(net)) < 0.4 + 1e-6
     net = keras_net()
-    schedule = fwt.schedules.cubic(0.8, 0, 4)
+    schedule = fwt.schedules.cubic(0.8, 0, 10)
     callback = converters.Callback(fwt.optim.sparsify(optax.set_to_zero(), schedule, every=1))
     fit(net, callback)
-    assert [(x == 0).sum() for x in kernels(net)] == [62, 26]
+    assert [(x == 0).sum() for x in kernels(net)] < [62, 26]
     fit(net, callback)  # it goes on where it was
     assert [(x == 0).sum() for x in kernels(net)] == [62, 26]
     rigl = fwt.optim.sparsify(optax.set_to_zero(), 0.5, regrow="rigl")
@@ -328,11 +369,68 @@ def test_a_callback_bounds_norms_and_prunes_by_a_schedule():
         fit(net, converters.Callback(rigl))
 
 
-def test_averages_are_masked_when_training_ends():
-    net = keras_net()
+@pytest.mark.parametrize("policy", ["float32", "mixed_float16"])
+def test_averages_are_masked_when_training_ends(policy):
+    net = keras_net(dtype=policy)
     net.compile(keras.optimizers.Adam(0.05, use_ema=True), "mse")
     fit(net, converters.Callback(fwt.apply_masks(fwt.masks(0.6)(net))))
     assert [(x == 0).sum() for x in kernels(net)] == [46, 20]
+
+
+def test_weights_that_another_callback_restores_are_masked():
+    net = keras_net()
+    stop = keras.callbacks.EarlyStopping("loss", restore_best_weights=True, start_from_epoch=0)
+    masks = converters.Callback(fwt.apply_masks(fwt.masks(0.6)(net)), every="epoch")
+    fit(net, stop, masks, epochs=2)
+    assert [(x == 0).sum() for x in kernels(net)] == [46, 20]
+
+
+def test_batches_are_counted_in_executions_of_several():
+    net, seen = keras_net(), []
+    net.compile("sgd", "mse", steps_per_execution=2)
+    callback = converters.Callback(lambda tree: seen.append(None) or tree, every=2)
+    fit(net, callback, epochs=2)
+    assert len(seen) - 1 == 5 + 1  # of ten batches in six executions
+
+
+def test_each_part_of_a_layer_draws_its_own_kernel():
+    drawn = converters.keras_initializer(fwt.initializers.glorot_normal)
+    layer = keras.layers.MultiHeadAttention(2, 4, kernel_initializer=drawn)
+    layer.build((None, 5, 8), (None, 5, 8))
+    query, key = (np.asarray(x.kernel) for x in (layer.query_dense, layer.key_dense))
+    assert not (query == key).any()
+
+
+AXES = [
+    (keras.layers.Conv2D(3, 2), (5, 5, 4), "h w in out"),
+    (keras.layers.Conv2DTranspose(3, 2), (5, 5, 4), "h w out in"),
+    (keras.layers.Embedding(7, 3), (4,), "in out"),
+]
+
+
+@pytest.mark.parametrize(("layer", "shape", "axes"), AXES, ids=["conv", "transposed", "table"])
+def test_axes_that_a_constraint_can_not_know_are_asked_for(layer, shape, axes):
+    layer.build((None, *shape))
+    (weight, *_) = layer.weights
+    with pytest.raises(fwt.AxesError, match=r"give keras_constraint.*axes="):
+        converters.keras_constraint(fwt.constraints.unit_norm)(weight)
+    converters.keras_constraint(fwt.constraints.non_negative)(weight)  # which asks for none
+    bound = converters.keras_constraint(fwt.constraints.unit_norm, axes=axes)
+    found = np.asarray(bound(weight))
+    names = axes.split()
+    over = tuple(i for i, name in enumerate(names) if name != "out")
+    np.testing.assert_allclose(np.sqrt((found**2).sum(over)), 1, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["orthogonal", "spectral_ball"])
+def test_constraints_of_matrices_in_fit(name):
+    make = getattr(fwt.constraints, name)
+    bound = converters.keras_constraint(make if name == "orthogonal" else make(0.5))
+    net = keras_net(kernel_constraint=bound)
+    fit(net)
+    singular = np.linalg.svd(kernels(net)[0], compute_uv=False)
+    np.testing.assert_allclose(singular, 1, rtol=1e-4) if name == "orthogonal" else None
+    assert singular.max() < (1.001 if name == "orthogonal" else 0.501)
 
 
 def test_a_constraint_and_an_initializer_in_a_layer(tmp_path):
@@ -367,23 +465,34 @@ ARGUMENTS = {
 }  # fmt: skip
 
 
+SHAPES = {
+    **dict.fromkeys(("positive_semidefinite", "symmetric", "doubly_stochastic"), (3, 3)),
+    **dict.fromkeys(("radial", "delta_orthogonal", "dirac"), (3, 2, 4)),
+}
+
+
 @pytest.mark.parametrize("name", [n for n in NOUNS if n != "torch.calculate_gain"])
 def test_nouns_go_through_the_text_of_a_file(name):
     home, last = NOUNS[name]
     noun = keras_training.resolve(getattr(home, last))
-    if callable(noun) and not hasattr(noun, "settings"):
-        try:
-            noun = noun(*ARGUMENTS.get(last, ()))
-        except TypeError:
-            noun = noun(1.0)
+    if not hasattr(noun, "settings"):
+        noun = noun(*ARGUMENTS.get(last, (1.0,)))
     if home is fwt.constraints:
         made, back = converters.keras_constraint(noun), keras.constraints
-    elif isinstance(noun, fwt.initializers.Bound):
-        made, back = converters.keras_initializer(noun, seed=1), keras.initializers
     else:
-        return  # a class of names
+        made, back = converters.keras_initializer(noun, seed=1), keras.initializers
     again = back.deserialize(json.loads(json.dumps(back.serialize(made))))
     assert again.get_config() == made.get_config()
+    shape = SHAPES.get(last, (4, 2))
+    if home is fwt.constraints:
+        axes = "in out" if len(shape) == 2 else "h in out"
+        again = keras_training.FwtConstraint(**{**again.get_config(), "axes": axes})
+        w = keras.ops.convert_to_tensor(np.random.default_rng(0).normal(size=shape), "float32")
+        found, wanted = again(w), noun(jnp.asarray(np.asarray(w)), axes)
+        np.testing.assert_allclose(np.asarray(found), wanted, rtol=1e-5, atol=1e-6)
+    elif last != "identity":
+        found, wanted = again(shape), noun(jax.random.key(1), shape, jnp.float32)
+        np.testing.assert_array_equal(np.asarray(found), wanted)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """SparseGPT against least squares and against pruning alone."""
 
+import threading
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ from flax import nnx
 from marks import thorough_but
 
 import fwt
-from fwt import converters
+from fwt import _calls, converters
 from fwt import layers as fl
 
 two_of_four = fwt.patterns.n_m(2, 4)
@@ -356,3 +358,24 @@ def test_all_that_can_not_be_mended_is_named_at_once():
     assert int((pruned["first"]["kernel"] == 0).sum()) == 24
     with pytest.raises(fwt.LeafError, match="no leaf is left, and"):
         fwt.sparsegpt(mixed, variables, x, 0.5, where=["grouped/kernel"])
+
+
+def test_remat_comes_back_after_calls_that_overlap():
+    before, found = jax.remat, []
+    entered, left = threading.Event(), threading.Event()
+
+    def other():
+        with _calls.forward():
+            entered.set()
+            left.wait()
+            found.append(jax.remat(len) is len)
+
+    thread = threading.Thread(target=other)
+    with _calls.forward():
+        thread.start()
+        entered.wait()
+    assert jax.remat(len) is not len  # here, while the other still runs
+    left.set()
+    thread.join()
+    assert found == [True]
+    assert jax.remat is before

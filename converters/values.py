@@ -101,6 +101,8 @@ def _edit(path: Path, t: Transform, out: Path, how: dict[str, Any]) -> None:
             raise
     model = t(model)
     own = model.module is None and formats.is_written_into(out, path, model.variables)
+    if own and how.get("dtype") is not None:
+        raise ConversionError(f"{path}: dtype=: the model that its weights are of says them")
     formats.save(out, *model, source=path if own else None)
 
 
@@ -232,3 +234,18 @@ def seen(model: Any) -> Iterator[dict[str, Any]]:
     live = Live(model, True, "reading")
     with live.knowing():
         yield live.tree
+
+
+def beside(model: Any) -> dict[str, Any]:
+    """What a live model holds that is no weight and no seed: torch's other buffers, and variables
+    of Keras such as those of a Normalization."""
+    live = Live(model, True, "reading")
+    seen = {id(leaf.source) for leaf in live.leaves}
+    if hasattr(model, "named_buffers") and not hasattr(model, "variables"):
+        from fwt.converters.frameworks.torch_layer import to_numpy
+
+        held = {n: to_numpy(x, n) for n, x in model.named_buffers() if id(x) not in seen}
+    else:
+        left = [v for v in model.variables if id(v) not in seen and "seed" not in v.name]
+        held = {v.path.removeprefix(f"{model.name}/"): np.array(v) for v in left}
+    return {"beside": held} if held else {}

@@ -80,7 +80,8 @@ def diff(a: Any, b: Any) -> Diff:
 
     Returns:
         A :class:`Diff`, to print or to read: the leaves that differ, by their paths with the
-        collection in front; and of two Models the layers that do.
+        collection in front; of two live models also their buffers and other variables; and of two
+        Models the layers that differ.
 
     Example:
         >>> import numpy as np
@@ -90,7 +91,8 @@ def diff(a: Any, b: Any) -> Diff:
         (False, 'params/d/kernel', 0.5)
     """
     files = [isinstance(x, str | os.PathLike) for x in (a, b)]
-    given, (a, b) = (a, b), map(_read, (a, b))
+    live = all(_nodes.foreign(x)[1] == "model" for x in (a, b))
+    given, (a, b) = (a, b), (_read(x, live) for x in (a, b))
     for model, path, own, is_live in ((a, given[0], *files), (b, given[1], *files[::-1])):
         if own and not is_live and model.module is None:
             names = [set(_tree.Tree({"params": dict(m.variables)}).leaves) for m in (a, b)]
@@ -108,7 +110,8 @@ def diff(a: Any, b: Any) -> Diff:
     return Diff(same, tuple(changes), tuple(_layers(a.module, b.module)))
 
 
-def _read(x: Any) -> Model:
+def _read(x: Any, live: bool) -> Model:
+    """What holds the leaves; with ``live`` those of a live model that are no weights too."""
     if isinstance(x, Model):
         return x
     if isinstance(x, str | os.PathLike):
@@ -116,9 +119,9 @@ def _read(x: Any) -> Model:
 
         return load(x)
     if _nodes.foreign(x)[1] == "model" or _nodes.is_graph(x):
-        from fwt.converters.values import weights
+        from fwt.converters import values
 
-        return Model(None, weights(x))
+        return Model(None, {**values.weights(x), **(values.beside(x) if live else {})})
     return Model(None, x if _tree.is_variables(x) else {"params": x})
 
 

@@ -312,6 +312,8 @@ def _changed(
             raise FwtError(f"{source}: {error}; {_terminal.by_own_names(refused)}") from error
         inner = formats.inside(source)
         own = model.module is None and formats.is_written_into(target, inner, model.variables)
+        if own and how["dtype"] is not None:
+            raise FwtError(f"{source}: --dtype: the model that its weights are of says them")
         _save(
             target,
             model,
@@ -439,7 +441,10 @@ def diff(first: In, second: In, how: dict[str, Any], as_json: JsonOption = False
 @changes(_changed)
 def prune(
     sparsity: Annotated[
-        float | None, typer.Option(help="The share of weights to prune, 0 to 1.")
+        float | None,
+        typer.Option(
+            help="The share of weights to prune, 0 to 1; with --like torch also a number from 2 on."
+        ),
     ] = None,
     threshold: Annotated[
         float | None,

@@ -133,19 +133,17 @@ def _chained(late: str, rename: Mapping[str, list[str]], how: Names, found: Sequ
 
 
 def _dropped(glob: str, found: Sequence[Named], path: Path) -> set[int]:
-    """Which arrays a glob names, by their old names or their new ones; the collection may stand
-    before them, as ``inspect`` shows it."""
+    """Which arrays a glob names, by their names in the file or, where it is none of these, by their
+    new ones; the collection may stand before them, as ``inspect`` shows it."""
     collection, _, rest = glob.partition("/")
-    spelled = [{_path(x.old), _path(x.new)} for x in found]
-    within = [i for i, x in enumerate(found) if x.collection == collection]
+    within = {i: x for i, x in enumerate(found) if x.collection == collection}
     try:
-        hits = set(_tree.named(glob, dict.fromkeys(p for both in spelled for p in both), own=False))
-        if hits or not within or not rest:
-            return {i for i, both in enumerate(spelled) if both & hits}
-        hits = set(
-            _tree.named(rest, dict.fromkeys(p for i in within for p in spelled[i]), own=False)
-        )
-        return {i for i in within if spelled[i] & hits}
+        for names in ([_path(x.old) for x in found], [_path(x.new) for x in found]):
+            for pattern, among in ((glob, dict(enumerate(found))), (rest, within if rest else {})):
+                hits = set(_tree.named(pattern, dict.fromkeys(names[i] for i in among), own=False))
+                if hits:
+                    return {i for i in among if names[i] in hits}
+        return set()
     except WhereError as error:
         raise FileFormatError(f"{path}: drop: {error}") from error
 

@@ -109,11 +109,13 @@ def _at_length(leaf: Any, axes: Axes, axis: Axis, wanted: Callable[[Any], Any]) 
         w, norm, direction = polar(leaf, axes, axis)
         stays, length = wanted(norm)
         return jnp.where(stays, w, direction * length).astype(leaf.dtype)
-    x = leaf.astype(np.float64)
+    x, least = leaf.astype(np.float64), np.finfo(np.float32).tiny
+    x[np.abs(x) < least] = 0  # as XLA takes subnormal numbers
     size = np.sqrt(np.sum(x * x, axis=over(axes, axis), keepdims=True))
     stays, length = wanted(np.minimum(size, np.finfo(np.float32).max).astype(np.float32))
-    x *= np.where(stays, 1, length / np.where(size == 0, 1, size))
-    return x.astype(leaf.dtype)
+    x *= length / np.where(size == 0, 1, size)
+    x[np.abs(x) < least] = 0
+    return np.where(stays, leaf, x.astype(leaf.dtype))
 
 
 def max_norm(leaf: Any, axes: Axes, max_value: Any, axis: Axis) -> Any:

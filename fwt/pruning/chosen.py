@@ -118,7 +118,25 @@ def _pruned(
     return _where(leaf, mask_of(key, windows, stack, arrays, cut))
 
 
+@jax.custom_jvp
 def _where(leaf: Any, mask: Any) -> Any:
+    """The leaf, +0.0 where the mask is False: chosen among bits, since a choice among floats that
+    asks for no zero is one by LLVM's floats, to which subnormal numbers are zero."""
+    leaf, whole = jnp.asarray(leaf), {8: jnp.uint8, 16: jnp.uint16, 32: jnp.uint32, 64: jnp.uint64}
+    floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+    bits = whole.get(jnp.finfo(leaf.dtype).bits) if floating else None
+    if bits is None:
+        return _plain_where(leaf, mask)
+    kept = _plain_where(jax.lax.bitcast_convert_type(leaf, bits), mask)
+    return jax.lax.bitcast_convert_type(kept, leaf.dtype)
+
+
+@_where.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    return _where(*primals), _plain_where(tangents[0], primals[1])
+
+
+def _plain_where(leaf: Any, mask: Any) -> Any:
     return jnp.where(mask, leaf, jnp.zeros((), leaf.dtype))
 
 

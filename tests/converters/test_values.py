@@ -133,6 +133,28 @@ def test_files_where_models_are_read(tmp_path):
     assert not [c for c in fwt.diff(named, net).changes if "batches" not in c.path]
 
 
+def test_what_is_no_weight_of_live_models_differs_too():
+    class Shifted(torch.nn.Module):
+        def __init__(self, value):
+            super().__init__()
+            torch.manual_seed(0)
+            self.dense = torch.nn.Linear(2, 2)
+            self.register_buffer("shift", torch.full((2,), value))
+
+    assert fwt.diff(Shifted(1.0), Shifted(1.0)).equal
+    assert [c.path for c in fwt.diff(Shifted(1.0), Shifted(2.0)).changes] == ["beside/shift"]
+
+    def adapted(value):
+        layer = keras.layers.Normalization(name="n")
+        ones = keras.layers.Dense(1, name="d", kernel_initializer="ones")
+        model = keras.Sequential([keras.Input((2,)), layer, ones])
+        layer.adapt(np.float32([[value, 2], [3, 4]]))
+        return model
+
+    assert fwt.diff(adapted(1.0), adapted(1.0)).equal
+    assert not fwt.diff(adapted(1.0), adapted(5.0)).equal
+
+
 def test_masks_of_a_live_model_are_those_of_its_axes():
     grouped = torch.nn.Sequential(torch.nn.ConvTranspose2d(4, 6, 3, groups=2))
     kept = fwt.masks(0.5, scope="output")(grouped)

@@ -466,3 +466,31 @@ def test_a_function_of_one_argument_may_be_wrapped():
 def test_a_function_of_ones_own_is_told_what_it_takes(verb):
     with pytest.raises(TypeError, match=r"takes (leaf, axes|path, leaf); found one of \("):
         verb()({"d": {"kernel": np.ones((3, 4), np.float32)}})
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_subnormal_numbers_under_jit_and_outside(dtype):
+    least = float(jnp.finfo(dtype).smallest_subnormal)
+    x = np.array([[least, -2 * least, 1.0], [4 * least, 0.0, -0.0]], dtype)
+    tree = {"d": {"kernel": x}}
+    wanted = np.where(np.abs(x.astype(np.float64)) > 0, x, np.zeros((), x.dtype)).tobytes()
+    for t in (fwt.prune(threshold=0.0), lambda tree: fwt.apply_masks(fwt.masks_of(tree))(tree)):
+        for run in (t, jax.jit(t)):
+            assert np.asarray(run(tree)["d"]["kernel"]).tobytes() == wanted
+    if dtype == "float16":  # whose subnormals are ordinary numbers of float32
+        return
+    for constraint in (fwt.constraints.unit_norm, fwt.constraints.min_max_norm(0.5, 1.0)):
+        t = fwt.project(constraint)
+        small = {"d": {"kernel": np.full((5, 3), 1e-40, dtype)}}
+        found, expected = t(small)["d"]["kernel"], jax.jit(t)(small)["d"]["kernel"]
+        np.testing.assert_array_equal(np.asarray(found), np.asarray(expected))
+
+
+def test_the_derivative_of_pruning_is_its_mask():
+    x = np.array([[3.0, -0.1], [0.2, 4.0]], np.float32)
+    loss = lambda tree: jnp.sum(fwt.prune(0.5)(tree)["d"]["kernel"] ** 2)  # noqa: E731 - short
+    for grad in (jax.grad(loss), jax.jit(jax.grad(loss))):
+        found = grad({"d": {"kernel": jnp.asarray(x)}})["d"]["kernel"]
+        np.testing.assert_array_equal(found, [[6, 0], [0, 8]])
+    _, out = jax.jvp(fwt.prune(0.5), *[({"d": {"kernel": jnp.asarray(x)}},)] * 2)
+    np.testing.assert_array_equal(out["d"]["kernel"], [[3, 0], [0, 4]])

@@ -589,3 +589,20 @@ def test_a_module_of_ones_own_as_an_architecture(tmp_path):
         found = converters.load(tmp_path / "w.pt", architecture=given)
         expected = net(torch.relu(torch.from_numpy(x))).detach()
         np.testing.assert_allclose(found(x), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_globs_of_drop_are_of_the_names_in_the_file(tmp_path):
+    path = tmp_path / "ema.pt"
+    one, other = torch.zeros(2, 3), torch.ones(2, 3)
+    torch.save({"model.w": one, "ema.w": other, "step": torch.ones(1)}, path)
+    found = converters.load(path, drop=["model.**"], rename={"ema": "model"})
+    assert fwt.paths(found) == ["model/w", "step"]
+    np.testing.assert_array_equal(found.variables["params"]["model"]["w"], other)
+    swapped = converters.load(path, drop=["ema.**"], rename={"ema": "model", "model": "ema"})
+    assert fwt.paths(swapped) == ["ema/w", "step"]
+    np.testing.assert_array_equal(swapped.variables["params"]["ema"]["w"], one)
+    # A name that only renaming makes is one to drop too.
+    assert fwt.paths(converters.load(path, drop=["x.**"], rename={"ema": "x"})) == [
+        "model/w",
+        "step",
+    ]

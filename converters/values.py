@@ -69,9 +69,13 @@ def transform(model: Any, t: Transform, out: Any = None, **how: Any) -> Any:
         >>> _ = transform(net, fwt.prune(1.0, where="0.weight"))
         >>> int((net[0].weight == 0).sum())
         8
-        >>> fwt.converters.save("net.safetensors", None, weights(net))
-        >>> transform("net.safetensors", fwt.prune(0.5, where="**"), out="pruned.safetensors")
-        'pruned.safetensors'
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> torch.save({"net": net.state_dict(), "epoch": 3}, folder / "run.pt")
+        >>> transform(folder / "run.pt", fwt.prune(0.5), out=folder / "pruned.pt", key="net").name
+        'pruned.pt'
+        >>> torch.load(folder / "pruned.pt")["epoch"]
+        3
     """
     if isinstance(model, str | os.PathLike):
         if out is None:

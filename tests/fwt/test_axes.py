@@ -421,8 +421,8 @@ def by_slice(transform):
     ],
 )
 def test_each_slice_is_transformed_by_itself(transform):
-    expected = by_slice(transform)
-    np.testing.assert_array_equal(leaf(transform(STACK)), expected)
+    expected = by_slice(transform)  # norms of a slice outside jit are NumPy's
+    np.testing.assert_allclose(leaf(transform(STACK)), expected, rtol=4e-7, atol=0)
 
 
 @pytest.mark.parametrize(

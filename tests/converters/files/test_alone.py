@@ -294,7 +294,7 @@ def test_close_names_are_first_those_of_the_same_layer():
             converters.transform(net, fwt.prune(0.5, where=where))
 
 
-@pytest.mark.parametrize("look", [fwt.paths, fwt.summary, fwt.prune(0.5)])
+@pytest.mark.parametrize("look", [fwt.prune(0.5), fwt.project(fwt.constraints.non_negative)])
 def test_a_path_is_no_tree(tmp_path, look):
     """It was one without leaves."""
     for path in (tmp_path / "net.keras", "net.keras"):

@@ -236,7 +236,7 @@ def test_weights_of_keras_need_the_file_that_they_come_from(trained, tmp_path):
     with pytest.raises(fwt.ConversionError, match="batch_normalization/vars/0 is not in both"):
         converters.save(target, None, part, source=source)
     for other in ("b.h5", "b.npz"):
-        with pytest.raises(fwt.ConversionError, match="read from a file of the same format"):
+        with pytest.raises(fwt.ConversionError, match="from a file of its own format"):
             converters.save(tmp_path / other, None, variables, source=source)
 
 

@@ -581,7 +581,7 @@ def test_examples_are_dense_tensors_of_real_numbers():
     for other in (torch.ones(2, 3, dtype=torch.complex64), np.full((2, 3), None)):
         with pytest.raises(ConversionError, match="an example of an input is"):
             converters.from_torch(net, other)
-    with pytest.raises(ConversionError, match="no signature"):
+    with pytest.raises(ConversionError, match="holds a program and no layers"):
         converters.from_torch(torch.jit.trace(nn.Linear(3, 4), torch.ones(2, 3)), (3,))
 
 

@@ -548,7 +548,7 @@ def test_a_new_name_that_says_other_axes_is_refused(tmp_path):
     with pytest.raises(converters.FileFormatError, match=r"a\.kernel would have its in"):
         converters.load(tmp_path / "w.npz", rename={"a.kernel": "a.weight"})
     said = cli("inspect", "w.npz", "--rename", "a.kernel=a.weight", cwd=tmp_path, code=1).stderr
-    assert "w.npz: --rename: a.kernel says" in said
+    assert "w.npz: --rename: a.kernel would have" in said
     assert "--rename turns no array: leave its last part, and --architecture takes" in said
 
     torch.save({f"a.{n}": v for n, v in layers[0].state_dict().items()}, tmp_path / "w.pt")

@@ -145,8 +145,8 @@ class Live:
                     f"{path}: expected {old.dtype}{list(old.shape)} from the transform, found "
                     f"{value.dtype}{list(value.shape)}{masked if value.dtype == bool else ''}"
                 )
-            # Bytes, so that NaN equals itself and -0.0 is not +0.0.
-            if value.tobytes() != old.tobytes():
+            # Bits, so that NaN equals itself and -0.0 is not +0.0.
+            if not np.array_equal(_bits(value), _bits(old)):
                 changed[path] = value
         return changed
 
@@ -165,6 +165,13 @@ class Live:
             raise ConversionError(
                 f"{written[-1].path} can't be written ({error}); the model is as it was"
             ) from error
+
+
+def _bits(x: np.ndarray) -> np.ndarray:
+    """The bytes of an array in C's order, which JAX puts a turned one into sooner than NumPy."""
+    if x.dtype.itemsize in (2, 4) and not x.flags.c_contiguous:
+        x = np.asarray(jax.device_put(x.view(f"u{x.dtype.itemsize}")))
+    return np.ascontiguousarray(x).reshape(-1).view(np.uint8)
 
 
 def _check_given_back(found: Any, tree: dict[str, Any]) -> None:

@@ -93,7 +93,7 @@ def transform(model: Any, t: Transform, out: Any = None, **how: Any) -> Any:
 
 
 def _edit(path: Path, t: Transform, out: Path, how: dict[str, Any]) -> None:
-    from fwt.converters.files import formats, h5_names
+    from fwt.converters.files import formats, h5_names, h5_weights
 
     try:
         model = formats.load(path, sidecar=True, **how)
@@ -105,7 +105,7 @@ def _edit(path: Path, t: Transform, out: Path, how: dict[str, Any]) -> None:
             raise
     model = t(model)
     own = model.module is None and formats.is_written_into(out, path, model.variables)
-    if own and how.get("dtype") is not None:
+    if own and how.get("dtype") is not None and h5_weights.holds_model(path):
         raise ConversionError(f"{path}: dtype=: the model that its weights are of says them")
     formats.save(out, *model, source=path if own else None)
 

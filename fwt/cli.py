@@ -291,7 +291,7 @@ def _changed(
     as_json: bool,
 ) -> None:
     """Load, transform, save, and the table of what came out."""
-    from fwt.converters.files import formats, h5_names
+    from fwt.converters.files import formats, h5_names, h5_weights
 
     def one(source: Path, target: Path, how: dict[str, Any]) -> None:
         refused = ""
@@ -312,7 +312,7 @@ def _changed(
             raise FwtError(f"{source}: {error}; {_terminal.by_own_names(refused)}") from error
         inner = formats.inside(source)
         own = model.module is None and formats.is_written_into(target, inner, model.variables)
-        if own and how["dtype"] is not None:
+        if own and how["dtype"] is not None and h5_weights.holds_model(inner):
             raise FwtError(f"{source}: --dtype: the model that its weights are of says them")
         _save(
             target,

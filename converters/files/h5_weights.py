@@ -3,6 +3,7 @@ the older .h5, and .keras. They need no Flax, since there are no layers."""
 
 import contextlib
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,14 @@ def load_weight_shards(path: Path, how: Reading) -> Model:
                 node = node.setdefault(part, {})
             node |= held
         return Model(None, {"params": _pruned(_io.under(out, how.key, path))})
+
+
+def holds_model(path: Path) -> bool:
+    """Whether a file of Keras of any format holds a model, whose layers say their dtypes."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            return "config.json" in archive.namelist()
+    return has_model(path)
 
 
 def has_model(path: Path) -> bool:

@@ -241,6 +241,9 @@ def test_a_keras_file_whose_model_is_not_known_is_edited(tmp_path):
     halved = lambda tree: jax.tree.map(lambda x: x / 2, tree)  # noqa: E731 - one of a user's
     path = tmp_path / "net.keras"
     converters.transform(path, halved, out=path)
+    with pytest.raises(fwt.ConversionError, match=r"dtype=: the model that its weights are of"):
+        converters.transform(path, halved, out=tmp_path / "no.keras", dtype="float16")
+    assert not (tmp_path / "no.keras").exists()
     x = np.ones((2, 5), np.float32)
     # Half the weights of two layers in a row; the biases are zero.
     found = in_keras(keras.models.load_model(path), x)

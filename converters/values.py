@@ -46,7 +46,7 @@ def transform(model: Any, t: Transform, out: Any = None, **how: Any) -> Any:
         model: a built Keras model, a torch module, or a :class:`fwt.Model`. Of what only runs a
             module, such as DataParallel, at any depth, the paths are those of the module inside.
             Or the path of a file or folder.
-        t: any transform.
+        t: any transform; of a file it is called with the :class:`fwt.Model` that the file holds.
         out: the path to write to, where ``model`` is a path; the same path writes over the file
             once the new one is whole.
         how: of a file, what :func:`load` takes, such as ``key=`` for the part of a checkpoint that
@@ -104,6 +104,11 @@ def _edit(path: Path, t: Transform, out: Path, how: dict[str, Any]) -> None:
         if not h5_names.says_no_axes(model.variables):
             raise
     model = t(model)
+    if not isinstance(model, Model):
+        raise LeafError(
+            f"{path}: the transform is called with the Model that the file holds, and must give a "
+            f"Model back, found {type(model).__name__}: fwt.Model(model.module, variables)"
+        )
     own = model.module is None and formats.is_written_into(out, path, model.variables)
     if own and how.get("dtype") is not None and h5_weights.holds_model(path):
         raise ConversionError(f"{path}: dtype=: the model that its weights are of says them")
@@ -245,7 +250,7 @@ def beside(model: Any) -> dict[str, Any]:
     of Keras such as those of a Normalization."""
     live = Live(model, True, "reading")
     seen = {id(leaf.source) for leaf in live.leaves}
-    if hasattr(model, "named_buffers") and not hasattr(model, "variables"):
+    if _nodes.foreign(model)[0] == "torch":
         from fwt.converters.frameworks.torch_layer import to_numpy
 
         held = {n: to_numpy(x, n) for n, x in model.named_buffers() if id(x) not in seen}

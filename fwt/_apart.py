@@ -104,7 +104,7 @@ class Call(NamedTuple):
         arrays: trees of arrays, each of the leaf's size.
         row: a :class:`Row`, or a tree of the leaf's own numbers; None for none.
         pads: whether the function takes arrays of any shape and keeps it, and zeros behind them,
-            along any axis, change nothing else of its value.
+            along any axis, change nothing of its value but the rounding of sums.
     """
 
     kind: Any

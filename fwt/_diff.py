@@ -93,15 +93,15 @@ def diff(a: Any, b: Any) -> Diff:
     files = [isinstance(x, str | os.PathLike) for x in (a, b)]
     live = all(_nodes.foreign(x)[1] == "model" for x in (a, b))
     given, (a, b) = (a, b), (_read(x, live) for x in (a, b))
-    for model, path, own, is_live in ((a, given[0], *files), (b, given[1], *files[::-1])):
-        if own and not is_live and model.module is None:
-            names = [set(_tree.Tree({"params": dict(m.variables)}).leaves) for m in (a, b)]
-            if names[0] != names[1]:
-                raise FwtError(
-                    f"diff: {os.fspath(path)} holds weights alone, under other names than the "
-                    "model: converters.load(path, architecture=model) gives them its names"
-                )
     one, other = (_tree.Tree({"params": dict(m.variables)}, whole=True).leaves for m in (a, b))
+    if files[0] != files[1] and (a, b)[files[1]].module is None:
+        layers = [{p.rpartition("/")[0] for p in x if p not in y}
+                  for x, y in ((one, other), (other, one))]  # fmt: skip
+        if layers[0] & layers[1] or (one and not one.keys() & other.keys()):
+            raise FwtError(
+                f"diff: {os.fspath(given[files[1]])} holds weights alone, under other names than "
+                "the model: converters.load(path, architecture=model) gives them its names"
+            )
     changes, same = [], 0
     for path in [*one, *(p for p in other if p not in one)]:
         change = _change(path, one.get(path), other.get(path))

@@ -1,5 +1,6 @@
 """torch's .pt files: a zip of a pickle and raw storages, read and written without torch."""
 
+import copy
 import json
 import pickle
 import shutil
@@ -346,8 +347,8 @@ def save_into(file: Any, source: Path, variables: Any) -> None:
                     held = np.frombuffer(into.buffers[info.filename], np.uint8)
                     _io.add_member(out, info.filename, held)
                     continue
-                with archive.open(info) as old, out.open(info, "w") as copy:
-                    shutil.copyfileobj(old, copy, 1 << 24)
+                with archive.open(info) as old, out.open(copy.copy(info), "w") as new_member:
+                    shutil.copyfileobj(old, new_member, 1 << 24)
 
 
 class _Into:
@@ -363,7 +364,12 @@ class _Into:
 
             def stored(name: str, size: int) -> bytearray:
                 full = f"{stem}data/{name}"
-                return self.buffers.setdefault(full, bytearray(archive.getinfo(full).file_size))
+                info = archive.getinfo(full)
+                plain = info.compress_type == zipfile.ZIP_STORED
+                if plain and info.file_size <= source.stat().st_size:
+                    return self.buffers.setdefault(full, bytearray(info.file_size))
+                self._filled.add(full)
+                return self.buffers.setdefault(full, member(archive, full, budget))
 
             pickled = bytes(member(archive, f"{stem}data.pkl", budget))
             little = f"{stem}byteorder" not in archive.namelist() or (

@@ -74,7 +74,7 @@ class Callback(keras.callbacks.Callback):
                 functools.partial(_zeroing, self.model),
                 gradients=False,
             )
-            self._batches = 0
+            self._batches = self._last = 0
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Counts the batches of the epoch before."""
@@ -205,7 +205,7 @@ class FwtConstraint(keras.constraints.Constraint):
 
     def __call__(self, w: Any) -> Any:
         """The weight within the set, of the same shape and dtype."""
-        name = getattr(w, "name", "kernel")
+        name = w.name if isinstance(w, keras.Variable) else "kernel"
         # The kernels of Keras's transposed convolutions have the outputs before the inputs.
         name = "weight" if name == "kernel" and len(w.shape) > 2 else name
         try:

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jax.interpreters import partial_eval
 
-from fwt import _tree
+from fwt import _nodes, _tree
 from fwt._compose import masks_in
 from fwt._types import ConversionError, Transform, wants_statistics
 from fwt.converters.frameworks import live as _live
@@ -58,8 +58,8 @@ class Repeated:
         self._zeroing = None if self._apply is None or not pairs else self._apply(pairs)
 
     def _variables(self) -> list[int]:
-        parts = getattr(self.model, "variables", None)
-        return [id(v) for v in (self.model.parameters() if parts is None else parts)]
+        keras = _nodes.foreign(self.model)[0] == "keras"
+        return [id(v) for v in (self.model.variables if keras else self.model.parameters())]
 
     def __call__(self) -> None:
         if self._zeroing is not None:

@@ -129,6 +129,11 @@ def test_files_where_models_are_read(tmp_path):
     assert fwt.summary(str(tmp_path / "net.pt")).lines[1].shape == (3, 4)
     with pytest.raises(fwt.FwtError, match=r"under other names.*load\(path, architecture=model\)"):
         fwt.diff(tmp_path / "net.pt", net)
+    trees = ({"d": {"kernel": np.ones((2, 3), np.float32), "bias": np.ones(3, np.float32)}},
+             {"d": {"kernel": np.ones((2, 3), np.float32)}})  # fmt: skip
+    converters.save(tmp_path / "some.npz", None, {"params": trees[0]})
+    (change,) = fwt.diff(tmp_path / "some.npz", trees[1]).changes  # one more is no other spelling
+    assert change.what.startswith("only in the first")
     named = converters.load(tmp_path / "net.pt", architecture=net)
     assert not [c for c in fwt.diff(named, net).changes if "batches" not in c.path]
 
@@ -140,6 +145,7 @@ def test_what_is_no_weight_of_live_models_differs_too():
             torch.manual_seed(0)
             self.dense = torch.nn.Linear(2, 2)
             self.register_buffer("shift", torch.full((2,), value))
+            self.variables = "a name of the user's own"
 
     assert fwt.diff(Shifted(1.0), Shifted(1.0)).equal
     assert [c.path for c in fwt.diff(Shifted(1.0), Shifted(2.0)).changes] == ["beside/shift"]
@@ -306,6 +312,18 @@ def test_a_checkpoint_of_torch_keeps_all_else_to_the_byte(tmp_path):
     assert torch.load(out, weights_only=False, mmap=True)["n"] == 3
 
 
+def test_a_checkpoint_that_is_compressed(tmp_path):
+    path, packed = tmp_path / "net.pt", tmp_path / "packed.pt"
+    torch.save(torch.nn.Linear(4, 3).state_dict(), path)
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members(path).items():
+            archive.writestr(name, data)
+    for source in (path, packed):
+        converters.transform(source, fwt.prune(0.5, where="weight"), out=source)
+    assert fwt.diff(path, packed).equal
+    assert int((converters.weights(packed)["params"]["weight"] == 0).sum()) == 6
+
+
 def test_views_and_weights_that_hooks_compute(tmp_path):
     """Tensors that are parts of one storage, and a file whose weights are computed from others."""
     path, out = tmp_path / "net.pt", tmp_path / "new.pt"
@@ -343,6 +361,8 @@ def test_what_is_wrong_writes_no_file(tmp_path):
         converters.transform(path, fwt.constraints.max_norm(1.0), out=out)
     with pytest.raises(fwt.WhereError, match="matches none"):
         converters.transform(path, fwt.prune(0.5, where="e/*"), out=out)
+    with pytest.raises(fwt.LeafError, match="called with the Model that the file holds"):
+        converters.transform(path, lambda model: dict(model.variables), out=out)
     with pytest.raises(fwt.FileFormatError, match="no such file"):
         converters.transform(tmp_path / "no.npz", fwt.prune(0.5), out=out)
     assert not out.exists()

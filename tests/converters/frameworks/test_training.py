@@ -28,6 +28,7 @@ Y = np.random.default_rng(1).normal(size=(40, 3)).astype(np.float32)
 def torch_net(dtype=torch.float32):
     torch.manual_seed(3)
     net = torch.nn.Sequential(torch.nn.Linear(7, 11), torch.nn.Tanh(), torch.nn.Linear(11, 3))
+    net.variables = "a name of the user's own, which means something in Keras"
     return net.to(dtype)
 
 
@@ -219,6 +220,37 @@ def test_what_is_held_may_change_its_dtype_or_its_parameters():
     sgd.add_param_group({"params": [net[0].weight]})
     torch_steps(net, sgd)
     assert int((net[0].weight == 0).sum()) == 38
+
+
+DISTRIBUTED = """
+import tempfile, torch, fwt
+from fwt import converters
+torch.distributed.init_process_group(
+    "gloo", init_method=f"file://{tempfile.mktemp()}", rank=0, world_size=1)
+net = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(7, 11))
+sgd = torch.optim.SGD(net.parameters(), 0.1)
+converters.hold(net, sgd, fwt.apply_masks(fwt.masks(0.5)(net)))
+for _ in range(3):
+    sgd.zero_grad()
+    net(torch.randn(5, 7)).square().mean().backward()
+    sgd.step()
+print(int((net.module.weight == 0).sum()))
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_the_module_in_a_distributed_one_is_held():
+    done = subprocess.run([sys.executable, "-c", DISTRIBUTED], capture_output=True, text=True)
+    assert done.stdout.split() == ["38"], done.stderr
+
+
+def test_a_callback_of_two_models_counts_for_each():
+    seen = []
+    callback = converters.Callback(lambda tree: seen.append(None) or tree, every=6)
+    for _ in range(2):  # five batches each, of which none is the sixth
+        seen.clear()
+        fit(keras_net(), callback)
+        assert len(seen) == 2  # tried at the start, and run at the end
 
 
 def test_tied_weights_are_held_once():

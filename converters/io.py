@@ -20,6 +20,8 @@ import ml_dtypes
 import numpy as np
 
 from fwt import _nodes, _tree
+from fwt._stored import Stored
+from fwt._stored import half_of_memory as half_of_memory
 from fwt._types import ConversionError, FileFormatError, FwtError
 
 if TYPE_CHECKING:
@@ -279,13 +281,6 @@ class Budget:
         return json.loads(text)
 
 
-def half_of_memory() -> int:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    except (AttributeError, ValueError, OSError):  # not every system tells
-        return 4 << 30
-
-
 @contextlib.contextmanager
 def opened(path: Path) -> Iterator[zipfile.ZipFile]:
     """A zip archive that names each member once."""
@@ -399,6 +394,10 @@ def read_into(file: Any, value: np.ndarray) -> None:
 
 def write_array(file: Any, value: np.ndarray) -> None:
     """An array's bytes, a piece at a time."""
+    if isinstance(value, Stored):
+        for piece in value.counted():
+            file.write(np.ascontiguousarray(piece).view(np.uint8).data)
+        return
     data: Any = memoryview(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
     for start in range(0, len(data), 1 << 24):
         file.write(data[start : start + (1 << 24)])
@@ -468,7 +467,8 @@ def arrays(collection: str, tree: Any) -> dict[str, np.ndarray]:
     seen: dict[int, np.ndarray] = {}  # what is one array stays one
     for leaf in leaves.values():
         if id(leaf) not in seen:
-            seen[id(leaf)] = native(np.asarray(leaf, order="C"))
+            here: Any = leaf if isinstance(leaf, Stored) else np.asarray(leaf, order="C")
+            seen[id(leaf)] = native(here)
     return {p: seen[id(leaves[p])] for p in ordered}
 
 

@@ -12,12 +12,14 @@ import numpy as np
 
 from fwt import _nodes, _tree
 from fwt._initialize import assign as assign_to_tree
-from fwt._types import ConversionError, LeafError, Model, Transform, wants_statistics
+from fwt._types import ConversionError, LeafError, Model, Transform, does_stream, wants_statistics
 from fwt.converters.frameworks import gradients
 from fwt.converters.frameworks.live import Live, check
 
 
-def transform(model: Any, t: Transform, out: Any = None, **how: Any) -> Any:
+def transform(
+    model: Any, t: Transform, out: Any = None, *, max_memory: int | None = None, **how: Any
+) -> Any:
     """Runs a transform on a live Keras or torch model of any shape, in place, or on a file.
 
     The transform sees the weights in Flax's names and axes, under the same paths as ``from_keras``
@@ -49,6 +51,8 @@ def transform(model: Any, t: Transform, out: Any = None, **how: Any) -> Any:
         t: any transform; of a file it is called with the :class:`fwt.Model` that the file holds.
         out: the path to write to, where ``model`` is a path; the same path writes over the file
             once the new one is whole.
+        max_memory: how many bytes of the weights of a file may be in memory at once, a quarter of
+            the machine's by default.
         how: of a file, what :func:`load` takes, such as ``key=`` for the part of a checkpoint that
             has the weights; the other parts stay as they are.
 
@@ -81,8 +85,12 @@ def transform(model: Any, t: Transform, out: Any = None, **how: Any) -> Any:
         if out is None:
             raise TypeError(f"{os.fspath(model)!r} is a file: out= says where the new one goes")
         check(t)
-        _edit(Path(model), t, Path(out), how)
+        from fwt.converters.files import stored
+
+        with stored.wanted(does_stream(t) and how.get("architecture") is None, max_memory):
+            _edit(Path(model), t, Path(out), how)
         return out
+    how = how if max_memory is None else {"max_memory": max_memory, **how}
     if given := {"out": out, **how} if out is not None else how:
         raise TypeError(f"{next(iter(given))}= is for files, found {type(model).__name__}")
     if isinstance(model, Model):

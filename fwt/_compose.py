@@ -14,6 +14,7 @@ from fwt._types import (
     Params,
     Transform,
     Where,
+    streams,
     wants_statistics,
     with_inside,
     with_statistics,
@@ -49,7 +50,7 @@ def chain(*transforms: Transform) -> Transform:
     def inside(masks: Masks) -> Transform:
         return chain(*(within(t, masks) for t in transforms))
 
-    return with_inside(with_statistics(apply, transforms), inside)
+    return streams(with_inside(with_statistics(apply, transforms), inside), transforms)
 
 
 def within(transform: Transform, masks: Masks) -> Transform:
@@ -143,7 +144,7 @@ def at(where: Where, transform: Transform) -> Transform:
     def inside(masks: Masks) -> Transform:
         return at(where, within(transform, masks))
 
-    return with_inside(with_statistics(apply, [transform]), inside)
+    return streams(with_inside(with_statistics(apply, [transform]), inside), [transform])
 
 
 def straight_through(transform: Transform) -> Transform:

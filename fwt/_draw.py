@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fwt import _apart, _axes, _keys, _mesh, _nodes, _tree, initializers
+from fwt import _apart, _axes, _keys, _mesh, _nodes, _stored, _tree, initializers
 from fwt._types import AxesError, FwtError, LeafError, Params, hashes
 from fwt.initializers import _bound
 
@@ -51,6 +51,16 @@ def drawn(
     # A user's own function may depend on more than its arguments: it is not compiled by us.
     ours = all(isinstance(s[0], initializers.Bound) and hashes(s[0]) for s in specs)
     leaves = [tree.leaves[p] for p in names]
+    if tree.stored:  # each when it is gone through
+
+        def alone(i: int) -> Any:
+            draw = _drawer(ours, [jnp.zeros(())], key)
+            return draw(tuple(specs[i : i + 1]), purpose, tuple(roots[i : i + 1]), key)[0]
+
+        rows = enumerate(zip(names, specs, strict=True))
+        return tree.replace(
+            {p: _stored.computed(s[1], s[2], functools.partial(alone, i)) for i, (p, s) in rows}
+        )
     new = _drawer(ours, leaves, key)(tuple(specs), purpose, tuple(roots), key)
     new = [_mesh.like(x, leaf) for x, leaf in zip(new, leaves, strict=True)]
     return tree.replace(dict(zip(names, new, strict=True)))

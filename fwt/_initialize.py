@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fwt import _axes, _draw, _mesh, _nodes, _own_names, _tree
-from fwt._types import Initializer, LeafError, Model, Params, Transform, Where, resolve
+from fwt._types import Initializer, LeafError, Model, Params, Transform, Where, resolve, streams
 
 
 def initialize(
@@ -82,7 +82,7 @@ def initialize(
 
         return _draw.drawn(tree, names, key, "initialize", dtype, choose)
 
-    return apply
+    return streams(apply)
 
 
 def assign(values: Mapping[str, Any]) -> Transform:

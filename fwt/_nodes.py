@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fwt import _states
+from fwt import _states, _stored
 from fwt._own_nodes import FromFile, Unselected
 from fwt._own_nodes import told_of as told_of
+from fwt._stored import Stored
 from fwt._types import LeafError, Model
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ def is_array(x: Any) -> bool:
     if isinstance(x, np.ndarray | np.generic):
         # ml_dtypes (bfloat16, float8) have kind "V" and no fields.
         return x.dtype.kind in "biufc" or (x.dtype.kind == "V" and x.dtype.isbuiltin == 2)
+    if isinstance(x, Stored):
+        return True
     return isinstance(x, jax.Array | jax.ShapeDtypeStruct) and not jnp.issubdtype(
         x.dtype, jax.dtypes.extended
     )
@@ -59,7 +62,7 @@ def children(node: Any) -> list[tuple[Any, Any]] | None:
         return [(types.SimpleNamespace(key=i), x) for i, x in enumerate(node)]
     if node is None:
         return []
-    if isinstance(node, np.ndarray | Unselected) or is_jax(node):
+    if isinstance(node, np.ndarray | Unselected | Stored) or is_jax(node):
         return None
     first = iter([False])  # the node itself, which may be a child of its own too
     found, _ = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda _: next(first, True))
@@ -480,7 +483,7 @@ def memory(leaf: Any) -> Any:
     if not leaf.shape or 0 in leaf.shape or leaf.dtype == bool:
         return None
     if not isinstance(leaf, np.ndarray):
-        return id(leaf) if is_jax(leaf) else None
+        return id(leaf) if is_jax(leaf) or isinstance(leaf, Stored) else None
     if any(s == 0 and n > 1 for s, n in zip(leaf.strides, leaf.shape, strict=True)):
         return None
     axes = sorted(zip(leaf.strides, leaf.shape, strict=True), reverse=True)
@@ -526,6 +529,8 @@ def same_values(one: Any, other: Any) -> bool | None:
         return True
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
+    if isinstance(one, Stored) or isinstance(other, Stored):
+        return _stored.same(one, other)
     if not isinstance(one, np.ndarray) or not isinstance(other, np.ndarray):
         if isinstance(one, jax.core.Tracer) or isinstance(other, jax.core.Tracer):
             return None

@@ -29,6 +29,13 @@ ToOption = Annotated[
 ShardsOption = Annotated[
     int | None, typer.Option(help="Write a folder of shards of at most this many bytes each.")
 ]
+MemoryOption = Annotated[
+    int | None,
+    typer.Option(
+        help="How many bytes of weights may be in memory at once; a quarter of the machine's by "
+        "default."
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, one line for each file.")]
 WhereOption = Annotated[
     list[str] | None,
@@ -60,6 +67,7 @@ _CHANGING: dict[str, tuple[Any, Any]] = {
     "to": (ToOption, None),
     "layout": (LayoutOption, None),
     "shard_bytes": (ShardsOption, None),
+    "max_memory": (MemoryOption, None),
     "as_json": (JsonOption, False),
 }
 

@@ -9,7 +9,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fwt import _apart, _axes, _masks, _mesh, _own_names, _tree, constraints, initializers
+from fwt import (
+    _apart,
+    _axes,
+    _masks,
+    _mesh,
+    _own_names,
+    _stored,
+    _tree,
+    constraints,
+    initializers,
+)
 from fwt._types import (
     Constraint,
     FwtError,
@@ -21,6 +31,7 @@ from fwt._types import (
     check_takes,
     hashes,
     resolve,
+    streams,
     with_inside,
 )
 from fwt.constraints import _vectors
@@ -97,6 +108,9 @@ def project(
         # A traced setting can't be a static argument, and a user's own function may depend on
         # more than its arguments: those are not compiled by us.
         compiled = ours and hashes(chosen)
+        if tree.stored:
+            each = zip(names, leaves, places, kept, strict=True)
+            return tree.replace({p: _later(chosen, compiled, p, *row) for p, *row in each})
         rows = zip(leaves, places, kept, strict=True)
         new = [chosen.on_host(*row) if compiled else None for row in rows]
         left = [i for i, x in enumerate(new) if x is None]
@@ -127,7 +141,40 @@ def project(
 
         return checked
 
-    return apply if masks is not None else with_inside(apply, inside)
+    return streams(apply if masks is not None else with_inside(apply, inside))
+
+
+_ROWS = 1 << 26  # bytes of a leaf that are projected at once, where rows can be taken alone
+
+
+def _later(constraint: Any, compiled: bool, path: str, leaf: Any, place: Any, mask: Any) -> Any:
+    """A leaf of a file that is projected when it is gone through."""
+    dtype, shape = leaf.dtype, tuple(leaf.shape)
+
+    def done(value: np.ndarray, mask: Any) -> np.ndarray:
+        here = dataclasses.replace(place, shape=value.shape)
+        new = constraint.on_host(value, here, mask) if compiled else None
+        if new is None:
+            several = _projected_compiled if compiled else _projected
+            (new,) = several(constraint, (here,), [jnp.asarray(value)], [mask])
+        return np.asarray(new)
+
+    own = getattr(constraint, "function", None) in _vectors.NORMS and not place.stack
+    if own and mask is None and place.known and 0 in place.outputs and not place.doubted:
+        rows = max(_ROWS // max(leaf.nbytes // max(shape[0], 1), 1), 1)
+        if rows < shape[0]:
+
+            def pieces(given: _stored.Pieces) -> _stored.Pieces:
+                for part in _stored.joined(given, rows * (leaf.size // shape[0])):
+                    yield from _stored.cut(done(part.reshape(-1, *shape[1:]), None))
+
+            return _stored.of(leaf).mapped(pieces)
+
+    def whole() -> np.ndarray:
+        why = f"the constraint {getattr(constraint, 'name', constraint)!r}"
+        return done(_stored.held({path: leaf}, why)[path], mask)
+
+    return _stored.computed(shape, dtype, whole)
 
 
 def _projected(constraint: Any, places: Any, leaves: list[Any], kept: list[Any]) -> list[Any]:

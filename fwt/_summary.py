@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fwt import _tree
+from fwt._stored import Stored
 from fwt._types import Model, Params
 
 if TYPE_CHECKING:
@@ -143,9 +144,15 @@ def summary(params: Params) -> Summary:
 
 
 def _line(path: str, leaf: Any, layers: Mapping[str, str], prefix: str, tied: str = "") -> Line:
-    here = isinstance(leaf, np.ndarray)  # which most are, and which needs no JAX
+    if isinstance(leaf, Stored) and leaf.zeros is None:
+        for _ in leaf.counted():
+            pass
+    here = isinstance(leaf, np.ndarray | Stored)  # which most are, and which needs no JAX
     abstract = not here and isinstance(leaf, jax.ShapeDtypeStruct | jax.core.Tracer)
     size = math.prod(leaf.shape)
-    zeros = None if abstract else size - int(np.count_nonzero(np.asarray(leaf)))
+    if isinstance(leaf, Stored):
+        zeros = leaf.zeros
+    else:
+        zeros = None if abstract else size - int(np.count_nonzero(np.asarray(leaf)))
     layer = layers.get(path.rpartition("/")[0], "")
     return Line(prefix + path, layer, tuple(leaf.shape), str(leaf.dtype), size, zeros, tied)

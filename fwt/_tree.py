@@ -22,6 +22,7 @@ from fwt._paths import near as near
 from fwt._paths import of_keras as of_keras
 from fwt._paths import split as split
 from fwt._paths import unescape as unescape
+from fwt._stored import Stored
 from fwt._types import LeafError, Model, Params, Where, WhereError, check_takes
 
 if TYPE_CHECKING:
@@ -124,6 +125,11 @@ class Tree:
         for found in shared:
             if first := next((p for p in found if p in self.leaves), None):
                 self.also[first] = {p: s for p, s in found.items() if p not in self.leaves}
+
+    @property
+    def stored(self) -> bool:
+        """Whether some leaves are larger than memory."""
+        return any(isinstance(x, Stored) for x in self.leaves.values())
 
     @property
     def ties(self) -> list[list[str]]:
@@ -346,7 +352,9 @@ def _warn(text: str) -> None:
 def _resolve(where: Where, shapes: Mapping[str, "jax.ShapeDtypeStruct"], tree: Tree) -> set[str]:
     if isinstance(where, str):
         return set(named(where, shapes))
-    if isinstance(where, _GLOBS) and all(map(_is_name, where)):
+    if isinstance(where, _GLOBS) and all(
+        isinstance(w, str) or hasattr(w, "paths_of") for w in where
+    ):
         chosen: set[str] = set()
         for each in where:
             hits = _resolve(each, shapes, tree)
@@ -370,10 +378,6 @@ def _resolve(where: Where, shapes: Mapping[str, "jax.ShapeDtypeStruct"], tree: T
                 )
         return {p for p, answer in answers.items() if answer}
     return _from_bools(where, shapes, tree)
-
-
-def _is_name(where: Any) -> bool:
-    return isinstance(where, str) or hasattr(where, "paths_of")
 
 
 def _from_bools(where: Any, shapes: Mapping[str, Any], tree: Tree) -> set[str]:

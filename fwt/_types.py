@@ -68,6 +68,18 @@ def with_masks(transform: Transform) -> Transform:
     return transform
 
 
+def streams(transform: Transform, of: Sequence[Any] | None = None) -> Transform:
+    """Marks a transform that takes leaves larger than memory, of which it changes a piece at a
+    time; one made of others, if all of them do."""
+    if of is None or all(map(does_stream, of)):
+        transform.__dict__["__fwt_streams__"] = True
+    return transform
+
+
+def does_stream(transform: Any) -> bool:
+    return getattr(transform, "__fwt_streams__", False) is True
+
+
 def with_inside(transform: Transform, inside: Callable[[Masks], Transform]) -> Transform:
     """Says what a transform is where these masks hold, for those who know them."""
     transform.__dict__["__fwt_inside__"] = inside

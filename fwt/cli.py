@@ -9,7 +9,7 @@ import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -23,6 +23,7 @@ from fwt._options import (
     JsonOption,
     LayoutOption,
     Make,
+    MemoryOption,
     Out,
     ShardsOption,
     ToOption,
@@ -228,6 +229,7 @@ def convert(
         bool,
         typer.Option("--weights-only", help="Take the arrays alone, by the file's own names."),
     ] = False,
+    max_memory: MemoryOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Convert files to another format: exactly, or not at all."""
@@ -277,7 +279,8 @@ def convert(
         raise typer.BadParameter(
             f"{target}: into a folder, --to .keras or the like says the format"
         )
-    _each_to(sources, target, to, how, one)
+    with _streaming(not verify, how, max_memory):
+        _each_to(sources, target, to, how, one)
 
 
 def _changed(
@@ -288,9 +291,11 @@ def _changed(
     how: dict[str, Any],
     layout: str | None,
     shard_bytes: int | None,
+    max_memory: int | None,
     as_json: bool,
 ) -> None:
     """Load, transform, save, and the table of what came out."""
+    from fwt._types import does_stream
     from fwt.converters.files import formats, h5_names, h5_weights
 
     def one(source: Path, target: Path, how: dict[str, Any]) -> None:
@@ -323,7 +328,17 @@ def _changed(
         )
         _terminal.print_model(target, model, as_json, None, refused)
 
-    _each_to(sources, target, to, how, one)
+    with _streaming(does_stream(transform), how, max_memory):
+        _each_to(sources, target, to, how, one)
+
+
+@contextlib.contextmanager
+def _streaming(can: bool, how: dict[str, Any], max_memory: int | None) -> Iterator[None]:
+    """In it, weights stay in their file until they are written, where the task allows it."""
+    from fwt.converters.files import stored
+
+    with stored.wanted(can and how["architecture"] is None, max_memory):
+        yield
 
 
 def _both(first: Path, second: Path, how: dict[str, Any], run: bool = False) -> list[Any]:

@@ -43,7 +43,7 @@ fwt._live
 fwt._rules fwt._modules fwt._masks
 fwt._tree
 fwt._nodes fwt._paths fwt._keys
-fwt._apart fwt._equal fwt._states fwt._own_nodes
+fwt._apart fwt._equal fwt._states fwt._own_nodes fwt._stored
 fwt._mesh
 fwt._types
 fwt._errors fwt._later

@@ -17,6 +17,7 @@ from fwt._types import ConversionError, FileFormatError, Model
 from fwt.converters import io as _io
 from fwt.converters.files import folders, h5_weights, orbax, plain, safetensors, torch_file
 from fwt.converters.files import names as _names
+from fwt.converters.files import stored as _stored
 from fwt.converters.io import Reading, UnusedError, write_atomically, write_folder_atomically
 
 if TYPE_CHECKING:
@@ -545,6 +546,8 @@ def save(
             f"{_given.weights_of(variables)}"
         )
     variables = _tree.as_variables(variables)
+    if _stored.WANTED.get() and found not in _STREAMED:
+        variables = _stored.in_memory(variables, f"{path}: this format")
     if dtype is not None:
         if not isinstance(module, Sequential | Graph | None) or source is not None:
             there = "source=, whose model says the dtypes" if source is not None else (
@@ -581,6 +584,7 @@ def save(
         write_atomically(path, lambda file: one(file, module, variables, layout))
 
 
+_STREAMED = (_SAFETENSORS, _NPZ, _TORCH)  # which are written a piece at a time
 _IN_PLACE = (_KERAS, _WEIGHTS, _LEGACY)  # whose arrays can be changed without knowing their layers
 
 

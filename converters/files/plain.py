@@ -18,6 +18,7 @@ from fwt._errors import refuse
 from fwt._types import FileFormatError, Model
 from fwt.converters import io as _io
 from fwt.converters.files import source as _source
+from fwt.converters.files import stored as _stored
 from fwt.converters.frameworks import description
 from fwt.converters.io import (
     Budget,
@@ -40,13 +41,20 @@ def load_npz(path: Path, how: Reading) -> Model:
         names = archive.namelist()
         told = budget.parsed(member(archive, _OURS, budget), _OURS) if _OURS in names else None
         dtypes = told["dtypes"] if told else {}
-        flat = {}
+        flat: dict[str, Any] = {}
+        there = _stored.Source(path) if _stored.WANTED.get() else None
         for name in names:
             if name == _OURS:
                 continue
             if not name.endswith(".npy"):
                 raise FileFormatError(f"{path}: {name} is no array")
             stem = name.removesuffix(".npy")
+            if there is not None:
+                place = _stored.member_at(archive, there, name)
+                held = place and _npy_at(there, place, stem, dtypes.get(stem), path)
+                if held is not None:
+                    flat[stem] = held
+                    continue
             data = member(archive, name, budget, _check_npy)
             flat[stem] = _npy(data, stem, dtypes.get(stem), path, how.drop)
         if told:
@@ -124,6 +132,30 @@ def _npy(
     return _io.native(np.ascontiguousarray(value).reshape(shape))
 
 
+def _npy_at(
+    source: _stored.Source, place: _stored.Sum, name: str, told: str | None, path: Path
+) -> Any:
+    """An array where it stands in its archive; None where it is not as it would be in memory."""
+    head = np.zeros(min(place.stop - place.start, 70_000), np.uint8)
+    source.into(head, place.start)
+    data = head.tobytes()
+    if data[:8] != b"\x93NUMPY\x01\x00":
+        return None
+    stream = io.BytesIO(data)
+    npy.read_magic(stream)
+    shape, fortran, dtype = npy.read_array_header_1_0(stream)
+    if told is not None:
+        dtype = _extended(told, dtype, name, path)
+    elif dtype.kind not in "biufc":
+        return None
+    start = place.start + stream.tell()
+    size = int(np.prod(shape, dtype=object)) * dtype.itemsize if min((*shape, 0)) >= 0 else -1
+    plain = dtype.isnative and not (fortran and len(shape) > 1)
+    if not plain or size != place.stop - start:
+        return None
+    return _stored.InFile(source, start, shape, dtype, place)
+
+
 def _extended(told: str, dtype: np.dtype, name: str, path: Path) -> np.dtype:
     if not hasattr(ml_dtypes, told) or dtype_of(told).itemsize != dtype.itemsize:
         raise FileFormatError(f"{path}: {name} of {dtype} is said to be {told!r}")
@@ -149,10 +181,10 @@ def save_npz(file: Any, module: Any, variables: Any, layout: str | None) -> None
         for name, value in flat.items():
             if "\0" in name:
                 raise refuse(name, "a name with a zero byte, which no archive holds")
-            if name in dtypes:
-                value = value.view(f"V{value.dtype.itemsize}")
+            dtype = np.dtype(f"V{value.dtype.itemsize}") if name in dtypes else value.dtype
             header = io.BytesIO()
-            npy.write_array_header_1_0(header, npy.header_data_from_array_1_0(value))
+            said = {"shape": value.shape, "fortran_order": False}
+            npy.write_array_header_1_0(header, {**said, "descr": npy.dtype_to_descr(dtype)})
             _io.add_member(archive, f"{name}.npy", value, header.getvalue())
         if plain is None:
             archive.writestr(_OURS, json.dumps(told))

@@ -18,6 +18,7 @@ from fwt._errors import refuse
 from fwt._types import ConversionError, FileFormatError, Model
 from fwt.converters import io as _io
 from fwt.converters.files import source as _source
+from fwt.converters.files import stored as _stored
 from fwt.converters.frameworks import description
 from fwt.converters.io import Budget, Reading, dtype_of, nested, reading
 
@@ -80,10 +81,11 @@ def _read(path: Path, budget: Budget | None) -> tuple[dict[str, np.ndarray], dic
             raise FileFormatError(f"{path}: its header declares {size:,} bytes")
         text = file.read(size)
         budget.parsed(text, "its header")
+    there = _stored.Source(path) if _stored.WANTED.get() else None
     with safe_open(path, framework="numpy") as checked, open(path, "rb") as file:
         metadata = checked.metadata() or {}
         header = json.loads(text, object_pairs_hook=_once)
-        out = {}
+        out: dict[str, Any] = {}
         names = checked.keys()  # it is no mapping, which could be iterated over
         for name in names:
             entry = header[name]
@@ -93,6 +95,11 @@ def _read(path: Path, budget: Budget | None) -> tuple[dict[str, np.ndarray], dic
                 )
             dtype = dtype_of(DTYPES[entry["dtype"]])
             start, end = entry["data_offsets"]
+            if there is not None:
+                out[name] = _stored.InFile(there, 8 + size + start, entry["shape"], dtype)
+                if out[name].nbytes != end - start:
+                    raise FileFormatError(f"{path}: {name} has {end - start} bytes")
+                continue
             budget.spend(name, end - start)
             value = np.empty(entry["shape"], dtype)
             if value.nbytes != end - start:

@@ -22,6 +22,7 @@ import numpy as np
 
 from fwt import _later, _nodes, _paths, _tree
 from fwt._own_nodes import FromFile
+from fwt._stored import Stored
 from fwt._types import FileFormatError
 from fwt.converters import io as _io
 
@@ -137,7 +138,8 @@ def _apart(tree: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _is_numbers(node: Any) -> bool:
-    return (isinstance(node, np.ndarray) or _nodes.is_jax(node)) and _io.is_numeric(node.dtype)
+    arrays = np.ndarray | Stored
+    return (isinstance(node, arrays) or _nodes.is_jax(node)) and _io.is_numeric(node.dtype)
 
 
 def _check_leaves(

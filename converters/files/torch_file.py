@@ -1,14 +1,14 @@
 """torch's .pt files: a zip of a pickle and raw storages, read and written without torch."""
 
-import copy
+import bisect
+import itertools
 import json
 import pickle
-import shutil
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from fwt._errors import refuse
 from fwt._types import ConversionError, FileFormatError, Model
 from fwt.converters import io as _io
 from fwt.converters.files import source as _source
+from fwt.converters.files import stored as _stored
 from fwt.converters.files import torch_pickle
 from fwt.converters.files.torch_pickle import DTYPES, STORAGES
 from fwt.converters.io import Budget, Reading, dtype_of, member, nested, opened, reading
@@ -27,13 +28,21 @@ _OURS = "fwt.json"  # a member beside torch's own: what a state dict has no plac
 def load_torch(path: Path, how: Reading) -> Model:
     """A torch state dict, as weights under torch's own names and in torch's layout; of one in
     several files the index, or the folder that holds it."""
+    try:
+        return _load(path, how)
+    except UnplacedError:
+        with _stored.wanted(False):
+            return _load(path, how)
+
+
+def _load(path: Path, how: Reading) -> Model:
     if path.is_dir() or path.name.endswith(".json"):
         return _sharded(path, how)
     with reading(path):
-        loaded, ours = _loaded(path, how)
+        loaded, ours, there = _loaded(path, how)
         state = _io.under(loaded, how.key, path)
         metadata = getattr(state, "metadata", None)
-        return _model(_state(state, path, how), path, how, ours, metadata)
+        return _model(_placed(there, _state(state, path, how)), path, how, ours, metadata)
 
 
 def _sharded(path: Path, how: Reading) -> Model:
@@ -45,7 +54,8 @@ def _sharded(path: Path, how: Reading) -> Model:
         held: dict[str, np.ndarray] = {}
         for shard in dict.fromkeys(where.values()):
             there = _io.sibling(path, shard)
-            state = _state(_loaded(there, how)[0], there, how)
+            loaded, _, places = _loaded(there, how)
+            state = _placed(places, _state(loaded, there, how))
             own = {name for name, place in where.items() if place == shard}
             if set(state) != {name for name in own if name in state or not _extra(name)}:
                 raise FileFormatError(f"{path}: {shard} holds other names than the index says")
@@ -54,12 +64,13 @@ def _sharded(path: Path, how: Reading) -> Model:
         return _model(held, path, how, {}, None)
 
 
-def _loaded(path: Path, how: Reading) -> tuple[Any, dict[str, Any]]:
-    """What a file holds, and what a file of ours says beside it."""
+def _loaded(path: Path, how: Reading) -> tuple[Any, dict[str, Any], "_Places"]:
+    """What a file holds, what a file of ours says beside it, and where its tensors stand."""
     _check_kind(path)
     budget = Budget(path, how.max_bytes)
+    places = _Places()
     if torch_pickle.is_older(path):
-        return torch_pickle.loaded_older(path, budget), {}
+        return torch_pickle.loaded_older(path, budget), {}, places
     with opened(path) as archive:
         names = [n for n in archive.namelist() if n.endswith("/data.pkl")]
         if len(names) != 1:
@@ -70,15 +81,113 @@ def _loaded(path: Path, how: Reading) -> tuple[Any, dict[str, Any]]:
             if order not in (b"little", b"big"):
                 raise FileFormatError(f"{path}: byte order {order!r}")
 
+        there = _stored.Source(path) if _stored.WANTED.get() and order == b"little" else None
+
         def stored(name: str, _: int) -> Any:
-            return member(archive, f"{stem}data/{name}", budget)
+            full = f"{stem}data/{name}"
+            place = None if there is None else _stored.member_at(archive, there, full)
+            if there is None:
+                return member(archive, full, budget)
+            if place is None:
+                return places.add(full, member(archive, full, budget))
+            return places.add(full, np.zeros(place.stop - place.start, np.uint8), there, place)
 
         pickled = bytes(member(archive, names[0], budget))
-        loaded = torch_pickle.loaded(pickled, budget, stored, order == b"big")
+        views = there is not None
+        loaded = torch_pickle.loaded(pickled, budget, stored, order == b"big", views)
         ours = {}
         if f"{stem}{_OURS}" in archive.namelist():
             ours = budget.parsed(member(archive, f"{stem}{_OURS}", budget), _OURS)
-        return loaded, ours
+        return loaded, ours, places
+
+
+def _placed(places: "_Places", state: dict[str, np.ndarray]) -> dict[str, Any]:
+    if not _stored.WANTED.get():
+        return state
+    if not all(x.flags.writeable for x in state.values()):
+        raise UnplacedError("its numbers are others than those that stand there")
+    return places.placed(state)
+
+
+class UnplacedError(FileFormatError):
+    """A file has tensors that are not as they stand there, such as conjugated ones."""
+
+
+class _Storage(NamedTuple):
+    """The memory of a storage, and where it stands; None for one that is compressed."""
+
+    name: str
+    memory: Any
+    source: _stored.Source | None
+    place: _stored.Sum | None
+
+
+class _Places:
+    """Where in their file the tensors stand whose memory was not filled."""
+
+    def __init__(self) -> None:
+        self._storages: dict[int, _Storage] = {}
+        self._starts: list[int] = []
+
+    @property
+    def any(self) -> bool:
+        """Whether there is a storage."""
+        return bool(self._starts)
+
+    def add(self, name: str, memory: Any, source: Any = None, place: Any = None) -> Any:
+        """Memory of a storage, which takes none as long as nobody touches it."""
+        if len(memory):
+            at = _address(np.frombuffer(memory, np.uint8))
+            self._storages[at] = _Storage(name, memory, source, place)
+            bisect.insort(self._starts, at)
+        return memory
+
+    def _of(self, value: np.ndarray) -> _Storage | None:
+        at = _address(value)
+        index = bisect.bisect_right(self._starts, at) - 1
+        found = self._storages[self._starts[index]] if index >= 0 and value.size else None
+        return found if found and at < self._starts[index] + len(found.memory) else None
+
+    def storage_of(self, value: np.ndarray) -> str:
+        """The name of the storage of a tensor."""
+        found = self._of(value)
+        return found.name if found else ""
+
+    def place_of(self, name: str) -> _stored.Sum | None:
+        """Where a storage stands."""
+        return next(x.place for x in self._storages.values() if x.name == name)
+
+    def filled(self, name: str) -> np.ndarray:
+        """The bytes of a storage."""
+        found = next(x for x in self._storages.values() if x.name == name)
+        whole = np.frombuffer(found.memory, np.uint8)
+        if found.source is not None and found.place is not None:
+            found.source.into(whole, found.place.start)
+        return whole
+
+    def placed(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The tensors of a state dict as what stands in the file, where they are so."""
+        done: dict[int, Any] = {}  # what is one array stays one
+        for value in state.values():
+            if id(value) not in done:
+                done[id(value)] = self._placed(value)
+        return {name: done[id(value)] for name, value in state.items()}
+
+    def _placed(self, value: np.ndarray) -> Any:
+        found = self._of(value)
+        if found is None:
+            return value
+        if found.source is None or found.place is None or not value.flags.c_contiguous:
+            self.filled(found.name)  # it has strides of its own, or was compressed
+            return value.copy()
+        at = _address(value) - _address(np.frombuffer(found.memory, np.uint8))
+        start = found.place.start + at
+        return _stored.InFile(found.source, start, value.shape, value.dtype, found.place)
+
+
+def _address(value: np.ndarray) -> int:
+    found: int = value.__array_interface__["data"][0]
+    return found
 
 
 def _model(
@@ -209,7 +318,9 @@ def folded(flat: dict[str, np.ndarray], path: Path) -> dict[str, np.ndarray]:
             owner, _, rest = f".{name}".rpartition(".parametrizations.")
             tensor = rest.split(".")[0]
             start = f"{owner}.parametrizations.{tensor}."[1:]
-            parts = {n.removeprefix(start): v for n, v in flat.items() if n.startswith(start)}
+            parts = {
+                n.removeprefix(start): np.asarray(v) for n, v in flat.items() if n.startswith(start)
+            }
             value, target = _parametrized(parts), f"{owner}.{tensor}"[1:]
             if value is None:
                 raise FileFormatError(
@@ -219,7 +330,7 @@ def folded(flat: dict[str, np.ndarray], path: Path) -> dict[str, np.ndarray]:
             done |= {start + n for n in parts}
         else:
             stem, _, suffix = name.rpartition("_")
-            parts = {s: flat[f"{stem}_{s}"] for s in ("orig", "mask", "g", "v", "u")
+            parts = {s: np.asarray(flat[f"{stem}_{s}"]) for s in ("orig", "mask", "g", "v", "u")
                      if f"{stem}_{s}" in flat}  # fmt: skip
             target, value = stem, None
             if set(parts) == {"orig", "mask"} and parts["mask"].shape == parts["orig"].shape:
@@ -319,83 +430,70 @@ def holds(source: Path, variables: Any) -> bool:
     if variables is None or not zipfile.is_zipfile(source):  # older formats are written anew
         return False
     with reading(source):
-        into = _Into(source, variables)
+        held, _ = _views(source, variables)
     found = _io.dotted(variables)
-    kinds = [{n: (v.shape, v.dtype) for n, v in held.items()} for held in (into.state, found)]
+    kinds = [{n: (v.shape, v.dtype) for n, v in each.items()} for each in (held, found)]
     return kinds[0] == kinds[1]
 
 
 def save_into(file: Any, source: Path, variables: Any) -> None:
     """A torch file with other values of its arrays; all else of it stays as it is, to the byte."""
-    with reading(source), opened(source) as archive:
-        into, new = _Into(source, variables), set()
-        for name, value in _io.dotted(variables).items():
-            view = into.state[name]
-            storage = into.filled(archive, view)
-            if np.asarray(value).tobytes() != view.tobytes() and view.flags.writeable:
-                view[...] = value
-                new.add(storage)
-        for name, value in _io.dotted(variables).items():
-            if np.asarray(value).tobytes() != into.state[name].tobytes():
+    with reading(source):
+        held, places = _views(source, variables)
+    new = _io.dotted(variables)
+    there = places.placed(held)
+    by_storage: dict[str, list[str]] = {}
+    for name, view in held.items():
+        by_storage.setdefault(places.storage_of(view), []).append(name)
+    changed: dict[int, Any] = {}
+    members: dict[str, Any] = {}
+    for storage, names in by_storage.items():
+        others = [n for n in names if not _is_same(there[n], new[n])]
+        if not others:
+            continue
+        if _are_apart([there[n] for n in names]):
+            changed |= {there[n].offset: new[n] for n in others}
+            continue
+        buffer = places.filled(storage)
+        for name in others:
+            if held[name].flags.writeable:
+                held[name][...] = np.asarray(new[name])
+        for name in names:
+            if np.asarray(new[name]).tobytes() != held[name].tobytes():
                 raise ConversionError(
                     f"{source}: {name} is a view of memory that other tensors have too, and can't "
                     "be written alone: save it again with tensor.clone()"
                 )
-        with zipfile.ZipFile(file, "w") as out:
-            for info in archive.infolist():
-                if info.filename in new:
-                    held = np.frombuffer(into.buffers[info.filename], np.uint8)
-                    _io.add_member(out, info.filename, held)
-                    continue
-                with archive.open(info) as old, out.open(copy.copy(info), "w") as new_member:
-                    shutil.copyfileobj(old, new_member, 1 << 24)
+        place = places.place_of(storage)
+        if place is None:
+            members[storage] = buffer
+        else:
+            changed[place.start] = buffer
+    _stored.copy_archive_with(file, _stored.Source(source), changed, members)
 
 
-class _Into:
-    """The tensors of a file as views of storages that are read when they are asked for."""
+def _is_same(old: Any, new: Any) -> bool:
+    in_file = isinstance(old, _stored.InFile) and old.stands_as(new)
+    return in_file or _nodes.same_values(old, new) is True
 
-    def __init__(self, source: Path, variables: Any) -> None:
-        self._source, self._filled = source, set[str]()
-        self.buffers: dict[str, bytearray] = {}
-        told = _nodes.told_of(variables)
-        with opened(source) as archive:
-            stem = next(n for n in archive.namelist() if n.endswith("/data.pkl"))[:-8]
-            budget = Budget(source, None)
 
-            def stored(name: str, size: int) -> bytearray:
-                full = f"{stem}data/{name}"
-                info = archive.getinfo(full)
-                plain = info.compress_type == zipfile.ZIP_STORED
-                if plain and info.file_size <= source.stat().st_size:
-                    return self.buffers.setdefault(full, bytearray(info.file_size))
-                self._filled.add(full)
-                return self.buffers.setdefault(full, member(archive, full, budget))
+def _are_apart(leaves: Sequence[Any]) -> bool:
+    """Whether all of them stand in their file by themselves, or are one."""
+    if not all(isinstance(x, _stored.InFile) for x in leaves):
+        return False
+    spans = sorted({(x.offset, x.offset + x.nbytes) for x in leaves})
+    return all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
 
-            pickled = bytes(member(archive, f"{stem}data.pkl", budget))
-            little = f"{stem}byteorder" not in archive.namelist() or (
-                bytes(member(archive, f"{stem}byteorder", budget)) == b"little"
-            )
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of what shares memory, which is looked at here
-                held = torch_pickle.loaded(pickled, budget, stored, False, True) if little else {}
-        part = _io.under(held, told.get("part"), source)
-        self.state = {
-            name: value
-            for name, value in (part.items() if isinstance(part, Mapping) else ())
-            if isinstance(value, np.ndarray)
-        }
 
-    def filled(self, archive: zipfile.ZipFile, view: np.ndarray) -> str:
-        """The member that a tensor is in, with its bytes."""
-        at = view.__array_interface__["data"][0]
-        for name, buffer in self.buffers.items():
-            start = np.frombuffer(buffer, np.uint8).__array_interface__["data"][0] if buffer else -1
-            if start <= at < start + max(len(buffer), 1):
-                if name not in self._filled:
-                    self._filled.add(name)
-                    buffer[:] = member(archive, name, Budget(self._source, None))
-                return name
-        return ""  # a tensor without entries
+def _views(source: Path, variables: Any) -> tuple[dict[str, np.ndarray], "_Places"]:
+    """The tensors of a file by name, as views of storages that are not filled."""
+    with _stored.wanted(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what shares memory, which is looked at here
+        loaded, _, places = _loaded(source, Reading())
+    part = _io.under(loaded, _nodes.told_of(variables).get("part"), source)
+    part = part if places.any else {}  # of numbers that are not as in memory
+    found = part.items() if isinstance(part, Mapping) else ()
+    return {n: x for n, x in found if isinstance(x, np.ndarray)}, places
 
 
 def _check_names(variables: Mapping[str, Any], found: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ from flax.traverse_util import flatten_dict
 from fwt import _nodes, _tree
 from fwt._graph import Graph, Node, inputs_of, names_in, nodes_of
 from fwt._sequential import Named, Sequential
+from fwt._stored import Stored
 from fwt._types import ConversionError, Model
 from fwt.converters.frameworks import sidecar
 from fwt.converters.rows import table
@@ -241,6 +242,13 @@ def _module(row: Row, layer: Layer) -> Any:
     return cls(**settings)
 
 
+def _cast(place: Any, value: Any, wanted: Any) -> Any:
+    if not isinstance(value, Stored):
+        return _rounded(place, np.asarray(value), wanted)
+    kind = np.dtype(jnp.dtype(wanted))
+    return value.mapped(lambda pieces: (_rounded(place, x, wanted) for x in pieces), kind)
+
+
 def in_dtype(model: Model, dtype: Any) -> Model:
     """A model that computes in a dtype, with its floating arrays in it; with None as it is.
 
@@ -262,7 +270,7 @@ def in_dtype(model: Model, dtype: Any) -> Model:
         if not floating or value.dtype == wanted:
             return value
         if id(value) not in done:
-            done[id(value)] = value, _rounded(place, np.asarray(value), wanted)
+            done[id(value)] = value, _cast(place, value, wanted)
         return done[id(value)][1]
 
     def plain(layer: Any) -> Any:

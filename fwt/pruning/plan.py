@@ -110,6 +110,7 @@ class Plan:
         more: Mapping[str, Any] = MappingProxyType({}),
         steps: Any = None,
         start: Mapping[str, Any] = MappingProxyType({}),
+        tree: _tree.Tree | None = None,
     ) -> tuple[Any, dict[str, Chosen]]:
         """The tree, and what is kept of each selected leaf.
 
@@ -120,6 +121,7 @@ class Plan:
             more: context for the scores, beside that of the plan.
             steps: updates to add to the params first, the same tree.
             start: by path, masks that prune at least as many as are pruned now.
+            tree: the params, if they have been looked at already.
         """
         # Bare magnitudes of what is moved are summed in each pass, so that no sum is stored.
         lazy = self.score is scores.magnitude and self.pattern == patterns.unstructured
@@ -127,7 +129,7 @@ class Plan:
         lazy = lazy and (grow is None or grow[0] in (scores.random, scores.gradient))
         if steps is not None and not lazy:
             params, steps = moved(params, steps), None
-        tree = _tree.Tree(params)
+        tree = _tree.Tree(params) if tree is None else tree
         names = tree.select(self.where)
         leaves = [_tree.computable(p, tree.leaves[p], self.dtype) for p in names]
         for path, leaf in zip(names, leaves, strict=True):
@@ -137,7 +139,7 @@ class Plan:
         places = self._places(tree, names)
         _scope.check_ties(self.scope, tree.perhaps, names)
         fits = self._fits(tree, names, places)
-        self.heads = _heads.groups(self.pattern, places, self.scope)
+        self.heads = self._heads(places)
         if self.scope == "output":
             rows = zip(places, fits, strict=True)
             places = [_scope.by_output(place, self.pattern, fit) for place, fit in rows]
@@ -203,6 +205,9 @@ class Plan:
             cuts = _cuts(groups, ks, stacks, ties) if ks else [_ALL] * len(found)
             stacks = stacks if ks else [()] * len(found)
         return list(zip(found, cuts, windows, stacks, strict=True))
+
+    def _heads(self, places: list[_axes.Axes]) -> list[list[int]]:
+        return _heads.groups(self.pattern, places, self.scope)
 
     def _places(self, tree: Any, names: list[str]) -> list[_axes.Axes]:
         """The axes of each leaf, which tell a stack of layers."""

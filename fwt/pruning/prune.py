@@ -6,10 +6,11 @@ from typing import Any
 import numpy as np
 
 from fwt import _axes, _masks, _tree, patterns, scores
-from fwt._types import Masks, Params, Score, Transform, Where, with_masks
+from fwt._types import Masks, Params, Score, Transform, Where, streams, with_masks
 from fwt.pruning import chosen as _chosen
 from fwt.pruning import plan as _plan
 from fwt.pruning.scope import Like, Scope
+from fwt.pruning.stored import pruned as _of_stored
 
 
 def prune(
@@ -89,10 +90,13 @@ def prune(
     plan = _plan.Plan(sparsity, score, threshold, scope, pattern, where, like, context, axes, dtype)
 
     def apply(params: Params) -> Params:
-        tree, chosen = plan.choose(params)
+        tree = _tree.Tree(params)
+        if tree.stored:
+            return _of_stored(plan, tree)
+        _, chosen = plan.choose(params, tree=tree)
         return tree.replace(_chosen.pruned(chosen))
 
-    return apply
+    return streams(apply)
 
 
 def masks(

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from fwt import _nodes, _tree
+from fwt import _nodes, _stored, _tree
 from fwt._graph import Graph, nodes_of
 from fwt._sequential import Sequential, settings_of
 from fwt._types import FwtError, Model
@@ -130,15 +130,18 @@ def _change(path: str, a: Any, b: Any) -> Change | None:
         there = b if a is None else a
         where = "second" if a is None else "first"
         return Change(path, f"only in the {where}: {there.dtype}{list(there.shape)}")
-    a, b = np.asarray(a), np.asarray(b)
     if a.shape != b.shape or a.dtype != b.dtype:
         return Change(path, f"{a.dtype}{list(a.shape)} and {b.dtype}{list(b.shape)}")
-    x, y = (np.ascontiguousarray(v).reshape(-1) for v in (a, b))
-    bits = (v.view(np.uint8).reshape(v.size, v.dtype.itemsize) for v in (x, y))
-    differs = np.any(np.not_equal(*bits), axis=1)
-    if not differs.any():
+    count, gaps = 0, list[float]()
+    for x, y in _stored.pairs(a, b):
+        differs = np.any(np.not_equal(_stored.bits(x), _stored.bits(y)), axis=1)
+        if differs.any():
+            count += int(differs.sum())
+            gaps.append(_largest(x[differs], y[differs]))
+    if not count:
         return None
-    return Change(path, "other values", int(differs.sum()), _largest(x[differs], y[differs]))
+    known = [gap for gap in gaps if gap == gap]
+    return Change(path, "other values", count, max(known) if known else gaps[0])
 
 
 def _largest(x: np.ndarray, y: np.ndarray) -> float:

@@ -160,6 +160,7 @@ def _later(constraint: Any, compiled: bool, path: str, leaf: Any, place: Any, ma
         return np.asarray(new)
 
     own = getattr(constraint, "function", None) in _vectors.NORMS and not place.stack
+    own = own and dict(constraint.settings).get("axis") is None
     if own and mask is None and place.known and 0 in place.outputs and not place.doubted:
         rows = max(_ROWS // max(leaf.nbytes // max(shape[0], 1), 1), 1)
         if rows < shape[0]:

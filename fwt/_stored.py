@@ -145,27 +145,26 @@ def joined(pieces: Pieces, size: int) -> Pieces:
         yield np.concatenate(held)
 
 
+def pairs(one: Any, other: Any) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Two leaves of one size, in pieces of the same numbers of both."""
+    theirs, b = of(other).pieces(), np.zeros(0, other.dtype)
+    for a in of(one).pieces():
+        while a.size:
+            b = b if b.size else next(theirs)
+            n = min(a.size, b.size)
+            yield a[:n], b[:n]
+            a, b = a[n:], b[n:]
+
+
+def bits(piece: np.ndarray) -> np.ndarray:
+    """The bytes of each number."""
+    flat = np.ascontiguousarray(piece)
+    return flat.view(np.uint8).reshape(flat.size, flat.itemsize)
+
+
 def same(one: Any, other: Any) -> bool:
     """Whether two leaves of one shape and dtype are equal bit for bit."""
-    if one is other:
-        return True
-    mine, theirs = (_bytes(x) for x in (one, other))
-    a = b = np.zeros(0, np.uint8)
-    while True:
-        a = next(mine, a[:0]) if not a.size else a
-        b = next(theirs, b[:0]) if not b.size else b
-        if not a.size or not b.size:
-            return not a.size and not b.size
-        n = min(a.size, b.size)
-        if not np.array_equal(a[:n], b[:n]):
-            return False
-        a, b = a[n:], b[n:]
-
-
-def _bytes(leaf: Any) -> Pieces:
-    for piece in leaf.pieces() if isinstance(leaf, Stored) else cut(np.asarray(leaf)):
-        if piece.size:
-            yield np.ascontiguousarray(piece).view(np.uint8)
+    return one is other or all(np.array_equal(bits(a), bits(b)) for a, b in pairs(one, other))
 
 
 def half_of_memory() -> int:

@@ -210,7 +210,8 @@ def inspect(files: Ins, how: dict[str, Any], as_json: JsonOption = False) -> Non
             model, refused = _refused.alone(path, how, error), _refused.why(path, error)
         _terminal.print_model(path, model, as_json, how["architecture"], refused)
 
-    _each(files, how, show)
+    with _streaming(True, how, None):
+        _each(files, how, show)
 
 
 @app.command(cls=WithTarget)
@@ -438,12 +439,13 @@ def diff(first: In, second: In, how: dict[str, Any], as_json: JsonOption = False
     from fwt import _diff
 
     refused = hint = ""
-    try:
-        models = _both(first, second, how)
-    except FwtError as error:
-        models = [_refused.alone(path, how, error) for path in (first, second)]
-        refused = _terminal.in_options(str(error))
-    found = _diff.diff(*models)
+    with _streaming(True, how, None):
+        try:
+            models = _both(first, second, how)
+        except FwtError as error:
+            models = [_refused.alone(path, how, error) for path in (first, second)]
+            refused = _terminal.in_options(str(error))
+        found = _diff.diff(*models)
     bare = len({m.module is None for m in models}) > 1
     if not found.same and how["architecture"] is None and bare:
         hint = "; --architecture gives weights alone the names of their model"

@@ -251,6 +251,7 @@ class Budget:
         self.max_bytes = half_of_memory() if max_bytes is None else max_bytes
         self.room = self.max_bytes
         self.raw: Any = b""  # the bytes of an HDF5 file while it is open
+        self.unread: Any = None  # files.stored.StandIns, where arrays may stay in it
 
     def spend(self, what: str, size: int) -> None:
         self.left -= size

@@ -111,7 +111,7 @@ def _edit(path: Path, t: Transform, out: Path, how: dict[str, Any]) -> None:
         model = formats.load(path, module=False, **how)
         if not h5_names.says_no_axes(model.variables):
             raise
-    model = t(model)
+    before, model = model, t(model)
     if not isinstance(model, Model):
         raise LeafError(
             f"{path}: the transform is called with the Model that the file holds, and must give a "
@@ -120,7 +120,8 @@ def _edit(path: Path, t: Transform, out: Path, how: dict[str, Any]) -> None:
     own = model.module is None and formats.is_written_into(out, path, model.variables)
     if own and how.get("dtype") is not None and h5_weights.holds_model(path):
         raise ConversionError(f"{path}: dtype=: the model that its weights are of says them")
-    formats.save(out, *model, source=path if own else None)
+    if not formats.edited(out, path, before, model):
+        formats.save(out, *model, source=path if own else None)
 
 
 def weights(model: Any) -> dict[str, Any]:

@@ -77,6 +77,10 @@ class Stored:
         return self.mapped(cast, wanted)
 
 
+class Unread(np.ndarray):
+    """Memory that stands for an array of a file, and was not filled: nobody copies it."""
+
+
 def of(leaf: Any) -> Stored:
     """A leaf as one that is gone through."""
     if isinstance(leaf, Stored):

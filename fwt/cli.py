@@ -308,6 +308,7 @@ def _changed(
             own = formats.is_written_into(target, source)
             if not (own and h5_names.says_no_axes(model.variables)):
                 raise _refused.error_of(source, model, refused, changed=True) from error
+        before = model
         try:
             model = transform(model)
         except FwtError as error:
@@ -320,13 +321,10 @@ def _changed(
         own = model.module is None and formats.is_written_into(target, inner, model.variables)
         if own and how["dtype"] is not None and h5_weights.holds_model(inner):
             raise FwtError(f"{source}: --dtype: the model that its weights are of says them")
-        _save(
-            target,
-            model,
-            layout=layout,
-            shard_bytes=shard_bytes,
-            source=inner if own and shard_bytes is None else None,
-        )
+        plain = shard_bytes is None and layout is None
+        if not plain or not formats.edited(target, inner, before, model):
+            into = inner if own and shard_bytes is None else None
+            _save(target, model, layout=layout, shard_bytes=shard_bytes, source=into)
         _terminal.print_model(target, model, as_json, None, refused)
 
     with _streaming(does_stream(transform), how, max_memory):

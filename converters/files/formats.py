@@ -546,7 +546,8 @@ def save(
             f"{_given.weights_of(variables)}"
         )
     variables = _tree.as_variables(variables)
-    if _stored.WANTED.get() and found not in _STREAMED:
+    turned = found is _TORCH and module is not None
+    if _stored.WANTED.get() and (turned or found not in _STREAMED):
         variables = _stored.in_memory(variables, f"{path}: this format")
     if dtype is not None:
         if not isinstance(module, Sequential | Graph | None) or source is not None:
@@ -594,6 +595,37 @@ def is_written_into(path: Path, source: Path, variables: Any = None) -> bool:
     if not source.is_file() or by_content(source) is not form:
         return False
     return form in _IN_PLACE or (form is _TORCH and torch_file.holds(source, variables))
+
+
+def edited(path: Path, source: Path, before: Model, after: Model) -> bool:
+    """Writes a copy of the file of a Keras model with other weights in their places, if all that
+    are others stand in it as they are in memory; all else of it stays as it is, to the byte."""
+    form = by_suffix(path)
+    if form not in (_KERAS, _LEGACY) or not source.is_file() or by_content(source) is not form:
+        return False
+    if before.module is None or after.module != before.module:
+        return False
+    old, new = (_tree.Tree({"params": m.variables}, whole=True).leaves for m in (before, after))
+    if old.keys() != new.keys() or not any(isinstance(x, _stored.InFile) for x in old.values()):
+        return False
+    changed: dict[int, Any] = {}
+    for name, was in old.items():
+        leaf = new[name]
+        if leaf is was:
+            continue
+        kept = (leaf.shape, leaf.dtype) == (was.shape, was.dtype)
+        if not isinstance(was, _stored.InFile) or not kept:
+            return False
+        changed[was.offset] = leaf
+    where = _stored.Source(source)
+    for leaf in old.values():
+        if isinstance(leaf, _stored.InFile):
+            where.is_as(leaf.source)
+    if form is _KERAS:
+        write_atomically(path, lambda f: _stored.copy_archive_with(f, where, changed, {}))
+    else:
+        write_atomically(path, lambda f: _stored.copy_with(f, where, changed))
+    return True
 
 
 def _save_into(path: Path, module: Any, variables: Any, source: Path) -> None:

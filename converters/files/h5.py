@@ -6,7 +6,7 @@ import json
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from flax.traverse_util import flatten_dict
 from fwt._types import ConversionError, FileFormatError, Model
 from fwt.converters import io as _io
 from fwt.converters.files import h5_names, h5_weights
+from fwt.converters.files import stored as _stored
 from fwt.converters.files.h5_read import (
     array_of,
     attribute,
@@ -25,6 +26,7 @@ from fwt.converters.files.h5_read import (
     names_in,
     node_at,
     opened_h5,
+    opened_member,
     text_of,
     tree_of,
 )
@@ -48,36 +50,52 @@ _STATE = re.compile(r"(^|/)(vector_u|sn_u)(:\d+)?$")
 def load_keras(path: Path, how: Reading) -> Model:
     """A .keras archive."""
     _io.without_key(path, how)
+    return _or_read(lambda: _load_keras(path, how))
+
+
+def _load_keras(path: Path, how: Reading) -> Model:
     with reading(path):
-        return _converted(*_read(path, how), how)
+        budget = Budget(path, how.max_bytes)
+        return _converted(*_read(path, how, budget), how, budget)
 
 
-def _converted(net: Net, whole: Mapping[str, Any], how: Reading) -> Model:
+def _or_read(load: Callable[[], Model]) -> Model:
+    """What a function loads, whose arrays may stay in their file unless something is computed of
+    them."""
+    try:
+        return load()
+    except _stored.ComputedError:
+        with _stored.wanted(False):
+            return load()
+
+
+def _converted(net: Net, whole: Mapping[str, Any], how: Reading, budget: Budget) -> Model:
     made = _flax.write_flax(convert.convert(net, "keras", "flax", "source"))
     if how.sidecar:
         made = keras_config.with_sidecar(made, net, "source", whole)
+    if budget.unread is not None:
+        made = Model(made.module, budget.unread.placed(made.variables))
     return keras_config.marked(made, net)
 
 
 def keras_of(path: Path, how: Reading) -> Net:
     """The net of a .keras or .h5 file with its arrays."""
-    if zipfile.is_zipfile(path):
-        return _read(path, how)[0]
     budget = Budget(path, how.max_bytes)
+    if zipfile.is_zipfile(path):
+        with _stored.wanted(False):
+            return _read(path, how, budget)[0]
     with opened_h5(path, budget) as file:
         net = keras_read.keras_net(legacy_config(file, budget), str(path))
         fill_legacy(net.layers, h5_weights.legacy_arrays(file, budget), path)
     return keras_config.shared(net)
 
 
-def _read(path: Path, how: Reading) -> tuple[Net, dict[str, Any]]:
+def _read(path: Path, how: Reading, budget: Budget) -> tuple[Net, dict[str, Any]]:
     """The net of a .keras file, and what it says of the model as a whole."""
-    budget = Budget(path, how.max_bytes)
     with opened(path) as archive:
         config, older = _config_of(archive, budget)
         net = keras_read.keras_net(config, str(path))
-        weights = member(archive, h5_weights.ARRAYS, budget, check_start)
-        with opened_h5(weights, budget) as file:
+        with opened_member(archive, h5_weights.ARRAYS, budget) as file:
             fill_groups(net.layers, h5_weights.weights_of(file, budget), path)
             steps = node_at(file, "optimizer/vars/0", path) if how.sidecar else None
             whole = _whole(config, older, _steps(steps, budget), how)
@@ -326,13 +344,18 @@ def _places(file: Any, budget: Budget) -> dict[tuple[str, ...], tuple[str, np.nd
 
 def load_legacy(path: Path, how: Reading) -> Model:
     """An .h5 file of Keras 2 or 3 that holds a model."""
-    budget = Budget(path, how.max_bytes)
     _io.without_key(path, how)
-    with reading(path), opened_h5(path, budget) as file:
+    return _or_read(lambda: _load_legacy(path, how))
+
+
+def _load_legacy(path: Path, how: Reading) -> Model:
+    budget = Budget(path, how.max_bytes)
+    with reading(path), opened_h5(path, budget, stay=True) as file:
         config, held = legacy_config(file, budget), h5_weights.legacy_arrays(file, budget)
         net = keras_read.keras_net(config, str(path))
         fill_legacy(net.layers, held, path)
-        return _converted(keras_config.shared(net), _legacy_whole(file, config, how, budget), how)
+        whole = _legacy_whole(file, config, how, budget)
+        return _converted(keras_config.shared(net), whole, how, budget)
 
 
 def _legacy_whole(file: Any, config: Any, how: Reading, budget: Budget) -> dict[str, Any]:

@@ -5,6 +5,7 @@ import io
 import itertools
 import math
 import mmap
+import zipfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import numpy as np
 from fwt._types import FileFormatError
 from fwt.converters import io as _io
 from fwt.converters.files import h5_text
+from fwt.converters.files import stored as _stored
 from fwt.converters.io import Budget, progress
 
 _GZIP, _SHUFFLE = 1, 2
@@ -25,8 +27,12 @@ _DEPTH = 32
 class _View(io.RawIOBase):
     """Bytes as a file to read, without a copy of them."""
 
-    def __init__(self, data: bytearray):
+    def __init__(self, data: Any):
         self._data, self._at = memoryview(data), 0
+
+    def close(self) -> None:
+        self._data.release()
+        super().close()
 
     def readable(self) -> bool:
         return True
@@ -65,11 +71,36 @@ def check_start(start: bytes | bytearray, size: int) -> None:
 
 
 @contextlib.contextmanager
-def opened_h5(source: Path | bytearray, budget: Budget) -> Iterator[Any]:
-    """An HDF5 file, its bytes at hand where the library is not to be trusted."""
+def opened_member(archive: zipfile.ZipFile, name: str, budget: Budget) -> Iterator[Any]:
+    """An HDF5 file in an archive, which stays there if arrays may."""
+    source = _stored.Source(budget.path) if _stored.WANTED.get() else None
+    place = source and name in archive.namelist() and _stored.member_at(archive, source, name)
+    if not source or not place:
+        with opened_h5(_io.member(archive, name, budget, check_start), budget) as file:
+            yield file
+        return
+    with (
+        open(budget.path, "rb") as plain,
+        mmap.mmap(plain.fileno(), 0, access=mmap.ACCESS_READ) as whole,
+        memoryview(whole) as held,
+        held[place.start : place.stop] as inner,
+    ):
+        check_start(bytes(inner[:512]), len(inner))
+        budget.raw, budget.unread = inner, _stored.StandIns(source, place.start)
+        with h5py.File(_View(inner), "r") as file:
+            yield file
+        budget.raw = b""
+
+
+@contextlib.contextmanager
+def opened_h5(source: Path | bytearray, budget: Budget, stay: bool = False) -> Iterator[Any]:
+    """An HDF5 file, its bytes at hand where the library is not to be trusted. With ``stay`` its
+    arrays are left in it where that is wanted."""
     with contextlib.ExitStack() as stack:
         budget.raw = source
         if isinstance(source, Path):
+            if stay and _stored.WANTED.get():
+                budget.unread = _stored.StandIns(_stored.Source(source), 0)
             plain = stack.enter_context(open(source, "rb"))
             budget.raw = stack.enter_context(mmap.mmap(plain.fileno(), 0, access=mmap.ACCESS_READ))
         opened_as = source if isinstance(source, Path) else _View(source)
@@ -111,6 +142,11 @@ def array_of(dataset: Any, place: str, budget: Budget) -> np.ndarray:
         if stored > path.stat().st_size:
             raise FileFormatError(f"{path}: {place} declares more bytes than the file has")
         budget.expand(place, stored, size)
+    if budget.unread is not None and not dataset.chunks and stored == size and dtype.isnative:
+        offset, kind = dataset.id.get_offset(), _io.dtype_of(told) if told else dtype
+        there = None if offset is None else budget.unread.array(offset, dataset.shape, kind)
+        if there is not None:
+            return there
     budget.spend(place, size)
     value = np.asarray(dataset[()]) if dataset.chunks is None else _chunked(dataset, place, budget)
     if not isinstance(budget.raw, bytearray):  # whose bytes have been counted already

@@ -102,6 +102,9 @@ class Sum(NamedTuple):
     crc: int
 
 
+_WRONG = "an array has another checksum than its archive declares"
+
+
 class InFile(Stored):
     """A leaf that stands in a file as it is in memory, from ``offset`` on."""
 
@@ -129,14 +132,78 @@ class InFile(Stored):
                 crc = zlib.crc32(piece.data, crc)
             yield piece.view(self.dtype)
         if self._sum is not None and crc != self._sum.crc:
-            raise FileFormatError(
-                f"{self.source.path}: an array has another checksum than its archive declares"
-            )
+            raise FileFormatError(f"{self.source.path}: {_WRONG}")
+        self._sum = None  # the file is not changed meanwhile
 
     def _part(self, start: int, stop: int) -> np.ndarray:
         out = np.empty(stop - start, self.dtype)
         self.source.into(out.view(np.uint8), self.offset + start * self.dtype.itemsize)
         return out
+
+
+LEAST = 1 << 20  # bytes of an array that is worth to be left where it is
+
+
+class ComputedError(FileFormatError):
+    """What was left in a file would have had to be read, for something else is made of it."""
+
+
+class StandIns:
+    """Arrays of a file in memory that was not filled, for what goes by their shapes and dtypes
+    alone, and then what of it is still as it stands in the file."""
+
+    def __init__(self, source: Source, start: int):
+        self.source, self.start = source, start
+        self._held: dict[int, tuple[np.ndarray, int]] = {}
+
+    def array(self, offset: int, shape: Any, dtype: Any) -> np.ndarray | None:
+        """The stand-in for an array; None for one so small that it is sooner read."""
+        value = np.zeros(shape, dtype).view(_stored.Unread)
+        if not value.shape or value.nbytes < max(LEAST, 1):
+            return None
+        self._held[_address(value)] = value, self.start + offset
+        return value
+
+    def placed(self, variables: Any) -> Any:
+        """Variables whose leaves are stand-ins, or made of them by turning them.
+
+        Raises:
+            ComputedError: if another leaf may be computed of one.
+        """
+        tree = _tree.Tree({"params": variables}, whole=True)
+        new: dict[str, Any] = {}
+        used: dict[int, Any] = {}
+        for path, leaf in tree.leaves.items():
+            at = self._of(leaf)
+            if at is None:
+                continue
+            whole, place = self._held[at]
+            if at not in used:
+                used[at] = InFile(self.source, place, whole.shape, whole.dtype)
+            same = leaf.flags.c_contiguous and leaf.size == whole.size
+            if same and leaf.dtype == whole.dtype:
+                one = leaf.shape == whole.shape
+                new[path] = used[at] if one else InFile(self.source, place, leaf.shape, leaf.dtype)
+            else:
+                self.source.into(whole.reshape(-1).view(np.uint8), place)
+                new[path] = np.array(leaf, order="C")
+        if used.keys() != self._held.keys():
+            raise ComputedError("something is computed of an array that was not read")
+        return tree.replace(new, ties=False)["params"]
+
+    def _of(self, leaf: Any) -> int | None:
+        """Which stand-in a leaf is in the memory of."""
+        while isinstance(leaf, np.ndarray):
+            at = _address(leaf)
+            if at in self._held and leaf.size:
+                return at
+            leaf = leaf.base
+        return None
+
+
+def _address(value: np.ndarray) -> int:
+    found: int = value.__array_interface__["data"][0]
+    return found
 
 
 # -- archives -------------------------------------------------------------------------------------
@@ -192,6 +259,7 @@ def copy_archive_with(
         listed = _in_directory(source, archive.start_dir)
     begun, sums = 0, list[tuple[zipfile.ZipInfo, Sum]]()
     for place, info in sorted(inside, key=lambda m: m[0].start):
+        _check(source, place, changed)
         for piece in source.pieces(begun, place.start):
             file.write(piece)
         crc = 0
@@ -215,6 +283,19 @@ def copy_archive_with(
             file.seek(at)
             file.write(found)
     file.seek(0, os.SEEK_END)
+
+
+def _check(source: Source, place: Sum, changed: Mapping[int, Any]) -> None:
+    """Raises if a member is not what its archive says, of which some bytes will be others: an
+    array that is a whole one is checked when it is read."""
+    whole = changed.get(place.start)
+    if whole is not None and whole.nbytes == place.stop - place.start:
+        return
+    crc = 0
+    for piece in source.pieces(place.start, place.stop):
+        crc = zlib.crc32(piece.data, crc)
+    if crc != place.crc:
+        raise FileFormatError(f"{source.path}: {_WRONG}")
 
 
 def _rewrite(

@@ -90,7 +90,7 @@ def read_flax(module: Any, variables: Any) -> Net:
             if found is None or (len(path) == count) != own:
                 raise _belongs_to_none(collection, path, places)
             name = "value" if own else "/".join(path[count:])
-            held[found.name][name] = np.asarray(value)
+            held[found.name][name] = np.asanyarray(value)
     layers: dict[str, Layer] = {}
     for node in nodes:
         if node.of:

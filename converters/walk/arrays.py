@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from fwt._stored import Unread
 from fwt.converters.rows.row import STATE, Framework, Layer, P, Row, order, refuse
 from fwt.converters.walk.axis import Axis, permuted
 
@@ -107,8 +108,9 @@ def moved(
                 given = value
                 value = permuted(value, index, axis, str(layer))
                 _report_groups(layer, target, given, value, index)
-        # A copy: the source may live on.
-        new[target_name] = value if dry else np.array(value, order="C")
+        # A copy: the source may live on, unless it is a file's.
+        kept = dry or isinstance(value, Unread)
+        new[target_name] = value if kept else np.array(value, order="C")
     for p in missing:
         if p.fill is not None and any(fields[q.when] for q in row.params if q.when):
             like = next(q for q in row.params if q is not p and q.of("torch")[0] in new)

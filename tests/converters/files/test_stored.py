@@ -5,8 +5,11 @@ import shutil
 import warnings
 import zipfile
 
+import cases
 import flax.linen as nn
 import jax
+import keras
+import layer_cases
 import ml_dtypes
 import numpy as np
 import pytest
@@ -348,3 +351,93 @@ def test_as_much_as_memory_may_hold(tmp_path):
         converters.transform(path, fwt.prune(0.5), out=target, max_memory=0)
     with pytest.raises(TypeError, match="max_memory= is for files"):
         converters.transform(net(), fwt.prune(0.5), max_memory=100)
+
+
+# -- files of Keras -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def all_stay(monkeypatch):
+    """Arrays of any size stay in their file."""
+    monkeypatch.setattr(stored, "LEAST", 1)
+
+
+def check_keras(model, folder, end):
+    """Edited in its place, it is what it is when it is written anew, and all else stays."""
+    source, one, other = (folder / f"{name}{end}" for name in ("model", "one", "other"))
+    model.save(source)
+    t = fwt.prune(0.5, where="**")
+    whole = converters.load(source, sidecar=True)
+    if not fwt.paths(whole):
+        return
+    converters.transform(source, lambda model: t(model), out=one)
+    converters.transform(source, t, out=other)
+    with stored.wanted():
+        later = converters.load(source, sidecar=True)
+        assert later.module == whole.module
+        assert fwt.diff(later, whole).equal
+        for form in ENDS:
+            try:
+                converters.save(folder / f"plain{form}", *whole)
+            except fwt.ConversionError:
+                continue
+            converters.save(folder / f"later{form}", *later)
+            assert fwt.diff(folder / f"plain{form}", folder / f"later{form}").equal
+    pair = [converters.load(path, sidecar=True) for path in (one, other)]
+    assert fwt.diff(*pair).equal
+    assert pair[0].module == pair[1].module
+    keras.saving.load_model(other)
+
+
+@pytest.mark.parametrize("end", [".keras", ".h5"])
+@pytest.mark.parametrize("name", cases.KERAS)
+def test_keras_models_as_in_memory(name, end, tmp_path, all_stay):
+    model = cases.KERAS[name][1]()
+    cases.randomise_keras(model, 1)
+    check_keras(model, tmp_path, end)
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("end", [".keras", ".h5"])
+@pytest.mark.parametrize("name", layer_cases.KERAS)
+def test_layers_of_keras_as_in_memory(name, end, tmp_path, all_stay):
+    shape, layer = layer_cases.KERAS[name].make(np.random.default_rng(1))
+    model = keras.Sequential([keras.layers.Input(shape), layer])
+    cases.randomise_keras(model, 1)
+    try:
+        model.save(tmp_path / f"tried{end}")
+        converters.load(tmp_path / f"tried{end}", sidecar=True)
+    except (fwt.FwtError, NotImplementedError, TypeError, ValueError):
+        return  # which test_layers looks at
+    check_keras(model, tmp_path, end)
+
+
+@pytest.mark.parametrize("end", [".keras", ".h5"])
+def test_a_keras_file_is_edited_to_the_byte(end, tmp_path, all_stay):
+    source, target = tmp_path / f"a{end}", tmp_path / f"b{end}"
+    model = keras.Sequential(
+        [keras.layers.Input((5,)), keras.layers.Dense(4), keras.layers.Dense(3)]
+    )
+    model.compile("adam", keras.losses.MeanSquaredError())
+    model.fit(np.ones((8, 5)), np.ones((8, 3)), verbose=0)
+    model.save(source)
+    converters.transform(source, fwt.prune(0.5, where="dense*/kernel"), out=target)
+    pair = [np.frombuffer(path.read_bytes(), np.uint8) for path in (source, target)]
+    assert pair[0].size == pair[1].size
+    # 16 of 32 weights, and checksums.
+    assert 0 < np.count_nonzero(pair[0] != pair[1]) <= 16 * 4 + 8
+    again = keras.saving.load_model(target)
+    for old, new in zip(model.weights, again.weights, strict=True):
+        old, new = np.asarray(old), np.asarray(new)
+        if old.ndim == 2:
+            old = np.where(np.abs(old) > np.sort(np.abs(old).ravel())[old.size // 2 - 1], old, 0)
+        np.testing.assert_array_equal(old, new)
+    for old, new in zip(model.optimizer.variables, again.optimizer.variables, strict=True):
+        np.testing.assert_array_equal(np.asarray(old), np.asarray(new))
+    if end == ".keras":
+        whole = bytearray(source.read_bytes())
+        at = whole.find(np.asarray(model.layers[0].kernel).tobytes())
+        whole[at] ^= 1
+        source.write_bytes(whole)
+        with pytest.raises(fwt.FileFormatError, match="another checksum"):
+            converters.transform(source, fwt.prune(0.5), out=target)

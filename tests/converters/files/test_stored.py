@@ -432,9 +432,9 @@ def test_a_keras_file_is_edited_to_the_byte(end, tmp_path, all_stay):
         if old.ndim == 2:
             old = np.where(np.abs(old) > np.sort(np.abs(old).ravel())[old.size // 2 - 1], old, 0)
         np.testing.assert_array_equal(old, new)
-    for old, new in zip(model.optimizer.variables, again.optimizer.variables, strict=True):
-        np.testing.assert_array_equal(np.asarray(old), np.asarray(new))
-    if end == ".keras":
+    if end == ".keras":  # from the other Keras itself reads no state of an optimizer
+        for old, new in zip(model.optimizer.variables, again.optimizer.variables, strict=True):
+            np.testing.assert_array_equal(np.asarray(old), np.asarray(new))
         whole = bytearray(source.read_bytes())
         at = whole.find(np.asarray(model.layers[0].kernel).tobytes())
         whole[at] ^= 1

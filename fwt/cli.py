@@ -291,28 +291,32 @@ def _changed(
     as_json: bool,
 ) -> None:
     """Load, transform, save, and the table of what came out."""
-    from fwt.converters.files import formats, h5_names, h5_weights
+    from fwt.converters.files import edit, formats, h5_names
 
     def one(source: Path, target: Path, how: dict[str, Any]) -> None:
         refused = ""
+        edited = shard_bytes is None and edit.is_edited(target, source, how)
         try:
-            model = _load(source, **how, sidecar=True)
+            model = _load(source, **how, **({"module": False} if edited else {"sidecar": True}))
         except FwtError as error:
+            if edited:
+                raise
             model, refused = _refused.alone(source, how, error), _refused.why(source, error)
             own = formats.is_written_into(target, source)
             if not (own and h5_names.says_no_axes(model.variables)):
                 raise _refused.error_of(source, model, refused, changed=True) from error
+        inner = formats.inside(source)
         try:
-            model = transform(model)
+            with edit.knowing(inner, model) as model:
+                model = transform(model)
         except FwtError as error:
             if not refused:
                 raise
             if isinstance(error, WhereError) and "where=fwt." in str(error):  # which no name tells
                 raise _refused.error_of(source, model, refused, changed=True) from error
             raise FwtError(f"{source}: {error}; {_terminal.by_own_names(refused)}") from error
-        inner = formats.inside(source)
         own = model.module is None and formats.is_written_into(target, inner, model.variables)
-        if own and how["dtype"] is not None and h5_weights.holds_model(inner):
+        if own and how["dtype"] is not None and edit.says_dtypes(inner):
             raise FwtError(f"{source}: --dtype: the model that its weights are of says them")
         _save(
             target,

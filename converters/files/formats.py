@@ -4,11 +4,10 @@ Files are data: no reader imports the framework that owns the format, runs code 
 allocates before it has checked sizes. A save appears whole or not at all.
 """
 
-import dataclasses
 import functools
 import os
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,6 +16,17 @@ from fwt._types import ConversionError, FileFormatError, Model
 from fwt.converters import io as _io
 from fwt.converters.files import folders, h5_weights, orbax, plain, safetensors, torch_file
 from fwt.converters.files import names as _names
+from fwt.converters.files.format import (
+    Format,
+    fill_groups,
+    in_place,
+    load_keras,
+    load_legacy,
+    load_onnx,
+    of_models,
+    of_onnx,
+    save_onnx,
+)
 from fwt.converters.io import Reading, UnusedError, write_atomically, write_folder_atomically
 
 if TYPE_CHECKING:
@@ -25,83 +35,35 @@ if TYPE_CHECKING:
 DType = Literal["float32", "float16", "bfloat16", "float64"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Format:
-    """One format. ``fill`` gives Keras layers their arrays where the file's own names don't say
-    what they are; ``save_shards`` writes a folder of several files."""
-
-    name: str
-    suffixes: tuple[str, ...]
-    load: Callable[[Path, Reading], Model]
-    save: Callable[[Any, Any, Any, str | None], None] | None = None
-    save_folder: Callable[[Path, Any, Any], None] | None = None
-    save_shards: Callable[[Path, Any, Any, int], None] | None = None
-    fill: Callable[[list["Layer"], Path, Reading, _names.Names], None] | None = None
-    framework: str = ""  # whose format it is
-    needs_module: bool = False  # to write it
-    weights_only: bool = False  # it says nothing of the layers
-    holds: str = ""  # what of a model, for the table of formats
-
-
-def _of_models(name: str) -> Callable[..., Any]:
-    """A function of the module of Keras's models, which needs Flax and so waits for its call."""
-
-    def call(*arguments: Any) -> Any:
-        from fwt.converters.files import h5
-
-        return getattr(h5, name)(*arguments)
-
-    return call
-
-
-def _fill_groups(load: Callable[[Path, Reading], Model]) -> Callable[..., None]:
-    def fill(layers: list["Layer"], path: Path, how: Reading, named: _names.Names) -> None:
-        tree = load(path, how).variables["params"]
-        _of_models("fill_from_groups")(layers, tree, path, named)
-
-    return fill
-
-
-def _load_keras(path: Path, how: Reading) -> Model:
-    if how.module:
-        model: Model = _of_models("load_keras")(path, how)
-        return model
-    return h5_weights.load_archive(path, how)
-
-
-def _load_legacy(path: Path, how: Reading) -> Model:
-    if how.module and h5_weights.has_model(path):
-        model: Model = _of_models("load_legacy")(path, how)
-        return model
-    return h5_weights.load_legacy(path, how)
-
-
+_into_keras = in_place(of_models("save_into"))
 _KERAS = Format(
     "keras",
     (".keras",),
-    _load_keras,
-    _of_models("save_keras"),
+    load_keras,
+    of_models("save_keras"),
     framework="Keras",
     needs_module=True,
     holds="a model of Keras 3 or 2",
+    save_into=_into_keras,
 )
 _WEIGHTS = Format(
     "Keras weights",
     (".weights.h5",),
     h5_weights.load_weights,
-    _of_models("save_weights"),
-    save_shards=_of_models("save_weight_shards"),
-    fill=_fill_groups(h5_weights.load_weights),
+    of_models("save_weights"),
+    save_shards=of_models("save_weight_shards"),
+    fill=fill_groups(h5_weights.load_weights),
     framework="Keras",
     needs_module=True,
     weights_only=True,
     holds="weights; `architecture=` gives their model",
+    save_into=_into_keras,
 )
 _WEIGHT_SHARDS = Format(
     "Keras weights in shards",
     (".weights.json",),
     h5_weights.load_weight_shards,
-    fill=_fill_groups(h5_weights.load_weight_shards),
+    fill=fill_groups(h5_weights.load_weight_shards),
     framework="Keras",
     needs_module=True,
     weights_only=True,
@@ -110,12 +72,13 @@ _WEIGHT_SHARDS = Format(
 _LEGACY = Format(
     "Keras HDF5",
     (".h5", ".hdf5"),
-    _load_legacy,
-    _of_models("save_legacy"),
-    fill=_of_models("fill_from_legacy"),
+    load_legacy,
+    of_models("save_legacy"),
+    fill=of_models("fill_from_legacy"),
     framework="Keras",
     needs_module=True,
     holds="a model of Keras 3 or 2, or weights only",
+    save_into=_into_keras,
 )
 _TORCH = Format(
     "torch",
@@ -125,6 +88,8 @@ _TORCH = Format(
     framework="PyTorch",
     weights_only=True,
     holds="weights: a state dict, a checkpoint with one (`key=`), or `.bin.index.json` of shards",
+    save_into=in_place(torch_file.save_into),
+    takes=torch_file.holds,
 )
 _SAFETENSORS = Format(
     "safetensors",
@@ -169,29 +134,16 @@ _ORBAX = Format(
 )
 
 
-def _load_onnx(path: Path, how: Reading) -> Model:
-    from fwt.converters.onnx import read
-
-    _io.without_key(path, how)
-    if not how.module:
-        return read.arrays_of(path, how.external)
-    return read.from_onnx(path, external_data=how.external)
-
-
-def _save_onnx(file: Any, module: Any, variables: Any, layout: str | None) -> None:
-    from fwt.converters.onnx import write
-
-    write.save_onnx(file, module, variables, layout)
-
-
 _ONNX = Format(
     "ONNX",
     (".onnx",),
-    _load_onnx,
-    _save_onnx,
+    load_onnx,
+    save_onnx,
     framework="ONNX",
     needs_module=True,
     holds="a model; `to_onnx` and `from_onnx` say more",
+    save_into=of_onnx("save_into"),
+    knowing=of_onnx("knowing"),
 )
 
 FORMATS = (_KERAS, _WEIGHTS, _WEIGHT_SHARDS, _LEGACY, _TORCH, _SAFETENSORS, _SHARDED, _NPZ,
@@ -402,7 +354,7 @@ def load(
             )
         fill, own = None, found.fill
         if found is _KERAS and match == "order":
-            own = _fill_groups(h5_weights.load_archive)
+            own = fill_groups(h5_weights.load_archive)
         model = Model(None, {})
         if own is None or architecture is None:
             try:
@@ -415,7 +367,7 @@ def load(
                 if found is not _KERAS:
                     raise
                 # Its model can't be converted, and need not be.
-                own = _fill_groups(h5_weights.load_archive)
+                own = fill_groups(h5_weights.load_archive)
         if own is not None and not strict:
             raise FileFormatError(
                 f"{path}: Keras tells its arrays by their places, so strict=False is for other "
@@ -557,7 +509,7 @@ def save(
         _save_into(path, module, variables, _io.given_path(source))
         return
     if module is None and found.needs_module:
-        way = ", or source=, the file that they come from" if found in _IN_PLACE else ""
+        way = ", or source=, the file that they come from" if found.save_into else ""
         raise ConversionError(
             f"{path}: weights without an architecture can't be written for {found.framework}; give "
             f"a module{way}"
@@ -581,20 +533,17 @@ def save(
         write_atomically(path, lambda file: one(file, module, variables, layout))
 
 
-_IN_PLACE = (_KERAS, _WEIGHTS, _LEGACY)  # whose arrays can be changed without knowing their layers
-
-
 def is_written_into(path: Path, source: Path, variables: Any = None) -> bool:
-    """Whether arrays alone of a file of Keras, or these of torch, can be written to one like it."""
+    """Whether arrays alone, or these, can be written to a file like the one that they are from."""
     form = by_suffix(path)
-    if not source.is_file() or by_content(source) is not form:
+    if form is None or form.save_into is None or not source.is_file():
         return False
-    return form in _IN_PLACE or (form is _TORCH and torch_file.holds(source, variables))
+    return (by_content(source) or by_suffix(source)) is form and form.takes(source, variables)
 
 
 def _save_into(path: Path, module: Any, variables: Any, source: Path) -> None:
-    if module is not None or not is_written_into(path, source, variables):
-        way = "from a file of its own format, .keras, .h5 or .pt"
+    into = getattr(by_suffix(path), "save_into", None)
+    if into is None or module is not None or not is_written_into(path, source, variables):
+        way = "from a file of its own format, .keras, .h5, .pt or .onnx"
         raise ConversionError(f"{path}: source= is for arrays alone, {way}")
-    into = torch_file.save_into if by_suffix(path) is _TORCH else _of_models("save_into")
-    write_atomically(path, lambda file: into(file, source, variables))
+    into(path, source, variables)

@@ -73,7 +73,9 @@ def _named(proto: Any, path: Path) -> dict[str, Held]:
     out: dict[str, Held] = {}
     for held in found:
         scope, name = held.key
-        if scope and plain.count(name) > 1:
+        if not isinstance(name, str):  # no text
+            name = ""
+        if scope and name and plain.count(name) > 1:
             name = "/".join([*scope, name])
         if not name or name in out:
             raise FileFormatError(f"{path}: two of its arrays have one name, or one has none")

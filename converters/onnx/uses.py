@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import types
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,7 @@ _ZEROS = {("DequantizeLinear", 0): 2, ("MatMulInteger", 0): 2, ("MatMulInteger",
           ("QLinearMatMul", 3): 5}  # fmt: skip
 _SAME = ("Identity", "Cast", "CastLike", "Dropout", "Neg", "QuantizeLinear", "DequantizeLinear")
 _PART = ("Slice", "Split", "Pad", "Concat", "Expand", "Gather")  # the axes stay, not their sizes
+_MOST = 1000  # arrays of which one other is made
 _SCALES = ("Mul", "Div")  # of which 0 stays 0
 _EACH = (*_SCALES, "Add", "Sub", "Where", "Max", "Min", "Pow", "Clip", "Tanh", "Sqrt", "Abs")
 
@@ -115,15 +117,22 @@ def uses_of(proto: Any) -> dict[Key, list[Use]]:
     return out
 
 
-def _read_graph(graph: Any, names: _Names, out: dict[Key, list[Use]]) -> None:
+def _read_graph(
+    graph: Any,
+    names: _Names,
+    out: dict[Key, list[Use]],
+    given: Mapping[str, list[_Part]] = types.MappingProxyType({}),
+    passed: Collection[int] = (),
+) -> None:
+    """``given``: what inputs of a body are made of; ``passed``: which of its outputs are those."""
     for value in graph.input:
-        names.parts[value.name], names.made[value.name] = None, ""
+        names.parts[value.name], names.made[value.name] = given.get(value.name), ""
     for tensor in graph.initializer:
         _hold(tensor, tensor.name, names)
     for node in graph.node:
         _read_node(node, names, out)
-    for value in graph.output:
-        for part in names.find("parts", value.name) or ():
+    for i, value in enumerate(graph.output):
+        for part in () if i in passed else names.find("parts", value.name) or ():
             said = Use(f"the output {value.name}", Known(), False)
             out.setdefault(part.key, []).append(said)
 
@@ -141,8 +150,14 @@ def _read_node(node: Any, names: _Names, out: dict[Key, list[Use]]) -> None:
     outputs = [o for o in node.output if o]
     for o in outputs:
         names.parts[o], names.made[o] = None, node.op_type
+    given = [names.find("parts", n) if n else [] for n in node.input]
+    round_ = _round(node, attributes, given) if standard else _Round()
     for scope, graph in subgraphs(node):
-        _read_graph(graph, _Names((*names.scope, scope), names), out)
+        inner = _Names((*names.scope, scope), names)
+        _read_graph(graph, inner, out, round_.given, round_.passed)
+    for index, parts in round_.made.items():
+        if index < len(node.output) and node.output[index]:
+            names.parts[node.output[index]] = parts
     if standard and node.op_type == "Constant" and outputs:
         if "value" in attributes:
             _hold(attributes["value"].t, outputs[0], names)
@@ -150,10 +165,9 @@ def _read_node(node: Any, names: _Names, out: dict[Key, list[Use]]) -> None:
             names.parts[outputs[0]] = []
             names.values[outputs[0]] = next(iter(node.attribute), None)
         return
-    given = [names.find("parts", n) if n else [] for n in node.input]
     numbers = standard and node.input and all(g is not None for g in given)
     if numbers and node.op_type in (*_SAME, *_PART, *_EACH, *_MOVES):
-        made = _made(node, attributes, given, names)
+        made = _few(_made(node, attributes, given, names))
         for o in outputs:
             names.parts[o] = made
         taken = {part.key for part in made}
@@ -163,7 +177,7 @@ def _read_node(node: Any, names: _Names, out: dict[Key, list[Use]]) -> None:
                     out.setdefault(part.key, []).append(Use(_label(node), _of_rank(part), False))
         return
     for index, parts in enumerate(given):
-        for part in parts or ():
+        for part in () if index in round_.taken else parts or ():
             use = _use(node, attributes, index, part, names)
             if numbers:  # a product of two arrays, which may be either matrix of another
                 use = dataclasses.replace(use, known=dataclasses.replace(use.known, names=None))
@@ -173,8 +187,79 @@ def _read_node(node: Any, names: _Names, out: dict[Key, list[Use]]) -> None:
             names.parts[o] = []
 
 
+@dataclasses.dataclass
+class _Round:
+    """What stays the same in each round of a Loop or Scan: by name, what the inputs of its body are
+    made of; which outputs of the body, and which inputs and outputs of the node, are that."""
+
+    given: dict[str, list[_Part]] = dataclasses.field(default_factory=dict)
+    passed: set[int] = dataclasses.field(default_factory=set)
+    taken: set[int] = dataclasses.field(default_factory=set)
+    made: dict[int, list[_Part]] = dataclasses.field(default_factory=dict)
+
+
+def _round(node: Any, attributes: Any, given: Sequence[list[_Part] | None]) -> _Round:
+    """An array that goes through the rounds unchanged, as Keras's exporter has the weights of a
+    cell; and one of which a Scan hands each round a slice, which is a stack of layers."""
+    out = _Round()
+    if node.op_type not in ("Loop", "Scan") or "body" not in attributes:
+        return out
+    body, loop = attributes["body"].g, node.op_type == "Loop"
+    if len(body.input) != len(node.input):  # a Scan of opset 8, whose arrays have a batch
+        return out
+    scans = _int(attributes, "num_scan_inputs")
+    axes = list(attributes["scan_input_axes"].ints) if "scan_input_axes" in attributes else []
+    same = {n.output[0]: n.input[0] for n in body.node
+            if n.op_type == "Identity" and n.input and n.output}  # fmt: skip
+    first = 2 if loop else 0  # the count of a Loop and its condition are no states
+    states = len(node.input) - first - (0 if loop else scans)
+    for index, parts in enumerate(given):
+        if not parts or index < first or index >= len(body.input):
+            continue
+        name, state = body.input[index].name, index - first
+        if state >= states:
+            axis = axes[state - states] if state - states < len(axes) else 0
+            out.given[name] = [_without_axis(p, axis) for p in parts]
+            out.taken.add(index)
+            continue
+        place = state + (1 if loop else 0)
+        end = body.output[place].name if place < len(body.output) else ""
+        for _ in range(8):
+            end = same.get(end, end)
+        if end == name:
+            out.given[name], out.made[state] = parts, parts
+            out.passed.add(place)
+            out.taken.add(index)
+    return out
+
+
+def _without_axis(part: _Part, axis: int) -> _Part:
+    if part.axes is None or not -len(part.axes) <= axis < len(part.axes):
+        return dataclasses.replace(part, axes=None, sizes=None)
+    kept = [i for i in range(len(part.axes)) if i != axis % len(part.axes)]
+    sizes = None if part.sizes is None else tuple(part.sizes[i] for i in kept)
+    return dataclasses.replace(part, axes=tuple(part.axes[i] for i in kept), sizes=sizes)
+
+
 def _label(node: Any) -> str:
     return str(node.name or next((o for o in node.output if o), node.op_type))
+
+
+def _few(parts: Sequence[_Part]) -> list[_Part]:
+    """The parts, each once; of an array that stands there in many ways, without its axes. What is
+    made of very many is made of none, so that a file can't ask for more than it is long."""
+    by_key: dict[Key, list[_Part]] = {}
+    for part in dict.fromkeys(parts):
+        by_key.setdefault(part.key, []).append(part)
+    if len(by_key) > _MOST:
+        return []
+    out: list[_Part] = []
+    for each in by_key.values():
+        if len(each) > 4:
+            exact = all(part.exact for part in each)
+            each = [dataclasses.replace(each[0], axes=None, sizes=None, exact=exact)]
+        out += each
+    return out
 
 
 # -- what is made of numbers alone --------------------------------------------------------------
@@ -200,7 +285,7 @@ def _made(node: Any, attributes: Any, given: list[list[_Part]], names: _Names) -
                 axes=p.axes if p.axes is not None and len(p.axes) == rank else None)
                 for p in largest]  # fmt: skip
     parts = [p for each in (given if op == "Concat" else given[:1]) for p in each]
-    if op == "Gather":
+    if op == "Gather" and len(node.input) > 1:
         index = _sizes(names, node.input[1])
         parts = [p if index == 1 else dataclasses.replace(p, axes=None) for p in parts]
     if op == "Expand":
@@ -222,7 +307,8 @@ def _moved(node: Any, attributes: Any, part: _Part, names: _Names) -> _Part:
         new = None if sizes is None else tuple(sizes[i] for i in order)
         return dataclasses.replace(part, axes=tuple(axes[i] for i in order), sizes=new)
     if op == "Reshape" or op == "Flatten":
-        target = _numbers(names, node.input[1]) if op == "Reshape" else None
+        given = op == "Reshape" and len(node.input) > 1
+        target = _numbers(names, node.input[1]) if given else None
         return lost if target is None or sizes is None else _aligned(part, target, lost)
     said = list(attributes["axes"].ints) if "axes" in attributes else None
     if said is None and len(node.input) > 1:
@@ -328,7 +414,7 @@ def _known(node: Any, attributes: Any, index: int, part: _Part, names: _Names) -
     table = _READS if node.domain in _STANDARD else _OF_MICROSOFT
     if op in _PRODUCTS and index in _PRODUCTS[op]:
         return _of_product(op, attributes, _PRODUCTS[op].index(index), rank)
-    if op == "Einsum" and len(node.input) == 2:
+    if op == "Einsum" and len(node.input) == 2 and "equation" in attributes:
         return _of_einsum(attributes, index, rank)
     if op == "Einsum":
         return Known(role="kernels")

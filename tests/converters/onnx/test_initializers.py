@@ -1,5 +1,6 @@
 """ONNX files edited in place: against onnxruntime on the same change by hand, and to the byte."""
 
+import copy
 import hashlib
 
 import ml_dtypes
@@ -9,6 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from command import cli
+from exporters import exported
 from onnx import TensorProto, helper, numpy_helper
 
 import fwt
@@ -71,6 +73,35 @@ def of_if():
     ]
     zero = tensor(np.zeros((), np.float32), "zero")
     return model(nodes, (2, 3), [zero, tensor(normal(3, 3), "outer")])
+
+
+def of_loop():
+    """Through whose rounds its weights go as a state, as Keras's exporter writes a cell."""
+    body = helper.make_graph(
+        [
+            node("Identity", "go", "goes"),
+            node("MatMul", "h w_in", "h_out"),
+            node("Identity", "w_in", "w_out"),
+        ],
+        "body",
+        [info("i", (), TensorProto.INT64), info("go", (), TensorProto.BOOL),
+         info("h", (2, 4)), info("w_in", (4, 4))],
+        [onnx.ValueInfoProto(name=n) for n in ("goes", "h_out", "w_out")],
+    )  # fmt: skip
+    held = [tensor(np.array(2), "rounds"), tensor(np.array(True), "go"), tensor(normal(4, 4), "w")]
+    return model([node("Loop", "rounds go x w", "y w_end", body=body)], (2, 4), held)
+
+
+def of_scan():
+    """Each round of which takes one of a stack of layers."""
+    body = helper.make_graph(
+        [node("MatMul", "h slice", "h_out")],
+        "body",
+        [info("h", (2, 4)), info("slice", (4, 4))],
+        [onnx.ValueInfoProto(name="h_out")],
+    )
+    scan = node("Scan", "x w", body=body, num_scan_inputs=1)
+    return model([scan], (2, 4), [tensor(normal(3, 4, 4), "w")])
 
 
 def of_function():
@@ -181,6 +212,8 @@ NETS = {
         {"w": None},
     ),
     "if": (of_if, {"outer": (0,), "y.then_branch/w": (0,), "y.else_branch/w": (0,)}),
+    "loop": (of_loop, {"w": (0,)}),
+    "scan": (of_scan, {"w": (1,)}),
     "function": (of_function, {"w": (0,)}),
     "constant": (of_constant, {"w": (0,)}),
     "float16": (lambda: of_half("raw", np.float16, TensorProto.FLOAT16), {"w": (0,)}),
@@ -194,7 +227,7 @@ NETS = {
     "quantised later": (of_quantised_later, {"w": (1,)}),
     "LoRA": (lora, {"w": (0,), "a": None, "b": None}),
 }
-STACKS = ("matmuls", "LSTM", "GRU")  # each slice of whose kernels is a layer of its own
+STACKS = ("matmuls", "LSTM", "GRU", "scan")  # each slice of whose kernels is a layer of its own
 
 
 def arrays(proto):
@@ -585,3 +618,73 @@ def test_a_write_that_fails_leaves_both_files(tmp_path, monkeypatch):
             tmp_path / "a.onnx", fwt.prune(0.5), out=tmp_path / "a.onnx", external_data=True
         )
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+# -- exporters ----------------------------------------------------------------------------------
+
+
+class OfTokens(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding = torch.nn.Embedding(11, 8)
+        self.block = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.head = torch.nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.head(self.block(self.embedding(x)))
+
+
+class OfSteps(torch.nn.Module):
+    def __init__(self, kind, directions):
+        super().__init__()
+        both = directions == 2
+        self.cell = getattr(torch.nn, kind)(4, 6, batch_first=True, bidirectional=both)
+        self.head = torch.nn.Linear(6 * directions, 3)
+
+    def forward(self, x):
+        return self.head(self.cell(x)[0])
+
+
+def of_images():
+    layer = torch.nn
+    return layer.Sequential(
+        layer.Conv2d(3, 6, 3, groups=3),
+        layer.ReLU(),
+        layer.Conv2d(6, 6, 3, groups=6),
+        layer.ConvTranspose2d(6, 4, 2),
+        layer.Flatten(),
+        layer.Linear(100, 5),
+    )
+
+
+@pytest.mark.parametrize("dynamo", [False, True])
+@pytest.mark.parametrize(
+    ("make", "x"),
+    [
+        (of_images, normal(2, 3, 8, 8)),
+        (
+            lambda: torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 3)),
+            normal(2, 7, 4),
+        ),
+        (OfTokens, np.arange(12).reshape(2, 6) % 11),
+        (lambda: OfSteps("LSTM", 2), normal(2, 5, 4)),
+        (lambda: OfSteps("GRU", 1), normal(2, 5, 4)),
+    ],
+    ids=["images", "linear", "tokens", "LSTM", "GRU"],
+)
+def test_a_transform_of_an_exported_file_is_that_of_the_torch_module(tmp_path, make, x, dynamo):
+    torch.manual_seed(0)
+    net, x = make().eval(), torch.from_numpy(x)
+    exported(net, (x,), tmp_path / "a.onnx", dynamo)
+    plain = net(x).detach().numpy()
+    for t in (
+        fwt.prune(0.5),
+        fwt.prune(0.6, scope="global"),
+        fwt.project(fwt.constraints.max_norm(0.4)),
+    ):
+        expected = converters.transform(copy.deepcopy(net), t)(x).detach().numpy()
+        converters.transform(tmp_path / "a.onnx", t, out=tmp_path / "b.onnx")
+        session = onnxruntime.InferenceSession(tmp_path / "b.onnx")
+        found = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+        np.testing.assert_allclose(found, expected, atol=2e-6)
+        assert np.max(np.abs(expected - plain)) > 1e-2

@@ -97,7 +97,7 @@ def transform(model: Any, t: Transform, out: Any = None, **how: Any) -> Any:
 def _edit(path: Path, t: Transform, out: Path, how: dict[str, Any]) -> None:
     from fwt.converters.files import edit, formats, h5_names
 
-    edited = edit.is_edited(out, path, how)
+    edited = edit.is_edited(out, path, how, t)
     try:
         model = formats.load(
             path, **{**how, **({"module": False} if edited else {"sidecar": True})}

@@ -26,8 +26,11 @@ from fwt._options import (
     Out,
     ShardsOption,
     ToOption,
+    WeightsOption,
+    WhereOption,
     WithTarget,
     changes,
+    globs_of,
     named,
     reads,
 )
@@ -198,16 +201,27 @@ def _each_to(
 
 @app.command()
 @reads
-def inspect(files: Ins, how: dict[str, Any], as_json: JsonOption = False) -> None:
+def inspect(
+    files: Ins,
+    how: dict[str, Any],
+    where: WhereOption = None,
+    weights_only: WeightsOption = False,
+    as_json: JsonOption = False,
+) -> None:
     """Show what files hold: layers, shapes, dtypes, zeros."""
+    from fwt.converters.files import edit, formats
 
     def show(path: Path, how: dict[str, Any]) -> None:
         refused = ""
         try:
-            model = _load(path, **how)
+            model = _load(path, **how, **({"module": False} if weights_only else {}))
         except FwtError as error:
+            if weights_only:
+                raise
             model, refused = _refused.alone(path, how, error), _refused.why(path, error)
-        _terminal.print_model(path, model, as_json, how["architecture"], refused)
+        globs = globs_of(where)
+        with edit.knowing(formats.inside(path), model) if globs else contextlib.nullcontext():
+            _terminal.print_model(path, model, as_json, how["architecture"], refused, globs)
 
     _each(files, how, show)
 
@@ -224,10 +238,7 @@ def convert(
     verify: Annotated[
         bool, typer.Option("--verify", help="Read the target again and compare the predictions.")
     ] = False,
-    weights_only: Annotated[
-        bool,
-        typer.Option("--weights-only", help="Take the arrays alone, by the file's own names."),
-    ] = False,
+    weights_only: WeightsOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Convert files to another format: exactly, or not at all."""
@@ -295,7 +306,7 @@ def _changed(
 
     def one(source: Path, target: Path, how: dict[str, Any]) -> None:
         refused = ""
-        edited = shard_bytes is None and edit.is_edited(target, source, how)
+        edited = shard_bytes is None and edit.is_edited(target, source, how, transform)
         try:
             model = _load(source, **how, **({"module": False} if edited else {"sidecar": True}))
         except FwtError as error:

@@ -5,16 +5,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fwt._types import Model
+from fwt._types import Model, wants_statistics
 from fwt.converters.files import formats, h5_weights
 
 _ANOTHER = ("architecture", "rename", "drop", "dtype")  # the options that make another model
 
 
-def is_edited(path: Path, source: Path, how: Mapping[str, Any]) -> bool:
-    """Whether a file is edited under its own names, whatever its model."""
+def is_edited(path: Path, source: Path, how: Mapping[str, Any], t: Any) -> bool:
+    """Whether a file is edited under its own names, whatever its model. What gives layers the
+    values of new ones has to know the layers."""
     form = formats.by_suffix(path)
     own = form is not None and form.knowing is not None and not any(map(how.get, _ANOTHER))
+    own = own and not wants_statistics(t)
     return own and formats.is_written_into(path, source)
 
 

@@ -6,6 +6,7 @@ allocates before it has checked sizes. A save appears whole or not at all.
 
 import functools
 import os
+import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -363,7 +364,9 @@ def load(
                 if isinstance(error, UnusedError):
                     raise
                 if architecture is None and found in (_KERAS, _LEGACY, _ONNX):
-                    _io.with_way(error, found.load, path, how)
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore")  # of what is only tried
+                        _io.with_way(error, found.load, path, how)
                 if found is not _KERAS:
                     raise
                 # Its model can't be converted, and need not be.
@@ -390,6 +393,20 @@ def load(
         return _in_dtype(made, dtype)
     except OSError as error:
         raise FileFormatError(f"{path}: can't read it ({error.strerror or error})") from error
+
+
+def looked_at(*paths: str | os.PathLike[str]) -> list[Model]:
+    """What files hold, to look at: their arrays alone, each under its file's own names, where the
+    model of one can't be converted."""
+    try:
+        return [load(path) for path in paths]
+    except FileFormatError as error:
+        if not str(error).endswith(_io.ALONE):
+            raise
+        found = [load(path, module=False) for path in paths]
+        why = str(error).removesuffix(_io.ALONE)
+        warnings.warn(f"{why}; the names are those in the file", stacklevel=4)
+        return found
 
 
 def _in_dtype(model: Model, dtype: Any) -> Model:

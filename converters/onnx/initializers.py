@@ -17,7 +17,7 @@ import numpy as np
 from fwt import _live, _nodes, _tree
 from fwt._modules import Known
 from fwt._own_nodes import FromFile
-from fwt._types import ConversionError, FileFormatError, Model
+from fwt._types import ConversionError, FileFormatError, Model, WhereError
 from fwt.converters import io as _io
 from fwt.converters.io import Reading, reading, write_atomically
 from fwt.converters.onnx import graph as _graph
@@ -160,7 +160,21 @@ def knowing(path: Path, model: Model) -> Iterator[Model]:
     if also:
         variables["params"] = FromFile(variables["params"], json.dumps({"also": also}))
     with _live.knowing(known, lambda grads, paths: grads, {}, {}):
-        yield Model(None, variables)
+        try:
+            yield Model(None, variables)
+        except WhereError as error:
+            whole = [
+                name
+                for name, one in held.items()
+                if not _is_floating(one.tensor)
+                and any(use.known.role == "kernels" for use in said.get(one.key, ()))
+            ]
+            if not whole or "where=fwt." not in str(error):
+                raise
+            raise WhereError(
+                f"{error}; {whole[0]} holds integers, which only stand for weights: transform "
+                "these before they are quantised"
+            ) from None
 
 
 def _told(tensor: Any, uses: Sequence[Use]) -> list[tuple[str, str, Any]]:

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import json
 
 import ml_dtypes
 import numpy as np
@@ -517,6 +518,55 @@ def test_the_names_are_the_files_also_where_its_model_converts(tmp_path):
     converters.transform(tmp_path / "a.onnx", look, out=tmp_path / "c.onnx", dtype="float16")
     assert seen[len(own) :] == ["0/bias", "0/kernel"]
     assert converters.verify(tmp_path / "b.onnx", converters.load(tmp_path / "b.onnx")).ok
+
+
+def test_what_looks_at_files_takes_those_that_do_not_convert(tmp_path):
+    onnx.save(of_if(), tmp_path / "a.onnx")
+    converters.transform(tmp_path / "a.onnx", fwt.prune(0.5), out=tmp_path / "b.onnx")
+    names = ["outer", r"y.else_branch\/w", r"y.then_branch\/w", "zero"]
+    with pytest.warns(UserWarning, match="it has a graph of its own; the names are those in the"):
+        assert fwt.paths(tmp_path / "a.onnx") == names
+    with pytest.warns(UserWarning, match="the names are those in the file"):
+        assert fwt.summary(tmp_path / "b.onnx").zeros == 13
+    with pytest.warns(UserWarning, match="the names are those in the file"):
+        changes = fwt.diff(tmp_path / "a.onnx", tmp_path / "b.onnx").changes
+    assert [c.path for c in changes] == [f"params/{n}" for n in names[:3]]
+    # Where one of two is of layers, both have the names in their files.
+    onnx.save(one("MatMul", (2, 4)), tmp_path / "c.onnx")
+    with pytest.warns(UserWarning, match="the names are those in the file"):
+        found = fwt.diff(tmp_path / "a.onnx", tmp_path / "c.onnx")
+    assert "params/w" in [c.path for c in found.changes]
+
+
+def test_inspect_lists_what_is_named(tmp_path):
+    onnx.save(of_own_operators(), tmp_path / "a.onnx")
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
+    tied = {**net.state_dict(), "again": net[0].weight}
+    torch.save(tied, tmp_path / "w.pt")
+    converters.save(tmp_path / "n.onnx", *converters.from_torch(net, (3,)))
+    own = [t.name for t in onnx.load(tmp_path / "n.onnx").graph.initializer]
+
+    def listed(*words):
+        lines = cli("inspect", *words, cwd=tmp_path).stdout.splitlines()
+        return {line.split()[0] for line in lines[2:-1]}, lines[-1].split()
+
+    names, total = listed("a.onnx", "-w", "kernels")
+    assert names == {"conv.weight", "fc/kernel"}
+    assert total[2:4] == ["234", "0"]
+    assert listed("n.onnx", "-w", "kernels")[0] == {"0/kernel", "2/kernel"}
+    assert listed("n.onnx", "-w", "**/bias", "-w", "2/kernel")[0] == {
+        "0/bias", "1/bias", "2/bias", "2/kernel"
+    }  # fmt: skip
+    assert listed("n.onnx", "--weights-only")[0] == set(own)
+    names, total = listed("w.pt", "-w", "0.weight", "-w", "again")
+    assert total[2] == "12"
+    assert listed("w.pt", "-w", "again")[1][2] == "12"
+    found = json.loads(cli("inspect", "w.pt", "--json", "-w", "kernels", cwd=tmp_path).stdout)
+    assert found["weights"] == 20
+    assert [x["path"] for x in found["leaves"]] == ["0/weight", "2/weight"]
+    said = cli("inspect", "w.pt", "-w", "3.weight", cwd=tmp_path, code=1).stderr
+    assert "matches none" in said
+    assert "2/weight" in said or "2.weight" in said
 
 
 # -- files beside it ----------------------------------------------------------------------------

@@ -450,9 +450,10 @@ def save(
         dtype: "float32", "float16", "bfloat16" or "float64" for floating leaves in it, and for a
             model that computes in it, as in :func:`load`. The other leaves are kept. What is finite
             and would be infinite is refused.
-        source: for arrays of Keras alone (``.weights.h5``, ``.h5`` without a model, and others
-            that are read with ``module=False``) and ``module=None``: the file that they come from.
-            The new one is a copy of it with these arrays, under the names that :func:`load` gives.
+        source: for arrays alone of Keras (``.weights.h5``, ``.h5`` without a model, and others
+            that are read with ``module=False``), torch or ONNX and ``module=None``: the file that
+            they come from. The new one is a copy of it with these arrays, under the names that
+            :func:`load` gives.
 
     Raises:
         ConversionError: for what the target can't say exactly; nothing is written then.

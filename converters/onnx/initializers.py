@@ -133,8 +133,14 @@ def _uses_of(proto: Any, path: Path) -> dict[Key, list[Use]]:
         import onnx.inliner
 
         _graph.check_functions(proto, path)
-        with contextlib.suppress(Exception):  # the inliner's own, of a file that it can't take
+        try:
             proto = onnx.inliner.inline_local_functions(proto)
+        except Exception as error:  # the inliner's own, of any class
+            warnings.warn(
+                f"{path}: its functions can't be taken apart ({error}), so that nothing is known "
+                "of the arrays that they read",
+                stacklevel=5,
+            )
     return _uses.uses_of(proto)
 
 

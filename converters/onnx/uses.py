@@ -148,8 +148,10 @@ def _read_node(node: Any, names: _Names, out: dict[Key, list[Use]]) -> None:
     attributes = {a.name: a for a in node.attribute}
     standard = node.domain in _STANDARD
     outputs = [o for o in node.output if o]
+    moved = standard and node.op_type in (*_SAME, *_MOVES) and node.input
+    maker = names.find("made", node.input[0]) if moved else node.op_type
     for o in outputs:
-        names.parts[o], names.made[o] = None, node.op_type
+        names.parts[o], names.made[o] = None, maker or ""
     given = [names.find("parts", n) if n else [] for n in node.input]
     round_ = _round(node, attributes, given) if standard else _Round()
     for scope, graph in subgraphs(node):

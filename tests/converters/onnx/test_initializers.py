@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 
+import fuzz
 import ml_dtypes
 import numpy as np
 import onnx
@@ -670,6 +671,25 @@ def test_a_write_that_fails_leaves_both_files(tmp_path, monkeypatch):
     assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize("name", ["conv in groups", "if", "loop", "float16, spelled"])
+def test_mutants_are_edited_or_refused(tmp_path, name):
+    rng, data = np.random.default_rng(0), NETS[name][0]().SerializeToString()
+    edited = 0
+    for _ in range(200):
+        (tmp_path / "a.onnx").write_bytes(fuzz.mutated(data, rng))
+        t = fwt.prune(0.5, where="**") if rng.integers(2) else lambda m: m
+        (tmp_path / "b.onnx").unlink(missing_ok=True)
+        try:
+            converters.transform(tmp_path / "a.onnx", t, out=tmp_path / "b.onnx")
+        except fwt.FwtError:
+            assert not (tmp_path / "b.onnx").exists()
+            continue
+        edited += 1
+        files = [converters.load(tmp_path / n, module=False) for n in ("a.onnx", "b.onnx")]
+        assert fwt.paths(files[0]) == fwt.paths(files[1])
+    assert edited
+
+
 # -- exporters ----------------------------------------------------------------------------------
 
 
@@ -738,3 +758,19 @@ def test_a_transform_of_an_exported_file_is_that_of_the_torch_module(tmp_path, m
         found = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
         np.testing.assert_allclose(found, expected, atol=2e-6)
         assert np.max(np.abs(expected - plain)) > 1e-2
+
+
+def test_biases_are_told_by_what_they_are_added_to(tmp_path):
+    nodes = [
+        node("MatMul", "x w", "m"),
+        node("Unsqueeze", "m axis", "u"),
+        node("Add", "u bias", "a"),
+        node("Add", "a position"),
+    ]
+    held = {"w": normal(4, 3), "bias": normal(3), "axis": np.array([1]), "position": normal(3)}
+    onnx.save(model(nodes, (2, 4), [tensor(v, n) for n, v in held.items()]), tmp_path / "a.onnx")
+    t = fwt.initialize(fwt.initializers.zeros, 0, where=fwt.biases)
+    converters.transform(tmp_path / "a.onnx", t, out=tmp_path / "b.onnx")
+    found = values(onnx.load(tmp_path / "b.onnx"))
+    assert not found["bias"].any()
+    np.testing.assert_array_equal(found["position"], held["position"])

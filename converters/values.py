@@ -42,7 +42,9 @@ def transform(
     A file is read as :func:`load` reads it, and written to ``out`` with all else that it says, as
     between two files of one format: the settings of training of a Keras model, the order, ties and
     metadata of weights. The arrays of a Keras file whose model can't be converted have the names
-    that ``load(path, module=False)`` gives them, and all else of the file stays as it is.
+    that ``load(path, module=False)`` gives them, and all else of the file stays as it is. So it is
+    with every ONNX file, whatever its operators: the nodes that read an array say what its axes
+    are, and whether it is a kernel.
 
     Args:
         model: a built Keras model, a torch module, or a :class:`fwt.Model`. Of what only runs a
@@ -101,27 +103,32 @@ def transform(
 
 
 def _edit(path: Path, t: Transform, out: Path, how: dict[str, Any]) -> None:
-    from fwt.converters.files import formats, h5_names, h5_weights
+    from fwt.converters.files import edit, formats, h5_names
 
+    edited = edit.is_edited(out, path, how, t)
     try:
-        model = formats.load(path, sidecar=True, **how)
+        model = formats.load(
+            path, **{**how, **({"module": False} if edited else {"sidecar": True})}
+        )
     except ConversionError:
-        if not formats.is_written_into(out, path):
+        if edited or not formats.is_written_into(out, path):
             raise
         model = formats.load(path, module=False, **how)
         if not h5_names.says_no_axes(model.variables):
             raise
-    before, model = model, t(model)
+    before = model
+    with edit.knowing(path, model) as model:
+        model = t(model)
     if not isinstance(model, Model):
         raise LeafError(
             f"{path}: the transform is called with the Model that the file holds, and must give a "
             f"Model back, found {type(model).__name__}: fwt.Model(model.module, variables)"
         )
-    own = model.module is None and formats.is_written_into(out, path, model.variables)
-    if own and how.get("dtype") is not None and h5_weights.holds_model(path):
+    into = model.module is None and formats.is_written_into(out, path, model.variables)
+    if into and how.get("dtype") is not None and edit.says_dtypes(path):
         raise ConversionError(f"{path}: dtype=: the model that its weights are of says them")
-    if not formats.edited(out, path, before, model):
-        formats.save(out, *model, source=path if own else None)
+    if not edit.edited(out, path, before, model):
+        formats.save(out, *model, source=path if into else None)
 
 
 def weights(model: Any) -> dict[str, Any]:

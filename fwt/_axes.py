@@ -575,7 +575,7 @@ class Role:
 
     def paths_of(self, shapes: Mapping[str, Any], tree: _tree.Tree) -> list[str]:
         rules = _rules.Rules({p: tuple(x.shape) for p, x in shapes.items()})
-        classes = _modules.of_classes(tree)
+        classes = {**_modules.of_classes(tree), **_live.KNOWN.get()}
         told = {p: k.role for p, k in classes.items() if k.role}
         return [p for p in shapes if (told.get(p) or rules.role(p)) == self.name]
 

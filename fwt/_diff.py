@@ -92,7 +92,12 @@ def diff(a: Any, b: Any) -> Diff:
     """
     files = [isinstance(x, str | os.PathLike) for x in (a, b)]
     live = all(_nodes.foreign(x)[1] == "model" for x in (a, b))
-    given, (a, b) = (a, b), (_read(x, live) for x in (a, b))
+    given = (a, b)
+    if all(files):
+        from fwt.converters.files.formats import looked_at
+
+        a, b = looked_at(a, b)
+    a, b = (_read(x, live) for x in (a, b))
     one, other = (_tree.Tree({"params": dict(m.variables)}, whole=True).leaves for m in (a, b))
     if files[0] != files[1] and (a, b)[files[1]].module is None:
         layers = [{p.rpartition("/")[0] for p in x if p not in y}

@@ -50,6 +50,9 @@ AxesOption = Annotated[
     list[str] | None,
     typer.Option(help="What the axes of weights mean, such as '**/weight=out in h w'; repeatable."),
 ]
+WeightsOption = Annotated[
+    bool, typer.Option("--weights-only", help="Take the arrays alone, by the file's own names.")
+]
 LayoutOption = Annotated[
     str | None,
     typer.Option(
@@ -189,7 +192,7 @@ def changes(
     def decorator(command: Callable[..., Make]) -> Callable[..., None]:
         def run(where: Any, axes: Any, **given: Any) -> None:
             make = command(**{name: given.pop(name) for name in own})
-            write(transform=make(_globs(where), _axes(axes)), **given)
+            write(transform=make(globs_of(where), _axes(axes)), **given)
 
         own = dict(inspect.signature(command).parameters)
         front = [p for p in inspect.signature(write).parameters.values() if p.name in _FRONT]
@@ -230,7 +233,7 @@ def _presented(run: Any, command: Any, parameters: list[inspect.Parameter]) -> A
     return run
 
 
-def _globs(texts: list[str] | None) -> list[Any]:
+def globs_of(texts: list[str] | None) -> list[Any]:
     """Globs, of which the name of a role is that role."""
     import fwt
 

@@ -72,13 +72,20 @@ def _console() -> Any:
 
 
 def print_model(
-    path: Path, model: "Model", as_json: bool, architecture: Any = None, refused: str = ""
+    path: Path,
+    model: "Model",
+    as_json: bool,
+    architecture: Any = None,
+    refused: str = "",
+    where: Any = None,
 ) -> None:
     """What a file holds. ``architecture`` is the file that says what layers its weights are of,
-    ``refused`` why its model can't be converted, so that these are its arrays alone."""
+    ``refused`` why its model can't be converted, so that these are its arrays alone, and ``where``
+    which weights are listed."""
     import fwt
 
     form, module, told = format_of(path), model.module, fwt.summary(model)
+    told = _those(told, model, where) if where else told
     bare = form.weights_only and architecture is None
     if as_json:
         layers = None
@@ -95,7 +102,8 @@ def print_model(
         return
     about = f"{path}: {form.name}"
     if module is None or form.weights_only:
-        about += ", weights only"
+        own = form.knowing is not None and not refused  # a model all the same
+        about += ", by the names in the file" if own else ", weights only"
     about += f", {by_own_names(refused)}" if refused else ""
     if module is not None and not bare:
         about += f", {len(fwt.nodes_of(module))} layers"
@@ -106,6 +114,19 @@ def print_model(
     console.print(about, highlight=False, markup=False)
     lines = (dataclasses.replace(x, path=x.path.replace("\\/", "/")) for x in told.lines)
     console.print(dataclasses.replace(told, lines=tuple(lines)), highlight=False)
+
+
+def _those(told: Any, model: "Model", where: Any) -> Any:
+    """The lines of the weights that are named, of which each that is tied counts once."""
+    from fwt import _tree
+
+    named = set(_tree.Tree(model).named(where))
+    lines, first = [], dict[str, str]()
+    for line in told.lines:
+        if line.path in named:
+            one = first.setdefault(line.tied or line.path, line.path)
+            lines.append(dataclasses.replace(line, tied="" if one == line.path else one))
+    return dataclasses.replace(told, lines=tuple(lines))
 
 
 def by_own_names(refused: str) -> str:

@@ -529,7 +529,7 @@ def reads(function: Callable[..., Any]) -> Callable[..., Any]:
         if isinstance(params, str | os.PathLike):
             from fwt.converters.files import formats
 
-            return function(formats.load(params), *args, **named)
+            return function(*formats.looked_at(params), *args, **named)
         if _nodes.foreign(params)[1] != "model":
             return function(params, *args, **named)
         from fwt.converters import values

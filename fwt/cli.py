@@ -27,8 +27,11 @@ from fwt._options import (
     Out,
     ShardsOption,
     ToOption,
+    WeightsOption,
+    WhereOption,
     WithTarget,
     changes,
+    globs_of,
     named,
     reads,
 )
@@ -199,16 +202,27 @@ def _each_to(
 
 @app.command()
 @reads
-def inspect(files: Ins, how: dict[str, Any], as_json: JsonOption = False) -> None:
+def inspect(
+    files: Ins,
+    how: dict[str, Any],
+    where: WhereOption = None,
+    weights_only: WeightsOption = False,
+    as_json: JsonOption = False,
+) -> None:
     """Show what files hold: layers, shapes, dtypes, zeros."""
+    from fwt.converters.files import edit, formats
 
     def show(path: Path, how: dict[str, Any]) -> None:
         refused = ""
         try:
-            model = _load(path, **how)
+            model = _load(path, **how, **({"module": False} if weights_only else {}))
         except FwtError as error:
+            if weights_only:
+                raise
             model, refused = _refused.alone(path, how, error), _refused.why(path, error)
-        _terminal.print_model(path, model, as_json, how["architecture"], refused)
+        globs = globs_of(where)
+        with edit.knowing(formats.inside(path), model) if globs else contextlib.nullcontext():
+            _terminal.print_model(path, model, as_json, how["architecture"], refused, globs)
 
     with _streaming(True, how, None):
         _each(files, how, show)
@@ -226,10 +240,7 @@ def convert(
     verify: Annotated[
         bool, typer.Option("--verify", help="Read the target again and compare the predictions.")
     ] = False,
-    weights_only: Annotated[
-        bool,
-        typer.Option("--weights-only", help="Take the arrays alone, by the file's own names."),
-    ] = False,
+    weights_only: WeightsOption = False,
     max_memory: MemoryOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -297,32 +308,35 @@ def _changed(
 ) -> None:
     """Load, transform, save, and the table of what came out."""
     from fwt._types import does_stream
-    from fwt.converters.files import formats, h5_names, h5_weights
+    from fwt.converters.files import edit, formats, h5_names
 
     def one(source: Path, target: Path, how: dict[str, Any]) -> None:
         refused = ""
+        edited = shard_bytes is None and edit.is_edited(target, source, how, transform)
         try:
-            model = _load(source, **how, sidecar=True)
+            model = _load(source, **how, **({"module": False} if edited else {"sidecar": True}))
         except FwtError as error:
+            if edited:
+                raise
             model, refused = _refused.alone(source, how, error), _refused.why(source, error)
             own = formats.is_written_into(target, source)
             if not (own and h5_names.says_no_axes(model.variables)):
                 raise _refused.error_of(source, model, refused, changed=True) from error
-        before = model
+        before, inner = model, formats.inside(source)
         try:
-            model = transform(model)
+            with edit.knowing(inner, model) as model:
+                model = transform(model)
         except FwtError as error:
             if not refused:
                 raise
             if isinstance(error, WhereError) and "where=fwt." in str(error):  # which no name tells
                 raise _refused.error_of(source, model, refused, changed=True) from error
             raise FwtError(f"{source}: {error}; {_terminal.by_own_names(refused)}") from error
-        inner = formats.inside(source)
         own = model.module is None and formats.is_written_into(target, inner, model.variables)
-        if own and how["dtype"] is not None and h5_weights.holds_model(inner):
+        if own and how["dtype"] is not None and edit.says_dtypes(inner):
             raise FwtError(f"{source}: --dtype: the model that its weights are of says them")
         plain = shard_bytes is None and layout is None
-        if not plain or not formats.edited(target, inner, before, model):
+        if not plain or not edit.edited(target, inner, before, model):
             into = inner if own and shard_bytes is None else None
             _save(target, model, layout=layout, shard_bytes=shard_bytes, source=into)
         _terminal.print_model(target, model, as_json, None, refused)

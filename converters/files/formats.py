@@ -4,11 +4,11 @@ Files are data: no reader imports the framework that owns the format, runs code 
 allocates before it has checked sizes. A save appears whole or not at all.
 """
 
-import dataclasses
 import functools
 import os
+import warnings
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,6 +18,17 @@ from fwt.converters import io as _io
 from fwt.converters.files import folders, h5_weights, orbax, plain, safetensors, torch_file
 from fwt.converters.files import names as _names
 from fwt.converters.files import stored as _stored
+from fwt.converters.files.format import (
+    Format,
+    fill_groups,
+    in_place,
+    load_keras,
+    load_legacy,
+    load_onnx,
+    of_models,
+    of_onnx,
+    save_onnx,
+)
 from fwt.converters.io import Reading, UnusedError, write_atomically, write_folder_atomically
 
 if TYPE_CHECKING:
@@ -26,83 +37,35 @@ if TYPE_CHECKING:
 DType = Literal["float32", "float16", "bfloat16", "float64"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Format:
-    """One format. ``fill`` gives Keras layers their arrays where the file's own names don't say
-    what they are; ``save_shards`` writes a folder of several files."""
-
-    name: str
-    suffixes: tuple[str, ...]
-    load: Callable[[Path, Reading], Model]
-    save: Callable[[Any, Any, Any, str | None], None] | None = None
-    save_folder: Callable[[Path, Any, Any], None] | None = None
-    save_shards: Callable[[Path, Any, Any, int], None] | None = None
-    fill: Callable[[list["Layer"], Path, Reading, _names.Names], None] | None = None
-    framework: str = ""  # whose format it is
-    needs_module: bool = False  # to write it
-    weights_only: bool = False  # it says nothing of the layers
-    holds: str = ""  # what of a model, for the table of formats
-
-
-def _of_models(name: str) -> Callable[..., Any]:
-    """A function of the module of Keras's models, which needs Flax and so waits for its call."""
-
-    def call(*arguments: Any) -> Any:
-        from fwt.converters.files import h5
-
-        return getattr(h5, name)(*arguments)
-
-    return call
-
-
-def _fill_groups(load: Callable[[Path, Reading], Model]) -> Callable[..., None]:
-    def fill(layers: list["Layer"], path: Path, how: Reading, named: _names.Names) -> None:
-        tree = load(path, how).variables["params"]
-        _of_models("fill_from_groups")(layers, tree, path, named)
-
-    return fill
-
-
-def _load_keras(path: Path, how: Reading) -> Model:
-    if how.module:
-        model: Model = _of_models("load_keras")(path, how)
-        return model
-    return h5_weights.load_archive(path, how)
-
-
-def _load_legacy(path: Path, how: Reading) -> Model:
-    if how.module and h5_weights.has_model(path):
-        model: Model = _of_models("load_legacy")(path, how)
-        return model
-    return h5_weights.load_legacy(path, how)
-
-
+_into_keras = in_place(of_models("save_into"))
 _KERAS = Format(
     "keras",
     (".keras",),
-    _load_keras,
-    _of_models("save_keras"),
+    load_keras,
+    of_models("save_keras"),
     framework="Keras",
     needs_module=True,
     holds="a model of Keras 3 or 2",
+    save_into=_into_keras,
 )
 _WEIGHTS = Format(
     "Keras weights",
     (".weights.h5",),
     h5_weights.load_weights,
-    _of_models("save_weights"),
-    save_shards=_of_models("save_weight_shards"),
-    fill=_fill_groups(h5_weights.load_weights),
+    of_models("save_weights"),
+    save_shards=of_models("save_weight_shards"),
+    fill=fill_groups(h5_weights.load_weights),
     framework="Keras",
     needs_module=True,
     weights_only=True,
     holds="weights; `architecture=` gives their model",
+    save_into=_into_keras,
 )
 _WEIGHT_SHARDS = Format(
     "Keras weights in shards",
     (".weights.json",),
     h5_weights.load_weight_shards,
-    fill=_fill_groups(h5_weights.load_weight_shards),
+    fill=fill_groups(h5_weights.load_weight_shards),
     framework="Keras",
     needs_module=True,
     weights_only=True,
@@ -111,12 +74,13 @@ _WEIGHT_SHARDS = Format(
 _LEGACY = Format(
     "Keras HDF5",
     (".h5", ".hdf5"),
-    _load_legacy,
-    _of_models("save_legacy"),
-    fill=_of_models("fill_from_legacy"),
+    load_legacy,
+    of_models("save_legacy"),
+    fill=of_models("fill_from_legacy"),
     framework="Keras",
     needs_module=True,
     holds="a model of Keras 3 or 2, or weights only",
+    save_into=_into_keras,
 )
 _TORCH = Format(
     "torch",
@@ -126,6 +90,8 @@ _TORCH = Format(
     framework="PyTorch",
     weights_only=True,
     holds="weights: a state dict, a checkpoint with one (`key=`), or `.bin.index.json` of shards",
+    save_into=in_place(torch_file.save_into),
+    takes=torch_file.holds,
 )
 _SAFETENSORS = Format(
     "safetensors",
@@ -170,29 +136,16 @@ _ORBAX = Format(
 )
 
 
-def _load_onnx(path: Path, how: Reading) -> Model:
-    from fwt.converters.onnx import read
-
-    _io.without_key(path, how)
-    if not how.module:
-        return read.arrays_of(path, how.external)
-    return read.from_onnx(path, external_data=how.external)
-
-
-def _save_onnx(file: Any, module: Any, variables: Any, layout: str | None) -> None:
-    from fwt.converters.onnx import write
-
-    write.save_onnx(file, module, variables, layout)
-
-
 _ONNX = Format(
     "ONNX",
     (".onnx",),
-    _load_onnx,
-    _save_onnx,
+    load_onnx,
+    save_onnx,
     framework="ONNX",
     needs_module=True,
     holds="a model; `to_onnx` and `from_onnx` say more",
+    save_into=of_onnx("save_into"),
+    knowing=of_onnx("knowing"),
 )
 
 FORMATS = (_KERAS, _WEIGHTS, _WEIGHT_SHARDS, _LEGACY, _TORCH, _SAFETENSORS, _SHARDED, _NPZ,
@@ -403,7 +356,7 @@ def load(
             )
         fill, own = None, found.fill
         if found is _KERAS and match == "order":
-            own = _fill_groups(h5_weights.load_archive)
+            own = fill_groups(h5_weights.load_archive)
         model = Model(None, {})
         if own is None or architecture is None:
             try:
@@ -412,11 +365,13 @@ def load(
                 if isinstance(error, UnusedError):
                     raise
                 if architecture is None and found in (_KERAS, _LEGACY, _ONNX):
-                    _io.with_way(error, found.load, path, how)
+                    with warnings.catch_warnings():
+                        warnings.simplefilter("ignore")  # of what is only tried
+                        _io.with_way(error, found.load, path, how)
                 if found is not _KERAS:
                     raise
                 # Its model can't be converted, and need not be.
-                own = _fill_groups(h5_weights.load_archive)
+                own = fill_groups(h5_weights.load_archive)
         if own is not None and not strict:
             raise FileFormatError(
                 f"{path}: Keras tells its arrays by their places, so strict=False is for other "
@@ -439,6 +394,20 @@ def load(
         return _in_dtype(made, dtype)
     except OSError as error:
         raise FileFormatError(f"{path}: can't read it ({error.strerror or error})") from error
+
+
+def looked_at(*paths: str | os.PathLike[str]) -> list[Model]:
+    """What files hold, to look at: their arrays alone, each under its file's own names, where the
+    model of one can't be converted."""
+    try:
+        return [load(path) for path in paths]
+    except FileFormatError as error:
+        if not str(error).endswith(_io.ALONE):
+            raise
+        found = [load(path, module=False) for path in paths]
+        why = str(error).removesuffix(_io.ALONE)
+        warnings.warn(f"{why}; the names are those in the file", stacklevel=4)
+        return found
 
 
 def _in_dtype(model: Model, dtype: Any) -> Model:
@@ -482,9 +451,10 @@ def save(
         dtype: "float32", "float16", "bfloat16" or "float64" for floating leaves in it, and for a
             model that computes in it, as in :func:`load`. The other leaves are kept. What is finite
             and would be infinite is refused.
-        source: for arrays of Keras alone (``.weights.h5``, ``.h5`` without a model, and others
-            that are read with ``module=False``) and ``module=None``: the file that they come from.
-            The new one is a copy of it with these arrays, under the names that :func:`load` gives.
+        source: for arrays alone of Keras (``.weights.h5``, ``.h5`` without a model, and others
+            that are read with ``module=False``), torch or ONNX and ``module=None``: the file that
+            they come from. The new one is a copy of it with these arrays, under the names that
+            :func:`load` gives.
 
     Raises:
         ConversionError: for what the target can't say exactly; nothing is written then.
@@ -561,7 +531,7 @@ def save(
         _save_into(path, module, variables, _io.given_path(source))
         return
     if module is None and found.needs_module:
-        way = ", or source=, the file that they come from" if found in _IN_PLACE else ""
+        way = ", or source=, the file that they come from" if found.save_into else ""
         raise ConversionError(
             f"{path}: weights without an architecture can't be written for {found.framework}; give "
             f"a module{way}"
@@ -586,51 +556,19 @@ def save(
 
 
 _STREAMED = (_SAFETENSORS, _NPZ, _TORCH)  # which are written a piece at a time
-_IN_PLACE = (_KERAS, _WEIGHTS, _LEGACY)  # whose arrays can be changed without knowing their layers
 
 
 def is_written_into(path: Path, source: Path, variables: Any = None) -> bool:
-    """Whether arrays alone of a file of Keras, or these of torch, can be written to one like it."""
+    """Whether arrays alone, or these, can be written to a file like the one that they are from."""
     form = by_suffix(path)
-    if not source.is_file() or by_content(source) is not form:
+    if form is None or form.save_into is None or not source.is_file():
         return False
-    return form in _IN_PLACE or (form is _TORCH and torch_file.holds(source, variables))
-
-
-def edited(path: Path, source: Path, before: Model, after: Model) -> bool:
-    """Writes a copy of the file of a Keras model with other weights in their places, if all that
-    are others stand in it as they are in memory; all else of it stays as it is, to the byte."""
-    form = by_suffix(path)
-    if form not in (_KERAS, _LEGACY) or not source.is_file() or by_content(source) is not form:
-        return False
-    if before.module is None or after.module != before.module:
-        return False
-    old, new = (_tree.Tree({"params": m.variables}, whole=True).leaves for m in (before, after))
-    if old.keys() != new.keys() or not any(isinstance(x, _stored.InFile) for x in old.values()):
-        return False
-    changed: dict[int, Any] = {}
-    for name, was in old.items():
-        leaf = new[name]
-        if leaf is was:
-            continue
-        kept = (leaf.shape, leaf.dtype) == (was.shape, was.dtype)
-        if not isinstance(was, _stored.InFile) or not kept:
-            return False
-        changed[was.offset] = leaf
-    where = _stored.Source(source)
-    for leaf in old.values():
-        if isinstance(leaf, _stored.InFile):
-            where.is_as(leaf.source)
-    if form is _KERAS:
-        write_atomically(path, lambda f: _stored.copy_archive_with(f, where, changed, {}))
-    else:
-        write_atomically(path, lambda f: _stored.copy_with(f, where, changed))
-    return True
+    return (by_content(source) or by_suffix(source)) is form and form.takes(source, variables)
 
 
 def _save_into(path: Path, module: Any, variables: Any, source: Path) -> None:
-    if module is not None or not is_written_into(path, source, variables):
-        way = "from a file of its own format, .keras, .h5 or .pt"
+    into = getattr(by_suffix(path), "save_into", None)
+    if into is None or module is not None or not is_written_into(path, source, variables):
+        way = "from a file of its own format, .keras, .h5, .pt or .onnx"
         raise ConversionError(f"{path}: source= is for arrays alone, {way}")
-    into = torch_file.save_into if by_suffix(path) is _TORCH else _of_models("save_into")
-    write_atomically(path, lambda file: into(file, source, variables))
+    into(path, source, variables)

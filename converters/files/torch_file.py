@@ -6,7 +6,8 @@ import json
 import pickle
 import warnings
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,7 +94,7 @@ def _loaded(path: Path, how: Reading) -> tuple[Any, dict[str, Any], "_Places"]:
             return places.add(full, np.zeros(place.stop - place.start, np.uint8), there, place)
 
         pickled = bytes(member(archive, names[0], budget))
-        views = there is not None
+        views = None if there is None else places.tensors
         loaded = torch_pickle.loaded(pickled, budget, stored, order == b"big", views)
         ours = {}
         if f"{stem}{_OURS}" in archive.namelist():
@@ -128,6 +129,8 @@ class _Places:
     def __init__(self) -> None:
         self._storages: dict[int, _Storage] = {}
         self._starts: list[int] = []
+        self.tensors: list[np.ndarray] = []  # as often as the pickle asks for each
+        self.outside: list[np.ndarray] = []  # those of other parts than the one that is written
 
     @property
     def any(self) -> bool:
@@ -441,7 +444,7 @@ def save_into(file: Any, source: Path, variables: Any) -> None:
     with reading(source):
         held, places = _views(source, variables)
     new = _io.dotted(variables)
-    there = places.placed(held)
+    there, outside = places.placed(held), places.outside
     by_storage: dict[str, list[str]] = {}
     for name, view in held.items():
         by_storage.setdefault(places.storage_of(view), []).append(name)
@@ -449,6 +452,13 @@ def save_into(file: Any, source: Path, variables: Any) -> None:
     members: dict[str, Any] = {}
     for storage, names in by_storage.items():
         others = [n for n in names if not _is_same(there[n], new[n])]
+        for name in others:
+            if any(np.may_share_memory(held[name], x) for x in outside):
+                raise ConversionError(
+                    f"{source}: {name} has memory that other parts of the file have too, which "
+                    "stay as they are: save it again with copies of its tensors, or write this "
+                    "part alone to a .safetensors file"
+                )
         if not others:
             continue
         if _are_apart([there[n] for n in names]):
@@ -493,7 +503,36 @@ def _views(source: Path, variables: Any) -> tuple[dict[str, np.ndarray], "_Place
     part = _io.under(loaded, _nodes.told_of(variables).get("part"), source)
     part = part if places.any else {}  # of numbers that are not as in memory
     found = part.items() if isinstance(part, Mapping) else ()
-    return {n: x for n, x in found if isinstance(x, np.ndarray)}, places
+    held = {n: x for n, x in found if isinstance(x, np.ndarray)}
+    # What the pickle asks for more often than the part has it, and what stands elsewhere too.
+    times = Counter(map(id, held.values()))
+    places.outside = [x for x in _elsewhere(loaded, part) if x.size]
+    for tensor in places.tensors:
+        times[id(tensor)] -= 1
+        if times[id(tensor)] < 0:
+            places.outside.append(tensor)
+    return held, places
+
+
+def _elsewhere(node: Any, part: Any) -> Iterator[np.ndarray]:
+    """The tensors of what a file holds beside a part of it; of a part that stands there twice,
+    its own."""
+    stack, met, times = [node], set[int](), 0
+    while stack:
+        here = stack.pop()
+        times += here is part
+        if (here is part and times == 1) or (here is not part and id(here) in met):
+            continue
+        if isinstance(here, np.ndarray):
+            yield here
+            continue
+        if times > 2:
+            return
+        met.add(id(here))
+        if isinstance(here, Mapping):
+            stack += here.values()
+        elif isinstance(here, list | tuple | set | frozenset):
+            stack += here
 
 
 def _check_names(variables: Mapping[str, Any], found: Mapping[str, Any]) -> None:

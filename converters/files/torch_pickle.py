@@ -8,7 +8,7 @@ import pickle
 import pickletools
 import reprlib
 import warnings
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -254,6 +254,7 @@ class _Unpickler(pickle.Unpickler):
         self.marks: dict[Any, np.ndarray] = {}  # of a storage with several, what they hold
         self.unknown: dict[str, type[Unknown]] = {}
         self.as_views = False
+        self.calls = Counter[Any]()  # how often each tensor is asked for
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
@@ -385,6 +386,7 @@ class _Unpickler(pickle.Unpickler):
         # What is the same view of the same memory is one array under two names.
         place = storage.__array_interface__["data"][0], storage.dtype.name
         view = (place, *numbers, len(size), *sorted(told.items()))
+        self.calls[view] += 1
         if view in self.tensors:
             self.budget.spend("a tensor", self.tensors[view].nbytes)  # another format may copy it
         else:
@@ -446,14 +448,18 @@ def loaded(
     budget: Budget,
     stored: Callable[[str, int], Any],
     big: bool,
-    views: bool = False,
+    views: list[np.ndarray] | None = None,
 ) -> Any:
-    """What a pickle of torch's zip format holds; with ``views`` each tensor is one of the memory
-    that ``stored`` gives, or can't be written to."""
+    """What a pickle of torch's zip format holds; with ``views``, which gets a tensor as often as it
+    is asked for, each is one of the memory that ``stored`` gives, or can't be written to."""
     _check_pickle(pickled, budget.path, budget)
     unpickler = _Unpickler(io.BytesIO(pickled), budget, stored, big)
-    unpickler.as_views = views
-    return unpickler.load()
+    unpickler.as_views = views is not None
+    found = unpickler.load()
+    if views is not None:
+        for view, count in unpickler.calls.items():
+            views += [unpickler.tensors[view]] * count
+    return found
 
 
 # -- the format before 1.6 ----------------------------------------------------------------------

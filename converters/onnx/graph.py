@@ -336,11 +336,11 @@ class Graph:
         return [found[i] for i in sorted(found)]
 
 
-def proto_of(path: Path) -> Any:
+def parsed(path: Path) -> Any:
+    """A model as its file has it: with its functions, and of any opset."""
     if importlib.util.find_spec("onnx") is None:
         raise ImportError("ONNX files need onnx: pip install 'fwt[onnx]'", name="onnx")
     import onnx
-    import onnx.inliner
 
     size = path.stat().st_size
     if size > 2**31:
@@ -348,8 +348,15 @@ def proto_of(path: Path) -> Any:
     proto = onnx.ModelProto.FromString(path.read_bytes())
     if not proto.HasField("graph") or not (proto.graph.node or proto.graph.output):
         raise FileFormatError(f"{path}: no ONNX file: it has no graph")
+    return proto
+
+
+def proto_of(path: Path) -> Any:
+    proto = parsed(path)
+    import onnx.inliner
+
     if proto.functions:
-        _check_functions(proto, path)
+        check_functions(proto, path)
         proto = onnx.inliner.inline_local_functions(proto)
     version = _version(proto)
     if version is not None and 0 < version < OPSETS.start:
@@ -363,7 +370,7 @@ def _version(proto: Any) -> int | None:
     return None if version is None else int(version)
 
 
-def _check_functions(proto: Any, path: Path) -> None:
+def check_functions(proto: Any, path: Path) -> None:
     """Raises if what functions call is more than a graph may have."""
     bodies = {(f.domain, f.name): f for f in proto.functions}
     counts: dict[Any, int] = {}

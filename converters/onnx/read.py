@@ -1,7 +1,6 @@
 """ONNX in: a graph of operators as layers in torch's terms, from which the walk goes on."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -97,18 +96,6 @@ def from_onnx(
         if ours is None:
             _check_dtype(graph, model)
         return model
-
-
-def arrays_of(path: Path, external_data: bool) -> Model:
-    """The arrays of a file alone, under its own names, whatever its graph computes."""
-    with _io.reading(path):
-        proto = _graph.proto_of(path)
-        tensors = proto.graph.initializer
-        names = [tensor.name for tensor in tensors]
-        if len(set(names)) < len(names) or not all(n and isinstance(n, str) for n in names):
-            raise FileFormatError(f"{path}: two of its arrays have one name, or one has none")
-        held = {t.name: _graph.array_of(t, path, external_data) for t in tensors}
-        return Model(None, {"params": held})
 
 
 def _net(graph: Graph) -> Net:

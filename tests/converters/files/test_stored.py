@@ -353,6 +353,33 @@ def test_as_much_as_memory_may_hold(tmp_path):
         converters.transform(net(), fwt.prune(0.5), max_memory=100)
 
 
+def test_other_parts_of_a_checkpoint_stay(tmp_path):
+    """Also those that have the same memory, which can't be written alone."""
+    path, target = tmp_path / "run.pt", tmp_path / "out.pt"
+    module = net()
+    state, weight = module.state_dict(), numbers(4, 4)
+    for held in (
+        {"model": state, "ema": state},
+        {"model": state, "best": dict(state)},
+        {"model": state, "last": module.state_dict()},
+        {"model": state, "module": module},
+        {"model": state, "several": [state["0.weight"][:2]]},
+        {"model": {"a.weight": weight[:2]}, "whole": weight},
+    ):
+        torch.save(held, path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that in memory they are two
+            with pytest.raises(fwt.ConversionError, match="memory that other parts of the file"):
+                converters.transform(path, fwt.prune(0.5), out=target, key="model")
+        assert not target.exists()
+    copies = {name: value.clone() for name, value in state.items()}
+    torch.save({"model": state, "ema": copies}, path)
+    converters.transform(path, fwt.prune(0.5), out=target, key="model")
+    found = torch.load(target)
+    assert all(torch.equal(found["ema"][name], value) for name, value in copies.items())
+    assert int((found["model"]["0.weight"] == 0).sum()) == round(0.5 * 13 * 7)
+
+
 # -- files of Keras -------------------------------------------------------------------------------
 
 

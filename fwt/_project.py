@@ -144,7 +144,7 @@ def project(
     return streams(apply if masks is not None else with_inside(apply, inside))
 
 
-_ROWS = 1 << 26  # bytes of a leaf that are projected at once, where rows can be taken alone
+_ROWS = 1 << 24  # bytes of a leaf that are projected at once, where rows can be taken alone
 
 
 def _later(constraint: Any, compiled: bool, path: str, leaf: Any, place: Any, mask: Any) -> Any:

@@ -141,9 +141,6 @@ class InFile(Stored):
         return out
 
 
-LEAST = 1 << 20  # bytes of an array that is worth to be left where it is
-
-
 class ComputedError(FileFormatError):
     """What was left in a file would have had to be read, for something else is made of it."""
 
@@ -157,9 +154,9 @@ class StandIns:
         self._held: dict[int, tuple[np.ndarray, int]] = {}
 
     def array(self, offset: int, shape: Any, dtype: Any) -> np.ndarray | None:
-        """The stand-in for an array; None for one so small that it is sooner read."""
+        """The stand-in for an array; None for a number, which settings may be."""
         value = np.zeros(shape, dtype).view(_stored.Unread)
-        if not value.shape or value.nbytes < max(LEAST, 1):
+        if not value.shape or not value.size:
             return None
         self._held[_address(value)] = value, self.start + offset
         return value

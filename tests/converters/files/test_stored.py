@@ -383,12 +383,6 @@ def test_other_parts_of_a_checkpoint_stay(tmp_path):
 # -- files of Keras -------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def all_stay(monkeypatch):
-    """Arrays of any size stay in their file."""
-    monkeypatch.setattr(stored, "LEAST", 1)
-
-
 def check_keras(model, folder, end):
     """Edited in its place, it is what it is when it is written anew, and all else stays."""
     source, one, other = (folder / f"{name}{end}" for name in ("model", "one", "other"))
@@ -418,7 +412,7 @@ def check_keras(model, folder, end):
 
 @pytest.mark.parametrize("end", [".keras", ".h5"])
 @pytest.mark.parametrize("name", cases.KERAS)
-def test_keras_models_as_in_memory(name, end, tmp_path, all_stay):
+def test_keras_models_as_in_memory(name, end, tmp_path):
     model = cases.KERAS[name][1]()
     cases.randomise_keras(model, 1)
     check_keras(model, tmp_path, end)
@@ -427,7 +421,7 @@ def test_keras_models_as_in_memory(name, end, tmp_path, all_stay):
 @pytest.mark.thorough
 @pytest.mark.parametrize("end", [".keras", ".h5"])
 @pytest.mark.parametrize("name", layer_cases.KERAS)
-def test_layers_of_keras_as_in_memory(name, end, tmp_path, all_stay):
+def test_layers_of_keras_as_in_memory(name, end, tmp_path):
     shape, layer = layer_cases.KERAS[name].make(np.random.default_rng(1))
     model = keras.Sequential([keras.layers.Input(shape), layer])
     cases.randomise_keras(model, 1)
@@ -440,7 +434,7 @@ def test_layers_of_keras_as_in_memory(name, end, tmp_path, all_stay):
 
 
 @pytest.mark.parametrize("end", [".keras", ".h5"])
-def test_a_keras_file_is_edited_to_the_byte(end, tmp_path, all_stay):
+def test_a_keras_file_is_edited_to_the_byte(end, tmp_path):
     source, target = tmp_path / f"a{end}", tmp_path / f"b{end}"
     model = keras.Sequential(
         [keras.layers.Input((5,)), keras.layers.Dense(4), keras.layers.Dense(3)]

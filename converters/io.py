@@ -151,7 +151,8 @@ def write_folder_atomically(
             os.chmod(temporary, target.stat().st_mode & 0o777)
         for folder, _, names in os.walk(temporary):
             for name in names:
-                _sync(Path(folder) / name)
+                if not os.path.islink(file := Path(folder) / name):
+                    _sync(file)
             _sync(Path(folder))
         try:
             os.replace(temporary, target)

@@ -20,7 +20,8 @@ Out = Annotated[
     str,  # a Path forgets the slash at its end
     typer.Argument(
         help="The file to write; its suffix is the format. Of several files, or with a slash at "
-        "its end: a folder."
+        "its end: a folder. Of one folder, such as one of Hugging Face, a name without such a "
+        "suffix is a copy of it with the new weights."
     ),
 ]
 ToOption = Annotated[

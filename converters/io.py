@@ -153,7 +153,8 @@ def write_folder_atomically(
             os.chmod(temporary, target.stat().st_mode & 0o777)
         for folder, _, names in os.walk(temporary):
             for name in names:
-                _sync(Path(folder) / name)
+                if not os.path.islink(file := Path(folder) / name):
+                    _sync(file)
             _sync(Path(folder))
         try:
             os.replace(temporary, target)
@@ -242,8 +243,7 @@ class Budget:
     """What a file may make us allocate, checked against what it declares before it is done.
 
     Stored parts: four times the file's own size and 64 MiB. Compressed ones: 1,100 times their
-    compressed size, and ``max_bytes`` (half of the machine's memory unless told) in all.
-    """
+    compressed size, and ``max_bytes`` (half of the machine's memory unless told) in all."""
 
     def __init__(self, path: Path, max_bytes: int | None = None, size: int | None = None):
         self.path = path
@@ -251,7 +251,7 @@ class Budget:
         self.max_bytes = half_of_memory() if max_bytes is None else max_bytes
         self.room = self.max_bytes
         self.raw: Any = b""  # the bytes of an HDF5 file while it is open
-        self.unread: Any = None  # files.stored.StandIns, where arrays may stay in it
+        self.unread: Any = None  # where its arrays may stay in it
 
     def spend(self, what: str, size: int) -> None:
         self.left -= size

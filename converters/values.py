@@ -41,10 +41,12 @@ def transform(
 
     A file is read as :func:`load` reads it, and written to ``out`` with all else that it says, as
     between two files of one format: the settings of training of a Keras model, the order, ties and
-    metadata of weights. The arrays of a Keras file whose model can't be converted have the names
-    that ``load(path, module=False)`` gives them, and all else of the file stays as it is. So it is
-    with every ONNX file, whatever its operators: the nodes that read an array say what its axes
-    are, and whether it is a kernel.
+    metadata of weights. Of weights alone ``out`` is a copy of the file in which only the arrays
+    that changed differ, if it has the same format. A folder whose name says no format, such as one
+    of Hugging Face, is copied whole to one like it. The arrays of a Keras file whose model can't be
+    converted have the names that ``load(path, module=False)`` gives them, and all else of the file
+    stays as it is. So it is with every ONNX file, whatever its operators: the nodes that read an
+    array say what its axes are, and whether it is a kernel.
 
     Args:
         model: a built Keras model, a torch module, or a :class:`fwt.Model`. Of what only runs a
@@ -124,11 +126,11 @@ def _edit(path: Path, t: Transform, out: Path, how: dict[str, Any]) -> None:
             f"{path}: the transform is called with the Model that the file holds, and must give a "
             f"Model back, found {type(model).__name__}: fwt.Model(model.module, variables)"
         )
-    into = model.module is None and formats.is_written_into(out, path, model.variables)
-    if into and how.get("dtype") is not None and edit.says_dtypes(path):
-        raise ConversionError(f"{path}: dtype=: the model that its weights are of says them")
-    if not edit.edited(out, path, before, model):
-        formats.save(out, *model, source=path if into else None)
+    copy = edit.copied(path, out, model, before, how)
+    if copy is None:
+        formats.save(out, *model)
+    else:
+        copy()
 
 
 def weights(model: Any) -> dict[str, Any]:

@@ -20,7 +20,8 @@ Out = Annotated[
     str,  # a Path forgets the slash at its end
     typer.Argument(
         help="The file to write; its suffix is the format. Of several files, or with a slash at "
-        "its end: a folder."
+        "its end: a folder. Of one folder, such as one of Hugging Face, a name without such a "
+        "suffix is a copy of it with the new weights."
     ),
 ]
 ToOption = Annotated[
@@ -237,6 +238,8 @@ def globs_of(texts: list[str] | None) -> list[Any]:
     """Globs, of which the name of a role is that role."""
     import fwt
 
+    if not texts:  # to name the roles imports JAX
+        return []
     roles: dict[str, Any] = {role.name: role for role in (fwt.kernels, fwt.biases)}
     return [roles.get(text, text) for text in texts or ()]
 

@@ -24,6 +24,8 @@ _VECTORS = ("scale", "gamma", "beta", "bias")
 _WEIGHTS = ("kernel", "weight", "pointwise_kernel", "depthwise_kernel")
 # The dense layers of GPT-2: (in, out) in some models of that family, (out, in) in others.
 _GPT2 = re.compile("c_(attn|proj|fc)|q_attn")
+# A convolution that cuts an image into patches, which is none that is transposed.
+_PATCHES = re.compile("patch(es)?_?embed")
 _MISSING: Any = object()
 
 
@@ -374,10 +376,15 @@ class Rules:
             return self._of_weight(path, shape, bias)
         if _TWO_AXES.fullmatch(last):
             return ("out", "in")
+        if last == "weight" and rank > 3 and self._cuts_patches(path):
+            return ("out", "in", *window)
         # One of three axes may be that of torch's Bilinear too.
         if last == "weight" and (rank > 3 or (rank == 3 and "conv" in parent.lower())):
             return _of_window(shape, bias)
         return None
+
+    def _cuts_patches(self, path: str) -> bool:
+        return any(_PATCHES.search(part.lower()) for part in self._parts[path][-3:-1])
 
     def _of_weight(self, path: str, shape: Shape, bias: int | None) -> tuple[str, ...] | None:
         """Torch's (out, in), unless biases say that this tree has them the other way round."""
@@ -433,6 +440,7 @@ class Rules:
             return "kernels"
         if rank >= 2 and re.fullmatch("weight(_orig|_v|_(ih|hh|hr)(_l[0-9]+)?(_reverse)?)?", last):
             other = no_kernel(parent) or (last == "weight" and self.is_norm(path))
+            other = other and not (rank > 3 and self._cuts_patches(path))
             return "others" if other else "kernels"
         if rank >= 2 and last in (
             "in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight",
@@ -445,7 +453,8 @@ class Rules:
             # A weight norm has a length for each unit beside its directions.
             return "others" if lengths and all(n in (1, m) for n, m in pairs) else "kernels"
         if re.fullmatch(r"(in_proj_)?bias(_\d+|_(ih|hh)(_l[0-9]+)?(_reverse)?)?", last):
-            return "biases"
+            mask = rank == 4 and self.shapes[path][:2] == (1, 1)  # GPT-2's, of attention
+            return "others" if mask else "biases"
         return "others"
 
 

@@ -233,7 +233,7 @@ def in_options(text: str) -> str:
     text = re.sub(rf"{_AT}({_OPTIONS}|rename|axes|drop)={value}", _given, text)
     for found, said in _WORDS:
         text = re.sub(found, said, text)
-    return re.sub(rf"{_AT}({_OPTIONS}|rename|drop|axes)=(?=$|[ ,;:]|\.(?!\.))",
+    return re.sub(rf"{_AT}({_OPTIONS}|rename|drop|axes|dtype)=(?=$|[ ,;:]|\.(?!\.))",
                   lambda m: f"--{m[1].replace('_', '-')}", text)  # fmt: skip
 
 

@@ -6,16 +6,15 @@ files of diff or verify differ, or what convert --verify read again does.
 """
 
 import contextlib
-import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from fwt import _refused, _terminal
+from fwt import _refused, _several, _terminal
 from fwt._errors import FwtError, WhereError
 from fwt._options import (
     In,
@@ -71,7 +70,8 @@ def _load(path: Path, **how: Any) -> "Model":
         return converters.load(path, **how)
 
 
-def _save(path: Path, model: "Model", **how: Any) -> None:
+def _save(path: Path, model: "Model", write: Callable[[], None] | None = None, **how: Any) -> None:
+    """Writes a model, or what ``write`` writes of it."""
     import jax
 
     from fwt import converters
@@ -82,122 +82,12 @@ def _save(path: Path, model: "Model", **how: Any) -> None:
         if missing:
             path.parent.mkdir(parents=True, exist_ok=True)
         with _terminal.progress(f"writing {path.name}", sum(sizes)):
-            converters.save(path, *model, **how)
+            write() if write else converters.save(path, *model, **how)
     except BaseException:
         for made in missing:  # what is empty, from the innermost on
             with contextlib.suppress(OSError):
                 made.rmdir()
         raise
-
-
-def _each(
-    paths: Sequence[Path], how: dict[str, Any], do: Callable[[Path, dict[str, Any]], None]
-) -> None:
-    """One file as it is. Of several, each that fails gives one line, and the others are done. What
-    one of them is read with, such as --key, may be of no use to another."""
-    from fwt.converters.io import UnusedError
-
-    if len(paths) == 1:
-        do(paths[0], how)
-        return
-    codes = set()
-
-    def tried(path: Path, own: dict[str, Any]) -> Exception | None:
-        try:
-            do(path, own)
-        except typer.Exit as end:
-            codes.add(end.exit_code)
-        except _terminal.ERRORS as error:
-            return error
-        return None
-
-    def tell(path: Path, error: Exception) -> None:
-        line = _terminal.line_of(error)
-        if line is None:
-            raise error
-        about = "" if str(path) in line else f"{path}: "
-        print(f"error: {about}{line}", file=sys.stderr)
-        codes.add(1)
-
-    waiting: list[tuple[Path, UnusedError]] = []
-    needed = False  # all that they are read with, by one of them
-    for path in paths:
-        error = tried(path, how)
-        needed = needed or error is None
-        if isinstance(error, UnusedError):
-            waiting.append((path, error))
-        elif error is not None:
-            tell(path, error)
-    for path, first in waiting:
-        own, error = how, first
-        while needed and isinstance(error, UnusedError):
-            own = _without(own, error)
-            error = tried(path, own)
-        if error is not None:
-            tell(path, first)
-    if codes:
-        raise typer.Exit(min(codes))
-
-
-def _into(sources: Sequence[Path], target: str, to: str | None) -> bool:
-    """Whether the target is a folder for the files, and not one of a format, such as .orbax. It
-    may be missing: a slash at the end says that it is one."""
-    from fwt.converters.files import formats
-
-    if target == "-":
-        raise typer.BadParameter("-: a file is written whole or not at all: give its name")
-    folder = target.endswith(("/", os.sep)) or Path(target).is_dir()
-    folder = folder and formats.by_suffix(Path(target)) is None
-    return len(sources) > 1 or to is not None or folder
-
-
-def _each_to(
-    sources: Sequence[Path],
-    target: str,
-    to: str | None,
-    how: dict[str, Any],
-    do: Callable[[Path, Path, dict[str, Any]], None],
-) -> None:
-    """Each source to its target: as with cp, the last path may be a folder, in which each file
-    keeps its name, with the suffix ``to``."""
-    from fwt.converters.files import formats
-
-    folder = Path(target)
-    if not _into(sources, target, to):
-        if not formats.suffix(folder):
-            raise typer.BadParameter(
-                f"{target}: its suffix says the format, such as {target}.safetensors; with a slash "
-                f"at its end, {target}/, it is a folder for files that keep their names, and --to "
-                "says their format"
-            )
-        do(sources[0], folder, how)
-        return
-    if formats.by_suffix(folder) is not None or folder.is_file():
-        what = "several files" if len(sources) > 1 else "--to"
-        raise typer.BadParameter(f"{target}: with {what}, the last path is a folder")
-    if to is not None and formats.by_suffix(Path(f"x.{to.lstrip('.')}")) is None:
-        raise typer.BadParameter(f"--to {to}: expected one of {', '.join(formats.SUFFIXES)}")
-    made: dict[Path, Path] = {}
-
-    def place(source: Path, own: dict[str, Any]) -> None:
-        name, end = source.name, formats.suffix(source)
-        if to is None and source.is_dir() and formats.by_suffix(source) is None:
-            raise FwtError(
-                f"{source}: a folder whose name says no format: --to safetensors, or another "
-                f"suffix, says in which it is written to {folder / name}"
-            )
-        if to is not None:
-            name = f"{name[: len(name) - len(end)]}.{to.lstrip('.')}"
-        there = folder / name
-        if there.exists() and there.samefile(source):
-            raise FwtError(f"{source}: it would be written over itself: give another folder")
-        again = own is not how  # the same source, with what it has a use for
-        if there in made and not (again and made[there] == source):
-            raise FwtError(f"{source}: {there} is written from {made[there]} already")
-        made[there] = source
-        do(source, there, own)
-
-    _each(sources, how, place)
 
 
 @app.command()
@@ -225,7 +115,7 @@ def inspect(
             _terminal.print_model(path, model, as_json, how["architecture"], refused, globs)
 
     with _streaming(True, how, None):
-        _each(files, how, show)
+        _several.each(files, how, show)
 
 
 @app.command(cls=WithTarget)
@@ -287,12 +177,12 @@ def convert(
         external = how["external_data"] or not _is_onnx(source)  # the target is of our own making
         _report(source if _is_onnx(source) else model, own, as_json, external=external)
 
-    if to is None and _into(sources, target, to):
+    if to is None and _several.into(sources, target, to):
         raise typer.BadParameter(
             f"{target}: into a folder, --to .keras or the like says the format"
         )
     with _streaming(not verify, how, max_memory):
-        _each_to(sources, target, to, how, one)
+        _several.each_to(sources, target, to, how, one)
 
 
 def _changed(
@@ -322,9 +212,9 @@ def _changed(
             own = formats.is_written_into(target, source)
             if not (own and h5_names.says_no_axes(model.variables)):
                 raise _refused.error_of(source, model, refused, changed=True) from error
-        before, inner = model, formats.inside(source)
+        before = model
         try:
-            with edit.knowing(inner, model) as model:
+            with edit.knowing(source, model) as model:
                 model = transform(model)
         except FwtError as error:
             if not refused:
@@ -332,17 +222,14 @@ def _changed(
             if isinstance(error, WhereError) and "where=fwt." in str(error):  # which no name tells
                 raise _refused.error_of(source, model, refused, changed=True) from error
             raise FwtError(f"{source}: {error}; {_terminal.by_own_names(refused)}") from error
-        own = model.module is None and formats.is_written_into(target, inner, model.variables)
-        if own and how["dtype"] is not None and edit.says_dtypes(inner):
-            raise FwtError(f"{source}: --dtype: the model that its weights are of says them")
-        plain = shard_bytes is None and layout is None
-        if not plain or not edit.edited(target, inner, before, model):
-            into = inner if own and shard_bytes is None else None
-            _save(target, model, layout=layout, shard_bytes=shard_bytes, source=into)
+        anew = {"layout": layout, "shard_bytes": shard_bytes}
+        given = any(value is not None for value in anew.values())
+        copy = None if given else edit.copied(source, target, model, before, how)
+        _save(target, model, copy, **anew)
         _terminal.print_model(target, model, as_json, None, refused)
 
     with _streaming(does_stream(transform), how, max_memory):
-        _each_to(sources, target, to, how, one)
+        _several.each_to(sources, target, to, how, one, edits=True)
 
 
 @contextlib.contextmanager
@@ -371,23 +258,12 @@ def _both(first: Path, second: Path, how: dict[str, Any], run: bool = False) -> 
                 if (error.option, error.value) in unused:  # neither file has it
                     raise unused[error.option, error.value] from error
                 unused[error.option, error.value] = error
-                own = _without(own, error)
+                own = _several.without(own, error)
             except FwtError as error:
                 key = unused.get(("key", how["key"]))
                 raise (error if key is None or own["key"] is not None else key) from None
         out.append(found)
     return out
-
-
-def _without(how: dict[str, Any], error: Any) -> dict[str, Any]:
-    """The options of reading without the one that a file has no use for."""
-    given = how[error.option]
-    left: Any = None
-    if error.option == "rename":
-        left = {old: new for old, new in given.items() if old != error.value}
-    elif error.option == "drop":
-        left = [glob for glob in given if glob != error.value]
-    return {**how, error.option: left}
 
 
 def _as_model(path: Path, how: dict[str, Any]) -> "Model":

@@ -10,6 +10,25 @@ from fwt.converters import io as _io
 from fwt.converters.files import orbax
 from fwt.converters.io import Reading
 
+# What a folder of Hugging Face holds beside the weights.
+NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
+
+
+def weights_in(path: Path) -> Path:
+    """The one file of weights in a folder; the folder itself if there is none."""
+    ends = (".safetensors", ".pt", ".pth", ".bin")
+    found = sorted(p for p in path.iterdir() if p.name.endswith(ends) and p.is_file())
+    found = [p for p in found if not p.name.startswith(NO_WEIGHTS)]
+    safe = [p for p in found if p.suffix == ".safetensors"]
+    if len(safe) == 1 and all(p.suffix == ".bin" for p in found if p not in safe):
+        found = safe  # Hugging Face's two copies of one model
+    if len(found) > 1:
+        names = ", ".join([*(p.name for p in found[:6]), *(["..."] if len(found) > 6 else [])])
+        raise FileFormatError(
+            f"{path}: it holds {len(found)} files of weights: give one of {names}"
+        )
+    return found[0] if found else path
+
 
 def may_be_replaced(path: Path) -> bool:
     """Whether a folder is sharded weights or one checkpoint, and holds nothing else."""

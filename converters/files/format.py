@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fwt._types import Model
 from fwt.converters import io as _io
-from fwt.converters.files import h5_weights
+from fwt.converters.files import copies, h5_weights
 from fwt.converters.files import names as _names
 from fwt.converters.io import Reading, write_atomically
 
@@ -33,6 +33,8 @@ class Format:
     needs_module: bool = False  # to write it
     weights_only: bool = False  # it says nothing of the layers
     holds: str = ""  # what of a model, for the table of formats
+    # How a file or folder is written anew with other values of its arrays, all else as it is.
+    copy: Callable[[Path, Any, Any], copies.Copy] | None = None
     # Arrays alone, in the place of those of the file that they come from; whether these can be; and
     # what the file tells of them, which is then edited so whether or not its model converts.
     save_into: Callable[[Path, Path, Any], None] | None = None

@@ -15,7 +15,19 @@ from typing import TYPE_CHECKING, Any, Literal
 from fwt import _nodes, _tree
 from fwt._types import ConversionError, FileFormatError, Model
 from fwt.converters import io as _io
-from fwt.converters.files import folders, h5_weights, orbax, plain, safetensors, torch_file
+from fwt.converters.files import (
+    copies,
+    copies_orbax,
+    copies_plain,
+    copies_safetensors,
+    copies_torch,
+    folders,
+    h5_weights,
+    orbax,
+    plain,
+    safetensors,
+    torch_file,
+)
 from fwt.converters.files import names as _names
 from fwt.converters.files import stored as _stored
 from fwt.converters.files.format import (
@@ -90,8 +102,7 @@ _TORCH = Format(
     framework="PyTorch",
     weights_only=True,
     holds="weights: a state dict, a checkpoint with one (`key=`), or `.bin.index.json` of shards",
-    save_into=in_place(torch_file.save_into),
-    takes=torch_file.holds,
+    copy=copies_torch.copy_of,
 )
 _SAFETENSORS = Format(
     "safetensors",
@@ -101,6 +112,7 @@ _SAFETENSORS = Format(
     save_shards=safetensors.save_sharded,
     framework="safetensors",
     holds="a model if fwt wrote it (in the metadata), else weights",
+    copy=copies_safetensors.copy_of,
 )
 _SHARDED = Format(
     "safetensors in shards",
@@ -108,6 +120,7 @@ _SHARDED = Format(
     safetensors.load_sharded,
     framework="safetensors",
     holds="the same in shards; written with `.safetensors` and `shard_bytes=`",
+    copy=copies_safetensors.copy_of_shards,
 )
 _NPZ = Format(
     "NumPy",
@@ -116,6 +129,7 @@ _NPZ = Format(
     plain.save_npz,
     framework="NumPy",
     holds="a model if fwt wrote it (in a member), else weights",
+    copy=copies_plain.copy_of_npz,
 )
 _MSGPACK = Format(
     "msgpack",
@@ -125,6 +139,7 @@ _MSGPACK = Format(
     framework="Flax",
     weights_only=True,
     holds="weights: variables, or a state that has them (`key=`)",
+    copy=copies_plain.copy_of_msgpack,
 )
 _ORBAX = Format(
     "Orbax",
@@ -133,6 +148,7 @@ _ORBAX = Format(
     save_folder=orbax.save_orbax,
     framework="Orbax",
     holds="a folder: a model if fwt wrote it, else weights (`key=`, `shardings=`)",
+    copy=copies_orbax.copy_of,
 )
 
 
@@ -212,31 +228,14 @@ def _of_folder(path: Path) -> Format | None:
     return None
 
 
-_NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
-
-
 def inside(path: Path) -> Path:
-    """The one file of weights in a folder of no format of its own, as Hugging Face has them; any
-    other path as it is."""
-    if not path.is_dir() or by_content(path) is not None:
-        return path
-    ends = (*_SAFETENSORS.suffixes, *_TORCH.suffixes)
-    found = sorted(p for p in path.iterdir() if p.name.endswith(ends) and p.is_file())
-    found = [p for p in found if not p.name.startswith(_NO_WEIGHTS)]
-    safe = [p for p in found if p.suffix == ".safetensors"]
-    if len(safe) == 1 and all(p.suffix == ".bin" for p in found if p not in safe):
-        found = safe  # Hugging Face's two copies of one model
-    if len(found) > 1:
-        names = ", ".join([*(p.name for p in found[:6]), *(["..."] if len(found) > 6 else [])])
-        raise FileFormatError(
-            f"{path}: it holds {len(found)} files of weights: give one of {names}"
-        )
-    return found[0] if found else path
+    """The one file of weights in a folder of no format of its own; any other path as it is."""
+    known = not path.is_dir() or by_content(path) is not None
+    return path if known else folders.weights_in(path)
 
 
 def format_of(path: Path) -> Format:
-    """The format to read a path with: by content, else by name, whose reader then says what is
-    wrong with it."""
+    """The format to read a path with: by content, else by name, whose reader says what is wrong."""
     found = by_content(path) if path.exists() else None
     found = found or (by_suffix(path) if path.is_file() else None)
     if found in (None, _SHARDED) and (what := folders.known(path)):
@@ -331,6 +330,7 @@ def load(
         (2, 3)
     """
     path = _io.given_path(path)
+    _stored.forget()
     key = key if key is None or isinstance(key, str) else tuple(key) or None
     how_named = _names.given(rename, drop, match, strict, path)
     wanted = (fold, max_bytes, shardings, sidecar, external_data, module)
@@ -451,10 +451,9 @@ def save(
         dtype: "float32", "float16", "bfloat16" or "float64" for floating leaves in it, and for a
             model that computes in it, as in :func:`load`. The other leaves are kept. What is finite
             and would be infinite is refused.
-        source: for arrays alone of Keras (``.weights.h5``, ``.h5`` without a model, and others
-            that are read with ``module=False``), torch or ONNX and ``module=None``: the file that
-            they come from. The new one is a copy of it with these arrays, under the names that
-            :func:`load` gives.
+        source: with ``module=None``: the file or folder that the arrays come from. The new one is
+            a copy of it with these arrays, under the names that :func:`load` gives; of a model of
+            Keras or ONNX, those that it gives with ``module=False``. A folder is copied whole.
 
     Raises:
         ConversionError: for what the target can't say exactly; nothing is written then.
@@ -478,8 +477,13 @@ def save(
     path = _io.given_path(path)
     call = "save(path, model)"
     module, variables, input_shape = _given.given(module, variables, call, input_shape)
+    if source is not None:
+        if dtype is not None:
+            raise ConversionError(f"{path}: dtype= does not go with source=, which says the dtypes")
+        _save_into(path, module, _variables(variables), _io.given_path(source))
+        return
     found = by_suffix(path)
-    if found is None or (found.save is None and found.save_folder is None):
+    if found is None or not (found.save or found.save_folder):
         known = ", ".join(s for s, f in SUFFIXES.items() if f.save or f.save_folder)
         said = f"the format {path.suffix or 'without a suffix'!r} is not known"
         if found is not None:
@@ -509,27 +513,16 @@ def save(
             f"written: give input_shape= (without the batch axis), with which it is traced; or "
             f"save({there!r}, None, {held}) writes the weights alone"
         )
-    if not isinstance(variables, Mapping):
-        raise ConversionError(
-            "expected a variables dict, found "
-            f"{'nothing' if variables is None else type(variables).__name__}"
-            f"{_given.weights_of(variables)}"
-        )
-    variables = _tree.as_variables(variables)
-    turned = found is _TORCH and module is not None
-    if _stored.WANTED.get() and (turned or found not in _STREAMED):
+    variables = _variables(variables)
+    if found not in _STREAMED or (found is _TORCH and module is not None):
         variables = _stored.in_memory(variables, f"{path}: this format")
     if dtype is not None:
-        if not isinstance(module, Sequential | Graph | None) or source is not None:
-            there = "source=, whose model says the dtypes" if source is not None else (
-                f"{type(module).__name__}, which says its dtypes itself: give input_shape=, with "
-                "which it is traced"
-            )  # fmt: skip
-            raise ConversionError(f"{path}: dtype= does not go with {there}")
+        if not isinstance(module, Sequential | Graph | None):
+            raise ConversionError(
+                f"{path}: dtype= does not go with {type(module).__name__}, which says its dtypes "
+                "itself: give input_shape=, with which it is traced"
+            )
         module, variables = _flax.in_dtype(Model(module, variables), dtype)
-    if source is not None:
-        _save_into(path, module, variables, _io.given_path(source))
-        return
     if module is None and found.needs_module:
         way = ", or source=, the file that they come from" if found.save_into else ""
         raise ConversionError(
@@ -558,6 +551,15 @@ def save(
 _STREAMED = (_SAFETENSORS, _NPZ, _TORCH)  # which are written a piece at a time
 
 
+def _variables(given: Any) -> Mapping[str, Any]:
+    from fwt.converters.frameworks import given as _given
+
+    if not isinstance(given, Mapping):
+        what = "nothing" if given is None else type(given).__name__
+        raise ConversionError(f"expected a variables dict, found {what}{_given.weights_of(given)}")
+    return _tree.as_variables(given)
+
+
 def is_written_into(path: Path, source: Path, variables: Any = None) -> bool:
     """Whether arrays alone, or these, can be written to a file like the one that they are from."""
     form = by_suffix(path)
@@ -566,9 +568,33 @@ def is_written_into(path: Path, source: Path, variables: Any = None) -> bool:
     return (by_content(source) or by_suffix(source)) is form and form.takes(source, variables)
 
 
+def copy_of(
+    path: Path, source: Path, variables: Any, key: Any = None
+) -> tuple[Path, copies.Copy] | None:
+    """What a path is to be a copy of, and how these arrays are written into it; None where it is of
+    another format than the source. A folder is copied to a folder, whole.
+
+    Raises:
+        OtherArraysError: for arrays that the source does not have.
+    """
+    inner = inside(source)
+    found = by_content(inner)
+    folder = source.is_dir() and by_suffix(path) is by_suffix(source)
+    whole = folder and suffix(path).lower() not in _RUNS
+    if found is None or found.copy is None:
+        return None
+    if not whole and (inner.is_dir() or found is not by_suffix(path)):
+        return None
+    return (source if whole else inner), found.copy(inner, variables, key)
+
+
 def _save_into(path: Path, module: Any, variables: Any, source: Path) -> None:
+    found = copy_of(path, source, variables) if module is None else None
+    if found is not None:
+        copies.save(path, *found)
+        return
     into = getattr(by_suffix(path), "save_into", None)
     if into is None or module is not None or not is_written_into(path, source, variables):
-        way = "from a file of its own format, .keras, .h5, .pt or .onnx"
+        way = "from a file of its own format, or a folder"
         raise ConversionError(f"{path}: source= is for arrays alone, {way}")
     into(path, source, variables)

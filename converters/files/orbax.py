@@ -42,33 +42,53 @@ def is_whole(path: Path) -> bool:
 
 def load_orbax(path: Path, how: Reading) -> Model:
     """A checkpoint of arrays; of several items, ``key`` names one first."""
-    with reading(path), _quietly():
+    with reading(path), quietly():
         files = _io.folder_files(path)
         size = sum(f.stat().st_size for f in files)
         budget = Budget(path, how.max_bytes, size)
-        key, folder = how.key, path
-        if not (path / "_METADATA").exists():
-            folder, key = _item(path, key)
-        told = folder / _OURS
-        ours = _io.read_json(told) if told.exists() else None
+        folder, key = item_of(path, how.key)
+        told = ours(folder)
         nodes = dict[tuple[str, ...], str]()
-        tree = _plain(_restored(folder, budget, key, path, how), (), nodes)
+        tree = plain(_restored(folder, budget, key, path, how), (), nodes)
         progress(size)
-        if ours is None:
+        if told is None:
             return Model(None, _source.from_tree(tree, path, nodes=nodes, drop=how.drop))
-        for name, (shape, dtype) in ours["empty"].items():
-            *parents, last = _io.parts_of_path(name)
-            node = tree
-            for part in parents:
-                node = node.setdefault(part, {})
-            kind = _io.dtype_of(dtype)
-            if 0 not in shape or not _io.is_numeric(kind):
-                raise FileFormatError(f"{path}: {name}, {dtype}{shape}, is said to be empty")
-            node[last] = np.zeros(shape, kind)
+        put_empty(tree, told, path)
         variables = _source.from_tree(tree, path, nodes=nodes, drop=how.drop)
-        if ours["module"] is None or not how.module:
-            return Model(None, _source.restored(variables, ours.get("source")))
-        return description.read(json.dumps(ours), variables, path)
+        if told["module"] is None or not how.module:
+            return Model(None, _source.restored(variables, told.get("source")))
+        return description.read(json.dumps(told), variables, path)
+
+
+def ours(folder: Path) -> Any:
+    """What a checkpoint of ours says beside its arrays; None of another."""
+    told = folder / _OURS
+    return _io.read_json(told) if told.exists() else None
+
+
+def put_empty(tree: dict[str, Any], told: Any, path: Path) -> None:
+    """Puts the arrays of size zero, which a checkpoint of ours lists, into its tree."""
+    for name, (shape, dtype) in (told["empty"] if told else {}).items():
+        *parents, last = _io.parts_of_path(name)
+        node = tree
+        for part in parents:
+            node = node.setdefault(part, {})
+        kind = _io.dtype_of(dtype)
+        if 0 not in shape or not _io.is_numeric(kind):
+            raise FileFormatError(f"{path}: {name}, {dtype}{shape}, is said to be empty")
+        node[last] = np.zeros(shape, kind)
+
+
+def item_of(path: Path, key: str | None) -> tuple[Path, str | None]:
+    """The folder of the checkpoint that a key names first, and the rest of the key."""
+    return (path, key) if (path / "_METADATA").exists() else _item(path, key)
+
+
+def metadata(folder: Path) -> Any:
+    """What a checkpoint says of each of its leaves, as a tree."""
+    import orbax.checkpoint as ocp
+
+    return ocp.PyTreeCheckpointHandler().metadata(folder.absolute()).tree
 
 
 def _item(path: Path, key: str | None) -> tuple[Path, str | None]:
@@ -99,7 +119,7 @@ def _restored(folder: Path, budget: Budget, key: str | None, path: Path, how: Re
 
     shardings = how.shardings
     handler = ocp.PyTreeCheckpointHandler()
-    whole = handler.metadata(folder.absolute()).tree
+    whole = metadata(folder)
 
     def array(leaf: Any) -> bool:
         return getattr(leaf, "shape", None) is not None and getattr(leaf, "dtype", None) is not None
@@ -167,13 +187,13 @@ def _is_leaf(node: Any) -> bool:
     return hasattr(node, "shape") or node is None
 
 
-def _plain(node: Any, place: tuple[str, ...], nodes: dict[tuple[str, ...], str]) -> Any:
+def plain(node: Any, place: tuple[str, ...], nodes: dict[tuple[str, ...], str]) -> Any:
     """A tree of dicts and arrays; ``nodes`` says by their places which dicts were lists."""
     if isinstance(node, list | tuple):
         nodes[place] = "list"
         node = {str(i): v for i, v in enumerate(node)}
     if isinstance(node, Mapping):
-        return {str(k): _plain(v, (*place, str(k)), nodes) for k, v in node.items()}
+        return {str(k): plain(v, (*place, str(k)), nodes) for k, v in node.items()}
     return node if isinstance(node, jax.Array) else np.asarray(node)
 
 
@@ -193,7 +213,7 @@ def save_orbax(folder: Path, module: Any, variables: Any) -> None:
     if len(empty) == len(flat):
         raise ConversionError("Orbax holds no tree without values: save it as .npz or .safetensors")
     tree = _source.to_tree(variables, {n: v for n, v in flat.items() if n not in empty})
-    with _quietly():
+    with quietly():
         handler = ocp.PyTreeCheckpointHandler()
         handler.save(folder.absolute(), args=ocp.args.PyTreeSave(tree))
         handler.finalize(folder.absolute())
@@ -208,7 +228,7 @@ def save_orbax(folder: Path, module: Any, variables: Any) -> None:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Without Orbax's remarks on its own doings."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio", "orbax")]
     before = [logger.level for logger in loggers]

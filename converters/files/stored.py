@@ -23,6 +23,8 @@ from fwt.converters import io as _io
 
 # Whether readers leave arrays in the file that stand there as they are in memory.
 WANTED: ContextVar[bool] = ContextVar("WANTED", default=False)
+# What each file was when it was first opened, for a task that opens it again.
+_FILES: ContextVar[dict[str, tuple[int, ...]] | None] = ContextVar("_FILES", default=None)
 
 
 @contextlib.contextmanager
@@ -31,12 +33,24 @@ def wanted(yes: bool = True, limit: int | None = None) -> Iterator[None]:
     bytes of them may be in memory at once, a quarter of the machine's unless told."""
     if limit is not None and (not isinstance(limit, int) or limit < 1):
         raise FileFormatError(f"max_memory={limit!r}: expected a number of bytes")
-    tokens = WANTED.set(yes), _stored.LIMIT.set(limit or _io.half_of_memory() // 2)
+    known = _FILES.get()
+    tokens = (
+        (WANTED, WANTED.set(yes)),
+        (_stored.LIMIT, _stored.LIMIT.set(limit or _io.half_of_memory() // 2)),
+        (_FILES, _FILES.set({} if known is None else known)),
+    )
     try:
         yield
     finally:
-        WANTED.reset(tokens[0])
-        _stored.LIMIT.reset(tokens[1])
+        for variable, token in tokens:
+            variable.reset(token)  # type: ignore[arg-type]  # each of its own
+
+
+def forget() -> None:
+    """Another task begins, for which files may be others than before."""
+    known = _FILES.get()
+    if known is not None:
+        known.clear()
 
 
 class Source:
@@ -46,25 +60,25 @@ class Source:
         self.path, self._file = path, os.open(path, os.O_RDONLY)
         weakref.finalize(self, os.close, self._file)
         self._state = self._now()
+        known = _FILES.get()
+        if known is not None and known.setdefault(str(path), self._state) != self._state:
+            raise self._changed()
+
+    def _changed(self) -> FileFormatError:
+        return FileFormatError(f"{self.path}: it was changed while it was read: try again")
 
     def _now(self) -> tuple[int, ...]:
         found = os.fstat(self._file)
         return found.st_size, found.st_mtime_ns, found.st_dev, found.st_ino
 
     def is_as(self, other: "Source") -> bool:
-        """Whether another is the same file.
-
-        Raises:
-            FileFormatError: if it is of the same path, and no longer the same.
-        """
-        if self.path == other.path and self._state != other._state:
-            raise FileFormatError(f"{self.path}: it was changed while it was read: try again")
+        """Whether another is the same file."""
         return self._state == other._state
 
     def check(self) -> None:
         """Raises if somebody wrote to the file since it was opened."""
         if self._now() != self._state:
-            raise FileFormatError(f"{self.path}: it was changed while it was read: try again")
+            raise self._changed()
 
     @property
     def size(self) -> int:
@@ -364,6 +378,8 @@ def among(variables: Any) -> bool:
 
 def in_memory(variables: Any, why: str) -> Any:
     """Variables of arrays, if memory may hold those that stand in a file."""
+    if not WANTED.get():
+        return variables
     found = _tree.Tree({"params": variables}, whole=True)
     held = {p: x for p, x in found.leaves.items() if isinstance(x, Stored)}
     return found.replace(_stored.held(held, why))["params"] if held else variables

@@ -427,22 +427,10 @@ def save_torch(file: Any, module: Any, variables: Any, layout: str | None) -> No
             archive.writestr(f"archive/{_OURS}", json.dumps(beside))
 
 
-def holds(source: Path, variables: Any) -> bool:
-    """Whether a file has just these arrays, of the same shapes and dtypes, so that they can be
-    written into it."""
-    if variables is None or not zipfile.is_zipfile(source):  # older formats are written anew
-        return False
-    with reading(source):
-        held, _ = _views(source, variables)
-    found = _io.dotted(variables)
-    kinds = [{n: (v.shape, v.dtype) for n, v in each.items()} for each in (held, found)]
-    return kinds[0] == kinds[1]
-
-
 def save_into(file: Any, source: Path, variables: Any) -> None:
     """A torch file with other values of its arrays; all else of it stays as it is, to the byte."""
     with reading(source):
-        held, places = _views(source, variables)
+        held, places = views(source, variables)
     new = _io.dotted(variables)
     there, outside = places.placed(held), places.outside
     by_storage: dict[str, list[str]] = {}
@@ -495,7 +483,7 @@ def _are_apart(leaves: Sequence[Any]) -> bool:
     return all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
 
 
-def _views(source: Path, variables: Any) -> tuple[dict[str, np.ndarray], "_Places"]:
+def views(source: Path, variables: Any) -> tuple[dict[str, np.ndarray], "_Places"]:
     """The tensors of a file by name, as views of storages that are not filled."""
     with _stored.wanted(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what shares memory, which is looked at here

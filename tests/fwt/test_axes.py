@@ -163,6 +163,11 @@ NANO = {
          "up.0.weight", "in out spatial spatial"),
         ({"up.0.weight": f(64, 32, 5, 5), "up.0.bias": f(64)}, "up.0.weight", "? ? ? ?"),
         ({"up.0.weight": f(64, 32, 5, 5)}, "up.0.weight", "? ? ? ?"),
+        ({"vit.patch_embeddings.projection.weight": f(768, 3, 16, 16),
+          "vit.patch_embeddings.projection.bias": f(768)},
+         "vit.patch_embeddings.projection.weight", "out in spatial spatial"),
+        ({"patch_embedding.weight": f(8, 3, 2, 4, 4)},
+         "patch_embedding.weight", "out in spatial spatial spatial"),
         ({"fc.weight": f(3, 4)}, "fc.weight", "out in"),
         ({"shared.weight": f(9, 4)}, "shared.weight", "? ?"),
         (GPT2, "h.0.attn.c_attn.weight", "in out"),
@@ -178,6 +183,17 @@ NANO = {
 )  # fmt: skip
 def test_what_the_tree_tells(tree, path, expected):
     assert names(tree, path) == expected
+
+
+def test_roles_in_files_of_hugging_face():
+    """A convolution is no embedding, whatever its name, and a mask of attention no bias."""
+    tree = {"h.0.attn.bias": f(1, 1, 8, 8), "h.0.attn.c_attn.bias": f(12),
+            "h.0.attn.c_attn.weight": f(4, 12), "wpe.weight": f(8, 4),
+            "vision.patch_embedding.weight": f(8, 3, 4, 4)}  # fmt: skip
+    assert list(fwt.select(tree, fwt.biases)) == ["h.0.attn.c_attn.bias"]
+    assert set(fwt.select(tree, fwt.kernels)) == {
+        "h.0.attn.c_attn.weight", "vision.patch_embedding.weight"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,15 @@
 
 ``python tests/helpers/fuzz.py --count 100000`` tries that many of each.
 
-Each mutant is read in a child process whose address space may grow by the budget and little more,
-so that a crash of a C library, a hang or an allocation too large is seen as such. A reader may load
-it or raise FileFormatError; anything else is a failure. It goes on where it stopped (``--state``).
+With ``--edit`` each is edited too: pruned from its file to another, which has to hold what the same
+transform gives of what was read. Each mutant is read in a child process whose address space may
+grow by the budget and little more, so that a crash of a C library, a hang or an allocation too
+large is seen as such. A reader may load it or raise FileFormatError, an edit raise any error of
+ours; anything else is a failure. It goes on where it stopped (``--state``).
 """
 
 import argparse
+import contextlib
 import io
 import json
 import os
@@ -208,18 +211,52 @@ def write_mutant(original, target, rng):
 # -- the child --------------------------------------------------------------------------------
 
 
-def child(folder, name, start, stop):
+def edited(source, work):
+    """Whether a file is edited as what is read of it is changed; raises where it is refused."""
+    import jax
+
+    import fwt
+    from fwt import converters
+
+    target = work / f"edited{''.join(source.suffixes)}"
+    before = {p: p.read_bytes() for p in (source, *source.rglob("*")) if p.is_file()}
+    floats = ("float32", "float16", "bfloat16")
+    transform = fwt.prune(0.5, where=lambda path, leaf: str(leaf.dtype) in floats)
+    try:
+        converters.transform(source, transform, out=target, max_bytes=MAX_BYTES)
+        if any(p.read_bytes() != held for p, held in before.items()):
+            return "changed what it was given"
+        found = converters.load(target, max_bytes=MAX_BYTES)
+        expected = transform(converters.load(source, max_bytes=MAX_BYTES))
+        names = [sorted(fwt.select(x)) for x in (found, expected)]
+        leaves = [[np.asarray(x) for x in fwt.select(y).values()] for y in (found, expected)]
+        same = all(a.tobytes() == b.tobytes() for a, b in zip(*leaves, strict=False))
+        return "loaded" if same and names[0] == names[1] else f"gave {jax.tree.structure(found)}"
+    finally:
+        if target.is_dir():
+            shutil.rmtree(target)
+        target.unlink(missing_ok=True)
+        left = [p.name for p in work.iterdir() if p.name.startswith(".fwt-")]
+        assert not left, left
+
+
+def child(folder, name, start, stop, edit=False):
     """Reads mutants start to stop of a format and prints an outcome for each."""
     import warnings
 
     import jax
 
     from fwt import converters
+    from fwt._errors import FwtError
 
     warnings.simplefilter("ignore")
+    allowed = FwtError if edit else converters.FileFormatError
     paths = json.loads((Path(folder) / "originals.json").read_text())[name]
     for path in paths:
         converters.load(path, max_bytes=MAX_BYTES)  # what libraries load once
+        if edit:
+            with contextlib.suppress(FwtError):  # of one without floats
+                edited(Path(path), Path(tempfile.mkdtemp(dir=folder)))
     with open("/proc/self/statm") as file:
         used = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     limit = used + (64 << 20) + 2 * MAX_BYTES + SLACK.get(name, 0)
@@ -232,10 +269,13 @@ def child(folder, name, start, stop):
         write_mutant(original, target, rng)
         signal.alarm(SECONDS)
         try:
-            found = converters.load(target, max_bytes=MAX_BYTES)
-            kinds = {str(v.dtype) for v in jax.tree.leaves(found.variables)}
-            outcome = "loaded" if "object" not in kinds else f"gave {kinds}"
-        except converters.FileFormatError as error:
+            if edit:
+                outcome = edited(target, work)
+            else:
+                found = converters.load(target, max_bytes=MAX_BYTES)
+                kinds = {str(v.dtype) for v in jax.tree.leaves(found.variables)}
+                outcome = "loaded" if "object" not in kinds else f"gave {kinds}"
+        except allowed as error:
             outcome = "refused"
             cause = error
             while cause is not None:
@@ -253,13 +293,14 @@ def child(folder, name, start, stop):
     print(json.dumps([stop, "end"]), flush=True)
 
 
-def run(name, start, stop, folder):
+def run(name, start, stop, folder, edit=False):
     """Outcomes of mutants start to stop, and the numbers of those that are failures."""
     counts, failures = Counter(), []
     at = start
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2"}
     while at < stop:
         command = [sys.executable, __file__, "--child", folder, name, str(at), str(stop)]
+        command += ["--edit"] * edit
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
         lines = [json.loads(x) for x in done.stdout.splitlines() if x.startswith("[")]
         for number, outcome in lines:
@@ -295,11 +336,12 @@ def main():
     parser.add_argument("--start", type=int, default=0)
     parser.add_argument("--formats", nargs="*")
     parser.add_argument("--state", type=Path)
+    parser.add_argument("--edit", action="store_true")
     parser.add_argument("--child", nargs=4)
     given = parser.parse_args()
     if given.child:
         folder, name, start, stop = given.child
-        return child(folder, name, int(start), int(stop))
+        return child(folder, name, int(start), int(stop), given.edit)
     state = json.loads(given.state.read_text()) if given.state and given.state.exists() else {}
     with tempfile.TemporaryDirectory() as folder:
         for name in given.formats or prepared(folder):
@@ -310,7 +352,7 @@ def main():
                 at = done["next"]
                 stop = min(at + 1_000, given.start + given.count)
                 begun = time.time()
-                counts, failures = run(name, at, stop, folder)
+                counts, failures = run(name, at, stop, folder, given.edit)
                 for kind, count in counts.items():
                     done[kind] = done.get(kind, 0) + count
                 for number, outcome in failures:

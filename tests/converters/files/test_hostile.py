@@ -57,6 +57,21 @@ def test_mutants_load_or_are_refused(originals, name, count):
     assert min(counts["loaded"], counts["refused"]) > count // 100
 
 
+@pytest.mark.parametrize(
+    ("count", "name"),
+    thorough_but(
+        lambda case: case[0] == 20,
+        [*((20, n) for n in ("torch", "safetensors")), *((MUTANTS, n) for n in FORMATS)],
+    ),
+)
+def test_mutants_are_edited_as_they_are_read(originals, name, count):
+    """What is written is what the transform makes of what is read, or there is nothing."""
+    counts, failures = fuzz.run(name, 0, count, str(originals), edit=True)
+    assert failures == []
+    assert counts["loaded"] + counts["refused"] == count
+    assert counts["refused"] > count // 100
+
+
 def test_every_format_has_mutants(originals):
     from fwt.converters.files import formats
 

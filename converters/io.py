@@ -151,11 +151,9 @@ def write_folder_atomically(
         write(temporary)
         if there:
             os.chmod(temporary, target.stat().st_mode & 0o777)
-        for folder, _, names in os.walk(temporary):
-            for name in names:
-                if not os.path.islink(file := Path(folder) / name):
-                    _sync(file)
-            _sync(Path(folder))
+        for file in (temporary, *temporary.rglob("*")):
+            if not file.is_symlink():
+                _sync(file)
         try:
             os.replace(temporary, target)
         except OSError:  # it is not empty, or has come to be
@@ -422,11 +420,12 @@ def index_in(path: Path, suffix: str) -> Path:
 
 
 def sibling(path: Path, name: Any) -> Path:
-    """A file that another in the same folder names: no path, no link."""
+    """A file that another in the same folder names: no path, no link but Hugging Face's own."""
     if not isinstance(name, str) or not name or name != os.path.basename(name) or name[0] == ".":
         raise FileFormatError(f"{path}: it names {name!r:.80}, which is no file beside it")
     there = path.parent / name
-    if there.is_symlink() or not there.is_file():
+    cached = there.is_symlink() and os.path.dirname(os.readlink(there)) == "../../blobs"
+    if (there.is_symlink() and not cached) or not there.is_file():
         raise FileFormatError(f"{path}: {name} is missing beside it, or a link")
     return there
 

@@ -82,7 +82,7 @@ def _fill(folder: Path, source: Path, root: Path, copy: Copy) -> None:
             with open(there, "wb") as file:
                 copy.files[here](Counted(file, there))
             shutil.copymode(here, there)
-        elif entry.is_symlink():
+        elif entry.is_symlink() and not _is_cached(here):
             os.symlink(_aim(here, root), there)
         elif entry.is_dir():
             there.mkdir()
@@ -96,6 +96,11 @@ def _fill(folder: Path, source: Path, root: Path, copy: Copy) -> None:
             progress(entry.stat().st_size)
         else:
             raise FileFormatError(f"{here}: a special file, which is not copied")
+
+
+def _is_cached(link: Path) -> bool:
+    """Whether a link is one of Hugging Face's cache, whose files stand elsewhere and may go."""
+    return os.path.dirname(os.readlink(link)) == "../../blobs" and link.is_file()
 
 
 def _aim(link: Path, root: Path) -> str:

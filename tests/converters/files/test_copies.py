@@ -304,6 +304,26 @@ def test_links_and_what_is_no_file(there, tmp_path):
         converters.transform(there, fwt.prune(0.5, where="a.weight"), out=tmp_path / "other")
 
 
+def test_a_snapshot_in_the_cache_of_hugging_face(there, tmp_path):
+    """Its files are links to others, which come along."""
+    cache, before = tmp_path / "hub" / "models--net", files(there)
+    (cache / "blobs").mkdir(parents=True)
+    (cache / "snapshots").mkdir()
+    for number, path in enumerate(p for p in sorted(there.iterdir()) if p.is_file()):
+        if not path.is_symlink():
+            path.rename(cache / "blobs" / str(number))
+            path.symlink_to(f"../../blobs/{number}")
+    source = there.rename(cache / "snapshots" / "abc")
+    out = tmp_path / "new"
+    converters.transform(source, fwt.prune(0.5, where="a.weight"), out=out)
+    assert differing(before, files(out)) == {"model-00002-of-00002.safetensors"}
+    assert not (out / "config.json").is_symlink()
+    (source / "tokenizer.json").unlink()
+    (source / "tokenizer.json").symlink_to("../../blobs/nothing")
+    converters.transform(source, lambda model: model, out=tmp_path / "other")
+    assert (tmp_path / "other" / "tokenizer.json").is_symlink()
+
+
 def test_a_folder_that_is_in_the_way(there, tmp_path):
     t = fwt.prune(0.5, where="a.weight")
     (tmp_path / "mine").mkdir()

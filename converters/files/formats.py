@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any, Literal
 from fwt import _nodes, _tree
 from fwt._types import ConversionError, FileFormatError, Model
 from fwt.converters import io as _io
-from fwt.converters.files import folders, h5_weights, orbax, plain, safetensors, torch_file
+from fwt.converters.files import (
+    folders,
+    h5_weights,
+    orbax,
+    others,
+    plain,
+    safetensors,
+    torch_file,
+)
 from fwt.converters.files import names as _names
 from fwt.converters.files.format import (
     Format,
@@ -149,6 +157,14 @@ _ONNX = Format(
 
 FORMATS = (_KERAS, _WEIGHTS, _WEIGHT_SHARDS, _LEGACY, _TORCH, _SAFETENSORS, _SHARDED, _NPZ,
            _MSGPACK, _ORBAX, _ONNX)  # fmt: skip
+# Whose weights are read alone.
+_TENSORFLOW = Format("TensorFlow", (".index",), others.load_tensorflow, weights_only=True)
+_DISTRIBUTED = Format(
+    "torch, distributed", (".distcp",), others.load_distributed, weights_only=True
+)
+_EQUINOX = Format(
+    "Equinox", (".eqx",), lambda path, how: others.load_equinox(path, None, how), weights_only=True
+)
 SUFFIXES = {suffix: f for f in FORMATS for suffix in f.suffixes}
 # What the checkpoints of training runs are called: read by their content, and not written.
 _RUNS = (".ckpt", ".pth.tar", ".pt.tar")
@@ -170,6 +186,12 @@ def by_content(path: Path) -> Format | None:
     """The format that a file or folder is, whatever its name."""
     if path.is_dir():
         return _of_folder(path)
+    if path.suffix == ".eqx":
+        return _EQUINOX
+    if path.suffix == ".distcp" or path.name == others.METADATA:
+        return _DISTRIBUTED
+    if others.tensorflow_at(path) is not None:
+        return _TENSORFLOW
     with open(path, "rb") as file:
         head = file.read(512)
     if head[:4] == b"PK\x03\x04" and zipfile.is_zipfile(path):
@@ -208,7 +230,9 @@ def _of_folder(path: Path) -> Format | None:
         return _WEIGHT_SHARDS
     if orbax.is_orbax(path) or any(orbax.is_orbax(p) for p in path.iterdir() if p.is_dir()):
         return _ORBAX
-    return None
+    if (path / others.METADATA).is_file() and any(path.glob("*.distcp")):
+        return _DISTRIBUTED
+    return None if others.tensorflow_at(path) is None else _TENSORFLOW
 
 
 _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
@@ -217,6 +241,8 @@ _NO_WEIGHTS = ("training_args", "optimizer", "scheduler", "scaler", "rng_state")
 def inside(path: Path) -> Path:
     """The one file of weights in a folder of no format of its own, as Hugging Face has them; any
     other path as it is."""
+    if not path.exists() and others.tensorflow_at(path) is not None:  # TensorFlow's own name of it
+        return Path(f"{path}.index")
     if not path.is_dir() or by_content(path) is not None:
         return path
     ends = (*_SAFETENSORS.suffixes, *_TORCH.suffixes)
@@ -268,7 +294,10 @@ def load(
     """Reads a model or weights from a file or folder, without the framework that wrote it.
 
     The format is told by the content: ``.keras``, ``.weights.h5`` and its shards and ``.h5``, of
-    Keras 2 and 3, torch state dicts, safetensors and their shards, ``.npz``, Flax's msgpack, Orbax.
+    Keras 2 and 3, torch state dicts, safetensors and their shards, ``.npz``, Flax's msgpack, Orbax,
+    ONNX. Weights alone are read of TensorFlow's checkpoints and SavedModels (with TensorFlow), of
+    folders of ``torch.distributed.checkpoint``, and of Equinox's ``.eqx``, with ``architecture=``
+    the tree that its leaves are of.
 
     Args:
         path: the file; of sharded weights the index or the folder, of Orbax the folder; or a
@@ -353,6 +382,9 @@ def load(
                 f"{path}: module=False reads arrays alone, and architecture= says what they are: "
                 "give one of them"
             )
+        if found is _EQUINOX:
+            model = others.load_equinox(path, architecture, how)
+            return _in_dtype(_names.renamed(model, how_named, path) if named else model, dtype)
         fill, own = None, found.fill
         if found is _KERAS and match == "order":
             own = fill_groups(h5_weights.load_archive)

@@ -465,6 +465,25 @@ def of_integers(zero):
     return model(nodes, (2, 4), [tensor(v, n) for n, v in held.items()])
 
 
+def of_eights():
+    nodes = [node("DequantizeLinear", "q scale", "w"), node("MatMul", "x w")]
+    q = normal(4, 3).astype(ml_dtypes.float8_e4m3fn)
+    held = [tensor(q, "q"), tensor(np.float32(0.1), "scale")]
+    return model(nodes, (2, 4), held, opsets=[helper.make_opsetid("", 19)])
+
+
+def test_floats_of_8_bits_are_no_kernels_and_change_by_name(tmp_path):
+    onnx.save(of_eights(), tmp_path / "a.onnx")
+    with pytest.raises(fwt.WhereError, match="q is quantised"):
+        converters.transform(tmp_path / "a.onnx", fwt.prune(0.5), out=tmp_path / "b.onnx")
+    t = fwt.prune(0.5, where="q")
+    converters.transform(tmp_path / "a.onnx", t, out=tmp_path / "b.onnx")
+    after = values(onnx.load(tmp_path / "b.onnx"))["q"]
+    np.testing.assert_array_equal(after, pruned(values(of_eights())["q"]))
+    hand = by_hand(of_eights(), {"q": after})
+    np.testing.assert_array_equal(runs(str(tmp_path / "b.onnx")), runs(hand))
+
+
 def test_integers_are_no_kernels_and_change_only_where_0_is_0(tmp_path):
     before = of_integers(0)
     onnx.save(before, tmp_path / "a.onnx")
@@ -478,7 +497,7 @@ def test_integers_are_no_kernels_and_change_only_where_0_is_0(tmp_path):
     hand = by_hand(before, {"q": pruned(values(before)["q"])})
     assert np.count_nonzero(values(after)["q"]) == 6
     assert np.count_nonzero(values(hand)["q"]) == 6
-    with pytest.raises(fwt.ConversionError, match="q holds integers of y of which 0 is not known"):
+    with pytest.raises(fwt.ConversionError, match="q holds numbers of y of which 0 is not known"):
         converters.transform(tmp_path / "b.onnx", t, out=tmp_path / "d.onnx")
     assert not (tmp_path / "d.onnx").exists()
 

@@ -376,7 +376,10 @@ def test_operators_of_ones_own_and_all_else_stay(tmp_path):
     assert fwt.paths(found) == [
         "conv.bias", "conv.weight", "fc\\/bias", "fc\\/kernel", "secret"
     ]  # fmt: skip
-    with pytest.warns(UserWarning, match="left out"):
+    with (
+        pytest.warns(UserWarning, match="left out"),
+        pytest.warns(UserWarning, match="secret: read by operators that are not known"),
+    ):
         converters.transform(
             tmp_path / "a.onnx", fwt.prune(0.5, scope="global"), out=tmp_path / "b.onnx"
         )

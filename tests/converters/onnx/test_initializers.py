@@ -637,6 +637,11 @@ def test_arrays_in_another_file_stay_in_one(tmp_path, location, new):
     assert sorted(p.name for p in (tmp_path / "there").iterdir()) == sorted(["a.onnx", location])
     assert (tmp_path / "b.onnx").read_bytes() == written
     converters.transform(tmp_path / "a.onnx", t, out=tmp_path / "b.onnx", **how)  # once more
+    line = ("prune", "a.onnx", "a.onnx", "--sparsity", "0.8")
+    assert "give --external-data" in cli(*line, cwd=tmp_path, code=1).stderr
+    cli(*line, "--external-data", cwd=tmp_path)
+    found = values(onnx.load(tmp_path / "a.onnx"))
+    assert [np.count_nonzero(found[n]) for n in ("w", "v", "bias")] == [32, 48, 6]
 
 
 def test_another_files_data_is_not_written_over(tmp_path):
@@ -796,3 +801,20 @@ def test_biases_are_told_by_what_they_are_added_to(tmp_path):
     found = values(onnx.load(tmp_path / "b.onnx"))
     assert not found["bias"].any()
     np.testing.assert_array_equal(found["position"], held["position"])
+
+
+def test_a_graph_that_onnxruntime_optimised_is_edited(tmp_path):
+    """With its own operators: the convolutions are fused with what comes behind them."""
+    net, x = of_images().eval(), torch.from_numpy(normal(2, 3, 8, 8))
+    exported(net, (x,), tmp_path / "a.onnx", False)
+    how = onnxruntime.SessionOptions()
+    how.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    how.optimized_model_filepath = str(tmp_path / "o.onnx")
+    onnxruntime.InferenceSession(tmp_path / "a.onnx", how)
+    assert "FusedConv" in {n.op_type for n in onnx.load(tmp_path / "o.onnx").graph.node}
+    t = fwt.project(fwt.constraints.max_norm(0.4))
+    expected = converters.transform(copy.deepcopy(net), t)(x).detach().numpy()
+    converters.transform(tmp_path / "o.onnx", t, out=tmp_path / "b.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "b.onnx")
+    found = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    np.testing.assert_allclose(found, expected, atol=2e-6)

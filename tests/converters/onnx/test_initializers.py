@@ -157,6 +157,12 @@ def recurrent(op, gates):
     return model([made], (5, 2, 4), [tensor(w, "W"), tensor(r, "R"), tensor(b, "B")])
 
 
+def made_of(op, behind, x=(2, 4), *, behind_of="x t", attributes=None, **held):
+    """A kernel that a node makes of numbers, and the node that reads it."""
+    made = node(op, " ".join(held), "t", **(attributes or {}))
+    return model([made, node(behind, behind_of)], x, [tensor(v, n) for n, v in held.items()])
+
+
 BIAS = tensor(normal(6), "bias")
 # By name a file, and of its kernels the axes that a norm of an output unit sums over; None where
 # nothing tells them.
@@ -205,6 +211,27 @@ NETS = {
         ),
         {"w": (1,)},
     ),
+    "squeezed": (
+        lambda: made_of("Squeeze", "MatMul", w=normal(4, 1, 3), axes=np.array([1])),
+        {"w": (0,)},
+    ),
+    "reshaped": (
+        lambda: made_of("Reshape", "Conv", (1, 4, 5), w=normal(3, 4), to=np.array([3, -1, 1])),
+        {"w": (1,)},
+    ),
+    "reshaped into others": (
+        lambda: made_of("Reshape", "MatMul", w=normal(2, 6), to=np.array([4, 3])),
+        {"w": None},
+    ),
+    "joined": (
+        lambda: made_of("Concat", "MatMul", w=normal(4, 3), v=normal(4, 2), attributes={"axis": 1}),
+        {"w": (0,), "v": (0,)},
+    ),
+    "sliced": (
+        lambda: made_of("Slice", "MatMul", w=normal(6, 3), start=np.array([1]), end=np.array([5])),
+        {"w": (0,)},
+    ),
+    "scaled": (lambda: made_of("Mul", "MatMul", w=normal(4, 3), scale=normal(3)), {"w": (0,)}),
     "read in two ways": (
         lambda: model(
             [node("MatMul", "x w", "m"), node("Transpose", "w", "t"), node("MatMul", "m t")],
@@ -416,6 +443,12 @@ def test_the_initializer_counts_the_fans_of_its_node(tmp_path):
         found = values(onnx.load(tmp_path / "b.onnx"))[kernel]
         assert 0.6 / fan**0.5 < np.max(np.abs(found)) <= 1 / fan**0.5, name
         assert np.all(np.isfinite(runs(str(tmp_path / "b.onnx"))))
+    # Keras's layer of a depthwise convolution counts all its channels.
+    onnx.save(NETS["depthwise"][0](), tmp_path / "a.onnx")
+    t = fwt.initialize(fwt.initializers.keras.he_uniform, 3)
+    converters.transform(tmp_path / "a.onnx", t, out=tmp_path / "b.onnx")
+    found = values(onnx.load(tmp_path / "b.onnx"))["w"]
+    assert 0.8 * (6 / 12) ** 0.5 < np.max(np.abs(found)) <= (6 / 12) ** 0.5
 
 
 def test_transforms_one_after_the_other(tmp_path):

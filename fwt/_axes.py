@@ -11,7 +11,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from fwt import _live, _mesh, _modules, _rules, _tree
+from fwt import _live, _mesh, _modules, _paths, _rules, _tree
 from fwt._errors import INJECTED
 from fwt._modules import Known as Known
 from fwt._types import AxesError, FwtError
@@ -577,6 +577,8 @@ class Role:
         rules = _rules.Rules({p: tuple(x.shape) for p, x in shapes.items()})
         classes = {**_modules.of_classes(tree), **_live.KNOWN.get()}
         told = {p: k.role for p, k in classes.items() if k.role}
+        if self == kernels and (left := [p for p in shapes if told.get(p) == "unknown"]):
+            _tree._warn(_paths.of_no_role(left))
         return [p for p in shapes if (told.get(p) or rules.role(p)) == self.name]
 
 

@@ -31,7 +31,8 @@ class Known:
         flax: the names by which Flax counts fans, where it counts an axis otherwise.
         anew: whether a module around the layer draws its matrices anew, as ``torch.nn.Transformer``
             does, by Xavier's uniform distribution.
-        role: "kernels", "biases" or "others", where the class tells it.
+        role: "kernels", "biases" or "others", where the class tells it; "unknown" where it may be
+            any of them.
         stacked: where the leaf is a stack of such layers along one of several axes that fit, the
             names of its axes if it is the first.
     """

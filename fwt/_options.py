@@ -236,12 +236,14 @@ def _presented(run: Any, command: Any, parameters: list[inspect.Parameter]) -> A
 
 def globs_of(texts: list[str] | None) -> list[Any]:
     """Globs, of which the name of a role is that role."""
+    if not texts:
+        return []
     import fwt
 
     if not texts:  # to name the roles imports JAX
         return []
     roles: dict[str, Any] = {role.name: role for role in (fwt.kernels, fwt.biases)}
-    return [roles.get(text, text) for text in texts or ()]
+    return [roles.get(text, text) for text in texts]
 
 
 def _axes(texts: list[str] | None) -> dict[str, str] | None:

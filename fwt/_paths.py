@@ -311,6 +311,15 @@ def of_keras(where: Any, known: Iterable[str]) -> str:
     )
 
 
+def of_no_role(paths: Sequence[str]) -> str:
+    """What is said of weights that may be kernels."""
+    more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+    return (
+        f"{paths[0]}{more}: read by operators that are not known, so nothing tells whether these "
+        f"are kernels, and they are left as they are: where={paths[0]!r} takes one by name"
+    )
+
+
 def tied_in_part(where: Any, group: Sequence[str], named: Sequence[str]) -> str:
     """What is said of a tie of which ``where`` names some paths."""
     said = repr(where) if isinstance(where, str | list | tuple) else f"{where}"

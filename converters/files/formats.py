@@ -1,4 +1,4 @@
-"""FORMATS: what each format is called, how it is told by its content, its load and its save.
+"""``load`` and ``save``, of each format.
 
 Files are data: no reader imports the framework that owns the format, runs code from the file, or
 allocates before it has checked sizes. A save appears whole or not at all.
@@ -7,7 +7,6 @@ allocates before it has checked sizes. A save appears whole or not at all.
 import functools
 import os
 import warnings
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,237 +14,34 @@ from typing import TYPE_CHECKING, Any, Literal
 from fwt import _nodes, _tree
 from fwt._types import ConversionError, FileFormatError, Model
 from fwt.converters import io as _io
-from fwt.converters.files import (
-    copies,
-    copies_orbax,
-    copies_plain,
-    copies_safetensors,
-    copies_torch,
-    folders,
-    h5_weights,
-    orbax,
-    plain,
-    safetensors,
-    torch_file,
-)
+from fwt.converters.files import copies, folders, h5_weights, others
 from fwt.converters.files import names as _names
 from fwt.converters.files import stored as _stored
-from fwt.converters.files.format import (
-    Format,
-    fill_groups,
-    in_place,
-    load_keras,
-    load_legacy,
-    load_onnx,
-    of_models,
-    of_onnx,
-    save_onnx,
+from fwt.converters.files.format import fill_groups
+from fwt.converters.files.known import (
+    EQUINOX,
+    KERAS,
+    LEGACY,
+    NPZ,
+    ONNX,
+    ORBAX,
+    RUNS,
+    SAFETENSORS,
+    TORCH,
 )
+from fwt.converters.files.known import FORMATS as FORMATS
+from fwt.converters.files.known import SUFFIXES as SUFFIXES
+from fwt.converters.files.known import by_content as by_content
+from fwt.converters.files.known import by_suffix as by_suffix
+from fwt.converters.files.known import format_of as format_of
+from fwt.converters.files.known import inside as inside
+from fwt.converters.files.known import suffix as suffix
 from fwt.converters.io import Reading, UnusedError, write_atomically, write_folder_atomically
 
 if TYPE_CHECKING:
     from fwt.converters.rows.row import Layer
 
 DType = Literal["float32", "float16", "bfloat16", "float64"]
-
-
-_into_keras = in_place(of_models("save_into"))
-_KERAS = Format(
-    "keras",
-    (".keras",),
-    load_keras,
-    of_models("save_keras"),
-    framework="Keras",
-    needs_module=True,
-    holds="a model of Keras 3 or 2",
-    save_into=_into_keras,
-)
-_WEIGHTS = Format(
-    "Keras weights",
-    (".weights.h5",),
-    h5_weights.load_weights,
-    of_models("save_weights"),
-    save_shards=of_models("save_weight_shards"),
-    fill=fill_groups(h5_weights.load_weights),
-    framework="Keras",
-    needs_module=True,
-    weights_only=True,
-    holds="weights; `architecture=` gives their model",
-    save_into=_into_keras,
-)
-_WEIGHT_SHARDS = Format(
-    "Keras weights in shards",
-    (".weights.json",),
-    h5_weights.load_weight_shards,
-    fill=fill_groups(h5_weights.load_weight_shards),
-    framework="Keras",
-    needs_module=True,
-    weights_only=True,
-    holds="the same in shards; written with `.weights.h5` and `shard_bytes=`",
-)
-_LEGACY = Format(
-    "Keras HDF5",
-    (".h5", ".hdf5"),
-    load_legacy,
-    of_models("save_legacy"),
-    fill=of_models("fill_from_legacy"),
-    framework="Keras",
-    needs_module=True,
-    holds="a model of Keras 3 or 2, or weights only",
-    save_into=_into_keras,
-)
-_TORCH = Format(
-    "torch",
-    (".pt", ".pth", ".bin"),
-    torch_file.load_torch,
-    torch_file.save_torch,
-    framework="PyTorch",
-    weights_only=True,
-    holds="weights: a state dict, a checkpoint with one (`key=`), or `.bin.index.json` of shards",
-    copy=copies_torch.copy_of,
-)
-_SAFETENSORS = Format(
-    "safetensors",
-    (".safetensors",),
-    safetensors.load_safetensors,
-    safetensors.save_safetensors,
-    save_shards=safetensors.save_sharded,
-    framework="safetensors",
-    holds="a model if fwt wrote it (in the metadata), else weights",
-    copy=copies_safetensors.copy_of,
-)
-_SHARDED = Format(
-    "safetensors in shards",
-    (".safetensors.index.json",),
-    safetensors.load_sharded,
-    framework="safetensors",
-    holds="the same in shards; written with `.safetensors` and `shard_bytes=`",
-    copy=copies_safetensors.copy_of_shards,
-)
-_NPZ = Format(
-    "NumPy",
-    (".npz",),
-    plain.load_npz,
-    plain.save_npz,
-    framework="NumPy",
-    holds="a model if fwt wrote it (in a member), else weights",
-    copy=copies_plain.copy_of_npz,
-)
-_MSGPACK = Format(
-    "msgpack",
-    (".msgpack",),
-    plain.load_msgpack,
-    plain.save_msgpack,
-    framework="Flax",
-    weights_only=True,
-    holds="weights: variables, or a state that has them (`key=`)",
-    copy=copies_plain.copy_of_msgpack,
-)
-_ORBAX = Format(
-    "Orbax",
-    (".orbax",),
-    orbax.load_orbax,
-    save_folder=orbax.save_orbax,
-    framework="Orbax",
-    holds="a folder: a model if fwt wrote it, else weights (`key=`, `shardings=`)",
-    copy=copies_orbax.copy_of,
-)
-
-
-_ONNX = Format(
-    "ONNX",
-    (".onnx",),
-    load_onnx,
-    save_onnx,
-    framework="ONNX",
-    needs_module=True,
-    holds="a model; `to_onnx` and `from_onnx` say more",
-    save_into=of_onnx("save_into"),
-    knowing=of_onnx("knowing"),
-)
-
-FORMATS = (_KERAS, _WEIGHTS, _WEIGHT_SHARDS, _LEGACY, _TORCH, _SAFETENSORS, _SHARDED, _NPZ,
-           _MSGPACK, _ORBAX, _ONNX)  # fmt: skip
-SUFFIXES = {suffix: f for f in FORMATS for suffix in f.suffixes}
-# What the checkpoints of training runs are called: read by their content, and not written.
-_RUNS = (".ckpt", ".pth.tar", ".pt.tar")
-
-
-def suffix(path: Path) -> str:
-    """The end of a name that says the format, the longest that fits; else what follows its last
-    dot."""
-    fitting = [s for s in (*SUFFIXES, *_RUNS) if path.name.lower().endswith(s)]
-    return max(fitting, key=len) if fitting else path.suffix
-
-
-def by_suffix(path: Path) -> Format | None:
-    """The format that a name says."""
-    return SUFFIXES.get(suffix(path).lower())
-
-
-def by_content(path: Path) -> Format | None:
-    """The format that a file or folder is, whatever its name."""
-    if path.is_dir():
-        return _of_folder(path)
-    with open(path, "rb") as file:
-        head = file.read(512)
-    if head[:4] == b"PK\x03\x04" and zipfile.is_zipfile(path):
-        with _io.reading(path), _io.opened(path) as archive:
-            names = archive.namelist()
-        if "config.json" in names and any(n.endswith(".weights.h5") for n in names):
-            return _KERAS
-        if any(n.endswith("/data.pkl") for n in names):
-            return _TORCH
-        return _NPZ if any(n.endswith(".npy") for n in names) else None
-    if head[:8] == b"\x89HDF\r\n\x1a\n":
-        return _WEIGHTS if h5_weights.is_weights(path) else _LEGACY
-    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") < 1 << 32:
-        return _SAFETENSORS
-    if (
-        head[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-        or head[257:262] == b"ustar"
-    ):
-        return _TORCH  # the format before 1.6, or a tar, which it refuses by name
-    if head[:1] == b"{":
-        ends = {".weights.json": _WEIGHT_SHARDS, ".bin.index.json": _TORCH}
-        return next((f for end, f in ends.items() if path.name.endswith(end)), _SHARDED)
-    if head[:1] == b"\x08" and head[2:3] in (b"\x12", b"\x1a", b"\x22", b"\x3a", b"\x42"):
-        return _ONNX
-    if head == b"\x80" or (head and (0x81 <= head[0] <= 0x8F or head[0] in (0xDE, 0xDF))):
-        return _MSGPACK
-    return None
-
-
-def _of_folder(path: Path) -> Format | None:
-    if any(path.glob("*.safetensors.index.json")):
-        return _SHARDED
-    if any(path.glob("*.bin.index.json")):
-        return _TORCH
-    if any(path.glob("*.weights.json")):
-        return _WEIGHT_SHARDS
-    if orbax.is_orbax(path) or any(orbax.is_orbax(p) for p in path.iterdir() if p.is_dir()):
-        return _ORBAX
-    return None
-
-
-def inside(path: Path) -> Path:
-    """The one file of weights in a folder of no format of its own; any other path as it is."""
-    known = not path.is_dir() or by_content(path) is not None
-    return path if known else folders.weights_in(path)
-
-
-def format_of(path: Path) -> Format:
-    """The format to read a path with: by content, else by name, whose reader says what is wrong."""
-    found = by_content(path) if path.exists() else None
-    found = found or (by_suffix(path) if path.is_file() else None)
-    if found in (None, _SHARDED) and (what := folders.known(path)):
-        raise FileFormatError(f"{path}: {what}")
-    if not path.exists():
-        raise FileFormatError(f"{path}: no such file")
-    if found is None:
-        what = f"a {'folder' if path.is_dir() else 'file'} of no known format"
-        raise FileFormatError(f"{path}: {what}; known are {', '.join(SUFFIXES)}")
-    return found
 
 
 def load(
@@ -268,7 +64,10 @@ def load(
     """Reads a model or weights from a file or folder, without the framework that wrote it.
 
     The format is told by the content: ``.keras``, ``.weights.h5`` and its shards and ``.h5``, of
-    Keras 2 and 3, torch state dicts, safetensors and their shards, ``.npz``, Flax's msgpack, Orbax.
+    Keras 2 and 3, torch state dicts, safetensors and their shards, ``.npz``, Flax's msgpack, Orbax,
+    ONNX. Weights alone are read of TensorFlow's checkpoints and SavedModels (with TensorFlow), of
+    folders of ``torch.distributed.checkpoint``, and of Equinox's ``.eqx``, with ``architecture=``
+    the tree that its leaves are of.
 
     Args:
         path: the file; of sharded weights the index or the folder, of Orbax the folder; or a
@@ -338,7 +137,7 @@ def load(
     try:
         path = inside(path)
         found = format_of(path)
-        if shardings is not None and found is not _ORBAX:
+        if shardings is not None and found is not ORBAX:
             raise FileFormatError(f"{path}: shardings= is for Orbax; use jax.device_put")
         if match not in ("name", "order"):
             raise FileFormatError(f"match must be 'name' or 'order', found {match!r}")
@@ -354,8 +153,11 @@ def load(
                 f"{path}: module=False reads arrays alone, and architecture= says what they are: "
                 "give one of them"
             )
+        if found is EQUINOX:
+            model = others.load_equinox(path, architecture, how)
+            return _in_dtype(_names.renamed(model, how_named, path) if named else model, dtype)
         fill, own = None, found.fill
-        if found is _KERAS and match == "order":
+        if found is KERAS and match == "order":
             own = fill_groups(h5_weights.load_archive)
         model = Model(None, {})
         if own is None or architecture is None:
@@ -364,11 +166,11 @@ def load(
             except FileFormatError as error:
                 if isinstance(error, UnusedError):
                     raise
-                if architecture is None and found in (_KERAS, _LEGACY, _ONNX):
+                if architecture is None and found in (KERAS, LEGACY, ONNX):
                     with warnings.catch_warnings():
                         warnings.simplefilter("ignore")  # of what is only tried
                         _io.with_way(error, found.load, path, how)
-                if found is not _KERAS:
+                if found is not KERAS:
                     raise
                 # Its model can't be converted, and need not be.
                 own = fill_groups(h5_weights.load_archive)
@@ -488,14 +290,14 @@ def save(
         said = f"the format {path.suffix or 'without a suffix'!r} is not known"
         if found is not None:
             said = f"{path.name} is written with shard_bytes= and the suffix of one file"
-        if (end := suffix(path)).lower() in _RUNS:
+        if (end := suffix(path)).lower() in RUNS:
             other = f"{path.name[: -len(end)]}.pt"
             raise FileFormatError(
                 f"{path}: a {end} file holds a training run (optimizer, epoch, ...), and only "
                 f"weights are written: {other} takes them, as a state dict"
             )
         raise FileFormatError(f"{path}: {said}; known to be written are {known}")
-    if layout is not None and (module is None or found is not _TORCH):
+    if layout is not None and (module is None or found is not TORCH):
         raise ConversionError(
             f"{path}: layout={layout!r} is for a torch file of a module; other files keep the "
             "model's own ends"
@@ -503,7 +305,7 @@ def save(
     module = _flax.sequential_of(module)
     if input_shape is not None and isinstance(module, Sequential | Graph):
         module = module.clone(input_shape=input_shape)
-    if not isinstance(module, Sequential | Graph | None) and found is not _ONNX:
+    if not isinstance(module, Sequential | Graph | None) and found is not ONNX:
         held = "nnx.state(module)" if _nodes.is_graph(module) else "variables"
         there = (
             f"{str(path)[: -len(suffix(path))]}.safetensors" if found.needs_module else str(path)
@@ -514,7 +316,7 @@ def save(
             f"save({there!r}, None, {held}) writes the weights alone"
         )
     variables = _variables(variables)
-    if found not in _STREAMED or (found is _TORCH and module is not None):
+    if found not in _STREAMED or (found is TORCH and module is not None):
         variables = _stored.in_memory(variables, f"{path}: this format")
     if dtype is not None:
         if not isinstance(module, Sequential | Graph | None):
@@ -548,7 +350,7 @@ def save(
         write_atomically(path, lambda file: one(file, module, variables, layout))
 
 
-_STREAMED = (_SAFETENSORS, _NPZ, _TORCH)  # which are written a piece at a time
+_STREAMED = (SAFETENSORS, NPZ, TORCH)  # which are written a piece at a time
 
 
 def _variables(given: Any) -> Mapping[str, Any]:
@@ -580,7 +382,7 @@ def copy_of(
     inner = inside(source)
     found = by_content(inner)
     folder = source.is_dir() and by_suffix(path) is by_suffix(source)
-    whole = folder and suffix(path).lower() not in _RUNS
+    whole = folder and suffix(path).lower() not in RUNS
     if found is None or found.copy is None:
         return None
     if not whole and (inner.is_dir() or found is not by_suffix(path)):

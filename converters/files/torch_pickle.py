@@ -91,7 +91,7 @@ _OPCODES = frozenset(
 )
 
 
-def _check_pickle(pickled: bytes, path: Path, budget: Budget) -> None:
+def check(pickled: bytes, path: Path, budget: Budget) -> None:
     """Refuses opcodes that build more than plain data and stand-ins, and values that are small in
     the file and large or deep when they are gone over, such as tuples of one tuple twice, of one
     tuple twice, ..."""
@@ -452,7 +452,7 @@ def loaded(
 ) -> Any:
     """What a pickle of torch's zip format holds; with ``views``, which gets a tensor as often as it
     is asked for, each is one of the memory that ``stored`` gives, or can't be written to."""
-    _check_pickle(pickled, budget.path, budget)
+    check(pickled, budget.path, budget)
     unpickler = _Unpickler(io.BytesIO(pickled), budget, stored, big)
     unpickler.as_views = views is not None
     found = unpickler.load()
@@ -485,7 +485,7 @@ def loaded_older(path: Path, budget: Budget) -> Any:
         for _opcode in pickletools.genops(file):
             pass
         parts.append(data[start : file.tell()])
-        _check_pickle(parts[-1], path, budget)
+        check(parts[-1], path, budget)
     system, names = (_Unpickler(io.BytesIO(parts[i]), budget, None).load() for i in (2, 4))
     big = isinstance(system, dict) and system.get("little_endian") is False
     first = _Unpickler(io.BytesIO(parts[3]), budget, None)

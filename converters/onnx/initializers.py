@@ -7,6 +7,7 @@ import functools
 import hashlib
 import json
 import math
+import mmap
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -149,19 +150,7 @@ def knowing(path: Path, model: Model) -> Iterator[Model]:
     """The arrays of a file for a transform, and inside what the nodes say that read them: the axes
     of each, and which are kernels. One that is read in several ways has a path for each."""
     with reading(path):
-        proto = _graph.parsed(path)
-        held, said = _named(proto, path), _uses_of(proto, path)
-    known: dict[str, Any] = {}
-    also: dict[str, dict[str, tuple[int, ...]]] = {}
-    for name, one in held.items():
-        path_, shape = _tree.escape(name), tuple(one.tensor.dims)
-        for role, node, told in _told(one.tensor, said.get(one.key, ())):
-            if path_ not in known:
-                known[path_] = told
-                continue
-            other = _tree.escape(f"{name} as {role} of {node}")
-            known[other] = told
-            also.setdefault(path_, {})[other] = shape
+        known, also, quantised = _known(path)
     variables = dict(model.variables)
     if also:
         variables["params"] = FromFile(variables["params"], json.dumps({"also": also}))
@@ -169,23 +158,39 @@ def knowing(path: Path, model: Model) -> Iterator[Model]:
         try:
             yield Model(None, variables)
         except WhereError as error:
-            whole = [
-                name
-                for name, one in held.items()
-                if not _is_floating(one.tensor)
-                and any(use.known.role == "kernels" for use in said.get(one.key, ()))
-            ]
-            if not whole or "where=fwt." not in str(error):
+            if not quantised or "where=fwt." not in str(error):
                 raise
             raise WhereError(
-                f"{error}; {whole[0]} holds integers, which only stand for weights: transform "
-                "these before they are quantised"
+                f"{error}; {quantised} is quantised, and its numbers only stand for weights: "
+                "transform these before"
             ) from None
+
+
+def _known(path: Path) -> tuple[dict[str, Known], dict[str, dict[str, tuple[int, ...]]], str]:
+    """By path what nodes know of arrays, their other paths, and a kernel of quantised numbers."""
+    proto = _graph.parsed(path)
+    held, said = _named(proto, path), _uses_of(proto, path)
+    known: dict[str, Known] = {}
+    also: dict[str, dict[str, tuple[int, ...]]] = {}
+    quantised = ""
+    for name, one in held.items():
+        place, shape = _tree.escape(name), tuple(one.tensor.dims)
+        uses = said.get(one.key, ())
+        if not _is_floating(one.tensor) and any(u.known.role == "kernels" for u in uses):
+            quantised = quantised or name
+        for role, node, told in _told(one.tensor, uses):
+            if place not in known:
+                known[place] = told
+                continue
+            other = _tree.escape(f"{name} as {role} of {node}")
+            known[other] = told
+            also.setdefault(place, {})[other] = shape
+    return known, also, quantised
 
 
 def _told(tensor: Any, uses: Sequence[Use]) -> list[tuple[str, str, Any]]:
     """By role, the first node that reads an array so, and what they know of it together. Integers
-    are no weights: what they stand for, and how they compare, hangs on scales."""
+    are no kernels: what they stand for, and how they compare, hangs on scales."""
     rank = len(tensor.dims)
     empty = Known(("out",) if rank == 1 else ("",) * rank, role="others")
     if not _is_floating(tensor):
@@ -202,12 +207,13 @@ def _told(tensor: Any, uses: Sequence[Use]) -> list[tuple[str, str, Any]]:
 
 
 def _is_floating(tensor: Any) -> bool:
+    """Whether its numbers are weights: those of one byte are scaled ones, as integers are."""
     import onnx
 
     if not _is_numeric(tensor):
         return False
     dtype = np.dtype(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type))
-    return dtype.kind in "fcV"  # the floats that NumPy lacks too
+    return dtype.kind in "fcV" and dtype.itemsize > 1  # bfloat16 is V
 
 
 # -- other values -------------------------------------------------------------------------------
@@ -216,13 +222,11 @@ def _is_floating(tensor: Any) -> bool:
 def save_into(path: Path, source: Path, variables: Any) -> None:
     """The file that arrays alone come from, with these in the place of its own."""
     with reading(source):
-        data = memoryview(source.read_bytes())
         proto = _graph.parsed(source)
         held = _named(proto, source)
-        ours = {n: h for n, h in held.items() if _is_numeric(h.tensor)}
-        before = {n: _graph.array_of(h.tensor, source, True) for n, h in ours.items()}
-    changed = _changed(source, variables, before)
-    with reading(source):
+    changed = _changed(source, variables, {n: h for n, h in held.items() if _is_numeric(h.tensor)})
+    with reading(source), open(source, "rb") as file:
+        data = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
         said = _uses_of(proto, source) if changed else {}
         for name in changed:
             _check_zero(source, name, held[name], said.get(held[name].key, ()))
@@ -240,30 +244,30 @@ def save_into(path: Path, source: Path, variables: Any) -> None:
     _write([(path, lambda file: _pieces(file, chunks)), *files.writes()])
 
 
-def _changed(
-    source: Path, variables: Any, before: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
+def _changed(source: Path, variables: Any, held: Mapping[str, Held]) -> dict[str, np.ndarray]:
     """The arrays that are other ones than the file's, by name."""
     given = {
         "/".join(_io.parts_of_path(path)): value
         for collection, tree in variables.items()
         for path, value in _io.arrays(collection, tree).items()
     }
-    if wrong := sorted(given.keys() ^ before.keys()):
+    if wrong := sorted(given.keys() ^ held.keys()):
         raise ConversionError(
             f"{source}: {wrong[0]} is not in both: the file is edited under the names that "
             "load(path, module=False) gives; load(path) and save(out, model) write another graph"
         )
     out = {}
-    for name, old in before.items():
+    for name, one in held.items():
         new = np.asarray(given[name])
+        with reading(source):
+            old = _graph.array_of(one.tensor, source, True)
         if new.shape != old.shape or new.dtype != old.dtype:
             raise ConversionError(
                 f"{source}: {name}: expected {old.dtype}{list(old.shape)}, as its graph has it, "
                 f"found {new.dtype}{list(new.shape)}; load(path) and save(out, model) write "
                 "another graph"
             )
-        if new is not old and _nodes.same_values(new, old) is False:
+        if _nodes.same_values(new, old) is False:
             out[name] = new
     return out
 
@@ -272,9 +276,9 @@ def _check_zero(source: Path, name: str, held: Held, uses: Sequence[Use]) -> Non
     if not _is_floating(held.tensor) and not (uses and all(use.exact for use in uses)):
         at = f" of {uses[0].node}" if uses else ""
         raise ConversionError(
-            f"{source}: {name} holds integers{at} of which 0 is not known to stand for the number "
-            "0, so they are left as they are: transform the weights before they are quantised, or "
-            "leave it out of where="
+            f"{source}: {name} holds numbers{at} of which 0 is not known to stand for 0, such as "
+            "quantised ones, so they are left as they are: transform weights before they are "
+            "quantised, or leave it out of where="
         )
 
 

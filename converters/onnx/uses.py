@@ -40,6 +40,7 @@ _OF_MICROSOFT = {
 _PRODUCTS = {"MatMul": (0, 1), "Gemm": (0, 1), "MatMulInteger": (0, 1), "QLinearMatMul": (0, 3),
              "FusedMatMul": (0, 1), "FusedGemm": (0, 1)}  # fmt: skip
 _MAKES = {*_PRODUCTS, "Conv", "ConvTranspose", "Einsum", "FusedConv", "DeformConv"}
+_OF_THEIRS = {*_OF_MICROSOFT, "FusedMatMul"}
 # Where the zero point of an input is, beside those of which none is known.
 _ZEROS = {("DequantizeLinear", 0): 2, ("MatMulInteger", 0): 2, ("MatMulInteger", 1): 3,
           ("ConvInteger", 1): 3, ("QLinearConv", 3): 5, ("QLinearMatMul", 0): 2,
@@ -384,9 +385,10 @@ def _zero(node: Any, index: int, names: _Names) -> bool:
 
 def _use(node: Any, attributes: Any, index: int, part: _Part, names: _Names) -> Use:
     op = node.op_type
-    known = Known()
-    if node.domain in _STANDARD or node.domain == _MICROSOFT:
+    if node.domain in _STANDARD or (node.domain == _MICROSOFT and op in _OF_THEIRS):
         known = _known(node, attributes, index, part, names)
+    else:
+        known = Known(role="unknown" if part.rank > 1 else "others")
     exact = part.exact
     if known.role != "kernels":
         exact = False

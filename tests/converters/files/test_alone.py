@@ -332,7 +332,7 @@ def test_programs_and_checkpoints_that_another_library_alone_reads(tmp_path):
     for name in ("ck.index", "ck.data-00000-of-00001"):
         (tmp_path / name).write_bytes(b"\0")
     for name in ("ck", "ck.index", "ck.data-00000-of-00001"):
-        with pytest.raises(fwt.FileFormatError, match="a checkpoint of TensorFlow"):
+        with pytest.raises(fwt.FileFormatError, match="not a readable"):
             converters.load(tmp_path / name)
 
 

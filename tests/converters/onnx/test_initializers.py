@@ -157,6 +157,12 @@ def recurrent(op, gates):
     return model([made], (5, 2, 4), [tensor(w, "W"), tensor(r, "R"), tensor(b, "B")])
 
 
+def made_of(op, behind, x=(2, 4), *, behind_of="x t", attributes=None, **held):
+    """A kernel that a node makes of numbers, and the node that reads it."""
+    made = node(op, " ".join(held), "t", **(attributes or {}))
+    return model([made, node(behind, behind_of)], x, [tensor(v, n) for n, v in held.items()])
+
+
 BIAS = tensor(normal(6), "bias")
 # By name a file, and of its kernels the axes that a norm of an output unit sums over; None where
 # nothing tells them.
@@ -205,6 +211,27 @@ NETS = {
         ),
         {"w": (1,)},
     ),
+    "squeezed": (
+        lambda: made_of("Squeeze", "MatMul", w=normal(4, 1, 3), axes=np.array([1])),
+        {"w": (0,)},
+    ),
+    "reshaped": (
+        lambda: made_of("Reshape", "Conv", (1, 4, 5), w=normal(3, 4), to=np.array([3, -1, 1])),
+        {"w": (1,)},
+    ),
+    "reshaped into others": (
+        lambda: made_of("Reshape", "MatMul", w=normal(2, 6), to=np.array([4, 3])),
+        {"w": None},
+    ),
+    "joined": (
+        lambda: made_of("Concat", "MatMul", w=normal(4, 3), v=normal(4, 2), attributes={"axis": 1}),
+        {"w": (0,), "v": (0,)},
+    ),
+    "sliced": (
+        lambda: made_of("Slice", "MatMul", w=normal(6, 3), start=np.array([1]), end=np.array([5])),
+        {"w": (0,)},
+    ),
+    "scaled": (lambda: made_of("Mul", "MatMul", w=normal(4, 3), scale=normal(3)), {"w": (0,)}),
     "read in two ways": (
         lambda: model(
             [node("MatMul", "x w", "m"), node("Transpose", "w", "t"), node("MatMul", "m t")],
@@ -376,7 +403,10 @@ def test_operators_of_ones_own_and_all_else_stay(tmp_path):
     assert fwt.paths(found) == [
         "conv.bias", "conv.weight", "fc\\/bias", "fc\\/kernel", "secret"
     ]  # fmt: skip
-    with pytest.warns(UserWarning, match="left out"):
+    with (
+        pytest.warns(UserWarning, match="left out"),
+        pytest.warns(UserWarning, match="secret: read by operators that are not known"),
+    ):
         converters.transform(
             tmp_path / "a.onnx", fwt.prune(0.5, scope="global"), out=tmp_path / "b.onnx"
         )
@@ -413,6 +443,12 @@ def test_the_initializer_counts_the_fans_of_its_node(tmp_path):
         found = values(onnx.load(tmp_path / "b.onnx"))[kernel]
         assert 0.6 / fan**0.5 < np.max(np.abs(found)) <= 1 / fan**0.5, name
         assert np.all(np.isfinite(runs(str(tmp_path / "b.onnx"))))
+    # Keras's layer of a depthwise convolution counts all its channels.
+    onnx.save(NETS["depthwise"][0](), tmp_path / "a.onnx")
+    t = fwt.initialize(fwt.initializers.keras.he_uniform, 3)
+    converters.transform(tmp_path / "a.onnx", t, out=tmp_path / "b.onnx")
+    found = values(onnx.load(tmp_path / "b.onnx"))["w"]
+    assert 0.8 * (6 / 12) ** 0.5 < np.max(np.abs(found)) <= (6 / 12) ** 0.5
 
 
 def test_transforms_one_after_the_other(tmp_path):
@@ -465,6 +501,25 @@ def of_integers(zero):
     return model(nodes, (2, 4), [tensor(v, n) for n, v in held.items()])
 
 
+def of_eights():
+    nodes = [node("DequantizeLinear", "q scale", "w"), node("MatMul", "x w")]
+    q = normal(4, 3).astype(ml_dtypes.float8_e4m3fn)
+    held = [tensor(q, "q"), tensor(np.float32(0.1), "scale")]
+    return model(nodes, (2, 4), held, opsets=[helper.make_opsetid("", 19)])
+
+
+def test_floats_of_8_bits_are_no_kernels_and_change_by_name(tmp_path):
+    onnx.save(of_eights(), tmp_path / "a.onnx")
+    with pytest.raises(fwt.WhereError, match="q is quantised"):
+        converters.transform(tmp_path / "a.onnx", fwt.prune(0.5), out=tmp_path / "b.onnx")
+    t = fwt.prune(0.5, where="q")
+    converters.transform(tmp_path / "a.onnx", t, out=tmp_path / "b.onnx")
+    after = values(onnx.load(tmp_path / "b.onnx"))["q"]
+    np.testing.assert_array_equal(after, pruned(values(of_eights())["q"]))
+    hand = by_hand(of_eights(), {"q": after})
+    np.testing.assert_array_equal(runs(str(tmp_path / "b.onnx")), runs(hand))
+
+
 def test_integers_are_no_kernels_and_change_only_where_0_is_0(tmp_path):
     before = of_integers(0)
     onnx.save(before, tmp_path / "a.onnx")
@@ -478,7 +533,7 @@ def test_integers_are_no_kernels_and_change_only_where_0_is_0(tmp_path):
     hand = by_hand(before, {"q": pruned(values(before)["q"])})
     assert np.count_nonzero(values(after)["q"]) == 6
     assert np.count_nonzero(values(hand)["q"]) == 6
-    with pytest.raises(fwt.ConversionError, match="q holds integers of y of which 0 is not known"):
+    with pytest.raises(fwt.ConversionError, match="q holds numbers of y of which 0 is not known"):
         converters.transform(tmp_path / "b.onnx", t, out=tmp_path / "d.onnx")
     assert not (tmp_path / "d.onnx").exists()
 
@@ -615,6 +670,11 @@ def test_arrays_in_another_file_stay_in_one(tmp_path, location, new):
     assert sorted(p.name for p in (tmp_path / "there").iterdir()) == sorted(["a.onnx", location])
     assert (tmp_path / "b.onnx").read_bytes() == written
     converters.transform(tmp_path / "a.onnx", t, out=tmp_path / "b.onnx", **how)  # once more
+    line = ("prune", "a.onnx", "a.onnx", "--sparsity", "0.8")
+    assert "give --external-data" in cli(*line, cwd=tmp_path, code=1).stderr
+    cli(*line, "--external-data", cwd=tmp_path)
+    found = values(onnx.load(tmp_path / "a.onnx"))
+    assert [np.count_nonzero(found[n]) for n in ("w", "v", "bias")] == [32, 48, 6]
 
 
 def test_another_files_data_is_not_written_over(tmp_path):
@@ -774,3 +834,20 @@ def test_biases_are_told_by_what_they_are_added_to(tmp_path):
     found = values(onnx.load(tmp_path / "b.onnx"))
     assert not found["bias"].any()
     np.testing.assert_array_equal(found["position"], held["position"])
+
+
+def test_a_graph_that_onnxruntime_optimised_is_edited(tmp_path):
+    """With its own operators: the convolutions are fused with what comes behind them."""
+    net, x = of_images().eval(), torch.from_numpy(normal(2, 3, 8, 8))
+    exported(net, (x,), tmp_path / "a.onnx", False)
+    how = onnxruntime.SessionOptions()
+    how.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    how.optimized_model_filepath = str(tmp_path / "o.onnx")
+    onnxruntime.InferenceSession(tmp_path / "a.onnx", how)
+    assert "FusedConv" in {n.op_type for n in onnx.load(tmp_path / "o.onnx").graph.node}
+    t = fwt.project(fwt.constraints.max_norm(0.4))
+    expected = converters.transform(copy.deepcopy(net), t)(x).detach().numpy()
+    converters.transform(tmp_path / "o.onnx", t, out=tmp_path / "b.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "b.onnx")
+    found = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    np.testing.assert_allclose(found, expected, atol=2e-6)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fwt import _axes, _draw, _mesh, _nodes, _own_names, _tree
+from fwt import _axes, _draw, _mesh, _nodes, _own_names, _tree, initializers
 from fwt._types import Initializer, LeafError, Model, Params, Transform, Where, resolve, streams
 
 
@@ -82,7 +82,8 @@ def initialize(
 
         return _draw.drawn(tree, names, key, "initialize", dtype, choose)
 
-    return streams(apply)
+    ours = isinstance(chosen, initializers.Bound)
+    return streams(apply) if ours else apply  # a user's own may give other values each time
 
 
 def assign(values: Mapping[str, Any]) -> Transform:

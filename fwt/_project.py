@@ -141,7 +141,8 @@ def project(
 
         return checked
 
-    return streams(apply if masks is not None else with_inside(apply, inside))
+    made = apply if masks is not None else with_inside(apply, inside)
+    return streams(made) if ours else made  # a user's own function may give other values each time
 
 
 _ROWS = 1 << 24  # bytes of a leaf that are projected at once, where rows can be taken alone

@@ -6,6 +6,7 @@ import json
 import pickle
 import warnings
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -166,6 +167,10 @@ class _Places:
         whole = np.frombuffer(found.memory, np.uint8)
         if found.source is not None and found.place is not None:
             found.source.into(whole, found.place.start)
+            if zlib.crc32(whole.data) != found.place.crc:
+                raise FileFormatError(
+                    f"{found.source.path}: {name} has another checksum than its archive declares"
+                )
         return whole
 
     def placed(self, state: Mapping[str, Any]) -> dict[str, Any]:

@@ -96,7 +96,8 @@ def prune(
         _, chosen = plan.choose(params, tree=tree)
         return tree.replace(_chosen.pruned(chosen))
 
-    return streams(apply)
+    # What else a score looks at, nobody knows.
+    return streams(apply) if plan.score in (scores.magnitude, scores.random) else apply
 
 
 def masks(

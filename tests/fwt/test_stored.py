@@ -167,6 +167,9 @@ def test_what_a_user_wrote_does_not_stream():
     assert not does_stream(fwt.chain(fwt.prune(0.5), lambda params: params))
     assert not does_stream(fwt.at("**", lambda params: params))
     assert not does_stream(fwt.reset(0, "torch"))
+    assert not does_stream(fwt.prune(0.5, lambda params: params))  # which may look at all of them
+    assert not does_stream(fwt.project(lambda leaf, axes: leaf))
+    assert not does_stream(fwt.initialize(jax.nn.initializers.normal(), 0))
 
 
 def test_a_summary_counts_zeros_once():

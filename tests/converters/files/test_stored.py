@@ -327,16 +327,17 @@ def test_a_file_over_itself(tmp_path):
         assert fwt.diff(one, other).equal
 
 
-def test_a_wrong_checksum_is_found(tmp_path):
-    path = tmp_path / "net.pt"
-    FILES["net.pt"](path)
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("end", [".pt", ".safetensors"])
+def test_a_wrong_checksum_is_found(turned, end, tmp_path):
+    path, target, weight = tmp_path / "net.pt", tmp_path / f"out{end}", numbers(9, 13)
+    torch.save({"a.weight": weight.t() if turned else weight}, path)
     whole = bytearray(path.read_bytes())
-    at = whole.find(net()[0].weight.detach().numpy().tobytes())
-    whole[at + 5] ^= 1
+    whole[whole.find(weight.numpy().tobytes()) + 5] ^= 1
     path.write_bytes(whole)
     with pytest.raises(fwt.FileFormatError, match="another checksum"):
-        converters.transform(path, fwt.prune(0.5), out=tmp_path / "out.safetensors")
-    assert not (tmp_path / "out.safetensors").exists()
+        converters.transform(path, fwt.prune(0.5), out=target)
+    assert not target.exists()
 
 
 def test_as_much_as_memory_may_hold(tmp_path):

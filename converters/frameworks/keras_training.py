@@ -5,7 +5,7 @@ import functools
 import json
 import random
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -63,6 +63,21 @@ class Callback(keras.callbacks.Callback):
         self._run: Repeated | None = None
         self._batches = 0  # before this epoch
         self._last = 0  # of this epoch
+        self._given: Mapping[str, Any] | None = None  # a state to begin with
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """How many batches there were, and the state of an optax transformation, for ``np.savez``
+        beside the file of the model."""
+        state = {} if self._run is None else self._run.state()
+        return {"batches": np.asarray(self._batches + self._last), **state}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where another was, which :meth:`state_dict` tells, as training begins.
+
+        Raises:
+            ConversionError: then, if it is that of another transformation, or of another model.
+        """
+        self._given = dict(state)
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Tries the transform on the weights."""
@@ -75,6 +90,10 @@ class Callback(keras.callbacks.Callback):
                 gradients=False,
             )
             self._batches = self._last = 0
+        if self._given is not None:
+            given, self._given = dict(self._given), None
+            self._batches, self._last = int(given.pop("batches")), 0
+            self._run.restore(given)
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Counts the batches of the epoch before."""

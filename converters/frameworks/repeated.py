@@ -1,6 +1,6 @@
 """A transform of a live model that runs again and again while the model is trained."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -71,6 +71,33 @@ class Repeated:
         live = Live(self.model, wants_statistics(self._t), self._verb)
         live.run(self._stepped(live) if self._optax else self._t)
 
+    def state(self) -> dict[str, np.ndarray]:
+        """The state of an optax transformation, by the place of each array; of others nothing."""
+        return {name: np.asarray(x) for name, x in _flat(self._state)[0].items()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Sets the state to one that another had.
+
+        Raises:
+            ConversionError: if it is that of another transformation, or of other weights.
+        """
+        held, treedef = _flat(self._state)
+        new = {name: np.asarray(x) for name, x in state.items()}
+        wrong = sorted(held.keys() ^ new.keys())
+        wrong += [n for n, x in held.items() if n in new and x.shape != new[n].shape]
+        if wrong:
+            raise ConversionError(
+                f"{self._verb}: {wrong[0]} is not in both states, or of another shape: the state "
+                "is that of another transformation, or of another model"
+            )
+        leaves = [
+            jax.random.wrap_key_data(jnp.asarray(new[n]), impl=jax.random.key_impl(x))
+            if jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+            else jnp.asarray(new[n], x.dtype)
+            for n, x in zip(held, jax.tree.leaves(self._state), strict=True)
+        ]
+        self._state = jax.tree_util.tree_unflatten(treedef, leaves)
+
     # -- optax --------------------------------------------------------------------------------
 
     def _begin(self, live: Live, gradients: bool) -> None:
@@ -116,6 +143,17 @@ class Repeated:
             return new
 
         return stepped
+
+
+def _flat(state: Any) -> tuple[dict[str, Any], Any]:
+    """The arrays of a state by their places, keys as their numbers."""
+    found, treedef = jax.tree_util.tree_flatten_with_path(state)
+    names = [jax.tree_util.keystr(keys, simple=True, separator="/") for keys, _ in found]
+    numbers = [
+        jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+        for _, x in found
+    ]
+    return dict(zip(names, numbers, strict=True)), treedef
 
 
 def _fields(state: Any, *names: str) -> list[Any]:

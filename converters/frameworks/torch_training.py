@@ -1,6 +1,6 @@
 """``hold``: a transform after each step of a torch optimizer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def hold(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, t: Any, every: int = 1
-) -> torch.utils.hooks.RemovableHandle:
+) -> "Held":
     """Runs a transform on a torch module after each step of its optimizer.
 
     It is a hook of the optimizer, so that closures, parameter groups and
@@ -28,13 +28,13 @@ def hold(
         t: any transform, which is tried on the weights at once, without writing; or an optax
             transformation around ``optax.set_to_zero()`` that is made by ``fwt.optim.sparsify`` or
             ``constrain``, for schedules of sparsity and dynamic sparse training: it counts its runs
-            as updates, and gets the gradients of the step. Its state lasts as long as the handle:
-            to go on after a checkpoint, give ``masks=fwt.masks_of``, and a schedule that begins
-            where the last one was, ``lambda n: schedule(n + 500)``.
+            as updates, and gets the gradients of the step.
         every: how many steps there are from one run to the next.
 
     Returns:
-        A handle: ``handle.remove()`` ends it. It is a context manager too.
+        A handle: ``handle.remove()`` ends it. It is a context manager too. Its ``state_dict()``,
+        tensors and a number, goes into a checkpoint beside that of the optimizer; after both were
+        loaded, ``hold(...).load_state_dict(state)`` goes on where that one was.
 
     Raises:
         FwtError: what the transform says of these weights, at once; nothing is written then.
@@ -62,15 +62,45 @@ def hold(
         raise ConversionError(
             "hold: the optimizer has none of the model's parameters: give the one that trains it"
         )
-    steps = 0
+    return Held(optimizer, run, every)
 
-    def after(*_: Any) -> None:
-        nonlocal steps
-        steps += 1
-        if steps % every == 0:
-            run()
 
-    return optimizer.register_step_post_hook(after)
+class Held:
+    """What :func:`hold` gives: it runs after each step until it is removed."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, run: Repeated, every: int) -> None:
+        self._run, self._every, self._steps = run, every, 0
+        self._handle = optimizer.register_step_post_hook(self._after)
+
+    def _after(self, *_: Any) -> None:
+        self._steps += 1
+        if self._steps % self._every == 0:
+            self._run()
+
+    def remove(self) -> None:
+        """Ends it."""
+        self._handle.remove()
+
+    def __enter__(self) -> "Held":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many steps there were, and the state of an optax transformation, as tensors that are
+        copies; for ``torch.save``."""
+        state = {name: torch.from_numpy(np.array(x)) for name, x in self._run.state().items()}
+        return {"steps": self._steps, "state": state}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where another was, which :meth:`state_dict` tells.
+
+        Raises:
+            ConversionError: if it is that of another transformation, or of another model.
+        """
+        self._run.restore({n: x.detach().cpu().numpy() for n, x in state["state"].items()})
+        self._steps = int(state["steps"])
 
 
 def zeroing(pairs: Sequence[tuple[Any, np.ndarray]]) -> Callable[[], None]:

@@ -148,6 +148,54 @@ def test_schedules_of_sparsity_are_those_of_optax(settings):
         np.testing.assert_allclose(found[path], value, rtol=1e-4, atol=1e-6, err_msg=path)
 
 
+@pytest.mark.parametrize(
+    "t",
+    [
+        lambda: fwt.optim.sparsify(
+            optax.set_to_zero(), fwt.schedules.cubic(0.8, 0, 8), every=2, regrow="rigl", key=4
+        ),
+        lambda: fwt.optim.sparsify(optax.set_to_zero(), 0.7, every=3, regrow="set", key=4),
+        lambda: fwt.project(fwt.constraints.max_norm(0.5)),
+    ],
+)
+def test_training_goes_on_after_a_checkpoint(t, tmp_path):
+    """Six steps at once, and three, a file, and three more, are the same to the bit."""
+    whole, half = torch_net(), torch_net()
+    sgd = torch.optim.SGD(whole.parameters(), 0.1)
+    converters.hold(whole, sgd, t(), every=2)
+    torch_steps(whole, sgd, 3)
+    torch_steps(whole, sgd, 3)
+    first = torch.optim.SGD(half.parameters(), 0.1)
+    handle = converters.hold(half, first, t(), every=2)
+    torch_steps(half, first, 3)
+    parts = {"net": half.state_dict(), "sgd": first.state_dict(), "held": handle.state_dict()}
+    torch.save(parts, tmp_path / "run.pt")
+    handle.remove()
+
+    found = torch.load(tmp_path / "run.pt")  # of weights only
+    again = torch_net()
+    second = torch.optim.SGD(again.parameters(), 0.1)
+    again.load_state_dict(found["net"])
+    second.load_state_dict(found["sgd"])
+    converters.hold(again, second, t(), every=2).load_state_dict(found["held"])
+    torch_steps(again, second, 3)
+    same(whole, again)
+
+
+def test_a_state_of_something_else_is_refused():
+    net = torch_net()
+    sgd = torch.optim.SGD(net.parameters(), 0.1)
+    sparse = converters.hold(net, sgd, fwt.optim.sparsify(optax.set_to_zero(), 0.5))
+    plain = converters.hold(net, sgd, fwt.project(fwt.constraints.max_norm(0.5)))
+    with pytest.raises(fwt.ConversionError, match=r"hold: .* is not in both states"):
+        plain.load_state_dict(sparse.state_dict())
+    other = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+    adam = torch.optim.Adam(other.parameters())
+    held = converters.hold(other, adam, fwt.optim.sparsify(optax.set_to_zero(), 0.5))
+    with pytest.raises(fwt.ConversionError, match="of another model"):
+        held.load_state_dict(sparse.state_dict())
+
+
 def test_infinities_are_pruned_by_a_schedule_too():
     net = torch_net()
     sgd = torch.optim.SGD(net.parameters(), 0.0)
@@ -399,6 +447,41 @@ def test_a_callback_bounds_norms_and_prunes_by_a_schedule():
     rigl = fwt.optim.sparsify(optax.set_to_zero(), 0.5, regrow="rigl")
     with pytest.raises(fwt.ConversionError, match="needs the gradients of each step"):
         fit(net, converters.Callback(rigl))
+
+
+def test_fit_goes_on_after_a_file(tmp_path):
+    """Four epochs at once, and two, files, and two more, are the same to the bit."""
+
+    def made():
+        schedule = fwt.schedules.cubic(0.8, 0, 12)
+        return converters.Callback(
+            fwt.optim.sparsify(optax.set_to_zero(), schedule, every=1, regrow="set", key=4), every=3
+        )
+
+    def fit(model, callback, epochs):
+        model.fit(X, Y, batch_size=8, epochs=epochs, shuffle=False, verbose=0, callbacks=[callback])
+
+    whole, half = keras_net(), keras_net()
+    for model in (whole, half):
+        model.compile(keras.optimizers.SGD(0.1), keras.losses.MeanSquaredError())
+    half.set_weights(whole.get_weights())
+    callback = made()
+    fit(whole, callback, 2)
+    fit(whole, callback, 2)
+    first = made()
+    fit(half, first, 2)
+    half.save(tmp_path / "half.keras")
+    np.savez(tmp_path / "held.npz", **first.state_dict())
+    again = keras.saving.load_model(tmp_path / "half.keras")
+    second = made()
+    second.load_state_dict(np.load(tmp_path / "held.npz"))
+    fit(again, second, 2)
+    for a, b in zip(whole.get_weights(), again.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+    third = converters.Callback(fwt.project(fwt.constraints.max_norm(0.5)))
+    third.load_state_dict(first.state_dict())
+    with pytest.raises(fwt.ConversionError, match=r"Callback: .* is not in both states"):
+        fit(again, third, 1)
 
 
 @pytest.mark.parametrize("policy", ["float32", "mixed_float16"])

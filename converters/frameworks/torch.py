@@ -50,7 +50,10 @@ from fwt.converters.walk.net import Net, folded, nests
 
 
 def _with_defaults(layer: Layer) -> Layer:
-    defaults = defaults_of(class_of(layer.kind))
+    cls = class_of(layer.kind)
+    if cls is None:  # of an array or an operation between layers
+        return layer
+    defaults = defaults_of(cls)
     known = {k: v for k, v in defaults.items() if v is not inspect.Parameter.empty}
     return dataclasses.replace(layer, settings={**known, **layer.settings}, defaults=known)
 

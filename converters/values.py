@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from fwt import _nodes, _tree
 from fwt._initialize import assign as assign_to_tree
 from fwt._types import ConversionError, LeafError, Model, Transform, does_stream, wants_statistics
 from fwt.converters.frameworks import gradients
+from fwt.converters.frameworks.beside import of_nnx
 from fwt.converters.frameworks.live import Live, check
 
 
@@ -58,7 +60,8 @@ def transform(
         max_memory: how many bytes of the weights of a file may be in memory at once, a quarter of
             the machine's by default.
         how: of a file, what :func:`load` takes, such as ``key=`` for the part of a checkpoint that
-            has the weights; the other parts stay as they are.
+            has the weights; the other parts of one of torch stay as they are, and of any other
+            file that part alone is written.
 
     Returns:
         The same model; for a :class:`fwt.Model`, a new one; for a path, ``out``.
@@ -148,7 +151,8 @@ def weights(model: Any) -> dict[str, Any]:
         ``{"params": ..., "batch_stats": ...}`` of NumPy arrays, nested dicts; without
         ``batch_stats`` where there are none. Of a live model they are copies that can't be written
         to; of a Model, with all its collections, its own arrays, where these are NumPy's. A tied
-        weight stands under its first path, and of an nnx module under each.
+        weight stands under its first path, and of an nnx module under each. Of an nnx module they
+        are all variables that a transform sees: no caches, intermediates and state of keys.
 
     Raises:
         ConversionError: if the model has no weights, or is of no framework that is known.
@@ -171,15 +175,12 @@ def weights(model: Any) -> dict[str, Any]:
         return jax.tree.map(np.asarray, dict(model.variables))
     if _nodes.is_graph(model):
         tree = _tree.Tree(model, True)
-        nnx: Any = sys.modules["flax.nnx"]
-        ours = {*_tree.Tree(nnx.state(model, nnx.Param)).leaves, *tree.statistics}
         names = {True: "batch_stats", False: "params"}
         held: dict[str, dict[str, Any]] = {"params": {}}
         for path, leaf in tree.leaves.items():
-            if path not in ours:  # a cache, say
-                continue
+            value = _copy(path, leaf)
             for place in (path, *tree.others(path)):
-                held.setdefault(names[path in tree.statistics], {})[place] = np.asarray(leaf)
+                held.setdefault(names[path in tree.statistics], {})[place] = value
         return {name: gradients.nested(found) for name, found in held.items()}
     return Live(model, True, "weights").tree
 
@@ -238,6 +239,15 @@ def assign(model: Any, tree: Any) -> Any:
     return model
 
 
+def _copy(path: str, leaf: Any) -> np.ndarray:
+    """The values of a leaf, which can't be written to."""
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        raise LeafError(f"{path} is a shape without values")
+    value = np.array(leaf) if isinstance(leaf, np.ndarray | np.generic) else np.asarray(leaf)
+    value.flags.writeable = False
+    return value
+
+
 def _into_nnx(model: Any, parts: Mapping[str, Any]) -> None:
     nnx: Any = sys.modules["flax.nnx"]
     held = _tree.Tree(model, True)
@@ -247,11 +257,23 @@ def _into_nnx(model: Any, parts: Mapping[str, Any]) -> None:
             p: x for p, x in held.leaves.items() if (p in held.statistics) == (name != "params")
         }
         own = {q: p for p in mine for q in (p, *held.others(p))}
-        whole = gradients.nested({q: np.asarray(mine[p]) for q, p in own.items()})
+        values = {p: _copy(p, x) for p, x in mine.items()}  # one for all places of a leaf
+        whole = gradients.nested({q: values[p] for q, p in own.items()})
         found = _tree.Tree(assign_to_tree(part)({"params": whole})).leaves
         for place, path in own.items():
-            new.setdefault(path, found[place])
+            if found[place] is not values[path]:
+                new.setdefault(path, _in_place_of(mine[path], found[place]))
     nnx.update(model, nnx.state(held.replace(new)))
+
+
+def _in_place_of(old: Any, new: Any) -> Any:
+    """A new value as what an nnx variable holds: an array of JAX where the old one is, if that is
+    one, for NumPy's promote other dtypes and may be written to through a copy of the module."""
+    if not isinstance(old, jax.Array):
+        return np.array(new)
+    with jax.enable_x64(True):  # of a wide one that JAX holds already
+        value = jnp.array(np.asarray(new))
+        return jax.device_put(value, old.sharding) if old.committed else value
 
 
 @contextlib.contextmanager
@@ -264,15 +286,15 @@ def seen(model: Any) -> Iterator[dict[str, Any]]:
 
 
 def beside(model: Any) -> dict[str, Any]:
-    """What a live model holds that is no weight and no seed: torch's other buffers, and variables
-    of Keras such as those of a Normalization."""
-    live = Live(model, True, "reading")
-    seen = {id(leaf.source) for leaf in live.leaves}
-    if _nodes.foreign(model)[0] == "torch":
-        from fwt.converters.frameworks.torch_layer import to_numpy
-
-        held = {n: to_numpy(x, n) for n, x in model.named_buffers() if id(x) not in seen}
-    else:
-        left = [v for v in model.variables if id(v) not in seen and "seed" not in v.name]
-        held = {v.path.removeprefix(f"{model.name}/"): np.array(v) for v in left}
+    """What a live model holds that is no weight: torch's other parameters, buffers and extra state,
+    variables of Keras such as those of a Normalization but no seeds, and variables of nnx such as
+    caches and the state of keys."""
+    if _nodes.is_graph(model):
+        return {"beside": gradients.nested(dict(of_nnx(model)))}
+    held: dict[str, np.ndarray] = {}
+    for path, value in Live(model, True, "reading").beside(model):
+        name, number = path, 1
+        while name in held:  # Keras may give several variables one path
+            name, number = f"{path}_{number}", number + 1
+        held[name] = value
     return {"beside": held} if held else {}

@@ -376,9 +376,9 @@ def copied(module: Any, params: Any) -> Any:
     """A copy of an nnx module in eval mode, with the values of another or of a state."""
     from flax import nnx
 
-    own = nnx.clone(params if _nodes.is_graph(params) else module)
+    own = _nodes.apart(params if _nodes.is_graph(params) else module)
     if not _nodes.is_graph(params):
-        nnx.update(own, params)
+        nnx.update(own, _nodes.unshared(params))
     own.eval()
     return own
 

@@ -2,7 +2,8 @@
 
 import dataclasses
 import os
-from typing import Any
+import sys
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -10,6 +11,12 @@ from fwt import _nodes, _stored, _tree
 from fwt._graph import Graph, nodes_of
 from fwt._sequential import Sequential, settings_of
 from fwt._types import FwtError, Model
+
+if TYPE_CHECKING:
+    import jax
+    import jax.numpy as jnp
+else:
+    from fwt._later import jax, jnp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,14 +98,16 @@ def diff(a: Any, b: Any) -> Diff:
         (False, 'params/d/kernel', 0.5)
     """
     files = [isinstance(x, str | os.PathLike) for x in (a, b)]
-    live = all(_nodes.foreign(x)[1] == "model" for x in (a, b))
+    live = all(_nodes.foreign(x)[1] == "model" or _nodes.is_graph(x) for x in (a, b))
     given = (a, b)
     if all(files):
         from fwt.converters.files.formats import looked_at
 
         a, b = looked_at(a, b)
     a, b = (_read(x, live) for x in (a, b))
-    one, other = (_tree.Tree({"params": dict(m.variables)}, whole=True).leaves for m in (a, b))
+    one, other = (
+        _tree.Tree({"params": _keys_as_data(dict(m.variables))}, whole=True).leaves for m in (a, b)
+    )
     if files[0] != files[1] and (a, b)[files[1]].module is None:
         layers = [{p.rpartition("/")[0] for p in x if p not in y}
                   for x, y in ((one, other), (other, one))]  # fmt: skip
@@ -128,6 +137,17 @@ def _read(x: Any, live: bool) -> Model:
 
         return Model(None, {**values.weights(x), **(values.beside(x) if live else {})})
     return Model(None, x if _tree.is_variables(x) else {"params": x})
+
+
+def _keys_as_data(tree: Any) -> Any:
+    """A tree with the numbers of each typed PRNG key, which is no array of numbers itself."""
+
+    def is_key(x: Any) -> bool:
+        return _nodes.is_jax(x) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+    if "jax" not in sys.modules or not any(map(is_key, jax.tree.leaves(tree))):
+        return tree
+    return jax.tree.map(lambda x: jax.random.key_data(x) if is_key(x) else x, tree)
 
 
 def _change(path: str, a: Any, b: Any) -> Change | None:

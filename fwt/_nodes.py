@@ -1,5 +1,6 @@
 """What each node of a pytree is: a container, a layer, a box, an optimizer state; and what ties."""
 
+import collections
 import re
 import sys
 import types
@@ -368,9 +369,11 @@ class Walk:
             mine = mine and not (self._aware and _is_evident(name, node, named, around))
             kept = isinstance(node, _of("flax.nnx", "BatchStat"))
             statistic |= kept and len(self._shown) > 1
-            # As in a variables dict: statistics where they are asked for, the state of keys never.
+            # As in a variables dict: statistics where they are asked for; the state of keys, caches
+            # and what a forward writes down never.
             mine = mine and (self._whole or statistic or not kept)
-            mine = mine and (self._whole or not isinstance(node, _of("flax.nnx", "RngState")))
+            apart = tuple(_of("flax.nnx", n) for n in ("RngState", "Cache", "Intermediate"))
+            mine = mine and (self._whole or not isinstance(node, apart))
             for _, child in kids:
                 if mine and is_array(child) and isinstance(node, _of("flax.nnx", "Variable")):
                     self.variables.setdefault(id(node), []).append((parts, child.shape))
@@ -472,6 +475,47 @@ def opened(params: Any) -> tuple[Any, Callable[[Any], Any]]:
         return treedef.unflatten(parts)
 
     return treedef.unflatten(outer), closed
+
+
+def unshared(tree: Any) -> Any:
+    """A tree with copies of its NumPy arrays, which may be written to in place."""
+    return jax.tree.map(lambda x: x.copy() if isinstance(x, np.ndarray) else x, tree)
+
+
+def apart(module: Any, change: Callable[[Any], Any] | None = None) -> Any:
+    """A copy of an nnx module to be run, which shares with it no variable, no NumPy array and no
+    list, dict or set that it keeps: what a forward changes is the copy's.
+
+    Args:
+        module: an nnx module.
+        change: makes the arrays of the copy from those of the module.
+    """
+    nnx = sys.modules["flax.nnx"]
+    graph, state = nnx.split(module)
+    state = unshared(state)
+    made = nnx.merge(graph, state if change is None else jax.tree.map(change, state))
+    for _, node in nnx.iter_graph(made):
+        for name, value in list(vars(node).items()) if is_graph(node) else ():
+            if type(value) in _CHANGING:
+                vars(node)[name] = _contents(value)
+    return made
+
+
+def apart_in(tree: Any) -> Any:
+    """A tree with such a copy of each nnx module in it."""
+    return jax.tree.map(lambda x: apart(x) if is_graph(x) else x, tree, is_leaf=is_graph)
+
+
+_CHANGING = (list, dict, set, collections.deque)
+
+
+def _contents(value: Any) -> Any:
+    """A container of a copy, in which each container is new and all else is the same."""
+    if type(value) is dict:
+        return {name: _contents(x) for name, x in value.items()}
+    if type(value) is list:
+        return [_contents(x) for x in value]
+    return value.copy() if type(value) in _CHANGING else value
 
 
 # -- arrays that are one ------------------------------------------------------------------------

@@ -343,7 +343,7 @@ def _gradient_and_product(loss: Callable[..., Any], params: Params, along: str) 
         def of(new: Mapping[str, Any]) -> Any:
             given = tree.replace({p: x.astype(own[p].dtype) for p, x in new.items()})
             try:
-                found = loss(given)
+                found = loss(_nodes.apart_in(given))
             except Exception as error:  # a user's loss may raise any class
                 if not isinstance(given, Model):
                     raise

@@ -77,6 +77,7 @@ LAZY = {
     "fwt._tree": TOP_LEVEL_IS_TOO_SLOW,
     "fwt.scores": TOP_LEVEL_IS_TOO_SLOW,
     "fwt._own_names": TOP_LEVEL_IS_TOO_SLOW,
+    "fwt.converters.frameworks.beside": "imports Keras or torch, whichever the model is of",
     "fwt.converters.files.fill": "imports Keras or torch, for a live architecture only",
     "fwt.converters.files.format": "imports Flax and onnx, for files of models only",
     "fwt.converters.files.formats": "imports Flax, for files of models only",

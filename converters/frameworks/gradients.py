@@ -28,6 +28,10 @@ def in_tree(
     if _nodes.foreign(grads)[1] == "model" and hasattr(grads, "named_parameters"):
         grads = {name: p.grad for name, p in grads.named_parameters()}
     pairs, ordered = backend.trained(model)
+    if hasattr(model, "named_parameters"):  # which a Keras layer has too on its torch backend
+        own = {id(getattr(v, "value", v)): v for _, v in pairs}
+        named_so = model.named_parameters(remove_duplicate=False)
+        pairs = [*pairs, *((name, own[id(p)]) for name, p in named_so if id(p) in own)]
     named = dict(pairs)
     if isinstance(grads, list | tuple):
         if len(grads) != len(ordered):

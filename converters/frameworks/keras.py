@@ -446,7 +446,7 @@ def leaves(model: Any) -> list[LiveLeaf]:
         above.pop()
 
     def again(layer: Any, parts: list[str]) -> None:
-        kind = _public_name(layer)
+        kind = public_name(layer)
         if kind.startswith("Conv") and kind.endswith("Transpose"):
             parts, _ = _in_groups(layer, parts)
         for leaf, label, name, shape in held[id(layer)]:
@@ -456,14 +456,14 @@ def leaves(model: Any) -> list[LiveLeaf]:
     def look(layer: Any, children: list[Any], parts: list[str]) -> None:
         found_here = held[id(layer)] = []
         theirs = {id(v) for child in children for v in child.variables}
-        kind = _public_name(layer)
+        kind = public_name(layer)
         names = table.leaf_names("keras", kind)
         groups = 1
         if kind.startswith("Conv") and kind.endswith("Transpose"):
             parts, groups = _in_groups(layer, parts)
             kind = kind if groups == 1 else f"Grouped{kind}"
             names = table.leaf_names("keras", kind)
-        own = [v for v in layer.variables if id(v) not in theirs and _is_weight(v, kind)]
+        own = [v for v in layer.variables if id(v) not in theirs and collection_of(v, kind)]
         place = "/".join(parts) or layer.name
         if own:
             _check_plain(layer, place)
@@ -492,7 +492,7 @@ def leaves(model: Any) -> list[LiveLeaf]:
             if label in names and getattr(layer, label, variable) is not variable:
                 put = _summed(layer, variable, found, place)
             write = functools.partial(_write, put, there, share)
-            collection = "batch_stats" if variable.name in _STATISTICS else "params"
+            collection = collection_of(variable, kind)
             plain = put == variable.assign
             spelled = own_names([*parts, label], variable.path.split("/"))
             leaf = LiveLeaf(path, value, known, write, collection, own={path: spelled},
@@ -536,7 +536,7 @@ def _unique(names: list[str]) -> list[str]:
     return out
 
 
-def _public_name(layer: Any) -> str:
+def public_name(layer: Any) -> str:
     """The class in keras.layers that a layer is or derives from."""
     for cls in type(layer).__mro__:
         if getattr(keras.layers, cls.__name__, None) is cls:
@@ -544,13 +544,13 @@ def _public_name(layer: Any) -> str:
     return type(layer).__name__
 
 
-_STATISTICS = ("moving_mean", "moving_variance")
-
-
-def _is_weight(variable: Any, kind: str) -> bool:
-    """A floating weight or running statistic; no seed, counter, metric or statistic of the data."""
+def collection_of(variable: Any, kind: str) -> str:
+    """Where a floating weight or running statistic is, by the class of its layer; "" of a seed, a
+    counter, a metric or a statistic of the data."""
     floating = keras.backend.is_float_dtype(keras.backend.standardize_dtype(variable.dtype))
-    return floating and kind != "Normalization"
+    if not floating or kind == "Normalization":
+        return ""
+    return "batch_stats" if variable.name in ("moving_mean", "moving_variance") else "params"
 
 
 def _in_groups(layer: Any, parts: list[str]) -> tuple[list[str], int]:

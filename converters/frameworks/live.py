@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fwt import _live, _tree, constraints, initializers
+from fwt import _live, _nodes, _tree, constraints, initializers
 from fwt._own_nodes import FromFile
 from fwt._types import (
     ConversionError,
@@ -19,7 +19,7 @@ from fwt._types import (
     Transform,
     WhereError,
 )
-from fwt.converters.frameworks import gradients
+from fwt.converters.frameworks import beside, gradients
 
 # In the place of ``fwt.paths(params)``.
 _PATHS = "fwt.paths(model)"
@@ -114,7 +114,8 @@ class Live:
                     f"{leaf.path} is computed from other parameters, so that it has no gradient of "
                     "its own: leave it out with where="
                 )
-            given = getattr(leaf.source, "grad", None)
+            # Of a variable of Keras, which on torch is around a parameter.
+            given = getattr(getattr(leaf.source, "value", leaf.source), "grad", None)
             flat[leaf.path] = (
                 np.zeros_like(self._before[leaf.path])
                 if given is None
@@ -149,6 +150,11 @@ class Live:
             if not np.array_equal(_bits(value), _bits(old)):
                 changed[path] = value
         return changed
+
+    def beside(self, model: Any) -> beside.Held:
+        """What the model holds beside its weights, by the framework's names."""
+        of = beside.of_torch if _nodes.foreign(model)[0] == "torch" else beside.of_keras
+        return of(model, self.leaves)
 
     def _write(self, changed: Mapping[str, Any]) -> None:
         """Writes all of them, or none."""

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from fwt import _nodes
 from fwt._types import ConversionError, Model
 from fwt.converters.frameworks import linen_trace
 from fwt.converters.frameworks.linen_nodes import put
@@ -39,6 +40,7 @@ def traced(model: nnx.Module, input_shape: Any) -> Model:
             f"{name} is an nnx module of one's own, which is traced for a shape of its input: give "
             "input_shape= (without the batch axis), or build it as an nnx.Sequential"
         )
+    model = _nodes.apart(model)  # a forward may write to arrays in place
     parts: Any = nnx.split(model, nnx.Any(*COLLECTIONS), ...)
     graph, kept, rest = parts
     places: dict[tuple[Any, ...], tuple[str, ...]] = {}  # by place in nnx, that in linen's tree

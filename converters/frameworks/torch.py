@@ -20,6 +20,7 @@ from fwt._types import ConversionError, Model
 from fwt.converters import io as _io
 from fwt.converters.frameworks import (
     altered,
+    beside,
     torch_check,
     torch_computed,
     torch_export,
@@ -50,7 +51,10 @@ from fwt.converters.walk.net import Net, folded, nests
 
 
 def _with_defaults(layer: Layer) -> Layer:
-    defaults = defaults_of(class_of(layer.kind))
+    cls = class_of(layer.kind)
+    if cls is None:  # of an array or an operation between layers
+        return layer
+    defaults = defaults_of(cls)
     known = {k: v for k, v in defaults.items() if v is not inspect.Parameter.empty}
     return dataclasses.replace(layer, settings={**known, **layer.settings}, defaults=known)
 
@@ -307,6 +311,7 @@ def leaves(model: torch.nn.Module) -> list[LiveLeaf]:
     inside: list[str] = []  # what parametrize computes with
     anew: list[str] = []  # whose matrices a module around them draws
     held: dict[int, list[tuple[LiveLeaf, str, str, Any]]] = {}  # the leaves of a module
+    of_keras = beside.keras_in(model)
     wrapped = {inner: full for full, inner in torch_wrappers.names(model).items() if inner}
 
     def theirs(place: str) -> list[str]:  # with the names of what only runs a module, and without
@@ -346,6 +351,9 @@ def leaves(model: torch.nn.Module) -> list[LiveLeaf]:
                 continue
             if not parameter.is_floating_point() and name not in statistics:
                 continue
+            collection = "batch_stats" if name in statistics else "params"
+            if not (collection := of_keras.get(id(parameter), collection)):
+                continue
             memory = [
                 _tied(part, f"{prefix}.{n}" if prefix else n, spans)
                 for n, part in parts.get(name, {name: parameter}).items()
@@ -372,7 +380,6 @@ def leaves(model: torch.nn.Module) -> list[LiveLeaf]:
             )
             for part in memory:
                 holders.setdefault(part, []).append(len(out))
-            collection = "batch_stats" if name in statistics else "params"
             back = functools.partial(_write, write, there, share)
             read = None if name in computed else functools.partial(_read, there, share, place)
             leaf = LiveLeaf(

@@ -5,18 +5,23 @@ from typing import Any
 
 import torch
 
-# Attributes, and of each tensor its memory and a copy.
-Held = tuple[dict[str, Any], list[tuple[Any, Any, Any]]]
+from fwt.converters.frameworks import kept
+
+# What is kept in attributes, and of each tensor its memory and a copy.
+Held = tuple[kept.Held, list[tuple[Any, Any, Any]]]
 
 
 def held(module: Any) -> Held:
     """The attributes of a module, and a copy of each of its tensors."""
-    own = {name: dict(v) if isinstance(v, dict) else list(v) if type(v) is list else v
-           for name, v in vars(module).items()}  # fmt: skip
-    tensors = [*module.parameters(False), *module.buffers(False)]
-    tensors += [v for v in own.values() if isinstance(v, torch.Tensor)]
+    found: dict[int, Any] = {id(v): v for v in (*module.parameters(False), *module.buffers(False))}
+
+    def look(value: Any) -> None:
+        if isinstance(value, torch.Tensor) and value.layout == torch.strided:
+            found[id(value)] = value
+
+    own = kept.held(module, look)
     lazy = torch.nn.parameter.is_lazy
-    return own, [(v, v.detach(), v.detach().clone()) for v in tensors
+    return own, [(v, v.detach(), v.detach().clone()) for v in found.values()
                  if not lazy(v) and not v.is_inference()]  # fmt: skip
 
 
@@ -29,23 +34,7 @@ def put_back(module: Any, before: Held) -> list[str]:
                 tensor.data = memory
             if not torch.equal(memory, value):
                 memory.copy_(value)
-    changed = []
-    for name in [n for n in vars(module) if n not in own]:
-        del vars(module)[name]
-    for name, was in own.items():
-        now = vars(module).get(name)
-        if isinstance(now, dict) and isinstance(was, dict):
-            if [*map(id, now.values())] != [*map(id, was.values())] or [*now] != [*was]:
-                now.clear()
-                now.update(was)
-        elif type(now) is list and type(was) is list:
-            if [*map(id, now)] != [*map(id, was)]:
-                now[:] = was
-        elif now is not was:
-            if type(was) in (int, float) and now != was:
-                changed.append(name)
-            vars(module)[name] = was
-    return changed
+    return kept.put_back(module, own)
 
 
 def in_order(model: torch.nn.Module, names: Sequence[str]) -> torch.nn.Module:

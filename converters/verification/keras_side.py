@@ -10,6 +10,7 @@ import numpy as np
 
 from fwt._graph import MOVES
 from fwt.converters import judge
+from fwt.converters.frameworks import kept
 from fwt.converters.rows.row import joined
 from fwt.converters.verification.ends import ends
 from fwt.converters.verification.names import call_name, call_of, first_call, layer_name
@@ -29,7 +30,19 @@ def keras_side(model: Any) -> Side:
 
     from fwt.converters.frameworks import keras as _keras
 
+    # What Keras's own layers keep between calls are variables.
+    own_layers = [x for x in model._flatten_layers()
+                  if model.built and not type(x).__module__.startswith("keras.")]  # fmt: skip
+
     def run(xs: Xs, by: float = 0.0) -> tuple[Any, Taps]:
+        before = [(x, kept.held(x)) for x in own_layers]
+        try:
+            return moved_by(xs, by)
+        finally:
+            for layer, was in before:
+                kept.put_back(layer, was)
+
+    def moved_by(xs: Xs, by: float) -> tuple[Any, Taps]:
         if by:
             moved = [(v, keras.ops.convert_to_tensor(
                 judge.nudged(keras.ops.convert_to_numpy(v), by), dtype=v.dtype))

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from fwt import _nodes
 from fwt._graph import (
     Graph,
     Node,
@@ -274,6 +276,7 @@ def _linen_side(model: Model) -> Side:
         variables = dict(model.variables)
         if by:
             variables = jax.tree.map(lambda v: judge.nudged(v, by), variables)
+        xs = [x.copy() for x in xs]  # a layer may work in place
         return jax.tree.map(np.asarray, module.apply(variables, *xs)), {}
 
     def converted(*_: Any) -> Model:
@@ -341,10 +344,13 @@ def each_layer(module: Any, variables: Any) -> Iterator[tuple[Node, Any, Any]]:
 
 def nnx_side(model: Any) -> Side:
     def run(xs: Xs, by: float = 0.0) -> tuple[Any, Taps]:
+        def nudged(v: Any) -> Any:
+            new = judge.nudged(v, by)
+            return jnp.asarray(new) if isinstance(v, jax.Array) and new is not v else new
+
         taps: Taps = {}
-        graph, state = nnx.split(model)
-        copied = nnx.merge(graph, jax.tree.map(lambda v: judge.nudged(v, by), state) if by else
-                           state)  # fmt: skip
+        xs = [x.copy() for x in xs]  # a layer may work in place
+        copied = _nodes.apart(model, nudged if by else None)
         copied.eval()
 
         def under(holder: Any, y: Any, inside: tuple[str, ...]) -> Any:

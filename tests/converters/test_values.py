@@ -6,6 +6,7 @@ import zipfile
 import cases
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import keras
 import numpy as np
 import pytest
@@ -122,6 +123,92 @@ def test_what_is_no_weight_of_an_nnx_module_is_left_out():
     }  # fmt: skip
 
 
+class Plain(nnx.Module):
+    """Variables of all kinds."""
+
+    def __init__(self, seed=0):
+        made = nnx.Rngs(seed)
+        self.dense = nnx.WeightNorm(nnx.Linear(3, 3, rngs=made), rngs=made)
+        self.norm = nnx.BatchNorm(3, rngs=made)
+        self.shift = nnx.Variable(jax.random.normal(made.params(), (3,)))
+        self.table = nnx.data(jnp.arange(3.0) + seed)
+        self.held = nnx.data(np.full(3, seed, np.float32))
+        self.cache = nnx.Cache(jnp.float32(0))
+        self.note = nnx.Intermediate(jnp.float32(0))
+        self.key = nnx.Variable(jax.random.key(1))
+        self.rngs = nnx.Rngs(3)
+
+    def __call__(self, x):
+        return self.norm(self.dense(x)) * self.table + self.shift[...] + self.held
+
+
+def test_weights_of_an_nnx_module_are_what_a_transform_sees():
+    one, other = Plain(0), Plain(1)
+    one.eval()
+    other.eval()
+    held = converters.weights(one)
+    assert fwt.paths(held) == fwt.paths(one)
+    assert {"shift", "table", "held"} <= set(held["params"])
+    assert sorted(held["batch_stats"]["norm"]) == ["mean", "var"]
+    x = jnp.ones((2, 3))
+    assert not np.array_equal(one(x), other(x))
+    converters.assign(other, held)
+    np.testing.assert_array_equal(one(x), other(x))  # all that it computes with
+    assert fwt.diff(one, other).equal
+    with pytest.raises(ValueError, match="read-only"):
+        held["params"]["held"][0] = 1
+    one.held[0] = 7
+    assert held["params"]["held"][0] == 0  # a copy
+
+
+CHANGES = {
+    "params/shift": lambda m: m.shift.set_value(m.shift[...] + 1),
+    "params/table": lambda m: setattr(m, "table", m.table + 1),
+    "params/dense/scales/('kernel',)": lambda m: converters.assign(
+        m, {"dense/scales/('kernel',)": np.full(3, 5, np.float32)}
+    ),
+    "batch_stats/norm/mean": lambda m: m.norm.mean.set_value(m.norm.mean[...] + 1),
+    "beside/cache": lambda m: m.cache.set_value(m.cache[...] + 1),
+    "beside/note": lambda m: m.note.set_value(m.note[...] + 1),
+    "beside/key": lambda m: m.key.set_value(jax.random.key(2)),
+    "beside/rngs/default/count": lambda m: m.rngs.params(),
+    "beside/rngs/default/key": lambda m: m.rngs.default.key.set_value(jax.random.key(4)),
+}
+
+
+@pytest.mark.parametrize("path", CHANGES)
+def test_what_differs_of_nnx_modules_is_told(path):
+    one, other = Plain(), Plain()
+    assert fwt.diff(one, other).equal
+    CHANGES[path](other)
+    assert [c.path for c in fwt.diff(one, other).changes] == [path]
+
+
+def test_typed_keys_are_compared_by_their_numbers():
+    one, other = ({"rng": jax.random.key(i), "w": np.ones(2)} for i in range(2))
+    assert fwt.diff(one, one).same == 2
+    assert [c.path for c in fwt.diff(one, other).changes] == ["params/rng"]
+
+
+def test_what_is_assigned_to_an_nnx_module_is_what_it_held():
+    model = Plain()
+    device = jax.devices()[0]
+    model.shift.set_value(jax.device_put(model.shift[...], device))  # where a user wants it
+    same_as = {p: type(x) for p, x in fwt.select(model).items()}
+    untouched = model.norm.mean[...]
+    converters.assign(model, converters.weights(Plain(1))["params"])
+    assert {p: type(x) for p, x in fwt.select(model).items()} == same_as
+    assert model.norm.mean[...] is untouched
+    assert isinstance(model.held, np.ndarray)
+    assert model.shift[...].at[0].set(0).sharding == model.shift[...].sharding
+    assert model.shift[...].committed
+    # JAX's dtypes: NumPy's would make float64 of these.
+    assert (model.shift[...] + np.arange(3)).dtype == jnp.float32
+    copied = nnx.clone(model)
+    copied.shift[...] += 1
+    assert not np.array_equal(copied.shift[...], model.shift[...])
+
+
 def test_files_where_models_are_read(tmp_path):
     net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
     torch.save(net.state_dict(), tmp_path / "net.pt")
@@ -159,6 +246,80 @@ def test_what_is_no_weight_of_live_models_differs_too():
 
     assert fwt.diff(adapted(1.0), adapted(1.0)).equal
     assert not fwt.diff(adapted(1.0), adapted(5.0)).equal
+
+
+class Numbers(torch.nn.Module):
+    """Parameters of each dtype that is no float, a buffer that is not saved, and extra state."""
+
+    DTYPES = ("int8", "uint8", "int64", "bool", "complex64", "complex128", "complex32")
+
+    def __init__(self, **other):
+        super().__init__()
+        torch.manual_seed(0)
+        self.dense, self.extra = torch.nn.Linear(2, 2), other.get("extra", 1)
+        for name in self.DTYPES:
+            value = torch.tensor([1, other.get(name, 1)]).to(getattr(torch, name))
+            self.register_parameter(name, torch.nn.Parameter(value, requires_grad=False))
+        self.register_buffer("unsaved", torch.tensor([other.get("unsaved", 1)]), persistent=False)
+
+    def get_extra_state(self):
+        return {"scale": torch.tensor([float(self.extra)]), "several": [self.extra, "a text"]}
+
+
+@pytest.mark.parametrize("name", [*Numbers.DTYPES, "unsaved", "extra"])
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
+def test_no_number_of_a_torch_module_is_overlooked(name):
+    assert fwt.diff(Numbers(), Numbers()).equal
+    found = [c.path for c in fwt.diff(Numbers(), Numbers(**{name: 0})).changes]
+    extra = ["beside/_extra_state.scale", "beside/_extra_state.several.0"]
+    assert found == (extra if name == "extra" else [f"beside/{name}"])
+
+
+def test_what_a_weight_is_computed_from_is_told():
+    def made(how):
+        torch.manual_seed(0)
+        return how(torch.nn.Linear(3, 4))
+
+    parametrizations = torch.nn.utils.parametrizations
+    one, other = made(parametrizations.weight_norm), made(parametrizations.weight_norm)
+    assert fwt.diff(one, other).equal
+    with torch.no_grad():  # twice as long, and the same weight
+        other.parametrizations.weight.original1.mul_(2)
+    assert [c.path for c in fwt.diff(one, other).changes] == [
+        "beside/parametrizations.weight.original1"
+    ]
+    tied = torch.nn.Sequential(torch.nn.Embedding(3, 3), torch.nn.Linear(3, 3, bias=False))
+    tied[1].weight = torch.nn.Parameter(tied[0].weight.data)  # one memory
+    assert fwt.diff(tied, tied).same == 1
+
+
+def test_variables_of_keras_are_told_by_what_they_are_and_not_by_their_names():
+    class Counts(keras.layers.Layer):
+        def __init__(self, value, **settings):
+            super().__init__(**settings)
+            self.value = value
+
+        def build(self, shape):
+            for name in ("seeds", "seeds"):  # of one path
+                self.add_weight(shape=(2,), dtype="int32", name=name, trainable=False,
+                                initializer=lambda *_, **__: keras.ops.convert_to_tensor(
+                                    [1, self.value], "int32"))  # fmt: skip
+            self.truth = self.add_weight(shape=(), dtype="bool", name="t", initializer="ones")
+
+        def call(self, x):
+            return x
+
+    def net(value, seed=0):
+        layers = [Counts(value, name="c"), keras.layers.Dropout(0.5, seed=seed)]
+        layers += [keras.layers.Dense(1, name="d", kernel_initializer="ones")]
+        return keras.Sequential([keras.Input((2,)), *layers])
+
+    found = fwt.diff(net(1), net(1, seed=5))
+    assert found.equal
+    assert found.same == 5
+    assert [c.path for c in fwt.diff(net(1), net(2)).changes if c.count] == [
+        r"beside/c\/seeds", r"beside/c\/seeds_1"
+    ]  # fmt: skip
 
 
 def test_masks_of_a_live_model_are_those_of_its_axes():

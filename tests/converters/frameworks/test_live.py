@@ -1052,3 +1052,57 @@ def test_gradients_by_a_name_that_two_variables_have():
         pruned(dict(zip(paths, values, strict=True)))
     assert pruned(values) == [6, 3, 0]
     pruned({paths[2]: values[2]}, "two/one")  # whose name says which it is
+
+
+# Keras on torch, whose layers are torch modules too.
+ON_TORCH = """
+import jax, keras, numpy as np, torch, fwt
+from fwt import converters
+keras.utils.set_random_seed(0)
+own = keras.layers
+net = keras.Sequential([keras.Input((4,)), own.Dense(5, name="d"),
+                        own.BatchNormalization(name="b"), own.Dropout(0.5), own.Dense(2, name="e")])
+net(np.random.default_rng(0).normal(size=(8, 4)).astype("float32")).square().sum().backward()
+wanted = (net.get_layer("d").kernel.value * net.get_layer("d").kernel.value.grad).abs()
+wanted = fwt.prune(0.5)({"d": {"kernel": wanted.detach().numpy()}})["d"]["kernel"] == 0
+before = [keras.ops.convert_to_numpy(v) for v in net.variables]
+named = {name: p.grad for name, p in net.named_parameters()}
+for grads in (net, named):
+    converters.transform(net, fwt.prune(0.5, fwt.scores.saliency, grads=grads, where="d/kernel"))
+    kernel = keras.ops.convert_to_numpy(net.get_layer("d").kernel)
+    print(np.array_equal(kernel == 0, wanted))
+    for v, x in zip(net.variables, before):
+        v.assign(x)
+from fwt.converters.frameworks.live import Live  # what hold gives sparsify
+moved = Live(net, False).gradients()["params"]["d"]["kernel"]
+print(np.array_equal(moved, net.get_layer("d").kernel.value.grad))
+
+class Mixed(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.d, self.b, self.n = own.Dense(3), own.BatchNormalization(), own.Normalization()
+        self.inner = keras.Sequential([own.Dense(3), own.BatchNormalization()])
+        self.drop, self.last = own.Dropout(0.5), torch.nn.Linear(3, 2)
+    def forward(self, x):
+        return self.last(self.drop(self.inner(self.n(self.b(self.d(x))))))
+mixed = Mixed()
+mixed(torch.ones(2, 4))
+weights = converters.weights(mixed)
+trained = {name for name, p in mixed.named_parameters() if p.requires_grad}
+print(len(fwt.paths(mixed)) == len(trained) == len(fwt.paths(weights)))
+print(not [p for p in fwt.paths(mixed) if "moving" in p or "normalization/mean" in p])
+print([sorted(x.rpartition("/")[2] for x in fwt.paths({"params": weights["batch_stats"]}))])
+converters.transform(mixed, lambda tree: jax.tree.map(lambda x: 0 * x, tree))
+print(float(keras.ops.convert_to_numpy(mixed.b.moving_variance).min()))
+"""
+
+
+def test_keras_layers_on_torch_are_torch_modules_too():
+    done = subprocess.run(
+        [sys.executable, "-c", ON_TORCH],
+        env={**os.environ, "KERAS_BACKEND": "torch"},
+        capture_output=True,
+        text=True,
+    )
+    said = ["moving_mean"] * 2 + ["moving_variance"] * 2
+    assert done.stdout.splitlines() == [*["True"] * 5, str([said]), "1.0"], done.stderr

@@ -209,3 +209,113 @@ def test_an_nnx_model_trains_pruned_and_goes_to_torch():
     there = converters.to_torch(*converters.from_nnx(net, (4,)))
     assert float((there[0].weight == 0).float().mean()) == 0.5
     assert converters.verify(net, there, x).ok
+
+
+# -- what runs a module leaves it as it was -----------------------------------------------------
+
+
+class Keeps(nnx.Module):
+    """Its forward changes all that a module may keep between calls, in place where it can."""
+
+    def __init__(self):
+        made = nnx.Rngs(0)
+        self.dense = nnx.Linear(3, 3, rngs=made)
+        self.sum = nnx.Variable(jnp.zeros(3))
+        self.cache = nnx.Cache(jnp.zeros(()))
+        self.counts = nnx.data(np.zeros(3, np.int32))
+        self.last = nnx.data(jnp.zeros(3))
+        self.calls, self.told, self.number = [[]], {"calls": 0}, 0
+        self.rngs = nnx.Rngs(5)
+
+    def __call__(self, x):
+        self.counts += 1
+        self.sum[...] = self.sum[...] + x.sum(0)
+        self.cache[...] = self.cache[...] + 1
+        self.last = self.last + 1
+        self.calls[0].append(1)
+        self.told["calls"] += 1
+        self.number += 1
+        self.rngs.params()
+        return self.dense(x) + self.sum[...] + self.counts + self.last * self.number
+
+
+class Notes(nnx.Module):
+    """The same without variables, so that it can be traced."""
+
+    def __init__(self):
+        self.dense, self.calls = nnx.Linear(3, 3, rngs=nnx.Rngs(0)), []
+        self.counts = nnx.data(np.zeros(3, np.int32))
+
+    def __call__(self, x):
+        self.counts += 1
+        self.calls.append(1)
+        return self.dense(x)
+
+
+def kept(model):
+    numbers = [jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
+               for x in jax.tree.leaves(nnx.state(model))]  # fmt: skip
+    rest = [vars(model).get(n) for n in ("calls", "told", "number")]
+    return repr(([np.array(x).tolist() for x in numbers], rest))
+
+
+BATCH = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+
+
+def loss(model):
+    return (model(BATCH) ** 2).sum()
+
+
+RUNS = {
+    "verify": (Keeps, lambda m: converters.verify(m, m, BATCH)),
+    "verify, made inputs": (Keeps, lambda m: converters.verify(m, m, input_shape=(3,))),
+    "wanda": (Keeps, lambda m: fwt.prune(0.5, fwt.scores.wanda(m, BATCH))(m)),
+    "synflow": (Keeps, lambda m: fwt.prune(0.5, fwt.scores.synflow(m, (3,)))(m)),
+    "sparsegpt": (Keeps, lambda m: fwt.sparsegpt(m, BATCH, 0.5)),
+    "grasp": (Keeps, lambda m: fwt.prune(0.5, fwt.scores.grasp(loss))(m)),
+    "taylor": (Keeps, lambda m: fwt.prune(0.5, fwt.scores.second_order_taylor(loss))(m)),
+    "from_nnx": (Notes, lambda m: converters.from_nnx(m, (3,))),
+    "to_torch": (Notes, lambda m: converters.to_torch(m, input_shape=(3,))),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_what_runs_a_module_leaves_it_as_it_was(name):
+    make, run = RUNS[name]
+    model = make()
+    before = kept(model)
+    run(model)
+    assert kept(model) == before
+    model(BATCH)
+    assert kept(model) != before  # the forward does change it
+
+
+def test_a_module_that_keeps_states_is_equal_to_itself():
+    model = Keeps()
+    report = converters.verify(model, model, BATCH)
+    assert report.output.status == "exact"
+    assert not [note for note in report.notes if "rounding" in note]
+    assert converters.verify(model, Keeps(), BATCH).ok
+    attention = nnx.MultiHeadAttention(2, 4, decode=True, rngs=nnx.Rngs(0))
+    attention.init_cache((1, 5, 4))
+    before, x = kept(attention), np.ones((1, 1, 4), np.float32)
+    assert converters.verify(attention, attention, x).ok
+    assert kept(attention) == before
+    attention(x)
+    assert kept(attention) != before
+
+
+def test_a_layer_that_works_in_place_changes_no_inputs():
+    class InPlace(nnx.Module):
+        def __init__(self, factor):
+            self.factor = nnx.Param(jnp.float32(factor))
+
+        def __call__(self, x):
+            if isinstance(x, np.ndarray):
+                x *= 2
+                return x * self.factor[...]
+            return 2 * x * self.factor[...]
+
+    x = np.ones((2, 3), np.float32)
+    assert converters.verify(InPlace(1), InPlace(1), x).output.status == "exact"
+    assert x.tolist() == np.ones((2, 3)).tolist()

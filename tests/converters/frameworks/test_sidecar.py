@@ -160,3 +160,21 @@ def test_arrays_in_the_order_of_another_layer_do_not_come_back():
     x = np.random.default_rng(0).normal(size=(2, 3, 4, 2)).astype(np.float32)
     np.testing.assert_allclose(np.asarray(again(x)), np.asarray(net(x)), rtol=1e-5, atol=1e-5)
     assert not again.layers[-1].trainable
+
+
+def test_a_module_with_a_parameter_beside_its_layers_comes_back():
+    class Shifted(t.Module):
+        def __init__(self):
+            super().__init__()
+            self.shift, self.rnn = t.Parameter(torch.randn(1, 4)), t.LSTM(4, 5, batch_first=True)
+            self.norm, self.head = t.BatchNorm1d(3), t.Linear(5, 2)
+
+        def forward(self, x):
+            return torch.relu(self.head(self.norm(self.rnn(x + self.shift)[0])) * 2).mean(1)
+
+    torch.manual_seed(0)
+    net = Shifted().eval()
+    back = converters.to_torch(converters.from_torch(net, input_shape=(3, 4), sidecar=True))
+    state = back.state_dict()
+    assert list(state) == list(net.state_dict())
+    assert all(torch.equal(x, state[name]) for name, x in net.state_dict().items())

@@ -1,5 +1,6 @@
 """What verify feeds, and what it leaves as it was."""
 
+import collections
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -350,3 +351,59 @@ def test_steps_that_are_skipped_are_fed(value, several):
     again = net(True)
     again.set_weights(one.get_weights())
     assert converters.verify(one, again).ok
+
+
+# -- what a model keeps in objects of Python ----------------------------------------------------
+
+
+class Keeping(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.dense, self.counts = torch.nn.Linear(3, 3), np.zeros(3, np.float32)
+        self.inner = {"sums": [torch.zeros(3)], "calls": [0]}
+        self.seen, self.last = set(), collections.deque([1])
+
+    def forward(self, x):
+        self.counts += 1
+        self.inner["sums"][0] += x.detach().sum(0)
+        self.inner["calls"][0] += 1
+        self.inner["new"] = 1
+        self.last.append(1)
+        self.seen.add(len(self.last))
+        return self.dense(x) * float(self.counts[0]) + self.inner["sums"][0] + len(self.seen)
+
+
+class KeepingLayer(keras.layers.Layer):
+    def __init__(self):
+        super().__init__(name="keeping")
+        self.counts, self.calls = np.zeros(3, np.float32), 0
+        self.inner, self.last = {"calls": 1}, [1]
+
+    def call(self, x):
+        self.counts += 1
+        self.calls += 1
+        self.inner["calls"] += 1
+        self.last.append(1)
+        return x * float(self.counts[0]) + self.calls * self.inner["calls"] + len(self.last)
+
+
+KEEPING = {
+    "torch": (Keeping, lambda m: [m.counts, m.inner, m.seen, m.last]),
+    "keras": (
+        lambda: keras.Sequential([keras.Input((3,)), KeepingLayer(), keras.layers.Dense(2)]),
+        lambda m: [m.layers[0].counts, m.layers[0].calls, m.layers[0].inner, m.layers[0].last],
+    ),
+}
+
+
+@pytest.mark.parametrize("framework", KEEPING)
+def test_each_run_begins_with_what_a_model_keeps_in_its_objects(framework):
+    make, told = KEEPING[framework]
+    model, x = make(), np.ones((2, 3), np.float32)
+    before = repr(told(model))
+    report = converters.verify(model, model, x)
+    assert report.output.status == "exact"
+    assert repr(told(model)) == before
+    model(torch.ones(2, 3) if framework == "torch" else x)
+    assert repr(told(model)) != before

@@ -60,8 +60,7 @@ def transform(
         max_memory: how many bytes of the weights of a file may be in memory at once, a quarter of
             the machine's by default.
         how: of a file, what :func:`load` takes, such as ``key=`` for the part of a checkpoint that
-            has the weights; the other parts of one of torch stay as they are, and of any other
-            file that part alone is written.
+            has the weights; the other parts stay as they are where ``out`` has the same format.
 
     Returns:
         The same model; for a :class:`fwt.Model`, a new one; for a path, ``out``.

@@ -25,16 +25,17 @@ def transform(
     """Runs a transform on a live Keras or torch model of any shape, in place, or on a file.
 
     The transform sees the weights in Flax's names and axes, under the same paths as ``from_keras``
-    and ``from_torch`` give; those of recurrent, attention and separable layers keep the names that
-    their framework gives them, such as ``weight_ih_l0``. A ``where`` may be in the framework's own
-    names too, such as ``"0.weight"``, ``"**.weight"`` and ``"bn/gamma:0"``. It does not see the
-    running statistics of norms, which only :func:`fwt.reset` (alone, or in ``chain`` and ``at``)
-    gives new values; nothing is permuted for a Flatten. Only weights that it changed are written,
-    all of them after it ended: integer, seed and tied variables, dtype, device, ``requires_grad``
-    and the storage itself survive. A tied weight, also that of one layer in two places, stands
-    under its first path. A ``where`` takes it if it names all of its paths, or one of them in full,
-    without wildcards. Where it names a part of them otherwise, as the kernels do of an embedding
-    that is the kernel of a head too, the weight is left as it is, and a warning says so.
+    and ``from_torch`` give; those of recurrent, attention, depthwise and separable layers keep the
+    names that their framework gives them, such as ``weight_ih_l0``. A ``where`` may be in the
+    framework's own names too, such as ``"0.weight"``, ``"**.weight"`` and ``"bn/gamma:0"``. It does
+    not see the running statistics of norms, which only :func:`fwt.reset` (alone, or in ``chain``
+    and ``at``) gives new values; nothing is permuted for a Flatten. Only weights that it changed
+    are written, all of them after it ended: integer, seed and tied variables, dtype, device,
+    ``requires_grad`` and the storage itself survive. A tied weight, also that of one layer in two
+    places, stands under its first path. A ``where`` takes it if it names all of its paths, or one
+    of them in full, without wildcards. Where it names a part of them otherwise, as the kernels do
+    of an embedding that is the kernel of a head too, the weight is left as it is, and a warning
+    says so.
 
     The gradients that a score needs are given as the framework has them: ``grads=`` takes the
     torch module itself after ``loss.backward()``, ``{name: p.grad}`` with the names of

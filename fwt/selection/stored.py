@@ -85,7 +85,7 @@ def _range(leaves: Sequence[Stored], key: Key) -> tuple[int, int]:
 def _sampled(leaf: Stored, key: Key, total: int) -> np.ndarray:
     """Keys of some of a leaf's numbers, so many as it has of all."""
     wanted = max(_SAMPLE * leaf.size // total, 1)
-    if leaf.part is None or leaf.size <= 4 * wanted:
+    if leaf.part is None or leaf.size <= max(4 * wanted, _RUN):
         step = max(leaf.size // wanted, 1)
         found = [key(piece[::step]) for piece in leaf.pieces()]
     else:

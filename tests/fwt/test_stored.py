@@ -132,6 +132,22 @@ def test_as_many_go_as_are_asked_for(sizes, share, values, seed):
         check(fwt.prune(share, scope=scope), params, parts=bool(seed % 2))
 
 
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_short_leaves_beside_many_weights(share, monkeypatch):
+    """A leaf shorter than a run of the sample, of which the sample wants next to nothing."""
+    monkeypatch.setattr(selection, "_SAMPLE", 64)
+    rng = np.random.default_rng(0)
+    sizes = range(1, 2 * selection._RUN + 2)
+    params = {f"d{n}": {"kernel": rng.normal(size=(n, 1)).astype(np.float32)} for n in sizes}
+    pruned = fwt.prune(share, scope="global")
+    check(pruned, params, parts=True)
+    whole = np.concatenate([x["kernel"].ravel() for x in params.values()])
+    edge = np.sort(np.abs(whole))[round(share * whole.size)]
+    for name, leaf in pruned(stored(params)).items():
+        old = params[name]["kernel"]
+        assert np.array_equal(leaf["kernel"], np.where(np.abs(old) < edge, 0, old)), name
+
+
 def test_a_sample_that_lies_costs_passes_alone(monkeypatch):
     """Whatever the sample says, the cut is exact."""
     params = tree(np.float32)

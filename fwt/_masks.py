@@ -20,6 +20,11 @@ def fitted(given: _tree.Tree, tree: _tree.Tree) -> dict[str, Any]:
         LeafError: if the paths, shapes or dtypes don't fit the tree, or the paths of a tie
             have different masks.
     """
+    if callable(given.whole_tree) and not given.leaves:
+        raise LeafError(
+            f"masks: a function was found, {given.whole_tree!r:.60}, and it is what it gives of "
+            "the params that counts: fwt.apply_masks(fwt.masks_of(params))"
+        )
     masks, whole = dict(given.leaves), True
     if _is_flat(given.whole_tree) and set(masks) != set(tree.leaves):
         masks, whole = _by_path(given.whole_tree, tree), False

@@ -2,6 +2,7 @@
 
 import json
 
+import flax.linen as nn
 import jax
 import keras
 import numpy as np
@@ -40,12 +41,15 @@ def there(tmp_path_factory):
 
 
 @pytest.mark.parametrize("sources", [("hf",), ("hf", "hg")])
-def test_folders_of_no_suffix_need_one(there, tmp_path, sources):
+def test_folders_of_no_suffix_are_copied(there, tmp_path, sources):
     out = tmp_path / "a" / "out"
-    found = cli("prune", *sources, f"{out}/", *HALF, cwd=there, code=1)
-    assert len(found.stderr.splitlines()) == len(sources)
-    assert all("--to safetensors" in line for line in found.stderr.splitlines())
-    assert not out.parent.exists()
+    cli("prune", *sources, f"{out}/", *HALF, cwd=there)
+    for name in sources:
+        copied = out / name if len(sources) > 1 else out
+        assert {p.name for p in copied.iterdir()} == {p.name for p in (there / name).iterdir()}
+        kernel = safetensors.torch.load_file(copied / "0.safetensors")["0.weight"]
+        assert int((kernel == 0).sum()) == 54
+    out = tmp_path / "b"
     cli("prune", *sources, f"{out}/", *HALF, "--to", "pt", cwd=there)
     for name in sources:
         state = torch.load(out / f"{name}.pt", weights_only=True)
@@ -166,3 +170,59 @@ def test_commands_show_and_prune_a_graph(tmp_path):
     cli("prune", "net.keras", "half.keras", "--sparsity", "0.5", cwd=tmp_path)
     found = fwt.select(converters.load(tmp_path / "half.keras").variables, "conv/kernel")
     assert int((found["conv/kernel"] == 0).sum()) == 4  # of 9
+
+
+# -- what first-time users met in Python ----------------------------------------------------------
+
+
+def test_masks_that_are_functions_or_no_transform():
+    params = {"a": {"kernel": np.float32([[1, 0], [2, 3]])}}
+    for call in (
+        lambda: fwt.apply_masks(fwt.masks_of)(params),
+        lambda: fwt.project(fwt.constraints.max_norm(1.0), masks=fwt.masks(0.5))(params),
+    ):
+        with pytest.raises(fwt.LeafError, match=r"a function was found.*apply_masks\(fwt.masks_of"):
+            call()
+    fwt.apply_masks(fwt.masks_of(params))(params)
+    net = torch.nn.Linear(4, 3)
+    sgd = torch.optim.SGD(net.parameters(), 0.1)
+    masks = fwt.masks(0.5)(net)
+    for call in (lambda: converters.hold(net, sgd, masks), lambda: converters.Callback(masks)):
+        with pytest.raises(fwt.ConversionError, match=r"fwt.apply_masks\(masks\) is one"):
+            call()
+    converters.hold(net, sgd, fwt.apply_masks(masks)).remove()
+
+
+def test_tensors_without_plain_values_say_how_to_get_them():
+    with pytest.raises(fwt.ConversionError, match=r"a meta tensor.*to_empty"):
+        converters.weights(torch.nn.Linear(3, 2, device="meta"))
+    net = torch.nn.Linear(3, 2)
+    net.weight = torch.nn.Parameter(net.weight.detach().to_sparse())
+    with pytest.raises(fwt.ConversionError, match=r"a sparse tensor.*to_dense"):
+        converters.weights(net)
+
+
+def test_a_live_model_keeps_its_dtypes():
+    with jax.enable_x64(True), pytest.raises(fwt.LeafError, match="keeps its dtypes: leave dtype="):
+        converters.transform(torch.nn.Linear(3, 2).double(), fwt.prune(0.5, dtype="float32"))
+
+
+def test_a_linen_module_without_its_statistics():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.BatchNorm(use_running_average=True)(nn.Dense(3)(x))
+
+    variables = Net().init(jax.random.key(0), np.ones((1, 4), np.float32))
+    for given in ({"params": variables["params"]}, variables["params"]):
+        with pytest.raises(fwt.ConversionError, match="needs more than params: give its variables"):
+            converters.to_torch(Net(), given, input_shape=(4,))
+    converters.to_torch(Net(), variables, input_shape=(4,))
+
+
+def test_what_takes_a_transform_in_keras_is_named():
+    with pytest.raises(TypeError, match=r"Callback runs a transform such as fwt.prune\(0.5\)"):
+        converters.keras_constraint(fwt.prune(0.5))
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Lambda(lambda x: x + 1)])
+    with pytest.raises(fwt.ConversionError, match=r"any code.*converters.register"):
+        converters.from_keras(model)

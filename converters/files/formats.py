@@ -288,13 +288,16 @@ def save(
     if found is None or not (found.save or found.save_folder):
         known = ", ".join(s for s, f in SUFFIXES.items() if f.save or f.save_folder)
         said = f"the format {path.suffix or 'without a suffix'!r} is not known"
+        if path.suffix == ".eqx":
+            said = "equinox.tree_serialise_leaves(path, module) writes it"
         if found is not None:
             said = f"{path.name} is written with shard_bytes= and the suffix of one file"
         if (end := suffix(path)).lower() in RUNS:
             other = f"{path.name[: -len(end)]}.pt"
             raise FileFormatError(
-                f"{path}: a {end} file holds a training run (optimizer, epoch, ...), and only "
-                f"weights are written: {other} takes them, as a state dict"
+                f"{path}: a {end} file holds a training run (optimizer, epoch, ...), which is only "
+                "written as a copy of one of torch with weights of the same shapes and dtypes: "
+                f"{other} takes any weights"
             )
         raise FileFormatError(f"{path}: {said}; known to be written are {known}")
     if layout is not None and (module is None or found is not TORCH):
@@ -385,7 +388,8 @@ def copy_of(
     whole = folder and suffix(path).lower() not in RUNS
     if found is None or found.copy is None:
         return None
-    if not whole and (inner.is_dir() or found is not by_suffix(path)):
+    run = found is TORCH and suffix(path).lower() in RUNS
+    if not whole and (inner.is_dir() or not (run or found is by_suffix(path))):
         return None
     return (source if whole else inner), found.copy(inner, variables, key)
 

@@ -250,7 +250,7 @@ def load_equinox(path: Path, tree: Any, how: Reading) -> Model:
     if tree is None or isinstance(tree, str | Path):
         raise FileFormatError(
             f"{path}: leaves of Equinox without names: architecture= is the tree that they are of, "
-            "such as the module"
+            "such as the module, in Python: load(path, architecture=module)"
         )
     treedef: Any
     leaves, treedef = jax.tree.flatten(tree)

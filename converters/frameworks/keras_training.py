@@ -12,12 +12,14 @@ import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
+import optax
 
 from fwt import constraints, initializers
 from fwt._project import project
 from fwt._types import AxesError, ConversionError, resolve
 from fwt.constraints import _matrices, _vectors
 from fwt.converters.frameworks.keras import sync
+from fwt.converters.frameworks.live import check
 from fwt.converters.frameworks.repeated import Repeated
 
 _FWT = keras.saving.register_keras_serializable(package="fwt")
@@ -59,6 +61,8 @@ class Callback(keras.callbacks.Callback):
             raise TypeError(
                 f"Callback: every must be 'batch', 'epoch' or a number of batches, found {every!r}"
             )
+        if not isinstance(t, optax.GradientTransformation):
+            check(t, "Callback")
         self._t, self._every = t, every
         self._run: Repeated | None = None
         self._batches = 0  # before this epoch
@@ -287,8 +291,9 @@ def keras_constraint(constraint: Any, axes: str | None = None) -> keras.constrai
     chosen = resolve(constraint)
     if not isinstance(chosen, constraints.Bound):
         raise TypeError(
-            f"keras_constraint takes one of fwt.constraints, found {constraint!r}; for a function "
-            "of your own, Callback(fwt.project(function)) runs it after each batch"
+            f"keras_constraint takes one of fwt.constraints, found {constraint!r}; Callback "
+            "runs a transform such as fwt.prune(0.5) after each batch, and fwt.project(function) "
+            "makes one of a function of a leaf and its axes"
         )
     return FwtConstraint(_config(chosen, "the constraint"), axes)
 

@@ -282,9 +282,15 @@ def _inputs(run: Any, variables: Any, given: Any, name: str) -> list[Any]:
             failed = failed or error
         else:
             return inputs
+    if type(failed).__name__ == "ScopeCollectionNotFound":
+        raise ConversionError(
+            f"{name} needs more than params: give its variables, such as {{'params': params, "
+            f"'batch_stats': ...}}, found {', '.join(variables) or 'nothing'} "
+            f"({str(failed).partition(' (http')[0]:.150})"
+        ) from failed
     raise ConversionError(
-        f"{name} can't be run on input_shape={given!r}: {_first_line(failed)}; a dict of shapes "
-        "gives inputs by name"
+        f"{name} can't be run on input_shape={given!r}: {_first_line(failed)}; give the shape of "
+        "an input without the batch axis, a list of several, or a dict of them by name"
     ) from failed
 
 

@@ -142,9 +142,12 @@ class Live:
                 value = value.astype(old.dtype)
             masked = "; fwt.apply_masks(masks)(tree) applies masks"
             if value.shape != old.shape or value.dtype != old.dtype:
+                way = masked if value.dtype == bool else ""
+                if value.shape == old.shape and not way:
+                    way = "; a live model keeps its dtypes: leave dtype= out"
                 raise LeafError(
                     f"{path}: expected {old.dtype}{list(old.shape)} from the transform, found "
-                    f"{value.dtype}{list(value.shape)}{masked if value.dtype == bool else ''}"
+                    f"{value.dtype}{list(value.shape)}{way}"
                 )
             # Bits, so that NaN equals itself and -0.0 is not +0.0.
             if not np.array_equal(_bits(value), _bits(old)):
@@ -210,6 +213,8 @@ def check(t: Any, verb: str = "transform") -> None:
     name = getattr(t, "__name__", type(t).__name__)
     own = getattr(initializers, owner, None) if callable(t) else None
     way = "such as fwt.initialize(fwt.initializers.he_normal, key=0) or fwt.prune(0.5)"
+    if isinstance(t, Mapping):
+        way = "fwt.apply_masks(masks) is one, of masks, and fwt.assign(arrays), of arrays"
     if (same := name.rstrip("_")) in getattr(own, "__all__", ()):
         way = f"here fwt.initialize(fwt.initializers.{owner}.{same}, key=0)"
     raise ConversionError(

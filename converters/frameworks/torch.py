@@ -451,7 +451,8 @@ Spans = dict[Any, list[tuple[int, int, str, Any]]]
 
 def _tied(parameter: Any, place: str, spans: Spans) -> str:
     """The first place of what is the same view of the same memory; a partial overlap raises."""
-    if parameter.is_meta or not parameter.numel():
+    plain = not parameter.is_meta and parameter.layout == torch.strided
+    if not plain or not parameter.numel():
         return place
     strides = zip(parameter.shape, parameter.stride(), strict=True)
     start = parameter.data_ptr()

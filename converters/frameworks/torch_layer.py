@@ -46,8 +46,14 @@ def defaults_of(cls: Any) -> dict[str, Any]:
 
 def to_numpy(tensor: torch.Tensor, place: str) -> np.ndarray:
     """A tensor's values, whatever its dtype, device and layout in memory."""
-    if tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
-        raise refuse(place, "a meta, sparse or quantised tensor has no plain values")
+    kinds = {
+        "meta": (tensor.is_meta, "module.to_empty(device='cpu') and load_state_dict give it some"),
+        "sparse": (tensor.layout != torch.strided, "to_dense() gives it some"),
+        "quantised": (tensor.is_quantized, "dequantize() gives it some"),
+    }
+    for kind, (found, way) in kinds.items():
+        if found:
+            raise refuse(place, f"a {kind} tensor has no plain values: {way}")
     tensor = tensor.detach().cpu().resolve_conj().resolve_neg()  # bits that NumPy has no place for
     if tensor.dtype in _AS_INTEGER:
         integer, dtype = _AS_INTEGER[tensor.dtype]

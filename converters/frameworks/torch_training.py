@@ -53,7 +53,10 @@ def hold(
         >>> handle.remove()
     """
     if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"hold takes a torch optimizer, found {type(optimizer).__name__}")
+        raise TypeError(
+            "hold takes a torch optimizer after the model, hold(model, optimizer, t), found "
+            f"{type(optimizer).__name__}"
+        )
     if isinstance(every, bool) or not isinstance(every, int) or every < 1:
         raise TypeError(f"hold: every must be a whole number of steps from 1 on, found {every!r}")
     run = Repeated(model, t, "hold", zeroing)

@@ -14,7 +14,9 @@ KERAS = {
     **dict.fromkeys(["SimpleRNNCell", "LSTMCell", "GRUCell", "StackedRNNCells"], _CELL),
     **dict.fromkeys(
         ["Lambda", "JaxLayer", "FlaxLayer", "TorchModuleWrapper", "TFSMLayer"],
-        "it runs any code, which no file or framework can say",
+        "it runs any code, which no file or framework can say: write it with keras.ops, or as a "
+        "layer of your own for converters.register; converters.transform(model, t) changes the "
+        "model's weights as it is",
     ),
     **dict.fromkeys(
         ["MelSpectrogram", "STFTSpectrogram"], "it transforms signals, which others have not"

@@ -576,3 +576,17 @@ def test_a_manager_of_orbax_restores_the_step(tmp_path):
         same(manager.restore(9, args=ocp.args.StandardRestore(template)), tree)
         half = {**tree, "params": fwt.prune(0.5)(whole.params)}
         same(manager.restore(10, args=ocp.args.StandardRestore(template)), half)
+
+
+@pytest.mark.parametrize("end", [".ckpt", ".pth.tar"])
+def test_a_checkpoint_of_a_run_is_edited(end, tmp_path):
+    path, net = tmp_path / f"run{end}", torch.nn.Linear(5, 4)
+    run = {"state_dict": net.state_dict(), "epoch": 3, "hparams": {"lr": 0.1}}
+    torch.save(run, path)
+    for target in (path, tmp_path / f"other{end}"):
+        converters.transform(path, fwt.prune(0.5), out=target, key="state_dict")
+        found = torch.load(target, weights_only=False)
+        assert (found["epoch"], found["hparams"]) == (3, {"lr": 0.1})
+        assert int((found["state_dict"]["weight"] == 0).sum()) == 10
+    with pytest.raises(fwt.FileFormatError, match="only written as a copy of one of torch"):
+        converters.save(path, None, {"params": {"weight": np.ones((2, 2))}})

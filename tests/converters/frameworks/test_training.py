@@ -322,7 +322,10 @@ SGD = torch.optim.SGD(NET.parameters(), 0.1)
 @pytest.mark.parametrize(
     ("call", "match"),
     [
-        (lambda: converters.hold(NET, 3, fwt.prune(0.5)), "takes a torch optimizer, found int"),
+        (
+            lambda: converters.hold(NET, 3, fwt.prune(0.5)),
+            "takes a torch optimizer after the model",
+        ),
         (
             lambda: converters.hold(torch_net(), SGD, fwt.prune(0.5)),
             "has none of the model's parameters",

@@ -8,7 +8,7 @@ import warnings
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,7 +95,7 @@ def _loaded(path: Path, how: Reading) -> tuple[Any, dict[str, Any], "_Places"]:
             return places.add(full, np.zeros(place.stop - place.start, np.uint8), there, place)
 
         pickled = bytes(member(archive, names[0], budget))
-        views = None if there is None else places.tensors
+        views = None if there is None else places
         loaded = torch_pickle.loaded(pickled, budget, stored, order == b"big", views)
         ours = {}
         if f"{stem}{_OURS}" in archive.namelist():
@@ -131,6 +131,7 @@ class _Places:
         self._storages: dict[int, _Storage] = {}
         self._starts: list[int] = []
         self.tensors: list[np.ndarray] = []  # as often as the pickle asks for each
+        self.resolved: dict[int, Mapping[str, Any]] = {}
         self.outside: list[np.ndarray] = []  # those of other parts than the one that is written
 
     @property
@@ -444,6 +445,10 @@ def save_into(file: Any, source: Path, variables: Any) -> None:
     changed: dict[int, Any] = {}
     members: dict[str, Any] = {}
     for storage, names in by_storage.items():
+        turned = {n: places.resolved[id(held[n])] for n in names if id(held[n]) in places.resolved}
+        if turned:
+            places.filled(storage)
+            there |= {n: torch_pickle.resolved(held[n], told) for n, told in turned.items()}
         others = [n for n in names if not _is_same(there[n], new[n])]
         for name in others:
             if any(np.may_share_memory(held[name], x) for x in outside):
@@ -459,10 +464,15 @@ def save_into(file: Any, source: Path, variables: Any) -> None:
             continue
         buffer = places.filled(storage)
         for name in others:
-            if held[name].flags.writeable:
-                held[name][...] = np.asarray(new[name])
+            if name in turned:
+                held[name].flags.writeable = True
+            value = np.asarray(new[name])
+            held[name][...] = (
+                torch_pickle.resolved(value, turned[name]) if name in turned else value
+            )
         for name in names:
-            if np.asarray(new[name]).tobytes() != held[name].tobytes():
+            now = torch_pickle.resolved(held[name], turned[name]) if name in turned else held[name]
+            if np.asarray(new[name]).tobytes() != now.tobytes():
                 raise ConversionError(
                     f"{source}: {name} is a view of memory that other tensors have too, and can't "
                     "be written alone: save it again with tensor.clone()"
@@ -499,33 +509,12 @@ def views(source: Path, variables: Any) -> tuple[dict[str, np.ndarray], "_Places
     held = {n: x for n, x in found if isinstance(x, np.ndarray)}
     # What the pickle asks for more often than the part has it, and what stands elsewhere too.
     times = Counter(map(id, held.values()))
-    places.outside = [x for x in _elsewhere(loaded, part) if x.size]
+    places.outside = [x for x in torch_pickle.elsewhere(loaded, part) if x.size]
     for tensor in places.tensors:
         times[id(tensor)] -= 1
         if times[id(tensor)] < 0:
             places.outside.append(tensor)
     return held, places
-
-
-def _elsewhere(node: Any, part: Any) -> Iterator[np.ndarray]:
-    """The tensors of what a file holds beside a part of it; of a part that stands there twice,
-    its own."""
-    stack, met, times = [node], set[int](), 0
-    while stack:
-        here = stack.pop()
-        times += here is part
-        if (here is part and times == 1) or (here is not part and id(here) in met):
-            continue
-        if isinstance(here, np.ndarray):
-            yield here
-            continue
-        if times > 2:
-            return
-        met.add(id(here))
-        if isinstance(here, Mapping):
-            stack += here.values()
-        elif isinstance(here, list | tuple | set | frozenset):
-            stack += here
 
 
 def _check_names(variables: Mapping[str, Any], found: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ import pickletools
 import reprlib
 import warnings
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +255,7 @@ class _Unpickler(pickle.Unpickler):
         self.unknown: dict[str, type[Unknown]] = {}
         self.as_views = False
         self.calls = Counter[Any]()  # how often each tensor is asked for
+        self.resolved: dict[int, Any] = {}  # of a view, whether its numbers are conj or neg
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
@@ -391,6 +392,8 @@ class _Unpickler(pickle.Unpickler):
             self.budget.spend("a tensor", self.tensors[view].nbytes)  # another format may copy it
         else:
             self.tensors[view] = self._value(storage, offset, size, stride, told)
+            if told:
+                self.resolved[id(self.tensors[view])] = told
             if self.views.setdefault(place, (offset, size, stride)) != (offset, size, stride):
                 self._mark(storage, place, offset, size, stride)
         return self.tensors[view]
@@ -437,10 +440,7 @@ class _Unpickler(pickle.Unpickler):
             view = view.view(storage.dtype)
             view.flags.writeable = not told
             return view
-        value = np.array(view, order="C").view(storage.dtype)
-        if told.get("conj"):
-            value = np.conj(value)
-        return -value if told.get("neg") else value
+        return resolved(np.array(view, order="C").view(storage.dtype), told)
 
 
 def loaded(
@@ -448,18 +448,48 @@ def loaded(
     budget: Budget,
     stored: Callable[[str, int], Any],
     big: bool,
-    views: list[np.ndarray] | None = None,
+    views: Any = None,
 ) -> Any:
-    """What a pickle of torch's zip format holds; with ``views``, which gets a tensor as often as it
-    is asked for, each is one of the memory that ``stored`` gives, or can't be written to."""
+    """What a pickle of torch's zip format holds; with ``views`` each tensor is one of the memory
+    that ``stored`` gives, and can't be written to where its numbers are others than stand there.
+    ``views.tensors`` gets a tensor as often as it is asked for, ``views.resolved`` by the id of one
+    whether it is conj or neg."""
     check(pickled, budget.path, budget)
     unpickler = _Unpickler(io.BytesIO(pickled), budget, stored, big)
     unpickler.as_views = views is not None
     found = unpickler.load()
     if views is not None:
         for view, count in unpickler.calls.items():
-            views += [unpickler.tensors[view]] * count
+            views.tensors += [unpickler.tensors[view]] * count
+        views.resolved |= unpickler.resolved
     return found
+
+
+def resolved(value: np.ndarray, told: Mapping[str, Any]) -> np.ndarray:
+    """The numbers of a tensor that is conj or neg of what stands there, and the way back."""
+    value = np.conj(value) if told.get("conj") else value
+    return -value if told.get("neg") else value
+
+
+def elsewhere(node: Any, part: Any) -> Iterator[np.ndarray]:
+    """The tensors of what a file holds beside a part of it; of a part that stands there twice,
+    its own."""
+    stack, met, times = [node], set[int](), 0
+    while stack:
+        here = stack.pop()
+        times += here is part
+        if (here is part and times == 1) or (here is not part and id(here) in met):
+            continue
+        if isinstance(here, np.ndarray):
+            yield here
+            continue
+        if times > 2:
+            return
+        met.add(id(here))
+        if isinstance(here, Mapping):
+            stack += here.values()
+        elif isinstance(here, list | tuple | set | frozenset):
+            stack += here
 
 
 # -- the format before 1.6 ----------------------------------------------------------------------

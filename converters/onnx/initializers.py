@@ -198,7 +198,8 @@ def _told(tensor: Any, uses: Sequence[Use]) -> list[tuple[str, str, Any]]:
     out: dict[str, tuple[str, Any]] = {}
     for use in uses:
         role = use.known.role or "others"
-        told = dataclasses.replace(use.known, role=role, names=use.known.names or empty.names)
+        names = ("",) * rank if role == "kernels" else empty.names  # a flat kernel is no bias
+        told = dataclasses.replace(use.known, role=role, names=use.known.names or names)
         first, before = out.get(role, (use.node, told))
         if before != told:  # nothing tells which of them is meant
             before = dataclasses.replace(empty, names=("",) * rank, role=role)

@@ -357,6 +357,37 @@ def test_as_much_as_memory_may_hold(tmp_path):
         converters.transform(net(), fwt.prune(0.5), max_memory=100)
 
 
+@pytest.mark.parametrize("compressed", [False, True])
+def test_conjugated_and_negated_tensors_stay(compressed, tmp_path):
+    """The file holds other numbers than such a tensor has, and says so."""
+    path, target = tmp_path / "a.pt", tmp_path / "b.pt"
+    held = {
+        "filter": numbers(5, 3).to(torch.complex64).mul(1 + 2j).conj(),
+        "turned": numbers(5, 3).to(torch.complex64).mul(1 + 2j).mH,
+        "neg.weight": torch._neg_view(numbers(4, 3)),
+        "part.weight": numbers(4, 3).to(torch.complex64).mul(1j).conj().imag,
+        "a.weight": numbers(4, 4),
+    }
+    torch.save(held, path)
+    if compressed:
+        with zipfile.ZipFile(path) as old, zipfile.ZipFile(f"{path}.new", "w", 8) as new:
+            for info in old.infolist():
+                new.writestr(info.filename, old.read(info))
+        os.replace(f"{path}.new", path)
+    for where in ("a.weight", "neg.weight"):
+        converters.transform(path, fwt.prune(0.5, where=where), out=target)
+        found = torch.load(target)
+        assert int((found[where] == 0).sum()) == held[where].numel() // 2
+        for name, value in held.items():
+            kept = found[name] != 0 if name == where else torch.ones_like(value, dtype=torch.bool)
+            assert torch.equal(found[name][kept], value[kept]), name
+        zeros = found[where][found[where] == 0]
+        assert not torch.signbit(zeros).any()
+    converters.transform(path, fwt.chain(), out=target)
+    if not compressed:
+        assert path.read_bytes() == target.read_bytes()
+
+
 def test_other_parts_of_a_checkpoint_stay(tmp_path):
     """Also those that have the same memory, which can't be written alone."""
     path, target = tmp_path / "run.pt", tmp_path / "out.pt"

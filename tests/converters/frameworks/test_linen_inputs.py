@@ -154,7 +154,7 @@ def test_shapes_that_are_none(make, shape):
 
 def test_inputs_by_name_alone_are_told_the_way():
     net, variables, _ = from_keywords()
-    with pytest.raises(ConversionError, match="a dict of shapes gives inputs by name"):
+    with pytest.raises(ConversionError, match="a dict of them by name"):
         converters.to_torch(net, variables, input_shape=[(3,), (7, 5)])
 
 

@@ -851,3 +851,29 @@ def test_a_graph_that_onnxruntime_optimised_is_edited(tmp_path):
     session = onnxruntime.InferenceSession(tmp_path / "b.onnx")
     found = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
     np.testing.assert_allclose(found, expected, atol=2e-6)
+
+
+def test_a_flat_kernel_has_no_axes(tmp_path):
+    """One that a Reshape makes a matrix is no bias, whose numbers are outputs."""
+    weight = np.random.default_rng(0).normal(size=12).astype(np.float32)
+    nodes = [
+        helper.make_node("Reshape", ["w", "s"], ["k"]),
+        helper.make_node("MatMul", ["x", "k"], ["y"]),
+    ]
+    ends = [helper.make_tensor_value_info(n, 1, ("n", k)) for n, k in (("x", 4), ("y", 3))]
+    arrays = [
+        numpy_helper.from_array(weight, "w"),
+        numpy_helper.from_array(np.array([4, 3]), "s"),
+    ]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], arrays)
+    opset = [helper.make_opsetid("", 17)]
+    path, target = tmp_path / "a.onnx", tmp_path / "b.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=opset, ir_version=9), path)
+    for t in (
+        fwt.project(fwt.constraints.max_norm(0.5)),
+        fwt.prune(0.5, pattern=fwt.patterns.channel),
+    ):
+        with pytest.raises(fwt.AxesError, match=r"w of shape .12,.: nothing says which axis"):
+            converters.transform(path, t, out=target)
+    converters.transform(path, fwt.prune(0.5), out=target)
+    assert int((converters.load(target, module=False).variables["params"]["w"] == 0).sum()) == 6

@@ -82,7 +82,7 @@ def made(
     held = (*one.dtypes, *other.dtypes, *one.computes, *other.computes, *takes)
     half = any(np.dtype(d).itemsize == 2 and np.dtype(d).kind not in "iu" for d in held)
     whole = [np.iinfo(d) for d in takes if d.kind in "iu"]
-    if not (whole or one.integers or other.integers):
+    if not (whole or one.integers or other.integers) or (not whole and _floats(one, other, sizes)):
         x = judge.numbers(sizes, half)
         if one.own or other.own:
             x = np.concatenate([x, _dense(sizes)])
@@ -100,6 +100,16 @@ def made(
             x, notes = np.concatenate([x, more]), [*notes, *said]
         return x, notes
     return _of_numbers(one, other, (low, high), half, sizes)
+
+
+def _floats(one: Side, other: Side, sizes: tuple[int, ...]) -> bool:
+    """Whether models with a table take floats and no whole numbers: the table is fed others."""
+
+    def taken(dtype: Any) -> bool:
+        x = np.zeros((1, *sizes), dtype)
+        return _all_taken([(one, [x]), (other, batch.laid([x], one, other))], False)
+
+    return not taken(np.int32) and taken(np.float32)
 
 
 def _dense(sizes: Sequence[int], seed: int = 0) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import dataclasses
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -98,14 +98,15 @@ def keras_side(model: Any) -> Side:
     shape = getattr(model, "input_shape", None)
     own = tuple(shape[1:]) if isinstance(shape, tuple) else None
     flat = [x for x in model._flatten_layers(include_self=False) if not hasattr(x, "layers")]
-    moves = (*MOVES, "InputLayer")
-    first = next((x for x in flat if type(x).__name__ not in moves), None)
+    fed = list(_fed(model))
+    first = next((x for x in fed if not _keeps(x)), None)
     formats = {getattr(x, "data_format", None) for x in flat}
     inside = "channels_first" in formats
     _, channels_first, *_ = ends("keras", kinds_in(model), inside)
     takes = [_dtype(d) for d in dtypes_in]
     several = len(takes) > 1
-    found = [x for x in flat if isinstance(x, keras.layers.Embedding)]
+    found = [x for x in flat if isinstance(x, keras.layers.Embedding)
+             and any(x is y for y in fed)]  # fmt: skip
     count = getattr(first, "input_dim", None) or getattr(first, "num_tokens", None)
     straight = count is not None and all(
         isinstance(x, keras.Sequential) for x in (model, *model._flatten_layers(include_self=False))
@@ -162,6 +163,37 @@ def _keras_behind(model: Any, start: Any) -> list[Any]:
             reached |= {id(y) for y in node.outputs}
             out.append(node.operation)
     return out
+
+
+# What they give holds nothing of what they take, such as the ids of an array that an Embedding holds.
+_MAKERS = ("ZerosLike", "OnesLike", "FullLike", "Zeros", "Ones", "Full", "Arange", "Shape")
+
+
+def _fed(model: Any) -> Iterator[Any]:
+    """The layers and operations of a model that follow from what it is fed, those of models inside
+    too."""
+    if type(model).__name__ != "Functional":
+        yield from (x for x in model._flatten_layers(include_self=False)
+                    if not hasattr(x, "layers"))  # fmt: skip
+        return
+    reached = {id(x) for x in model.inputs}
+    for node in _keras_nodes(model):
+        part = node.operation
+        if type(part).__name__ in _MAKERS or not any(id(x) in reached for x in node.input_tensors):
+            continue
+        reached |= {id(y) for y in node.outputs}
+        yield from _fed(part) if hasattr(part, "layers") else _parts(part)
+
+
+def _parts(part: Any) -> Iterator[Any]:
+    """A layer, and those that it holds; an operation alone."""
+    yield from part._flatten_layers() if hasattr(part, "_flatten_layers") else (part,)
+
+
+def _keeps(part: Any) -> bool:
+    """Whether what it gives may be the ids that it takes."""
+    own = hasattr(part, "_flatten_layers")
+    return not own or type(part).__name__ in (*MOVES, "InputLayer")
 
 
 def _keras_nodes(model: Any) -> list[Any]:

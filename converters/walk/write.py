@@ -85,6 +85,14 @@ class Writer:
             reindex(made, lambda value: value.transpose(dims), self.target)
             self.want = list(order)
             return
+        if self.n is None and dims[0] != 0 and self.whole_keras:
+            what = made.name if made is not None and not made.inputs else "an array of the model"
+            raise refuse(
+                name,
+                f"it takes {what} transposed, which another layer takes as it is: layers of Keras "
+                "don't share an array so",
+                "give each a weight of its own (untie them), or keep the tie in ONNX or torch",
+            )
         if dims[0] != 0 and self.whole_keras:
             raise refuse(name, "the batch axis would have to move, which Keras can't do")
         done = (self.tips, dims)

@@ -200,3 +200,29 @@ def test_what_was_exported_and_what_is_unknown():
         converters.from_torch(Net(lambda m, x: x.topk(2).values), X)
     with pytest.raises(ConversionError, match="float32 of int64; give a module that takes it"):
         converters.from_torch(Net(lambda m, x: x.float()), X.long())
+
+
+class Autoencoder(nn.Module):
+    """One whose decoder has the encoder's weight, transposed."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.encode, self.way = nn.Linear(6, 4), way
+
+    def forward(self, x):
+        h = torch.tanh(self.encode(x))
+        weight = self.encode.weight
+        return h @ weight if self.way == "product" else F.linear(h, weight.t())
+
+
+@pytest.mark.parametrize("way", ["linear", "product"])
+def test_a_weight_that_is_tied_transposed(way, tmp_path):
+    net = Autoencoder(way).eval()
+    model = converters.from_torch(net, input_shape=(6,))
+    with pytest.raises(ConversionError, match=r"it takes encode/weight transposed.*untie"):
+        converters.to_keras(*model)
+    with pytest.raises(ConversionError, match="transposed"):
+        converters.save(tmp_path / "net.keras", *model)
+    converters.save(tmp_path / "net.onnx", *model)
+    for other in (tmp_path / "net.onnx", converters.to_torch(*model), model):
+        assert converters.verify(net, other, input_shape=(6,)).ok

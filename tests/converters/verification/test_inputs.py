@@ -407,3 +407,46 @@ def test_each_run_begins_with_what_a_model_keeps_in_its_objects(framework):
     assert repr(told(model)) == before
     model(torch.ones(2, 3) if framework == "torch" else x)
     assert repr(told(model)) != before
+
+
+class Tokens(t.Module):
+    """Vectors with a learned one in front and learned positions, as in a vision transformer."""
+
+    def __init__(self, table=False):
+        super().__init__()
+        self.table = t.Embedding(7, 4) if table else None
+        self.project, self.cls = t.Linear(5, 4), t.Parameter(torch.randn(1, 1, 4))
+        self.pos = None if table else t.Parameter(torch.randn(1, 7, 4))
+
+    def forward(self, x):
+        x = torch.cat([self.cls.expand(x.shape[0], -1, -1), self.project(x)], 1)
+        return x + (self.pos if self.table is None else self.table(torch.arange(7)))
+
+
+@pytest.mark.parametrize("table", [False, True])
+def test_a_table_that_is_not_fed_the_input_takes_no_ids_from_it(table, tmp_path):
+    net = Tokens(table).eval()
+    model = converters.from_torch(net, input_shape=(6, 5))
+    live = converters.to_keras(*model)
+    live.save(tmp_path / "net.keras")
+    for other in (live, tmp_path / "net.keras", model):
+        report = converters.verify(net, other, input_shape=(6, 5))
+        assert report.ok and not report.weights, str(report)
+        assert converters.verify(other, net, input_shape=(6, 5)).ok
+    changed = copy.deepcopy(net)
+    with torch.no_grad():
+        (changed.pos if changed.table is None else changed.table.weight)[..., 3, 1] += 0.5
+    assert not converters.verify(changed, live, input_shape=(6, 5)).ok
+
+
+def test_ids_that_operations_keep_are_whole_numbers():
+    start = keras.Input((4,))
+    ids = k.Reshape((3,))(start[:, 1:])
+    model = keras.Model(start, k.Embedding(9, 2)(ids))
+    copied = keras.models.clone_model(model)
+    copied.set_weights([w.copy() for w in model.get_weights()])
+    assert converters.verify(model, copied).ok
+    (rows,) = model.get_weights()
+    rows[7] += 1
+    copied.set_weights([rows])
+    assert not converters.verify(model, copied).ok

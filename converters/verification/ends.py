@@ -84,7 +84,7 @@ def ends(framework: Framework, layers: Iterable[Kind], inside: bool) -> Ends:
 # What keeps all axes by its row, but of what it is not known which axis is which.
 _UNKNOWN = ("RNN", "Bidirectional", "MultiheadAttention", "MultiHeadAttention", "TimeDistributed",
             "Reduce", "ops.Reduce", "Dot", "Masked")  # fmt: skip
-_LAST = ("Linear", "Dense", "Embed", "Embedding", "Lookup", "Attend", "Gemm", "MatMul", "LazyLinear",
+_LAST = ("Linear", "Dense", "Embed", "Embedding", "Lookup", "Attend", "Gemm", "MatMul",
          "EinsumDense")  # fmt: skip
 # Of ONNX and of Keras, which no row has.
 _ALIKE = frozenset(
@@ -113,9 +113,10 @@ def channel_of(
 
     def at(value: Any) -> int | None:
         found = made(value)
-        if found is None or found[0] is None:
+        told, takes = (None, ()) if found is None else found
+        if told is None:
             return None
-        (name, dims, first, *_), takes = found
+        name, dims, first, *_ = told
         kind = name.removeprefix("Parametrized")
         rows = table.rows_of(framework, kind)
         norm = "BatchNorm" in kind
@@ -137,8 +138,8 @@ def channel_of(
         keeps = any(r.kind in ("", "merge", "join") and not any(r.spec(framework)) for r in rows)
         if kind in _UNKNOWN or not (keeps or norm or kind in _ALIKE):
             return None
-        told = {axis for axis in map(of, takes) if axis is not None}
-        return told.pop() if len(told) == 1 else None
+        axes = {axis for axis in map(of, takes) if axis is not None}
+        return axes.pop() if len(axes) == 1 else None
 
     def of(value: Any) -> int | None:
         if value not in known:

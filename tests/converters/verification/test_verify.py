@@ -554,8 +554,8 @@ def test_images_made_of_vectors(channels, own, tmp_path):
     np.testing.assert_allclose(np.moveaxis(y, 1, -1), live.predict(x, verbose=0), atol=1e-5)
     for a in ("net", "source"):
         for b in sides:
-            assert converters.verify(sides[a], sides[b]).ok, (a, b)
-            assert converters.verify(sides[b], sides[a]).ok, (b, a)
+            assert converters.verify(sides[a], sides[b], input_shape=(8,)).ok, (a, b)
+            assert converters.verify(sides[b], sides[a], input_shape=(8,)).ok, (b, a)
     wrong = {dims: turned(live, dims) for dims in [(3, 1, 2), (2, 1, 3), (1, 3, 2), (3, 2, 1)]}
     for dims, other in wrong.items():
         # Images with the channels first are the same ones where a layer says that they are.

@@ -12,7 +12,7 @@ from fwt._graph import MOVES
 from fwt.converters import judge
 from fwt.converters.frameworks import kept
 from fwt.converters.rows.row import joined
-from fwt.converters.verification.ends import ends
+from fwt.converters.verification.ends import Kind, channel_of, ends
 from fwt.converters.verification.names import call_name, call_of, first_call, layer_name
 from fwt.converters.verification.sides import (
     PARTS,
@@ -128,6 +128,7 @@ def keras_side(model: Any) -> Side:
                    or not (hasattr(x, "layers") or type(x).__module__.startswith("keras.src."))
                    for x in (*layers, *getattr(model, "operations", ())))  # fmt: skip
     side.weights = lambda: [(x.name, numbers(v)) for x in flat for v in x.weights]
+    side.ends_at = _ends_at(model, inside)
     if not graph:
         return side
     ending = getattr(model, "_outputs_struct", None)
@@ -144,6 +145,34 @@ def keras_side(model: Any) -> Side:
         takes=takes, channels=[e.channels_first if e.has_channels else None for e in behind],
         channels_first=any(e.channels_first for e in behind), apart=False,
     )  # fmt: skip
+
+
+def _ends_at(model: Any, inside: bool) -> dict[Any, int | None]:
+    """The axis of each output that holds its channels."""
+    import keras
+
+    if not isinstance(model, keras.Sequential) and type(model).__name__ != "Functional":
+        return {}
+    if not model.built:
+        return {}
+    of = {id(x): x for x in model.outputs}
+
+    def made(value: int) -> Any:
+        layer, at, index = of[value]._keras_history
+        if type(layer).__name__ == "InputLayer":
+            return None
+        takes = layer._inbound_nodes[at].input_tensors
+        if hasattr(layer, "layers") and getattr(layer, "outputs", None):
+            takes = [layer.outputs[index]]
+        of.update((id(x), x) for x in takes)
+        kinds = [Kind("Identity")] if hasattr(layer, "layers") else list(kinds_of(layer))
+        return kinds[0], [id(x) for x in takes]
+
+    form = getattr(model, "_outputs_struct", None)
+    keys = form if isinstance(form, Mapping) else range(len(model.outputs))
+    every = [form[key] for key in keys] if isinstance(form, Mapping) else model.outputs
+    of.update((id(x), x) for x in every)
+    return {key: channel_of("keras", inside, id(x), made) for key, x in zip(keys, every)}
 
 
 def _keras_gives(form: Any) -> list[str] | None:
@@ -165,7 +194,7 @@ def _keras_behind(model: Any, start: Any) -> list[Any]:
     return out
 
 
-# What they give holds nothing of what they take, such as the ids of an array that an Embedding holds.
+# What they give holds nothing of what they take, as the ids of an array that an Embedding holds.
 _MAKERS = ("ZerosLike", "OnesLike", "FullLike", "Zeros", "Ones", "Full", "Arange", "Shape")
 
 

@@ -1,5 +1,6 @@
 """The lines of a report: what two models give, layer by layer and output by output."""
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +13,7 @@ from fwt.converters import judge
 from fwt.converters.verification import batch
 from fwt.converters.verification.names import as_known
 from fwt.converters.verification.report import Line, Outputs, View, carried, compared
-from fwt.converters.verification.sides import Side
+from fwt.converters.verification.sides import Side, flax_side
 
 # Of several outputs, the line of the worst is that of the model.
 WORST = ("differs", "reordered", "not compared", "close", "exact")
@@ -123,6 +124,24 @@ def lines_of(
     elif len(xs) > 1 and any(v.shape != w.shape for v, w in zip(xs, there, strict=True)):
         ends += [last, front]
 
+    def at_end(a: Any, b: Any) -> tuple[list[View], dict[str, Any]]:
+        """How an output of the second model may lie as that of the first, and how it is judged."""
+        if a not in gives or b not in given or one.time_first or other.time_first:
+            return ends, how
+        axes = _channels(one, other, a, b, xs, there)
+        if axes is not None:
+            views = [_as_it_is if axes[0] == axes[1] else front if axes[0] == 1 else last]
+            return views, {**how, "axis": axes[0]}
+        v, w = gives[a].value, given[b].value
+        if one.turned == other.turned or v.shape == w.shape:
+            return ends, how
+        fits = [view for view in (front, last) if view(w).shape == v.shape]
+        return [*ends, *fits], {**how, "axis": 1 if fits == [front] else -1} if fits else how
+
+    laid = [at_end(a, b) for _, a, b in pairs]
+    if len(inside) == 1 and any(last in views or front in views for views, _ in laid):
+        inside += [last, front]
+
     def told() -> tuple[list[Line], list[Line], judge.Apart | None]:
         lines = []
         for name in [*mine, *(n for n in theirs if n not in mine)]:
@@ -133,8 +152,8 @@ def lines_of(
             shape = held[name].value.shape
             lines.append(Line(name, shape, math.nan, math.nan, 0, f"only in the {where}"))
         nothing = Outputs(np.zeros(0))
-        both = [compared(label, gives.get(a, nothing), given.get(b, nothing), ends, **how)
-                for label, a, b in pairs]  # fmt: skip
+        both = [compared(label, gives.get(a, nothing), given.get(b, nothing), views, **judged)
+                for (label, a, b), (views, judged) in zip(pairs, laid, strict=True)]  # fmt: skip
         least = min(both, key=lambda pair: WORST.index(pair[0].status))
         return lines, [line for line, _ in both], least[1]
 
@@ -154,6 +173,20 @@ def lines_of(
                 for view in inside)
     }  # fmt: skip
     return lines, outputs, most, carries
+
+
+def _channels(one: Side, other: Side, a: Any, b: Any, xs: Any, there: Any) -> Any:
+    """The axes of the channels in an output of both models, if layers tell both to be the first
+    behind the batch or the last."""
+    axes = []
+    for side, key, given in ((one, a, xs), (other, b, there)):
+        axis = side.ends_at.get(key)
+        if axis is None and side.turned and one.turned != other.turned and not side.is_file:
+            # The layers of a torch module of one's own stand in what it is as a graph.
+            with contextlib.suppress(ConversionError):
+                side.ends_at[key] = axis = flax_side(side.model(given, True)).ends_at.get(key)
+        axes.append(axis)
+    return tuple(axes) if set(axes) <= {1, -1} else None
 
 
 def _paired(gives: Any, given: Any, one: Side, other: Side) -> list[tuple[str, Any, Any]]:

@@ -18,7 +18,7 @@ from fwt.converters import judge
 from fwt.converters.onnx import graph as _graph
 from fwt.converters.onnx import read
 from fwt.converters.rows.row import joined, parts_of
-from fwt.converters.verification.ends import Kind, ends
+from fwt.converters.verification.ends import Kind, channel_of, ends
 from fwt.converters.verification.names import call_name, call_of, first_call, layer_name
 from fwt.converters.verification.sides import PARTS, Side, Taps, Xs
 
@@ -34,15 +34,18 @@ def _kinds(graph: Any, start: str) -> Iterator[Kind]:
         if reached.isdisjoint(node.input) or node.op_type == "Shape":
             continue
         reached |= {name for name in node.output if name}
-        attributes = {a.name: a for a in node.attribute}
-        kind = _KINDS.get(node.op_type, node.op_type)
-        if node.op_type == "Transpose" and "perm" in attributes:
-            yield Kind(kind, tuple(attributes["perm"].ints))
-        elif node.op_type in ("RNN", "LSTM", "GRU"):
-            layout = attributes["layout"].i if "layout" in attributes else 0
-            yield Kind(kind, batch=1 - layout)
-        else:
-            yield Kind(kind)
+        yield _kind(node)
+
+
+def _kind(node: Any) -> Kind:
+    attributes = {a.name: a for a in node.attribute}
+    kind = _KINDS.get(node.op_type, node.op_type)
+    if node.op_type == "Transpose" and "perm" in attributes:
+        return Kind(kind, tuple(attributes["perm"].ints))
+    if node.op_type in ("RNN", "LSTM", "GRU"):
+        layout = attributes["layout"].i if "layout" in attributes else 0
+        return Kind(kind, batch=1 - layout)
+    return Kind(kind)
 
 
 def side(path: Path, external: bool) -> Side:
@@ -142,6 +145,10 @@ def side(path: Path, external: bool) -> Side:
     def model(*_: Any) -> Model:
         return read.from_onnx(path, external_data=external)
 
+    makers = {name: n for n in graph.node for name in n.output}
+    keys: list[Any] = gives if len(gives) > 1 else [0]
+    found = [channel_of("torch", True, name, lambda v: (_kind(makers[v]), list(makers[v].input))
+                        if v in makers else None) for name in gives]  # fmt: skip
     tables = {n.input[0]: None for n in graph.node if n.op_type == "Gather"
               and n.input[0] in weights and len(weights[n.input[0]].dims) > 1}  # fmt: skip
     rows = [_graph.array_of(weights[n], path, external) for n in tables]
@@ -156,7 +163,8 @@ def side(path: Path, external: bool) -> Side:
                    time_first=time_first, takes=dtypes[0], told=told_batch, along=along,
                    count=len(inputs), names_of=[v.name for v in inputs], is_file=True,
                    gives=gives if len(gives) > 1 else None,
-                   own=any(n.op_type in PARTS for n in graph.node))  # fmt: skip
+                   own=any(n.op_type in PARTS for n in graph.node),
+                   ends_at=dict(zip(keys, found, strict=True)))  # fmt: skip
     if not several:
         return made_of
     return dataclasses.replace(

@@ -25,7 +25,7 @@ from fwt._sequential import Sequential, call
 from fwt._types import ConversionError, Model
 from fwt.converters import judge
 from fwt.converters.rows.row import Framework, is_training, joined, parts_of
-from fwt.converters.verification.ends import Kind, ends
+from fwt.converters.verification.ends import Kind, channel_of, ends
 from fwt.converters.verification.names import call_name, first_call
 from fwt.layers import Parameter
 
@@ -82,6 +82,8 @@ class Side:
     gives: Sequence[str] | None = None  # the names of several outputs, if they have some
     # Each weight with its layer, of models that can't be converted.
     weights: Callable[[], Iterable[tuple[str, np.ndarray]]] = tuple
+    # By output, the axis of its channels: -1 for the last, None where no layer tells.
+    ends_at: dict[Any, int | None] = dataclasses.field(default_factory=dict)
     own: bool = False  # whether it is a module of one's own, whose thresholds no layer tells
 
     def swaps(self, xs: Xs) -> bool:
@@ -233,6 +235,17 @@ def flax_side(model: Model) -> Side:
                 dtypes=dtypes, model_first=channels_first, settings=settings, count=len(starts),
                 time_first=time_first, told=told_batch, gives=_gives(end))  # fmt: skip
     takes = module.inputs if isinstance(module, Graph) else starts[0]
+    by = {n.name: n for n in nodes_of(module)}
+
+    def made(name: str) -> Any:
+        if name not in by:
+            return None
+        kinds = list(kinds_of(layer_of[by[name].of or name]))
+        return (kinds[0] if len(kinds) == 1 else None), by[name].inputs
+
+    keys = end if isinstance(end, Mapping) else range(len(names_in(end)))
+    side.ends_at = {key: channel_of("flax", False, name, made)
+                    for key, name in zip(keys, names_in(end), strict=True)}  # fmt: skip
     side.by_key = isinstance(takes, Mapping)
     side.names_of = list(takes if isinstance(takes, Mapping) else names_in(takes))
     if not several:

@@ -3,7 +3,7 @@
 import copy
 import inspect
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ml_dtypes
@@ -13,7 +13,7 @@ from fwt._graph import MOVES
 from fwt._types import Model
 from fwt.converters import judge
 from fwt.converters.rows.row import joined
-from fwt.converters.verification.ends import Kind, ends
+from fwt.converters.verification.ends import Kind, channel_of_chain, ends
 from fwt.converters.verification.names import call_name, call_of, first_call
 from fwt.converters.verification.sides import Side, Taps, Xs, numbers_of, permutes
 
@@ -139,6 +139,7 @@ def torch_side(model: Any) -> Side:
         every = itertools.chain(model.named_parameters(), model.named_buffers())
         return [(name.rpartition(".")[0], array(w)) for name, w in every]
 
+    last = channel_of_chain("torch", True, map(_torch_kind, _chained(model)))
     return Side(run, None, channels_first, converted, count, rows, True,
                 [array(w.flatten()[:1]).dtype for w in weights], names=names, weights=held,
                 settings=settings, time_first=time_first and chain, told=told_batch and chain,
@@ -146,7 +147,19 @@ def torch_side(model: Any) -> Side:
                 takes=array(weights[0].flatten()[:1]).dtype if weights else None,
                 count=None if forward is None else len(forward) or 1,
                 names_of=forward or None,
-                own=any(_is_own(m) for m in model.modules()))  # fmt: skip
+                own=any(_is_own(m) for m in model.modules()),
+                ends_at={0: last})  # fmt: skip
+
+
+def _chained(module: Any) -> Iterator[Any]:
+    """The modules that follow each other."""
+    import torch
+
+    if isinstance(module, torch.nn.Sequential):
+        for part in module:
+            yield from _chained(part)
+    else:
+        yield module
 
 
 def _parameters(forward: Any) -> list[str] | None:

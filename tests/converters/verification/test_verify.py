@@ -519,3 +519,50 @@ def test_tensors_of_other_shapes_under_one_name_are_no_difference():
     assert "differs" not in str(report) + report._repr_html_()
     other.set_weights([2 * w for w in one.get_weights()])
     assert "the shapes differ" in str(converters.verify(one, other))
+
+
+class Squashed(t.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return torch.tanh(self.inner(x))
+
+
+def turned(model, dims):
+    """A Keras model whose output has its axes in another order."""
+    return keras.Model(model.inputs, keras.layers.Permute(dims)(model.outputs[0]))
+
+
+@pytest.mark.parametrize(("channels", "own"), [(3, False), (3, True), (4, False), (4, True)])
+def test_images_made_of_vectors(channels, own, tmp_path):
+    """Each output lies as the layers before it say, whatever the input."""
+    torch.manual_seed(0)
+    chained = t.Sequential(t.Linear(8, 32), t.Unflatten(1, (2, 4, 4)),
+                           t.ConvTranspose2d(2, channels, 1)).eval()  # fmt: skip
+    net = Squashed(chained).eval() if own else chained
+    model = converters.from_torch(net, input_shape=(8,))
+    source = converters.from_torch(net, input_shape=(8,), layout="source")
+    live = converters.to_keras(*model)
+    live.save(tmp_path / "net.keras")
+    converters.save(tmp_path / "net.onnx", *source)
+    sides = {"net": net, "model": model, "source": source, "live": live,
+             "onnx": tmp_path / "net.onnx", "keras": tmp_path / "net.keras"}  # fmt: skip
+    x = np.random.default_rng(0).normal(size=(2, 8)).astype(np.float32)
+    y = net(torch.tensor(x)).detach().numpy()
+    np.testing.assert_allclose(np.moveaxis(y, 1, -1), live.predict(x, verbose=0), atol=1e-5)
+    for a in ("net", "source"):
+        for b in sides:
+            assert converters.verify(sides[a], sides[b], input_shape=(8,)).ok, (a, b)
+            assert converters.verify(sides[b], sides[a], input_shape=(8,)).ok, (b, a)
+    wrong = {dims: turned(live, dims) for dims in [(3, 1, 2), (2, 1, 3), (1, 3, 2), (3, 2, 1)]}
+    for dims, other in wrong.items():
+        # Images with the channels first are the same ones where a layer says that they are.
+        same = dims == (3, 1, 2)
+        assert converters.verify(net, other).ok == same, dims
+        assert converters.verify(other, tmp_path / "net.onnx").ok == same, dims
+    with torch.no_grad():
+        chained[2].weight[0, 1] += 0.1
+    for other in (model, live, tmp_path / "net.onnx", tmp_path / "net.keras"):
+        assert not converters.verify(net, other).ok

@@ -34,16 +34,12 @@ def wanted(yes: bool = True, limit: int | None = None) -> Iterator[None]:
     if limit is not None and (not isinstance(limit, int) or limit < 1):
         raise FileFormatError(f"max_memory={limit!r}: expected a number of bytes")
     known = _FILES.get()
-    tokens = (
-        (WANTED, WANTED.set(yes)),
-        (_stored.LIMIT, _stored.LIMIT.set(limit or _io.half_of_memory() // 2)),
-        (_FILES, _FILES.set({} if known is None else known)),
-    )
-    try:
+    with contextlib.ExitStack() as after:
+        after.callback(WANTED.reset, WANTED.set(yes))
+        most = _io.half_of_memory() // 2 if limit is None else limit
+        after.callback(_stored.LIMIT.reset, _stored.LIMIT.set(most))
+        after.callback(_FILES.reset, _FILES.set({} if known is None else known))
         yield
-    finally:
-        for variable, token in tokens:
-            variable.reset(token)  # type: ignore[arg-type]  # each of its own
 
 
 def forget() -> None:

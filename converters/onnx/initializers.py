@@ -136,7 +136,7 @@ def _uses_of(proto: Any, path: Path) -> dict[Key, list[Use]]:
         _graph.check_functions(proto, path)
         try:
             proto = onnx.inliner.inline_local_functions(proto)
-        except Exception as error:  # noqa: BLE001 - the inliner's own, of any class
+        except Exception as error:  # noqa: BLE001 - onnx raises any class: they stay unknown
             warnings.warn(
                 f"{path}: its functions can't be taken apart ({error}), so that nothing is known "
                 "of the arrays that they read",

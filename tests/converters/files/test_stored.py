@@ -351,8 +351,9 @@ def test_as_much_as_memory_may_hold(tmp_path):
         np.testing.assert_array_equal(pruned[name], np.where(np.abs(x) >= cut, x, 0))
     with pytest.raises(fwt.LeafError, match=r"scope='lamp'.*max_memory=100 is less"):
         converters.transform(path, fwt.prune(0.5, scope="lamp"), out=target, max_memory=100)
-    with pytest.raises(fwt.FileFormatError, match="max_memory=0: expected a number of bytes"):
-        converters.transform(path, fwt.prune(0.5), out=target, max_memory=0)
+    for wrong in (0, 1.5, "1 GB"):
+        with pytest.raises(fwt.FileFormatError, match=r"max_memory=.*: expected a number of bytes"):
+            converters.transform(path, fwt.prune(0.5), out=target, max_memory=wrong)
     with pytest.raises(TypeError, match="max_memory= is for files"):
         converters.transform(net(), fwt.prune(0.5), max_memory=100)
 

@@ -148,6 +148,16 @@ def test_short_leaves_beside_many_weights(share, monkeypatch):
         assert np.array_equal(leaf["kernel"], np.where(np.abs(old) < edge, 0, old)), name
 
 
+@pytest.mark.parametrize("scope", ["layer", "global"])
+def test_leaves_of_several_dtypes_are_counted_on_one_scale(scope):
+    dtypes = (np.float32, np.float16, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn)
+    rng = np.random.default_rng(0)
+    params = {f"d{i}": {"kernel": rng.normal(size=(9 - i, 5)).astype(dtype)}
+              for i, dtype in enumerate(dtypes)}  # fmt: skip
+    for sparsity in SPARSITIES:
+        check(fwt.prune(sparsity, scope=scope), params, parts=True)
+
+
 def test_a_sample_that_lies_costs_passes_alone(monkeypatch):
     """Whatever the sample says, the cut is exact."""
     params = tree(np.float32)
